@@ -1,0 +1,175 @@
+"""The configuration: one dataclass a yaml section. Defaults live here and nowhere else.
+
+A yaml overrides the defaults, `key.sub=value` arguments override the yaml. Sections that hold another library's
+keywords (`trainer`, `callbacks`, `loggers`, `streams`, `dataset`, `dataloader`) keep that library's spelling and are
+checked against its real signature by `load_config`, before anything is built.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The language model. Every dimension is read from the checkpoint's own config."""
+
+    pretrained_model_name_or_path: str = MISSING  # a local folder, or a name on the Hugging Face hub
+    attn_implementation: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa
+    dtype: str = "float32"  # of the weights: float32 | bfloat16 | float64
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+
+
+@dataclass
+class DetectionHeadConfig:
+    """The DETR-style head; see `recipe/models/detection_head.py`."""
+
+    num_queries: int = 100
+    width: int | None = None  # default: the language model's hidden size
+    num_heads: int = 8
+    num_layers: int = 2
+    ffn_factor: int = 4
+    dropout: float = 0.0
+    adapter_ratio: int = 8  # the bottleneck of the memory adapters is hidden_size / adapter_ratio
+    memory_positions: bool = True  # 2-D positions on the vision part of the memory
+    refine_boxes: bool = True  # each layer refines the reference boxes of the layer before
+    aux_loss: bool = True  # the losses also after every earlier layer
+    num_denoising_groups: int = 4  # copies of the noised ground truth in training; 0: no denoising queries
+    box_noise: float = 0.4  # of the denoising queries, in half box sizes
+
+
+@dataclass
+class CaptionDecoderConfig:
+    """The caption decoder; see `recipe/models/caption_decoder.py`."""
+
+    num_layers: int = 4
+    num_heads: int = 8
+    ffn_factor: int = 4
+    dropout: float = 0.0
+    max_caption_tokens: int = 32  # longest caption trained on and generated, end-of-sequence counted
+
+
+@dataclass
+class PromptConfig:
+    """The text of the conversation."""
+
+    system: str = "You are a helpful assistant."
+    detect: str = "Locate every object in the image and report bounding boxes as JSON."
+    candidate_phrases: list[str] = field(default_factory=list)  # appended to `detect` where given
+    box_coordinates: str = "absolute"  # absolute: pixels of the resized image | normalized_1000: 0 to 1000
+
+
+@dataclass
+class ImageConfig:
+    """The pixel budget of one picture. null: what the checkpoint's image processor says."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass
+class TeacherConfig:
+    """Solved examples shown before the student image, drawn from a small MDS pool (`convert/teachers.py`)."""
+
+    stream: dict[str, Any] | None = None  # streaming.Stream keywords of the pool; null: no teachers
+    num_teachers: int = 0
+    teacher_ratio: float = 1.0  # share of the samples that get teachers
+
+
+@dataclass
+class LoaderConfig:
+    """Where samples come from and how they are batched."""
+
+    streams: dict[str, Any] = MISSING  # {name: streaming.Stream keywords}
+    global_batch_size: int = MISSING  # samples of one optimizer step, over all ranks
+    collator: str = "standard"  # standard: padded rows | packed: one row without padding
+    dataset: dict[str, Any] = field(default_factory=dict)  # streaming.StreamingDataset keywords
+    dataloader: dict[str, Any] = field(default_factory=dict)  # torch.utils.data.DataLoader keywords
+
+
+@dataclass
+class EvaluationConfig:
+    """How predictions are made for the metrics, the logged pictures and `predict.py`."""
+
+    score_threshold: float = 0.3  # objects below it are neither captioned nor drawn; AP counts all queries
+    max_captions: int = 100  # captions generated per image at most, best scores first
+    generate_answer: bool = True  # let the language model write its answer too
+    max_new_tokens: int = 512
+    num_logged_images: int = 8
+
+
+@dataclass
+class LossConfig:
+    """The weights of the loss terms; total = the weighted sum."""
+
+    weight_lm_teacher: float = 0.3
+    weight_lm_student: float = 1.0
+    weight_bbox: float = 5.0
+    weight_giou: float = 2.0
+    weight_objectness: float = 1.0
+    weight_caption: float = 1.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+
+@dataclass
+class MatcherConfig:
+    """The weights of the Hungarian matcher's cost matrix."""
+
+    cost_bbox: float = 5.0
+    cost_giou: float = 2.0
+    cost_objectness: float = 2.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with a learning rate a parameter group. 0 = frozen: no gradient, not in the optimizer."""
+
+    lr_vision: float = 2e-6
+    lr_merger: float = 1e-5
+    lr_llm: float = 1e-5
+    lr_adapter: float = 1e-4
+    lr_detection: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.01  # of matrices; vectors (biases, norms) get none
+    lr_scaling: str = "none"  # none | linear | sqrt, in the ratio of the batch's tokens to `reference_tokens`
+    reference_tokens: int | None = None  # tokens per optimizer step that the rates above are meant for
+
+
+@dataclass
+class SchedulerConfig:
+    """Composer's schedulers, by their own names and keywords."""
+
+    name: str = "cosine"  # cosine | linear | constant, each with warm-up
+    t_warmup: str = "0ba"
+    alpha_f: float = 0.0  # the last multiplier
+
+
+@dataclass
+class RecipeConfig:
+    """A run. `composer recipe/train.py YAML [key.sub=value ...]`."""
+
+    seed: int = 17
+    run_folder: str = MISSING  # checkpoints, logs, pictures and the resolved config; `trainer.save_folder` may differ
+    load_path: str | None = (
+        None  # a Composer checkpoint: of eval.py the one to judge, of train.py the one to start from
+    )
+    max_seq_len: int = 4096  # tokens of one sample; a longer one is an error that names it
+    model: ModelConfig = field(default_factory=ModelConfig)
+    detection_head: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
+    caption_decoder: CaptionDecoderConfig = field(default_factory=CaptionDecoderConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    teachers: TeacherConfig = field(default_factory=TeacherConfig)
+    train_loader: LoaderConfig = field(default_factory=LoaderConfig)
+    eval_loader: LoaderConfig = field(default_factory=LoaderConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    matcher: MatcherConfig = field(default_factory=MatcherConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)  # composer.Trainer keywords
+    callbacks: dict[str, Any] = field(default_factory=dict)  # {name: keywords}
+    loggers: dict[str, Any] = field(default_factory=dict)  # {name: keywords}
