@@ -1,0 +1,64 @@
+"""Decode a picture file into the RGB pixels a person would see, whatever it is stored as."""
+
+from io import BytesIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+_DEEP_GRAY_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_TURNED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF values that swap width and height
+_DECODE_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decodes a picture file to RGB in its displayed orientation.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grayscale is scaled to 8 bits.
+
+    Raises:
+        ValueError: The bytes are no picture, are cut short, or hold values without a known white point.
+    """
+    try:
+        with Image.open(BytesIO(data)) as stored:
+            stored.load()
+            image = ImageOps.exif_transpose(stored)
+    except _DECODE_ERRORS as error:
+        raise ValueError(f"cannot decode a picture of {len(data)} bytes: {_reason(error)}") from error
+    if image.mode in _DEEP_GRAY_MODES:
+        return _deep_gray_to_rgb(image)
+    if image.mode == "F":
+        raise ValueError("the picture holds floats, of which black and white are not known: store 8 or 16 bits")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def displayed_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels of what `open_image` returns, from the file's header where the format allows.
+
+    Raises:
+        ValueError: The bytes are no picture.
+    """
+    try:
+        with Image.open(BytesIO(data)) as stored:
+            width, height = stored.size
+            orientation = stored.getexif().get(ExifTags.Base.Orientation)
+            already_turned = stored.format == "TIFF"
+    except _DECODE_ERRORS as error:
+        raise ValueError(f"cannot read the size of a picture of {len(data)} bytes: {_reason(error)}") from error
+    if orientation in _TURNED_ORIENTATIONS and not already_turned:
+        return height, width
+    return width, height
+
+
+def _reason(error: Exception) -> str:
+    return "no known picture format" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit gray, which `convert` would cut off at 255, scaled so that 65535 is white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"gray values {values.min()} to {values.max()} do not fit 16 bits: store 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
