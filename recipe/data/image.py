@@ -1,0 +1,117 @@
+"""One picture → uint8 patches in Qwen2-VL order, ready for normalisation on the device.
+
+Keeping bytes until the device makes the workers about four times as fast as the Hugging Face processor and moves eight
+times fewer bytes, with the same numbers: `Qwen2VLImageProcessorFast` resizes uint8 pixels too, and normalises after.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from recipe.config import ImageConfig
+from recipe.pictures import open_image
+
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How the checkpoint wants its pictures.
+
+    Attributes:
+        patch_size: Pixels along one side of a vision patch.
+        merge_size: Patches along one side of a vision token.
+        temporal_patch_size: How often the device repeats a still picture along time.
+        min_pixels: Smaller pictures are enlarged to it.
+        max_pixels: Larger pictures are reduced to it.
+        image_mean: Per channel, of pixels in [0, 1].
+        image_std: Per channel, of pixels in [0, 1].
+    """
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    @property
+    def patch_values(self) -> int:
+        """Bytes of one patch: 3 * patch * patch."""
+        return 3 * self.patch_size**2
+
+
+def image_spec(image_processor: Any, image_config: ImageConfig) -> ImageSpec:
+    """Reads the checkpoint's image processor; the pixel budget of `image_config` wins where given.
+
+    Args:
+        image_processor: Hugging Face's, slow or fast; both spellings of the budget are read.
+        image_config: The yaml's section.
+
+    Raises:
+        ValueError: The budget is empty.
+    """
+    size = image_processor.size or {}
+    limits = {}
+    for name, size_key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        candidates = (getattr(image_config, name), getattr(image_processor, name, None), size.get(size_key))
+        limits[name] = next((int(value) for value in candidates if value is not None), None)
+        if limits[name] is None:
+            raise ValueError(f"the checkpoint's image processor says no {name}: set image.{name}")
+    if limits["min_pixels"] > limits["max_pixels"]:
+        raise ValueError(
+            f"image.min_pixels {limits['min_pixels']} is above image.max_pixels {limits['max_pixels']}: set both"
+        )
+    return ImageSpec(
+        patch_size=image_processor.patch_size,
+        merge_size=image_processor.merge_size,
+        temporal_patch_size=image_processor.temporal_patch_size,
+        image_mean=tuple(image_processor.image_mean),
+        image_std=tuple(image_processor.image_std),
+        **limits,
+    )
+
+
+def resized_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
+    """(width, height) in pixels at which the model sees a picture: the one owner of the resize rule.
+
+    Raises:
+        ValueError: The picture is more than 200 times as long as wide.
+    """
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"a picture of {width} x {height} pixels is over {MAX_ASPECT_RATIO} times as long as wide: "
+            "crop or tile it before conversion"
+        )
+    factor = spec.patch_size * spec.merge_size
+    resized_height, resized_width = smart_resize(height, width, factor, spec.min_pixels, spec.max_pixels)
+    return resized_width, resized_height
+
+
+def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[Tensor, tuple[int, int, int]]:
+    """Resizes a picture and cuts it into patches.
+
+    Args:
+        image: An encoded file, or an RGB picture.
+        spec: Of the checkpoint.
+
+    Returns:
+        (P, 3 * patch * patch) uint8 patches, those of one merged vision token side by side; and the grid
+        (1, patches along height, patches along width).
+    """
+    picture = open_image(image) if isinstance(image, bytes) else image
+    pixels = F.pil_to_tensor(picture)  # (3, height, width)
+    width, height = resized_size(picture.width, picture.height, spec)
+    if (width, height) != picture.size:
+        pixels = F.resize(pixels, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    patch, merge = spec.patch_size, spec.merge_size
+    rows, columns = height // patch, width // patch
+    blocks = pixels.view(3, rows // merge, merge, patch, columns // merge, merge, patch)
+    blocks = blocks.permute(1, 4, 2, 5, 0, 3, 6)  # (rows / m, columns / m, m, m, 3, patch, patch)
+    return blocks.reshape(rows * columns, spec.patch_values), (1, rows, columns)
