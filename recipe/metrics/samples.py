@@ -1,0 +1,145 @@
+"""What every metric shares: which samples count, each of them once, and how two sets of boxes are matched."""
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchmetrics import Metric
+from torchvision.ops import box_area, box_iou
+
+from recipe.schema import DetectedObject, Object, Prediction, Sample
+
+UNDEFINED = -1.0
+"""A ratio over nothing, as COCO writes it: finite, so that every logger takes it, and no possible score."""
+
+
+class PerSampleMetric(Metric):
+    """Sums a row of numbers over samples, each sample once however often the ranks saw it.
+
+    Streaming repeats samples so that all ranks get equally many; plain sums would count those twice.
+    """
+
+    full_state_update = False
+
+    keys: list[Tensor]
+    rows: list[Tensor]
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("keys", default=[], dist_reduce_fx="cat")
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+
+    def append(self, keys: list[int], rows: list[list[float]], width: int) -> None:
+        """Stores one row of `width` numbers a sample; every update must call it, if only with empty lists."""
+        self.keys.append(torch.tensor(keys, dtype=torch.int64, device=self.device))
+        self.rows.append(torch.tensor(rows, dtype=torch.float64, device=self.device).reshape(-1, width))
+
+    def totals(self) -> list[float]:
+        """The sum of each column, over all ranks."""
+        keys, rows = joined(self.keys), joined(self.rows)
+        return rows[first_of_each(keys)].sum(0).tolist()
+
+
+def joined(state: list[Tensor] | Tensor) -> Tensor:
+    """A gathered state on the CPU: a list on one rank, already one tensor after a reduction over ranks.
+
+    Raises:
+        ValueError: Nothing was added, not even an empty batch.
+    """
+    if isinstance(state, list):
+        if not state:
+            raise ValueError("compute() before any update(): evaluate at least one batch")
+        return torch.cat(state).cpu()
+    return state.cpu()
+
+
+def first_of_each(keys: Tensor) -> Tensor:
+    """Where each distinct key occurs first, by rising key: an order that does not depend on the ranks."""
+    order = torch.argsort(keys, stable=True)
+    is_first = torch.ones_like(order, dtype=torch.bool)
+    is_first[1:] = keys[order[1:]] != keys[order[:-1]]
+    return order[is_first]
+
+
+def stable_hash(text: str) -> int:
+    """63 bits of `text` that all processes agree on."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def sample_key(sample: Sample) -> int:
+    """Tells samples apart, also those of two data sets that use the same ids."""
+    return stable_hash(repr((sample.id, sample.width, sample.height, sample.objects)))
+
+
+def normalized_caption(caption: str) -> str:
+    """The form in which captions are compared."""
+    return caption.strip().casefold()
+
+
+def scored_pairs(
+    predictions: Sequence[Prediction], samples: Sequence[Sample]
+) -> Iterator[tuple[Prediction, Sample, tuple[Object, ...]]]:
+    """Each prediction with its sample and the sample's objects; not annotated and text-only samples left out.
+
+    Raises:
+        ValueError: The lists do not belong together.
+    """
+    if [prediction.id for prediction in predictions] != [sample.id for sample in samples]:
+        raise ValueError(
+            f"{len(predictions)} predictions do not belong to {len(samples)} samples: "
+            "pass one prediction a sample, with the sample's id, in the same order"
+        )
+    for prediction, sample in zip(predictions, samples, strict=True):
+        if sample.objects is not None and sample.width > 0:
+            yield prediction, sample, sample.objects
+
+
+def boxes_of(objects: Sequence[Object] | Sequence[DetectedObject]) -> Tensor:
+    """(T, 4) float64 xyxy."""
+    return torch.tensor([item.box for item in objects], dtype=torch.float64).reshape(-1, 4)
+
+
+def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
+    """(N, T) IoU of (N, 4) and (T, 4) boxes; two boxes without area overlap by 0, not by NaN."""
+    return box_iou(boxes, others).nan_to_num(0.0)
+
+
+def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
+    """Gives each detection, in the order of the rows, the free truth it overlaps most, from `threshold` up.
+
+    Args:
+        iou: (detections by falling score, truths).
+        threshold: Least overlap of a pair.
+    """
+    free = iou.clone()
+    pairs = []
+    for detection in range(iou.shape[0] if iou.shape[1] else 0):
+        overlap, truth = free[detection].max(0)
+        if overlap >= threshold:
+            pairs.append((detection, int(truth)))
+            free[:, truth] = -1.0
+    return pairs
+
+
+def match_by_overlap(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
+    """Pairs detections and truths, which have no order, for the largest total overlap, each pair from `threshold` up.
+
+    Args:
+        iou: (detections, truths).
+        threshold: Least overlap of a pair.
+    """
+    allowed = torch.where(iou >= threshold, iou, 0.0)
+    rows, columns = linear_sum_assignment(allowed.numpy(), maximize=True)
+    return [(int(row), int(column)) for row, column in zip(rows, columns, strict=True) if allowed[row, column] > 0]
+
+
+def inside_crowd(boxes: Tensor, crowds: Tensor, threshold: float) -> Tensor:
+    """Which of (N, 4) boxes have at least `threshold` of their area in one of (C, 4) crowd regions, as COCO counts."""
+    if not len(crowds):
+        return torch.zeros(len(boxes), dtype=torch.bool)
+    iou = overlaps(boxes, crowds)  # (N, C)
+    areas = box_area(boxes)[:, None]
+    intersection = iou * (areas + box_area(crowds)) / (1 + iou)
+    return ((iou > 0) & (intersection >= threshold * areas)).any(1)
