@@ -1,7 +1,7 @@
 """The one MDS writer, argument parser and printed summary of every converter.
 
 A converter is `iter_samples(...) -> Iterator[Item]` and a short `main()`. It yields what it found, in order: a
-`Sample`, a `Rejected` record, or a `Clipped` note on the sample that follows. Everything after that is here.
+`Sample`, a `Rejected` record, or a `Note` of what it mended or left out on the way. Everything after that is here.
 """
 
 import argparse
@@ -11,10 +11,10 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 from streaming import MDSWriter
@@ -44,13 +44,14 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class Clipped:
-    """`num_boxes` boxes of the sample that follows stuck out by rounding and were cut to the picture."""
+class Note:
+    """Something done to `count` parts of good records, such as boxes clipped by rounding. Strict lets it pass."""
 
-    num_boxes: int
+    what: str
+    count: int
 
 
-Item = Sample | Rejected | Clipped
+Item = Sample | Rejected | Note
 
 
 @dataclass
@@ -63,9 +64,9 @@ class Summary:
     empty: int = 0
     objects: int = 0
     crowd: int = 0
-    clipped: int = 0
     shards: int = 0
     num_bytes: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
 
     def add(self, sample: Sample) -> None:
@@ -83,11 +84,12 @@ class Summary:
         lines = [
             f"  samples   {self.samples:>8}  ({self.pictures} with a picture, {self.empty} known to hold nothing, "
             f"{self.not_annotated} not annotated)",
-            f"  objects   {self.objects:>8}  ({self.crowd} crowd regions, {self.clipped} clipped by rounding)",
+            f"  objects   {self.objects:>8}  ({self.crowd} crowd regions)",
             f"  shards    {self.shards:>8}  ({self.num_bytes / 2**20:.1f} MiB)",
-            f"  rejected  {self.rejected.total():>8}",
         ]
-        lines += [f"    {count:>6}  {reason}" for reason, count in self.rejected.most_common()]
+        lines += [f"  note      {count:>8}  {what}" for what, count in self.notes.most_common()]
+        lines += [f"  rejected  {self.rejected.total():>8}"]
+        lines += [f"            {count:>8}  {reason}" for reason, count in self.rejected.most_common()]
         return "\n".join(lines)
 
 
@@ -157,7 +159,7 @@ def write_split(
     rejected records follow it there. A rerun of one split replaces only that split's lines of rejected.jsonl.
 
     Args:
-        items: What a converter yields. A second sample with the same id is rejected.
+        items: What a converter yields; ids unique, which `RecordReader` sees to.
         out: Local folder or object-store address.
         split: Folder under `out`; empty: `out` itself.
         size_limit: Bytes of one shard, as `MDSWriter` takes it.
@@ -168,40 +170,16 @@ def write_split(
     Raises:
         ValueError: OUT/SPLIT is not empty; `strict` and a record was rejected; nothing was left to write.
     """
-    _check_split(split)
-    address = _join(os.path.expanduser(out), split)
-    target = None if urlparse(out).scheme else Path(address)
-    if target is None:
-        part = Path(tempfile.mkdtemp())
-    else:
-        _check_target(target, overwrite)
-        part = target.parent / f".{target.name}.part-{os.getpid()}"
-    summary, rejected, writer = Summary(), [], None
-    try:
-        # Not `with`: MDSWriter's __exit__ writes an index that looks complete after an exception.
-        writer = _ShardWriter(
-            columns=dict(MDS_COLUMNS),
-            out=(str(part), address) if target is None else str(part),
-            hashes=hashes or [],
-            size_limit=size_limit,
-        )
-        if target is None:
-            _check_remote(writer.cloud_writer, address)
+    if split and (os.path.isabs(split) or set(split.split("/")) & {"", ".", "..", REJECTED_FILE}):
+        raise ValueError(f"--split {split!r} is to be the plain name of a folder under --out, such as 'train'")
+    summary, rejected = Summary(), []
+    with _open_writer(_join(out, split), hashes or [], size_limit, overwrite) as writer:
         try:
             _write_items(items, writer, summary, rejected, strict)
         except ValueError:
             if rejected:
                 _save_rejected(out, split, rejected)
             raise
-        writer.finish()
-        if target is not None:
-            if target.exists():
-                shutil.rmtree(target)
-            part.rename(target)
-    finally:
-        if writer is not None:
-            writer.cancel_future_jobs()
-        shutil.rmtree(part, ignore_errors=True)
     if split:
         _save_rejected(out, split, rejected)
     summary.shards = len(writer.shards)
@@ -209,19 +187,43 @@ def write_split(
     return summary
 
 
+@contextmanager
+def _open_writer(address: str, hashes: list[str], size_limit: int | str, overwrite: bool) -> Iterator[MDSWriter]:
+    """An `MDSWriter` whose index appears at `address` only when the block ends well."""
+    target = None if urlparse(address).scheme else Path(address).expanduser()
+    if target is None:
+        part = Path(tempfile.mkdtemp())
+    else:
+        _check_target(target, overwrite)
+        part = target.parent / f".{target.name}.part-{os.getpid()}"
+    out = (str(part), address) if target is None else str(part)
+    try:
+        # Not `with`: MDSWriter's __exit__ writes an index that looks complete after an exception.
+        writer = _ShardWriter(columns=dict(MDS_COLUMNS), out=out, hashes=hashes, size_limit=size_limit)
+        try:
+            if target is None:
+                _check_remote(writer.cloud_writer, address)
+            yield writer
+            writer.finish()
+        finally:
+            writer.cancel_future_jobs()
+        if target is not None:
+            if target.exists():
+                shutil.rmtree(target)
+            part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def _write_items(
     items: Iterable[Item], writer: MDSWriter, summary: Summary, rejected: list[Rejected], strict: bool
 ) -> None:
     """Writes every sample, fills `summary` and `rejected`."""
-    seen: set[str] = set()
     for item in items:
-        if isinstance(item, Clipped):
-            summary.clipped += item.num_boxes
+        if isinstance(item, Note):
+            summary.notes[item.what] += item.count
             continue
-        if isinstance(item, Sample) and item.id in seen:
-            item = Rejected(item.id, "", "duplicate id", item.id)
         if isinstance(item, Sample):
-            seen.add(item.id)
             writer.write(item.to_mds())
             summary.add(item)
             continue
@@ -238,11 +240,6 @@ def _write_items(
 
 def _join(out: str, name: str) -> str:
     return os.path.join(out, name) if name else out
-
-
-def _check_split(split: str) -> None:
-    if split and (os.path.isabs(split) or set(split.split("/")) & {"", ".", ".."} or split == REJECTED_FILE):
-        raise ValueError(f"--split {split!r} is to be the plain name of a folder under --out, such as 'train'")
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -1,0 +1,152 @@
+"""COCO instances → MDS.
+
+    python -m convert.coco --annotations instances.json --images DIR --out OUT --split train [--captions regions.json]
+
+A box's caption is its category's name, or its phrase in the `--captions` file:
+`{"regions": [{"annotation_id": 1, "phrase": "a white stove"}, ...]}`. Where an annotation has
+several phrases the first is taken. A picture without annotations is known to hold nothing. Crowd regions (`iscrowd`) are kept and marked, `area` is kept.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from convert.records import BadRecord, Record, RecordReader, parse_box, parse_dict, parse_number, parse_text
+from convert.writer import Item, Note, Rejected, build_parser, run
+from recipe.schema import Object
+
+
+def read_instances(path: Path) -> dict[str, list[Any]]:
+    """The lists `images`, `annotations` and `categories` of a COCO instances file.
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    return _read_lists(path, ("images", "annotations", "categories"))
+
+
+def iter_samples(
+    instances: Mapping[str, Sequence[Any]], images: Path, captions: Path | None = None, source: str = "instances"
+) -> Iterator[Item]:
+    """One item an image, in the file's order.
+
+    Annotations of no image and phrases of no annotation come first, as rejected records.
+
+    Args:
+        instances: From `read_instances`.
+        images: Folder that `file_name` is relative to.
+        captions: File of phrases.
+        source: Name of the instances file, for rejected records.
+
+    Raises:
+        ValueError: `images` is no folder, a category has no name, or `captions` is no file of phrases.
+    """
+    reader = RecordReader(images)
+    names = _category_names(instances["categories"])
+    image_ids = {_key(image, "id") for image in instances["images"]}
+    annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for position, annotation in enumerate(instances["annotations"]):
+        image_id = _key(annotation, "image_id")
+        if image_id is None or image_id not in image_ids:
+            label = str(_key(annotation, "id") or "")
+            yield Rejected(label, f"{source}: annotation {position}", "unknown image", f"image_id {image_id!r}")
+        else:
+            annotations[image_id].append(annotation)
+    phrases: dict[Any, str] = {}
+    if captions is not None:
+        known = {_key(annotation, "id") for annotation in instances["annotations"]} - {None}
+        yield from _read_phrases(captions, known, phrases)
+    for position, image in enumerate(instances["images"]):
+        image_id = _key(image, "id")
+        label = "" if image_id is None else str(image_id)
+        parse = partial(_parse, image, annotations[image_id], names, phrases)
+        yield from reader.read(label, f"{source}: image {position}", parse)
+
+
+def _parse(image: Any, annotations: list[dict[str, Any]], names: dict[Any, str], phrases: dict[Any, str]) -> Record:
+    image = parse_dict(image, "image")
+    if _key(image, "id") is None:
+        raise BadRecord("malformed record", f"image has the id {image.get('id')!r}")
+    size = None
+    if "width" in image or "height" in image:
+        size = (parse_number(image.get("width")), parse_number(image.get("height")))
+    objects = [_parse_annotation(annotation, names, phrases) for annotation in annotations]
+    return Record(parse_text(image.get("file_name"), "file_name"), objects, size)
+
+
+def _parse_annotation(annotation: dict[str, Any], names: dict[Any, str], phrases: dict[Any, str]) -> Object:
+    category = _key(annotation, "category_id")
+    if category not in names:
+        raise BadRecord("unknown category", f"category_id {annotation.get('category_id')!r}")
+    x, y, width, height = parse_box(annotation.get("bbox"))
+    area = annotation.get("area")
+    return Object(
+        box=(x, y, x + width, y + height),
+        caption=phrases.get(_key(annotation, "id"), names[category]),
+        iscrowd=bool(annotation.get("iscrowd", 0)),
+        area=None if area is None else parse_number(area, "malformed area"),
+    )
+
+
+def _category_names(categories: Sequence[Any]) -> dict[Any, str]:
+    names = {}
+    for category in categories:
+        key = _key(category, "id")
+        if key is None or not isinstance(category.get("name"), str):
+            raise ValueError(f"category {category!r} lacks an id or a name")
+        names[key] = category["name"].strip()
+    return names
+
+
+def _read_phrases(path: Path, known: set[Any], phrases: dict[Any, str]) -> Iterator[Item]:
+    """Fills `phrases` (annotation id → phrase); yields those that were not used."""
+    for position, entry in enumerate(_read_lists(path, ("regions",))["regions"]):
+        key = _key(entry, "annotation_id")
+        where = f"{path.name}: region {position}"
+        if key not in known:
+            yield Rejected(str(key or ""), where, "phrase of an unknown annotation", f"annotation_id {key!r}")
+        elif key in phrases:
+            yield Note("further phrases of an annotation left out: the first is its caption", 1)
+        elif not isinstance(entry.get("phrase"), str):
+            yield Rejected(str(key), where, "malformed phrase", repr(entry.get("phrase")))
+        else:
+            phrases[key] = entry["phrase"].strip()
+
+
+def _read_lists(path: Path, keys: tuple[str, ...]) -> dict[str, list[Any]]:
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    missing = [key for key in keys if not (isinstance(data, dict) and isinstance(data.get(key), list))]
+    if missing:
+        raise ValueError(f"{path} lacks the lists {missing}")
+    return {key: data[key] for key in keys}
+
+
+def _key(entry: Any, name: str) -> int | str | None:
+    """An id of `entry`, or None where it has none."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
+def main() -> None:
+    """The command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--annotations", type=Path, required=True, help="the instances file")
+    parser.add_argument("--images", type=Path, required=True, help="folder that file_name is relative to")
+    parser.add_argument("--captions", type=Path, help="phrases by annotation_id, in place of the category's name")
+    args = parser.parse_args()
+    try:
+        instances = read_instances(args.annotations)
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    samples = iter_samples(instances, args.images, args.captions, args.annotations.name)
+    run(samples, args, args.split, total=len(instances["images"]))
+
+
+if __name__ == "__main__":
+    main()

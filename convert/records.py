@@ -1,0 +1,229 @@
+"""The checks that every record of every format goes through on its way to a `Sample`."""
+
+import io
+import math
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+
+from convert.writer import Item, Note, Rejected
+from recipe.boxes import clip_boxes
+from recipe.schema import Box, Message, Object, Sample
+
+ROUNDING = 1.0  # a box may stick out of the picture by so many pixels: it is clipped, and counted
+PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+ROLES = ("system", "user", "assistant")
+# What Pillow raises on broken files, beside OSError.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class BadRecord(ValueError):
+    """A record that is to be left out, with its reason and the offending value."""
+
+    def __init__(self, reason: str, detail: object = "") -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = str(detail)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a format file says of one record, not yet checked against the picture.
+
+    Attributes:
+        image: Path under the image root, or None for a text-only record.
+        objects: As in `Sample`.
+        size: Stated (width, height) of the displayed picture, or None.
+        messages: As in `Sample`.
+    """
+
+    image: str | None
+    objects: Sequence[Object] | None
+    size: tuple[float, float] | None = None
+    messages: Sequence[Message] | None = None
+
+
+class RecordReader:
+    """Checks records one by one; remembers the ids it let through.
+
+    Args:
+        image_root: Folder of the pictures; nothing outside it is read.
+
+    Raises:
+        ValueError: `image_root` is no folder.
+    """
+
+    def __init__(self, image_root: Path) -> None:
+        if not image_root.is_dir():
+            raise ValueError(f"image folder {image_root} does not exist")
+        self.image_root = os.path.realpath(image_root)
+        self.seen: set[str] = set()
+
+    def read(self, sample_id: str, source: str, parse: Callable[[], Record]) -> Iterator[Item]:
+        """Yields the sample of one record (after a note of boxes it clipped), or why it is rejected.
+
+        Args:
+            sample_id: Of the record.
+            source: Where it stands, for the reader of rejected.jsonl.
+            parse: Makes the record; may raise `BadRecord`.
+        """
+        try:
+            if sample_id in self.seen:
+                raise BadRecord("duplicate id", sample_id)
+            sample, num_clipped = self._check(sample_id, parse())
+        except BadRecord as error:
+            yield Rejected(sample_id, source, error.reason, error.detail)
+            return
+        self.seen.add(sample_id)
+        if num_clipped:
+            yield Note("boxes clipped to the picture by rounding", num_clipped)
+        yield sample
+
+    def _check(self, sample_id: str, record: Record) -> tuple[Sample, int]:
+        """The sample, and how many of its boxes were clipped."""
+        messages = None if record.messages is None else tuple(record.messages)
+        if record.image is None:
+            if messages is None:
+                raise BadRecord("neither picture nor messages")
+            if record.objects:
+                raise BadRecord("objects without a picture", f"{len(record.objects)} objects")
+            return Sample(sample_id, b"", 0, 0, None, messages), 0
+        data, width, height = read_picture(find_picture(self.image_root, record.image))
+        if record.size is not None and record.size != (width, height):
+            stated = f"{record.size[0]:g}x{record.size[1]:g}"
+            raise BadRecord("wrong size", f"stated {stated}, the displayed picture is {width}x{height}")
+        if record.objects is None:
+            return Sample(sample_id, data, width, height, None, messages), 0
+        objects = tuple(check_object(item, width, height) for item in record.objects)
+        num_clipped = sum(new.box != old.box for new, old in zip(objects, record.objects, strict=True))
+        return Sample(sample_id, data, width, height, objects, messages), num_clipped
+
+
+def find_picture(root: str, name: str) -> str:
+    """The real path of the file `name` under `root`.
+
+    Raises:
+        BadRecord: It is absolute, leaves `root` (links followed), or is no file.
+    """
+    if "\0" in name:
+        raise BadRecord("missing file", repr(name))
+    path = os.path.realpath(os.path.join(root, name))
+    if os.path.isabs(name) or os.path.commonpath([root, path]) != root:
+        raise BadRecord("path leaves the image root", name)
+    if not os.path.isfile(path):
+        raise BadRecord("missing file", name)
+    return path
+
+
+def read_picture(path: str) -> tuple[bytes, int, int]:
+    """The file's bytes, and the width and height of the picture as displayed (EXIF orientation applied).
+
+    The picture is decoded in full, so that no truncated file passes.
+
+    Raises:
+        BadRecord: Pillow cannot decode it.
+    """
+    try:
+        data = Path(path).read_bytes()
+        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return data, image.width, image.height
+    except _DECODE_ERRORS as error:
+        raise BadRecord("unreadable picture", f"{os.path.basename(path)}: {error}") from error
+
+
+def check_object(item: Object, width: int, height: int) -> Object:
+    """The object, its box cut to the picture where it sticks out by at most `ROUNDING` pixels.
+
+    Raises:
+        BadRecord: The box is not finite, inverted, of no area or outside the picture, or the caption is empty.
+    """
+    if not item.caption and not item.iscrowd:
+        raise BadRecord("empty caption", f"box {item.box}")
+    if item.area is not None and not (math.isfinite(item.area) and item.area >= 0):
+        raise BadRecord("malformed area", item.area)
+    _check_extent(item.box)
+    x1, y1, x2, y2 = item.box
+    excess = max(-x1, -y1, x2 - width, y2 - height)
+    if excess <= 0:
+        return item
+    where = f"{item.box} in a picture of {width}x{height}"
+    if excess > ROUNDING + 1e-6:
+        raise BadRecord("box outside the picture", where)
+    x1, y1, x2, y2 = clip_boxes(torch.tensor(item.box, dtype=torch.float64), width, height).tolist()
+    _check_extent((x1, y1, x2, y2))
+    return replace(item, box=(x1, y1, x2, y2))
+
+
+def _check_extent(box: Box) -> None:
+    x1, y1, x2, y2 = box
+    if not all(map(math.isfinite, box)):
+        raise BadRecord("non-finite box", box)
+    if x2 < x1 or y2 < y1:
+        raise BadRecord("inverted box", box)
+    if x2 == x1 or y2 == y1:
+        raise BadRecord("zero-area box", box)
+
+
+def parse_box(values: Any) -> Box:
+    """Four numbers, or `BadRecord`."""
+    if not isinstance(values, list) or len(values) != 4:
+        raise BadRecord("malformed box", f"{values!r} is not four numbers")
+    first, second, third, fourth = (parse_number(value, "malformed box") for value in values)
+    return first, second, third, fourth
+
+
+def parse_number(value: Any, reason: str = "malformed record") -> float:
+    """A number as float (also NaN and infinite), or `BadRecord` with `reason`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRecord(reason, f"{value!r} is not a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise BadRecord(reason, "a number beyond all floats") from error
+
+
+def parse_text(value: Any, what: str) -> str:
+    """Text without the white space around it, or `BadRecord`."""
+    if not isinstance(value, str):
+        raise BadRecord("malformed record", f"{what} is {value!r}, not text")
+    return value.strip()
+
+
+def parse_dict(value: Any, what: str) -> dict[str, Any]:
+    """A JSON object, or `BadRecord`."""
+    if not isinstance(value, dict):
+        raise BadRecord("malformed record", f"{what} is {value!r}, not a JSON object")
+    return value
+
+
+def parse_messages(value: Any) -> list[Message] | None:
+    """A chat of `{"role": ..., "content": text}`, None for none, or `BadRecord`."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value:
+        raise BadRecord("malformed messages", f"{value!r} is not a list of messages")
+    for message in value:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise BadRecord("malformed messages", f"{message!r} lacks a role of {ROLES}")
+        if not isinstance(message.get("content"), str):
+            raise BadRecord("malformed messages", f"the content of {message!r} is not text")
+    return value
