@@ -3,8 +3,9 @@
     python -m convert.coco --annotations instances.json --images DIR --out OUT --split train [--captions regions.json]
 
 A box's caption is its category's name, or its phrase in the `--captions` file:
-`{"regions": [{"annotation_id": 1, "phrase": "a white stove"}, ...]}`. Where an annotation has
-several phrases the first is taken. A picture without annotations is known to hold nothing. Crowd regions (`iscrowd`) are kept and marked, `area` is kept.
+`{"regions": [{"annotation_id": 1, "phrase": "a white stove"}, ...]}`. Where an annotation has several phrases the
+first is taken. A picture without annotations is known to hold nothing. Crowd regions (`iscrowd`) are kept and marked,
+`area` is kept.
 """
 
 import json

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from recipe.schema import Box, Message, Object, Sample
 ROUNDING = 1.0  # a box may stick out of the picture by so many pixels: it is clipped, and counted
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 ROLES = ("system", "user", "assistant")
+IMAGE_PLACEHOLDER = "<image>"
+CONTROL_TOKEN = re.compile(r"<\|\w+\|>")  # such as <|im_end|>: it would break a conversation apart
 # What Pillow raises on broken files, beside OSError.
 _DECODE_ERRORS = (
     OSError,
@@ -99,6 +102,7 @@ class RecordReader:
     def _check(self, sample_id: str, record: Record) -> tuple[Sample, int]:
         """The sample, and how many of its boxes were clipped."""
         messages = None if record.messages is None else tuple(record.messages)
+        _check_messages(messages or (), num_pictures=int(record.image is not None))
         if record.image is None:
             if messages is None:
                 raise BadRecord("neither picture nor messages")
@@ -154,10 +158,12 @@ def check_object(item: Object, width: int, height: int) -> Object:
     """The object, its box cut to the picture where it sticks out by at most `ROUNDING` pixels.
 
     Raises:
-        BadRecord: The box is not finite, inverted, of no area or outside the picture, or the caption is empty.
+        BadRecord: The box is not finite, inverted, of no area or outside the picture, or the caption is empty
+            or holds a control token.
     """
     if not item.caption and not item.iscrowd:
         raise BadRecord("empty caption", f"box {item.box}")
+    _check_text(item.caption)
     if item.area is not None and not (math.isfinite(item.area) and item.area >= 0):
         raise BadRecord("malformed area", item.area)
     _check_extent(item.box)
@@ -216,14 +222,49 @@ def parse_dict(value: Any, what: str) -> dict[str, Any]:
 
 
 def parse_messages(value: Any) -> list[Message] | None:
-    """A chat of `{"role": ..., "content": text}`, None for none, or `BadRecord`."""
+    """A chat whose contents are text or lists of text and image parts, None for none, or `BadRecord`."""
     if value is None:
         return None
     if not isinstance(value, list) or not value:
         raise BadRecord("malformed messages", f"{value!r} is not a list of messages")
-    for message in value:
+    for position, message in enumerate(value):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise BadRecord("malformed messages", f"{message!r} lacks a role of {ROLES}")
-        if not isinstance(message.get("content"), str):
-            raise BadRecord("malformed messages", f"the content of {message!r} is not text")
+        if message["role"] == "system" and position:
+            raise BadRecord("malformed messages", "a system turn that is not the first")
+        if not all(map(_is_part, message_parts(message))):
+            raise BadRecord("malformed messages", f"the content of {message!r} is neither text nor parts")
+    if not any(message["role"] == "user" for message in value):
+        raise BadRecord("malformed messages", "no user turn")
     return value
+
+
+def message_parts(message: Message) -> list[Any]:
+    """The content of a message as a list of parts; `<image>` in a user's plain text is an image part."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return content if isinstance(content, list) else [content]
+    texts = content.split(IMAGE_PLACEHOLDER) if message["role"] == "user" else [content]
+    parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})]
+    return parts[1:]
+
+
+def _is_part(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, dict) else None
+    return kind == "image" or (kind == "text" and isinstance(part.get("text"), str))
+
+
+def _check_messages(messages: Sequence[Message], num_pictures: int) -> None:
+    """Refuses what training would refuse: control tokens, and placeholders for more pictures than there are."""
+    parts = [part for message in messages for part in message_parts(message)]
+    for part in parts:
+        _check_text(part.get("text", ""))
+    found = sum(part["type"] == "image" for part in parts)
+    if found > num_pictures:
+        raise BadRecord("malformed messages", f"{found} image placeholders and {num_pictures} pictures")
+
+
+def _check_text(text: str) -> None:
+    token = CONTROL_TOKEN.search(text)
+    if token is not None:
+        raise BadRecord("control token in a text", token.group())
