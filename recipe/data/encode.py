@@ -49,6 +49,11 @@ class Encoder:
     max_seq_len: int
     keep_image: bool = False
 
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up padded rows."""
+        return cast(int, self.tokenizer.pad_token_id)
+
     def __call__(self, sample: Sample, teachers: Sequence[Sample] = ()) -> Example:
         """Encodes the teachers' turns, then the student's.
 

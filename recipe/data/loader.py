@@ -1,0 +1,187 @@
+"""Examples → what Composer's Trainer takes: a DataSpec whose batches are lists of collated microbatches.
+
+The examples of a device batch are cut into microbatches in the worker, before they are collated: so a microbatch is
+padded to its own longest row, and nobody has to slice images apart again.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from torch.utils.data import DataLoader
+
+from recipe.config import LoaderConfig, RecipeConfig
+from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.encode import Encoder
+from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, SampleStream, open_streams, read_teachers
+from recipe.schema import Batch, Example, LossCounts, Role
+
+Collator = Callable[[Sequence[Example]], Batch]
+
+
+def build_train_loader(config: RecipeConfig, encoder: Encoder, microbatch_size: int) -> DataSpec:
+    """The training loader; resumes exactly through Streaming's state, at any number of ranks.
+
+    Args:
+        config: The run's.
+        encoder: Sample → Example.
+        microbatch_size: Samples of one forward pass on one device, `trainer.device_train_microbatch_size`.
+
+    Raises:
+        ValueError: The shards are missing, or the batch cannot be shared out.
+    """
+    batch_size = device_batch_size(config.train_loader)
+    dataset = SampleStream(
+        ExampleMaker(encoder, read_teachers(config.teachers, config.seed), config.seed),
+        streams=open_streams(config.train_loader.streams),
+        batch_size=batch_size,
+        **{"shuffle_seed": config.seed, **config.train_loader.dataset},
+    )
+    return DataSpec(
+        _dataloader(config.train_loader, dataset, encoder, batch_size, microbatch_size),
+        num_samples=dataset.epoch_size,
+        split_batch=split_batch,
+        get_num_samples_in_batch=get_num_samples_in_batch,
+        get_num_tokens_in_batch=get_num_tokens_in_batch,
+    )
+
+
+def build_eval_loader(config: RecipeConfig, encoder: Encoder) -> DataSpec:
+    """The evaluation loader: every sample once, in stored order; one microbatch a batch, its losses counted alone.
+
+    Args:
+        config: The run's.
+        encoder: Sample → Example.
+
+    Raises:
+        ValueError: The shards are missing, or the batch cannot be shared out.
+    """
+    batch_size = device_batch_size(config.eval_loader)
+    dataset = EvalSamples(
+        ExampleMaker(encoder, read_teachers(config.teachers, config.seed), config.seed),
+        streams=open_streams(config.eval_loader.streams),
+        batch_size=batch_size,
+        **config.eval_loader.dataset,
+    )
+    return DataSpec(
+        _dataloader(config.eval_loader, dataset, encoder, batch_size, batch_size, sampler=EvalSampler(dataset)),
+        num_samples=len(dataset),
+        split_batch=lambda batches, microbatch_size: batches,
+        get_num_samples_in_batch=get_num_scored_samples_in_batch,
+        get_num_tokens_in_batch=get_num_tokens_in_batch,
+    )
+
+
+def device_batch_size(loader: LoaderConfig) -> int:
+    """Samples of a global batch that one rank reads.
+
+    Raises:
+        ValueError: The ranks do not divide the batch.
+    """
+    world_size = dist.get_world_size()
+    if loader.global_batch_size < 1 or loader.global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size {loader.global_batch_size} cannot be shared out over {world_size} ranks: "
+            f"make it a multiple of {world_size}"
+        )
+    return loader.global_batch_size // world_size
+
+
+def make_collator(name: str, pad_token_id: int) -> Collator:
+    """`standard` or `packed`, as a function of the examples alone.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name == "standard":
+        return partial(collate_standard, pad_token_id=pad_token_id)
+    if name == "packed":
+        return collate_packed
+    raise ValueError(f"collator is {name!r}: write standard or packed")
+
+
+def collate_microbatches(examples: Sequence[Example], collate: Collator, microbatch_size: int) -> list[Batch]:
+    """Cuts the examples of a device batch into microbatches, then collates each."""
+    return [collate(examples[start : start + microbatch_size]) for start in range(0, len(examples), microbatch_size)]
+
+
+def count_losses(batch: Batch) -> LossCounts:
+    """The denominators of one microbatch alone."""
+    targets = [target for target in batch["targets"] if target is not None]
+    return LossCounts(
+        teacher_tokens=float((batch["label_roles"] == Role.TEACHER).sum()),
+        student_tokens=float((batch["label_roles"] == Role.STUDENT).sum()),
+        objects=float(sum(len(target["boxes"]) for target in targets)),
+        images=float(len(targets)),
+        microbatches=1.0,
+    )
+
+
+def split_batch(batches: list[Batch], microbatch_size: int | float) -> list[Batch]:
+    """Tells each microbatch the loss denominators of the whole global batch: one small all-reduce a batch.
+
+    Args:
+        batches: A device batch, cut by `collate_microbatches` already.
+        microbatch_size: What the Trainer expects.
+    """
+    assert all(len(batch["samples"]) <= microbatch_size for batch in batches), (
+        f"the loader cuts microbatches of {[len(batch['samples']) for batch in batches]} samples, "
+        f"but the Trainer's device_train_microbatch_size is {microbatch_size}"
+    )
+    each = [count_losses(batch) for batch in batches]
+    names = list(LossCounts.__annotations__)
+    sums = torch.tensor([sum(counts[name] for counts in each) for name in names], dtype=torch.float64)
+    if torch.distributed.is_initialized() and "nccl" in torch.distributed.get_backend():
+        sums = sums.cuda()
+    dist.all_reduce(sums)
+    for batch in batches:
+        batch["loss_counts"] = LossCounts(**dict(zip(names, sums.tolist(), strict=True)))
+    return batches
+
+
+def get_num_samples_in_batch(batch: list[Batch] | Batch) -> int:
+    """Samples of a device batch or of one microbatch: the unit in which Streaming resumes."""
+    return sum(len(item["samples"]) for item in _microbatches(batch))
+
+
+def get_num_scored_samples_in_batch(batch: list[Batch] | Batch) -> int:
+    """The same without the inert samples that only keep ranks in step."""
+    samples = [sample for item in _microbatches(batch) for sample in item["samples"]]
+    return sum(sample.objects is not None or sample.messages is not None for sample in samples)
+
+
+def get_num_tokens_in_batch(batch: list[Batch] | Batch) -> dict[str, int]:
+    """Real tokens, and as `loss_generating` the number of microbatches.
+
+    With `accumulate_train_batch_on_tokens` Composer weighs each microbatch by its share of the latter: by making all
+    weigh the same, the loss can be divided by the global denominators instead.
+    """
+    microbatches = _microbatches(batch)
+    return {"total": sum(item["num_tokens"] for item in microbatches), "loss_generating": len(microbatches)}
+
+
+def _microbatches(batch: list[Batch] | Batch) -> list[Batch]:
+    return batch if isinstance(batch, list) else [batch]
+
+
+def _dataloader(
+    loader: LoaderConfig,
+    dataset: SampleStream | EvalSamples,
+    encoder: Encoder,
+    batch_size: int,
+    microbatch_size: int,
+    **keywords: Any,
+) -> DataLoader:
+    # The tokenizer has its own threads, which do not survive the fork into workers: it would warn in each.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    collate = make_collator(loader.collator, encoder.pad_token_id)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=partial(collate_microbatches, collate=collate, microbatch_size=microbatch_size),
+        **{"pin_memory": torch.cuda.is_available(), **keywords, **loader.dataloader},
+    )
