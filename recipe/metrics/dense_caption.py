@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from recipe.metrics.samples import (
     UNDEFINED,
@@ -9,7 +10,6 @@ from recipe.metrics.samples import (
     boxes_of,
     match_by_score,
     normalized_caption,
-    overlaps,
     sample_key,
     scored_pairs,
 )
@@ -43,7 +43,7 @@ class CaptionMatch(PerSampleMetric):
             kept = [item for item in prediction.objects if item.score >= self.score_threshold]
             kept.sort(key=lambda item: -item.score)
             truths = [item for item in objects if not item.iscrowd]
-            pairs = match_by_score(overlaps(boxes_of(kept), boxes_of(truths)), self.iou_threshold)
+            pairs = match_by_score(box_iou(boxes_of(kept), boxes_of(truths)), self.iou_threshold)
             equal = sum(
                 normalized_caption(kept[row].caption) == normalized_caption(truths[column].caption)
                 for row, column in pairs

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from recipe.metrics.samples import (
     UNDEFINED,
@@ -9,7 +10,6 @@ from recipe.metrics.samples import (
     boxes_of,
     inside_crowd,
     match_by_overlap,
-    overlaps,
     sample_key,
     scored_pairs,
 )
@@ -43,7 +43,7 @@ class AnswerBoxes(PerSampleMetric):
             boxes = boxes_of(prediction.answer_objects or ())
             truths = boxes_of([item for item in objects if not item.iscrowd])
             crowds = boxes_of([item for item in objects if item.iscrowd])
-            iou = overlaps(boxes, truths)
+            iou = box_iou(boxes, truths)
             counted = ~inside_crowd(boxes, crowds, self.iou_threshold)
             hits = match_by_overlap(iou, self.iou_threshold)
             counted[[row for row, _ in hits]] = True

@@ -101,11 +101,6 @@ def boxes_of(objects: Sequence[Object] | Sequence[DetectedObject]) -> Tensor:
     return torch.tensor([item.box for item in objects], dtype=torch.float64).reshape(-1, 4)
 
 
-def overlaps(boxes: Tensor, others: Tensor) -> Tensor:
-    """(N, T) IoU of (N, 4) and (T, 4) boxes; two boxes without area overlap by 0, not by NaN."""
-    return box_iou(boxes, others).nan_to_num(0.0)
-
-
 def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
     """Gives each detection, in the order of the rows, the free truth it overlaps most, from `threshold` up.
 
@@ -139,7 +134,7 @@ def inside_crowd(boxes: Tensor, crowds: Tensor, threshold: float) -> Tensor:
     """Which of (N, 4) boxes have at least `threshold` of their area in one of (C, 4) crowd regions, as COCO counts."""
     if not len(crowds):
         return torch.zeros(len(boxes), dtype=torch.bool)
-    iou = overlaps(boxes, crowds)  # (N, C)
+    iou = box_iou(boxes, crowds)  # (N, C)
     areas = box_area(boxes)[:, None]
     intersection = iou * (areas + box_area(crowds)) / (1 + iou)
     return ((iou > 0) & (intersection >= threshold * areas)).any(1)

@@ -1,0 +1,76 @@
+"""`recipe.metrics.language`."""
+
+import pytest
+from metric_cases import make_prediction, make_sample
+
+from recipe.metrics.language import AnswerBoxes
+from recipe.schema import Box, Prediction, Sample
+
+A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)
+
+
+def scores(predictions: list[Prediction], samples: list[Sample]) -> dict[str, float]:
+    metric = AnswerBoxes()
+    metric.update(predictions, samples)
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def answered(name: str, boxes: list[Box]) -> Prediction:
+    return make_prediction(name, [], boxes)
+
+
+def unparsed(name: str) -> Prediction:
+    return Prediction(name, 100, 100, (), "no json", None)
+
+
+def test_worked_by_hand():
+    # image a: A exactly, B at IoU 8/10, C missed, one false box; image b: not parsed, one truth
+    result = scores(
+        [answered("a", [A, (20.0, 0.0, 28.0, 10.0), (70.0, 70.0, 80.0, 80.0)]), unparsed("b")],
+        [make_sample("a", [(A, "x"), (B, "x"), (C, "x")]), make_sample("b", [(A, "x")])],
+    )
+    assert result == pytest.approx(
+        {"text_f1": 2 * 2 / (3 + 4), "text_miou": (1 + 0.8) / 4, "text_parse_failure_rate": 0.5}
+    )
+
+
+def test_overlap_below_one_half_is_no_hit_but_counts_in_the_mean():
+    result = scores([answered("a", [(5.0, 0.0, 15.0, 10.0)])], [make_sample("a", [(A, "x")])])
+    assert result == pytest.approx({"text_f1": 0.0, "text_miou": 1 / 3, "text_parse_failure_rate": 0.0})
+
+
+def test_pairs_are_one_to_one_and_best_in_sum():
+    # the first box overlaps both truths; giving it the truth it overlaps most leaves nothing for the second box
+    truths = [((0.0, 0.0, 10.0, 10.0), "x"), ((3.0, 0.0, 13.0, 10.0), "x")]
+    boxes = [(1.0, 0.0, 11.0, 10.0), (-3.0, 0.0, 7.0, 10.0)]
+    assert scores([answered("a", boxes)], [make_sample("a", truths)])["text_f1"] == 1.0
+    assert scores([answered("a", [A, A])], [make_sample("a", [(A, "x")])])["text_f1"] == pytest.approx(2 / 3)
+
+
+def test_what_does_not_count():
+    predictions = [make_prediction("a", []), answered("b", [A]), answered("c", [A])]
+    samples = [make_sample("a", [(A, "x")]), make_sample("b", None), Sample("c", b"", 0, 0, ())]
+    assert set(scores(predictions, samples).values()) == {-1.0}
+
+
+def test_empty_images():
+    nothing = make_sample("a", [])
+    assert scores([answered("a", [])], [nothing]) == {
+        "text_f1": -1.0,
+        "text_miou": -1.0,
+        "text_parse_failure_rate": 0.0,
+    }
+    assert scores([answered("a", [A])], [nothing])["text_f1"] == 0.0
+
+
+def test_a_box_in_a_crowd_is_no_false_positive():
+    sample = make_sample("a", [(A, "x")], crowds=[(20.0, 0.0, 60.0, 40.0)])
+    assert scores([answered("a", [A, B, C])], [sample])["text_f1"] == 1.0
+    half_out = (50.0, 0.0, 71.0, 10.0)
+    assert scores([answered("a", [A, half_out])], [sample])["text_f1"] == pytest.approx(2 / 3)
+
+
+def test_boxes_a_model_may_write_but_should_not():
+    boxes = [(5.0, 5.0, 5.0, 5.0), (10.0, 10.0, 0.0, 0.0), (-50.0, -50.0, 500.0, 500.0), A]
+    sample = make_sample("a", [(A, "x")], crowds=[B])
+    assert scores([answered("a", boxes)], [sample])["text_f1"] == pytest.approx(2 / 5)

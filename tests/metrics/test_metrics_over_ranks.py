@@ -1,0 +1,87 @@
+"""Two gloo processes score as one, with unequal shares and a sample that both saw."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from metric_cases import make_prediction, make_sample
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
+from torchmetrics import Metric
+
+from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAveragePrecision
+from recipe.metrics.dense_caption import CaptionMatch
+from recipe.metrics.language import AnswerBoxes
+from recipe.schema import Box, Prediction, Sample
+
+CAPTIONS = ["cat", "dog", "bird"]
+
+
+def scenes() -> list[tuple[Prediction, Sample]]:
+    """Seven random scenes; some without objects, predictions, annotation or an answer that parses."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for index in range(7):
+        corner = torch.rand(4, 2, generator=generator, dtype=torch.float64) * 70
+        size = torch.rand(4, 2, generator=generator, dtype=torch.float64) * 20 + 10
+        jitter = torch.randn(4, 4, generator=generator, dtype=torch.float64) * 2
+        boxes: list[Box] = [tuple(row) for row in torch.cat([corner, corner + size], 1).tolist()]
+        moved: list[Box] = [tuple(row) for row in (torch.cat([corner, corner + size], 1) + jitter).tolist()]
+        scores = torch.rand(4, generator=generator, dtype=torch.float64).sort(descending=True).values.tolist()
+        truths = [(box, CAPTIONS[number % 3]) for number, box in enumerate(boxes)]
+        found = [(box, scores[number], CAPTIONS[number // 2]) for number, box in enumerate(moved)]
+        sample = make_sample(str(index), [None, [], truths][min(index, 2)], None if index == 0 else boxes[:1])
+        pairs.append((make_prediction(str(index), [] if index == 3 else found, None if index == 4 else moved), sample))
+    return pairs
+
+
+def metrics() -> list[Metric]:
+    return [BoxAveragePrecision(), CategoryAveragePrecision(), CaptionMatch(0.3), AnswerBoxes()]
+
+
+def feed(metric: Metric, pairs: list[tuple[Prediction, Sample]]) -> None:
+    metric.update([prediction for prediction, _ in pairs], [sample for _, sample in pairs])
+
+
+def one_rank(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    pairs = scenes()
+    results = []
+    for metric in metrics():
+        # rank 0 gets the one sample that is not annotated, so its tensors are empty at first; both see the last
+        for batch in [pairs[:1], pairs[6:]] if rank == 0 else [pairs[3:6], pairs[1:3], pairs[6:]]:
+            feed(metric, batch)
+        results.append({name: float(value) for name, value in metric.compute().items()})
+        feed(metric, pairs[:1])  # after a reduction each rank goes on with its own share
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_two_ranks_score_as_one(tmp_path: Path):
+    expected = []
+    for metric in metrics():
+        feed(metric, scenes())
+        expected.append({name: float(value) for name, value in metric.compute().items()})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt") == expected
+    assert 0 < expected[0]["box_ap"] < 1
+    assert 0 < expected[1]["category_ap50"] < 1
+    assert 0 < expected[2]["caption_match"] < 1
+    assert 0 < expected[3]["text_f1"] < 1
+
+
+def test_batches_score_as_a_whole_and_reset_forgets():
+    for metric, whole in zip(metrics(), metrics(), strict=True):
+        feed(metric, scenes()[4:5])
+        metric.reset()
+        for pair in reversed(scenes()):
+            feed(metric, [pair])
+        feed(whole, scenes())
+        assert metric.compute() == whole.compute()
