@@ -90,6 +90,7 @@ class RecordReader:
         try:
             if sample_id in self.seen:
                 raise BadRecord("duplicate id", sample_id)
+            _check_text(sample_id)
             sample, num_clipped = self._check(sample_id, parse())
         except BadRecord as error:
             yield Rejected(sample_id, source, error.reason, error.detail)
@@ -265,6 +266,10 @@ def _check_messages(messages: Sequence[Message], num_pictures: int) -> None:
 
 
 def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord("text beyond Unicode", repr(text)) from error
     token = CONTROL_TOKEN.search(text)
     if token is not None:
         raise BadRecord("control token in a text", token.group())

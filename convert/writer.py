@@ -265,7 +265,7 @@ def _check_remote(uploader: CloudUploader, address: str) -> None:
 
 def _save_rejected(out: str, split: str, rejected: list[Rejected]) -> None:
     """Replaces the lines of `split` in OUT/rejected.jsonl, keeps those of the other splits."""
-    lines = [json.dumps({"split": split, **asdict(item)}, ensure_ascii=False) for item in rejected]
+    lines = [json.dumps({"split": split, **asdict(item)}) for item in rejected]
     if urlparse(out).scheme == "":
         folder = Path(os.path.expanduser(out))
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,113 @@
+"""Chooses a diverse pool of teachers from a converted data set, into an MDS folder of its own.
+
+    python -m convert.teachers --local OUT --split train --out POOL --num-samples 32 --seed 1
+
+Each pick adds the most captions that the pool lacks; among equals, and once all captions are there, the one whose
+object count and object size are farthest from those picked. The pool is in the order of picking, so its first
+samples are the most telling. Only annotated samples with a picture and an object that is no crowd can be teachers.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from streaming import StreamingDataset
+
+from convert.writer import build_parser, run
+from recipe.schema import Sample
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the choice looks at.
+
+    Attributes:
+        index: Position in the data set.
+        captions: Of the objects that are no crowd.
+        num_objects: That are no crowd.
+        object_size: Mean side of the boxes, as a share of the picture's.
+    """
+
+    index: int
+    captions: frozenset[str]
+    num_objects: int
+    object_size: float
+
+
+def candidate(index: int, sample: Sample) -> Candidate | None:
+    """The sample as a candidate, or None where it cannot teach."""
+    objects = [item for item in sample.objects or () if not item.iscrowd]
+    if not objects or not sample.image:
+        return None
+    areas = [(item.box[2] - item.box[0]) * (item.box[3] - item.box[1]) for item in objects]
+    sides = np.sqrt(np.asarray(areas) / (sample.width * sample.height))
+    return Candidate(index, frozenset(item.caption for item in objects), len(objects), float(sides.mean()))
+
+
+def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list[int]:
+    """The `index` of the picked candidates, in the order of picking.
+
+    Args:
+        candidates: To pick from.
+        num_samples: How many.
+        seed: Decides between equals.
+
+    Raises:
+        ValueError: There are fewer than `num_samples`.
+    """
+    if len(candidates) < num_samples:
+        raise ValueError(
+            f"{num_samples} teachers asked, but only {len(candidates)} samples can be one (annotated, with a picture "
+            "and an object that is no crowd): lower --num-samples"
+        )
+    features = np.log([(item.num_objects, item.object_size) for item in candidates]).reshape(-1, 2)
+    features = (features - features.min(axis=0)) / np.maximum(np.ptp(features, axis=0), 1e-12)
+    luck = np.random.default_rng(seed).permutation(len(candidates))
+    distance = np.full(len(candidates), np.inf)  # to the nearest picked one; -1 for the picked themselves
+    missing = [set(item.captions) for item in candidates]  # captions that the pool lacks
+    picked: list[int] = []
+    for _ in range(num_samples):
+        gains = np.where(distance >= 0, [len(captions) for captions in missing], -1)
+        best = int(np.lexsort((luck, distance, gains))[-1])
+        picked.append(best)
+        for captions in missing:
+            captions.difference_update(candidates[best].captions)
+        distance = np.minimum(distance, np.linalg.norm(features - features[best], axis=1))
+        distance[picked] = -1
+    return [candidates[position].index for position in picked]
+
+
+def iter_samples(dataset: StreamingDataset, num_samples: int, seed: int) -> Iterator[Sample]:
+    """The pool, in the order of picking.
+
+    Args:
+        dataset: A converted data set; read twice.
+        num_samples: Of the pool.
+        seed: Decides between equals.
+
+    Raises:
+        ValueError: Too few samples can be teachers.
+    """
+    found = (candidate(index, Sample.from_mds(dataset[index])) for index in range(dataset.num_samples))
+    for index in choose([item for item in found if item is not None], num_samples, seed):
+        yield Sample.from_mds(dataset[index])
+
+
+def main() -> None:
+    """The command line."""
+    parser = build_parser(__doc__, with_split=False)
+    parser.add_argument("--local", required=True, help="the data set's folder, or the cache of --remote")
+    parser.add_argument("--remote", help="the data set's object-store address")
+    parser.add_argument("--split", help="folder of the shards under --local and --remote")
+    parser.add_argument("--num-samples", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="decides between equals")
+    args = parser.parse_args()
+    try:
+        dataset = StreamingDataset(local=args.local, remote=args.remote, split=args.split, batch_size=1)
+    except (OSError, RuntimeError) as error:
+        parser.exit(1, f"error: no data set at {args.remote or args.local}, split {args.split}: {error}\n")
+    run(iter_samples(dataset, args.num_samples, args.seed), args, split="", total=args.num_samples)
+
+
+if __name__ == "__main__":
+    main()
