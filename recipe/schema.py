@@ -149,6 +149,7 @@ class Example:
         image_grid_thw: (I, 3) int64, patches along time, height and width.
         has_student_image: The last image is the one the head solves.
         target: None where not annotated: no detection loss.
+        noise_seed: Of this sample's denoising queries in this epoch.
     """
 
     sample: Sample
@@ -160,6 +161,7 @@ class Example:
     image_grid_thw: Tensor
     has_student_image: bool
     target: Target | None
+    noise_seed: int = 0
 
 
 class LossCounts(TypedDict):
@@ -182,6 +184,7 @@ class Batch(TypedDict):
         input_ids: (B, L) int64.
         attention_mask: (B, L) int64, 1 for tokens and 0 for padding; None when packed.
         position_ids: (3, B, L) int64; when packed (4, 1, L), row 0 restarting at 0 for every sample.
+        segment_lengths: Tokens of each sample of a packed row; None for padded rows.
         label_index: (K,) int64, the positions that predict a supervised token (the token before it).
         labels: (K,) int64, the supervised tokens.
         label_roles: (K,) int64 of `Role`.
@@ -191,6 +194,7 @@ class Batch(TypedDict):
         student_images: (N,) int64, which of the I images the head solves.
         student_samples: which sample each of the N images belongs to.
         targets: N of them; None where not annotated.
+        noise_seeds: N of them, see `Example`.
         num_tokens: Real tokens, padding not counted.
         loss_counts: Set by `split_batch`, before the forward pass; None: count this batch alone.
     """
@@ -199,6 +203,7 @@ class Batch(TypedDict):
     input_ids: Tensor
     attention_mask: Tensor | None
     position_ids: Tensor
+    segment_lengths: list[int] | None
     label_index: Tensor
     labels: Tensor
     label_roles: Tensor
@@ -208,6 +213,7 @@ class Batch(TypedDict):
     student_images: Tensor
     student_samples: list[int]
     targets: list[Target | None]
+    noise_seeds: list[int]
     num_tokens: int
     loss_counts: LossCounts | None
 

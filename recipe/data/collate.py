@@ -22,6 +22,7 @@ def collate_standard(examples: Sequence[Example], pad_token_id: int) -> Batch:
         input_ids=input_ids,
         attention_mask=(torch.arange(row_length) < lengths[:, None]).long(),
         position_ids=positions.permute(2, 0, 1).contiguous(),
+        segment_lengths=None,
     )
 
 
@@ -39,6 +40,7 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
         input_ids=torch.cat([item.input_ids for item in examples])[None],
         attention_mask=None,
         position_ids=torch.cat([starts[None], rotary])[:, None],
+        segment_lengths=lengths,
     )
 
 
@@ -48,6 +50,7 @@ def _batch(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor,
+    segment_lengths: list[int] | None,
 ) -> Batch:
     """Adds what both layouts share; `offsets`: where each sample begins in the flattened tokens."""
     supervised = [item.roles.nonzero()[:, 0] for item in examples]
@@ -61,6 +64,7 @@ def _batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
+        segment_lengths=segment_lengths,
         label_index=torch.cat([index + offset - 1 for index, offset in zip(supervised, offsets, strict=True)]),
         labels=torch.cat([item.input_ids[index] for item, index in pairs]),
         label_roles=torch.cat([item.roles[index].long() for item, index in pairs]),

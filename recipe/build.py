@@ -1,0 +1,92 @@
+"""Configuration → model, processor and encoder."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+
+from recipe.config import RecipeConfig
+from recipe.data.encode import Encoder
+from recipe.data.image import ImageSpec, image_spec
+from recipe.joint import JointModel
+from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.detection_head import DetectionHead
+from recipe.models.memory import MemoryBuilder
+from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm
+from recipe.network import JointNetwork
+
+
+def load_processor(config: RecipeConfig) -> Any:
+    """The checkpoint's tokenizer and image processor; the fast image processor, whose numbers differ from the slow's.
+
+    Raises:
+        ValueError: The folder or name holds none.
+    """
+    name = config.model.pretrained_model_name_or_path
+    try:
+        return AutoProcessor.from_pretrained(name, use_fast=True)
+    except OSError as error:
+        raise ValueError(
+            f"model.pretrained_model_name_or_path={name!r} holds no processor ({str(error).splitlines()[0]}): "
+            "give a checkpoint folder or a name on the hub"
+        ) from error
+
+
+def build_encoder(config: RecipeConfig, processor: Any, keep_image: bool = False) -> Encoder:
+    """What turns samples into examples; `keep_image` for evaluation, which draws them."""
+    return Encoder(
+        tokenizer=processor.tokenizer,
+        hf_config=AutoConfig.from_pretrained(config.model.pretrained_model_name_or_path),
+        image_spec=image_spec(processor.image_processor, config.image),
+        prompt=config.prompt,
+        max_caption_tokens=config.caption_decoder.max_caption_tokens,
+        max_seq_len=config.max_seq_len,
+        keep_image=keep_image,
+    )
+
+
+def build_model(config: RecipeConfig, processor: Any) -> JointModel:
+    """The joint model, its language model loaded from the checkpoint."""
+    vlm = load_vlm(
+        config.model.pretrained_model_name_or_path,
+        config.model.attn_implementation,
+        config.model.dtype,
+        config.model.gradient_checkpointing,
+    )
+    network = build_network(config, vlm, image_spec(processor.image_processor, config.image))
+    return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
+
+
+def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -> JointNetwork:
+    """The head on top of a language model; every dimension of the latter is read from its config."""
+    hidden_size = vlm.config.get_text_config().hidden_size
+    head, decoder = config.detection_head, config.caption_decoder
+    width = hidden_size if head.width is None else head.width
+    return JointNetwork(
+        vlm=VisionLanguageModel(
+            vlm, PixelNormalizer(list(spec.image_mean), list(spec.image_std), spec.temporal_patch_size)
+        ),
+        memory=MemoryBuilder(hidden_size, width, head.adapter_ratio, head.memory_positions).to(vlm.dtype),
+        detection_head=DetectionHead(
+            width=width,
+            num_queries=head.num_queries,
+            num_heads=head.num_heads,
+            num_layers=head.num_layers,
+            ffn_factor=head.ffn_factor,
+            dropout=head.dropout,
+            refine_boxes=head.refine_boxes,
+        ).to(vlm.dtype),
+        caption_decoder=CaptionDecoder(
+            hidden_size=hidden_size,
+            width=width,
+            num_heads=decoder.num_heads,
+            num_layers=decoder.num_layers,
+            ffn_factor=decoder.ffn_factor,
+            dropout=decoder.dropout,
+            max_caption_tokens=decoder.max_caption_tokens,
+        ).to(vlm.dtype),
+        matcher=config.matcher,
+        loss=config.loss,
+        num_denoising_groups=head.num_denoising_groups,
+        box_noise=head.box_noise,
+        aux_loss=head.aux_loss,
+    )

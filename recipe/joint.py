@@ -1,0 +1,123 @@
+"""The joint model for Composer's Trainer: where the network, the losses and the metrics meet."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from composer.models import ComposerModel
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedTokenizerBase
+
+from recipe.config import EvaluationConfig, LossConfig, PromptConfig
+from recipe.data.loader import count_losses
+from recipe.inference import predict_batch
+from recipe.losses.detection import caption_loss, denoising_losses, detection_losses
+from recipe.losses.language import language_losses
+from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAveragePrecision
+from recipe.metrics.dense_caption import CaptionMatch
+from recipe.metrics.entries import LossAverage, MetricEntry, metric_entries
+from recipe.metrics.language import AnswerBoxes
+from recipe.network import JointNetwork, JointOutputs
+from recipe.schema import Batch, LossCounts, Prediction
+
+UNIT_COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, microbatches=1)
+
+
+@dataclass
+class EvalOutputs:
+    """Of one evaluation batch: predictions aligned with `batch["samples"]`, loss sums and their counts."""
+
+    predictions: list[Prediction]
+    loss_sums: dict[str, Tensor]
+    counts: LossCounts
+
+
+class JointModel(ComposerModel):
+    """Losses, metrics and predictions of a `JointNetwork`.
+
+    Args:
+        network: The one child module.
+        tokenizer: Decodes captions and answers.
+        loss: Weights of the terms.
+        evaluation: How predictions are made.
+        prompt: In which frame the boxes of an answer are counted.
+    """
+
+    def __init__(
+        self,
+        network: JointNetwork,
+        tokenizer: PreTrainedTokenizerBase,
+        loss: LossConfig,
+        evaluation: EvaluationConfig,
+        prompt: PromptConfig,
+    ):
+        super().__init__()
+        self.model = network
+        self.tokenizer = tokenizer
+        self.loss_config = loss
+        self.evaluation = evaluation
+        self.prompt = prompt
+
+    def forward(self, batch: Batch) -> JointOutputs:
+        """One microbatch → outputs."""
+        return self.model(batch)
+
+    def loss(self, outputs: JointOutputs, batch: Batch, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Named terms and their weighted `total`.
+
+        Composer averages over all microbatches of all ranks. Each term is multiplied by their number, so what it logs
+        and differentiates is the global batch's sum over the global batch's count.
+        """
+        counts = batch["loss_counts"] or count_losses(batch)
+        terms = self.loss_terms(outputs, batch, counts)
+        terms["total"] = self.weighted_total(terms)
+        return {name: term * counts["microbatches"] for name, term in terms.items()}
+
+    def loss_terms(self, outputs: JointOutputs, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
+        """Unweighted terms, divided by `counts`; the same names on every rank, whatever its batch holds."""
+        focal = (self.loss_config.focal_alpha, self.loss_config.focal_gamma)
+        terms = language_losses(outputs.label_logits, batch["labels"], batch["label_roles"], counts)
+        terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, *focal)
+        terms["loss_caption"] = caption_loss(
+            outputs.caption_logits, outputs.caption_labels, outputs.caption_images, len(outputs.targets), counts
+        )
+        if self.model.training and self.model.num_denoising_groups:
+            terms |= denoising_losses(outputs.denoising, outputs.detection, counts, *focal)
+        return terms
+
+    def weighted_total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The one weighted sum; auxiliary and denoising terms weigh as the term they repeat."""
+        names = {name: name.removesuffix("_aux").removesuffix("_dn").removeprefix("loss_") for name in terms}
+        weighted = [getattr(self.loss_config, f"weight_{base}") * terms[name] for name, base in names.items()]
+        return sum(weighted[1:], weighted[0])
+
+    def eval_forward(self, batch: Batch, outputs: JointOutputs | None = None) -> EvalOutputs:
+        """Loss sums and predictions of one evaluation batch."""
+        outputs = self.forward(batch) if outputs is None else outputs
+        sums = self.loss_terms(outputs, batch, UNIT_COUNTS)
+        predictions = predict_batch(
+            self.model, batch, outputs.detection, outputs.memory, self.tokenizer, self.evaluation, self.prompt
+        )
+        return EvalOutputs(predictions, sums, count_losses(batch))
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """The metrics of `eval`, each a scalar under its own name."""
+        if is_train:
+            return {}
+        sources: dict[Metric, tuple[str, ...]] = {
+            BoxAveragePrecision(): ("box_ap", "box_ap50", "box_ap75", "box_ar"),
+            CategoryAveragePrecision(): ("category_ap", "category_ap50"),
+            CaptionMatch(self.evaluation.score_threshold): ("caption_match", "matched_boxes", "recall"),
+            LossAverage(): tuple(LossAverage.denominators),
+        }
+        if self.evaluation.generate_answer:
+            sources[AnswerBoxes()] = ("text_f1", "text_miou", "text_parse_failure_rate")
+        return {name: entry for source, names in sources.items() for name, entry in metric_entries(source, names)}
+
+    def update_metric(self, batch: Batch, outputs: EvalOutputs, metric: Metric) -> None:
+        """Adds one evaluation batch to a metric."""
+        assert isinstance(metric, MetricEntry)
+        if isinstance(metric.source, LossAverage):
+            metric.update(outputs.loss_sums, outputs.counts)
+        else:
+            metric.update(outputs.predictions, batch["samples"])

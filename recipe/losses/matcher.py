@@ -1,0 +1,121 @@
+"""Hungarian matching of queries and objects (Carion et al. 2020, section 3.1), all layers and images at once.
+
+The cost matrix is one batched float32 expression on the device, moved to the host in one copy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert, generalized_box_iou_loss
+
+from recipe.schema import DetectionOutputs, Target
+
+UNUSABLE = 1e6  # the cost of a pair whose prediction is not finite: taken only when nothing else is left
+
+
+@dataclass
+class Matches:
+    """Matched pairs of one layer, all images together; n = the sum of min(Q, T) over annotated images.
+
+    Attributes:
+        image: (n,) int64, which of the N images.
+        query: (n,) int64, the query.
+        target: (n,) int64, the object, counted within its image.
+    """
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+@torch.no_grad()
+def match(
+    layers: Sequence[DetectionOutputs],
+    targets: Sequence[Target | None],
+    cost_bbox: float,
+    cost_giou: float,
+    cost_objectness: float,
+    focal_alpha: float = 0.25,
+    focal_gamma: float = 2.0,
+) -> list[Matches]:
+    """Finds the cheapest one-to-one assignment for every layer and image.
+
+    More objects than queries is legal: the best are matched. Non-finite predictions never reach scipy.
+
+    Args:
+        layers: Outputs of the decoder layers, for N images each.
+        targets: N of them; None (not annotated) and no objects both match nothing.
+        cost_bbox: Weight of the L1 distance of cxcywh boxes.
+        cost_giou: Weight of 1 - GIoU.
+        cost_objectness: Weight of the focal cost of calling the query an object (Deformable DETR's class cost).
+        focal_alpha: Of the focal cost.
+        focal_gamma: Of the focal cost.
+
+    Returns:
+        One `Matches` a layer.
+    """
+    device = layers[0].pred_boxes.device
+    counts = [0 if target is None else len(target["boxes"]) for target in targets]
+    triples: list[list[tuple[int, int, int]]] = [[] for _ in layers]
+    if any(counts):
+        boxes = pad_sequence(
+            [torch.zeros(0, 4, device=device) if t is None else t["boxes"] for t in targets], batch_first=True
+        )
+        pred_boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
+        logits = torch.stack([layer.pred_objectness for layer in layers])
+        cost = cost_matrix(
+            pred_boxes, logits, boxes, cost_bbox, cost_giou, cost_objectness, focal_alpha, focal_gamma
+        ).cpu()
+        for layer_triples, layer_cost in zip(triples, cost.numpy(), strict=True):
+            for image, count in enumerate(counts):
+                queries, objects = linear_sum_assignment(layer_cost[image, :, :count])
+                layer_triples += [(image, int(q), int(t)) for q, t in zip(queries, objects, strict=True)]
+    packed = torch.tensor([t for rows in triples for t in rows], dtype=torch.int64).view(-1, 3).to(device)
+    return [Matches(*part.unbind(1)) for part in packed.split([len(rows) for rows in triples])]
+
+
+def cost_matrix(
+    pred_boxes: Tensor,
+    pred_objectness: Tensor,
+    target_boxes: Tensor,
+    cost_bbox: float,
+    cost_giou: float,
+    cost_objectness: float,
+    focal_alpha: float,
+    focal_gamma: float,
+) -> Tensor:
+    """The cost of every (query, object) pair of every layer and image, finite everywhere.
+
+    Args:
+        pred_boxes: (layers, N, Q, 4) cxcywh.
+        pred_objectness: (layers, N, Q) logits.
+        target_boxes: (N, T, 4) cxcywh, padded.
+        cost_bbox: See `match`.
+        cost_giou: See `match`.
+        cost_objectness: See `match`.
+        focal_alpha: See `match`.
+        focal_gamma: See `match`.
+
+    Returns:
+        (layers, N, Q, T) float32.
+    """
+    queries = pred_boxes.float()[..., None, :]  # (layers, N, Q, 1, 4)
+    objects = target_boxes.float()[:, None]  # (N, 1, T, 4)
+    l1 = (queries - objects).abs().sum(-1)  # (layers, N, Q, T)
+    giou = generalized_box_iou_loss(*torch.broadcast_tensors(_xyxy(queries), _xyxy(objects)), reduction="none")
+    probability = pred_objectness.float().sigmoid()[..., None]
+    object_cost = focal_alpha * (1 - probability) ** focal_gamma * -(probability + 1e-8).log()
+    empty_cost = (1 - focal_alpha) * probability**focal_gamma * -(1 - probability + 1e-8).log()
+    cost = cost_bbox * l1 + cost_giou * giou + cost_objectness * (object_cost - empty_cost)
+    return cost.nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
+
+
+def _xyxy(boxes: Tensor) -> Tensor:
+    return box_convert(boxes, "cxcywh", "xyxy")

@@ -1,0 +1,110 @@
+"""Denoising queries (DN-DETR; contrastive as in DINO, section 3.3): noised ground truth that the decoder must mend.
+
+They need no matching, so they teach the decoder to refine boxes from the first step. The noise of an image depends
+on its seed alone, never on the batch it stands in, so training stays exact under microbatches, ranks and resume.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from recipe.schema import Target
+
+
+@dataclass
+class DenoisingQueries:
+    """Noised boxes of N images; G groups of (T positive, T negative) queries, T padded to the largest image.
+
+    Attributes:
+        boxes: (N, G * 2 * T, 4) cxcywh: the reference boxes.
+        valid: (N, G * 2 * T) bool, False at padding.
+        target_boxes: (N, G * 2 * T, 4) cxcywh: what each query should become.
+        positive: (N, G * 2 * T) bool: True where the query is an object, False where it should be rejected.
+        num_groups: G.
+    """
+
+    boxes: Tensor
+    valid: Tensor
+    target_boxes: Tensor
+    positive: Tensor
+    num_groups: int
+
+    def __len__(self) -> int:
+        return self.boxes.shape[1]
+
+    def attention_mask(self, num_queries: int) -> Tensor:
+        """Who may look at whom in self-attention, the denoising queries standing first.
+
+        Object queries never see denoising queries (these hold the ground truth); groups do not see one another;
+        padding is seen by nobody but itself.
+
+        Returns:
+            (N, 1, total, total) bool, True where a row may look at a column.
+        """
+        total = len(self) + num_queries
+        group = torch.full((total,), -1, device=self.boxes.device)
+        group[: len(self)] = torch.arange(self.num_groups, device=group.device).repeat_interleave(
+            len(self) // self.num_groups
+        )
+        same_group = group[:, None] == group[None, :]
+        sees_object_queries = (group == -1)[None, :]
+        visible = torch.ones(len(self.boxes), total, dtype=torch.bool, device=group.device)
+        visible[:, : len(self)] = self.valid
+        itself = torch.eye(total, dtype=torch.bool, device=group.device)
+        return ((same_group | sees_object_queries) & visible[:, None, :] | itself)[:, None]
+
+
+def make_denoising_queries(
+    targets: Sequence[Target | None], noise_seeds: Sequence[int], num_groups: int, box_noise: float
+) -> DenoisingQueries | None:
+    """Noises the ground truth of N images.
+
+    Args:
+        targets: N of them; None where not annotated.
+        noise_seeds: N integers; the same seed and boxes give the same noise.
+        num_groups: G.
+        box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times it.
+
+    Returns:
+        None where no image has an object or `num_groups` is 0.
+    """
+    boxes = [None if target is None else target["boxes"] for target in targets]
+    if num_groups == 0 or not any(b is not None and len(b) for b in boxes):
+        return None
+    device = next(b for b in boxes if b is not None).device
+    noised, clean, counts = [], [], []
+    for box, seed in zip(boxes, noise_seeds, strict=True):
+        box = torch.zeros(0, 4, device=device) if box is None else box
+        noised.append(_noise(box, seed, num_groups, box_noise).transpose(0, 1))  # (T, 2G, 4)
+        clean.append(box)
+        counts.append(len(box))
+    references = pad_sequence(noised, batch_first=True, padding_value=0.5)  # (N, T, 2G, 4)
+    target_boxes = pad_sequence(clean, batch_first=True, padding_value=0.5)  # (N, T, 4)
+    num_images, longest = target_boxes.shape[:2]
+    valid = torch.arange(longest, device=device) < torch.tensor(counts, device=device)[:, None]
+    positive = (torch.arange(2 * num_groups, device=device) % 2 == 0).repeat_interleave(longest)
+    return DenoisingQueries(
+        boxes=references.transpose(1, 2).reshape(num_images, -1, 4),
+        valid=valid.repeat(1, 2 * num_groups),
+        target_boxes=target_boxes.repeat(1, 2 * num_groups, 1),
+        positive=positive.expand(num_images, -1),
+        num_groups=num_groups,
+    )
+
+
+def _noise(boxes: Tensor, seed: int, num_groups: int, box_noise: float) -> Tensor:
+    """(T, 4) cxcywh → (2G, T, 4): for each group the positives, then the negatives."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_groups, 2, len(boxes), 4)
+    size = torch.rand(shape, generator=generator)
+    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    size[:, 1] += 1  # a negative is at least as far off as the farthest positive
+    shift = (size * sign * box_noise).to(boxes)
+    half = boxes[:, 2:] / 2
+    corners = torch.cat([boxes[:, :2] - half, boxes[:, :2] + half], dim=-1)
+    corners = (corners + shift * torch.cat([half, half], dim=-1)).clamp(0, 1)
+    low, high = torch.minimum(corners[..., :2], corners[..., 2:]), torch.maximum(corners[..., :2], corners[..., 2:])
+    return torch.cat([(low + high) / 2, high - low], dim=-1).flatten(0, 1)

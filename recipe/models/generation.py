@@ -1,0 +1,90 @@
+"""Greedy generation: captions of kept queries with a key/value cache, and the language model's own answer."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.memory import Memory
+from recipe.models.vlm import VisionLanguageModel
+
+
+@torch.no_grad()
+def generate_captions(
+    decoder: CaptionDecoder,
+    query_features: Tensor,
+    boxes: Tensor,
+    memory: Memory,
+    embed: Callable[[Tensor], Tensor],
+    logits: Callable[[Tensor], Tensor],
+    eos_token_id: int,
+) -> Tensor:
+    """Writes the captions of N images with T queries each, all at once.
+
+    Args:
+        decoder: The caption decoder.
+        query_features: (N, T, W).
+        boxes: (N, T, 4) cxcywh in [0, 1].
+        memory: Of the N images.
+        embed: Token ids → (..., D).
+        logits: (..., D) → (..., V).
+        eos_token_id: Ends a caption.
+
+    Returns:
+        (N, T, C) int64: after its end a caption goes on with `eos_token_id`.
+    """
+    cache = decoder.start_cache(memory)
+    tokens: list[Tensor] = []
+    finished = torch.zeros(query_features.shape[:2], dtype=torch.bool, device=query_features.device)
+    for _ in range(decoder.max_caption_tokens):
+        embeds = embed(tokens[-1][..., None]) if tokens else None
+        hidden = decoder(query_features, boxes, memory, embeds, cache)  # (N, T, 1, D)
+        chosen = logits(hidden[:, :, 0]).argmax(-1).masked_fill(finished, eos_token_id)  # (N, T)
+        tokens.append(chosen)
+        finished |= chosen == eos_token_id
+        if bool(finished.all()):
+            break
+    return torch.stack(tokens, dim=-1)
+
+
+@torch.no_grad()
+def generate_answers(
+    vlm: VisionLanguageModel,
+    prompts: Sequence[Tensor],
+    pixel_patches: Tensor,
+    image_grid_thw: Tensor,
+    max_new_tokens: int,
+) -> list[Tensor]:
+    """Lets the language model answer, through transformers' own `generate`.
+
+    Args:
+        vlm: The language model.
+        prompts: One (S,) int64 a sample, up to and including the generation prompt.
+        pixel_patches: (P, 3 * patch * patch) uint8, the images of all prompts in order.
+        image_grid_thw: (I, 3).
+        max_new_tokens: Longest answer.
+
+    Returns:
+        One (new tokens,) int64 a sample, end-of-sequence and padding among them.
+    """
+    hf_model = vlm.hf_model
+    pad_token_id = hf_model.generation_config.pad_token_id
+    flipped = [prompt.flip(0) for prompt in prompts]
+    input_ids = pad_sequence(flipped, batch_first=True, padding_value=pad_token_id).flip(1)  # padded on the left
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=input_ids.device)
+    columns = torch.arange(input_ids.shape[1], 0, -1, device=input_ids.device)
+    images = {}
+    if len(image_grid_thw):
+        pixel_values = vlm.normalizer(pixel_patches).to(hf_model.dtype)
+        images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+    generated = hf_model.generate(
+        input_ids=input_ids,
+        attention_mask=(columns <= lengths[:, None]).long(),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        **images,
+    )
+    return list(generated[:, input_ids.shape[1] :])

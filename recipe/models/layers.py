@@ -1,0 +1,86 @@
+"""Building blocks that the detection head and the caption decoder share."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head attention over `F.scaled_dot_product_attention`, with keys that can be cached.
+
+    Positions, where given, get projections of their own and are matched beside the contents (Conditional DETR,
+    section 3.3): the score of a pair is content · content + position · position.
+
+    Args:
+        width: Of queries, keys and values; a multiple of `num_heads`.
+        num_heads: Heads.
+        positional: Queries and keys come with positions.
+    """
+
+    def __init__(self, width: int, num_heads: int, positional: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.query_position = nn.Linear(width, width) if positional else None
+        self.key_position = nn.Linear(width, width, bias=False) if positional else None
+
+    def keys_values(self, states: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N, M, W) → keys and values (N, heads, M, ·), to be passed to `forward`."""
+        keys = self._split(self.key(states))
+        if self.key_position is not None:
+            assert positions is not None
+            keys = torch.cat([keys, self._split(self.key_position(positions))], dim=-1)
+        return keys, self._split(self.value(states))
+
+    def forward(
+        self,
+        states: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attends from `states` (N, Q, W) to the keys.
+
+        Args:
+            states: (N, Q, W).
+            keys_values: From `keys_values`.
+            positions: (N, Q, W), where the module is positional.
+            mask: Bool, broadcastable to (N, heads, Q, M); True where a query may look.
+            is_causal: Query i sees keys 0 to i.
+        """
+        queries = self._split(self.query(states))
+        if self.query_position is not None:
+            assert positions is not None
+            queries = torch.cat([queries, self._split(self.query_position(positions))], dim=-1)
+        keys, values = keys_values
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _split(self, states: Tensor) -> Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, ·, W / heads)
+
+
+class FeedForward(nn.Sequential):
+    """The transformer's feed-forward block, `factor` times as wide inside."""
+
+    def __init__(self, width: int, factor: int, dropout: float):
+        super().__init__(
+            nn.Linear(width, width * factor), nn.GELU(), nn.Dropout(dropout), nn.Linear(width * factor, width)
+        )
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them: DETR's box head."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, num_layers: int):
+        sizes = [in_features, *[hidden_features] * (num_layers - 1), out_features]
+        layers: list[nn.Module] = []
+        for size_in, size_out in pairwise(sizes):
+            layers += [nn.Linear(size_in, size_out), nn.ReLU()]
+        super().__init__(*layers[:-1])

@@ -1,0 +1,161 @@
+"""The joint network: language model, detection memory, detection head and caption decoder in one forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recipe.config import LossConfig, MatcherConfig
+from recipe.losses.matcher import Matches, match
+from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.denoising import DenoisingQueries, make_denoising_queries
+from recipe.models.detection_head import DetectionHead
+from recipe.models.memory import Memory, MemoryBuilder
+from recipe.models.vlm import VisionLanguageModel, VlmOutputs
+from recipe.schema import Batch, DetectionOutputs, Target
+
+
+@dataclass
+class JointOutputs:
+    """What one forward pass gives; letters as in `recipe.schema`.
+
+    Attributes:
+        label_logits: (K, V), of the supervised positions.
+        memory: Of the N images.
+        detection: Of the object queries.
+        denoising: The queries and their outputs; None outside training.
+        matches: One a decoder layer, the last layer's last.
+        targets: N of them.
+        caption_logits: (k, V), of the tokens of all matched captions.
+        caption_labels: (k,) int64.
+        caption_images: (k,) int64, each token's image.
+    """
+
+    label_logits: Tensor
+    memory: Memory
+    detection: DetectionOutputs
+    denoising: tuple[DenoisingQueries, DetectionOutputs] | None
+    matches: list[Matches]
+    targets: Sequence[Target | None]
+    caption_logits: Tensor
+    caption_labels: Tensor
+    caption_images: Tensor
+
+
+class JointNetwork(nn.Module):
+    """One forward pass from a batch to everything the losses and predictions need.
+
+    Every parameter takes part in every step, also where a batch has no picture, no object or no text: otherwise
+    ranks wait for one another for ever. Such parts run on a blank row that no loss term counts.
+
+    Args:
+        vlm: The language model.
+        memory: Builds an image's memory.
+        detection_head: Reads it.
+        caption_decoder: Writes what the queries found.
+        matcher: Weights of the matching costs.
+        loss: For the focal parameters of the matching cost.
+        num_denoising_groups: 0: no denoising queries.
+        box_noise: Of the denoising queries.
+        aux_loss: False: earlier layers' outputs are dropped.
+    """
+
+    def __init__(
+        self,
+        vlm: VisionLanguageModel,
+        memory: MemoryBuilder,
+        detection_head: DetectionHead,
+        caption_decoder: CaptionDecoder,
+        matcher: MatcherConfig,
+        loss: LossConfig,
+        num_denoising_groups: int,
+        box_noise: float,
+        aux_loss: bool,
+    ):
+        super().__init__()
+        self.vlm = vlm
+        self.memory = memory
+        self.detection_head = detection_head
+        self.caption_decoder = caption_decoder
+        self.matcher = matcher
+        self.focal = (loss.focal_alpha, loss.focal_gamma)
+        self.num_denoising_groups = num_denoising_groups
+        self.box_noise = box_noise
+        self.aux_loss = aux_loss
+
+    def forward(self, batch: Batch) -> JointOutputs:
+        """One pass over a collated microbatch."""
+        states = self.vlm(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["position_ids"],
+            batch["segment_lengths"],
+            batch["pixel_patches"],
+            batch["image_grid_thw"],
+        )
+        label_logits = self.vlm.logits(states.last_hidden_state[batch["label_index"]])
+        memory = self.build_memory(states, batch)
+        targets: Sequence[Target | None] = batch["targets"] or [None]
+        noise_seeds = batch["noise_seeds"] or [0]
+        queries = None
+        if self.training:
+            queries = make_denoising_queries(targets, noise_seeds, self.num_denoising_groups, self.box_noise)
+        detection, denoised = self.detection_head(memory, queries)
+        if not self.aux_loss:
+            detection.aux_outputs.clear()
+        costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
+        matches = match([*detection.aux_outputs, detection], targets, *costs, *self.focal)
+        captions = self._caption_logits(detection, memory, matches[-1], targets)
+        denoising = None if queries is None or denoised is None else (queries, denoised)
+        return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
+
+    def build_memory(self, states: VlmOutputs, batch: Batch) -> Memory:
+        """The memory of the batch's N student images; of one blank image where there is none."""
+        hidden = states.last_hidden_state
+        solved = batch["student_images"].tolist()
+        if not solved:
+            blank = hidden.new_zeros(1, hidden.shape[-1])
+            return self.memory([blank], [(1, 1)], blank[None], torch.ones(1, 1, dtype=torch.bool, device=hidden.device))
+        merge = self.vlm.hf_model.config.vision_config.spatial_merge_size
+        sizes = (batch["image_grid_thw"][:, 1:] // merge).tolist()
+        prompt_index = batch["prompt_index"]
+        return self.memory(
+            [states.image_features[image] for image in solved],
+            [tuple(sizes[image]) for image in solved],
+            hidden[prompt_index.clamp(min=0)],
+            prompt_index >= 0,
+        )
+
+    def _caption_logits(
+        self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher-forced logits of the captions of matched queries: (k, V), labels (k,), images (k,)."""
+        labels = padded_captions(targets, matches, detection.pred_boxes.device)  # (N, T, C)
+        num_images, num_slots = labels.shape[:2]
+        queries = torch.zeros(num_images, num_slots, dtype=torch.int64, device=labels.device)
+        queries[matches.image, matches.target] = matches.query
+        rows = torch.arange(num_images, device=labels.device)[:, None]
+        embeds = self.vlm.embed_tokens(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
+        hidden = self.caption_decoder(
+            detection.query_features[rows, queries], detection.pred_boxes[rows, queries], memory, embeds
+        )
+        image, slot, token = (labels != -100).nonzero(as_tuple=True)
+        logits = self.vlm.logits(hidden[image, slot, token])
+        if not len(image):
+            logits = logits + 0.0 * hidden.sum()
+        return logits, labels[image, slot, token], image
+
+
+def padded_captions(targets: Sequence[Target | None], matches: Matches, device: torch.device) -> Tensor:
+    """The captions of matched objects, each in its object's slot: (N, T, C) int64, -100 elsewhere; T, C at least 1."""
+    captions = [torch.empty(0, 1, dtype=torch.int64) if t is None else t["caption_ids"] for t in targets]
+    num_slots = max(1, *(len(ids) for ids in captions))
+    length = max(1, *(ids.shape[1] for ids in captions if len(ids)), 1)
+    labels = torch.full((len(captions), num_slots, length), -100, device=device)
+    for row, ids in zip(labels, captions, strict=True):
+        if len(ids):
+            row[: len(ids), : ids.shape[1]] = ids
+    matched = torch.zeros(labels.shape[:2], dtype=torch.bool, device=device)
+    matched[matches.image, matches.target] = True
+    return labels.masked_fill(~matched[..., None], -100)
