@@ -59,23 +59,23 @@ class LrScale:
 
     factor: float
     rule: str
-    tokens: float | None
+    tokens: float
     reference_tokens: int | None
 
 
-def lr_scale(config: OptimizerConfig, tokens_per_batch: float | None) -> LrScale:
+def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> LrScale:
     """The factor that the batch's tokens put on the learning rates.
 
     Args:
         config: `lr_scaling`: none; linear: in proportion to tokens; sqrt: to their root.
-        tokens_per_batch: Real tokens of one optimizer step over all ranks, measured or planned.
+        tokens_per_batch: Real tokens of one optimizer step over all ranks; NaN where not counted.
 
     Raises:
         ValueError: The rule needs a number that is missing.
     """
     if config.lr_scaling == "none":
         return LrScale(1.0, "none", tokens_per_batch, config.reference_tokens)
-    if not config.reference_tokens or not tokens_per_batch:
+    if not config.reference_tokens or not tokens_per_batch > 0:
         raise ValueError(
             f"optimizer.lr_scaling={config.lr_scaling} needs optimizer.reference_tokens (is {config.reference_tokens}) "
             f"and the tokens of a batch (are {tokens_per_batch}): set reference_tokens, or lr_scaling=none"
@@ -89,7 +89,7 @@ def lr_scale(config: OptimizerConfig, tokens_per_batch: float | None) -> LrScale
     )
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch: float | None = None) -> AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch: float = float("nan")) -> AdamW:
     """AdamW over the groups whose rate is not 0; the others are frozen with `requires_grad_(False)`.
 
     Matrices decay, vectors (biases, norms) do not, so a group may come as two optimizer groups; both carry its `name`.

@@ -76,6 +76,21 @@ def build_eval_loader(config: RecipeConfig, encoder: Encoder) -> DataSpec:
     )
 
 
+def estimate_tokens_per_batch(config: RecipeConfig, loader: DataSpec, num_samples: int = 32) -> float:
+    """Real tokens of one global batch: the mean over evenly spread samples times the batch size.
+
+    The same number on every rank and at every resume. Only counted where the learning rates depend on it.
+    """
+    if config.optimizer.lr_scaling == "none":
+        return float("nan")
+    assert isinstance(loader.dataloader, DataLoader)
+    dataset = loader.dataloader.dataset
+    assert isinstance(dataset, SampleStream)
+    step = max(1, dataset.num_samples // num_samples)
+    lengths = [len(dataset[index].input_ids) for index in range(0, dataset.num_samples, step)]
+    return sum(lengths) / len(lengths) * config.train_loader.global_batch_size
+
+
 def device_batch_size(loader: LoaderConfig) -> int:
     """Samples of a global batch that one rank reads.
 

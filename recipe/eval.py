@@ -1,0 +1,52 @@
+"""Evaluate a checkpoint: `composer recipe/eval.py YAML load_path=CHECKPOINT [key.sub=value ...]`."""
+
+import json
+import sys
+from pathlib import Path
+
+from composer import Evaluator, Trainer
+from composer.utils import dist, get_device, reproducibility
+
+from recipe.build import build_encoder, build_model, load_processor
+from recipe.callbacks.table import build_callbacks, build_loggers
+from recipe.config import ConfigError, RecipeConfig
+from recipe.config_checks import config_from_command_line
+from recipe.data.loader import build_eval_loader
+from recipe.logging_setup import setup_logging
+
+
+def main(config: RecipeConfig) -> dict[str, float]:
+    """Scores `load_path` on the evaluation set; the scores also go to `{run_folder}/eval.json`.
+
+    Raises:
+        ConfigError: There is nothing to judge.
+    """
+    if config.load_path is None:
+        raise ConfigError("missing load_path: give the checkpoint to judge, load_path=CHECKPOINT")
+    dist.initialize_dist(get_device())
+    reproducibility.seed_all(config.seed)
+    processor = load_processor(config)
+    eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True))
+    trainer = Trainer(
+        model=build_model(config, processor),
+        eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
+        callbacks=build_callbacks(config, processor.tokenizer),
+        loggers=build_loggers(config),
+        seed=config.seed,
+        load_path=config.load_path,
+        load_weights_only=True,
+        precision=config.trainer.get("precision"),
+        progress_bar=config.trainer.get("progress_bar", True),
+    )
+    trainer.eval()
+    scores = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
+    if dist.get_global_rank() == 0:
+        Path(config.run_folder, "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
+        for name, value in scores.items():
+            print(f"{name:24} {value:.4f}")
+    return scores
+
+
+if __name__ == "__main__":
+    setup_logging()
+    main(config_from_command_line(sys.argv[1:]))
