@@ -1,0 +1,96 @@
+"""Fixtures of the data tests: a tiny checkpoint's processor, an encoder, samples and shards."""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from streaming import MDSWriter
+from transformers import AutoProcessor, Qwen2_5_VLConfig
+
+from recipe.config import ImageConfig, PromptConfig
+from recipe.data.encode import Encoder
+from recipe.data.image import ImageSpec, image_spec
+from recipe.models.tiny import build_tiny_checkpoint
+from recipe.schema import MDS_COLUMNS, Object, Sample
+
+MakeSample = Callable[..., Sample]
+WriteShards = Callable[[Path, Sequence[Sample]], dict[str, str]]
+
+
+@pytest.fixture(autouse=True)
+def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Streaming frees shared memory at exit only, and each new data set opens that of all before it once more."""
+    cleanups: list[Callable[[], None]] = []
+    monkeypatch.setattr("streaming.base.shared.memory.atexit", SimpleNamespace(register=cleanups.append))
+    yield
+    gc.collect()
+    for cleanup in cleanups:
+        with suppress(BufferError):
+            cleanup()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    build_tiny_checkpoint(folder, hidden_size=64, num_layers=1, vision_hidden_size=32, vision_depth=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_folder: str) -> Any:
+    return AutoProcessor.from_pretrained(tiny_folder, use_fast=True)
+
+
+@pytest.fixture(scope="session")
+def hf_config(tiny_folder: str) -> Qwen2_5_VLConfig:
+    return Qwen2_5_VLConfig.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def spec(processor: Any) -> ImageSpec:
+    return image_spec(processor.image_processor, ImageConfig())
+
+
+@pytest.fixture(scope="session")
+def encoder(processor: Any, hf_config: Qwen2_5_VLConfig, spec: ImageSpec) -> Encoder:
+    return Encoder(processor.tokenizer, hf_config, spec, PromptConfig(), max_caption_tokens=32, max_seq_len=4096)
+
+
+@pytest.fixture(scope="session")
+def make_sample() -> MakeSample:
+    """A picture of noise with `num_objects` objects (None: not annotated); `number` seeds both."""
+
+    def make(number: int = 0, num_objects: int | None = 2, width: int = 80, height: int = 60, **changes) -> Sample:
+        rng = np.random.default_rng(number)
+        stream = BytesIO()
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(stream, "png")
+        objects = None
+        if num_objects is not None:
+            objects = tuple(
+                Object((5.0 * i, 3.0 * i + 1, 5.0 * i + 20 + number % 7, 3.0 * i + 30), f"red star {number} {i}")
+                for i in range(num_objects)
+            )
+        fields = {"id": f"sample-{number}", "image": stream.getvalue(), "width": width, "height": height}
+        return Sample(**{**fields, "objects": objects, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_shards() -> WriteShards:
+    """Writes samples to a folder and returns the keywords of a stream over it."""
+
+    def write(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
+        with MDSWriter(out=str(folder), columns=dict(MDS_COLUMNS), size_limit=1 << 15) as writer:
+            for sample in samples:
+                writer.write(sample.to_mds())
+        return {"local": str(folder)}
+
+    return write

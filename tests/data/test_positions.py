@@ -1,0 +1,29 @@
+"""Rotary positions of one sample."""
+
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+from recipe.data.positions import rope_positions
+
+
+def test_positions_of_text_count_up(hf_config: Qwen2_5_VLConfig):
+    positions = rope_positions(torch.tensor([5, 6, 7]), torch.empty(0, 3, dtype=torch.int64), hf_config)
+    assert positions.tolist() == [[0, 1, 2]] * 3
+
+
+def test_positions_around_a_picture_worked_by_hand(hf_config: Qwen2_5_VLConfig):
+    start, pad, end = hf_config.vision_start_token_id, hf_config.image_token_id, hf_config.vision_end_token_id
+    ids = torch.tensor([9, start, pad, pad, pad, pad, pad, pad, end, 9])
+    positions = rope_positions(ids, torch.tensor([[1, 4, 6]]), hf_config)
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6],
+    ]
+
+
+def test_positions_equal_those_of_a_real_model(hf_config: Qwen2_5_VLConfig, encoder, make_sample):
+    example = encoder(make_sample(0, 2), [make_sample(1, 1, width=50, height=120)])
+    model = Qwen2_5_VLModel(hf_config)
+    expected, _ = model.get_rope_index(example.input_ids[None], example.image_grid_thw)
+    assert torch.equal(example.position_ids, expected[:, 0])
