@@ -133,7 +133,7 @@ def find_picture(root: str, name: str) -> str:
     if os.path.isabs(name) or os.path.commonpath([root, path]) != root:
         raise BadRecord("path leaves the image root", name)
     if not os.path.isfile(path):
-        raise BadRecord("missing file", name)
+        raise BadRecord("missing file", repr(name))
     return path
 
 

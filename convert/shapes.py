@@ -31,7 +31,8 @@ SIZES = {"small": (0.18, 0.27), "large": (0.33, 0.45)}  # side of the shape, as 
 SHAPES = ("circle", "square", "triangle", "star")
 MAX_IOU = 0.1
 _OVERSAMPLE = 4  # shapes are drawn so many times larger and reduced, for smooth edges
-_TRIES = 100  # places tried for a shape, and scenes tried for a count
+_PLACES = 100  # tried for a shape
+_SCENES = 20  # tried for a count of shapes
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def draw_scene(seed: int, index: int, image_size: int = 140, min_objects: int = 
     rng = np.random.default_rng([seed, index])
     pixels = _background(rng, image_size)
     count = int(rng.integers(min_objects, max_objects + 1))
-    scenes = (_place_shapes(rng, count, image_size) for _ in range(_TRIES))
+    scenes = (_place_shapes(rng, count, image_size) for _ in range(_SCENES))
     shapes = next((shapes for shapes in scenes if shapes is not None), None)
     if shapes is None:
         raise ValueError(f"found no room for {count} shapes in one scene: lower max_objects ({max_objects})")
@@ -102,7 +103,7 @@ def _place_shapes(rng: np.random.Generator, count: int, image_size: int) -> list
     """`count` shapes that hardly overlap, or None where one found no place."""
     shapes: list[_Shape] = []
     for _ in range(count):
-        for _ in range(_TRIES):
+        for _ in range(_PLACES):
             shape = _random_shape(rng, image_size)
             placed = torch.tensor([other.box for other in shapes]).reshape(-1, 4)
             if not (box_iou(torch.tensor([shape.box]), placed) > MAX_IOU).any():
@@ -117,20 +118,14 @@ def _random_shape(rng: np.random.Generator, image_size: int) -> _Shape:
     size, color, name = (values[rng.integers(len(values))] for values in (list(SIZES), list(COLORS), SHAPES))
     side = round(rng.uniform(*SIZES[size]) * image_size)
     left, top = (int(start) for start in rng.integers(0, image_size - side + 1, size=2))
-    mask = _mask(name, side)
-    rows, columns = np.nonzero(mask >= 128)
-    box = (
-        float(left + columns.min()),
-        float(top + rows.min()),
-        float(left + columns.max() + 1),
-        float(top + rows.max() + 1),
-    )
+    mask, (x1, y1, x2, y2) = _mask(name, side)
+    box = (left + x1, top + y1, left + x2, top + y2)
     return _Shape(mask, left, top, box, color, f"{size} {color} {name}")
 
 
 @cache
-def _mask(name: str, side: int) -> np.ndarray:
-    """(side, side) uint8 coverage, 0 to 255, of a shape that fills its square."""
+def _mask(name: str, side: int) -> tuple[np.ndarray, Box]:
+    """(side, side) uint8 coverage, 0 to 255, of a shape that fills its square; the box of the half-covered pixels."""
     scale = side * _OVERSAMPLE
     canvas = Image.new("L", (scale, scale))
     draw = ImageDraw.Draw(canvas)
@@ -146,7 +141,9 @@ def _mask(name: str, side: int) -> np.ndarray:
         points = np.stack([radii * np.sin(turns), -radii * np.cos(turns)], axis=1)
         points = (points - points.min(axis=0)) / np.ptp(points, axis=0) * (scale - 1)
         draw.polygon([tuple(point) for point in points], fill=255)
-    return np.asarray(canvas.reduce(_OVERSAMPLE))
+    mask = np.asarray(canvas.reduce(_OVERSAMPLE))
+    rows, columns = np.nonzero(mask >= 128)
+    return mask, (float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
 
 
 def _paint(rng: np.random.Generator, pixels: np.ndarray, shape: _Shape) -> None:

@@ -1,0 +1,197 @@
+"""COCO instances, by hand and on the real sets."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from convert_helpers import picture, read_rejected, read_samples, run_main, write_json
+
+from convert.coco import iter_samples, read_instances
+from convert.writer import Note, Rejected
+from recipe.schema import Object, Sample
+
+
+def annotation(number: int, image_id: Any, bbox: list[Any], **more: Any) -> dict[str, Any]:
+    return {"id": number, "image_id": image_id, "bbox": bbox, "category_id": 3, **more}
+
+
+def image(number: int, name: str = "good.jpg") -> dict[str, Any]:
+    return {"id": number, "file_name": name, "width": 20, "height": 10}
+
+
+INSTANCES = {
+    "images": [image(7), image(9), image(11)],
+    "annotations": [
+        annotation(1, 7, [1, 2, 3.5, 4], area=10.5, iscrowd=0),
+        annotation(2, 7, [0, 0, 20, 10], area=50, iscrowd=1),
+        annotation(3, 9, [5, 5, 5, 5]),
+    ],
+    "categories": [{"id": 3, "name": "cat"}],
+}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "good.jpg").write_bytes(picture())
+    return tmp_path / "images"
+
+
+def test_by_hand(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_json(tmp_path / "instances.json", INSTANCES)
+    run_main(
+        monkeypatch, "coco", "--annotations", path, "--images", images, "--out", tmp_path / "out", "--split", "train"
+    )
+    data = picture()
+    objects = (Object((1, 2, 4.5, 6), "cat", False, 10.5), Object((0, 0, 20, 10), "cat", True, 50))
+    assert read_samples(tmp_path / "out") == [
+        Sample("7", data, 20, 10, objects),
+        Sample("9", data, 20, 10, (Object((5, 5, 10, 10), "cat"),)),
+        Sample("11", data, 20, 10, ()),
+    ]
+    assert read_rejected(tmp_path / "out") == []
+
+
+def test_phrases(tmp_path: Path, images: Path) -> None:
+    regions = [
+        {"annotation_id": 3, "phrase": " a sleeping cat "},
+        {"annotation_id": 3, "phrase": "another"},
+        {"annotation_id": 99, "phrase": "nobody"},
+        {"annotation_id": 1, "phrase": None},
+        {"phrase": "of nothing"},
+    ]
+    found = list(iter_samples(INSTANCES, images, write_json(tmp_path / "regions.json", {"regions": regions})))
+    captions = [item.caption for sample in found if isinstance(sample, Sample) for item in sample.objects or ()]
+    assert captions == ["cat", "cat", "a sleeping cat"]
+    assert [item.count for item in found if isinstance(item, Note)] == [1]
+    rejected = [(item.id, item.source, item.reason) for item in found if isinstance(item, Rejected)]
+    assert rejected == [
+        ("99", "regions.json: region 2", "phrase of an unknown annotation"),
+        ("1", "regions.json: region 3", "malformed phrase"),
+        ("", "regions.json: region 4", "phrase of an unknown annotation"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (annotation(4, 7, [1, 1, 2, 2], category_id=8), "unknown category"),
+        (annotation(4, 7, [1, 1, 2, 2], category_id=None), "unknown category"),
+        (annotation(4, 7, [1, 1, -2, 2]), "inverted box"),
+        (annotation(4, 7, [1, 1, 0, 2]), "zero-area box"),
+        (annotation(4, 7, [1, 1, float("nan"), 2]), "non-finite box"),
+        (annotation(4, 7, [1, 1, 30, 2]), "box outside the picture"),
+        (annotation(4, 7, [1, 1, 2]), "malformed box"),
+        (annotation(4, 7, [1, 1, 2, 2], area=float("inf")), "malformed area"),
+    ],
+)
+def test_bad_annotation_rejects_its_image_only(images: Path, bad: dict[str, Any], reason: str) -> None:
+    found = list(iter_samples({**INSTANCES, "annotations": [*INSTANCES["annotations"], bad]}, images))
+    assert [(item.id, item.reason) for item in found if isinstance(item, Rejected)] == [("7", reason)]
+    assert [item.id for item in found if isinstance(item, Sample)] == ["9", "11"]
+
+
+@pytest.mark.parametrize("image_id", [8, None, [7]])
+def test_annotation_of_no_image_is_counted(images: Path, image_id: Any) -> None:
+    orphan = annotation(4, image_id, [1, 1, 2, 2])
+    found = list(iter_samples({**INSTANCES, "annotations": [*INSTANCES["annotations"], orphan]}, images))
+    assert [(item.id, item.reason) for item in found if isinstance(item, Rejected)] == [("4", "unknown image")]
+    assert sum(isinstance(item, Sample) for item in found) == 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (image(7), "duplicate id"),
+        (image(8, "none.jpg"), "missing file"),
+        (image(8, "../instances.json"), "path leaves the image root"),
+        ({"id": 8}, "malformed record"),
+        ({"id": None, "file_name": "good.jpg"}, "malformed record"),
+        ("good.jpg", "malformed record"),
+        ({**image(8), "width": 10}, "wrong size"),
+    ],
+)
+def test_bad_image(images: Path, bad: Any, reason: str) -> None:
+    found = list(iter_samples({**INSTANCES, "images": [*INSTANCES["images"], bad]}, images))
+    assert [item.reason for item in found if isinstance(item, Rejected)] == [reason]
+
+
+def test_file_that_is_not_coco(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"lacks the lists \['annotations', 'categories'\]"):
+        read_instances(write_json(tmp_path / "a.json", {"images": []}))
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        read_instances(tmp_path / "b.json")
+    with pytest.raises(ValueError, match="lacks an id or a name"):
+        list(iter_samples({**INSTANCES, "categories": [{"id": 3}]}, images))
+    with pytest.raises(SystemExit) as stop:
+        run_main(
+            monkeypatch, "coco", "--annotations", tmp_path / "no", "--images", images, "--out", "o", "--split", "s"
+        )
+    assert stop.value.code == 1
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("name", "pictures", "boxes", "crowd", "empty", "classes"),
+    [
+        ("coco_cc_train", 78, 744, 9, 1, 80),
+        ("chess_train", 100, 1001, 0, 0, 12),
+        ("wagon_train", 110, 423, 0, 0, 2),
+        ("bccd_trainval", 292, 3941, 0, 0, 3),
+    ],
+)
+def test_real_sets_lose_nothing(
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    pictures: int,
+    boxes: int,
+    crowd: int,
+    empty: int,
+    classes: int,
+) -> None:
+    folder = shared_data / name
+    path = folder / "instances.json"
+    arguments = ["--annotations", path, "--images", folder / "images", "--out", tmp_path, "--split", "train"]
+    run_main(monkeypatch, "coco", *arguments, "--strict")
+    samples = read_samples(tmp_path)
+    objects = [item for sample in samples for item in sample.objects or ()]
+    assert (len(samples), len(objects), sum(item.iscrowd for item in objects)) == (pictures, boxes, crowd)
+    assert sum(sample.objects == () for sample in samples) == empty
+    truth = json.loads(path.read_text())
+    categories = {category["id"]: category["name"] for category in truth["categories"]}
+    assert len(categories) == classes
+    names = Counter(categories[item["category_id"]] for item in truth["annotations"])
+    assert Counter(item.caption for item in objects) == names
+    files = {str(item["id"]): item["file_name"] for item in truth["images"]}
+    assert all(sample.image == (folder / "images" / files[sample.id]).read_bytes() for sample in samples)
+    for sample in samples:
+        expected = [item for item in truth["annotations"] if str(item["image_id"]) == sample.id]
+        for item, row in zip(sample.objects or (), expected, strict=True):
+            x, y, width, height = row["bbox"]
+            assert item.box == pytest.approx((x, y, x + width, y + height))
+            assert (item.caption, item.iscrowd) == (categories[row["category_id"]], bool(row.get("iscrowd", 0)))
+            assert item.area == row.get("area")
+
+
+@pytest.mark.shared_data
+def test_real_phrases(shared_data: Path) -> None:
+    folder = shared_data / "coco_cc_train"
+    regions = json.loads((folder / "regions.json").read_text())["regions"]
+    first: dict[int, str] = {}
+    for region in regions:
+        first.setdefault(region["annotation_id"], region["phrase"])
+    assert (len(regions), len(first)) == (62, 61)
+    plain = list(iter_samples(read_instances(folder / "instances.json"), folder / "images"))
+    found = list(iter_samples(read_instances(folder / "instances.json"), folder / "images", folder / "regions.json"))
+    assert [item.count for item in found if isinstance(item, Note)] == [1]
+    pairs = [
+        (old.caption, new.caption)
+        for before, after in zip(plain, found[1:], strict=True)
+        for old, new in zip(before.objects, after.objects, strict=True)  # pyright: ignore
+    ]
+    assert sorted(new for old, new in pairs if old != new) == sorted(first.values())

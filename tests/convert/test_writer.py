@@ -1,0 +1,155 @@
+"""The shards appear whole or not at all; what is rejected is told."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from convert_helpers import read_rejected, read_samples
+from streaming.base.storage import LocalUploader, upload
+
+from convert.writer import Item, Note, Rejected, write_split
+from recipe.schema import Object, Sample
+
+SAMPLES = [
+    Sample(
+        "a", b"not decoded here", 20, 10, (Object((0.0, 1.5, 4.0, 5.0), "été"), Object((0, 0, 9, 9), "", True, 7.5))
+    ),
+    Sample("b", b"\x00\xff", 3, 3, ()),
+    Sample("c", b"", 0, 0, None, ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})),
+]
+BAD = Rejected("x", "file: line 9", "some reason", "value")
+
+
+def failing() -> Iterator[Item]:
+    yield SAMPLES[0]
+    raise RuntimeError("midway")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_samples_come_back_equal(tmp_path: Path) -> None:
+    summary = write_split(SAMPLES, str(tmp_path), "train", hashes=["xxh64"])
+    assert read_samples(tmp_path) == SAMPLES
+    assert (summary.samples, summary.pictures, summary.empty, summary.not_annotated) == (3, 2, 1, 1)
+    assert (summary.objects, summary.crowd, summary.shards) == (2, 1, 1)
+    shard = json.loads((tmp_path / "train" / "index.json").read_text())["shards"][0]
+    assert list(shard["raw_data"]["hashes"]) == ["xxh64"]
+    assert shard["compression"] is None
+    assert names(tmp_path) == ["rejected.jsonl", "train"]
+
+
+def test_first_sample_above_size_limit_makes_no_empty_shard(tmp_path: Path) -> None:
+    summary = write_split(SAMPLES, str(tmp_path), "train", size_limit=1)
+    assert summary.shards == 3
+    assert read_samples(tmp_path) == SAMPLES
+
+
+def test_exception_midway_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="midway"):
+        write_split(failing(), str(tmp_path), "train")
+    assert names(tmp_path) == []
+
+
+def test_exception_midway_keeps_the_old_split(tmp_path: Path) -> None:
+    write_split([*SAMPLES, BAD], str(tmp_path), "train")
+    with pytest.raises(RuntimeError, match="midway"):
+        write_split(failing(), str(tmp_path), "train", overwrite=True)
+    assert read_samples(tmp_path) == SAMPLES
+    assert len(read_rejected(tmp_path)) == 1
+
+
+def test_not_empty_is_refused_unless_overwrite(tmp_path: Path) -> None:
+    write_split(SAMPLES, str(tmp_path), "train")
+    with pytest.raises(ValueError, match=r"not empty.*--overwrite"):
+        write_split(SAMPLES[:1], str(tmp_path), "train")
+    write_split(SAMPLES[:1], str(tmp_path), "train", overwrite=True)
+    assert read_samples(tmp_path) == SAMPLES[:1]
+
+
+def test_overwrite_replaces_data_sets_only(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"no index\.json"):
+        write_split(SAMPLES, str(tmp_path), "train", overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "train")
+    with pytest.raises(ValueError, match="link"):
+        write_split(SAMPLES, str(tmp_path), "link", overwrite=True)
+    assert (tmp_path / "train" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("split", ["../train", "/train", "a/../../b", ".", "rejected.jsonl"])
+def test_split_stays_under_out(tmp_path: Path, split: str) -> None:
+    with pytest.raises(ValueError, match="--split"):
+        write_split(SAMPLES, str(tmp_path / "out"), split)
+    assert names(tmp_path) == []
+
+
+def test_rejected_rows_of_other_splits_stay(tmp_path: Path) -> None:
+    write_split([*SAMPLES, BAD, BAD], str(tmp_path), "train")
+    write_split([BAD, *SAMPLES], str(tmp_path), "eval")
+    assert [row["split"] for row in read_rejected(tmp_path)] == ["train", "train", "eval"]
+    summary = write_split([*SAMPLES, BAD], str(tmp_path), "train", overwrite=True)
+    assert summary.rejected == {"some reason": 1}
+    assert sorted(row["split"] for row in read_rejected(tmp_path)) == ["eval", "train"]
+    assert read_rejected(tmp_path)[0] == {
+        "split": "eval", "id": "x", "source": "file: line 9", "reason": "some reason", "detail": "value"
+    }  # fmt: skip
+
+
+def test_strict_stops_at_the_first_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"file: line 9.*some reason.*--strict"):
+        write_split([SAMPLES[0], Note("mended", 2), BAD, SAMPLES[1], BAD], str(tmp_path), "train", strict=True)
+    assert names(tmp_path) == ["rejected.jsonl"]
+    assert len(read_rejected(tmp_path)) == 1
+
+
+def test_nothing_good_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no record was good"):
+        write_split([BAD], str(tmp_path), "train")
+    assert names(tmp_path) == ["rejected.jsonl"]
+
+
+def test_summary_text(tmp_path: Path) -> None:
+    text = str(write_split([*SAMPLES, BAD, Note("mended", 2), Note("mended", 3)], str(tmp_path), "train"))
+    assert "3  (2 with a picture, 1 known to hold nothing, 1 not annotated)" in text
+    assert "2  (1 crowd regions)" in text
+    assert "5  mended" in text
+    assert "1  some reason" in text
+
+
+class FakeStore(LocalUploader):
+    """`s3://bucket/...` as a folder."""
+
+    root: Path
+
+    def __init__(self, out: tuple[str, str], keep_local: bool = False, *args: object) -> None:
+        path = urlparse(out[1]).path.lstrip("/")
+        super().__init__((out[0], str(self.root / path)), keep_local)
+
+    def list_objects(self, prefix: str | None = None) -> list[str]:
+        return [str(path) for path in Path(str(self.remote)).rglob("*") if path.name.startswith(prefix or "")]
+
+
+def test_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    monkeypatch.setattr(FakeStore, "root", store, raising=False)
+    monkeypatch.setattr(upload, "S3Uploader", FakeStore)
+    monkeypatch.setattr(
+        "convert.writer.CloudDownloader.direct_download",
+        lambda remote, local: shutil.copy(store / urlparse(remote).path.lstrip("/"), local),
+    )
+    write_split([*SAMPLES, BAD], "s3://bucket/set", "train", size_limit=1)
+    write_split([BAD, *SAMPLES], "s3://bucket/set", "eval")
+    assert read_samples(store / "set") == SAMPLES
+    assert [row["split"] for row in read_rejected(store / "set")] == ["train", "eval"]
+    with pytest.raises(ValueError, match=r"s3://bucket/set/train is not empty"):
+        write_split(SAMPLES, "s3://bucket/set", "train", overwrite=True)
+    assert read_samples(store / "set") == SAMPLES
+    with pytest.raises(RuntimeError, match="midway"):
+        write_split(failing(), "s3://bucket/set", "other")
+    assert not (store / "set" / "other" / "index.json").exists()
