@@ -1,8 +1,15 @@
 """Fixtures shared by all tests."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from recipe.config import RecipeConfig
+from recipe.joint import JointModel
+from recipe.schema import Example
+from tests.tiny_cases import build_checkpoint, make_config, make_examples, make_model
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -13,3 +20,32 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA.name}: these tests need the folder beside the checkout")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the smallest checkpoint that still has every kind of layer."""
+    return build_checkpoint(str(tmp_path_factory.mktemp("tiny_checkpoint")))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_checkpoint: str) -> Callable[..., RecipeConfig]:
+    """Makes a float64 configuration of it: `tiny_config(detection_head={"num_queries": 3})`."""
+    return partial(make_config, tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def shared_model(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    return make_model(tiny_config())
+
+
+@pytest.fixture
+def tiny_model(shared_model: JointModel) -> JointModel:
+    """A float64 joint model in training mode, the same for all tests: leave its weights alone."""
+    return shared_model.train()
+
+
+@pytest.fixture(scope="session")
+def tiny_examples(tiny_config: Callable[..., RecipeConfig]) -> dict[str, Example]:
+    """Encoded samples of every kind, by name; see `tests.tiny_cases.make_samples`."""
+    return make_examples(tiny_config())

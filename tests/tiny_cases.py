@@ -1,0 +1,135 @@
+"""A tiny joint model, and a mixed batch that holds every kind of sample; for tests and for scripts of several ranks."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.shapes import draw_scene
+from recipe.build import build_encoder, build_model, load_processor
+from recipe.config import RecipeConfig
+from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.loader import Collator, split_batch
+from recipe.joint import JointModel
+from recipe.models.tiny import build_tiny_checkpoint
+from recipe.schema import Batch, Example, Sample
+
+NUM_QUERIES = 5
+TEXT_CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
+IMAGE_CHAT = ({"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "large blue circle"})
+
+
+def build_checkpoint(folder: str) -> str:
+    """A checkpoint that a forward and backward pass takes a tenth of a second of."""
+    build_tiny_checkpoint(
+        folder, hidden_size=64, num_layers=2, vision_hidden_size=32, vision_depth=2, vocab_size=320, seed=3
+    )
+    return folder
+
+
+def make_config(checkpoint: str, **changes: Any) -> RecipeConfig:
+    """A float64 run; `changes` as `section={key: value}` or `key=value`.
+
+    The head is narrower than the language model, so that no projection is an identity.
+    """
+    config = RecipeConfig()
+    sections: dict[str, Any] = {
+        "model": {"pretrained_model_name_or_path": checkpoint, "dtype": "float64"},
+        "detection_head": {"num_queries": NUM_QUERIES, "width": 32, "num_heads": 4, "num_denoising_groups": 2},
+        "caption_decoder": {"num_layers": 2, "num_heads": 4, "max_caption_tokens": 16},
+        "evaluation": {"score_threshold": 0.0, "max_new_tokens": 4},
+    }
+    for name, values in changes.items():
+        sections[name] = {**sections.get(name, {}), **values} if isinstance(values, dict) else values
+    return replace(
+        config,
+        **{
+            name: replace(getattr(config, name), **values) if isinstance(values, dict) else values
+            for name, values in sections.items()
+        },
+    )
+
+
+def make_model(config: RecipeConfig) -> JointModel:
+    """The joint model in training mode, its fresh parts moved off the zeros they start from.
+
+    A zero weight hides what lies behind it: with the box layer at its start no other box parameter has a gradient.
+    """
+    torch.manual_seed(0)
+    model = build_model(config, load_processor(config))
+    with torch.no_grad():
+        for part in (model.model.memory, model.model.detection_head, model.model.caption_decoder):
+            for parameter in part.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.train()
+
+
+def make_samples() -> dict[str, Sample]:
+    """One sample of each kind; pictures of several sizes, one larger than a vision window."""
+
+    def scene(index: int, size: int, objects: int) -> Sample:
+        return draw_scene(seed=5, index=index, image_size=size, min_objects=objects, max_objects=objects)
+
+    return {
+        "two": scene(0, 140, 2),
+        "text": Sample("text", b"", 0, 0, None, TEXT_CHAT),
+        "unannotated": replace(scene(2, 84, 1), objects=None, messages=IMAGE_CHAT),
+        "empty": replace(scene(3, 56, 0), objects=()),
+        "crowded": scene(4, 112, NUM_QUERIES + 1),
+        "one": scene(5, 84, 1),
+        "teacher": scene(6, 56, 1),
+        "other_teacher": scene(7, 84, 2),
+    }
+
+
+def make_examples(config: RecipeConfig) -> dict[str, Example]:
+    """The student samples of `make_samples`, encoded, with none, one or two teachers and noise of their own."""
+    encoder = build_encoder(config, load_processor(config))
+    samples = make_samples()
+    teachers = [samples.pop("teacher"), samples.pop("other_teacher")]
+    shown = {"two": teachers, "empty": teachers[1:], "one": teachers[:1]}
+    return {
+        name: replace(encoder(sample, shown.get(name, [])), noise_seed=seed)
+        for seed, (name, sample) in enumerate(samples.items(), start=100)
+    }
+
+
+def collator(name: str) -> Collator:
+    """`standard` or `packed`; the padding is no token of the samples, so that a leak of it shows."""
+    return collate_packed if name == "packed" else partial(collate_standard, pad_token_id=7)
+
+
+def make_batches(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[Batch]:
+    """The microbatches of one global batch, each told the denominators of all."""
+    groups = [examples[start : start + microbatch_size] for start in range(0, len(examples), microbatch_size)]
+    return split_batch([collator(layout)(group) for group in groups], microbatch_size)
+
+
+def losses_and_gradients(model: JointModel, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every loss term and every parameter's gradient of one step, as Composer sums them over microbatches."""
+    model.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        losses = model.loss(model(batch), batch)
+        (losses["total"] / len(batches)).backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach() / len(batches)
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing, f"no gradient: {missing}"
+    return sums, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Norm of the difference of two whole gradients, in norms of the second."""
+    assert found.keys() == expected.keys()
+    differences = torch.stack([(found[name] - expected[name]).norm() for name in expected])
+    return float(differences.norm() / torch.stack([value.norm() for value in expected.values()]).norm())
+
+
+def loss_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative difference of a loss term."""
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).abs() / expected[name].abs()) for name in expected)
