@@ -1,14 +1,21 @@
 """The configuration: one dataclass a yaml section. Defaults live here and nowhere else.
 
 A yaml overrides the defaults, `key.sub=value` arguments override the yaml. Sections that hold another library's
-keywords (`trainer`, `callbacks`, `loggers`, `streams`, `dataset`, `dataloader`) keep that library's spelling and are
-checked against its real signature by `load_config`, before anything is built.
+keywords (`trainer`, `callbacks`, `loggers`, `streams`, `dataset`, `dataloader`) keep that library's spelling.
+`load_config` checks keys, types and presence; `recipe.config_checks` checks values, combinations and those keywords.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast
 
-from omegaconf import MISSING
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from recipe.redact import redact
 
 
 @dataclass
@@ -56,7 +63,7 @@ class PromptConfig:
 
     system: str = "You are a helpful assistant."
     detect: str = "Locate every object in the image and report bounding boxes as JSON."
-    candidate_phrases: list[str] = field(default_factory=list)  # appended to `detect` where given
+    candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect` where given
     box_coordinates: str = "absolute"  # absolute: pixels of the resized image | normalized_1000: 0 to 1000
 
 
@@ -84,8 +91,8 @@ class LoaderConfig:
     streams: dict[str, Any] = MISSING  # {name: streaming.Stream keywords}
     global_batch_size: int = MISSING  # samples of one optimizer step, over all ranks
     collator: str = "standard"  # standard: padded rows | packed: one row without padding
-    dataset: dict[str, Any] = field(default_factory=dict)  # streaming.StreamingDataset keywords
-    dataloader: dict[str, Any] = field(default_factory=dict)  # torch.utils.data.DataLoader keywords
+    dataset: dict[str, Any] = field(default_factory=dict[str, Any])  # streaming.StreamingDataset keywords
+    dataloader: dict[str, Any] = field(default_factory=dict[str, Any])  # torch.utils.data.DataLoader keywords
 
 
 @dataclass
@@ -170,6 +177,103 @@ class RecipeConfig:
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    trainer: dict[str, Any] = field(default_factory=dict)  # composer.Trainer keywords
-    callbacks: dict[str, Any] = field(default_factory=dict)  # {name: keywords}
-    loggers: dict[str, Any] = field(default_factory=dict)  # {name: keywords}
+    trainer: dict[str, Any] = field(default_factory=dict[str, Any])  # composer.Trainer keywords
+    callbacks: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off
+    loggers: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off
+
+
+class ConfigError(ValueError):
+    """A mistake in the yaml or on the command line, told in one line that names the key and the remedy."""
+
+
+def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
+    """Reads a run's configuration: the defaults above, overridden by the yaml, overridden by `key.sub=value` texts.
+
+    Raises:
+        ConfigError: The yaml is missing or no yaml, a key is unknown, a value has the wrong type or is missing.
+    """
+    config = OmegaConf.structured(RecipeConfig)
+    config = _merge(config, _read_yaml(yaml_path), yaml_path)
+    config = _merge(config, _parse_overrides(overrides), "the command line")
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"missing {', '.join(missing)}: set in {yaml_path} or as key=value on the command line")
+        return cast(RecipeConfig, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{error.full_key}: {reason}; mend the ${{...}} or set the variable") from error
+
+
+def save_config(config: RecipeConfig, path: str | Path) -> None:
+    """Writes the resolved configuration as a yaml that `load_config` reads, secrets replaced by `<redacted>`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(redact(asdict(config)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """The end of an error message: the likeliest of the `allowed` names, or all of them where none is like `name`."""
+    close = difflib.get_close_matches(name, allowed, n=1)
+    return f"did you mean {close[0]}?" if close else f"one of: {', '.join(sorted(allowed))}"
+
+
+def _read_yaml(path: str) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a yaml file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no yaml: {_flatten(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path} must hold `key: value` sections, not a list: see yamls/ for examples")
+    return loaded
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not all(key.split(".")) or key.startswith("-"):
+            raise ConfigError(f"cannot read the argument {override!r}: write key.sub=value, without dashes")
+        try:
+            OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"cannot read the value of {override!r}: {_flatten(error)}") from error
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
+    sections = {entry.name for entry in fields(RecipeConfig) if callable(entry.default_factory)}
+    for name, value in cast(dict[str, Any], OmegaConf.to_container(updates)).items():
+        # One section at a time: OmegaConf names no key where a section is of the wrong kind.
+        if name in sections and not isinstance(value, dict) and not str(value).startswith("${"):
+            raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
+        try:
+            config = cast(DictConfig, OmegaConf.merge(config, {name: value}))
+        except ConfigKeyError as error:
+            raise ConfigError(f"unknown key {error.full_key} in {source}: {_nearest_key(error)}") from error
+        except OmegaConfBaseException as error:
+            key = error.full_key or name
+            raise ConfigError(f"wrong value of {key} in {source}: {_flatten(str(error).splitlines()[0])}") from error
+    return config
+
+
+def _nearest_key(error: ConfigKeyError) -> str:
+    section = cast(type, error.object_type)
+    names = [entry.name for entry in fields(section)]
+    if not difflib.get_close_matches(str(error.key), names, n=1):
+        elsewhere = [key for key in _all_keys(RecipeConfig) if key.split(".")[-1] == error.key]
+        if elsewhere:
+            return f"did you mean {' or '.join(elsewhere)}?"
+    return nearest(str(error.key), names)
+
+
+def _all_keys(section: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for entry in fields(section):
+        kind: Any = entry.type
+        keys += _all_keys(kind, f"{prefix}{entry.name}.") if is_dataclass(kind) else [prefix + entry.name]
+    return keys
+
+
+def _flatten(message: object) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,112 @@
+"""Show the first training and evaluation sample as the model gets it, decoded, with the role of every token."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from recipe.schema import Batch, Role, Target
+
+log = logging.getLogger(__name__)
+
+_IMAGE_PAD = "<|image_pad|>"
+_TAGS = {Role.NONE: "prompt", Role.TEACHER: "teacher answer", Role.STUDENT: "student answer"}
+
+
+class LogFirstSample(Callback):
+    """Logs the first sample of rank 0, once in training and once in evaluation, and keeps it as a text file.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        folder: Gets `first_train_sample.txt` and `first_eval_sample.txt`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: str | Path):
+        self.tokenizer = tokenizer
+        self.folder = Path(folder)
+        self._shown: set[str] = set()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Shows the first training sample."""
+        self._show("train", state.batch)
+
+    def eval_batch_start(self, state: State, logger: Logger) -> None:
+        """Shows the first evaluation sample."""
+        self._show("eval", state.batch)
+
+    def _show(self, name: str, microbatches: Sequence[Batch]) -> None:
+        if name in self._shown or dist.get_global_rank() != 0:
+            return
+        self._shown.add(name)
+        text = describe_first_sample(microbatches[0], self.tokenizer)
+        path = self.folder / f"first_{name}_sample.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+        log.info("first %s sample (also in %s):\n%s", name, path, text)
+
+
+def describe_first_sample(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first sample of a batch as text: its segments of equal role, image placeholders collapsed, and its target."""
+    length = _first_length(batch)
+    ids = batch["input_ids"][0, :length].tolist()
+    roles = torch.full((length,), int(Role.NONE))
+    supervised = batch["label_index"] + 1  # where each label stands, in the flattened tokens
+    inside = supervised < length
+    roles[supervised[inside].cpu()] = batch["label_roles"][inside].cpu()
+
+    grids = iter(batch["image_grid_thw"].tolist())
+    parts = [f"sample {batch['samples'][0].id}, {length} tokens"]
+    position = 0
+    for role, group in groupby(roles.tolist()):
+        count = len(list(group))
+        text = _decode(ids[position : position + count], tokenizer, grids)
+        parts.append(f"[{_TAGS[Role(role)]}, {count} tokens]\n{text}")
+        position += count
+    if 0 in batch["student_samples"]:
+        parts.append(_describe_target(batch["targets"][batch["student_samples"].index(0)], tokenizer))
+    return "\n".join(parts)
+
+
+def _first_length(batch: Batch) -> int:
+    if batch["attention_mask"] is not None:
+        return int(batch["attention_mask"][0].sum())
+    starts = (batch["position_ids"][0, 0] == 0).nonzero()[:, 0].tolist()  # packed: row 0 restarts at every sample
+    return starts[1] if len(starts) > 1 else batch["input_ids"].shape[1]
+
+
+def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, grids: Iterator[list[int]]) -> str:
+    image_pad = tokenizer.get_vocab()[_IMAGE_PAD]
+    texts = []
+    for is_image, group in groupby(ids, key=lambda token: token == image_pad):
+        tokens = list(group)
+        texts.append(_image_tag(len(tokens), next(grids)) if is_image else str(tokenizer.decode(tokens)))
+    return "".join(texts)
+
+
+def _image_tag(num_tokens: int, grid: Sequence[int]) -> str:
+    time, height, width = grid
+    merge = math.isqrt(time * height * width // num_tokens)
+    return f"<image {width // merge}x{height // merge}>"
+
+
+def _describe_target(target: Target | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    if target is None:
+        return "[target] not annotated: no detection loss"
+    lines = [f"[target] {len(target['boxes'])} objects, boxes as centre and size in 0 to 1"]
+    for box, caption_ids in zip(target["boxes"].tolist(), target["caption_ids"], strict=True):
+        caption = tokenizer.decode(_without_padding(caption_ids), skip_special_tokens=True)
+        lines.append(f"  ({', '.join(f'{value:.3f}' for value in box)}) {caption}")
+    return "\n".join(lines)
+
+
+def _without_padding(caption_ids: Tensor) -> list[int]:
+    return caption_ids[caption_ids >= 0].tolist()

@@ -1,0 +1,80 @@
+"""The callbacks and loggers that a yaml may name, and the ones every run has."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from composer import Callback
+from composer.callbacks import (
+    EarlyStopper,
+    LRMonitor,
+    MemoryMonitor,
+    NaNMonitor,
+    OptimizerMonitor,
+    RuntimeEstimator,
+    SpeedMonitor,
+    SystemMetricsMonitor,
+    ThresholdStopper,
+)
+from composer.loggers import FileLogger, LoggerDestination, TensorboardLogger, WandBLogger
+from transformers import PreTrainedTokenizerBase
+
+from recipe.callbacks.json_lines import JsonLinesLogger
+from recipe.callbacks.log_first_sample import LogFirstSample
+from recipe.callbacks.log_predictions import LogPredictions
+from recipe.config import RecipeConfig
+
+CALLBACKS: Mapping[str, type[Callback]] = {
+    "early_stopper": EarlyStopper,
+    "lr_monitor": LRMonitor,
+    "memory_monitor": MemoryMonitor,
+    "nan_monitor": NaNMonitor,
+    "optimizer_monitor": OptimizerMonitor,
+    "runtime_estimator": RuntimeEstimator,
+    "speed_monitor": SpeedMonitor,
+    "system_metrics_monitor": SystemMetricsMonitor,
+    "threshold_stopper": ThresholdStopper,
+}
+LOGGERS: Mapping[str, type[LoggerDestination]] = {
+    "file": FileLogger,
+    "json_lines": JsonLinesLogger,
+    "tensorboard": TensorboardLogger,
+    "wandb": WandBLogger,
+}
+
+
+def build_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
+    """The callbacks the yaml names, then those that show the first samples and draw predictions."""
+    callbacks = [CALLBACKS[name](**keywords) for name, keywords in config.callbacks.items() if keywords is not None]
+    callbacks.append(LogFirstSample(tokenizer, config.run_folder))
+    if config.evaluation.num_logged_images:
+        pictures = Path(config.run_folder) / "pictures"
+        callbacks.append(
+            LogPredictions(config.evaluation.num_logged_images, pictures, config.evaluation.score_threshold)
+        )
+    return callbacks
+
+
+def build_loggers(config: RecipeConfig) -> list[LoggerDestination]:
+    """The loggers the yaml names, each writing into the run folder unless its keywords say otherwise."""
+    run_folder = Path(config.run_folder)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    return [
+        LOGGERS[name](**_logger_keywords(name, keywords, run_folder))
+        for name, keywords in config.loggers.items()
+        if keywords is not None
+    ]
+
+
+def _logger_keywords(name: str, keywords: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
+    if name == "file":
+        return {"filename": f"{run_folder}/log-rank{{rank}}.txt", **keywords}
+    if name == "json_lines":
+        return {"path": str(run_folder / "metrics.jsonl"), **keywords}
+    if name == "tensorboard":
+        return {"log_dir": str(run_folder / "tensorboard"), **keywords}
+    # Offline unless the user says otherwise: a refused log-in would end the run at its start.
+    init_kwargs = {"dir": str(run_folder), "mode": os.environ.get("WANDB_MODE", "offline")}
+    init_kwargs |= keywords.get("init_kwargs") or {}
+    return {"project": "qwen-detect-recipe", **keywords, "init_kwargs": init_kwargs}

@@ -1,0 +1,317 @@
+"""Judge a configuration before anything is built: values, combinations, other libraries' keywords."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from math import inf
+from typing import Any, NoReturn
+
+from composer import Callback, Time, Trainer
+from composer.core import Precision
+from streaming import Stream, StreamingDataset
+from torch.utils.data import DataLoader
+
+from recipe.callbacks.table import CALLBACKS, LOGGERS
+from recipe.config import ConfigError, LoaderConfig, RecipeConfig, load_config, nearest
+
+CHOICES: Mapping[str, Sequence[str]] = {
+    "model.attn_implementation": ("auto", "eager", "sdpa", "flash_attention_2"),
+    "model.dtype": ("float32", "bfloat16", "float64"),
+    "prompt.box_coordinates": ("absolute", "normalized_1000"),
+    "train_loader.collator": ("standard", "packed"),
+    "eval_loader.collator": ("standard", "packed"),
+    "optimizer.lr_scaling": ("none", "linear", "sqrt"),
+    "scheduler.name": ("cosine", "linear", "constant"),
+}
+# Least and greatest allowed value.
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "max_seq_len": (1, inf),
+    "detection_head.num_queries": (1, inf),
+    "detection_head.width": (1, inf),
+    "detection_head.num_heads": (1, inf),
+    "detection_head.num_layers": (1, inf),
+    "detection_head.ffn_factor": (1, inf),
+    "detection_head.dropout": (0, 1),
+    "detection_head.adapter_ratio": (1, inf),
+    "detection_head.num_denoising_groups": (0, inf),
+    "detection_head.box_noise": (0, 1),
+    "caption_decoder.num_layers": (1, inf),
+    "caption_decoder.num_heads": (1, inf),
+    "caption_decoder.ffn_factor": (1, inf),
+    "caption_decoder.dropout": (0, 1),
+    "caption_decoder.max_caption_tokens": (2, inf),
+    "image.min_pixels": (1, inf),
+    "image.max_pixels": (1, inf),
+    "teachers.num_teachers": (0, inf),
+    "teachers.teacher_ratio": (0, 1),
+    "train_loader.global_batch_size": (1, inf),
+    "eval_loader.global_batch_size": (1, inf),
+    "evaluation.score_threshold": (0, 1),
+    "evaluation.max_captions": (0, inf),
+    "evaluation.max_new_tokens": (1, inf),
+    "evaluation.num_logged_images": (0, inf),
+    "loss.weight_lm_teacher": (0, inf),
+    "loss.weight_lm_student": (0, inf),
+    "loss.weight_bbox": (0, inf),
+    "loss.weight_giou": (0, inf),
+    "loss.weight_objectness": (0, inf),
+    "loss.weight_caption": (0, inf),
+    "loss.focal_alpha": (0, 1),
+    "loss.focal_gamma": (0, inf),
+    "matcher.cost_bbox": (0, inf),
+    "matcher.cost_giou": (0, inf),
+    "matcher.cost_objectness": (0, inf),
+    "optimizer.lr_vision": (0, inf),
+    "optimizer.lr_merger": (0, inf),
+    "optimizer.lr_llm": (0, inf),
+    "optimizer.lr_adapter": (0, inf),
+    "optimizer.lr_detection": (0, inf),
+    "optimizer.eps": (0, inf),
+    "optimizer.weight_decay": (0, inf),
+    "optimizer.reference_tokens": (1, inf),
+    "scheduler.alpha_f": (0, inf),
+}
+
+# Keywords of other libraries that the recipe sets itself, and what to write instead.
+OWNED_BY_TRAINER: Mapping[str, str] = {
+    "model": "set the sections `model`, `detection_head` and `caption_decoder`",
+    "train_dataloader": "set the section `train_loader`",
+    "eval_dataloader": "set the section `eval_loader`",
+    "optimizers": "set the section `optimizer`",
+    "schedulers": "set the section `scheduler`",
+    "loggers": "set the section `loggers`",
+    "callbacks": "set the section `callbacks`",
+    "algorithms": "leave it out: no algorithm can be configured",
+    "seed": "set `seed` at the top of the yaml",
+    "load_path": "set `load_path` at the top of the yaml",
+    "accumulate_train_batch_on_tokens": "leave it out: the losses are normalised over the whole batch already",
+}
+_OWNED_BY_STREAMS = "set it in one of `streams`"
+OWNED_BY_DATASET: Mapping[str, str] = {
+    "streams": "set `streams` beside `dataset`",
+    "remote": _OWNED_BY_STREAMS,
+    "local": _OWNED_BY_STREAMS,
+    "split": _OWNED_BY_STREAMS,
+    "batch_size": "set `global_batch_size`",
+}
+OWNED_BY_DATALOADER: Mapping[str, str] = {
+    "dataset": "set `dataset` beside `dataloader`",
+    "batch_size": "set `global_batch_size`",
+    "shuffle": "set `dataset.shuffle`",
+    "sampler": "leave it out: Streaming orders the samples",
+    "batch_sampler": "leave it out: Streaming orders the samples",
+    "collate_fn": "set `collator`",
+}
+
+
+def config_from_command_line(arguments: Sequence[str], required: Sequence[str] = ()) -> RecipeConfig:
+    """Reads `YAML [key.sub=value ...]`; on a mistake prints one line and exits with status 2.
+
+    Args:
+        arguments: Of the command.
+        required: Keys that this command needs although they may be null.
+    """
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        _exit("usage: YAML [key.sub=value ...]")
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        check_config(config)
+        for key in required:
+            if _get(config, key) is None:
+                raise ConfigError(f"missing {key}: add {key}=VALUE to the command")
+    except ConfigError as error:
+        _exit(f"configuration error: {error}")
+    return config
+
+
+def check_config(config: RecipeConfig) -> None:
+    """Checks everything that can be checked without reading data or weights.
+
+    Raises:
+        ConfigError: Naming the key and the remedy.
+    """
+    for key, allowed in CHOICES.items():
+        _check_choice(key, _get(config, key), allowed)
+    for key, (least, greatest) in BOUNDS.items():
+        value = _get(config, key)
+        # Written so that NaN fails too.
+        if value is not None and not (least <= value <= greatest and value < inf):
+            span = f"{least} or more" if greatest == inf else f"between {least} and {greatest}"
+            raise ConfigError(f"{key} is {value}: it must be {span}")
+    _check_head(config)
+    _check_images_and_checkpoint(config)
+    _check_optimization(config)
+    _check_teachers(config)
+    _check_loader("train_loader", config.train_loader)
+    _check_loader("eval_loader", config.eval_loader)
+    _check_trainer(config.trainer)
+    _check_table("callbacks", config.callbacks, CALLBACKS)
+    _check_table("loggers", config.loggers, LOGGERS)
+
+
+def check_keywords(
+    where: str, keywords: Mapping[str, Any], function: Callable[..., Any], owned: Mapping[str, str]
+) -> None:
+    """Checks keywords of another library against the signature of what they will be given to.
+
+    Args:
+        where: The section, for the message.
+        keywords: To check.
+        function: A class, or what will be called.
+        owned: Keywords that may not be given, and what to do instead.
+
+    Raises:
+        ConfigError: A keyword is owned, unknown, or required and missing.
+    """
+    parameters = dict(inspect.signature(function).parameters)
+    if isinstance(function, type) and function.__init__ is Callback.__init__:
+        parameters = {}  # Composer's base class swallows any keyword
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in keywords:
+        if key in owned:
+            raise ConfigError(f"{where}.{key} cannot be set: {owned[key]}")
+        if key not in parameters and not takes_any:
+            names = [name for name in parameters if name not in owned]
+            remedy = nearest(key, names) if names else "it takes none"
+            raise ConfigError(f"unknown key {where}.{key}: {remedy}")
+    for name, parameter in parameters.items():
+        named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if named and parameter.default is parameter.empty and name not in keywords and name not in owned:
+            raise ConfigError(f"missing {where}.{name}: {getattr(function, '__name__', function)} needs it")
+
+
+def _check_head(config: RecipeConfig) -> None:
+    head, decoder = config.detection_head, config.caption_decoder
+    if head.width is None:
+        return
+    for section, num_heads in (("detection_head", head.num_heads), ("caption_decoder", decoder.num_heads)):
+        if head.width % num_heads:
+            raise ConfigError(f"detection_head.width {head.width} is no multiple of {section}.num_heads {num_heads}")
+
+
+def _check_images_and_checkpoint(config: RecipeConfig) -> None:
+    least, most = config.image.min_pixels, config.image.max_pixels
+    if least is not None and most is not None and least > most:
+        raise ConfigError(
+            f"image.min_pixels {least} is above image.max_pixels {most}: lower the one or raise the other"
+        )
+    path = config.load_path
+    if path is not None and "://" not in path and "{" not in path and not os.path.exists(path):
+        raise ConfigError(f"load_path {path} does not exist: give a checkpoint that a run saved, or null")
+
+
+def _check_optimization(config: RecipeConfig) -> None:
+    optimizer = config.optimizer
+    rates = [optimizer.lr_vision, optimizer.lr_merger, optimizer.lr_llm, optimizer.lr_adapter, optimizer.lr_detection]
+    if not any(rates):
+        raise ConfigError("optimizer.lr_*: all are 0, so nothing would train; set at least one above 0")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(f"optimizer.betas is {optimizer.betas}: it must be two numbers from 0 to below 1")
+    if optimizer.lr_scaling != "none" and optimizer.reference_tokens is None:
+        raise ConfigError(
+            f"optimizer.lr_scaling is {optimizer.lr_scaling} but optimizer.reference_tokens is missing: "
+            "set the tokens per step that the rates are meant for, or lr_scaling: none"
+        )
+    _check_time("scheduler.t_warmup", config.scheduler.t_warmup)
+    if not any(value for name, value in vars(config.loss).items() if name.startswith("weight_")):
+        raise ConfigError("loss.weight_*: all are 0, so nothing would train; set at least one above 0")
+
+
+def _check_teachers(config: RecipeConfig) -> None:
+    teachers = config.teachers
+    if teachers.stream is not None:
+        _check_stream("teachers.stream", teachers.stream)
+    elif teachers.num_teachers > 0:
+        raise ConfigError(
+            f"teachers.num_teachers is {teachers.num_teachers} but teachers.stream is null: "
+            "give the pool's stream (see convert/teachers.py), or num_teachers: 0"
+        )
+
+
+def _check_loader(where: str, loader: LoaderConfig) -> None:
+    if not loader.streams:
+        raise ConfigError(f"{where}.streams is empty: name at least one stream, such as `{{main: {{local: FOLDER}}}}`")
+    for name, keywords in loader.streams.items():
+        _check_stream(f"{where}.streams.{name}", keywords)
+    check_keywords(f"{where}.dataset", loader.dataset, StreamingDataset, OWNED_BY_DATASET)
+    check_keywords(f"{where}.dataloader", loader.dataloader, DataLoader, OWNED_BY_DATALOADER)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if loader.global_batch_size % world_size:
+        raise ConfigError(
+            f"{where}.global_batch_size {loader.global_batch_size} cannot be shared by {world_size} ranks: "
+            f"make it a multiple of {world_size}"
+        )
+
+
+def _check_stream(where: str, keywords: object) -> None:
+    if not isinstance(keywords, Mapping):
+        raise ConfigError(f"{where} is {keywords!r}: it takes the keywords of streaming.Stream, such as local: FOLDER")
+    check_keywords(where, keywords, Stream, {})
+    if keywords.get("local") is None and keywords.get("remote") is None:
+        raise ConfigError(f"{where} has neither local nor remote: give the folder or address of the converted data")
+
+
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
+    check_keywords("trainer", trainer, Trainer, OWNED_BY_TRAINER)
+    if "max_duration" not in trainer:
+        raise ConfigError("missing trainer.max_duration: set how long to train, such as 10ep or 500ba")
+    for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
+        if trainer.get(key) is not None:
+            _check_time(f"trainer.{key}", trainer[key])
+    microbatch = trainer.get("device_train_microbatch_size")
+    if microbatch == "auto":
+        raise ConfigError(
+            "trainer.device_train_microbatch_size: auto breaks the exact normalisation of the losses; "
+            "give the number of samples that fit on a device"
+        )
+    if microbatch is not None and not (isinstance(microbatch, int) and microbatch > 0):
+        raise ConfigError(f"trainer.device_train_microbatch_size is {microbatch!r}: it must be a whole number above 0")
+    if trainer.get("precision") is not None:
+        _check_choice("trainer.precision", trainer["precision"], [precision.value for precision in Precision])
+    for key in trainer.get("parallelism_config") or {}:
+        if key == "fsdp2":
+            raise ConfigError(
+                "trainer.parallelism_config.fsdp2 is ignored by Composer, which would run plain DDP: "
+                "write fsdp and set the environment variable FSDP_VERSION=2"
+            )
+        _check_choice("a key of trainer.parallelism_config", key, ("fsdp", "tp"))
+
+
+def _check_table(where: str, chosen: Mapping[str, Any], table: Mapping[str, type[Callback]]) -> None:
+    for name, keywords in chosen.items():
+        if name not in table:
+            raise ConfigError(f"unknown key {where}.{name}: {nearest(name, list(table))}")
+        if keywords is None:
+            continue
+        if not isinstance(keywords, Mapping):
+            raise ConfigError(f"{where}.{name} is {keywords!r}: give keywords, {{}} for none, or null to switch it off")
+        check_keywords(f"{where}.{name}", keywords, table[name], {})
+
+
+def _check_choice(key: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key} is {value!r}: it must be one of {', '.join(allowed)}")
+
+
+def _check_time(key: str, value: object) -> None:
+    try:
+        # Composer reads a text without a unit as seconds, which nobody means.
+        if isinstance(value, str) and not value.isdigit() and Time.from_timestring(value).value >= 0:
+            return
+    except (ValueError, TypeError):
+        pass
+    if type(value) is int and value >= 0:
+        return
+    raise ConfigError(f"{key} is {value!r}: it must be a duration such as 10ep, 500ba, 1000sp, 20000tok or 0.1dur")
+
+
+def _get(config: RecipeConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
+def _exit(message: str) -> NoReturn:
+    # On every rank: the launcher may end rank 0 before it prints, and then shows what the others wrote.
+    print(message, file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,45 @@
+"""Take secrets out of a configuration before it is written anywhere."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+REDACTED = "<redacted>"
+_SECRET_WORDS = {"key", "apikey", "token", "password", "passwd", "secret", "secrets", "credential", "credentials"}
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_QUERY_VALUE = re.compile(
+    r"(?<=[?&])([^=&#\s]*(?:key|token|password|secret|credential|signature)[^=&#\s]*=)[^&#\s]+", re.I
+)
+_SHORTEST_SECRET = 6  # an environment variable such as SSH_KEY=1 must not blank every 1
+
+
+def redact(value: Any) -> Any:
+    """A copy of nested dicts and lists without secrets.
+
+    Replaced are: whatever a secret-looking key holds (`api_key`, not `max_new_tokens`), the user and the query secrets
+    of addresses, and the value of every environment variable with such a name, which `${oc.env:...}` may have put
+    anywhere.
+    """
+    secrets = [text for name, text in os.environ.items() if _is_secret(name) and len(text) >= _SHORTEST_SECRET]
+    return _redact(value, sorted(secrets, key=len, reverse=True))
+
+
+def _redact(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            key: REDACTED if item is not None and _is_secret(str(key)) else _redact(item, secrets)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_redact(item, secrets) for item in value]
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, REDACTED)
+        return _QUERY_VALUE.sub(rf"\1{REDACTED}", _USER_INFO.sub(REDACTED, value))
+    return value
+
+
+def _is_secret(name: str) -> bool:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", words))

@@ -1,0 +1,71 @@
+"""Run a script in several gloo processes through Composer's own launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch left behind.
+
+    Attributes:
+        returncode: Of the launcher: that of the first rank that failed, else 0.
+        output: stdout and stderr of rank 0, and of every rank that crashed.
+    """
+
+    returncode: int
+    output: str
+
+
+def run_composer(
+    world_size: int,
+    script: str | Path,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+    check: bool = True,
+) -> Launch:
+    """Runs `composer -n WORLD_SIZE SCRIPT ARGUMENTS` on the CPU, in the repository's root.
+
+    Args:
+        world_size: Number of processes.
+        script: The path of a Python file, relative to the repository or absolute.
+        arguments: Of the script.
+        env: Added to the environment.
+        timeout: Seconds; all processes are ended after it.
+        check: Fail the test, showing the output, when the script fails.
+    """
+    command = [sys.executable, "-m", "composer.cli.launcher", "-n", str(world_size), str(script), *arguments]
+    settings = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **settings, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"{' '.join(command)} ran past {timeout} s:\n{output}") from None
+    if check and process.returncode != 0:
+        raise AssertionError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
+    return Launch(process.returncode, output)

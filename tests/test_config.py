@@ -1,0 +1,269 @@
+"""Configuration: what is merged, what is saved, and that every mistake is one clear line."""
+
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recipe.config import ConfigError, RecipeConfig, load_config, save_config
+from recipe.config_checks import BOUNDS, CHOICES, check_config, config_from_command_line
+from recipe.redact import redact
+
+MINIMAL: dict[str, Any] = {
+    "run_folder": "runs/test",
+    "model": {"pretrained_model_name_or_path": "tiny"},
+    "train_loader": {"streams": {"main": {"local": "data/train"}}, "global_batch_size": 8},
+    "eval_loader": {"streams": {"main": {"local": "data/eval"}}, "global_batch_size": 8},
+    "trainer": {"max_duration": "2ep"},
+}
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> str:
+    return write_yaml(tmp_path, MINIMAL)
+
+
+def write_yaml(folder: Path, content: object) -> str:
+    path = folder / "run.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return str(path)
+
+
+def load_and_check(path: str, *overrides: str) -> RecipeConfig:
+    config = load_config(path, overrides)
+    check_config(config)
+    return config
+
+
+def test_defaults_then_yaml_then_command_line(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, {**MINIMAL, "seed": 3, "loss": {"weight_bbox": 1.5, "weight_giou": 4}})
+    config = load_and_check(path, "loss.weight_giou=0.5", "trainer.max_duration=2ba")
+    assert isinstance(config, RecipeConfig)
+    assert config.seed == 3
+    assert (config.loss.weight_lm_student, config.loss.weight_bbox, config.loss.weight_giou) == (1.0, 1.5, 0.5)
+    assert config.trainer == {"max_duration": "2ba"}
+
+
+def test_overrides_of_every_kind(minimal: str) -> None:
+    config = load_and_check(
+        minimal,
+        "detection_head.refine_boxes=false",
+        "teachers.stream=null",
+        "optimizer.lr_llm=1e-4",
+        "prompt.candidate_phrases=[a cat,a dog]",
+        "train_loader.streams.extra={local: x, proportion: 0.5}",
+        "train_loader.streams.main.split=a=b",
+        "trainer.save_overwrite=true",
+        "loggers.wandb=null",
+        "callbacks.lr_monitor={}",
+    )
+    assert config.detection_head.refine_boxes is False
+    assert config.teachers.stream is None
+    assert config.optimizer.lr_llm == 1e-4
+    assert config.prompt.candidate_phrases == ["a cat", "a dog"]
+    assert config.train_loader.streams["extra"] == {"local": "x", "proportion": 0.5}
+    assert config.train_loader.streams["main"] == {"local": "data/train", "split": "a=b"}
+    assert config.trainer["save_overwrite"] is True
+    assert config.loggers == {"wandb": None}
+    assert config.callbacks == {"lr_monitor": {}}
+
+
+def test_interpolation_is_resolved(minimal: str) -> None:
+    config = load_and_check(minimal, "load_path=s3://bucket/${run_folder}/latest.pt")
+    assert config.load_path == "s3://bucket/runs/test/latest.pt"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a: [1", "is no yaml"),
+        ("a: 1\na: 2", "is no yaml"),
+        ("- 1\n- 2", "must hold"),
+        ("run_folder: x\nmodel: 3", "model in .*run.yaml is 3"),
+        ("trainer:", "trainer in .*run.yaml is None"),
+        ("loss: [1]", "loss in .*run.yaml"),
+    ],
+)
+def test_bad_yaml(tmp_path: Path, content: str, expected: str) -> None:
+    assert_one_line(write_yaml(tmp_path, content), [], expected)
+
+
+def test_missing_yaml(tmp_path: Path) -> None:
+    assert_one_line(str(tmp_path / "no.yaml"), [], "cannot read .*no.yaml: No such file")
+    assert_one_line(str(tmp_path), [], "cannot read .*: Is a directory")
+
+
+def test_all_missing_values_are_named(tmp_path: Path) -> None:
+    assert_one_line(
+        write_yaml(tmp_path, {"trainer": {"max_duration": "1ep"}}),
+        [],
+        "missing eval_loader.global_batch_size, eval_loader.streams, model.pretrained_model_name_or_path, run_folder, "
+        "train_loader.global_batch_size, train_loader.streams: set in",
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        # unknown keys, at every depth
+        ("sead=1", "unknown key sead in the command line: did you mean seed"),
+        ("detection_head.num_querys=5", "unknown key detection_head.num_querys .*: did you mean num_queries"),
+        ("num_queries=5", "unknown key num_queries .*: did you mean detection_head.num_queries"),
+        ("loss.zzz=5", "unknown key loss.zzz .*: one of: focal_alpha, "),
+        ("trainer.max_duratoin=1ep", "unknown key trainer.max_duratoin: did you mean max_duration"),
+        ("train_loader.streams.main.locl=x", "unknown key train_loader.streams.main.locl: did you mean local"),
+        ("train_loader.dataset.shufle=true", "unknown key train_loader.dataset.shufle: did you mean shuffle"),
+        ("eval_loader.dataloader.num_worker=1", "unknown key eval_loader.dataloader.num_worker: did you mean num_work"),
+        ("callbacks.lr_moniter={}", "unknown key callbacks.lr_moniter: did you mean lr_monitor"),
+        ("callbacks.speed_monitor.window=3", "unknown key callbacks.speed_monitor.window: did you mean window_size"),
+        ("callbacks.nan_monitor.x=3", "unknown key callbacks.nan_monitor.x: it takes none"),
+        ("callbacks.early_stopper.monitor=x", "missing callbacks.early_stopper.dataloader_label"),
+        ("loggers.wanb={}", "unknown key loggers.wanb: did you mean wandb"),
+        ("loggers.json_lines.file=x", "unknown key loggers.json_lines.file"),
+        ("loggers.wandb=3", "loggers.wandb is 3"),
+        # unreadable arguments
+        ("seed", "cannot read the argument 'seed'"),
+        ("--seed=1", "cannot read the argument '--seed=1'"),
+        ("loss..x=1", "cannot read the argument"),
+        ("trainer.x=[1", "cannot read the value of 'trainer.x=\\[1'"),
+        # wrong types
+        ("seed=abc", "wrong value of seed in the command line: Value 'abc'"),
+        ("detection_head.num_queries=2.5", "wrong value of detection_head.num_queries"),
+        ("detection_head.aux_loss=perhaps", "wrong value of detection_head.aux_loss"),
+        ("optimizer.betas=[0.9,x]", "wrong value of optimizer.betas"),
+        ("train_loader.streams=null", "wrong value of train_loader.streams"),
+        ("train_loader.streams=abc", "wrong value of train_loader.streams"),
+        ("run_folder=${oc.env:NO_SUCH_VARIABLE}", "run_folder: .*NO_SUCH_VARIABLE"),
+        ("run_folder=${nothing}", "run_folder: .*nothing"),
+        # values
+        ("model.attn_implementation=flash", "model.attn_implementation is 'flash': it must be one of auto, "),
+        ("model.dtype=fp16", "model.dtype is 'fp16'"),
+        ("train_loader.collator=stacked", "train_loader.collator is 'stacked'"),
+        ("prompt.box_coordinates=relative", "prompt.box_coordinates is 'relative'"),
+        ("optimizer.lr_scaling=log", "optimizer.lr_scaling is 'log'"),
+        ("scheduler.name=step", "scheduler.name is 'step'"),
+        ("scheduler.t_warmup=5", "scheduler.t_warmup is '5'"),
+        ("optimizer.lr_llm=-1e-5", "optimizer.lr_llm is -1e-05: it must be 0 or more"),
+        ("optimizer.lr_llm=.nan", "optimizer.lr_llm is nan"),
+        ("optimizer.lr_llm=.inf", "optimizer.lr_llm is inf"),
+        ("optimizer.betas=[0.9]", "optimizer.betas is"),
+        ("evaluation.score_threshold=1.5", "evaluation.score_threshold is 1.5: it must be between 0 and 1"),
+        ("teachers.teacher_ratio=-0.1", "teachers.teacher_ratio is -0.1"),
+        ("train_loader.global_batch_size=0", "train_loader.global_batch_size is 0"),
+        ("max_seq_len=0", "max_seq_len is 0"),
+        # combinations
+        ("teachers.num_teachers=2", "teachers.num_teachers is 2 but teachers.stream is null"),
+        ("teachers.stream={local: x, spit: y}", "unknown key teachers.stream.spit: did you mean split"),
+        ("optimizer.lr_scaling=linear", "optimizer.reference_tokens is missing"),
+        ("detection_head.width=30", "detection_head.width 30 is no multiple of detection_head.num_heads 8"),
+        ("image={min_pixels: 9, max_pixels: 4}", "image.min_pixels 9 is above image.max_pixels 4"),
+        ("load_path=no/such.pt", "load_path no/such.pt does not exist"),
+        ("train_loader.streams.b={split: x}", "train_loader.streams.b has neither local nor remote"),
+        ("train_loader.streams.b=null", "train_loader.streams.b is None"),
+        # what the recipe owns
+        ("trainer.device_train_microbatch_size=auto", "trainer.device_train_microbatch_size: auto breaks"),
+        ("trainer.device_train_microbatch_size=0", "trainer.device_train_microbatch_size is 0"),
+        ("trainer.seed=1", "trainer.seed cannot be set: set `seed`"),
+        ("trainer.load_path=x", "trainer.load_path cannot be set: set `load_path`"),
+        ("trainer.callbacks=x", "trainer.callbacks cannot be set: set the section `callbacks`"),
+        ("trainer.accumulate_train_batch_on_tokens=true", "trainer.accumulate_train_batch_on_tokens cannot be set"),
+        ("trainer.parallelism_config={fsdp2: {}}", "trainer.parallelism_config.fsdp2 is ignored by Composer"),
+        ("trainer.parallelism_config={ddp: {}}", "a key of trainer.parallelism_config is 'ddp'"),
+        ("trainer.precision=fp16", "trainer.precision is 'fp16'"),
+        ("trainer.max_duration=soon", "trainer.max_duration is 'soon'"),
+        ("trainer.save_interval=-1ba", "trainer.save_interval is '-1ba'"),
+        ("trainer.max_duration='7'", "trainer.max_duration is '7'"),
+        ("trainer.max_duration=true", "trainer.max_duration is True"),
+        ("trainer.eval_interval=1xx", "trainer.eval_interval is '1xx'"),
+        ("train_loader.dataset.batch_size=3", "train_loader.dataset.batch_size cannot be set: set `global_batch_size`"),
+        ("train_loader.dataset.local=x", "train_loader.dataset.local cannot be set: set it in one of `streams`"),
+        ("train_loader.dataloader.shuffle=true", "train_loader.dataloader.shuffle cannot be set"),
+    ],
+)
+def test_every_mistake_is_one_clear_line(minimal: str, override: str, expected: str) -> None:
+    assert_one_line(minimal, [override], expected)
+
+
+def test_nothing_to_train(minimal: str) -> None:
+    zero = [f"optimizer.lr_{name}=0" for name in ("vision", "merger", "llm", "adapter", "detection")]
+    assert_one_line(minimal, zero, "optimizer.lr_\\*: all are 0")
+    check_config(load_config(minimal, zero[1:]))
+    weights = ("lm_teacher", "lm_student", "bbox", "giou", "objectness", "caption")
+    assert_one_line(minimal, [f"loss.weight_{name}=0" for name in weights], "loss.weight_\\*: all are 0")
+
+
+def test_max_duration_is_required(minimal: str) -> None:
+    config = load_config(minimal)
+    del config.trainer["max_duration"]
+    with pytest.raises(ConfigError, match=r"missing trainer\.max_duration"):
+        check_config(config)
+
+
+def test_batch_is_shared_by_the_ranks(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert_one_line(minimal, [], "train_loader.global_batch_size 8 cannot be shared by 3 ranks")
+
+
+def test_checked_keys_exist_and_defaults_pass(minimal: str) -> None:
+    config = load_config(minimal)
+    for key in [*CHOICES, *BOUNDS]:
+        reduce(getattr, key.split("."), config)
+    check_config(config)
+
+
+def test_command_line_prints_one_line_and_exits_2(minimal: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert config_from_command_line([minimal, "seed=5"]).seed == 5
+    for arguments in ([], ["seed=1"], [minimal, "sead=1"], [minimal, "model.dtype=x"]):
+        with pytest.raises(SystemExit) as exit_info:
+            config_from_command_line(arguments)
+        assert exit_info.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(SystemExit):
+        config_from_command_line([minimal], required=["load_path"])
+    assert capsys.readouterr().err == "configuration error: missing load_path: add load_path=VALUE to the command\n"
+
+
+def test_saved_config_loads_again(minimal: str, tmp_path: Path) -> None:
+    config = load_and_check(minimal, "trainer.eval_interval=3ba", "teachers.stream={remote: s3://b/pool}")
+    save_config(config, tmp_path / "new" / "config.yaml")
+    assert load_config(str(tmp_path / "new" / "config.yaml")) == config
+
+
+def test_no_secret_is_saved(minimal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_STORE_SECRET", "hunter2hunter2")
+    monkeypatch.setenv("PLAIN_FOLDER", "not-hidden")
+    config = load_config(
+        minimal,
+        [
+            "train_loader.streams.main.remote=s3://${oc.env:MY_STORE_SECRET}/a",
+            "eval_loader.streams.main.remote=https://user:letmein@host/a?X-Amz-Signature=abcdef&part=2",
+            "loggers.wandb.init_kwargs={settings: {api_key: sesame}, notes: '${oc.env:MY_STORE_SECRET}'}",
+            "run_folder=${oc.env:PLAIN_FOLDER}",
+        ],
+    )
+    assert config.train_loader.streams["main"]["remote"] == "s3://hunter2hunter2/a"
+    save_config(config, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    for secret in ("hunter2", "letmein", "abcdef", "sesame"):
+        assert secret not in text
+    saved = yaml.safe_load(text)
+    assert saved["train_loader"]["streams"]["main"]["remote"] == "s3://<redacted>/a"
+    assert saved["eval_loader"]["streams"]["main"]["remote"] == (
+        "https://<redacted>@host/a?X-Amz-Signature=<redacted>&part=2"
+    )
+    assert saved["run_folder"] == "not-hidden"
+
+
+def test_only_secret_names_are_redacted() -> None:
+    kept = {"max_new_tokens": 5, "memory_keys": {"a": "b"}, "hotkeys": "x", "token": None, "monkey": "y"}
+    assert redact(kept) == kept
+    hidden = redact({"apiKey": "x", "HF_TOKEN": 3, "nested": [{"password": {"a": 1}}]})
+    assert hidden == {"apiKey": "<redacted>", "HF_TOKEN": "<redacted>", "nested": [{"password": "<redacted>"}]}
+
+
+def assert_one_line(path: str, overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected) as raised:
+        load_and_check(path, *overrides)
+    assert "\n" not in str(raised.value)
