@@ -195,7 +195,7 @@ def _check_images_and_checkpoint(config: RecipeConfig) -> None:
     least, most = config.image.min_pixels, config.image.max_pixels
     if least is not None and most is not None and least > most:
         raise ConfigError(
-            f"image.min_pixels {least} is above image.max_pixels {most}: lower the one or raise the other"
+            f"image.min_pixels {least} is above image.max_pixels {most}: lower one or raise the other"
         )
     path = config.load_path
     if path is not None and "://" not in path and "{" not in path and not os.path.exists(path):
