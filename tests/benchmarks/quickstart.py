@@ -1,0 +1,110 @@
+"""The whole line as a new user runs it: data, tiny checkpoint, joint training, evaluation, pictures.
+
+    make quickstart        or        python tests/benchmarks/quickstart.py [key.sub=value ...]
+
+Prints a table; the last line is JSON: `box_ap50 caption_match text_f1 train_seconds loss_lm_teacher loss_lm_student`
+(each loss: first, last) and `samples_per_s`. Everything is written below `quickstart/`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from streaming import StreamingDataset
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path("quickstart")
+YAML = "yamls/quickstart.yaml"
+SPLITS = {"train": (6000, 1), "val": (128, 2), "pool": (200, 3)}  # name: (scenes, seed)
+NUM_TEACHERS_POOL = 32
+NUM_PICTURES = 6
+SMOOTHING = 20  # steps that a "first" or "last" loss is averaged over
+
+
+def run(*command: str) -> None:
+    """Runs one of the recipe's commands as a user would, in the repository."""
+    print(f"\n$ {' '.join(command)}", flush=True)
+    executable = Path(sys.executable).parent / command[0]
+    # Offline logging prints its summary at the end of every run otherwise.
+    subprocess.run([str(executable), *command[1:]], cwd=ROOT, check=True, env={**os.environ, "WANDB_SILENT": "true"})
+
+
+def make_data() -> None:
+    """Scenes of coloured shapes, a pool of teachers, and the tiny checkpoint."""
+    data = str(FOLDER / "data")
+    for split, (num_samples, seed) in SPLITS.items():
+        scenes = f"--num-samples {num_samples} --seed {seed} --image-size 112 --max-objects 3".split()
+        run("python", "-m", "convert.shapes", "--out", data, "--split", split, *scenes)
+    pool = ["--num-samples", str(NUM_TEACHERS_POOL)]
+    run("python", "-m", "convert.teachers", "--local", data, "--split", "pool", "--out", f"{data}/teachers", *pool)
+    run("python", "-m", "recipe.models.tiny", "--out", str(FOLDER / "tiny"))
+
+
+def predict_pictures(checkpoint: str) -> None:
+    """Draws the model's predictions on pictures of the evaluation split."""
+    pictures = ROOT / FOLDER / "pictures"
+    pictures.mkdir()
+    rows = StreamingDataset(local=str(ROOT / FOLDER / "data"), split="val", batch_size=1)
+    paths = []
+    for index in range(NUM_PICTURES):
+        path = pictures / f"{rows[index]['id']}.png"
+        path.write_bytes(rows[index]["image"])
+        paths.append(str(path.relative_to(ROOT)))
+    run("python", "recipe/predict.py", "--checkpoint", checkpoint, "--out", str(FOLDER / "predictions"), *paths)
+
+
+def read_metrics() -> list[dict[str, float]]:
+    """One dict a logged line of the training run, in order."""
+    lines = (ROOT / FOLDER / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["metrics"] for line in lines]
+
+
+def first_and_last(metrics: list[dict[str, float]], name: str) -> list[float]:
+    """A loss at the start and at the end, over steps that had such tokens (else it is 0)."""
+    values = [row[name] for row in metrics if row.get(name)]
+    head, tail = values[:SMOOTHING], values[-SMOOTHING:]
+    return [round(sum(part) / len(part), 4) for part in (head, tail)]
+
+
+def main() -> None:
+    """Runs everything and reports."""
+    shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
+    make_data()
+    start = time.monotonic()
+    run("composer", "recipe/train.py", YAML, *sys.argv[1:])
+    train_seconds = time.monotonic() - start
+    checkpoint = str(FOLDER / "run" / "checkpoints" / "latest-rank0.pt")
+    run("composer", "recipe/eval.py", YAML, f"load_path={checkpoint}", "run_folder=quickstart/eval", *sys.argv[1:])
+    predict_pictures(checkpoint)
+    scores = json.loads((ROOT / FOLDER / "eval" / "eval.json").read_text())
+    metrics = read_metrics()
+    samples = max(row.get("time/sample", 0) for row in metrics)
+    result = {
+        "box_ap50": round(scores["box_ap50"], 4),
+        "caption_match": round(scores["caption_match"], 4),
+        "text_f1": round(scores["text_f1"], 4),
+        "train_seconds": round(train_seconds, 1),
+        "loss_lm_teacher": first_and_last(metrics, "loss/train/loss_lm_teacher"),
+        "loss_lm_student": first_and_last(metrics, "loss/train/loss_lm_student"),
+        "samples_per_s": round(samples / train_seconds, 2),
+    }
+    print(f"\npictures with predictions: {FOLDER}/predictions, at each evaluation: {FOLDER}/run/pictures\n")
+    print(f"| {'measure':40} | {'value':>18} |\n| {'-' * 40} | {'-' * 17}: |")
+    for row in metrics:
+        if "metrics/eval/box_ap50" in row:
+            curve = " / ".join(
+                f"{row[f'metrics/eval/{name}']:.2f}" for name in ("box_ap50", "caption_match", "text_f1")
+            )
+            print(f"| {'evaluation: AP50 / caption match / F1':40} | {curve:>18} |")
+    for name, value in result.items():
+        shown = " → ".join(f"{x:.3f}" for x in value) if isinstance(value, list) else f"{value}"
+        print(f"| {name:40} | {shown:>18} |")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
