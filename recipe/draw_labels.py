@@ -22,6 +22,7 @@ _WIDER_FONTS = (
     "msyh.ttc",
     "arial.ttf",
 )
+_LONGEST_TEXT = 300  # letters: more than any label holds, and a language model may repeat itself for pages
 _NO_CHARACTER = "\uffff"  # never assigned: draws as the font's box for missing characters
 
 
@@ -72,6 +73,7 @@ def wrapped(text: str, font: Font, width: float, max_lines: int, tail: str = "")
 
     The tail is never cut: it is the score.
     """
+    text = text[:_LONGEST_TEXT]
     lines, line = [], ""
     for word in f"{text} {tail}".strip().split(" "):
         longer = f"{line} {word}".strip()

@@ -1,0 +1,166 @@
+"""`recipe.draw` and `recipe.draw_labels`."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from recipe.draw import draw_gallery, draw_prediction
+from recipe.draw_labels import legible, place_labels, wrapped
+from recipe.schema import Box, DetectedObject, Object, Prediction, Sample
+
+GRAY = Image.new("RGB", (100, 60), (128, 128, 128))
+
+
+def predicted(*objects: tuple[Box, float, str], answer_boxes: list[Box] | None = None) -> Prediction:
+    found = tuple(DetectedObject(*item) for item in objects)
+    if answer_boxes is None:
+        return Prediction("sample", 100, 60, found)
+    return Prediction("sample", 100, 60, found, "[...]", tuple(DetectedObject(box, 1.0, "cat") for box in answer_boxes))
+
+
+def test_a_box_is_drawn_where_it_is():
+    picture = np.asarray(draw_prediction(GRAY, predicted(((20, 30, 60, 50), 0.9, "cat"))))
+    scale, left, top = 8, 10, 34  # 60 pixels become 480; the panel stands in a margin, under a header
+    ground = np.abs(picture[top:, left : left + 800].astype(int) - 128).sum(2) == 0
+    assert not ground[30 * scale : 50 * scale, 20 * scale].any()
+    assert not ground[30 * scale : 50 * scale, 60 * scale].any()
+    assert not ground[50 * scale, 20 * scale : 60 * scale].any()
+    assert ground[35 * scale : 45 * scale, 25 * scale : 55 * scale].all()
+
+
+@pytest.mark.parametrize(
+    ("size", "panel"), [((140, 140), (480, 480)), ((640, 480), (640, 480)), ((4000, 3000), (1600, 1200))]
+)
+def test_small_pictures_grow_and_large_ones_shrink(size: tuple[int, int], panel: tuple[int, int]):
+    drawn = draw_prediction(Image.new("RGB", size), Prediction("a", *size, ()))
+    assert (drawn.width - 20, drawn.height - 44) == panel
+
+
+def test_panels():
+    prediction = predicted(((20, 30, 60, 50), 0.9, "cat"))
+    truth = Sample("sample", b"", 100, 60, (Object((20, 30, 60, 50), "cat"), Object((0, 0, 9, 9), "", iscrowd=True)))
+    alone = draw_prediction(GRAY, prediction)
+    beside = draw_prediction(GRAY, prediction, truth)
+    with_answer = draw_prediction(GRAY, predicted(answer_boxes=[(0, 0, 10, 10)]), truth)
+    assert (beside.width, with_answer.width) == (2 * alone.width - 10, 3 * alone.width - 20)
+    not_annotated = Sample("sample", b"", 100, 60, None)
+    assert draw_prediction(GRAY, prediction, not_annotated).size == alone.size
+    unparsed = Prediction("sample", 100, 60, (), "no json", None)
+    assert draw_prediction(GRAY, unparsed).width == beside.width
+
+
+def test_objects_below_the_threshold_are_not_drawn():
+    weak = predicted(((20, 30, 60, 50), 0.29, "cat"))
+    assert draw_prediction(GRAY, weak).tobytes() == draw_prediction(GRAY, predicted()).tobytes()
+    assert draw_prediction(GRAY, weak, score_threshold=0.2).tobytes() != draw_prediction(GRAY, predicted()).tobytes()
+
+
+def test_a_caption_keeps_its_colour():
+    def vivid(*objects: tuple[Box, float, str]) -> set[tuple[int, ...]]:
+        drawn = draw_prediction(GRAY, predicted(*objects))
+        counted = drawn.getcolors(maxcolors=1 << 24) or []
+        wide = {colour for count, colour in counted if count > 2000 and isinstance(colour, tuple)}
+        return {colour for colour in wide if max(colour) - min(colour) > 60}
+
+    cat, dog = ((20.0, 30.0, 60.0, 50.0), 0.9, "cat"), ((70.0, 10.0, 90.0, 20.0), 0.8, "dog")
+    assert len(vivid(cat)) == 1
+    assert vivid(cat) == vivid((cat[0], 0.5, " CAT "))
+    assert vivid(cat) | vivid(dog) == vivid(cat, dog)
+    assert len(vivid(cat, dog)) == 2
+
+
+def test_drawing_is_deterministic_and_leaves_the_picture_alone():
+    image = GRAY.copy()
+    prediction = predicted(((20, 30, 60, 50), 0.9, "cat"), ((22, 30, 60, 52), 0.8, "dog"))
+    assert draw_prediction(image, prediction).tobytes() == draw_prediction(image, prediction).tobytes()
+    assert image.tobytes() == GRAY.tobytes()
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        ((5, 5, 6, 6), 0.9, "dot"),
+        ((99, 59, 100, 60), 0.9, "corner"),
+        ((30, 30, 30, 30), 0.9, "point"),
+        ((60, 50, 20, 10), 0.9, "inverted"),
+        ((-50, -50, 900, 900), 0.9, "outside"),
+        ((300, 300, 400, 400), 0.9, "far outside"),
+        ((float("nan"), 0, float("inf"), 5), 0.9, "not finite"),
+        ((20, 30, 60, 50), 0.9, ""),
+        ((20, 30, 60, 50), 0.9, "long caption " * 200),
+        ((20, 30, 60, 50), 0.9, "x" * 3000),
+        ((20, 30, 60, 50), 0.9, "größe кошка 猫と犬 \U0001f431 e\u0301 \u202e مرحبا"),
+        ((20, 30, 60, 50), 0.9, "line\nbreak\ttab\x00nul"),
+    ],
+)
+def test_odd_boxes_and_captions(found: tuple[Box, float, str]):
+    assert draw_prediction(GRAY, predicted(found)).size == (820, 524)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 10), (10, 4000)])
+def test_odd_pictures(size: tuple[int, int]):
+    prediction = Prediction("a", *size, (DetectedObject((0, 0, 1, 1), 0.9, "a cat"),))
+    drawn = draw_prediction(Image.new("RGB", size), prediction)
+    assert max(drawn.size) <= 1700
+
+
+def test_labels_stay_inside_and_apart():
+    generator = np.random.default_rng(0)
+    corners = generator.uniform(0, 900, (15, 2))
+    boxes = [(x, y, x + 60, y + 60) for x, y in corners.tolist()]
+    places = np.asarray(place_labels([(90, 20)] * 15, boxes, 1000, 1000))
+    assert places[:, :2].min() >= 0
+    assert places[:, 2:].max() <= 1000
+    low = np.maximum(places[:, None, :2], places[None, :, :2])
+    high = np.minimum(places[:, None, 2:], places[None, :, 2:])
+    shared = np.prod(np.clip(high - low, 0, None), axis=2)
+    assert (shared - np.diag(np.diag(shared))).max() == 0
+
+
+def test_a_label_goes_above_its_box_or_where_there_is_room():
+    assert place_labels([(50, 20)], [(100, 100, 200, 200)], 400, 400) == [(100, 79, 150, 99)]
+    below = place_labels([(50, 20)], [(100, 0, 200, 100)], 400, 400)[0]
+    assert below[1] >= 100
+    assert place_labels([(50, 20)], [(0, 0, 400, 400)], 400, 400) == [(0, 0, 50, 20)]
+    assert place_labels([], [], 10, 10) == []
+    wider_than_canvas = place_labels([(50, 20)], [(0, 0, 10, 10)], 10, 10)[0]
+    assert wider_than_canvas[:2] == (0, 0)
+
+
+def test_labels_of_one_crowded_spot_do_not_cover_each_other():
+    boxes = [(100.0 + shift, 100.0 + shift, 140.0 + shift, 140.0 + shift) for shift in range(6)]
+    places = place_labels([(80, 20)] * 6, boxes, 500, 500)
+    for index, (x1, y1, x2, y2) in enumerate(places):
+        for left, top, right, bottom in places[:index]:
+            assert x2 <= left or right <= x1 or y2 <= top or bottom <= y1
+
+
+def test_lines_fit_and_the_score_is_kept():
+    _, font = legible("x", 16)
+    lines = wrapped("a rather long caption about a cat " * 10, font, 120, 3, tail="0.93")
+    assert len(lines) == 3
+    assert max(font.getlength(line) for line in lines) <= 120
+    assert lines[-1].endswith("... 0.93")
+    assert wrapped("cat", font, 120, 3, tail="0.93") == ["cat 0.93"]
+    assert wrapped("", font, 120, 3, tail="0.93") == ["0.93"]
+
+
+def test_letters_no_font_has_are_written_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recipe.draw_labels._WIDER_FONTS", ())
+    text, font = legible("é\u200d 猫", 19)  # a size no other test has cached fonts for
+    assert text == "e u732b "
+    assert font.getlength(text) > 0
+
+
+def test_gallery():
+    pictures = [Image.new("RGB", size, colour) for size, colour in [((30, 10), "red"), ((20, 40), "lime")]]
+    pictures.append(Image.new("RGB", (50, 5), "blue"))
+    sheet = draw_gallery(pictures, columns=2)
+    assert sheet.size == (20 + 50 + 20 + 20 + 20, 20 + 40 + 20 + 5 + 20)
+    assert sheet.getpixel((20, 20)) == ImageColor.getrgb("red")
+    assert sheet.getpixel((90, 20)) == ImageColor.getrgb("lime")
+    assert sheet.getpixel((20, 80)) == ImageColor.getrgb("blue")
+    assert draw_gallery(pictures[:1], columns=4).size == (70, 50)
+    for wrong in ([], 1), (pictures, 0):
+        with pytest.raises(ValueError, match="at least 1"):
+            draw_gallery(*wrong)
