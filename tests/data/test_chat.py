@@ -108,14 +108,14 @@ def test_control_tokens_in_text_are_refused():
 
 def test_the_answer_is_sorted_scaled_and_free_of_crowds():
     objects = [
-        Object((100, 50, 200, 100), 'späte "Kuh"'),
+        Object((10, 50, 200, 100), 'späte "Kuh"'),
         Object((60, 0.2, 80, 20), "right"),
         Object((0, 0, 20, 20), "left"),
         Object((0, 0, 200, 100), "people", iscrowd=True),
     ]
     assert objects_to_text(objects, SIZE, (100, 50)) == (
         '[{"bbox_2d": [0, 0, 10, 10], "label": "left"}, {"bbox_2d": [30, 0, 40, 10], "label": "right"}, '
-        '{"bbox_2d": [50, 25, 100, 50], "label": "späte \\"Kuh\\""}]'
+        '{"bbox_2d": [5, 25, 100, 50], "label": "späte \\"Kuh\\""}]'
     )
     assert objects_to_text(objects[2:3], SIZE, (1000, 1000)) == '[{"bbox_2d": [0, 0, 100, 200], "label": "left"}]'
     assert objects_to_text([], SIZE, SIZE) == "[]"
