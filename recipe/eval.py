@@ -12,6 +12,7 @@ from recipe.callbacks.table import build_callbacks, build_loggers
 from recipe.config import ConfigError, RecipeConfig
 from recipe.config_checks import config_from_command_line
 from recipe.data.loader import build_eval_loader
+from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
 
 
@@ -26,7 +27,8 @@ def main(config: RecipeConfig) -> dict[str, float]:
     dist.initialize_dist(get_device())
     reproducibility.seed_all(config.seed)
     processor = load_processor(config)
-    eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True))
+    teachers = read_teachers(config.teachers, config.seed)
+    eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
     trainer = Trainer(
         model=build_model(config, processor),
         eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),

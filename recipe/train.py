@@ -11,6 +11,7 @@ from recipe.callbacks.table import build_callbacks, build_loggers
 from recipe.config import RecipeConfig, save_config
 from recipe.config_checks import config_from_command_line
 from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, estimate_tokens_per_batch
+from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
 from recipe.optim import build_optimizer, build_scheduler
 
@@ -22,10 +23,11 @@ def main(config: RecipeConfig) -> Trainer:
     if dist.get_global_rank() == 0:
         save_config(config, Path(config.run_folder, "config.yaml"))
     processor = load_processor(config)
+    teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor)
     microbatch_size = config.trainer.get("device_train_microbatch_size") or device_batch_size(config.train_loader)
-    train_loader = build_train_loader(config, build_encoder(config, processor), microbatch_size)
-    eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True))
+    train_loader = build_train_loader(config, build_encoder(config, processor), teachers, microbatch_size)
+    eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
     trainer = Trainer(
         model=model,
         train_dataloader=train_loader,

@@ -17,18 +17,22 @@ from torch.utils.data import DataLoader
 from recipe.config import LoaderConfig, RecipeConfig
 from recipe.data.collate import collate_packed, collate_standard
 from recipe.data.encode import Encoder
-from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, SampleStream, open_streams, read_teachers
+from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, SampleStream, open_streams
+from recipe.data.teachers import TeacherPool
 from recipe.schema import Batch, Example, LossCounts, Role
 
 Collator = Callable[[Sequence[Example]], Batch]
 
 
-def build_train_loader(config: RecipeConfig, encoder: Encoder, microbatch_size: int) -> DataSpec:
+def build_train_loader(
+    config: RecipeConfig, encoder: Encoder, teachers: TeacherPool | None, microbatch_size: int
+) -> DataSpec:
     """The training loader; resumes exactly through Streaming's state, at any number of ranks.
 
     Args:
         config: The run's.
         encoder: Sample → Example.
+        teachers: From `read_teachers`; None: no sample is shown any.
         microbatch_size: Samples of one forward pass on one device, `trainer.device_train_microbatch_size`.
 
     Raises:
@@ -36,7 +40,7 @@ def build_train_loader(config: RecipeConfig, encoder: Encoder, microbatch_size: 
     """
     batch_size = device_batch_size(config.train_loader)
     dataset = SampleStream(
-        ExampleMaker(encoder, read_teachers(config.teachers, config.seed), config.seed),
+        ExampleMaker(encoder, teachers, config.seed),
         streams=open_streams(config.train_loader.streams),
         batch_size=batch_size,
         **{"shuffle_seed": config.seed, **config.train_loader.dataset},
@@ -50,19 +54,20 @@ def build_train_loader(config: RecipeConfig, encoder: Encoder, microbatch_size: 
     )
 
 
-def build_eval_loader(config: RecipeConfig, encoder: Encoder) -> DataSpec:
+def build_eval_loader(config: RecipeConfig, encoder: Encoder, teachers: TeacherPool | None) -> DataSpec:
     """The evaluation loader: every sample once, in stored order; one microbatch a batch, its losses counted alone.
 
     Args:
         config: The run's.
         encoder: Sample → Example.
+        teachers: From `read_teachers`; None: no sample is shown any.
 
     Raises:
         ValueError: The shards are missing, or the batch cannot be shared out.
     """
     batch_size = device_batch_size(config.eval_loader)
     dataset = EvalSamples(
-        ExampleMaker(encoder, read_teachers(config.teachers, config.seed), config.seed),
+        ExampleMaker(encoder, teachers, config.seed),
         streams=open_streams(config.eval_loader.streams),
         batch_size=batch_size,
         **config.eval_loader.dataset,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer.core import DataSpec
 from torch.utils.data import DataLoader
 
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
@@ -21,13 +22,18 @@ from recipe.data.loader import (
     make_collator,
     split_batch,
 )
-from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker
+from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, read_teachers
 from recipe.schema import Batch
 
 NUM_SAMPLES = 10
 
 
 @pytest.fixture(scope="module")
+def train_spec(config: RecipeConfig, encoder: Encoder, microbatch_size: int) -> DataSpec:
+    """The training loader with the teachers that the configuration asks for."""
+    return build_train_loader(config, encoder, read_teachers(config.teachers, config.seed), microbatch_size)
+
+
 def shards(tmp_path_factory: pytest.TempPathFactory, make_sample, write_shards) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("shards")
     stream = write_shards(folder / "train", [make_sample(number, number % 3) for number in range(NUM_SAMPLES)])
@@ -66,7 +72,7 @@ def ids(batches: list[list[Batch]]) -> list[str]:
 
 
 def test_a_batch_is_a_list_of_microbatches_of_the_asked_size(config: RecipeConfig, encoder: Encoder):
-    spec = build_train_loader(config, encoder, microbatch_size=3)
+    spec = train_spec(config, encoder, microbatch_size=3)
     sizes = [[len(item["samples"]) for item in batch] for batch in dataloader_of(spec)]
     assert sizes == [[3, 1], [3, 1], [2]]
     assert spec.num_samples == NUM_SAMPLES
@@ -75,8 +81,8 @@ def test_a_batch_is_a_list_of_microbatches_of_the_asked_size(config: RecipeConfi
 @pytest.mark.parametrize("collator", ["standard", "packed"])
 def test_counts_are_those_of_the_whole_batch_in_every_microbatch(config: RecipeConfig, encoder: Encoder, collator: str):
     config.train_loader.collator = collator
-    batch = next(iter(dataloader_of(build_train_loader(config, encoder, microbatch_size=1))))
-    whole = next(iter(dataloader_of(build_train_loader(config, encoder, microbatch_size=4))))
+    batch = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=1))))
+    whole = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=4))))
     expected = count_losses(whole[0])
     assert batch[0]["loss_counts"] is None
     split = split_batch(batch, 1)
@@ -90,7 +96,7 @@ def test_counts_are_those_of_the_whole_batch_in_every_microbatch(config: RecipeC
 
 
 def test_sample_and_token_counts_of_lists_and_microbatches(config: RecipeConfig, encoder: Encoder):
-    batch = next(iter(dataloader_of(build_train_loader(config, encoder, microbatch_size=3))))
+    batch = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=3))))
     assert get_num_samples_in_batch(batch) == 4
     assert [get_num_samples_in_batch(item) for item in batch] == [3, 1]
     real = sum(int((item["attention_mask"] == 1).sum()) for item in batch)
@@ -99,17 +105,17 @@ def test_sample_and_token_counts_of_lists_and_microbatches(config: RecipeConfig,
 
 
 def test_the_trainer_may_not_expect_smaller_microbatches(config: RecipeConfig, encoder: Encoder):
-    batch = next(iter(dataloader_of(build_train_loader(config, encoder, microbatch_size=4))))
+    batch = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=4))))
     with pytest.raises(AssertionError, match="device_train_microbatch_size is 2"):
         split_batch(batch, 2)
 
 
 def test_workers_change_nothing_over_two_epochs(config: RecipeConfig, encoder: Encoder):
-    alone = dataloader_of(build_train_loader(config, encoder, microbatch_size=2))
+    alone = dataloader_of(train_spec(config, encoder, microbatch_size=2))
     epochs = [flat(list(alone)) for _ in range(2)]
     config.train_loader.dataloader = {"num_workers": 2, "persistent_workers": True}
     # Streaming deals whole batches to its workers in turn, so the order is that of one process.
-    shared = dataloader_of(build_train_loader(config, encoder, microbatch_size=2))
+    shared = dataloader_of(train_spec(config, encoder, microbatch_size=2))
     assert [flat(list(shared)) for _ in range(2)] == epochs
     assert epochs[0] != epochs[1]
 
@@ -117,13 +123,13 @@ def test_workers_change_nothing_over_two_epochs(config: RecipeConfig, encoder: E
 def test_teachers_and_noise_change_with_the_epoch_only(config: RecipeConfig, encoder: Encoder):
     config.train_loader.dataset = {"shuffle": False}
     config.train_loader.global_batch_size = 1
-    loader = dataloader_of(build_train_loader(config, encoder, microbatch_size=1))
+    loader = dataloader_of(train_spec(config, encoder, microbatch_size=1))
     first, second = flat(list(loader)), flat(list(loader))
     assert [row[0] for row in first] == [row[0] for row in second]
     assert sum(a[1] != b[1] for a, b in zip(first, second, strict=True)) >= 3
     assert all(a[2] != b[2] for a, b in zip(first, second, strict=True))
     config.train_loader.dataset = {"shuffle": True}
-    shuffled = flat(list(dataloader_of(build_train_loader(config, encoder, microbatch_size=1))))
+    shuffled = flat(list(dataloader_of(train_spec(config, encoder, microbatch_size=1))))
     assert sorted(shuffled) == sorted(first)
     assert shuffled != first
 
@@ -131,11 +137,11 @@ def test_teachers_and_noise_change_with_the_epoch_only(config: RecipeConfig, enc
 @pytest.mark.parametrize(("num_workers", "steps"), [(0, 1), (0, 2), (0, 3), (0, 4), (2, 2), (2, 3)])
 def test_resumes_through_streamings_state(config: RecipeConfig, encoder: Encoder, num_workers: int, steps: int):
     config.train_loader.dataloader = {"num_workers": num_workers}
-    loader = dataloader_of(build_train_loader(config, encoder, microbatch_size=4))
+    loader = dataloader_of(train_spec(config, encoder, microbatch_size=4))
     batches = [list(loader) for _ in range(3)]
     expected = flat([batch for epoch in batches for batch in epoch][steps:])
 
-    loader = dataloader_of(build_train_loader(config, encoder, microbatch_size=4))
+    loader = dataloader_of(train_spec(config, encoder, microbatch_size=4))
     state = None
     steps_of_epoch = steps % 3
     for epoch in range(steps // 3 + (steps_of_epoch > 0)):
@@ -149,7 +155,7 @@ def test_resumes_through_streamings_state(config: RecipeConfig, encoder: Encoder
         del iterator
     assert state is not None
 
-    resumed = dataloader_of(build_train_loader(config, encoder, microbatch_size=4))
+    resumed = dataloader_of(train_spec(config, encoder, microbatch_size=4))
     resumed.dataset.load_state_dict(state)  # pyright: ignore[reportAttributeAccessIssue]
     found = []
     while len(found) < len(expected):
@@ -158,7 +164,7 @@ def test_resumes_through_streamings_state(config: RecipeConfig, encoder: Encoder
 
 
 def test_evaluation_reads_every_sample_once_in_stored_order(config: RecipeConfig, encoder: Encoder):
-    spec = build_eval_loader(config, encoder)
+    spec = build_eval_loader(config, encoder, read_teachers(config.teachers, config.seed))
     batches = list(dataloader_of(spec))
     assert ids(batches) == [f"sample-{number}" for number in range(NUM_SAMPLES)]
     assert [len(batch) for batch in batches] == [1, 1, 1]
@@ -208,7 +214,7 @@ def test_what_goes_to_spawned_workers_survives_pickling(encoder: Encoder, make_s
 def test_a_bad_sample_is_named(tmp_path: Path, encoder: Encoder, make_sample, write_shards):
     stream = write_shards(tmp_path / "bad", [make_sample(7, image=b"no picture")])
     loader = LoaderConfig(streams={"bad": stream}, global_batch_size=1)
-    spec = build_train_loader(RecipeConfig(train_loader=loader), encoder, microbatch_size=1)
+    spec = train_spec(RecipeConfig(train_loader=loader), encoder, microbatch_size=1)
     with pytest.raises(ValueError, match=r"sample-7.*cannot decode"):
         next(iter(dataloader_of(spec)))
 
@@ -248,4 +254,4 @@ def test_an_unknown_collator_is_refused():
 def test_teachers_without_a_pool_are_refused(config: RecipeConfig, encoder: Encoder):
     config.teachers = TeacherConfig(stream=None, num_teachers=1)
     with pytest.raises(ValueError, match=r"teachers\.stream is null"):
-        build_train_loader(config, encoder, microbatch_size=1)
+        train_spec(config, encoder, microbatch_size=1)

@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import spawn
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.data.encode import Encoder
 from recipe.data.loader import build_eval_loader, build_train_loader, count_losses
+from recipe.data.stream import read_teachers
 from recipe.schema import Batch
 
 NUM_SAMPLES = 10
@@ -58,9 +59,10 @@ def make_config(stream: dict[str, str], pool: dict[str, str]) -> RecipeConfig:
 def train(config: RecipeConfig, encoder: Encoder, folder: Path, load_path: str | None) -> list[Batch]:
     """Trains five steps through Composer, a microbatch a sample; returns this rank's microbatches."""
     model = Recorder()
+    teachers = read_teachers(config.teachers, config.seed)
     trainer = Trainer(
         model=model,
-        train_dataloader=build_train_loader(config, encoder, microbatch_size=1),
+        train_dataloader=build_train_loader(config, encoder, teachers, microbatch_size=1),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
         max_duration="5ba",
         device="cpu",
@@ -88,7 +90,7 @@ def one_rank(rank: int, world_size: int, port: int, arguments: tuple[Any, ...], 
     encoder, stream, pool, load_paths = arguments
     config = make_config(stream, pool)
     runs = [train(config, encoder, Path(folder) / f"run{i}", path) for i, path in enumerate(load_paths)]
-    spec = build_eval_loader(config, encoder)
+    spec = build_eval_loader(config, encoder, read_teachers(config.teachers, config.seed))
     scored = [
         (sample.id, sample.objects is not None)
         for batches in spec.dataloader
