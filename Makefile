@@ -1,0 +1,65 @@
+# Needs Python 3.11 or 3.12 and make; everything else is installed into .venv at the versions of constraints.txt.
+
+# The first Python that fits; make PYTHON=... to choose.
+PYTHON ?= $(shell for candidate in python3 python3.12 python3.11 python; do \
+	$$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null \
+	&& echo $$candidate && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.complete
+PYTEST := $(BIN)/python -m pytest
+
+# Small tensors on few cores: more threads only wait for each other. No test reaches for the network.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+test test-slow test-all: export HF_HUB_OFFLINE = 1
+test test-slow test-all: export WANDB_MODE = offline
+
+.PHONY: help environment quickstart test test-slow test-all lint format types clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make quickstart   environment, synthetic data, tiny checkpoint, joint training, evaluation, pictures"
+	@echo "make test         environment, all tests but the slow ones and those that need a GPU"
+	@echo "make test-slow    the slow ones"
+	@echo "make test-all     everything, GPU tests where there is one"
+	@echo "make lint types   ruff, pyright"
+	@echo "make format       ruff format and the import order"
+	@echo "make clean        remove what was built, but not .venv"
+
+environment: $(INSTALLED)
+
+# The stamp is written last, so an install that was killed is begun anew.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "found no Python 3.11 or 3.12: install one, or make PYTHON=/path/to/it"; exit 1; }
+	test -e $@ || { rm -rf .venv && $(PYTHON) -m venv .venv; }
+	rm -f $@
+	@echo "installing into .venv: some minutes, 8 GB"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/quickstart.py
+
+test: $(INSTALLED)
+	$(PYTEST) -m "not gpu and not slow"
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m "slow and not gpu"
+
+test-all: $(INSTALLED)
+	$(PYTEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED)
+	$(BIN)/pyright
+
+clean:
+	rm -rf build quickstart overfit runs wandb bench *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
