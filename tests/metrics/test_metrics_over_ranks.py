@@ -57,7 +57,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
         results.append({name: float(value) for name, value in metric.compute().items()})
         feed(metric, pairs[:1])  # after a reduction each rank goes on with its own share
     torch.save(results, Path(folder) / f"{rank}.pt")
-    # torch 2.7: destroying a gloo group holds the GIL while it joins a thread that may want it to free a gathered tensor
+    # torch 2.7: destroying a gloo group may deadlock: it holds the GIL and joins a thread that frees gathered tensors
     os._exit(0)
 
 
