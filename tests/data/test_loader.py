@@ -28,12 +28,12 @@ from recipe.schema import Batch
 NUM_SAMPLES = 10
 
 
-@pytest.fixture(scope="module")
 def train_spec(config: RecipeConfig, encoder: Encoder, microbatch_size: int) -> DataSpec:
     """The training loader with the teachers that the configuration asks for."""
     return build_train_loader(config, encoder, read_teachers(config.teachers, config.seed), microbatch_size)
 
 
+@pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, make_sample, write_shards) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("shards")
     stream = write_shards(folder / "train", [make_sample(number, number % 3) for number in range(NUM_SAMPLES)])
