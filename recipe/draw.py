@@ -154,9 +154,8 @@ def _panel(canvas: Image.Image, marks: Sequence[_Mark], title: str, note: str, d
     thickness = max(2, round(short / (260 if dashed else 180)))
     for mark in reversed(marks):
         _draw_box(draw, mark.box, mark.colour, thickness, dashed)
-    _draw_labels(
-        draw, picture.size, [mark for mark in marks if mark.text or mark.score], max(13, min(22, round(short / 34)))
-    )
+    font_size = 13 if len(marks) > 2 * _CROWDED else max(13, min(22, round(short / 34)))
+    _draw_labels(draw, picture.size, [mark for mark in marks if mark.text or mark.score], font_size)
 
     header = 34
     panel = Image.new("RGB", (max(picture.width, 300), picture.height + header), _PAPER)
