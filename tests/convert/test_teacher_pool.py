@@ -18,7 +18,7 @@ def made(index: int, captions: str, num_objects: int = 1, object_size: float = 0
 
 
 def test_greedy_coverage_by_hand() -> None:
-    pool = [made(10, "ab"), made(11, "cde"), made(12, "abc"), made(13, "f"), made(14, "abcd")]
+    pool = [made(10, "ab", 9, 0.9), made(11, "cde"), made(12, "abc"), made(13, "f"), made(14, "abcd")]
     assert choose(pool, 3, seed=0) == [14, 11, 13] or choose(pool, 3, seed=0) == [14, 13, 11]
 
 
