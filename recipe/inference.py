@@ -124,4 +124,4 @@ def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Tensor] | Tensor) -> list[str]:
-    return [text.strip() for text in tokenizer.batch_decode(list(ids), skip_special_tokens=True)]
+    return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in ids]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
@@ -62,7 +63,9 @@ class JointModel(ComposerModel):
         """One microbatch → outputs."""
         return self.model(batch)
 
-    def loss(self, outputs: JointOutputs, batch: Batch, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def loss(  # pyright: ignore[reportIncompatibleMethodOverride] - Composer's Trainer takes a dict too
+        self, outputs: JointOutputs, batch: Batch, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Named terms and their weighted `total`.
 
         Composer averages over all microbatches of all ranks. Each term is multiplied by their number, so what it logs
@@ -89,7 +92,7 @@ class JointModel(ComposerModel):
         """The one weighted sum; auxiliary and denoising terms weigh as the term they repeat."""
         names = {name: name.removesuffix("_aux").removesuffix("_dn").removeprefix("loss_") for name in terms}
         weighted = [getattr(self.loss_config, f"weight_{base}") * terms[name] for name, base in names.items()]
-        return sum(weighted[1:], weighted[0])
+        return torch.stack(weighted).sum()
 
     def eval_forward(self, batch: Batch, outputs: JointOutputs | None = None) -> EvalOutputs:
         """Loss sums and predictions of one evaluation batch."""

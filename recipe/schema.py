@@ -82,7 +82,7 @@ class Sample:
 
     def to_mds(self) -> dict[str, Any]:
         """The row of `MDS_COLUMNS` that `from_mds` reads back."""
-        objects = None
+        objects: list[dict[str, Any]] | None = None
         if self.objects is not None:
             objects = []
             for item in self.objects:
@@ -234,7 +234,7 @@ class DetectionOutputs:
     pred_boxes_raw: Tensor
     pred_objectness: Tensor
     query_features: Tensor
-    aux_outputs: list["DetectionOutputs"] = field(default_factory=list)
+    aux_outputs: list["DetectionOutputs"] = field(default_factory=list["DetectionOutputs"])
 
 
 @dataclass(frozen=True)

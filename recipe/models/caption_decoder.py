@@ -5,7 +5,9 @@ them in every layer; cross-attention reads the image's memory, all captions of a
 is never copied per caption. Token embedding and output matrix are the language model's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +111,10 @@ class CaptionDecoder(nn.Module):
         self.token_norm = nn.LayerNorm(hidden_size)
         self.token_in = nn.Linear(hidden_size, width) if hidden_size != width else nn.Identity()
         self.token_positions = nn.Embedding(max_caption_tokens, width)
-        self.layers = nn.ModuleList(CaptionLayer(width, num_heads, ffn_factor, dropout) for _ in range(num_layers))
+        self.layers: Sequence[CaptionLayer] = cast(
+            Sequence[CaptionLayer],
+            nn.ModuleList(CaptionLayer(width, num_heads, ffn_factor, dropout) for _ in range(num_layers)),
+        )
         self.norm = nn.LayerNorm(width)
         self.token_out = nn.Linear(width, hidden_size) if hidden_size != width else nn.Identity()
 
@@ -159,6 +164,5 @@ class CaptionDecoder(nn.Module):
 
     def start_cache(self, memory: Memory) -> CaptionCache:
         """The cache of a generation that has written nothing yet."""
-        return CaptionCache(
-            [layer.cross_attention.keys_values(memory.tokens, memory.positions) for layer in self.layers]
-        )  # type: ignore[union-attr]
+        keys_values = [layer.cross_attention.keys_values(memory.tokens, memory.positions) for layer in self.layers]
+        return CaptionCache(keys_values)

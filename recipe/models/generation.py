@@ -1,6 +1,7 @@
 """Greedy generation: captions of kept queries with a key/value cache, and the language model's own answer."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ def generate_answers(
     Returns:
         One (new tokens,) int64 a sample, end-of-sequence and padding among them.
     """
-    hf_model = vlm.hf_model
-    pad_token_id = hf_model.generation_config.pad_token_id
+    hf_model: Any = vlm.hf_model
+    pad_token_id: int = hf_model.generation_config.pad_token_id
     flipped = [prompt.flip(0) for prompt in prompts]
     input_ids = pad_sequence(flipped, batch_first=True, padding_value=pad_token_id).flip(1)  # padded on the left
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=input_ids.device)

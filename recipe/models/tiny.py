@@ -10,6 +10,7 @@ takes an id from anywhere but the config or the tokenizer fails on it.
 import argparse
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -20,8 +21,8 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2TokenizerFast,
     Qwen2VLImageProcessorFast,
-    Qwen2VLVideoProcessor,
 )
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -85,7 +86,7 @@ def build_tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> Qwen2T
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        unk_token=None,
+        unk_token=None,  # pyright: ignore[reportArgumentType] - Qwen's tokenizer has none
         bos_token=None,
         model_max_length=131072,
         additional_special_tokens=SPECIAL_TOKENS[1:],
@@ -95,10 +96,15 @@ def build_tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> Qwen2T
 
 
 def tiny_config(
-    tokenizer: Qwen2TokenizerFast, hidden_size: int, num_layers: int, vision_hidden_size: int, vision_depth: int
+    tokenizer: Qwen2TokenizerFast,
+    hidden_size: int,
+    num_layers: int,
+    vision_hidden_size: int,
+    vision_depth: int,
+    tie_word_embeddings: bool,
 ) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL's architecture at a small size; every id is the tokenizer's own."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     num_heads = max(2, hidden_size // 32)
     head_pairs = hidden_size // num_heads // 2
     side = head_pairs * 3 // 8
@@ -112,10 +118,10 @@ def tiny_config(
             "num_key_value_heads": max(1, num_heads // 2),
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-6,
-            "initializer_range": 0.04,
-            "tie_word_embeddings": True,
-            # With 16 pairs a head, the real base of 1e6 would leave height and width no visible rotation.
-            "rope_theta": 1000.0,
+            "initializer_range": 0.08,
+            "tie_word_embeddings": tie_word_embeddings,
+            # Height and width turn the slow pairs of a head: at the real base of 1e6, 16 pairs would not turn at all.
+            "rope_theta": 20.0,
             "rope_scaling": {"type": "mrope", "mrope_section": [head_pairs - 2 * side, side, side]},
             "use_sliding_window": False,
             "eos_token_id": ids["<|im_end|>"],
@@ -134,13 +140,13 @@ def tiny_config(
             "window_size": 112,
             "fullatt_block_indexes": [vision_depth - 1],
             "tokens_per_second": 2,
-            "initializer_range": 0.04,
+            "initializer_range": 0.08,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_word_embeddings,
     )
 
 
@@ -152,6 +158,7 @@ def build_tiny_checkpoint(
     vision_depth: int = 3,
     vocab_size: int = 512,
     seed: int = 0,
+    tie_word_embeddings: bool = True,
 ) -> None:
     """Writes a checkpoint folder that `AutoProcessor` and `from_pretrained` load.
 
@@ -163,6 +170,7 @@ def build_tiny_checkpoint(
         vision_depth: Blocks of the vision tower; the last attends over the whole picture, the others in windows.
         vocab_size: Of the tokenizer, special tokens not counted.
         seed: Of the random weights.
+        tie_word_embeddings: The output matrix is the token embedding, as in the 3B; not so in the 7B.
     """
     tokenizer = build_tiny_tokenizer(tokenizer_corpus(), vocab_size)
     image_processor = Qwen2VLImageProcessorFast(
@@ -177,13 +185,13 @@ def build_tiny_checkpoint(
     processor = Qwen2_5_VLProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
+        video_processor=Qwen2VLVideoProcessor(),  # pyright: ignore[reportCallIssue] - all have defaults
         chat_template=CHAT_TEMPLATE,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(
-            tiny_config(tokenizer, hidden_size, num_layers, vision_hidden_size, vision_depth)
+            tiny_config(tokenizer, hidden_size, num_layers, vision_hidden_size, vision_depth, tie_word_embeddings)
         )
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
