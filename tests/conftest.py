@@ -10,6 +10,7 @@ from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import Example
 from tests.tiny_cases import build_checkpoint, make_config, make_examples, make_model
+from tests.tiny_run import train_tiny_run
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -49,3 +50,9 @@ def tiny_model(shared_model: JointModel) -> JointModel:
 def tiny_examples(tiny_config: Callable[..., RecipeConfig]) -> dict[str, Example]:
     """Encoded samples of every kind, by name; see `tests.tiny_cases.make_samples`."""
     return make_examples(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def trained_checkpoint(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A genuine checkpoint of `recipe.train`, two steps in float32; its `config.yaml` is in the folder above."""
+    return train_tiny_run(tiny_checkpoint, tmp_path_factory.mktemp("trained"))

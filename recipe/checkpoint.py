@@ -1,0 +1,202 @@
+"""A trained model out of a Composer checkpoint, and into a folder that transformers reads; and back.
+
+An exported folder holds what `Qwen2_5_VLForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained`
+read, and beside it the rest of the network (`HEAD_FILE`) and the run's configuration (`CONFIG_FILE`).
+"""
+
+import pickle
+from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.torch_version import TorchVersion
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers.modeling_utils import no_init_weights
+
+from recipe.build import build_model, build_network, load_processor
+from recipe.config import ModelConfig, RecipeConfig, load_config, save_config
+from recipe.data.image import image_spec
+from recipe.joint import JointModel
+from recipe.models.vlm import resolve_attention
+
+HEAD_FILE = "detection_head.safetensors"
+CONFIG_FILE = "recipe.yaml"
+RUN_CONFIG_FILE = "config.yaml"
+_LANGUAGE_MODEL = "vlm."
+
+# What a genuine checkpoint of Composer holds beside tensors, after Composer's own list (mosaicml/composer#3937): random
+# generator states and times. numpy's `_reconstruct` is private, and was moved between numpy 1 and 2.
+_RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
+_SAFE_GLOBALS: list[Any] = [
+    timedelta,
+    TorchVersion,
+    np.ndarray,
+    np.dtype,
+    *(kind for kind in vars(np.dtypes).values() if isinstance(kind, type) and issubclass(kind, np.dtype)),
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+]
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The model's weights in a Composer checkpoint, by their names in `JointModel`; no code in the file is run.
+
+    The tensors stay on disk until they are read.
+
+    Raises:
+        ValueError: There is no such file, it is no Composer checkpoint, or it holds classes that none needs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist: give a .pt file from {{run_folder}}/checkpoints")
+    try:
+        with safe_globals(_SAFE_GLOBALS):
+            foreign = get_unsafe_globals_in_checkpoint(str(path))
+            if foreign:
+                raise ValueError(f"it holds {', '.join(sorted(foreign))}, which could run code: refused")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is no readable Composer checkpoint: {reason}") from error
+    state = loaded.get("state") if isinstance(loaded, dict) else None
+    weights = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} is no Composer checkpoint: it holds no weights under state.model")
+    return dict(weights)
+
+
+def find_config(checkpoint: str | Path) -> RecipeConfig:
+    """The configuration of the run that wrote a checkpoint: beside it, or in one of the two folders above.
+
+    Raises:
+        ValueError: There is none.
+    """
+    path = Path(checkpoint).absolute()
+    for folder in list(path.parents)[:3]:
+        if (folder / RUN_CONFIG_FILE).is_file():
+            return load_config(str(folder / RUN_CONFIG_FILE))
+    raise ValueError(
+        f"no {RUN_CONFIG_FILE} beside {checkpoint} or in the two folders above: give the run's with --config YAML"
+    )
+
+
+def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointModel, Any, RecipeConfig]:
+    """Loads a trained model, its processor and its configuration.
+
+    Args:
+        checkpoint: A Composer .pt file, or a folder from `export_model`.
+        config: Default: what was saved with the checkpoint. For a .pt file it names the folder or hub name of the base
+            model, of which the configuration and the processor are read, not the weights.
+
+    Raises:
+        ValueError: The checkpoint is missing, is neither of the two, or does not fit the configuration.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        return _load_exported(path, config)
+    weights = read_weights(path)
+    config = config or find_config(path)
+    processor = load_processor(config)
+    network = build_network(config, _unread_vlm(config.model), image_spec(processor.image_processor, config.image))
+    model = JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
+    _load_weights(model, weights, path)
+    return model, processor, config
+
+
+def export_model(model: JointModel, processor: Any, config: RecipeConfig, folder: str | Path) -> None:
+    """Writes a model as a folder that transformers loads, the head's weights and the configuration beside it.
+
+    The image processor gets the run's pixel budget, so that transformers shows the model pictures as training did.
+
+    Raises:
+        ValueError: The folder is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is a file or a folder that is not empty: give the export a folder of its own")
+    network = model.model
+    network.vlm.hf_model.save_pretrained(folder)
+    _with_pixel_budget(processor, config).save_pretrained(folder)
+    head = {
+        name: value.contiguous() for name, value in network.state_dict().items() if not name.startswith(_LANGUAGE_MODEL)
+    }
+    save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+    save_config(config, folder / CONFIG_FILE)  # last: only a whole export has one
+
+
+def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointModel, Any, RecipeConfig]:
+    missing = [name for name in (CONFIG_FILE, HEAD_FILE) if not (folder / name).is_file()]
+    if missing:
+        found = sorted(str(path) for path in [*folder.glob("*.pt"), *folder.glob("checkpoints/*.pt")])
+        remedy = f"give one of its checkpoints, such as {found[-1]}" if found else "make one with recipe/export.py"
+        raise ValueError(f"{folder} is no exported model, it lacks {' and '.join(missing)}: {remedy}")
+    config = config or load_config(str(folder / CONFIG_FILE))
+    config = replace(config, model=replace(config.model, pretrained_model_name_or_path=str(folder)))
+    processor = load_processor(config)
+    model = build_model(config, processor)
+    head = nn.ModuleDict({name: part for name, part in model.model.named_children() if f"{name}." != _LANGUAGE_MODEL})
+    _load_weights(head, load_file(folder / HEAD_FILE), folder / HEAD_FILE)
+    return model, processor, config
+
+
+def _unread_vlm(config: ModelConfig) -> PreTrainedModel:
+    """The language model with the memory for its weights, but nothing read into it."""
+    name = config.pretrained_model_name_or_path
+    with no_init_weights():
+        vlm = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(name),
+            attn_implementation=resolve_attention(config.attn_implementation),
+            dtype=getattr(torch, config.dtype),
+        )
+    vlm.tie_weights()
+    with suppress(OSError):  # the file is optional
+        vlm.generation_config = GenerationConfig.from_pretrained(name)
+    return vlm
+
+
+def _load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Loads all weights of a module.
+
+    Raises:
+        ValueError: Names or shapes differ; some of them are told.
+    """
+    expected = module.state_dict()
+    differing = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    problems = {
+        "lacks": [name for name in expected if name not in weights],
+        "has beyond the model": [name for name in weights if name not in expected],
+        "has of another shape": differing,
+    }
+    told = [f"{what} {_some(names)}" for what, names in problems.items() if names]
+    if told:
+        raise ValueError(
+            f"{source} does not fit the model: it {'; it '.join(told)}: give the configuration it was trained with"
+        )
+    module.load_state_dict(weights)
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
+
+
+def _with_pixel_budget(processor: Any, config: RecipeConfig) -> Any:
+    spec = image_spec(processor.image_processor, config.image)
+    processor = deepcopy(processor)
+    image_processor = processor.image_processor
+    image_processor.min_pixels, image_processor.max_pixels = spec.min_pixels, spec.max_pixels
+    image_processor.size = {"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels}
+    return processor
