@@ -11,6 +11,7 @@ from recipe.config import ConfigError, RecipeConfig, load_config, save_config
 from recipe.config_checks import BOUNDS, CHOICES, check_config, config_from_command_line
 from recipe.redact import redact
 
+YAMLS = Path(__file__).resolve().parents[1] / "yamls"
 MINIMAL: dict[str, Any] = {
     "run_folder": "runs/test",
     "model": {"pretrained_model_name_or_path": "tiny"},
@@ -68,6 +69,12 @@ def test_overrides_of_every_kind(minimal: str) -> None:
     assert config.trainer["save_overwrite"] is True
     assert config.loggers == {"wandb": None}
     assert config.callbacks == {"lr_monitor": {}}
+
+
+@pytest.mark.parametrize("path", sorted(YAMLS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_yaml_of_the_repository_is_right(path: Path) -> None:
+    load_and_check(str(path))
+    assert path.read_text(encoding="utf-8").startswith("#"), "say what it is for, how long it takes and what it reaches"
 
 
 def test_interpolation_is_resolved(minimal: str) -> None:
