@@ -194,9 +194,7 @@ def _check_head(config: RecipeConfig) -> None:
 def _check_images_and_checkpoint(config: RecipeConfig) -> None:
     least, most = config.image.min_pixels, config.image.max_pixels
     if least is not None and most is not None and least > most:
-        raise ConfigError(
-            f"image.min_pixels {least} is above image.max_pixels {most}: lower one or raise the other"
-        )
+        raise ConfigError(f"image.min_pixels {least} is above image.max_pixels {most}: lower one or raise the other")
     path = config.load_path
     if path is not None and "://" not in path and "{" not in path and not os.path.exists(path):
         raise ConfigError(f"load_path {path} does not exist: give a checkpoint that a run saved, or null")
