@@ -24,7 +24,7 @@ def load_processor(config: RecipeConfig) -> Any:
     name = config.model.pretrained_model_name_or_path
     try:
         return AutoProcessor.from_pretrained(name, use_fast=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that is no name on the hub either
         raise ValueError(
             f"model.pretrained_model_name_or_path={name!r} holds no processor ({str(error).splitlines()[0]}): "
             "give a checkpoint folder or a name on the hub"

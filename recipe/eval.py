@@ -9,7 +9,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from recipe.build import build_encoder, build_model, load_processor
 from recipe.callbacks.table import build_callbacks, build_loggers
-from recipe.config import ConfigError, RecipeConfig
+from recipe.config import RecipeConfig
 from recipe.config_checks import config_from_command_line
 from recipe.data.loader import build_eval_loader
 from recipe.data.stream import read_teachers
@@ -17,13 +17,7 @@ from recipe.logging_setup import setup_logging
 
 
 def main(config: RecipeConfig) -> dict[str, float]:
-    """Scores `load_path` on the evaluation set; the scores also go to `{run_folder}/eval.json`.
-
-    Raises:
-        ConfigError: There is nothing to judge.
-    """
-    if config.load_path is None:
-        raise ConfigError("missing load_path: give the checkpoint to judge, load_path=CHECKPOINT")
+    """Scores `load_path` on the evaluation set; the scores also go to `{run_folder}/eval.json`."""
     dist.initialize_dist(get_device())
     reproducibility.seed_all(config.seed)
     processor = load_processor(config)
@@ -51,4 +45,4 @@ def main(config: RecipeConfig) -> dict[str, float]:
 
 if __name__ == "__main__":
     setup_logging()
-    main(config_from_command_line(sys.argv[1:]))
+    main(config_from_command_line(sys.argv[1:], required=("load_path",)))

@@ -229,7 +229,7 @@ def load_vlm(
             attn_implementation=resolve_attention(attn_implementation),
             dtype=getattr(torch, dtype),
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that is no name on the hub either
         raise ValueError(
             f"model.pretrained_model_name_or_path={pretrained_model_name_or_path!r} is neither a checkpoint folder "
             f"nor a reachable name on the hub ({str(error).splitlines()[0]})"
