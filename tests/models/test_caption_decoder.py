@@ -1,0 +1,147 @@
+"""The caption decoder: cached steps are teacher forcing, nothing sees the future, captions do not see one another."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from recipe.joint import JointModel
+from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.generation import generate_captions
+from recipe.models.memory import Memory
+
+LENGTH = 10
+NUM_TOKENS = 320
+
+
+@pytest.fixture
+def decoder(tiny_model: JointModel) -> CaptionDecoder:
+    return tiny_model.eval().model.caption_decoder
+
+
+class Inputs:
+    """Three images with two captions each, the second image with a shorter memory."""
+
+    def __init__(self, model: JointModel):
+        generator = torch.Generator().manual_seed(0)
+        width = model.model.caption_decoder.width
+        self.features = torch.randn(3, 2, width, generator=generator, dtype=torch.float64)
+        self.boxes = torch.rand(3, 2, 4, generator=generator, dtype=torch.float64)
+        mask = torch.arange(12) < torch.tensor([12, 7, 12])[:, None]
+        tokens, positions = torch.randn(2, 3, 12, width, generator=generator, dtype=torch.float64)
+        self.memory = Memory(tokens, positions, mask)
+        self.ids = torch.randint(0, NUM_TOKENS, (3, 2, LENGTH), generator=generator)
+        self.vlm = model.model.vlm
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.vlm.embed_tokens(ids)
+
+
+@pytest.fixture
+def inputs(tiny_model: JointModel) -> Inputs:
+    return Inputs(tiny_model)
+
+
+def teacher_forced(decoder: CaptionDecoder, inputs: Inputs, ids: Tensor) -> Tensor:
+    hidden = decoder(inputs.features, inputs.boxes, inputs.memory, inputs.embed(ids))
+    return inputs.vlm.logits(hidden)  # (N, T, C, V)
+
+
+@torch.no_grad()
+def test_cached_logits_are_teacher_forced_logits(decoder: CaptionDecoder, inputs: Inputs):
+    expected = teacher_forced(decoder, inputs, inputs.ids)
+    cache = decoder.start_cache(inputs.memory)
+    steps = [decoder(inputs.features, inputs.boxes, inputs.memory, None, cache)]
+    for step in range(LENGTH):
+        embeds = inputs.embed(inputs.ids[..., step : step + 1])
+        steps.append(decoder(inputs.features, inputs.boxes, inputs.memory, embeds, cache))
+    found = inputs.vlm.logits(torch.cat(steps, dim=2))
+    assert found.shape == expected.shape == (3, 2, LENGTH + 1, expected.shape[-1])
+    assert float(expected.std()) > 0.1
+    # measured: 7.8e-16 of logits around 1
+    assert float((found - expected).abs().max()) <= 1e-12
+
+
+@torch.no_grad()
+def test_no_step_sees_the_future(decoder: CaptionDecoder, inputs: Inputs):
+    """Token j is the input of step j + 1 and the target of step j."""
+    before = teacher_forced(decoder, inputs, inputs.ids)
+    for j in range(LENGTH):
+        ids = inputs.ids.clone()
+        ids[..., j] = (ids[..., j] + 1) % NUM_TOKENS
+        after = teacher_forced(decoder, inputs, ids)
+        assert torch.equal(after[:, :, : j + 1], before[:, :, : j + 1])
+        assert (after[:, :, j + 1 :] != before[:, :, j + 1 :]).any(-1).all()
+
+
+@torch.no_grad()
+def test_captions_do_not_see_one_another(decoder: CaptionDecoder, inputs: Inputs):
+    before = teacher_forced(decoder, inputs, inputs.ids)
+    ids = inputs.ids.clone()
+    ids[1, 0] = (ids[1, 0] + 1) % NUM_TOKENS
+    inputs.features[1, 0] += 1
+    inputs.boxes[1, 0] = 0.9 - inputs.boxes[1, 0] / 2
+    after = teacher_forced(decoder, inputs, ids)
+    changed = (after != before).flatten(2).any(-1)
+    assert changed.tolist() == [[False, False], [True, False], [False, False]]
+
+
+@torch.no_grad()
+def test_captions_read_their_own_memory_and_its_real_tokens_only(decoder: CaptionDecoder, inputs: Inputs):
+    before = teacher_forced(decoder, inputs, inputs.ids)
+    inputs.memory.tokens[1, 7:] += 1
+    assert torch.equal(teacher_forced(decoder, inputs, inputs.ids), before)
+    inputs.memory.tokens[1, 6] += 1
+    after = teacher_forced(decoder, inputs, inputs.ids)
+    assert (after != before).flatten(2).any(-1).tolist() == [[False] * 2, [True] * 2, [False] * 2]
+
+
+def test_captions_send_no_gradient_into_the_boxes(decoder: CaptionDecoder, inputs: Inputs):
+    inputs.boxes.requires_grad_()
+    inputs.features.requires_grad_()
+    logits = teacher_forced(decoder, inputs, inputs.ids)
+    gradients = torch.autograd.grad(logits.sum(), [inputs.boxes, inputs.features], allow_unused=True)
+    assert gradients[0] is None and gradients[1] is not None and gradients[1].any()
+
+
+def generate(decoder: CaptionDecoder, inputs: Inputs, rows: slice, memory: Memory, eos_token_id: int) -> Tensor:
+    return generate_captions(
+        decoder,
+        inputs.features[rows],
+        inputs.boxes[rows],
+        memory,
+        inputs.embed,
+        inputs.vlm.logits,
+        eos_token_id,
+    )
+
+
+@torch.no_grad()
+def test_generation_is_greedy_teacher_forcing(decoder: CaptionDecoder, inputs: Inputs):
+    """Every token is the best one of a teacher-forced pass over the tokens before it; after its end only ends."""
+    never = 319
+    free = generate(decoder, inputs, slice(None), inputs.memory, never)
+    assert free.shape == (3, 2, decoder.max_caption_tokens) and len(free.unique()) > 3
+    eos = int(free[0, 0, 4])  # so that at least one caption ends early
+    ids = generate(decoder, inputs, slice(None), inputs.memory, eos)
+    best = teacher_forced(decoder, inputs, ids[..., :-1]).argmax(-1)
+    ended = ((ids == eos).cumsum(-1) - (ids == eos).int()) > 0
+    assert ended[0, 0].any()
+    assert torch.equal(ids, best.masked_fill(ended, eos))
+
+
+@torch.no_grad()
+def test_generation_together_is_each_image_alone(decoder: CaptionDecoder, inputs: Inputs):
+    """Also without the padding of the memory."""
+    eos = 319
+    together = generate(decoder, inputs, slice(None), inputs.memory, eos)
+    for row in range(3):
+        real = inputs.memory.mask[row]
+        memory = Memory(
+            inputs.memory.tokens[row : row + 1, real],
+            inputs.memory.positions[row : row + 1, real],
+            inputs.memory.mask[row : row + 1, real],
+        )
+        alone = generate(decoder, inputs, slice(row, row + 1), memory, eos)
+        length = alone.shape[-1]
+        assert torch.equal(together[row, :, :length], alone[0])
+        assert (together[row, :, length:] == eos).all()

@@ -1,0 +1,229 @@
+"""The language model's wrapper: transformers' own logits, one pass of the vision tower, and contracts that raise."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
+
+from recipe.build import load_processor
+from recipe.config import ImageConfig, RecipeConfig
+from recipe.data.image import image_spec, patchify
+from recipe.data.positions import rope_positions
+from recipe.joint import JointModel
+from recipe.models.generation import generate_answers
+from recipe.models.vlm import (
+    PixelNormalizer,
+    VisionLanguageModel,
+    check_packing_contract,
+    load_vlm,
+    resolve_attention,
+    scatter_features,
+)
+from recipe.schema import Batch, Example
+from tests.tiny_cases import collator, make_samples
+
+PICTURED = ("two", "empty", "crowded")
+
+
+@pytest.fixture
+def examples(tiny_examples: dict[str, Example]) -> list[Example]:
+    return [tiny_examples[name] for name in (*PICTURED, "text")]
+
+
+@pytest.fixture(scope="module")
+def load(tiny_checkpoint: str) -> Callable[[str], VisionLanguageModel]:
+    def load_with(attn_implementation: str) -> VisionLanguageModel:
+        vlm = load_vlm(tiny_checkpoint, attn_implementation, "float64").eval()
+        image_processor = Qwen2VLImageProcessorFast.from_pretrained(tiny_checkpoint)
+        mean, std = list(image_processor.image_mean), list(image_processor.image_std)
+        return VisionLanguageModel(vlm, PixelNormalizer(mean, std, image_processor.temporal_patch_size))
+
+    return load_with
+
+
+def hidden_states(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
+    """Of the real tokens, sample after sample."""
+    states = vlm(
+        batch["input_ids"],
+        batch["attention_mask"],
+        batch["position_ids"],
+        batch["segment_lengths"],
+        batch["pixel_patches"],
+        batch["image_grid_thw"],
+    ).last_hidden_state
+    mask = batch["attention_mask"]
+    return states if mask is None else states[mask.flatten().bool()]
+
+
+@torch.no_grad()
+def test_logits_are_those_of_transformers(
+    tiny_checkpoint: str,
+    tiny_config: Callable[..., RecipeConfig],
+    load: Callable[[str], VisionLanguageModel],
+    tiny_examples: dict[str, Example],
+):
+    """`Qwen2_5_VLForConditionalGeneration.forward` on the padded ids, with the image processor's `pixel_values`."""
+    samples, processor = make_samples(), load_processor(tiny_config())
+    names = ("crowded", "unannotated", "text")
+    shown = [samples[name].image for name in names if samples[name].image]
+    pictures = processor.image_processor([Image.open(io.BytesIO(image)) for image in shown], return_tensors="pt")
+    batch = collator("standard")([tiny_examples[name] for name in names])
+    assert torch.equal(pictures["image_grid_thw"], batch["image_grid_thw"])
+    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tiny_checkpoint, attn_implementation="sdpa", dtype=torch.float64
+    ).eval()
+    mask = batch["attention_mask"]
+    assert mask is not None
+    expected = reference(
+        input_ids=batch["input_ids"],
+        attention_mask=mask,
+        pixel_values=pictures["pixel_values"].double(),
+        image_grid_thw=pictures["image_grid_thw"],
+    ).logits[mask.bool()]
+    vlm = load("auto")
+    found = vlm.logits(hidden_states(vlm, batch))
+    assert float(expected.std()) > 0.1
+    # measured: 8.9e-16
+    assert float((found - expected).abs().max()) <= 1e-12
+
+
+@torch.no_grad()
+def test_attention_implementations_and_layouts_agree(
+    load: Callable[[str], VisionLanguageModel], examples: list[Example]
+):
+    expected = hidden_states(load("sdpa"), collator("standard")(examples))
+    for implementation in ("auto", "sdpa", "eager"):
+        vlm = load(implementation)
+        for layout in ("standard", "packed"):
+            found = hidden_states(vlm, collator(layout)(examples))
+            # measured: 0.0; 9.5e-7 of states around 1 with eager, whose softmax is transformers' float32
+            tolerance = 1e-5 if implementation == "eager" else 1e-12
+            assert float((found - expected).abs().max()) <= tolerance, (implementation, layout)
+
+
+def test_auto_is_the_packed_attention_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_attention("auto") == "packed_sdpa"
+    assert resolve_attention("eager") == "eager"
+
+
+@torch.no_grad()
+def test_the_vision_tower_runs_once(tiny_model: JointModel, examples: list[Example]):
+    """A forward pass of the whole model, also where there is no picture; generation of answers runs it once more."""
+    calls: list[int] = []
+    visual = tiny_model.model.vlm.hf_model.model.visual
+    handle = visual.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        for batch in (
+            collator("standard")(examples),
+            collator("packed")(examples[:3]),
+            collator("packed")(examples[3:]),
+        ):
+            calls.clear()
+            tiny_model(batch)
+            assert len(calls) == 1
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("num_features", [3, 5])
+def test_placeholders_and_features_must_agree(num_features: int):
+    embeds, mask = torch.zeros(2, 4, 8), torch.tensor([[True, True, False, False], [True, True, False, False]])
+    with pytest.raises(ValueError, match=f"4 image placeholders but the images give {num_features} vision tokens"):
+        scatter_features(embeds, mask, torch.ones(num_features, 8))
+
+
+def test_features_go_where_the_placeholders_are():
+    mask = torch.tensor([[False, True, False], [True, False, True]])
+    features = torch.arange(1.0, 4.0)[:, None].expand(3, 2)
+    scattered = scatter_features(torch.zeros(2, 3, 2), mask, features)
+    assert scattered[..., 0].tolist() == [[0, 1, 0], [2, 0, 3]]
+
+
+def breach(batch: Batch, **changes: Any) -> dict[str, Any]:
+    arguments = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "segment_lengths")}
+    return {**arguments, **changes}
+
+
+def test_breaches_of_the_packing_contract_raise(examples: list[Example]):
+    """Each of these mixes samples silently in transformers 4.57."""
+    packed, padded = collator("packed")(examples), collator("standard")(examples)
+    ones = torch.ones_like(packed["input_ids"])
+    lengths = packed["segment_lengths"]
+    assert lengths is not None
+    cases = [
+        breach(packed, position_ids=packed["position_ids"][1:]),
+        breach(packed, attention_mask=ones),
+        breach(packed, segment_lengths=None),
+        breach(packed, segment_lengths=lengths[:-1]),
+        breach(packed, input_ids=packed["input_ids"].repeat(2, 1)),
+        breach(padded, attention_mask=None),
+        breach(padded, segment_lengths=lengths),
+        breach(padded, position_ids=padded["position_ids"][:2]),
+    ]
+    for arguments in cases:
+        with pytest.raises(ValueError, match="use recipe.data.collate"):
+            check_packing_contract(**arguments)
+    check_packing_contract(**breach(packed))
+    check_packing_contract(**breach(padded))
+
+
+@pytest.mark.parametrize("size", [(56, 56), (140, 84), (101, 67), (333, 500)])
+def test_normalised_patches_are_hugging_faces_pixel_values(tiny_checkpoint: str, size: tuple[int, int]):
+    """Bit for bit, with and without a resize."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    picture = Image.fromarray(pixels.numpy())
+    image_processor = Qwen2VLImageProcessorFast.from_pretrained(tiny_checkpoint)
+    expected = image_processor([picture], return_tensors="pt")
+    spec = image_spec(image_processor, ImageConfig())
+    patches, grid = patchify(picture, spec)
+    assert patches.dtype == torch.uint8 and [list(grid)] == expected["image_grid_thw"].tolist()
+    normalizer = PixelNormalizer(list(spec.image_mean), list(spec.image_std), spec.temporal_patch_size)
+    assert torch.equal(normalizer(patches), expected["pixel_values"])
+
+
+@torch.no_grad()
+def test_answers_together_are_each_alone_and_greedy(
+    load: Callable[[str], VisionLanguageModel], tiny_checkpoint: str, tiny_examples: dict[str, Example]
+):
+    """Each new token is the best one of a full pass over prompt and answer so far, without a cache."""
+    vlm = load("auto")
+    hf_config = AutoConfig.from_pretrained(tiny_checkpoint)
+    chosen = [tiny_examples[name] for name in ("crowded", "unannotated", "two")]
+    prompts = [example.input_ids[: example.prompt_length] for example in chosen]
+    patches = torch.cat([example.pixel_patches for example in chosen])
+    grids = torch.cat([example.image_grid_thw for example in chosen])
+    together = generate_answers(vlm, prompts, patches, grids, 5)
+    ends = set(vlm.hf_model.generation_config.eos_token_id)
+    for example, prompt, answer in zip(chosen, prompts, together, strict=True):
+        alone = generate_answers(vlm, [prompt], example.pixel_patches, example.image_grid_thw, 5)[0]
+        ids = prompt
+        for step, token in enumerate(alone.tolist()):
+            best = int(vlm.logits(last_state(vlm, ids, example, hf_config)).argmax())
+            assert token == best == int(answer[step])
+            ids = torch.cat([ids, torch.tensor([token])])
+            if token in ends:
+                break
+
+
+def last_state(vlm: VisionLanguageModel, ids: Tensor, example: Example, hf_config: Any) -> Tensor:
+    positions = rope_positions(ids, example.image_grid_thw, hf_config)[:, None]
+    mask = torch.ones_like(ids)[None]
+    states = vlm(ids[None], mask, positions, None, example.pixel_patches, example.image_grid_thw)
+    return states.last_hidden_state[-1]
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path, tiny_config: Callable[..., RecipeConfig]):
+    """Also one that the hub would not take for a name, and a folder that holds none."""
+    for name in (str(tmp_path / "nowhere"), str(tmp_path)):
+        with pytest.raises(ValueError, match=f"pretrained_model_name_or_path='{name}' is neither"):
+            load_vlm(name, "auto", "float32")
+        with pytest.raises(ValueError, match=f"pretrained_model_name_or_path='{name}' holds no processor"):
+            load_processor(tiny_config(model={"pretrained_model_name_or_path": name}))
