@@ -140,6 +140,7 @@ class OptimizerConfig:
     lr_detection: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
+    clip_norm: float | None = 1.0  # largest norm of the whole gradient; null: no clipping
     weight_decay: float = 0.01  # of matrices; vectors (biases, norms) get none
     lr_scaling: str = "none"  # none | linear | sqrt, in the ratio of the batch's tokens to `reference_tokens`
     reference_tokens: int | None = None  # tokens per optimizer step that the rates above are meant for

@@ -70,6 +70,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "optimizer.lr_detection": (0, inf),
     "optimizer.eps": (0, inf),
     "optimizer.weight_decay": (0, inf),
+    "optimizer.clip_norm": (1e-6, inf),
     "optimizer.reference_tokens": (1, inf),
     "scheduler.alpha_f": (0, inf),
 }

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from composer import Algorithm
+from composer.algorithms import GradientClipping
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
@@ -114,6 +116,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch:
                 optimizer_groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": group})
     log.info("learning rates x %g (%s, %s tokens a batch)", scale.factor, scale.rule, scale.tokens)
     return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def build_algorithms(config: OptimizerConfig) -> list[Algorithm]:
+    """Composer's gradient clipping, where a norm is set."""
+    if config.clip_norm is None:
+        return []
+    return [GradientClipping(clipping_type="norm", clipping_threshold=config.clip_norm)]
 
 
 def build_scheduler(config: SchedulerConfig) -> ComposerScheduler:

@@ -19,8 +19,8 @@ from streaming import StreamingDataset
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("quickstart")
 YAML = "yamls/quickstart.yaml"
-SPLITS = {"train": (6000, 1), "val": (128, 2), "pool": (200, 3)}  # name: (scenes, seed)
-NUM_TEACHERS_POOL = 32
+SPLITS = {"train": (6000, 1), "val": (128, 2), "pool": (400, 3)}  # name: (scenes, seed)
+NUM_TEACHERS_POOL = 128
 NUM_PICTURES = 6
 SMOOTHING = 20  # steps that a "first" or "last" loss is averaged over
 
