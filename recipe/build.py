@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from recipe.config import RecipeConfig
@@ -57,7 +58,11 @@ def build_model(config: RecipeConfig, processor: Any) -> JointModel:
 
 
 def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -> JointNetwork:
-    """The head on top of a language model; every dimension of the latter is read from its config."""
+    """The head on top of a language model; every dimension of the latter is read from its config.
+
+    The head is kept in float32 at least: eight bits of a bfloat16 box are too few.
+    """
+    dtype = torch.promote_types(vlm.dtype, torch.float32)
     hidden_size = vlm.config.get_text_config().hidden_size
     head, decoder = config.detection_head, config.caption_decoder
     width = hidden_size if head.width is None else head.width
@@ -65,7 +70,7 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
         vlm=VisionLanguageModel(
             vlm, PixelNormalizer(list(spec.image_mean), list(spec.image_std), spec.temporal_patch_size)
         ),
-        memory=MemoryBuilder(hidden_size, width, head.adapter_ratio, head.memory_positions).to(vlm.dtype),
+        memory=MemoryBuilder(hidden_size, width, head.adapter_ratio, head.memory_positions).to(dtype),
         detection_head=DetectionHead(
             width=width,
             num_queries=head.num_queries,
@@ -74,7 +79,7 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
             ffn_factor=head.ffn_factor,
             dropout=head.dropout,
             refine_boxes=head.refine_boxes,
-        ).to(vlm.dtype),
+        ).to(dtype),
         caption_decoder=CaptionDecoder(
             hidden_size=hidden_size,
             width=width,
@@ -83,7 +88,7 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
             ffn_factor=decoder.ffn_factor,
             dropout=decoder.dropout,
             max_caption_tokens=decoder.max_caption_tokens,
-        ).to(vlm.dtype),
+        ).to(dtype),
         matcher=config.matcher,
         loss=config.loss,
         num_denoising_groups=head.num_denoising_groups,

@@ -145,7 +145,7 @@ class CaptionDecoder(nn.Module):
         if cache is None or cache.past is None:
             parts.append(self.start(query_features)[:, :, None])
         if token_embeds is not None:
-            parts.append(self.token_in(self.token_norm(token_embeds)))
+            parts.append(self.token_in(self.token_norm(token_embeds.to(self.start.weight.dtype))))
         states = torch.cat(parts, dim=2)  # (N, T, C, W)
         first, length = (0 if cache is None else cache.length), states.shape[2]
         states = states + self.token_positions.weight[first : first + length]

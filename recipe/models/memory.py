@@ -86,11 +86,12 @@ class MemoryBuilder(nn.Module):
             prompt_states: (N, S, D).
             prompt_mask: (N, S) bool, True at real tokens.
         """
-        device = prompt_states.device
-        vision = pad_sequence(list(image_features), batch_first=True)  # (N, tokens, D)
+        device, dtype = prompt_states.device, self.vision_adapter.norm.weight.dtype
+        vision = pad_sequence(list(image_features), batch_first=True).to(dtype)  # (N, tokens, D)
         lengths = torch.tensor([len(features) for features in image_features], device=device)
         vision_mask = torch.arange(vision.shape[1], device=device) < lengths[:, None]
-        tokens = torch.cat([self.vision_adapter(vision), self.language_adapter(prompt_states)], dim=1)  # (N, M, W)
+        words = self.language_adapter(prompt_states.to(dtype))
+        tokens = torch.cat([self.vision_adapter(vision), words], dim=1)  # (N, M, W)
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
             centers = [grid_centers(*size, device=device) for size in grid_sizes]

@@ -129,7 +129,7 @@ class VisionLanguageModel(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The language model's head on chosen positions: (..., D) → (..., V)."""
-        return self.hf_model.lm_head(hidden_states)
+        return self.hf_model.lm_head(hidden_states.to(self.hf_model.dtype))
 
     def blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The smallest picture the vision tower takes, black: (patches uint8, grid)."""

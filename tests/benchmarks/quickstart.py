@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("quickstart")
 YAML = "yamls/quickstart.yaml"
 SPLITS = {"train": (6000, 1), "val": (128, 2), "pool": (400, 3)}  # name: (scenes, seed)
+LAUNCH = ("composer", "-n", "2")  # on small tensors two processes are faster than two threads
 NUM_TEACHERS_POOL = 128
 NUM_PICTURES = 6
 SMOOTHING = 20  # steps that a "first" or "last" loss is averaged over
@@ -29,8 +30,13 @@ def run(*command: str) -> None:
     """Runs one of the recipe's commands as a user would, in the repository."""
     print(f"\n$ {' '.join(command)}", flush=True)
     executable = Path(sys.executable).parent / command[0]
-    # Offline logging prints its summary at the end of every run otherwise.
-    subprocess.run([str(executable), *command[1:]], cwd=ROOT, check=True, env={**os.environ, "WANDB_SILENT": "true"})
+    # Silent: W&B prints its summary at the end of every run otherwise.
+    subprocess.run(
+        [str(executable), *command[1:]],
+        cwd=ROOT,
+        check=True,
+        env={**os.environ, "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"},
+    )
 
 
 def make_data() -> None:
@@ -75,10 +81,10 @@ def main() -> None:
     shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
     make_data()
     start = time.monotonic()
-    run("composer", "recipe/train.py", YAML, *sys.argv[1:])
+    run(*LAUNCH, "recipe/train.py", YAML, *sys.argv[1:])
     train_seconds = time.monotonic() - start
     checkpoint = str(FOLDER / "run" / "checkpoints" / "latest-rank0.pt")
-    run("composer", "recipe/eval.py", YAML, f"load_path={checkpoint}", "run_folder=quickstart/eval", *sys.argv[1:])
+    run(*LAUNCH, "recipe/eval.py", YAML, f"load_path={checkpoint}", "run_folder=quickstart/eval", *sys.argv[1:])
     predict_pictures(checkpoint)
     scores = json.loads((ROOT / FOLDER / "eval" / "eval.json").read_text())
     metrics = read_metrics()
