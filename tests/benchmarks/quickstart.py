@@ -31,12 +31,8 @@ def run(*command: str) -> None:
     print(f"\n$ {' '.join(command)}", flush=True)
     executable = Path(sys.executable).parent / command[0]
     # Silent: W&B prints its summary at the end of every run otherwise.
-    subprocess.run(
-        [str(executable), *command[1:]],
-        cwd=ROOT,
-        check=True,
-        env={**os.environ, "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"},
-    )
+    environment = {**os.environ, "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(executable), *command[1:]], cwd=ROOT, check=True, env=environment)
 
 
 def make_data() -> None:
