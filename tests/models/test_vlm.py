@@ -168,7 +168,7 @@ def test_breaches_of_the_packing_contract_raise(examples: list[Example]):
         breach(padded, position_ids=padded["position_ids"][:2]),
     ]
     for arguments in cases:
-        with pytest.raises(ValueError, match="use recipe.data.collate"):
+        with pytest.raises(ValueError, match=r"use recipe\.data\.collate"):
             check_packing_contract(**arguments)
     check_packing_contract(**breach(packed))
     check_packing_contract(**breach(padded))
@@ -201,6 +201,7 @@ def test_answers_together_are_each_alone_and_greedy(
     patches = torch.cat([example.pixel_patches for example in chosen])
     grids = torch.cat([example.image_grid_thw for example in chosen])
     together = generate_answers(vlm, prompts, patches, grids, 5)
+    assert vlm.hf_model.generation_config is not None
     ends = set(vlm.hf_model.generation_config.eos_token_id)
     for example, prompt, answer in zip(chosen, prompts, together, strict=True):
         alone = generate_answers(vlm, [prompt], example.pixel_patches, example.image_grid_thw, 5)[0]

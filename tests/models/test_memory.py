@@ -1,0 +1,72 @@
+"""The detection memory: positions by hand, padding that is no one's business, and the switch."""
+
+import pytest
+import torch
+
+from recipe.models.memory import MemoryBuilder, grid_centers, sine_embedding
+
+HIDDEN, WIDTH = 12, 8
+
+
+@pytest.fixture
+def builder() -> MemoryBuilder:
+    torch.manual_seed(0)
+    return MemoryBuilder(HIDDEN, WIDTH, adapter_ratio=4, memory_positions=True).double()
+
+
+def random_states(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_grid_centers_by_hand():
+    """Two rows of three cells, row after row, x before y."""
+    third = 1 / 3
+    expected = [
+        [third / 2, 0.25],
+        [0.5, 0.25],
+        [2.5 * third, 0.25],
+        [third / 2, 0.75],
+        [0.5, 0.75],
+        [2.5 * third, 0.75],
+    ]
+    assert torch.allclose(grid_centers(2, 3), torch.tensor(expected))
+
+
+def test_sine_embedding_by_hand():
+    """Two waves a coordinate: one turn, and 20 ** (1/2) turns, over the picture; sines before cosines."""
+    found = sine_embedding(torch.tensor([[0.25, 0.5]], dtype=torch.float64), 8)
+    fast = 20**0.5 * 2 * torch.pi * torch.tensor([0.25, 0.5], dtype=torch.float64)
+    expected = [1, fast[0].sin(), 0, fast[0].cos(), 0, fast[1].sin(), -1, fast[1].cos()]
+    assert torch.allclose(found, torch.tensor([expected], dtype=torch.float64), atol=1e-12)
+
+
+def test_vision_tokens_have_their_places_and_words_have_none(builder: MemoryBuilder):
+    memory = builder([random_states(6, seed=0)], [(2, 3)], random_states(1, 4, seed=1), torch.ones(1, 4).bool())
+    assert memory.tokens.shape == memory.positions.shape == (1, 10, WIDTH)
+    assert torch.allclose(memory.positions[0, :6], sine_embedding(grid_centers(2, 3), WIDTH).double())
+    assert not memory.positions[0, 6:].any()
+
+
+def test_without_positions_the_memory_is_the_same_but_for_them(builder: MemoryBuilder):
+    arguments = ([random_states(6, seed=0)], [(2, 3)], random_states(1, 4, seed=1), torch.ones(1, 4).bool())
+    with_positions = builder(*arguments)
+    builder.memory_positions = False
+    without = builder(*arguments)
+    assert torch.equal(without.tokens, with_positions.tokens)
+    assert with_positions.positions.any() and not without.positions.any()
+
+
+def test_a_batch_is_each_image_alone(builder: MemoryBuilder):
+    """The masked-in tokens and positions, in order; images and prompts of different lengths."""
+    features = [random_states(6, seed=0), random_states(4, seed=1), random_states(9, seed=2)]
+    sizes, lengths = [(2, 3), (2, 2), (3, 3)], [3, 5, 1]
+    prompts = random_states(3, 5, seed=3)
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    together = builder(features, sizes, prompts, mask)
+    for row, length in enumerate(lengths):
+        states = prompts[row : row + 1, :length]
+        alone = builder(features[row : row + 1], sizes[row : row + 1], states, torch.ones(1, length).bool())
+        real = together.mask[row]
+        assert int(real.sum()) == len(features[row]) + length
+        assert torch.allclose(together.tokens[row, real], alone.tokens[0], atol=1e-12)
+        assert torch.equal(together.positions[row, real], alone.positions[0])
