@@ -7,6 +7,7 @@ The last line is JSON: `box_ap50 caption_match train_seconds` and `curve` (epoch
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,9 @@ FOLDER = ROOT / "overfit"
 
 def run(*command: str) -> None:
     """Runs one of the recipe's commands as a user would, in the repository."""
-    subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=ROOT, check=True)
+    executable = Path(sys.executable).parent / command[0]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(executable), *command[1:]], cwd=ROOT, check=True, env=environment)
 
 
 def first_photos(annotations: Path, num_photos: int) -> Path:
@@ -48,7 +51,7 @@ def main() -> None:
         "--split", "train")  # fmt: skip
     run("python", "-m", "recipe.models.tiny", "--out", "overfit/tiny")
     start = time.monotonic()
-    run("composer", "recipe/train.py", "yamls/overfit.yaml", *overrides)
+    run("composer", "-n", "2", "recipe/train.py", "yamls/overfit.yaml", *overrides)
     train_seconds = time.monotonic() - start
     lines = (FOLDER / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
