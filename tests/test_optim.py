@@ -1,6 +1,7 @@
 """Parameter groups at the real shapes, frozen groups, learning-rate scaling and weight decay."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,6 +124,12 @@ def test_a_doubly_matched_parameter_is_named():
         group_of("head.weight", patterns)
 
 
+def rates_of(rates: dict[str, float]) -> OptimizerConfig:
+    """The rates of some groups by name, the others at their defaults."""
+    keywords: dict[str, Any] = {f"lr_{group}": rate for group, rate in rates.items()}
+    return OptimizerConfig(**keywords)
+
+
 def step(model: JointModel, optimizer: torch.optim.Optimizer, examples: dict[str, Example]) -> None:
     batch = collator("packed")(list(examples.values()))
     model.loss(model(batch), batch)["total"].backward()
@@ -135,7 +142,7 @@ def test_a_rate_of_zero_freezes(
 ):
     """No gradient, not in the optimizer, not one bit changed by a step; everything else moves."""
     model = make_model(tiny_config())
-    optimizer = build_optimizer(model, OptimizerConfig(**{f"lr_{group}": 0.0 for group in frozen}))
+    optimizer = build_optimizer(model, rates_of(dict.fromkeys(frozen, 0.0)))
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     step(model, optimizer, tiny_examples)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -175,9 +182,7 @@ def test_rates_and_weight_decay_of_each_group(tiny_config: Callable[..., RecipeC
     """Matrices decay; biases, norms and other vectors do not."""
     model = make_model(tiny_config())
     rates = {"vision": 1e-6, "merger": 2e-6, "llm": 3e-6, "adapter": 4e-6, "detection": 5e-6}
-    config = OptimizerConfig(
-        **{f"lr_{group}": rate for group, rate in rates.items()}, weight_decay=0.3, betas=[0.8, 0.9]
-    )
+    config = replace(rates_of(rates), weight_decay=0.3, betas=[0.8, 0.9])
     optimizer = build_optimizer(model, config)
     assert {group["name"] for group in optimizer.param_groups} == rates.keys()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
