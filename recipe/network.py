@@ -141,10 +141,7 @@ class JointNetwork(nn.Module):
             detection.query_features[rows, queries], detection.pred_boxes[rows, queries], memory, embeds
         )
         image, slot, token = (labels != -100).nonzero(as_tuple=True)
-        logits = self.vlm.logits(hidden[image, slot, token])
-        if not len(image):
-            logits = logits + 0.0 * hidden.sum()
-        return logits, labels[image, slot, token], image
+        return self.vlm.logits(hidden[image, slot, token]), labels[image, slot, token], image
 
 
 def padded_captions(targets: Sequence[Target | None], matches: Matches, device: torch.device) -> Tensor:
