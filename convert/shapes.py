@@ -27,7 +27,7 @@ COLORS = {
     "purple": (142, 48, 176),
     "orange": (244, 132, 24),
 }
-SIZES = {"small": (0.18, 0.27), "large": (0.33, 0.45)}  # side of the shape, as a share of the picture's
+SIZES = {"small": (0.25, 0.32), "large": (0.40, 0.50)}  # side of the shape, as a share of the picture's
 SHAPES = ("circle", "square", "triangle", "star")
 MAX_IOU = 0.1
 _OVERSAMPLE = 4  # shapes are drawn so many times larger and reduced, for smooth edges

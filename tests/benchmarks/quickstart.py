@@ -39,7 +39,7 @@ def make_data() -> None:
     """Scenes of coloured shapes, a pool of teachers, and the tiny checkpoint."""
     data = str(FOLDER / "data")
     for split, (num_samples, seed) in SPLITS.items():
-        scenes = f"--num-samples {num_samples} --seed {seed} --image-size 112 --max-objects 2".split()
+        scenes = f"--num-samples {num_samples} --seed {seed} --image-size 112 --max-objects 3".split()
         run("python", "-m", "convert.shapes", "--out", data, "--split", split, *scenes)
     pool = ["--num-samples", str(NUM_TEACHERS_POOL)]
     run("python", "-m", "convert.teachers", "--local", data, "--split", "pool", "--out", f"{data}/teachers", *pool)
