@@ -3,7 +3,7 @@
     python -m recipe.models.tiny --out DIR
 
 Everything is made offline: a byte-level BPE tokenizer with all of Qwen's special tokens and its chat template, the
-image processor, and a random model of about two million parameters. Its ids differ from the real ones, so code that
+image processor, and a random model of 1.5 million parameters. Its ids differ from the real ones, so code that
 takes an id from anywhere but the config or the tokenizer fails on it.
 """
 
