@@ -1,7 +1,6 @@
 """Attention for packed rows on any device: one `scaled_dot_product_attention` a sample, no mask, no padding.
 
 Registered with transformers under `NAME`; flash-attention 2, where installed, has a kernel that does the same.
-Measured on two cores: a dense mask over a packed row of 8,000 tokens costs 13 times as much.
 """
 
 from typing import Any
