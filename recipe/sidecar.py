@@ -1,0 +1,71 @@
+"""What lengths depend on, beside an index: every column of the shards but the picture, a hundredth of their size.
+
+`records.jsonl.gz` lets a run count the tokens of a data set without its pictures, for any tokenizer and prompt. Its
+first line binds it to the shards of the index it lies beside.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from recipe.schema import Sample
+
+RECORDS_FILE = "records.jsonl.gz"  # no *.json: Streaming's merge_index would take it for an index
+_VERSION = 1
+
+
+def shards_sha256(index: Mapping[str, Any]) -> str:
+    """The fingerprint of the shards that a parsed index.json lists: names, sizes, counts and checksums."""
+    return hashlib.sha256(json.dumps(index["shards"], sort_keys=True).encode()).hexdigest()
+
+
+def to_record(sample: Sample) -> dict[str, Any]:
+    """A line of the file: the sample's MDS row without its picture."""
+    row = sample.to_mds()
+    del row["image"]
+    return row
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]], index: Mapping[str, Any]) -> None:
+    """Writes the file anew; equal records and index give equal bytes.
+
+    Args:
+        path: Of the file.
+        records: From `to_record`, in the order of the shards.
+        index: The parsed index.json.
+    """
+    header = {"version": _VERSION, "shards_sha256": shards_sha256(index)}
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
+        for record in chain([header], records):
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
+    """The samples in stored order, without their pictures: `width` tells which have one.
+
+    Args:
+        path: Of the file.
+        index: The parsed index.json beside it.
+
+    Raises:
+        ValueError: The file is damaged, or was written for other shards.
+    """
+    remedy = "convert the data set anew"
+    expected = sum(shard["samples"] for shard in index["shards"])
+    found = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            header = json.loads(file.readline())
+            if header.get("version") != _VERSION or header.get("shards_sha256") != shards_sha256(index):
+                raise ValueError(f"{path} was written for other shards than its index.json lists: {remedy}")
+            for line in file:
+                yield Sample.from_mds({**json.loads(line), "image": b""})
+                found += 1
+    except (OSError, EOFError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
+    if found != expected:
+        raise ValueError(f"{path} holds {found} records, its index.json {expected} samples: {remedy}")
