@@ -30,7 +30,7 @@ def agree(error: Exception | None) -> None:
 
 
 class LockstepLoader(DataLoader):
-    """A DataLoader whose errors, a bad shard or sample in any rank's worker, are raised on all ranks in the same step."""
+    """A DataLoader whose errors, a bad shard or sample in any rank's worker, are raised on all ranks at once."""
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The batches; every rank takes the same number of them."""
