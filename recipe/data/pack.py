@@ -1,0 +1,222 @@
+"""Which samples share a pack: lengths in, positions out, under a budget of tokens and one of image patches.
+
+Longest first, then the longest that still fits; where a pack is about to close, its last two are chosen together.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAIRS_TRIED = 16
+GOOD_FILL = 0.97  # packs below it are taken apart and handed to the next window
+MOST_HANDOVERS = 4  # of one sample, so that none strays far from its place in the shuffled order
+
+
+def pack_ordered(
+    tokens: NDArray[np.int64],
+    patches: NDArray[np.int64],
+    max_tokens: int,
+    max_patches: int | None,
+    window: int,
+    rng: np.random.Generator,
+) -> list[list[int]]:
+    """Packs samples in their order, one window after the other.
+
+    A window's packs come out in random order, since packing emits long samples first. Badly filled ones are taken
+    apart and their samples handed to the next window, at most `MOST_HANDOVERS` times each.
+
+    Args:
+        tokens: (N,) of each sample.
+        patches: (N,) image patches of each sample.
+        max_tokens: Of a pack.
+        max_patches: Of a pack; None: any number.
+        window: Samples taken from the order at a time.
+        rng: Of the order within windows.
+
+    Returns:
+        Packs of ascending positions; every position stands in exactly one.
+
+    Raises:
+        ValueError: A sample is over a budget alone, or has no token.
+    """
+    _check(tokens, patches, max_tokens, max_patches)
+    if not _patches_can_bind(tokens, patches, max_tokens, max_patches):
+        max_patches = None
+    token_list, patch_list = tokens.tolist(), patches.tolist()
+    num_samples = len(token_list)
+    packs: list[list[int]] = []
+    handed_over: list[int] = []
+    handovers: dict[int, int] = {}
+    for start in range(0, num_samples, window):
+        stop = min(start + window, num_samples)
+        positions = [*handed_over, *range(start, stop)]
+        some_tokens = [token_list[position] for position in positions]
+        some_patches = [patch_list[position] for position in positions]
+        done: list[list[int]] = []
+        counts, handovers, handed_over = handovers, {}, []
+        for pack in _Window(some_tokens, some_patches, max_tokens, max_patches).pack():
+            members = sorted(positions[index] for index in pack)
+            fill = sum(some_tokens[index] for index in pack) / max_tokens
+            if max_patches is not None:
+                fill = max(fill, sum(some_patches[index] for index in pack) / max_patches)
+            times = max(counts.get(position, 0) for position in members)
+            if fill >= GOOD_FILL or times == MOST_HANDOVERS or stop == num_samples:
+                done.append(members)
+            else:
+                handed_over += members
+                handovers |= {position: counts.get(position, 0) + 1 for position in members}
+        packs += [done[index] for index in rng.permutation(len(done))]
+    return packs
+
+
+def pack_window(
+    tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None
+) -> list[list[int]]:
+    """Packs a set of samples at once; the same input always gives the same packs.
+
+    Args:
+        tokens: Of each of N samples.
+        patches: Image patches of each.
+        max_tokens: Of a pack.
+        max_patches: Of a pack; None: any number.
+
+    Returns:
+        Packs of positions 0 ... N - 1; every position stands in exactly one.
+
+    Raises:
+        ValueError: A sample is over a budget alone, or has no token.
+    """
+    token_array, patch_array = np.asarray(tokens, np.int64), np.asarray(patches, np.int64)
+    _check(token_array, patch_array, max_tokens, max_patches)
+    if not _patches_can_bind(token_array, patch_array, max_tokens, max_patches):
+        max_patches = None
+    return _Window(tokens, patches, max_tokens, max_patches).pack()
+
+
+class _Window:
+    """The samples that are in no pack yet, as the bits of one integer: bit r is the sample of rank r by size.
+
+    A sample's size is the larger of its shares of the two budgets, in units that keep it an integer. "The largest
+    that fits" is then the highest bit of what is left, of what fits the tokens, and of what fits the patches.
+    """
+
+    def __init__(self, tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None):
+        self._max_tokens, self._max_patches = max_tokens, max_patches
+        sizes: Sequence[int] = tokens
+        if max_patches is not None:
+            sizes = [max(t * max_patches, p * max_tokens) for t, p in zip(tokens, patches, strict=True)]
+        self._positions = sorted(range(len(tokens)), key=lambda position: (sizes[position], tokens[position]))
+        self._sizes = [sizes[position] for position in self._positions]
+        self._tokens = [tokens[position] for position in self._positions]
+        self._patches = [patches[position] for position in self._positions]
+        self._left = (1 << len(tokens)) - 1
+        self._first_alike = _first_alike(self._sizes, self._tokens)
+        if max_patches is not None:
+            self._sorted_tokens, self._fit_tokens = _fit_masks(self._tokens)
+            self._sorted_patches, self._fit_patches = _fit_masks(self._patches)
+
+    def pack(self) -> list[list[int]]:
+        """Fills packs until nothing is left."""
+        packs: list[list[int]] = []
+        while self._left:
+            pack: list[int] = []
+            room, patch_room = self._max_tokens, self._max_patches or 0
+            chosen: tuple[int, ...] = (self._left.bit_length() - 1,)
+            while chosen:
+                for rank in chosen:
+                    pack.append(self._positions[rank])
+                    self._left ^= 1 << rank
+                    room -= self._tokens[rank]
+                    patch_room -= self._patches[rank]
+                chosen = self._choose(room, patch_room)
+            packs.append(pack)
+        return packs
+
+    def _fitting(self, room: int, patch_room: int) -> int:
+        """The samples left that fit into so many tokens and patches."""
+        if self._max_patches is None:
+            return self._left & ((1 << bisect_right(self._tokens, room)) - 1)
+        return (
+            self._left
+            & self._fit_tokens[bisect_right(self._sorted_tokens, room)]
+            & self._fit_patches[bisect_right(self._sorted_patches, patch_room)]
+        )
+
+    def _after(self, rank: int, room: int, patch_room: int) -> int:
+        """The samples that would still fit beside `rank`."""
+        return self._fitting(room - self._tokens[rank], patch_room - self._patches[rank]) & ~(1 << rank)
+
+    def _choose(self, room: int, patch_room: int) -> tuple[int, ...]:
+        """The largest that fits; where that or one more would close the pack, the best two; none if none fits."""
+        fitting = self._fitting(room, patch_room)
+        if not fitting:
+            return ()
+        largest = fitting.bit_length() - 1
+        beside = self._after(largest, room, patch_room)
+        if beside:
+            second = beside.bit_length() - 1
+            room_after, patches_after = room - self._tokens[largest], patch_room - self._patches[largest]
+            if self._after(second, room_after, patches_after) & ~(1 << largest):
+                return (largest,)
+        return self._best_pair(fitting, room, patch_room)
+
+    def _best_pair(self, fitting: int, room: int, patch_room: int) -> tuple[int, ...]:
+        """Of a bounded number of pairs, the one with the largest sum of sizes; or the largest sample, if larger."""
+        best: tuple[int, ...] = (fitting.bit_length() - 1,)
+        best_size = self._sizes[best[0]]
+        full = room * (self._max_patches or 1)
+        for _ in range(PAIRS_TRIED):
+            first = fitting.bit_length() - 1
+            if first < 0 or 2 * self._sizes[first] <= best_size or best_size >= full:
+                break
+            beside = self._after(first, room, patch_room)
+            if beside:
+                second = beside.bit_length() - 1
+                size = self._sizes[first] + self._sizes[second]
+                if size > best_size:
+                    best, best_size = (first, second), size
+            fitting &= (1 << self._first_alike[first]) - 1
+        return best
+
+
+def _first_alike(sizes: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """Of each rank, the first rank of the same size and tokens: between those a search need not choose."""
+    first = 0
+    firsts: list[int] = []
+    for rank in range(len(sizes)):
+        if sizes[rank] != sizes[first] or tokens[rank] != tokens[first]:
+            first = rank
+        firsts.append(first)
+    return firsts
+
+
+def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The values sorted, and the ranks of the first k of them: `masks[bisect_right(sorted, x)]` are those up to x."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    masks = accumulate(order, lambda mask, rank: mask | 1 << rank, initial=0)
+    return [values[rank] for rank in order], list(masks)
+
+
+def _patches_can_bind(
+    tokens: NDArray[np.int64], patches: NDArray[np.int64], max_tokens: int, max_patches: int | None
+) -> bool:
+    """False where every sample's share of the patches is at most its share of the tokens."""
+    return max_patches is not None and bool((patches * max_tokens > tokens * max_patches).any())
+
+
+def _check(tokens: NDArray[np.int64], patches: NDArray[np.int64], max_tokens: int, max_patches: int | None) -> None:
+    if len(tokens) and tokens.min() < 1:
+        raise ValueError(f"the sample at position {int(tokens.argmin())} has {int(tokens.min())} tokens: it needs one")
+    for values, budget, noun, option in (
+        (tokens, max_tokens, "tokens", "max_seq_len"),
+        (patches, max_patches, "image patches", "the patch budget"),
+    ):
+        if budget is not None and len(values) and values.max() > budget:
+            position = int(values.argmax())
+            raise ValueError(
+                f"the sample at position {position} has {int(values[position])} {noun}, above the {budget} of a pack: "
+                f"raise {option} or lower image.max_pixels"
+            )
