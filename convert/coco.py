@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.records import BadRecord, Record, RecordReader, parse_box, parse_dict, parse_number, parse_text
-from convert.writer import Item, Note, Rejected, build_parser, run
+from convert.cli import build_parser, run
+from convert.items import Found, Note, Rejected
+from convert.records import BadRecord, Parse, Record, list_records, parse_box, parse_dict, parse_number, parse_text
 from recipe.schema import Object
 
 
@@ -29,10 +30,10 @@ def read_instances(path: Path) -> dict[str, list[Any]]:
     return _read_lists(path, ("images", "annotations", "categories"))
 
 
-def iter_samples(
+def find(
     instances: Mapping[str, Sequence[Any]], images: Path, captions: Path | None = None, source: str = "instances"
-) -> Iterator[Item]:
-    """One item an image, in the file's order.
+) -> Found:
+    """One record an image, in the file's order.
 
     Annotations of no image and phrases of no annotation come first, as rejected records.
 
@@ -45,26 +46,38 @@ def iter_samples(
     Raises:
         ValueError: `images` is no folder, a category has no name, or `captions` is no file of phrases.
     """
-    reader = RecordReader(images)
-    names = _category_names(instances["categories"])
+    names, leading = _category_names(instances["categories"]), []
     image_ids = {_key(image, "id") for image in instances["images"]}
     annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for position, annotation in enumerate(instances["annotations"]):
         image_id = _key(annotation, "image_id")
         if image_id is None or image_id not in image_ids:
             label = str(_key(annotation, "id") or "")
-            yield Rejected(label, f"{source}: annotation {position}", "unknown image", f"image_id {image_id!r}")
+            leading.append(
+                Rejected(label, f"{source}: annotation {position}", "unknown image", f"image_id {image_id!r}")
+            )
         else:
             annotations[image_id].append(annotation)
     phrases: dict[Any, str] = {}
     if captions is not None:
         known = {_key(annotation, "id") for annotation in instances["annotations"]} - {None}
-        yield from _read_phrases(captions, known, phrases)
-    for position, image in enumerate(instances["images"]):
+        leading += _read_phrases(captions, known, phrases)
+    rows = _rows(instances["images"], annotations, names, phrases, source)
+    return Found(list_records(images, rows), leading)
+
+
+def _rows(
+    images: Sequence[Any],
+    annotations: Mapping[Any, list[dict[str, Any]]],
+    names: dict[Any, str],
+    phrases: dict[Any, str],
+    source: str,
+) -> Iterator[tuple[str, str, Parse]]:
+    for position, image in enumerate(images):
         image_id = _key(image, "id")
         label = "" if image_id is None else str(image_id)
-        parse = partial(_parse, image, annotations[image_id], names, phrases)
-        yield from reader.read(label, f"{source}: image {position}", parse)
+        parse = partial(_parse, image, annotations.get(image_id, []), names, phrases)
+        yield label, f"{source}: image {position}", parse
 
 
 def _parse(image: Any, annotations: list[dict[str, Any]], names: dict[Any, str], phrases: dict[Any, str]) -> Record:
@@ -102,7 +115,7 @@ def _category_names(categories: Sequence[Any]) -> dict[Any, str]:
     return names
 
 
-def _read_phrases(path: Path, known: set[Any], phrases: dict[Any, str]) -> Iterator[Item]:
+def _read_phrases(path: Path, known: set[Any], phrases: dict[Any, str]) -> Iterator[Rejected | Note]:
     """Fills `phrases` (annotation id → phrase); yields those that were not used."""
     for position, entry in enumerate(_read_lists(path, ("regions",))["regions"]):
         key = _key(entry, "annotation_id")
@@ -141,12 +154,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder that file_name is relative to")
     parser.add_argument("--captions", type=Path, help="phrases by annotation_id, in place of the category's name")
     args = parser.parse_args()
-    try:
-        instances = read_instances(args.annotations)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    samples = iter_samples(instances, args.images, args.captions, args.annotations.name)
-    run(samples, args, args.split, total=len(instances["images"]))
+    run(lambda: find(read_instances(args.annotations), args.images, args.captions, args.annotations.name), args)
 
 
 if __name__ == "__main__":

@@ -14,26 +14,29 @@ but these are ignored. The default id is FILE-LINE, the line counted from 1.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from convert.cli import build_parser, run
+from convert.items import Found
 from convert.records import (
     BadRecord,
+    Parse,
     Record,
-    RecordReader,
+    list_records,
     parse_box,
     parse_dict,
     parse_messages,
     parse_number,
     parse_text,
 )
-from convert.writer import Item, build_parser, run
 from recipe.schema import Object
 
 
-def iter_samples(annotations: Path, images: Path) -> Iterator[Item]:
-    """One item a line; blank lines are passed over.
+def find(annotations: Path, images: Path) -> Found:
+    """One record a line; blank lines are passed over.
 
     Args:
         annotations: File of JSON lines.
@@ -42,38 +45,41 @@ def iter_samples(annotations: Path, images: Path) -> Iterator[Item]:
     Raises:
         ValueError: `images` is no folder.
     """
-    reader = RecordReader(images)
+    return Found(list_records(images, _rows(annotations)))
+
+
+def _rows(annotations: Path) -> Iterator[tuple[str, str, Parse]]:
+    """Only the id is taken here: the lines wait as text, a fraction of what they are parsed."""
     with annotations.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            source, default_id = f"{annotations.name}: line {number}", f"{annotations.stem}-{number:06d}"
-            try:
-                entry, sample_id = _parse_line(line, default_id)
-                parse = partial(_parse, entry)
-            except BadRecord as error:
-                sample_id, parse = default_id, partial(_fail, error)
-            yield from reader.read(sample_id, source, parse)
+            sample_id = f"{annotations.stem}-{number:06d}"
+            with suppress(BadRecord):  # parsing it again will tell
+                sample_id = _parse_id(_parse_line(line)) or sample_id
+            yield sample_id, f"{annotations.name}: line {number}", partial(_parse, line)
 
 
-def _parse_line(line: bytes, default_id: str) -> tuple[dict[str, Any], str]:
+def _parse_line(line: bytes) -> dict[str, Any]:
     try:
-        entry = parse_dict(json.loads(line), "the line")
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise BadRecord("malformed json", error) from error
+    return parse_dict(value, "the line")
+
+
+def _parse_id(entry: dict[str, Any]) -> str | None:
     sample_id = entry.get("id")
     if sample_id is None:
-        return entry, default_id
+        return None
     if isinstance(sample_id, bool) or not isinstance(sample_id, int | str) or sample_id == "":
         raise BadRecord("malformed record", f"id is {sample_id!r}, not text or a whole number")
-    return entry, str(sample_id)
+    return str(sample_id)
 
 
-def _fail(error: BadRecord) -> Record:
-    raise error
-
-
-def _parse(entry: dict[str, Any]) -> Record:
+def _parse(line: bytes) -> Record:
+    entry = _parse_line(line)
+    _parse_id(entry)
     size = None
     if entry.get("width") is not None or entry.get("height") is not None:
         size = (parse_number(entry.get("width")), parse_number(entry.get("height")))
@@ -116,7 +122,7 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, required=True, help="the file of JSON lines")
     parser.add_argument("--images", type=Path, required=True, help="folder that images are relative to")
     args = parser.parse_args()
-    run(iter_samples(args.annotations, args.images), args, args.split)
+    run(lambda: find(args.annotations, args.images), args)
 
 
 if __name__ == "__main__":

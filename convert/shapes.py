@@ -8,7 +8,7 @@ run begins with the scenes of a shorter one.
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.ops import box_iou
 
-from convert.writer import build_parser, run
+from convert.cli import build_parser, run
+from convert.items import Found
 from recipe.schema import Box, Object, Sample
 
 COLORS = {
@@ -86,6 +87,25 @@ def iter_samples(
     """The scenes 0 to `num_samples` - 1 of `seed`; see `draw_scene`."""
     for index in range(num_samples):
         yield draw_scene(seed, index, image_size, min_objects, max_objects)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """The arguments of `draw_scene`: an `Entry`."""
+
+    seed: int
+    index: int
+    image_size: int = 140
+    min_objects: int = 1
+    max_objects: int = 4
+
+    def fingerprint(self) -> str:
+        """The arguments decide everything."""
+        return repr(self)
+
+    def read(self) -> Iterator[Sample]:
+        """Draws the scene."""
+        yield draw_scene(*astuple(self))
 
 
 def _background(rng: np.random.Generator, image_size: int) -> np.ndarray:
@@ -163,8 +183,8 @@ def main() -> None:
     parser.add_argument("--min-objects", type=int, default=1)
     parser.add_argument("--max-objects", type=int, default=4)
     args = parser.parse_args()
-    samples = iter_samples(args.num_samples, args.seed, args.image_size, args.min_objects, args.max_objects)
-    run(samples, args, args.split, total=args.num_samples)
+    options = (args.image_size, args.min_objects, args.max_objects)
+    run(lambda: Found([Scene(args.seed, index, *options) for index in range(args.num_samples)]), args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from streaming import StreamingDataset
 
-from convert.writer import build_parser, run
+from convert.cli import build_parser, run_items
 from recipe.schema import Sample
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         dataset = StreamingDataset(local=args.local, remote=args.remote, split=args.split, batch_size=1)
     except (OSError, RuntimeError) as error:
         parser.exit(1, f"error: no data set at {args.remote or args.local}, split {args.split}: {error}\n")
-    run(iter_samples(dataset, args.num_samples, args.seed), args, split="", total=args.num_samples)
+    run_items(iter_samples(dataset, args.num_samples, args.seed), args)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ are kept as any other; the boxes of `part`s of an object are not read. The id of
 the annotation folder, without suffix.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from convert.records import BadRecord, Record, RecordReader
-from convert.writer import Item, build_parser, run
+from convert.cli import build_parser, run
+from convert.items import Found
+from convert.records import BadRecord, Record, list_records
 from recipe.schema import Object
 
 
@@ -31,8 +31,8 @@ def find_annotations(folder: Path) -> list[Path]:
     return paths
 
 
-def iter_samples(annotations: Path, images: Path) -> Iterator[Item]:
-    """One item an xml file, sorted by path.
+def find(annotations: Path, images: Path) -> Found:
+    """One record an xml file, sorted by path.
 
     Args:
         annotations: Folder of xml files, searched in depth.
@@ -41,10 +41,13 @@ def iter_samples(annotations: Path, images: Path) -> Iterator[Item]:
     Raises:
         ValueError: `annotations` holds no xml file, or `images` is no folder.
     """
-    reader = RecordReader(images)
-    for path in find_annotations(annotations):
-        name = path.relative_to(annotations)
-        yield from reader.read(name.with_suffix("").as_posix(), name.as_posix(), partial(_parse, path))
+    paths = find_annotations(annotations)
+    names = [path.relative_to(annotations) for path in paths]
+    rows = (
+        (name.with_suffix("").as_posix(), name.as_posix(), partial(_parse, path))
+        for name, path in zip(names, paths, strict=True)
+    )
+    return Found(list_records(images, rows))
 
 
 def _parse(path: Path) -> Record:
@@ -84,8 +87,7 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, required=True, help="folder of xml files")
     parser.add_argument("--images", type=Path, required=True, help="folder that <filename> is relative to")
     args = parser.parse_args()
-    total = sum(1 for _ in args.annotations.rglob("*.xml"))
-    run(iter_samples(args.annotations, args.images), args, args.split, total=total)
+    run(lambda: find(args.annotations, args.images), args)
 
 
 if __name__ == "__main__":

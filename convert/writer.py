@@ -1,145 +1,94 @@
-"""The one MDS writer, argument parser and printed summary of every converter.
+"""From what a converter found to a data set: MDS shards, the sidecar of records, the rejected records.
 
-A converter is `iter_samples(...) -> Iterator[Item]` and a short `main()`. It yields what it found, in order: a
-`Sample`, a `Rejected` record, or a `Note` of what it mended or left out on the way. Everything after that is here.
+Parts are made (`convert/parts.py`) by this process or several (`convert/pool.py`) in a hidden staging folder. What
+readers look for, OUT/SPLIT or the index.json in an object store, appears last and whole (`convert/target.py`).
 """
 
-import argparse
-import json
-import os
-import shutil
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from urllib.parse import urlparse
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
 
-from streaming import MDSWriter
-from streaming.base.storage import CloudDownloader, CloudUploader
-from tqdm import tqdm
+from streaming.base.hashing import get_hashes
 
-from recipe.schema import MDS_COLUMNS, Sample
-
-REJECTED_FILE = "rejected.jsonl"
+from convert import store
+from convert.items import Found, Item, Rejected, Summary
+from convert.parts import PART_RECORDS, Job
+from convert.pool import iter_parts
+from convert.target import check_split, check_target, locked, publish, save_rejected, staging_folder
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A record that was left out.
+def convert_split(
+    found: Found,
+    out: str,
+    split: str,
+    *,
+    size_limit: int | str = "32mb",
+    hashes: Sequence[str] = ("xxh64",),
+    strict: bool = False,
+    overwrite: bool = False,
+    num_workers: int = 1,
+    staging: str | None = None,
+    restartable: bool = True,
+    part_records: int = PART_RECORDS,
+) -> Summary:
+    """Writes a data set to OUT/SPLIT and its rejected records to OUT/rejected.jsonl.
 
-    Attributes:
-        id: As far as it is known, else empty.
-        source: The file, and the line or entry in it.
-        reason: One of few, counted in the summary.
-        detail: The offending value.
-    """
-
-    id: str
-    source: str
-    reason: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something done to `count` parts of good records, such as boxes clipped by rounding. Strict lets it pass."""
-
-    what: str
-    count: int
-
-
-Item = Sample | Rejected | Note
-
-
-@dataclass
-class Summary:
-    """What one run wrote."""
-
-    samples: int = 0
-    pictures: int = 0
-    not_annotated: int = 0
-    empty: int = 0
-    objects: int = 0
-    crowd: int = 0
-    shards: int = 0
-    num_bytes: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-
-    def add(self, sample: Sample) -> None:
-        """Counts one written sample."""
-        self.samples += 1
-        self.pictures += bool(sample.image)
-        if sample.objects is None:
-            self.not_annotated += 1
-            return
-        self.empty += not sample.objects
-        self.objects += len(sample.objects)
-        self.crowd += sum(item.iscrowd for item in sample.objects)
-
-    def __str__(self) -> str:
-        lines = [
-            f"  samples   {self.samples:>8}  ({self.pictures} with a picture, {self.empty} known to hold nothing, "
-            f"{self.not_annotated} not annotated)",
-            f"  objects   {self.objects:>8}  ({self.crowd} crowd regions)",
-            f"  shards    {self.shards:>8}  ({self.num_bytes / 2**20:.1f} MiB)",
-        ]
-        lines += [f"  note      {count:>8}  {what}" for what, count in self.notes.most_common()]
-        lines += [f"  rejected  {self.rejected.total():>8}"]
-        lines += [f"            {count:>8}  {reason}" for reason, count in self.rejected.most_common()]
-        return "\n".join(lines)
-
-
-class _ShardWriter(MDSWriter):
-    """`MDSWriter`, which flushes an empty shard when the first sample alone is over `size_limit`."""
-
-    def flush_shard(self) -> None:
-        if self.new_samples:
-            super().flush_shard()
-
-
-def build_parser(description: str | None, with_split: bool = True) -> argparse.ArgumentParser:
-    """The arguments that every converter takes; the caller adds its own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, metavar="OUT", help="local folder or object-store address")
-    if with_split:
-        parser.add_argument("--split", required=True, help="shards go to OUT/SPLIT: Stream(local=OUT, split=SPLIT)")
-    parser.add_argument("--size-limit", default="32mb", help="of one shard; default %(default)s")
-    parser.add_argument(
-        "--hashes", nargs="*", default=["xxh64"], help="checksums kept in the index; default xxh64, none: --hashes"
-    )
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad record")
-    parser.add_argument("--overwrite", action="store_true", help="replace the shards in a local OUT/SPLIT")
-    return parser
-
-
-def run(items: Iterable[Item], args: argparse.Namespace, split: str, total: int | None = None) -> None:
-    """Writes `items` with the arguments of `build_parser`, prints the summary; exits 1 on bad input.
+    Killed or failed, it leaves its finished parts: the same call goes on after them and ends with the same bytes. The
+    number of workers changes no byte. A rerun of one split replaces only that split's lines of rejected.jsonl.
 
     Args:
-        items: What the converter yields.
-        args: Of a parser from `build_parser`.
-        split: Folder under `args.out`; empty: the shards go to `args.out` itself.
-        total: Length of `items` for the progress bar, where known.
+        found: From a converter.
+        out: Local folder or object-store address.
+        split: Folder under `out`; empty: `out` itself.
+        size_limit: Bytes of one shard, as `MDSWriter` takes it.
+        hashes: Checksums kept in the index.
+        strict: Stop at the first rejected record.
+        overwrite: Replace a local OUT/SPLIT that holds shards.
+        num_workers: Processes; 0 or 1: this one alone.
+        staging: Folder for the state of conversions to object stores; default: in the temporary folder.
+        restartable: Else a failure leaves nothing.
+        part_records: Records of a part.
+
+    Raises:
+        ValueError: OUT/SPLIT is taken, or another conversion is writing it; `strict` and a record was rejected;
+            nothing was left to write; an unknown checksum.
+        OSError: The disk or the object store failed, or a worker died.
     """
-    try:
-        summary = write_split(
-            tqdm(items, total=total, unit=" records", file=sys.stderr, disable=None),
-            args.out,
-            split,
-            size_limit=args.size_limit,
-            hashes=sorted(set(args.hashes)),
-            strict=args.strict,
-            overwrite=args.overwrite,
+    check_split(split)
+    unknown = set(hashes) - get_hashes()
+    if unknown:
+        raise ValueError(f"--hashes {sorted(unknown)} are unknown: choose from {sorted(get_hashes())}")
+    address = store.join(out, split)
+    folder = staging_folder(address, staging)
+    with locked(folder, address, keep=restartable):
+        check_target(address, overwrite)
+        remote = store.is_remote(address)
+        job = Job(
+            entries=found.entries,
+            staging=folder,
+            address=address if remote else None,
+            stored=store.list_names(address, "shard.") if remote else None,
+            part_records=part_records,
+            hashes=tuple(sorted(set(hashes))),
+            size_limit=size_limit,
+            strict=strict,
+            restartable=restartable,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{_join(args.out, split)}\n{summary}")
-    if summary.rejected:
-        print(f"  the rejected records: {_join(args.out, REJECTED_FILE)}")
+        job.data.mkdir(exist_ok=True)
+        summary, shards, rejected = _collect(found, job, num_workers)
+        if split and (rejected or summary.samples):
+            save_rejected(out, split, rejected)
+        if strict and rejected:
+            item = rejected[0]
+            raise ValueError(
+                f"{item.source} (id {item.id!r}): {item.reason}: {item.detail}. Mend the record, or leave --strict out "
+                "to convert without it"
+            )
+        if not summary.samples:
+            raise ValueError(f"nothing to write: no record was good\n{summary}")
+        publish(job, address, shards)
+    return summary
 
 
 def write_split(
@@ -148,145 +97,67 @@ def write_split(
     split: str,
     *,
     size_limit: int | str = "32mb",
-    hashes: list[str] | None = None,
+    hashes: Sequence[str] = ("xxh64",),
     strict: bool = False,
     overwrite: bool = False,
 ) -> Summary:
-    """Writes the samples as MDS shards to OUT/SPLIT and the rejected records to OUT/rejected.jsonl.
-
-    A local OUT/SPLIT appears at once, when everything is written: shards are made in a hidden folder beside it, which
-    is removed if anything fails. To an object store shards are sent as they are made and index.json last; the
-    rejected records follow it there. A rerun of one split replaces only that split's lines of rejected.jsonl.
+    """Writes any iterable as `convert_split` does, in this process and as one part; a failure leaves nothing.
 
     Args:
-        items: What a converter yields; ids unique, which `RecordReader` sees to.
+        items: In order; the ids of the samples are unique.
         out: Local folder or object-store address.
         split: Folder under `out`; empty: `out` itself.
-        size_limit: Bytes of one shard, as `MDSWriter` takes it.
+        size_limit: Bytes of one shard.
         hashes: Checksums kept in the index.
         strict: Stop at the first rejected record.
         overwrite: Replace a local OUT/SPLIT that holds shards.
 
     Raises:
-        ValueError: OUT/SPLIT is not empty; `strict` and a record was rejected; nothing was left to write.
+        ValueError: As `convert_split`.
+        OSError: As `convert_split`.
     """
-    if split and (os.path.isabs(split) or set(split.split("/")) & {"", ".", "..", REJECTED_FILE}):
-        raise ValueError(f"--split {split!r} is to be the plain name of a folder under --out, such as 'train'")
-    summary, rejected = Summary(), []
-    with _open_writer(_join(out, split), hashes or [], size_limit, overwrite) as writer:
-        try:
-            _write_items(items, writer, summary, rejected, strict)
-        except ValueError:
-            if rejected:
-                _save_rejected(out, split, rejected)
-            raise
-    if split:
-        _save_rejected(out, split, rejected)
-    summary.shards = len(writer.shards)
-    summary.num_bytes = sum(shard["raw_data"]["bytes"] for shard in writer.shards)
-    return summary
+    return convert_split(
+        Found([_Whole(items)]),
+        out,
+        split,
+        size_limit=size_limit,
+        hashes=hashes,
+        strict=strict,
+        overwrite=overwrite,
+        restartable=False,
+    )
 
 
-@contextmanager
-def _open_writer(address: str, hashes: list[str], size_limit: int | str, overwrite: bool) -> Iterator[MDSWriter]:
-    """An `MDSWriter` whose index appears at `address` only when the block ends well."""
-    target = None if urlparse(address).scheme else Path(address).expanduser()
-    if target is None:
-        part = Path(tempfile.mkdtemp())
-    else:
-        _check_target(target, overwrite)
-        part = target.parent / f".{target.name}.part-{os.getpid()}"
-    out = (str(part), address) if target is None else str(part)
-    try:
-        # Not `with`: MDSWriter's __exit__ writes an index that looks complete after an exception.
-        writer = _ShardWriter(columns=dict(MDS_COLUMNS), out=out, hashes=hashes, size_limit=size_limit)
-        try:
-            if target is None:
-                _check_remote(writer.cloud_writer, address)
-            yield writer
-            writer.finish()
-        finally:
-            writer.cancel_future_jobs()
-        if target is not None:
-            if target.exists():
-                shutil.rmtree(target)
-            part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+@dataclass(frozen=True)
+class _Whole:
+    """All items as one entry."""
+
+    items: Iterable[Item]
+
+    def fingerprint(self) -> str:
+        return ""
+
+    def read(self) -> Iterator[Item]:
+        yield from self.items
 
 
-def _write_items(
-    items: Iterable[Item], writer: MDSWriter, summary: Summary, rejected: list[Rejected], strict: bool
-) -> None:
-    """Writes every sample, fills `summary` and `rejected`."""
-    for item in items:
-        if isinstance(item, Note):
-            summary.notes[item.what] += item.count
-            continue
-        if isinstance(item, Sample):
-            writer.write(item.to_mds())
-            summary.add(item)
-            continue
-        rejected.append(item)
-        summary.rejected[item.reason] += 1
-        if strict:
-            raise ValueError(
-                f"{item.source} (id {item.id!r}): {item.reason}: {item.detail}. Mend the record, or leave --strict out "
-                "to convert without it"
-            )
-    if not summary.samples:
-        raise ValueError(f"nothing to write: no record was good\n{summary}")
-
-
-def _join(out: str, name: str) -> str:
-    return os.path.join(out, name) if name else out
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuses to write over anything but the shards the user said to replace."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise ValueError(f"{target} is a link or a file: name a folder")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{target} is not empty: choose another --out or --split, or replace it with --overwrite")
-    if not (target / "index.json").is_file():
-        raise ValueError(f"{target} holds no index.json, so it is not a data set that --overwrite may replace")
-
-
-def _check_remote(uploader: CloudUploader, address: str) -> None:
-    try:
-        objects = uploader.list_objects("")
-    except NotImplementedError:  # some of Streaming's stores cannot list
-        return
-    if objects:
-        raise ValueError(f"{address} is not empty: choose another --out or --split, or empty it (--overwrite is local)")
-
-
-def _save_rejected(out: str, split: str, rejected: list[Rejected]) -> None:
-    """Replaces the lines of `split` in OUT/rejected.jsonl, keeps those of the other splits."""
-    lines = [json.dumps({"split": split, **asdict(item)}) for item in rejected]
-    if urlparse(out).scheme == "":
-        folder = Path(os.path.expanduser(out))
-        folder.mkdir(parents=True, exist_ok=True)
-        _merge_lines(folder / REJECTED_FILE, split, lines)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        uploader = CloudUploader.get((folder, out))
-        try:
-            names = uploader.list_objects(REJECTED_FILE) or []
-        except NotImplementedError:
-            names = []
-        path = Path(folder) / REJECTED_FILE
-        if any(name.endswith(REJECTED_FILE) for name in names):
-            CloudDownloader.direct_download(_join(out, REJECTED_FILE), str(path))
-        _merge_lines(path, split, lines)
-        uploader.upload_file(REJECTED_FILE)
-
-
-def _merge_lines(path: Path, split: str, lines: list[str]) -> None:
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in old if json.loads(line)["split"] != split]
-    new = path.with_name(f".{path.name}.part-{os.getpid()}")
-    new.write_text("".join(f"{line}\n" for line in kept + lines), encoding="utf-8")
-    new.replace(path)
+def _collect(found: Found, job: Job, num_workers: int) -> tuple[Summary, list[dict[str, Any]], list[Rejected]]:
+    """Makes all parts; in strict mode ends at the first rejected record."""
+    summary, shards, rejected = Summary(parts=job.num_parts), [], []
+    for item in found.leading:
+        summary.add(item)
+        if isinstance(item, Rejected):
+            rejected.append(item)
+            if job.strict:
+                return summary, shards, rejected
+    with closing(iter_parts(job, num_workers)) as parts:
+        for part in parts:
+            summary.merge(part.summary)
+            summary.kept += part.kept
+            shards += part.shards
+            rejected += part.rejected
+            if job.strict and rejected:
+                break
+    summary.shards = len(shards)
+    summary.num_bytes = sum(shard["raw_data"]["bytes"] for shard in shards)
+    return summary, shards, rejected

@@ -7,8 +7,9 @@ first line binds it to the shards of the index it lies beside.
 import gzip
 import hashlib
 import json
+import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,31 @@ def to_record(sample: Sample) -> dict[str, Any]:
     return row
 
 
-def write_records(path: Path, records: Iterable[Mapping[str, Any]], index: Mapping[str, Any]) -> None:
-    """Writes the file anew; equal records and index give equal bytes.
+def write_part(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes the lines of one part, of which `join_parts` makes the file; equal records give equal bytes.
+
+    Args:
+        path: Of the part.
+        records: From `to_record`, in the order of the shards.
+    """
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
+        for record in records:
+            file.write(json.dumps(record).encode() + b"\n")
+
+
+def join_parts(path: Path, parts: Iterable[Path], index: Mapping[str, Any]) -> None:
+    """Writes the file: its first line and all parts, which gzip reads as one.
 
     Args:
         path: Of the file.
-        records: From `to_record`, in the order of the shards.
+        parts: From `write_part`, in the order of the shards.
         index: The parsed index.json.
     """
-    header = {"version": _VERSION, "shards_sha256": shards_sha256(index)}
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
-        for record in chain([header], records):
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+    write_part(path, [{"version": _VERSION, "shards_sha256": shards_sha256(index)}])
+    with path.open("ab") as file:
+        for part in parts:
+            with part.open("rb") as lines:
+                shutil.copyfileobj(lines, file)
 
 
 def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
@@ -58,14 +72,14 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
     expected = sum(shard["samples"] for shard in index["shards"])
     found = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
+        with gzip.open(path, "rb") as file:
             header = json.loads(file.readline())
             if header.get("version") != _VERSION or header.get("shards_sha256") != shards_sha256(index):
                 raise ValueError(f"{path} was written for other shards than its index.json lists: {remedy}")
             for line in file:
                 yield Sample.from_mds({**json.loads(line), "image": b""})
                 found += 1
-    except (OSError, EOFError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
     if found != expected:
         raise ValueError(f"{path} holds {found} records, its index.json {expected} samples: {remedy}")

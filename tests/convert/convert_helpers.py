@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from streaming import StreamingDataset
 
+from convert.items import Found, Item
 from recipe.schema import Sample
 
 
@@ -31,6 +33,11 @@ def run_main(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> 
     """`python -m convert.NAME ARGUMENTS`."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     importlib.import_module(f"convert.{name}").main()
+
+
+def read_items(found: Found) -> list[Item]:
+    """All items of a data set, in order."""
+    return [*found.leading, *chain.from_iterable(entry.read() for entry in found.entries)]
 
 
 def read_samples(out: Path, split: str | None = "train") -> list[Sample]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_helpers import picture, read_rejected, read_samples, rotated_picture, run_main
+from convert_helpers import picture, read_items, read_rejected, read_samples, rotated_picture, run_main
 from PIL import Image
 
-from convert.jsonl import iter_samples
+from convert.items import Note, Rejected
+from convert.jsonl import find
 from convert.records import BadRecord, check_object, find_picture
-from convert.writer import Note, Rejected
 from recipe.schema import Object, Sample
 
 USER = {"role": "user", "content": "hi"}
@@ -47,7 +47,7 @@ def root(tmp_path: Path) -> Path:
 def items(root: Path, *records: Any) -> list[Any]:
     path = root.parent / "train.jsonl"
     path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in records))
-    return list(iter_samples(path, root))
+    return read_items(find(path, root))
 
 
 BAD_RECORDS: list[tuple[Any, str]] = [
@@ -113,6 +113,7 @@ BAD_RECORDS: list[tuple[Any, str]] = [
     ('{"images": ["good.jpg"]', "malformed json"),
     ("[" * 100_000, "malformed json"),
     ("[1, 2]", "malformed record"),
+    ('{"id": ' + "9" * 5000 + "}", "malformed json"),
 ]
 
 

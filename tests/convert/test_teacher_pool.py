@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 from convert_helpers import read_samples, run_main
 
-from convert.coco import iter_samples as iter_coco
-from convert.coco import read_instances
+from convert.coco import find, read_instances
 from convert.shapes import iter_samples as iter_shapes
 from convert.teachers import Candidate, candidate, choose
-from convert.writer import write_split
+from convert.writer import convert_split, write_split
 from recipe.schema import Object, Sample
 
 
@@ -66,7 +65,11 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions = {item.caption for sample in pool for item in sample.objects or ()}
     first = {item.caption for sample in samples[:12] for item in sample.objects or ()}
     assert len(captions) > len(first)
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["index.json", "shard.00000.mds"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "index.json",
+        "records.jsonl.gz",
+        "shard.00000.00000.mds",
+    ]
     with pytest.raises(SystemExit, match="61 teachers asked"):
         run_main(monkeypatch, "teachers", *arguments, "--num-samples", 61, "--out", tmp_path / "c")
     assert not (tmp_path / "c").exists()
@@ -78,7 +81,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.shared_data
 def test_real_pool(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shared_data / "coco_cc_train"
-    write_split(iter_coco(read_instances(folder / "instances.json"), folder / "images"), str(tmp_path / "d"), "train")
+    convert_split(find(read_instances(folder / "instances.json"), folder / "images"), str(tmp_path / "d"), "train")
     arguments = ["--local", tmp_path / "d", "--split", "train", "--out", tmp_path / "pool", "--num-samples", 16]
     run_main(monkeypatch, "teachers", *arguments)
     pool, first = (

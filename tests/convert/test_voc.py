@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from convert_helpers import picture, read_rejected, read_samples, run_main
+from convert_helpers import picture, read_items, read_rejected, read_samples, run_main
 
-from convert.voc import iter_samples
-from convert.writer import Rejected
+from convert.items import Item, Rejected
+from convert.voc import find
 from recipe.schema import Object, Sample
 
 
@@ -27,12 +27,12 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def convert(images: Path, **files: str) -> list[object]:
+def convert(images: Path, **files: str) -> list[Item]:
     folder = images.parent / "xml"
     folder.mkdir(exist_ok=True)
     for name, text in files.items():
         (folder / f"{name}.xml").write_text(text)
-    return list(iter_samples(folder, images))
+    return read_items(find(folder, images))
 
 
 def test_by_hand(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import pytest
 from convert_helpers import read_rejected, read_samples
 from streaming.base.storage import LocalUploader, upload
 
-from convert.writer import Item, Note, Rejected, write_split
+from convert.items import Item, Note, Rejected
+from convert.writer import write_split
 from recipe.schema import Object, Sample
 
 SAMPLES = [
@@ -132,7 +133,8 @@ class FakeStore(LocalUploader):
         super().__init__((out[0], str(self.root / path)), keep_local)
 
     def list_objects(self, prefix: str | None = None) -> list[str]:
-        return [str(path) for path in Path(str(self.remote)).rglob("*") if path.name.startswith(prefix or "")]
+        start = f"{self.remote}/{prefix or ''}"
+        return [str(path) for path in self.root.rglob("*") if str(path).startswith(start)]
 
 
 def test_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +142,14 @@ def test_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeStore, "root", store, raising=False)
     monkeypatch.setattr(upload, "S3Uploader", FakeStore)
     monkeypatch.setattr(
-        "convert.writer.CloudDownloader.direct_download",
+        "convert.store.CloudDownloader.direct_download",
         lambda remote, local: shutil.copy(store / urlparse(remote).path.lstrip("/"), local),
     )
     write_split([*SAMPLES, BAD], "s3://bucket/set", "train", size_limit=1)
     write_split([BAD, *SAMPLES], "s3://bucket/set", "eval")
     assert read_samples(store / "set") == SAMPLES
     assert [row["split"] for row in read_rejected(store / "set")] == ["train", "eval"]
-    with pytest.raises(ValueError, match=r"s3://bucket/set/train is not empty"):
+    with pytest.raises(ValueError, match=r"s3://bucket/set/train holds a data set"):
         write_split(SAMPLES, "s3://bucket/set", "train", overwrite=True)
     assert read_samples(store / "set") == SAMPLES
     with pytest.raises(RuntimeError, match="midway"):
