@@ -52,6 +52,16 @@ def displayed_size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether the header says: a JPEG of three colours, stored upright, so any libjpeg gives `open_image`'s pixels."""
+    try:
+        with Image.open(BytesIO(data)) as stored:
+            plain = stored.format == "JPEG" and stored.mode == "RGB"
+            return plain and stored.getexif().get(ExifTags.Base.Orientation) not in range(2, 9)
+    except _DECODE_ERRORS:
+        return False
+
+
 def _reason(error: Exception) -> str:
     return "no known picture format" if isinstance(error, UnidentifiedImageError) else str(error)
 

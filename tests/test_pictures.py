@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipe.pictures import displayed_size, open_image
+from recipe.pictures import displayed_size, is_plain_jpeg, open_image
 
 WIDTH, HEIGHT = 31, 20
 
@@ -77,3 +77,14 @@ def test_what_is_no_picture_is_refused(data: bytes):
 def test_floats_are_refused():
     with pytest.raises(ValueError, match="floats"):
         open_image(encoded(Image.new("F", (2, 2)), "TIFF"))
+
+
+def test_a_plain_jpeg_has_three_colours_and_stands_upright():
+    assert is_plain_jpeg(encoded(marked_picture(), "JPEG"))
+    assert not is_plain_jpeg(encoded(marked_picture(), "PNG"))
+    assert not any(is_plain_jpeg(encoded(marked_picture().convert(mode), "JPEG")) for mode in ("L", "CMYK"))
+    assert not is_plain_jpeg(b"") and not is_plain_jpeg(b"no picture")
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x112] = orientation
+        assert is_plain_jpeg(encoded(marked_picture(), "JPEG", exif=exif)) == (orientation == 1)

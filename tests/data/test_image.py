@@ -10,13 +10,21 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorFast
 
 from recipe.config import ImageConfig
-from recipe.data.image import ImageSpec, image_spec, patchify, resized_size
+from recipe.data import image
+from recipe.data.image import ImageSpec, decode_pixels, image_spec, patchify, resized_size
+from recipe.pictures import open_image
 
 BUDGETS = [(4 * 28 * 28, 1280 * 28 * 28), (56 * 56, 64 * 28 * 28), (300 * 28 * 28, 320 * 28 * 28)]
 
 
 def fast(**keywords: Any) -> Qwen2VLImageProcessorFast:
     return Qwen2VLImageProcessorFast(**keywords)
+
+
+def jpeg(picture: Image.Image, **options: Any) -> bytes:
+    stream = BytesIO()
+    picture.save(stream, "jpeg", **options)
+    return stream.getvalue()
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -66,6 +74,40 @@ def test_bytes_and_pictures_give_the_same_patches(spec: ImageSpec):
     stream = BytesIO()
     noise(90, 70).save(stream, "png")
     assert torch.equal(patchify(stream.getvalue(), spec)[0], patchify(noise(90, 70), spec)[0])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 20), (33, 57)])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_every_jpeg_has_pillows_pixels(mode: str, subsampling: int, progressive: bool, size: tuple[int, int]):
+    data = jpeg(noise(*size).convert(mode), subsampling=subsampling, progressive=progressive)
+    pixels = decode_pixels(data)
+    assert pixels.dtype == torch.uint8
+    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(open_image(data)))
+
+
+def test_a_turned_jpeg_has_pillows_pixels():
+    exif = Image.Exif()
+    exif[0x112] = 6
+    data = jpeg(noise(31, 20), exif=exif)
+    assert np.array_equal(decode_pixels(data).permute(1, 2, 0), np.asarray(open_image(data)))
+
+
+@pytest.mark.parametrize("cut", [0.2, 0.9, 0.999])
+def test_a_jpeg_cut_short_is_refused_in_pillows_words(cut: float):
+    data = jpeg(noise(90, 70))
+    data = data[: int(len(data) * cut)]
+    with pytest.raises(ValueError, match="cannot decode") as expected:
+        open_image(data)
+    with pytest.raises(ValueError, match="cannot decode") as found:
+        decode_pixels(data)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_plain_jpeg_does_without_pillow(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(image, "open_image")
+    assert decode_pixels(jpeg(noise(90, 70))).shape == (3, 70, 90)
 
 
 def test_a_strip_is_refused_with_its_size(spec: ImageSpec):
