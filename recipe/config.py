@@ -85,12 +85,25 @@ class TeacherConfig:
 
 
 @dataclass
+class PackingConfig:
+    """Packs planned before pixels are read; see `recipe/data/plan.py`. For training only."""
+
+    max_tokens: int | None = None  # of a pack; default: max_seq_len
+    max_patches: int | None = None  # image patches of a pack, which bound the vision tower's memory; null: any number
+    window: int = 1024  # shuffled samples packed together: more fill packs better, fewer keep nearer to the shuffle
+    on_long_sample: str = "raise"  # raise | skip: where one sample alone is over the budget
+
+
+@dataclass
 class LoaderConfig:
     """Where samples come from and how they are batched."""
 
     streams: dict[str, Any] = MISSING  # {name: streaming.Stream keywords}
-    global_batch_size: int = MISSING  # samples of one optimizer step, over all ranks
+    global_batch_size: int = MISSING  # of one optimizer step, over all ranks: samples, or packs where `packing` is set
     collator: str = "standard"  # standard: padded rows | packed: one row without padding
+    packing: PackingConfig | None = None  # {}: packs of max_seq_len tokens; null: one sample counts as one
+    on_bad_sample: str = "raise"  # raise | skip: where a training sample cannot be used, such as a broken picture
+    max_bad_samples: int = 100  # skipped in a run, over all ranks; one more stops it
     dataset: dict[str, Any] = field(default_factory=dict[str, Any])  # streaming.StreamingDataset keywords
     dataloader: dict[str, Any] = field(default_factory=dict[str, Any])  # torch.utils.data.DataLoader keywords
 

@@ -22,6 +22,8 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "prompt.box_coordinates": ("absolute", "normalized_1000"),
     "train_loader.collator": ("standard", "packed"),
     "eval_loader.collator": ("standard", "packed"),
+    "train_loader.on_bad_sample": ("raise", "skip"),
+    "eval_loader.on_bad_sample": ("raise",),
     "optimizer.lr_scaling": ("none", "linear", "sqrt"),
     "scheduler.name": ("cosine", "linear", "constant"),
 }
@@ -47,6 +49,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "teachers.num_teachers": (0, inf),
     "teachers.teacher_ratio": (0, 1),
     "train_loader.global_batch_size": (1, inf),
+    "train_loader.max_bad_samples": (0, inf),
     "eval_loader.global_batch_size": (1, inf),
     "evaluation.score_threshold": (0, 1),
     "evaluation.max_captions": (0, inf),
@@ -87,6 +90,7 @@ OWNED_BY_TRAINER: Mapping[str, str] = {
     "algorithms": "leave it out: no algorithm can be configured",
     "seed": "set `seed` at the top of the yaml",
     "load_path": "set `load_path` at the top of the yaml",
+    "train_subset_num_batches": "set `max_duration` in batches, such as 100ba",
     "accumulate_train_batch_on_tokens": "leave it out: the losses are normalised over the whole batch already",
 }
 _OWNED_BY_STREAMS = "set it in one of `streams`"
@@ -96,6 +100,9 @@ OWNED_BY_DATASET: Mapping[str, str] = {
     "local": _OWNED_BY_STREAMS,
     "split": _OWNED_BY_STREAMS,
     "batch_size": "set `global_batch_size`",
+    "batching_method": "leave it out: the plan of the epoch makes the batches",
+    "partition_algo": "leave it out: the plan of the epoch deals the packs",
+    "replication": "leave it out: every rank is dealt packs of its own",
 }
 OWNED_BY_DATALOADER: Mapping[str, str] = {
     "dataset": "set `dataset` beside `dataloader`",
@@ -147,6 +154,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_teachers(config)
     _check_loader("train_loader", config.train_loader)
     _check_loader("eval_loader", config.eval_loader)
+    _check_packing(config)
     _check_trainer(config.trainer)
     _check_table("callbacks", config.callbacks, CALLBACKS)
     _check_table("loggers", config.loggers, LOGGERS)
@@ -242,6 +250,22 @@ def _check_loader(where: str, loader: LoaderConfig) -> None:
             f"{where}.global_batch_size {loader.global_batch_size} cannot be shared by {world_size} ranks: "
             f"make it a multiple of {world_size}"
         )
+
+
+def _check_packing(config: RecipeConfig) -> None:
+    if config.eval_loader.packing is not None:
+        raise ConfigError("eval_loader.packing: only training is packed by plan; leave it out, or set collator: packed")
+    packing = config.train_loader.packing
+    if packing is None:
+        return
+    where = "train_loader.packing"
+    if config.train_loader.collator != "packed":
+        raise ConfigError(f"{where} needs train_loader.collator: packed, which lays the samples of a pack in one row")
+    _check_choice(f"{where}.on_long_sample", packing.on_long_sample, ("raise", "skip"))
+    for name in ("max_tokens", "max_patches", "window"):
+        value = getattr(packing, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{where}.{name} is {value}: it must be 1 or more")
 
 
 def _check_stream(where: str, keywords: object) -> None:

@@ -80,6 +80,11 @@ class Sample:
     objects: tuple[Object, ...] | None
     messages: tuple[Message, ...] | None = None
 
+    @property
+    def has_image(self) -> bool:
+        """It has a picture, though perhaps not here: the sidecar of records holds samples without their bytes."""
+        return self.width > 0
+
     def to_mds(self) -> dict[str, Any]:
         """The row of `MDS_COLUMNS` that `from_mds` reads back."""
         objects: list[dict[str, Any]] | None = None
@@ -150,6 +155,7 @@ class Example:
         has_student_image: The last image is the one the head solves.
         target: None where not annotated: no detection loss.
         noise_seed: Of this sample's denoising queries in this epoch.
+        is_inert: Has nothing to learn or to score: keeps ranks in step, counts for nothing.
     """
 
     sample: Sample
@@ -162,6 +168,24 @@ class Example:
     has_student_image: bool
     target: Target | None
     noise_seed: int = 0
+    is_inert: bool = False
+
+
+@dataclass
+class Pack:
+    """Samples that share one row: what a training step is dealt. Without packing, one sample each.
+
+    Attributes:
+        number: In the plan of the epoch.
+        examples: In order; never empty.
+        skipped: Samples of the pack that could not be used: their reason by their id.
+        is_inert: A pack dealt a second time, to keep ranks in step: counts for nothing.
+    """
+
+    number: int
+    examples: list[Example]
+    skipped: dict[str, str] = field(default_factory=dict[str, str])
+    is_inert: bool = False
 
 
 class LossCounts(TypedDict):
@@ -195,7 +219,10 @@ class Batch(TypedDict):
         student_samples: which sample each of the N images belongs to.
         targets: N of them; None where not annotated.
         noise_seeds: N of them, see `Example`.
-        num_tokens: Real tokens, padding not counted.
+        num_tokens: Real tokens: neither padding nor inert samples are counted.
+        num_samples: Without the inert ones.
+        num_packs: Of a training stream, without the inert ones: the unit in which it is dealt and resumed.
+        skipped: Samples left out because they could not be used: their reason by their id.
         loss_counts: Set by `split_batch`, before the forward pass; None: count this batch alone.
     """
 
@@ -215,6 +242,9 @@ class Batch(TypedDict):
     targets: list[Target | None]
     noise_seeds: list[int]
     num_tokens: int
+    num_samples: int
+    num_packs: int
+    skipped: dict[str, str]
     loss_counts: LossCounts | None
 
 

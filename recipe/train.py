@@ -10,7 +10,7 @@ from recipe.build import build_encoder, build_model, load_processor
 from recipe.callbacks.table import build_callbacks, build_loggers
 from recipe.config import RecipeConfig, save_config
 from recipe.config_checks import config_from_command_line
-from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, estimate_tokens_per_batch
+from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
 from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
 from recipe.optim import build_algorithms, build_optimizer, build_scheduler
@@ -32,7 +32,7 @@ def main(config: RecipeConfig) -> Trainer:
         model=model,
         train_dataloader=train_loader,
         eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
-        optimizers=build_optimizer(model, config.optimizer, estimate_tokens_per_batch(config, train_loader)),
+        optimizers=build_optimizer(model, config.optimizer, tokens_per_batch(config, train_loader)),
         schedulers=build_scheduler(config.scheduler),
         algorithms=build_algorithms(config.optimizer),
         callbacks=build_callbacks(config, processor.tokenizer),

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.callbacks.json_lines import JsonLinesLogger
 from recipe.callbacks.log_first_sample import LogFirstSample
 from recipe.callbacks.log_predictions import LogPredictions
+from recipe.callbacks.training_data import TrainingData
 from recipe.config import RecipeConfig
 
 CALLBACKS: Mapping[str, type[Callback]] = {
@@ -45,8 +46,11 @@ LOGGERS: Mapping[str, type[LoggerDestination]] = {
 
 
 def build_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
-    """The callbacks the yaml names, then those that show the first samples and draw predictions."""
+    """The callbacks the yaml names, then those that watch the data, show the first samples and draw predictions."""
     callbacks = [CALLBACKS[name](**keywords) for name, keywords in config.callbacks.items() if keywords is not None]
+    loader = config.train_loader
+    max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
+    callbacks.append(TrainingData(max_tokens, loader.max_bad_samples, config.run_folder))
     callbacks.append(LogFirstSample(tokenizer, config.run_folder))
     if config.evaluation.num_logged_images:
         pictures = Path(config.run_folder) / "pictures"

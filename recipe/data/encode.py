@@ -69,18 +69,13 @@ class Encoder:
             raise ValueError(f"sample {sample.id!r}: {error}") from error
 
     def _encode(self, sample: Sample, teachers: Sequence[Sample]) -> Example:
-        has_image = bool(sample.image)
-        if sample.objects is not None and not has_image:
-            raise ValueError("it has objects but no picture: give the picture, or null for the objects")
-        pictures = [patchify(picture.image, self.image_spec) for picture in teachers if picture.image]
-        if has_image:
-            pictures.append(patchify(sample.image, self.image_spec))
-        _check_sizes([*teachers, sample], [grid for _, grid in pictures], self.image_spec)
+        head, student = self.segments(sample, teachers)
+        pictured = [item for item in (*teachers, sample) if item.has_image]
+        pictures = [patchify(item.image, self.image_spec) for item in pictured]
+        _check_sizes(pictured, [grid for _, grid in pictures], self.image_spec)
         image_grid_thw = torch.tensor([grid for _, grid in pictures], dtype=torch.int64).view(-1, 3)
         empty = torch.empty(0, self.image_spec.patch_values, dtype=torch.uint8)
 
-        head = self._teacher_segments(sample, teachers)
-        student = self._student_segments(sample)
         tokens_per_image = (image_grid_thw.prod(-1) // self.image_spec.merge_size**2).tolist()
         input_ids, roles, prompt_length = self._tokenize(head, student, tokens_per_image)
         if len(input_ids) > self.max_seq_len:
@@ -97,23 +92,38 @@ class Encoder:
             prompt_length=prompt_length,
             pixel_patches=torch.cat([empty, *(patches for patches, _ in pictures)]),
             image_grid_thw=image_grid_thw,
-            has_student_image=has_image,
+            has_student_image=sample.has_image,
             target=None if sample.objects is None else self._target(sample, sample.objects),
         )
 
-    def _teacher_segments(self, sample: Sample, teachers: Sequence[Sample]) -> list[Segment]:
-        segments = system_segments(system_of(sample.messages or (), self.prompt.system))
+    def segments(self, sample: Sample, teachers: Sequence[Sample] = ()) -> tuple[list[Segment], list[Segment]]:
+        """The text of the conversation: system and teachers' turns, then the student's. Reads no picture's bytes.
+
+        Raises:
+            ValueError: The sample or a teacher cannot be used.
+        """
+        if sample.objects is not None and not sample.has_image:
+            raise ValueError("it has objects but no picture: give the picture, or null for the objects")
+        head = system_segments(system_of(sample.messages or (), self.prompt.system))
         for teacher in teachers:
-            if teacher.objects is None or not teacher.image:
-                raise ValueError(f"its teacher {teacher.id!r} is not an annotated picture: choose the pool anew")
-            segments.append(Segment(detection_question(self.prompt)))
-            segments += answer_segments(self._answer(teacher, teacher.objects), Role.TEACHER)
-        return segments
+            head += self.teacher_segments(teacher)
+        return head, self._student_segments(sample)
+
+    def teacher_segments(self, teacher: Sample) -> list[Segment]:
+        """The turns of one teacher.
+
+        Raises:
+            ValueError: It is not an annotated picture.
+        """
+        if teacher.objects is None or not teacher.has_image:
+            raise ValueError(f"its teacher {teacher.id!r} is not an annotated picture: choose the pool anew")
+        answer = answer_segments(self._answer(teacher, teacher.objects), Role.TEACHER)
+        return [Segment(detection_question(self.prompt)), *answer]
 
     def _student_segments(self, sample: Sample) -> list[Segment]:
         if sample.messages is not None:
-            return message_segments(sample.messages, bool(sample.image))
-        if not sample.image:
+            return message_segments(sample.messages, sample.has_image)
+        if not sample.has_image:
             raise ValueError("it has neither a picture nor messages: nothing can be asked")
         segments = [Segment(detection_question(self.prompt))]
         if sample.objects is not None:
@@ -172,8 +182,7 @@ class Encoder:
 
 def _check_sizes(samples: Sequence[Sample], grids: list[tuple[int, int, int]], spec: ImageSpec) -> None:
     """Boxes are told in a frame made from the stated size: it must be the decoded picture's."""
-    pictured = [sample for sample in samples if sample.image]
-    for sample, (_, rows, columns) in zip(pictured, grids, strict=True):
+    for sample, (_, rows, columns) in zip(samples, grids, strict=True):
         stated = resized_size(sample.width, sample.height, spec)
         if stated != (columns * spec.patch_size, rows * spec.patch_size):
             raise ValueError(

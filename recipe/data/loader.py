@@ -12,14 +12,20 @@ from typing import Any
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
+from streaming import Stream
 from torch.utils.data import DataLoader
 
 from recipe.config import LoaderConfig, RecipeConfig
+from recipe.data.agreement import LockstepLoader
 from recipe.data.collate import collate_packed, collate_standard
 from recipe.data.encode import Encoder
-from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, SampleStream, open_streams
+from recipe.data.evaluation import EvalSampler, EvalSamples
+from recipe.data.lengths import read_length_table
+from recipe.data.plan import Budget
+from recipe.data.storage import open_streams
+from recipe.data.stream import ExampleMaker, Packing, PackStream
 from recipe.data.teachers import TeacherPool
-from recipe.schema import Batch, Example, LossCounts, Role
+from recipe.schema import Batch, Example, LossCounts, Pack, Role
 
 Collator = Callable[[Sequence[Example]], Batch]
 
@@ -27,29 +33,35 @@ Collator = Callable[[Sequence[Example]], Batch]
 def build_train_loader(
     config: RecipeConfig, encoder: Encoder, teachers: TeacherPool | None, microbatch_size: int
 ) -> DataSpec:
-    """The training loader; resumes exactly through Streaming's state, at any number of ranks.
+    """The training loader: batches of packs, resumed exactly at any number of ranks and workers.
 
     Args:
         config: The run's.
         encoder: Sample → Example.
         teachers: From `read_teachers`; None: no sample is shown any.
-        microbatch_size: Samples of one forward pass on one device, `trainer.device_train_microbatch_size`.
+        microbatch_size: Packs of one forward pass on one device, `trainer.device_train_microbatch_size`.
 
     Raises:
-        ValueError: The shards are missing, or the batch cannot be shared out.
+        ValueError: The shards are missing, a sample is too long, or the batch cannot be shared out.
     """
-    batch_size = device_batch_size(config.train_loader)
-    dataset = SampleStream(
+    loader = config.train_loader
+    batch_size = device_batch_size(loader)
+    streams = open_streams(loader.streams)
+    dataset = PackStream(
         ExampleMaker(encoder, teachers, config.seed),
-        streams=open_streams(config.train_loader.streams),
+        _build_packing(config, encoder, teachers, streams),
+        skips_bad_samples=loader.on_bad_sample == "skip",
+        streams=streams,
         batch_size=batch_size,
-        **{"shuffle_seed": config.seed, **config.train_loader.dataset},
+        **{"shuffle_seed": config.seed, **loader.dataset},
     )
+    collate = make_collator(loader.collator, encoder.pad_token_id)
     return DataSpec(
-        _dataloader(config.train_loader, dataset, encoder, batch_size, microbatch_size),
-        num_samples=dataset.epoch_size,
+        _dataloader(
+            loader, dataset, batch_size, partial(collate_packs, collate=collate, microbatch_size=microbatch_size)
+        ),
         split_batch=split_batch,
-        get_num_samples_in_batch=get_num_samples_in_batch,
+        get_num_samples_in_batch=get_num_packs_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
     )
 
@@ -72,17 +84,24 @@ def build_eval_loader(config: RecipeConfig, encoder: Encoder, teachers: TeacherP
         batch_size=batch_size,
         **config.eval_loader.dataset,
     )
+    collate = make_collator(config.eval_loader.collator, encoder.pad_token_id)
     return DataSpec(
-        _dataloader(config.eval_loader, dataset, encoder, batch_size, batch_size, sampler=EvalSampler(dataset)),
+        _dataloader(
+            config.eval_loader,
+            dataset,
+            batch_size,
+            partial(collate_microbatches, collate=collate, microbatch_size=batch_size),
+            sampler=EvalSampler(dataset),
+        ),
         num_samples=len(dataset),
         split_batch=lambda batches, microbatch_size: batches,
-        get_num_samples_in_batch=get_num_scored_samples_in_batch,
+        get_num_samples_in_batch=get_num_samples_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
     )
 
 
-def estimate_tokens_per_batch(config: RecipeConfig, loader: DataSpec, num_samples: int = 32) -> float:
-    """Real tokens of one global batch: the mean over evenly spread samples times the batch size.
+def tokens_per_batch(config: RecipeConfig, loader: DataSpec, num_samples: int = 32) -> float:
+    """Real tokens of one global batch: the first epoch's mean pack, or the mean of some evenly spread samples.
 
     The same number on every rank and at every resume. Only counted where the learning rates depend on it.
     """
@@ -90,14 +109,18 @@ def estimate_tokens_per_batch(config: RecipeConfig, loader: DataSpec, num_sample
         return float("nan")
     assert isinstance(loader.dataloader, DataLoader)
     dataset = loader.dataloader.dataset
-    assert isinstance(dataset, SampleStream)
-    step = max(1, dataset.num_samples // num_samples)
-    lengths = [len(dataset[index].input_ids) for index in range(0, dataset.num_samples, step)]
-    return sum(lengths) / len(lengths) * config.train_loader.global_batch_size
+    assert isinstance(dataset, PackStream)
+    plan = dataset.plan(0)
+    if config.train_loader.packing is not None:
+        mean = float(plan.tokens.sum()) / plan.num_packs
+    else:
+        positions = range(0, dataset.num_samples, max(1, dataset.num_samples // num_samples))
+        mean = sum(len(dataset.example(position).input_ids) for position in positions) / len(positions)
+    return mean * config.train_loader.global_batch_size
 
 
 def device_batch_size(loader: LoaderConfig) -> int:
-    """Samples of a global batch that one rank reads.
+    """Packs (samples, where they are not packed) of a global batch that one rank reads.
 
     Raises:
         ValueError: The ranks do not divide the batch.
@@ -129,6 +152,18 @@ def collate_microbatches(examples: Sequence[Example], collate: Collator, microba
     return [collate(examples[start : start + microbatch_size]) for start in range(0, len(examples), microbatch_size)]
 
 
+def collate_packs(packs: Sequence[Pack], collate: Collator, microbatch_size: int) -> list[Batch]:
+    """Cuts the packs of a device batch into microbatches, each a row of its packs' samples where `collate` packs."""
+    microbatches = []
+    for start in range(0, len(packs), microbatch_size):
+        group = packs[start : start + microbatch_size]
+        batch = collate([example for pack in group for example in pack.examples])
+        batch["num_packs"] = sum(not pack.is_inert for pack in group)
+        batch["skipped"] = {name: reason for pack in group for name, reason in pack.skipped.items()}
+        microbatches.append(batch)
+    return microbatches
+
+
 def count_losses(batch: Batch) -> LossCounts:
     """The denominators of one microbatch alone."""
     targets = [target for target in batch["targets"] if target is not None]
@@ -145,11 +180,11 @@ def split_batch(batches: list[Batch], microbatch_size: int | float) -> list[Batc
     """Tells each microbatch the loss denominators of the whole global batch: one small all-reduce a batch.
 
     Args:
-        batches: A device batch, cut by `collate_microbatches` already.
+        batches: A device batch, cut into microbatches already.
         microbatch_size: What the Trainer expects.
     """
-    assert all(len(batch["samples"]) <= microbatch_size for batch in batches), (
-        f"the loader cuts microbatches of {[len(batch['samples']) for batch in batches]} samples, "
+    assert all(batch["num_packs"] <= microbatch_size for batch in batches), (
+        f"the loader cuts microbatches of {[batch['num_packs'] for batch in batches]} packs, "
         f"but the Trainer's device_train_microbatch_size is {microbatch_size}"
     )
     each = [count_losses(batch) for batch in batches]
@@ -163,15 +198,14 @@ def split_batch(batches: list[Batch], microbatch_size: int | float) -> list[Batc
     return batches
 
 
+def get_num_packs_in_batch(batch: list[Batch] | Batch) -> int:
+    """Packs of a device batch or of one microbatch: the unit in which training is dealt and resumed."""
+    return sum(item["num_packs"] for item in _microbatches(batch))
+
+
 def get_num_samples_in_batch(batch: list[Batch] | Batch) -> int:
-    """Samples of a device batch or of one microbatch: the unit in which Streaming resumes."""
-    return sum(len(item["samples"]) for item in _microbatches(batch))
-
-
-def get_num_scored_samples_in_batch(batch: list[Batch] | Batch) -> int:
-    """The same without the inert samples that only keep ranks in step."""
-    samples = [sample for item in _microbatches(batch) for sample in item["samples"]]
-    return sum(sample.objects is not None or sample.messages is not None for sample in samples)
+    """Samples of a device batch or of one microbatch, without those that only keep ranks in step."""
+    return sum(item["num_samples"] for item in _microbatches(batch))
 
 
 def get_num_tokens_in_batch(batch: list[Batch] | Batch) -> dict[str, int]:
@@ -188,20 +222,29 @@ def _microbatches(batch: list[Batch] | Batch) -> list[Batch]:
     return batch if isinstance(batch, list) else [batch]
 
 
+def _build_packing(
+    config: RecipeConfig, encoder: Encoder, teachers: TeacherPool | None, streams: Sequence[Stream]
+) -> Packing | None:
+    packing = config.train_loader.packing
+    if packing is None:
+        return None
+    budget = Budget(packing.max_tokens or config.max_seq_len, packing.max_patches, packing.window)
+    lengths = read_length_table(streams, encoder, teachers)
+    return Packing(budget, lengths, skips_long_samples=packing.on_long_sample == "skip")
+
+
 def _dataloader(
     loader: LoaderConfig,
-    dataset: SampleStream | EvalSamples,
-    encoder: Encoder,
+    dataset: PackStream | EvalSamples,
     batch_size: int,
-    microbatch_size: int,
+    collate_fn: Callable[[Any], list[Batch]],
     **keywords: Any,
 ) -> DataLoader:
     # The tokenizer has its own threads, which do not survive the fork into workers: it would warn in each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    collate = make_collator(loader.collator, encoder.pad_token_id)
-    return DataLoader(
+    return LockstepLoader(
         dataset,
         batch_size=batch_size,
-        collate_fn=partial(collate_microbatches, collate=collate, microbatch_size=microbatch_size),
+        collate_fn=collate_fn,
         **{"pin_memory": torch.cuda.is_available(), **keywords, **loader.dataloader},
     )

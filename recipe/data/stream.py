@@ -1,48 +1,28 @@
-"""MDS shards → Examples: the training stream, and the evaluation set in stored order."""
+"""MDS shards → packs of Examples, in the order of the epoch's plan."""
 
+import hashlib
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import dist
 from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
-from torch.utils.data import Dataset, DistributedSampler
+from streaming.base.shuffle import get_shuffle
 
 from recipe.config import TeacherConfig
 from recipe.data.draws import noise_seed
 from recipe.data.encode import Encoder
+from recipe.data.lengths import LengthTable, sample_id, takes_teachers
+from recipe.data.plan import Budget, Plan, deal, deal_to_worker, plan_packs, plan_samples
+from recipe.data.plan_cache import cached_plan
+from recipe.data.storage import CheckedDataset, open_streams
 from recipe.data.teachers import TeacherPool
-from recipe.schema import Example, Sample
+from recipe.schema import Example, Pack, Sample
 
-INDEX_FILE = "index.json"
-
-
-def open_streams(streams: Mapping[str, Mapping[str, Any]]) -> list[Stream]:
-    """Makes the streams of a yaml's section, each from `streaming.Stream` keywords.
-
-    Raises:
-        ValueError: There is none, or a local folder holds no converted data set.
-    """
-    if not streams:
-        raise ValueError("no stream is given: name at least one under `streams`")
-    for name, keywords in streams.items():
-        source = keywords.get("remote") or keywords.get("local")
-        if not source:
-            raise ValueError(f"stream {name!r} has neither `local` nor `remote`: give the folder that convert/ wrote")
-        if "://" in source:
-            continue
-        folder = Path(source, keywords.get("split") or "")
-        if not (folder / INDEX_FILE).is_file():
-            state = f"holds no {INDEX_FILE}" if folder.is_dir() else "does not exist"
-            raise ValueError(
-                f"stream {name!r}: the folder {folder} {state}: convert a data set into it first, "
-                "with `python -m convert.coco|voc|jsonl|shapes --out DIR --split SPLIT`"
-            )
-    return [Stream(**keywords) for keywords in streams.values()]
+log = logging.getLogger(__name__)
 
 
 def read_teachers(config: TeacherConfig, seed: int) -> TeacherPool | None:
@@ -55,7 +35,7 @@ def read_teachers(config: TeacherConfig, seed: int) -> TeacherPool | None:
         return None
     if config.stream is None:
         raise ValueError(f"teachers.num_teachers is {config.num_teachers}, but teachers.stream is null: name a pool")
-    rows = StreamingDataset(streams=open_streams({"teachers": config.stream}), batch_size=1)
+    rows = CheckedDataset(streams=open_streams({"teachers": config.stream}), batch_size=1)
     return TeacherPool([Sample.from_mds(rows[index]) for index in range(rows.num_samples)], config, seed)
 
 
@@ -67,66 +47,17 @@ class ExampleMaker:
     teachers: TeacherPool | None
     seed: int
 
-    def __call__(self, row: Mapping[str, Any], epoch: int, position: int) -> Example:
-        """Teachers are shown with the detection chat only, not with a sample's own `messages`."""
+    def __call__(self, row: Mapping[str, Any], epoch: int, occurrence: int) -> Example:
+        """The Example of a row at one of its occurrences in an epoch.
+
+        Raises:
+            ValueError: The sample cannot be used; its id and the remedy are named.
+        """
         sample = Sample.from_mds(row)
         shown = []
-        if self.teachers is not None and sample.messages is None and sample.image:
-            shown = self.teachers.draw(epoch, position, sample.id)
-        return replace(self.encoder(sample, shown), noise_seed=noise_seed(self.seed, epoch, position))
-
-
-class SampleStream(StreamingDataset):
-    """The training set: Streaming's order, partition and resumption; its items are Examples."""
-
-    def __init__(self, maker: ExampleMaker, **keywords: Any):
-        """Opens the shards.
-
-        Args:
-            maker: Row → Example.
-            **keywords: Of `streaming.StreamingDataset`.
-        """
-        super().__init__(**keywords)
-        self._maker = maker
-        self._epoch = 0
-
-    def __getitem__(self, at: Any) -> Any:
-        """The Example of one row; what it is shown depends on the epoch that is being read."""
-        return self._maker(super().__getitem__(at), self._epoch, int(at))
-
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        # The one place where Streaming tells an iterator, in its own worker, which epoch it reads.
-        self._epoch = epoch
-        return super()._get_work(epoch, sample_in_epoch)
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Streaming's state, mended: at an epoch's end the next epoch begins, instead of the finished one anew."""
-        state = super().state_dict(num_samples, from_beginning)
-        if num_samples == 0 and from_beginning:
-            state["epoch"] = max(state["epoch"], self.next_epoch)
-        return state
-
-
-class EvalSamples(Dataset[Example]):
-    """An evaluation set in stored order; item `-1 - i` is sample `i` made inert, which no loss or metric counts."""
-
-    def __init__(self, maker: ExampleMaker, **keywords: Any):
-        """Opens the shards.
-
-        Args:
-            maker: Row → Example.
-            **keywords: Of `streaming.StreamingDataset`.
-        """
-        self._rows = StreamingDataset(**keywords)
-        self._maker = maker
-
-    def __len__(self) -> int:
-        return self._rows.num_samples
-
-    def __getitem__(self, index: int) -> Example:
-        position = index if index >= 0 else -1 - index
-        example = self._maker(self._rows[position], 0, position)
-        return example if index >= 0 else make_inert(example)
+        if self.teachers is not None and takes_teachers(sample):
+            shown = self.teachers.draw_samples(epoch, occurrence, sample.id)
+        return replace(self.encoder(sample, shown), noise_seed=noise_seed(self.seed, epoch, occurrence))
 
 
 def make_inert(example: Example) -> Example:
@@ -136,20 +67,232 @@ def make_inert(example: Example) -> Example:
         sample=replace(example.sample, objects=None, messages=None),
         roles=torch.zeros_like(example.roles),
         target=None,
+        is_inert=True,
     )
 
 
-class EvalSampler(DistributedSampler):
-    """Rank r of W reads r, r + W, ...; short ranks are filled with inert items, so that all take as many steps."""
+@dataclass(frozen=True)
+class Packing:
+    """How samples are packed.
 
-    def __init__(self, dataset: EvalSamples):
-        """Splits `dataset` over Composer's ranks."""
-        super().__init__(dataset, num_replicas=dist.get_world_size(), rank=dist.get_global_rank(), shuffle=False)
-        # Composer cuts `total_size - len(dataset)` samples off the last batch: here there is nothing to cut.
-        self.total_size = len(dataset)
+    Attributes:
+        budget: Of a pack.
+        lengths: Of the samples.
+        skips_long_samples: Leave those out that are over the budget alone, instead of an error.
+    """
 
-    def __iter__(self) -> Iterator[int]:
-        size = self.total_size
-        for step in range(self.num_samples):
-            index = step * self.num_replicas + self.rank
-            yield index if index < size else -1 - index % size
+    budget: Budget
+    lengths: LengthTable
+    skips_long_samples: bool
+
+
+class PackStream(CheckedDataset):
+    """The training set. Its items are packs: the unit of batch size, length, position and resumption.
+
+    Streaming resamples and shuffles an epoch's samples and fetches their shards; the plan says which of them share a
+    pack, and every rank and worker is dealt its packs of it.
+    """
+
+    def __init__(self, maker: ExampleMaker, packing: Packing | None, skips_bad_samples: bool, **keywords: Any):
+        """Opens the shards.
+
+        Args:
+            maker: Row → Example.
+            packing: None: a pack a sample.
+            skips_bad_samples: Leave out samples that cannot be used, and say so in `Pack.skipped`; else raise.
+            **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
+        """
+        super().__init__(**keywords)
+        self._maker = maker
+        self._packing = packing
+        self._skips_bad_samples = skips_bad_samples
+        self._asked_block_size = self.shuffle_block_size
+        # Streaming would set both when the first epoch starts, but its length has to be known before.
+        if not self.num_canonical_nodes:
+            self.num_canonical_nodes = self._parallel_rank_world.num_nodes
+        self._set_shuffle_block_size(self._parallel_rank_world)
+        if keywords.get("predownload") is None:
+            self.predownload = self._default_predownload()
+        self._fixed_identity = self._identify_data()
+        self.epoch_of_length = 0
+        self._plan: tuple[str, Plan] | None = None
+        self._packs: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        """Packs of one rank in the epoch `epoch_of_length`: they differ between epochs."""
+        return -(-self.plan(self.epoch_of_length).num_packs // self._parallel_rank_world.num_ranks)
+
+    def plan(self, epoch: int) -> Plan:
+        """The packs of an epoch, of all ranks."""
+        key = f"epoch{epoch}-{_digest(self.identity())}"
+        if self._plan is None or self._plan[0] != key:
+            self._plan = (key, cached_plan(key, lambda: self._make_plan(epoch)))
+        return self._plan[1]
+
+    def example(self, position: int) -> Example:
+        """The Example of a stored sample, as its first epoch would show it unrepeated."""
+        return self._maker(self[position], 0, position)
+
+    def identity(self) -> dict[str, str]:
+        """All that the plans depend on, by the words that an error message uses."""
+        shuffle = (self.shuffle_algo, self.shuffle_block_size) if self.shuffle else None
+        return {
+            **self._fixed_identity,
+            "shuffle": str(shuffle),
+            "seed": f"{self.shuffle_seed}, {self._maker.seed}",
+            "num_canonical_nodes": str(self.num_canonical_nodes),
+        }
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where the run stands: Streaming's state, in packs, and what the plan was made of."""
+        state = super().state_dict(num_samples, from_beginning)
+        digest = self.plan(state["epoch"]).digest() if state["sample_in_epoch"] else ""
+        return {**state, "plan": {**self.identity(), "digest": digest}}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Continues where a run stood.
+
+        Raises:
+            ValueError: The plan is not the one of that run, and why.
+        """
+        self.num_canonical_nodes = obj["num_canonical_nodes"]
+        self.shuffle_block_size = self._asked_block_size
+        self._set_shuffle_block_size(self._parallel_rank_world)
+        then, now = obj.get("plan", {}), self.identity()
+        changed = [
+            f"{name} was {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value
+        ]
+        if not changed and then["digest"] and then["digest"] != self.plan(obj["epoch"]).digest():
+            changed = ["the packer, Streaming's shuffle or numpy is of another version"]
+        if changed:
+            raise ValueError(
+                f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}), so its "
+                "position means nothing now. Undo the change, or start a new run from the weights alone with "
+                "trainer.load_weights_only=true"
+            )
+        super().load_state_dict(obj)
+
+    def __iter__(self) -> Iterator[Pack]:
+        """This worker's packs of the epoch."""
+        examples: list[Example] = []
+        skipped: dict[str, str] = {}
+        members: Iterator[tuple[int, int, int, bool]] | None = None
+        for row in super().__iter__():
+            members = members or self._members()
+            number, occurrence, num_tokens, is_last = next(members)
+            try:
+                examples.append(self._make(row, occurrence, num_tokens))
+            except ValueError as error:
+                if not self._skips_bad_samples:
+                    raise
+                skipped[row["id"]] = str(error)
+            if is_last:
+                yield self._close(number, examples, skipped)
+                examples, skipped = [], {}
+
+    def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        """The stored positions of this worker's samples, pack by pack; Streaming fetches their shards ahead."""
+        plan, world = self.plan(epoch), self._parallel_worker_world
+        packs = deal(plan.num_packs, sample_in_epoch, world.num_nodes, world.ranks_per_node)
+        assert isinstance(self.batch_size, int)
+        self._epoch = epoch
+        self._packs = deal_to_worker(
+            packs[world.node, world.rank_of_node], world.worker_of_rank, world.workers_per_rank, self.batch_size
+        )
+        entries = [plan.samples[start:end] for start, end, _ in self._ranges(plan)]
+        return np.concatenate(entries) if entries else np.empty(0, dtype=np.int64)
+
+    def _ranges(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
+        """(start, end, number) of this worker's packs in the plan's arrays; an inert pack's number is `-1 - pack`."""
+        for number in self._packs.tolist():
+            pack = number if number >= 0 else -1 - number
+            yield int(plan.offsets[pack]), int(plan.offsets[pack + 1]), number
+
+    def _members(self) -> Iterator[tuple[int, int, int, bool]]:
+        """(pack, occurrence, planned tokens, last of its pack) of this worker's samples."""
+        plan = self.plan(self._epoch)
+        for start, end, number in self._ranges(plan):
+            for entry in range(start, end):
+                yield number, int(plan.occurrences[entry]), int(plan.tokens[entry]), entry == end - 1
+
+    def _make(self, row: Mapping[str, Any], occurrence: int, num_tokens: int) -> Example:
+        example = self._maker(row, self._epoch, occurrence)
+        if num_tokens and len(example.input_ids) != num_tokens:
+            raise RuntimeError(
+                f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were planned: its "
+                "records.jsonl.gz does not belong to its shards; convert the data set anew"
+            )
+        return example
+
+    def _close(self, number: int, examples: list[Example], skipped: dict[str, str]) -> Pack:
+        if not examples:
+            examples = [self._find_filler()]
+        if number >= 0:
+            return Pack(number, examples, skipped)
+        return Pack(-1 - number, [make_inert(example) for example in examples], is_inert=True)
+
+    def _find_filler(self) -> Example:
+        """An inert example, in the place of a pack of which no sample can be used."""
+        for index in range(self.num_samples):
+            with suppress(ValueError):
+                return make_inert(self.example(index))
+        raise ValueError("no sample of the data set can be used: convert it anew, with --strict to see why")
+
+    def _identify_data(self) -> dict[str, str]:
+        """The part of the identity that never changes while the data set is open."""
+        shards = [(shard.samples, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]) for shard in self.shards]
+        sampling = (self.sampling_method, self.sampling_granularity, [int(stream.choose) for stream in self.streams])
+        packing, teachers = self._packing, self._maker.teachers
+        return {
+            "data": _digest(shards),
+            "sampling of streams": _digest(sampling),
+            "packing": str(packing and (packing.budget, packing.skips_long_samples)),
+            "lengths (tokenizer, prompt, pixel budget)": packing.lengths.digest() if packing else "",
+            "teachers": teachers.digest() if teachers else "",
+        }
+
+    def _make_plan(self, epoch: int) -> Plan:
+        units, samples = self.resample_streams(epoch)
+        order = np.arange(len(samples))
+        if self.shuffle:
+            assert self.num_canonical_nodes and self.shuffle_block_size
+            order = get_shuffle(
+                self.shuffle_algo, units, self.num_canonical_nodes, self.shuffle_seed, epoch, self.shuffle_block_size
+            )
+        if self._packing is None:
+            return plan_samples(order, samples, self.num_canonical_nodes)
+        tokens, patches = self._packing.lengths.of_epoch(epoch, samples)
+        self._check_lengths(samples, tokens, patches, epoch)
+        budget = self._packing.budget
+        return plan_packs(order, samples, tokens, patches, self.num_canonical_nodes, budget, self.shuffle_seed, epoch)
+
+    def _check_lengths(
+        self, samples: NDArray[np.int64], tokens: NDArray[np.int64], patches: NDArray[np.int64], epoch: int
+    ) -> None:
+        """Raises ValueError where a sample is over the budget alone and is not to be left out, or all are."""
+        assert self._packing is not None
+        budget = self._packing.budget
+        long = np.flatnonzero(~budget.fits(tokens, patches))
+        if not len(long) or (self._packing.skips_long_samples and len(long) < len(samples)):
+            return
+        first = long[0]
+        raise ValueError(
+            f"{len(long)} samples of epoch {epoch} are over the budget of a pack, {budget.max_tokens} tokens and "
+            f"{budget.max_patches or 'any number of'} image patches: the first is "
+            f"{sample_id(self.streams, int(samples[first]))!r} with {tokens[first]} tokens and {patches[first]} "
+            "patches, its teachers counted. Raise train_loader.packing.max_tokens or max_patches, lower "
+            "image.max_pixels or teachers.num_teachers, or leave such samples out with "
+            "train_loader.packing.on_long_sample=skip"
+        )
+
+    def _default_predownload(self) -> int:
+        """Samples of some batches ahead: Streaming's own default would take packs for samples."""
+        per_pack = 1.0
+        if self._packing is not None:
+            per_pack = max(1.0, self._packing.budget.max_tokens / float(self._packing.lengths.samples.tokens.mean()))
+        return max(64, round(8 * (self.batch_size or 1) * per_pack))
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

@@ -1,31 +1,32 @@
-"""Which solved examples a sample is shown: a pure function of (seed, epoch, sample position)."""
+"""Which solved examples a sample is shown: a pure function of (seed, epoch, occurrence)."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recipe.config import TeacherConfig
 from recipe.data.draws import Purpose, random_words
 from recipe.schema import Sample
 
 
-def draw_teachers(
-    seed: int, epoch: int, position: int, pool_size: int, num_teachers: int, teacher_ratio: float
-) -> list[int]:
-    """Distinct indices into the pool, uniform over it; none for a share of `1 - teacher_ratio` of the samples.
+def id_hash(sample_id: str) -> int:
+    """63 bits by which a sample is told from the teachers: as long as an id, a million times smaller to keep."""
+    return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little") >> 1
 
-    Args:
-        seed: Of the run.
-        epoch: From 0.
-        position: Of the sample in the stored data set.
-        pool_size: Teachers to choose from.
-        num_teachers: How many; at most `pool_size`.
-        teacher_ratio: Share of the samples that get teachers, in [0, 1].
-    """
-    chance, *keys = random_words(seed, epoch, position, Purpose.TEACHERS, 1 + pool_size)
-    if int(chance) >> 11 >= teacher_ratio * 2**53:
-        return []
-    return np.argsort(np.array(keys), kind="stable")[:num_teachers].tolist()
+
+def draw_distinct(words: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
+    """(n, k) uniform distinct numbers below `size` in random order, from (n, k) uniform words; k is at most `size`."""
+    drawn = np.empty(words.shape, dtype=np.int64)
+    for place in range(words.shape[1]):
+        # The upper half of a 64-bit word times what is left: a bias of at most size / 2^32.
+        number = ((words[:, place] >> np.uint64(32)) * np.uint64(size - place) >> np.uint64(32)).astype(np.int64)
+        # The number-th of those not drawn yet: step over the drawn ones, smallest first.
+        for taken in np.sort(drawn[:, :place], axis=1).T:
+            number += number >= taken
+        drawn[:, place] = number
+    return drawn
 
 
 class TeacherPool:
@@ -53,16 +54,33 @@ class TeacherPool:
         self.samples = samples
         self.config = config
         self.seed = seed
+        self._id_hashes = np.array([id_hash(sample.id) for sample in samples], dtype=np.int64)
 
-    def draw(self, epoch: int, position: int, sample_id: str) -> list[Sample]:
-        """The teachers of the sample at `position`, never itself: one spare is drawn for that."""
-        drawn = draw_teachers(
-            self.seed,
-            epoch,
-            position,
-            len(self.samples),
-            self.config.num_teachers + 1,
-            self.config.teacher_ratio,
-        )
-        others = [self.samples[index] for index in drawn if self.samples[index].id != sample_id]
-        return others[: self.config.num_teachers]
+    def draw(self, epoch: int, first: int, id_hashes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The teachers of consecutive occurrences, never the sample itself: one spare is drawn for that.
+
+        Args:
+            epoch: From 0.
+            first: The first occurrence.
+            id_hashes: (n,) of the samples that occur, from `id_hash`.
+
+        Returns:
+            (n, num_teachers) positions in the pool; -1 for a share of `1 - teacher_ratio`, which are shown none.
+        """
+        count = self.config.num_teachers
+        words = random_words(self.seed, epoch, first, len(id_hashes), Purpose.TEACHERS, count + 2)
+        drawn = draw_distinct(words[:, 1:], len(self.samples))
+        is_itself = self._id_hashes[drawn] == id_hashes[:, None]
+        drawn = np.take_along_axis(drawn, np.argsort(is_itself, axis=1, kind="stable"), axis=1)[:, :count]
+        shown = (words[:, 0] >> np.uint64(11)) < self.config.teacher_ratio * 2**53
+        return np.where(shown[:, None], drawn, -1)
+
+    def digest(self) -> str:
+        """16 hex digits that tell this pool, and how it is drawn from, from any other."""
+        drawing = f"{self.config.num_teachers} {self.config.teacher_ratio} {self.seed}"
+        return hashlib.sha256(self._id_hashes.tobytes() + drawing.encode()).hexdigest()[:16]
+
+    def draw_samples(self, epoch: int, occurrence: int, sample_id: str) -> list[Sample]:
+        """The teachers of one occurrence of a sample, in order."""
+        (row,) = self.draw(epoch, occurrence, np.array([id_hash(sample_id)], dtype=np.int64))
+        return [self.samples[index] for index in row if index >= 0]

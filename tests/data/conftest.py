@@ -1,6 +1,7 @@
 """Fixtures of the data tests: a tiny checkpoint's processor, an encoder, samples and shards."""
 
 import gc
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from io import BytesIO
@@ -19,6 +20,7 @@ from recipe.data.encode import Encoder
 from recipe.data.image import ImageSpec, image_spec
 from recipe.models.tiny import build_tiny_checkpoint
 from recipe.schema import MDS_COLUMNS, Object, Sample
+from recipe.sidecar import RECORDS_FILE, join_parts, to_record, write_part
 
 MakeSample = Callable[..., Sample]
 WriteShards = Callable[[Path, Sequence[Sample]], dict[str, str]]
@@ -34,6 +36,12 @@ def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for cleanup in cleanups:
         with suppress(BufferError):
             cleanup()
+
+
+@pytest.fixture(autouse=True)
+def own_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No plan of an earlier run of the tests is read."""
+    monkeypatch.setattr("recipe.data.plan_cache.gettempdir", lambda: str(tmp_path))
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +96,12 @@ def write_shards() -> WriteShards:
     """Writes samples to a folder and returns the keywords of a stream over it."""
 
     def write(folder: Path, samples: Sequence[Sample]) -> dict[str, str]:
-        with MDSWriter(out=str(folder), columns=dict(MDS_COLUMNS), size_limit=1 << 15) as writer:
+        with MDSWriter(out=str(folder), columns=dict(MDS_COLUMNS), size_limit=1 << 15, hashes=["xxh64"]) as writer:
             for sample in samples:
                 writer.write(sample.to_mds())
+        write_part(folder / "part", map(to_record, samples))
+        join_parts(folder / RECORDS_FILE, [folder / "part"], json.loads((folder / "index.json").read_text()))
+        (folder / "part").unlink()
         return {"local": str(folder)}
 
     return write

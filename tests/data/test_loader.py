@@ -11,18 +11,19 @@ from torch.utils.data import DataLoader
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.data import loader as loader_module
 from recipe.data.encode import Encoder
+from recipe.data.evaluation import EvalSampler, EvalSamples
 from recipe.data.loader import (
     build_eval_loader,
     build_train_loader,
     count_losses,
     device_batch_size,
+    get_num_packs_in_batch,
     get_num_samples_in_batch,
-    get_num_scored_samples_in_batch,
     get_num_tokens_in_batch,
     make_collator,
     split_batch,
 )
-from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, read_teachers
+from recipe.data.stream import ExampleMaker, read_teachers
 from recipe.schema import Batch
 
 NUM_SAMPLES = 10
@@ -75,7 +76,6 @@ def test_a_batch_is_a_list_of_microbatches_of_the_asked_size(config: RecipeConfi
     spec = train_spec(config, encoder, microbatch_size=3)
     sizes = [[len(item["samples"]) for item in batch] for batch in dataloader_of(spec)]
     assert sizes == [[3, 1], [3, 1], [2]]
-    assert spec.num_samples == NUM_SAMPLES
 
 
 @pytest.mark.parametrize("collator", ["standard", "packed"])
@@ -97,8 +97,9 @@ def test_counts_are_those_of_the_whole_batch_in_every_microbatch(config: RecipeC
 
 def test_sample_and_token_counts_of_lists_and_microbatches(config: RecipeConfig, encoder: Encoder):
     batch = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=3))))
-    assert get_num_samples_in_batch(batch) == 4
+    assert get_num_samples_in_batch(batch) == get_num_packs_in_batch(batch) == 4
     assert [get_num_samples_in_batch(item) for item in batch] == [3, 1]
+    assert [get_num_packs_in_batch(item) for item in batch] == [3, 1]
     real = sum(int((item["attention_mask"] == 1).sum()) for item in batch)
     assert get_num_tokens_in_batch(batch) == {"total": real, "loss_generating": 2}
     assert get_num_tokens_in_batch(batch[0])["loss_generating"] == 1
@@ -147,7 +148,7 @@ def test_resumes_through_streamings_state(config: RecipeConfig, encoder: Encoder
     for epoch in range(steps // 3 + (steps_of_epoch > 0)):
         iterator = iter(loader)
         limit = steps_of_epoch if epoch == steps // 3 else 3
-        seen = sum(get_num_samples_in_batch(next(iterator)) for _ in range(limit))
+        seen = sum(get_num_packs_in_batch(next(iterator)) for _ in range(limit))
         if limit == 3:
             assert list(iterator) == []
             seen = 0
@@ -180,8 +181,8 @@ def test_ranks_take_equal_steps_and_no_sample_counts_twice(
     dataset = EvalSamples(maker, streams=loader_module.open_streams(config.eval_loader.streams), batch_size=1)
     scored, steps = [], []
     for rank in range(world_size):
-        monkeypatch.setattr("recipe.data.stream.dist.get_world_size", lambda: world_size)
-        monkeypatch.setattr("recipe.data.stream.dist.get_global_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("recipe.data.evaluation.dist.get_world_size", lambda: world_size)
+        monkeypatch.setattr("recipe.data.evaluation.dist.get_global_rank", lambda rank=rank: rank)
         indices = list(EvalSampler(dataset))
         steps.append(len(indices))
         scored += [index for index in indices if index >= 0]
@@ -199,7 +200,7 @@ def test_inert_samples_count_for_nothing(config: RecipeConfig, encoder: Encoder)
     batch = make_collator("standard", encoder.pad_token_id)([example, inert])
     alone = make_collator("standard", encoder.pad_token_id)([example])
     assert count_losses(batch) == count_losses(alone)
-    assert get_num_scored_samples_in_batch([batch]) == 1
+    assert get_num_samples_in_batch([batch]) == 1
     assert len(batch["student_images"]) == 2
 
 

@@ -5,59 +5,83 @@ import pytest
 
 from recipe.config import TeacherConfig
 from recipe.data.draws import Purpose, noise_seed, random_words
-from recipe.data.teachers import TeacherPool, draw_teachers
+from recipe.data.teachers import TeacherPool, draw_distinct
 from recipe.schema import Sample
 
 
-def test_the_draw_is_pure_and_distinct():
-    draws = {position: draw_teachers(1, 2, position, 20, 5, 1.0) for position in range(300)}
-    for position in reversed(range(300)):
-        assert draw_teachers(1, 2, position, 20, 5, 1.0) == draws[position]
-        assert len(set(draws[position])) == 5
-        assert all(0 <= index < 20 for index in draws[position])
-    assert draw_teachers(1, 3, 0, 20, 5, 1.0) != draws[0]
-    assert draw_teachers(2, 2, 0, 20, 5, 1.0) != draws[0]
+def pool_of(make_sample, size: int, seed: int = 0, **config) -> TeacherPool:
+    return TeacherPool([make_sample(number) for number in range(size)], TeacherConfig(**config), seed)
 
 
-def test_the_draw_stays_what_it_was():
+STRANGERS = np.arange(300, dtype=np.int64)  # hashes of samples that are no teachers
+
+
+def test_the_draw_is_pure_and_distinct(make_sample):
+    pool = pool_of(make_sample, 20, seed=1, num_teachers=5)
+    drawn = pool.draw(2, 0, STRANGERS)
+    assert drawn.shape == (300, 5)
+    assert all(len(set(row)) == 5 and min(row) >= 0 and max(row) < 20 for row in drawn.tolist())
+    for first, last in ((0, 1), (17, 18), (250, 300)):
+        assert np.array_equal(pool.draw(2, first, STRANGERS[first:last]), drawn[first:last])
+    assert not np.array_equal(pool.draw(3, 0, STRANGERS), drawn)
+    assert not np.array_equal(pool_of(make_sample, 20, seed=2, num_teachers=5).draw(2, 0, STRANGERS), drawn)
+
+
+def test_distinct_numbers_worked_by_hand():
+    def word(share: float) -> int:
+        return int(share * 2**64)
+
+    # Of 0 1 2 3: the last, then the third of 0 1 2, then the first of 0 1.
+    assert draw_distinct(np.array([[word(0.99), word(0.7), word(0.1)]], dtype=np.uint64), 4).tolist() == [[3, 2, 0]]
+    # The first each time.
+    assert draw_distinct(np.zeros((1, 4), dtype=np.uint64), 4).tolist() == [[0, 1, 2, 3]]
+
+
+def test_the_draw_stays_what_it_was(make_sample):
     # A change here would make resumed runs see other teachers than before.
-    assert draw_teachers(17, 0, 0, 8, 3, 1.0) == [6, 3, 2]
-    assert noise_seed(17, 0, 0) == 8324734926890238857
+    assert pool_of(make_sample, 8, seed=17, num_teachers=3).draw(0, 0, STRANGERS[:2]).tolist() == [[3, 1, 2], [3, 5, 0]]
+    assert noise_seed(17, 0, 0) == 5877197125075291653
 
 
-def test_the_draw_is_uniform_and_in_the_asked_share():
-    draws = [draw_teachers(5, epoch, position, 10, 2, 0.3) for epoch in range(4) for position in range(5000)]
-    shown = [draw for draw in draws if draw]
+def test_the_draw_is_uniform_and_in_the_asked_share(make_sample):
+    pool = pool_of(make_sample, 10, seed=5, num_teachers=2, teacher_ratio=0.3)
+    drawn = np.concatenate([pool.draw(epoch, 0, np.arange(5000, dtype=np.int64)) for epoch in range(4)])
+    shown = drawn[drawn[:, 0] >= 0]
     # Six standard deviations of a binomial of 20,000 at 0.3.
-    assert abs(len(shown) / len(draws) - 0.3) < 6 * (0.3 * 0.7 / 20000) ** 0.5
+    assert abs(len(shown) / len(drawn) - 0.3) < 6 * (0.3 * 0.7 / 20000) ** 0.5
     for place in range(2):
-        counts = np.bincount([draw[place] for draw in shown], minlength=10)
+        counts = np.bincount(shown[:, place], minlength=10)
         expected = len(shown) / 10
         chi_squared = ((counts - expected) ** 2 / expected).sum()
         assert chi_squared < 33.7  # 9 degrees of freedom, p = 1e-4
 
 
-@pytest.mark.parametrize(("ratio", "share"), [(0.0, 0), (1.0, 200)])
-def test_a_ratio_of_none_or_all_is_exact(ratio: float, share: int):
-    assert sum(bool(draw_teachers(0, 0, position, 5, 1, ratio)) for position in range(200)) == share
+@pytest.mark.parametrize(("ratio", "share"), [(0.0, 0), (1.0, 300)])
+def test_a_ratio_of_none_or_all_is_exact(make_sample, ratio: float, share: int):
+    drawn = pool_of(make_sample, 5, num_teachers=1, teacher_ratio=ratio).draw(0, 0, STRANGERS)
+    assert int((drawn >= 0).sum()) == share
 
 
-def test_purposes_positions_epochs_and_seeds_do_not_share_numbers():
+def test_purposes_occurrences_epochs_and_seeds_do_not_share_numbers():
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 2)]
-    words = [random_words(*place, purpose, 8) for place in places for purpose in Purpose]
+    words = [random_words(*place, 1, purpose, 8) for place in places for purpose in Purpose]
     assert len(np.unique(np.concatenate(words))) == 8 * len(words)
 
 
-def pool_of(make_sample, size: int, **config) -> TeacherPool:
-    return TeacherPool([make_sample(number) for number in range(size)], TeacherConfig(**config), seed=0)
+def test_an_occurrence_has_the_same_words_in_any_range():
+    table = random_words(3, 1, 0, 50, Purpose.NOISE, 7)
+    assert table.shape == (50, 7)
+    for first in (0, 1, 31):
+        assert np.array_equal(random_words(3, 1, first, 2, Purpose.NOISE, 7), table[first : first + 2])
+    assert np.array_equal(random_words(3, 1, 9, 1, Purpose.NOISE, 2), table[9:10, :2])
 
 
 def test_a_sample_is_never_its_own_teacher_and_gets_all_of_them(make_sample):
     pool = pool_of(make_sample, 3, num_teachers=2)
-    for position in range(100):
-        drawn = [sample.id for sample in pool.draw(0, position, "sample-1")]
+    for occurrence in range(100):
+        drawn = [sample.id for sample in pool.draw_samples(0, occurrence, "sample-1")]
         assert sorted(drawn) == ["sample-0", "sample-2"]
-        strangers = [sample.id for sample in pool.draw(0, position, "stranger")]
+        strangers = [sample.id for sample in pool.draw_samples(0, occurrence, "stranger")]
         assert len(set(strangers)) == 2
 
 

@@ -1,0 +1,112 @@
+"""Watch the training data: how long the epoch is, how much was read, how full packs are, what was left out."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch.utils.data import DataLoader
+
+from recipe.data.stream import PackStream
+from recipe.schema import Batch
+
+log = logging.getLogger(__name__)
+
+SKIPPED_FILE = "skipped_samples.jsonl"
+
+
+class TrainingData(Callback):
+    """Keeps the Trainer's epoch length true, logs what each step read, and bounds the samples that are skipped.
+
+    Packs differ in number between epochs, and the Trainer would cut off an epoch that is longer than it believes.
+
+    Logged at each step, over all ranks: `data/samples` and `data/packs` of the step, `data/samples_seen` of this
+    process's run, `data/packing_fill` (tokens of the packs' budget), `data/skipped_samples` since the start.
+
+    Args:
+        max_tokens: Of a pack; None: not packed.
+        max_bad_samples: Skipped samples, over all ranks, after which the run stops.
+        folder: Gets the id and reason of every skipped sample.
+    """
+
+    def __init__(self, max_tokens: int | None, max_bad_samples: int, folder: str | Path):
+        self.max_tokens = max_tokens
+        self.max_bad_samples = max_bad_samples
+        self.path = Path(folder) / SKIPPED_FILE
+        self.num_samples = 0
+        self.num_skipped = 0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """After a resume no epoch starts, so its length is set here too."""
+        self._set_epoch_length(state)
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        """The length of the epoch that begins."""
+        self._set_epoch_length(state)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Counts the batch over all ranks.
+
+        Raises:
+            RuntimeError: On every rank: more samples were skipped than `max_bad_samples`.
+        """
+        batches: list[Batch] = state.batch
+        skipped = {name: reason for batch in batches for name, reason in batch["skipped"].items()}
+        sums = torch.tensor(
+            [sum(batch[name] for batch in batches) for name in ("num_samples", "num_packs", "num_tokens")]
+            + [len(skipped)],
+            dtype=torch.float64,
+        )
+        sums = state.device.tensor_to_device(sums)
+        dist.all_reduce(sums)
+        samples, packs, tokens, num_skipped = (int(value) for value in sums.tolist())
+        self.num_samples += samples
+        self.num_skipped += num_skipped
+        metrics = {
+            "data/samples": samples,
+            "data/packs": packs,
+            "data/samples_seen": self.num_samples,
+            "data/skipped_samples": self.num_skipped,
+        }
+        if self.max_tokens is not None and packs:
+            metrics["data/packing_fill"] = tokens / (packs * self.max_tokens)
+        logger.log_metrics(metrics)
+        if num_skipped:
+            self._report(skipped)
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts, so that they go on after a resume."""
+        return {"num_samples": self.num_samples, "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues counting."""
+        self.num_samples, self.num_skipped = state["num_samples"], state["num_skipped"]
+
+    def _set_epoch_length(self, state: State) -> None:
+        assert isinstance(state.dataloader, DataLoader)
+        dataset = state.dataloader.dataset
+        assert isinstance(dataset, PackStream)
+        dataset.epoch_of_length = epoch = int(state.timestamp.epoch)
+        state.dataloader_len = len(state.dataloader)
+        num_left_out = len(dataset.plan(epoch).left_out)
+        if num_left_out and dist.get_global_rank() == 0:
+            log.warning("epoch %d: %d samples are over the budget of a pack and are left out", epoch, num_left_out)
+
+    def _report(self, skipped: dict[str, str]) -> None:
+        told = {name: reason for part in dist.all_gather_object(skipped) for name, reason in part.items()}
+        if dist.get_global_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                for name, reason in told.items():
+                    log.warning("skipped a sample: %s", reason)
+                    file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
+        if self.num_skipped > self.max_bad_samples:
+            raise RuntimeError(
+                f"{self.num_skipped} samples could not be used, above train_loader.max_bad_samples "
+                f"{self.max_bad_samples}; the last: {'; '.join(told.values())}. They are listed in {self.path}: "
+                "mend the data set, or raise the bound"
+            )

@@ -1,0 +1,242 @@
+"""How long every sample is, known without its picture: tokens of the conversation and vision patches.
+
+Texts and picture sizes lie beside the index (`recipe/sidecar.py`); they are counted once for each tokenizer, prompt and
+pixel budget, and the counts are kept beside the index too, under a name that holds the fingerprint of all these.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from composer.utils import dist
+from numpy.typing import NDArray
+from streaming import Stream
+from tqdm import tqdm
+
+from recipe.data.agreement import agree
+from recipe.data.chat import IMAGE, Segment
+from recipe.data.encode import Encoder
+from recipe.data.image import resized_size
+from recipe.data.storage import INDEX_FILE, fetch_beside_index
+from recipe.data.teachers import TeacherPool, id_hash
+from recipe.schema import Object, Sample
+from recipe.sidecar import RECORDS_FILE, read_records, shards_sha256
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1024  # samples whose texts are tokenized in one call
+_PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of the samples of a data set, in stored order.
+
+    Attributes:
+        tokens: (N,) int64, of the conversation without teachers, image tokens among them.
+        patches: (N,) int64, of the sample's own picture; 0 without one.
+        takes_teachers: (N,) bool: is asked with the detection chat, which teachers can be shown with.
+        id_hashes: (N,) int64, from `recipe.data.teachers.id_hash`.
+    """
+
+    tokens: NDArray[np.int64]
+    patches: NDArray[np.int64]
+    takes_teachers: NDArray[np.bool_]
+    id_hashes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class LengthTable:
+    """The lengths of a data set and of the teachers it is shown.
+
+    Attributes:
+        samples: Of the data set.
+        teachers: The pool; None: no sample is shown any.
+        teacher_tokens: (T,) int64, that each teacher adds to a conversation.
+        teacher_patches: (T,) int64, of each teacher's picture.
+    """
+
+    samples: Lengths
+    teachers: TeacherPool | None
+    teacher_tokens: NDArray[np.int64]
+    teacher_patches: NDArray[np.int64]
+
+    def of_epoch(self, epoch: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(tokens, patches) of every occurrence of an epoch, each (S,); `samples`: their stored positions (S,)."""
+        tokens, patches = self.samples.tokens[samples], self.samples.patches[samples]
+        if self.teachers is not None:
+            drawn = self.teachers.draw(epoch, 0, self.samples.id_hashes[samples])
+            shown = (drawn >= 0) & self.samples.takes_teachers[samples, None]
+            tokens = tokens + np.where(shown, self.teacher_tokens[drawn], 0).sum(axis=1)
+            patches = patches + np.where(shown, self.teacher_patches[drawn], 0).sum(axis=1)
+        return tokens, patches
+
+    def digest(self) -> str:
+        """16 hex digits that tell these lengths from any other."""
+        content = hashlib.sha256()
+        for array in (*vars(self.samples).values(), self.teacher_tokens, self.teacher_patches):
+            content.update(array.tobytes())
+        return content.hexdigest()[:16]
+
+
+def takes_teachers(sample: Sample) -> bool:
+    """Teachers are shown with the detection chat only, not with a sample's own `messages`."""
+    return sample.messages is None and sample.has_image
+
+
+def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
+    """Counts what `encoder` would make of each sample; reads no picture.
+
+    Raises:
+        ValueError: A sample cannot be used; its id and the remedy are named.
+    """
+    chunks = []
+    for chunk in _chunks(samples):
+        tokens, patches = _count_chunk(chunk, [_conversation(sample, encoder) for sample in chunk], encoder)
+        taking = np.array([takes_teachers(sample) for sample in chunk])
+        chunks.append((tokens, patches, taking, np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)))
+    return Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+
+
+def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(tokens, patches) that each teacher of the pool adds to a conversation."""
+    return _count_chunk(pool.samples, [encoder.teacher_segments(teacher) for teacher in pool.samples], encoder)
+
+
+def read_length_table(streams: Sequence[Stream], encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
+    """The lengths of all streams and of the pool.
+
+    Raises:
+        ValueError: A stream has no records beside its index, or a sample cannot be used.
+    """
+    none = np.empty(0, dtype=np.int64)
+    added = (none, none) if teachers is None else count_teachers(teachers, encoder)
+    return LengthTable(read_lengths(streams, encoder), teachers, *added)
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """16 hex digits of all that token counts depend on, beside the samples."""
+    probe = [segment.text for part in encoder.segments(_PROBE, [_PROBE]) for segment in part]
+    tokenizer: Any = encoder.tokenizer
+    parts = [tokenizer.backend_tokenizer.to_str(), asdict(encoder.prompt), asdict(encoder.image_spec), probe]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_lengths(streams: Sequence[Stream], encoder: Encoder) -> Lengths:
+    """The lengths of all streams, one after the other: counted by global rank 0 where not kept yet, told to all ranks.
+
+    Raises:
+        ValueError: A stream has no records beside its index, or a sample cannot be used.
+    """
+    found: list[Lengths] = []
+    error = None
+    if dist.get_global_rank() == 0:
+        try:
+            found = [_read_stream(stream, encoder) for stream in streams]
+        except (ValueError, OSError, RuntimeError) as raised:
+            error = raised
+    agree(error)
+    told = [found]
+    dist.broadcast_object_list(told, src=0)
+    parts = told[0]
+    return Lengths(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(Lengths)))
+
+
+def sample_id(streams: Sequence[Stream], position: int) -> str:
+    """The id of the sample at a position in all streams, for an error message; read from the records."""
+    for stream in streams:
+        index = _index_of(stream)
+        num_samples = sum(shard["samples"] for shard in index["shards"])
+        if position < num_samples:
+            path = fetch_beside_index(stream, RECORDS_FILE)
+            return "" if path is None else next(islice(read_records(path, index), position, None)).id
+        position -= num_samples
+    raise IndexError(position)
+
+
+def _read_stream(stream: Stream, encoder: Encoder) -> Lengths:
+    index, folder = _index_of(stream), Path(stream.local, stream.split)
+    name = f"lengths-{shards_sha256(index)[:16]}-{fingerprint(encoder)}.npz"
+    kept = fetch_beside_index(stream, name)
+    if kept is not None:
+        with np.load(kept) as arrays:
+            return Lengths(**{entry.name: arrays[entry.name] for entry in fields(Lengths)})
+    records = fetch_beside_index(stream, RECORDS_FILE)
+    if records is None:
+        raise ValueError(
+            f"{folder} has no {RECORDS_FILE} beside its {INDEX_FILE}, so its lengths are unknown: convert the data set "
+            "anew, or train without train_loader.packing"
+        )
+    begin = time.monotonic()
+    lengths = count_lengths(tqdm(read_records(records, index), unit=" samples", desc="count", disable=None), encoder)
+    seconds = time.monotonic() - begin
+    log.info(
+        "%s: counted %d samples for this tokenizer, prompt and pixel budget in %.0f s", folder, len(lengths), seconds
+    )
+    _keep(lengths, folder / name)
+    return lengths
+
+
+def _keep(lengths: Lengths, path: Path) -> None:
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        np.savez(part, **vars(lengths))
+        part.replace(path)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): the next run counts again", path, error.strerror)
+
+
+def _index_of(stream: Stream) -> dict[str, Any]:
+    return json.loads(Path(stream.local, stream.split, INDEX_FILE).read_text(encoding="utf-8"))
+
+
+def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    iterator = iter(samples)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def _conversation(sample: Sample, encoder: Encoder) -> list[Segment]:
+    try:
+        head, student = encoder.segments(sample)
+        return head + student
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: {error}") from error
+
+
+def _count_chunk(
+    samples: Sequence[Sample], conversations: Sequence[Sequence[Segment]], encoder: Encoder
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(tokens, patches) of each; every text is tokenized once, though all samples share the prompt."""
+    texts = list(dict.fromkeys(segment.text for segments in conversations for segment in segments))
+    ids = encoder.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    num_tokens = {text: len(row) for text, row in zip(texts, ids, strict=True)}
+    spec = encoder.image_spec
+    patches = [_num_patches(sample, encoder) for sample in samples]
+    tokens = []
+    for num_patches, segments in zip(patches, conversations, strict=True):
+        placeholders = sum(segment.text.count(IMAGE) for segment in segments)
+        num_image_tokens = num_patches // spec.merge_size**2
+        tokens.append(sum(num_tokens[segment.text] for segment in segments) + placeholders * (num_image_tokens - 1))
+    return np.array(tokens, dtype=np.int64), np.array(patches, dtype=np.int64)
+
+
+def _num_patches(sample: Sample, encoder: Encoder) -> int:
+    if not sample.has_image:
+        return 0
+    try:
+        width, height = resized_size(sample.width, sample.height, encoder.image_spec)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: {error}") from error
+    return (width // encoder.image_spec.patch_size) * (height // encoder.image_spec.patch_size)

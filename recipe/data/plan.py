@@ -1,0 +1,177 @@
+"""The plan of an epoch: which samples share a pack, and in which order packs are dealt.
+
+A pure function of (data, seed, epoch, packing): no rank, worker or position has a part in it. So a run resumes at any
+world size with one number, that of the packs dealt, and nothing is read, repeated or lost on the way.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipe.data.pack import pack_ordered
+
+_PURPOSE = 2  # keeps the generators of packs apart from those of Streaming's shuffle, which are seeded alike
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pack may hold.
+
+    Attributes:
+        max_tokens: Of all its conversations.
+        max_patches: Of all its pictures; None: any number.
+        window: Samples, in shuffled order, that are packed together.
+    """
+
+    max_tokens: int
+    max_patches: int | None
+    window: int
+
+    def fits(self, tokens: NDArray[np.int64], patches: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(S,) which samples are within the budget alone."""
+        return (tokens <= self.max_tokens) & (self.max_patches is None or patches <= self.max_patches)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The packs of one epoch, in the order they are dealt; pack p holds entries `offsets[p]` to `offsets[p + 1]`.
+
+    Attributes:
+        occurrences: (S,) int64, the epoch's samples by their place before the shuffle.
+        samples: (S,) int64, their positions in the stored data.
+        tokens: (S,) int64, their planned tokens; 0 where lengths are not known.
+        offsets: (P + 1,) int64.
+        left_out: (K,) int64, the stored positions of occurrences that no pack could hold.
+    """
+
+    occurrences: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    left_out: NDArray[np.int64]
+
+    @property
+    def num_packs(self) -> int:
+        """P."""
+        return len(self.offsets) - 1
+
+    def digest(self) -> str:
+        """16 hex digits that tell this plan from any other."""
+        content = hashlib.sha256()
+        for array in vars(self).values():
+            content.update(array.tobytes())
+        return content.hexdigest()[:16]
+
+
+def plan_samples(order: NDArray[np.int64], samples: NDArray[np.int64], num_canonical_nodes: int) -> Plan:
+    """A pack a sample: for training without packing.
+
+    Args:
+        order: (S,) the epoch's occurrences, shuffled.
+        samples: (S,) the stored position of each occurrence.
+        num_canonical_nodes: Shares of the order that Streaming keeps on one node each.
+    """
+    rows = [[[position] for position in row] for row in _rows(len(order), num_canonical_nodes)]
+    none = np.empty(0, dtype=np.int64)
+    return _assemble(rows, order, samples, tokens=np.zeros(len(samples), dtype=np.int64), left_out=none)
+
+
+def plan_packs(
+    order: NDArray[np.int64],
+    samples: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    patches: NDArray[np.int64],
+    num_canonical_nodes: int,
+    budget: Budget,
+    seed: int,
+    epoch: int,
+) -> Plan:
+    """Packs each canonical node's share of the order, so that a node goes on reading its own shards.
+
+    Args:
+        order: (S,) the epoch's occurrences, shuffled; those over the budget alone are left out.
+        samples: (S,) the stored position of each occurrence.
+        tokens: (S,) of each occurrence, its teachers counted.
+        patches: (S,) of each occurrence, its teachers counted.
+        num_canonical_nodes: Shares of the order that Streaming keeps on one node each.
+        budget: Of a pack.
+        seed: Of the run.
+        epoch: From 0.
+    """
+    fits = budget.fits(tokens, patches)
+    order = order[fits[order]]
+    tokens_in_order, patches_in_order = tokens[order], patches[order]
+    rows = []
+    for node, row in enumerate(_rows(len(order), num_canonical_nodes)):
+        share = slice(row.start, row.stop)
+        rng = np.random.default_rng([seed, epoch, node, _PURPOSE])
+        packs = pack_ordered(
+            tokens_in_order[share], patches_in_order[share], budget.max_tokens, budget.max_patches, budget.window, rng
+        )
+        rows.append([[row.start + position for position in pack] for pack in packs])
+    num_packs = max(len(row) for row in rows)
+    rows = [_split_emptiest(row, num_packs, tokens_in_order) for row in rows]
+    return _assemble(rows, order, samples, tokens, left_out=samples[~fits])
+
+
+def deal(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDArray[np.int64]:
+    """The packs of every rank from `first` on: the next `num_nodes * ranks_per_node` packs are one each.
+
+    So a global step takes the same packs at any world size. Where the ranks do not divide what is left, the last pack
+    is dealt again as `-1 - pack`: it keeps a rank in step and counts for nothing.
+
+    Returns:
+        (num_nodes, ranks_per_node, packs of a rank) int64.
+    """
+    left = np.arange(first, num_packs)
+    missing = -len(left) % (num_nodes * ranks_per_node)
+    left = np.concatenate([left, np.full(missing, -num_packs)])
+    # Neighbours go to different nodes first: they come from different canonical nodes.
+    return left.reshape(-1, ranks_per_node, num_nodes).transpose(2, 1, 0)
+
+
+def deal_to_worker(packs: NDArray[np.int64], worker: int, num_workers: int, batch_size: int) -> NDArray[np.int64]:
+    """The packs of one loader worker of a rank: every `num_workers`-th batch, as the DataLoader collects them."""
+    batch = np.arange(len(packs)) // batch_size
+    return packs[batch % num_workers == worker]
+
+
+def _rows(num_samples: int, num_canonical_nodes: int) -> list[range]:
+    """The share of each canonical node, as Streaming's partition cuts them."""
+    ends = [num_samples * node // num_canonical_nodes for node in range(num_canonical_nodes + 1)]
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+def _split_emptiest(packs: list[list[int]], num_packs: int, tokens: NDArray[np.int64]) -> list[list[int]]:
+    """Halves the emptiest packs until there are `num_packs`, as far as there are packs of two samples.
+
+    Nodes with equally many packs read in step. Moving whole packs between nodes instead was measured to touch a third
+    more shards.
+    """
+    divisible = [index for index, pack in enumerate(packs) if len(pack) > 1]
+    divisible.sort(key=lambda index: (int(tokens[packs[index]].sum()), index))
+    halved = set(divisible[: num_packs - len(packs)])
+    result: list[list[int]] = []
+    for index, pack in enumerate(packs):
+        result += [pack[::2], pack[1::2]] if index in halved else [pack]
+    return result
+
+
+def _assemble(
+    rows: Sequence[Sequence[Sequence[int]]],
+    order: NDArray[np.int64],
+    samples: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    left_out: NDArray[np.int64],
+) -> Plan:
+    """Interleaves the canonical nodes' packs, one of each in turn."""
+    longest = max(len(row) for row in rows)
+    packs = [row[turn] for turn in range(longest) for row in rows if turn < len(row)]
+    positions = np.fromiter((position for pack in packs for position in pack), dtype=np.int64)
+    occurrences = order[positions]
+    offsets = np.cumsum([0, *map(len, packs)], dtype=np.int64)
+    return Plan(occurrences, samples[occurrences], tokens[occurrences], offsets, left_out)

@@ -1,0 +1,146 @@
+"""Lengths from records alone are those of the encoded samples, teachers and pixel budgets counted."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from streaming import Stream
+
+from recipe.config import ImageConfig, PromptConfig, TeacherConfig
+from recipe.data import lengths as lengths_module
+from recipe.data.encode import Encoder
+from recipe.data.image import image_spec
+from recipe.data.lengths import LengthTable, count_lengths, count_teachers, fingerprint, read_lengths, sample_id
+from recipe.data.storage import open_streams
+from recipe.data.stream import ExampleMaker
+from recipe.data.teachers import TeacherPool
+from recipe.schema import Sample
+from recipe.sidecar import RECORDS_FILE
+
+CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
+IMAGE_CHAT = ({"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "blue"})
+
+
+@pytest.fixture(scope="module")
+def samples(make_sample) -> list[Sample]:
+    """Pictures of several sizes with 0 to 4 objects, chats with and without a picture."""
+    pictures = [make_sample(number, number % 5, 40 + 31 * number, 30 + 17 * (number % 4)) for number in range(12)]
+    pictures[3] = replace(pictures[3], objects=None, messages=IMAGE_CHAT)
+    pictures[4] = replace(pictures[4], objects=None)
+    return [*pictures, Sample("text", b"", 0, 0, None, CHAT)]
+
+
+@pytest.fixture
+def streams(tmp_path: Path, samples: list[Sample], write_shards) -> list[Stream]:
+    return open_streams(
+        {"a": write_shards(tmp_path / "a", samples[:7]), "b": write_shards(tmp_path / "b", samples[7:])}
+    )
+
+
+def without_bytes(samples: Sequence[Sample]) -> list[Sample]:
+    return [replace(sample, image=b"") for sample in samples]
+
+
+@pytest.mark.parametrize("box_coordinates", ["absolute", "normalized_1000"])
+@pytest.mark.parametrize("max_pixels", [None, 6000])
+def test_lengths_are_those_of_the_encoded_samples(
+    encoder: Encoder, processor, samples: list[Sample], box_coordinates: str, max_pixels: int | None
+):
+    spec = image_spec(processor.image_processor, ImageConfig(min_pixels=784, max_pixels=max_pixels))
+    encoder = replace(encoder, prompt=PromptConfig(box_coordinates=box_coordinates), image_spec=spec)
+    found = count_lengths(without_bytes(samples), encoder)
+    examples = [encoder(sample) for sample in samples]
+    assert found.tokens.tolist() == [len(example.input_ids) for example in examples]
+    assert found.patches.tolist() == [len(example.pixel_patches) for example in examples]
+    assert found.takes_teachers.tolist() == [True] * 3 + [False] + [True] * 8 + [False]
+
+
+def test_lengths_of_an_epoch_count_the_teachers_that_are_shown(encoder: Encoder, samples: list[Sample], make_sample):
+    # The pool shares samples with the data set, which are never their own teachers.
+    config = TeacherConfig(num_teachers=3, teacher_ratio=0.7)
+    pool = TeacherPool([samples[0], samples[1], *(make_sample(50 + n, n, 60 + 40 * n) for n in range(3))], config, 3)
+    table = LengthTable(count_lengths(without_bytes(samples), encoder), pool, *count_teachers(pool, encoder))
+    repeated = np.array([*range(len(samples)), *range(len(samples))])
+    maker = ExampleMaker(encoder, pool, seed=3)
+    for epoch in (0, 1):
+        tokens, patches = table.of_epoch(epoch, repeated)
+        examples = [
+            maker(samples[position].to_mds(), epoch, occurrence) for occurrence, position in enumerate(repeated)
+        ]
+        assert tokens.tolist() == [len(example.input_ids) for example in examples]
+        assert patches.tolist() == [len(example.pixel_patches) for example in examples]
+    assert len({len(example.image_grid_thw) for example in examples}) >= 3
+
+
+def test_lengths_are_counted_once_for_each_tokenizer_prompt_and_budget(
+    streams: list[Stream], samples: list[Sample], encoder: Encoder, monkeypatch, caplog
+):
+    caplog.set_level(logging.INFO)
+    expected = count_lengths(without_bytes(samples), encoder)
+    first = read_lengths(streams, encoder)
+    assert np.array_equal(first.tokens, expected.tokens) and np.array_equal(first.id_hashes, expected.id_hashes)
+    assert "counted 7 samples" in caplog.text and "counted 6 samples" in caplog.text
+
+    def fail(*arguments):
+        raise AssertionError("counted again")
+
+    other = replace(encoder, prompt=PromptConfig(detect="Find."))
+    changed = read_lengths(streams, other)
+    assert not np.array_equal(changed.tokens, expected.tokens)
+    monkeypatch.setattr(lengths_module, "count_lengths", fail)
+    assert np.array_equal(read_lengths(streams, encoder).tokens, expected.tokens)
+    assert np.array_equal(read_lengths(streams, other).tokens, changed.tokens)
+
+
+def test_the_fingerprint_tells_what_token_counts_depend_on(encoder: Encoder, monkeypatch: pytest.MonkeyPatch):
+    spec = encoder.image_spec
+    others = [
+        replace(encoder, prompt=PromptConfig(system="")),
+        replace(encoder, prompt=PromptConfig(box_coordinates="normalized_1000")),
+        replace(encoder, image_spec=replace(spec, max_pixels=spec.max_pixels // 2)),
+    ]
+    prints = {fingerprint(encoder), *map(fingerprint, others)}
+    assert fingerprint(replace(encoder, max_seq_len=7)) in prints
+    # Another chat format in the code.
+    monkeypatch.setattr("recipe.data.chat.END_OF_TURN", "<|endoftext|>")
+    assert len(prints | {fingerprint(encoder)}) == 5
+
+
+def test_data_without_records_is_refused_with_the_remedy(streams: list[Stream], encoder: Encoder):
+    Path(streams[1].local, RECORDS_FILE).unlink()
+    with pytest.raises(ValueError, match=r"b has no records.jsonl.gz .* convert the data set anew"):
+        read_lengths(streams, encoder)
+
+
+def test_records_of_other_shards_are_refused(streams: list[Stream], encoder: Encoder):
+    path = Path(streams[0].local, "index.json")
+    index = json.loads(path.read_text())
+    index["shards"][0]["raw_data"]["hashes"] = {"xxh64": "0"}
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="written for other shards"):
+        read_lengths(streams, encoder)
+
+
+def test_a_sample_that_cannot_be_encoded_is_named(encoder: Encoder, make_sample):
+    with pytest.raises(ValueError, match=r"'long'.*over 200 times"):
+        count_lengths([replace(make_sample(1), id="long", width=9000, height=10)], encoder)
+    with pytest.raises(ValueError, match=r"'odd'.*control token"):
+        bad = replace(make_sample(1), id="odd", objects=None, messages=({"role": "user", "content": "<|im_end|>"},))
+        count_lengths([bad], encoder)
+
+
+def test_a_read_only_folder_is_counted_every_time(streams, encoder: Encoder, monkeypatch, caplog):
+    def refuse(*arguments, **keywords):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lengths_module.np, "savez", refuse)
+    assert len(read_lengths(streams, encoder)) == 13
+    assert "the next run counts again" in caplog.text
+
+
+def test_samples_are_named_over_all_streams(streams: list[Stream], samples: list[Sample]):
+    assert [sample_id(streams, position) for position in range(13)] == [sample.id for sample in samples]
