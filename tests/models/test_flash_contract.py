@@ -1,0 +1,72 @@
+"""The flash-attention path on CPU: what the kernel would be called with, and the same numbers as `packed_sdpa`.
+
+A stand-in takes the kernel's place (`tests/flash_stub.py`), in a process of its own as it changes transformers.
+"""
+
+import json
+import subprocess
+import sys
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def report(tiny_checkpoint: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.models.flash_run", tiny_checkpoint]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def split_calls(report: dict[str, Any], layout: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The calls of the language model, then those of the vision tower, which sees the future."""
+    calls = report[layout]["calls"]
+    return [call for call in calls if call["causal"]], [call for call in calls if not call["causal"]]
+
+
+@pytest.mark.parametrize("layout", ["packed", "standard"])
+def test_the_language_model_attends_within_each_sample(report: dict[str, Any], layout: str):
+    """Padded rows are unpadded by transformers, so both layouts give the kernel the same sequences."""
+    calls, _ = split_calls(report, layout)
+    assert len(calls) == report["text_layers"]
+    for call in calls:
+        assert call["cu_seqlens"] == list(accumulate(report["lengths"], initial=0))
+        assert call["max_seqlen_types"] == ["int", "int"]
+        assert call["max_seqlens"] == [max(report["lengths"])] * 2
+
+
+@pytest.mark.parametrize("layout", ["packed", "standard"])
+def test_the_vision_tower_attends_within_windows_of_each_picture(report: dict[str, Any], layout: str):
+    _, calls = split_calls(report, layout)
+    pictures = list(accumulate(report["patches"], initial=0))
+    assert len(calls) == report["vision_layers"]
+    assert sum(call["cu_seqlens"] == pictures for call in calls) == report["full_vision_layers"]
+    for call in calls:
+        assert set(pictures) <= set(call["cu_seqlens"]), "no window reaches over two pictures"
+
+
+@pytest.mark.parametrize("layout", ["packed", "standard"])
+def test_every_call_is_one_over_sequences_of_given_lengths(report: dict[str, Any], layout: str):
+    for call in report[layout]["calls"]:
+        assert call["is_varlen"]
+        assert call["cu_seqlens_dtypes"] == ["torch.int32", "torch.int32"]
+        longest = max(end - start for start, end in pairwise(call["cu_seqlens"]))
+        assert call["max_seqlens"] == [longest] * 2
+
+
+@pytest.mark.parametrize("layout", ["packed", "standard"])
+def test_outputs_and_gradients_are_those_of_packed_sdpa(report: dict[str, Any], layout: str):
+    # float64; measured: 0 and 1.3e-16
+    assert report[layout]["outputs"] <= 1e-12
+    assert report[layout]["gradients"] <= 1e-12
+
+
+def test_answers_generated_with_a_cache_are_the_same(report: dict[str, Any]):
+    assert report["answers"] == report["expected_answers"]
+    assert len(report["answers"]) == len(report["lengths"])
