@@ -17,6 +17,17 @@ from recipe.schema import Sample
 
 RECORDS_FILE = "records.jsonl.gz"  # no *.json: Streaming's merge_index would take it for an index
 _VERSION = 1
+# What a damaged file leads to: gzip hands on what it has unpacked before it compares the checksum behind it.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    UnicodeDecodeError,
+    json.JSONDecodeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
 
 
 def shards_sha256(index: Mapping[str, Any]) -> str:
@@ -79,7 +90,7 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
             for line in file:
                 yield Sample.from_mds({**json.loads(line), "image": b""})
                 found += 1
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): {remedy}") from error
+    except _DAMAGE as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): {remedy}") from error
     if found != expected:
         raise ValueError(f"{path} holds {found} records, its index.json {expected} samples: {remedy}")

@@ -126,6 +126,25 @@ def test_bad_record_is_rejected_whole(root: Path, record: Any, reason: str) -> N
     assert item.detail or reason == "neither picture nor messages"
 
 
+@pytest.mark.parametrize("cut", [3, 20, 200, 600])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_part_of_a_jpeg_is_read(root: Path, cut: int, progressive: bool) -> None:
+    """A check at an eighth of the size must not stop early."""
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 80).convert("RGB").save(buffer, "JPEG", progressive=progressive)
+    for name, data in (("noise.jpg", buffer.getvalue()), ("cut.jpg", buffer.getvalue()[:-cut])):
+        (root / name).write_bytes(data)
+    whole, bad = items(root, {"images": ["noise.jpg"], "width": 64, "height": 64}, {"images": ["cut.jpg"]})
+    assert isinstance(whole, Sample)
+    assert bad.reason == "unreadable picture"
+
+
+def test_a_picture_that_training_cannot_use(root: Path) -> None:
+    (root / "floats.tiff").write_bytes(picture(mode="F", kind="TIFF"))
+    [item] = items(root, {"images": ["floats.tiff"]})
+    assert (item.reason, "floats" in item.detail) == ("unreadable picture", True)
+
+
 def test_one_bad_box_rejects_the_whole_record(root: Path) -> None:
     record = boxed(1, 1, 2, 2)
     record["objects"].append({"bbox_2d": [5, 5, 4, 4], "desc": "dog"})

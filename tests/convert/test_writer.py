@@ -1,14 +1,11 @@
 """The shards appear whole or not at all; what is rejected is told."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
 
 import pytest
 from convert_helpers import read_rejected, read_samples
-from streaming.base.storage import LocalUploader, upload
 
 from convert.items import Item, Note, Rejected
 from convert.writer import write_split
@@ -42,6 +39,7 @@ def test_samples_come_back_equal(tmp_path: Path) -> None:
     assert list(shard["raw_data"]["hashes"]) == ["xxh64"]
     assert shard["compression"] is None
     assert names(tmp_path) == ["rejected.jsonl", "train"]
+    assert names(tmp_path / "train") == ["index.json", "records.jsonl.gz", "shard.00000.00000.mds"]
 
 
 def test_first_sample_above_size_limit_makes_no_empty_shard(tmp_path: Path) -> None:
@@ -121,37 +119,3 @@ def test_summary_text(tmp_path: Path) -> None:
     assert "2  (1 crowd regions)" in text
     assert "5  mended" in text
     assert "1  some reason" in text
-
-
-class FakeStore(LocalUploader):
-    """`s3://bucket/...` as a folder."""
-
-    root: Path
-
-    def __init__(self, out: tuple[str, str], keep_local: bool = False, *args: object) -> None:
-        path = urlparse(out[1]).path.lstrip("/")
-        super().__init__((out[0], str(self.root / path)), keep_local)
-
-    def list_objects(self, prefix: str | None = None) -> list[str]:
-        start = f"{self.remote}/{prefix or ''}"
-        return [str(path) for path in self.root.rglob("*") if str(path).startswith(start)]
-
-
-def test_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = tmp_path / "store"
-    monkeypatch.setattr(FakeStore, "root", store, raising=False)
-    monkeypatch.setattr(upload, "S3Uploader", FakeStore)
-    monkeypatch.setattr(
-        "convert.store.CloudDownloader.direct_download",
-        lambda remote, local: shutil.copy(store / urlparse(remote).path.lstrip("/"), local),
-    )
-    write_split([*SAMPLES, BAD], "s3://bucket/set", "train", size_limit=1)
-    write_split([BAD, *SAMPLES], "s3://bucket/set", "eval")
-    assert read_samples(store / "set") == SAMPLES
-    assert [row["split"] for row in read_rejected(store / "set")] == ["train", "eval"]
-    with pytest.raises(ValueError, match=r"s3://bucket/set/train holds a data set"):
-        write_split(SAMPLES, "s3://bucket/set", "train", overwrite=True)
-    assert read_samples(store / "set") == SAMPLES
-    with pytest.raises(RuntimeError, match="midway"):
-        write_split(failing(), "s3://bucket/set", "other")
-    assert not (store / "set" / "other" / "index.json").exists()

@@ -1,0 +1,193 @@
+"""Checks a converted data set on this machine: index, shards, checksums, rows, sidecar; with --decode every picture.
+
+    python -m convert.verify --local OUT --split train [--decode]
+
+Prints one line for each problem, with its remedy, and exits 1 if there is any.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from streaming.base.format import reader_from_json
+from streaming.base.hashing import get_hash, is_hash
+from tqdm import tqdm
+
+from convert.cli import add_num_workers
+from convert.target import INDEX_FILE
+from recipe.pictures import open_image
+from recipe.schema import Sample
+from recipe.sidecar import RECORDS_FILE, read_records, to_record
+
+_ANEW = "convert the data set anew, or copy the file again from where it is whole"
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The parsed index.json.
+
+    Raises:
+        ValueError: It is missing, no index of MDS shards, or names files outside `folder`.
+    """
+    path = folder / INDEX_FILE
+    try:
+        index = json.loads(path.read_bytes())
+        shards = index["shards"]
+        files = [shard["raw_data"] for shard in shards] + [shard["zip_data"] for shard in shards if shard["zip_data"]]
+        names = [file["basename"] for file in files]
+        empty = [shard for shard in shards if shard["format"] != "mds" or shard["samples"] < 1]
+        unlike = [file for file in files if file["bytes"] < 1 or not isinstance(file["hashes"], dict)]
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}: name the folder of a converted data set") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is no index of shards ({error!r}): {_ANEW}") from error
+    if not names or empty or unlike:
+        raise ValueError(f"{path}: lists no MDS shards, or empty ones: {_ANEW}")
+    outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise ValueError(f"{path}: names files outside its folder, {outside[:3]}: do not use it, and ask who made it")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: lists one file twice: {_ANEW}")
+    return index
+
+
+def verify(folder: Path, decode: bool = False, num_workers: int = 1) -> Iterator[str]:
+    """Yields a line for each problem of the data set in `folder`.
+
+    Args:
+        folder: Holds index.json and the shards.
+        decode: Also decode every picture.
+        num_workers: Processes.
+    """
+    try:
+        index = read_index(folder)
+    except ValueError as error:
+        yield str(error)
+        return
+    shards = index["shards"]
+    digests: list[list[bytes | None]] = []  # of the rows of each shard
+    context = multiprocessing.get_context("fork")  # no need to import everything again
+    with ProcessPoolExecutor(max(1, num_workers), context) as executor:
+        checks = executor.map(partial(check_shard, folder, decode=decode), shards)
+        total = sum(shard["samples"] for shard in shards)
+        with tqdm(total=total, unit=" samples", file=sys.stderr, disable=None) as bar:
+            for shard, (found, problems) in zip(shards, checks, strict=True):
+                yield from problems
+                digests.append(found)
+                bar.update(shard["samples"])
+    yield from _check_sidecar(folder / RECORDS_FILE, index, digests)
+
+
+def check_shard(folder: Path, shard: Mapping[str, Any], decode: bool) -> tuple[list[bytes | None], list[str]]:
+    """Checks one shard.
+
+    Args:
+        folder: It is in.
+        shard: Its entry in the index.
+        decode: Also decode every picture.
+
+    Returns:
+        For each sample a digest of its row without the picture, None where it cannot be read; and the problems.
+    """
+    file = shard["raw_data"]
+    path = folder / file["basename"]
+    nothing: list[bytes | None] = [None] * shard["samples"]
+    if not path.is_file():
+        return nothing, [f"{path}: is missing: {_ANEW}"]
+    size = path.stat().st_size
+    if size != file["bytes"]:
+        return nothing, [f"{path}: holds {size} bytes, the index says {file['bytes']}: {_ANEW}"]
+    data, problems = path.read_bytes(), []
+    for name, expected in file["hashes"].items():
+        if not is_hash(name):
+            problems.append(f"{path}: has the unknown checksum {name}: {_ANEW}")
+        elif get_hash(name, data) != expected:
+            problems.append(f"{path}: {name} is {get_hash(name, data)}, the index says {expected}: {_ANEW}")
+    del data
+    return _check_rows(folder, path, shard, decode, problems), problems
+
+
+def _check_rows(
+    folder: Path, path: Path, shard: Mapping[str, Any], decode: bool, problems: list[str]
+) -> list[bytes | None]:
+    """The digests of the rows; adds to `problems`."""
+    digests: list[bytes | None] = []
+    try:
+        reader = reader_from_json(str(folder), None, dict(shard))
+        reader.validate(allow_unsafe_types=False)
+    except Exception as error:  # Streaming raises whatever a wrong entry leads to
+        problems.append(f"{path}: the index tells of no readable shard ({error!r}): {_ANEW}")
+        return [None] * shard["samples"]
+    for position in range(shard["samples"]):
+        digest = None
+        try:
+            sample = Sample.from_mds(reader[position])
+            digest = _digest(sample)
+            _check_picture(sample, decode)
+        except Exception as error:  # as above, for wrong bytes
+            problems.append(f"{path}: sample {position}: {type(error).__name__}: {error}: {_ANEW}")
+        digests.append(digest)
+    return digests
+
+
+def _check_picture(sample: Sample, decode: bool) -> None:
+    if bool(sample.image) != bool(sample.width and sample.height):
+        raise ValueError(f"{sample.id!r} is {sample.width}x{sample.height} with {len(sample.image)} bytes of picture")
+    if decode and sample.image:
+        size = open_image(sample.image).size
+        if size != (sample.width, sample.height):
+            raise ValueError(f"{sample.id!r} is to be {sample.width}x{sample.height}, its picture is {size}")
+
+
+def _check_sidecar(path: Path, index: Mapping[str, Any], digests: Sequence[Sequence[bytes | None]]) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path}: is missing: convert the data set anew"
+        return
+    places = [
+        (shard["raw_data"]["basename"], position, digest)
+        for shard, rows in zip(index["shards"], digests, strict=True)
+        for position, digest in enumerate(rows)
+    ]
+    try:
+        for sample, (name, position, digest) in zip(read_records(path, index), places, strict=True):
+            if digest is not None and digest != _digest(sample):
+                yield f"{path}: differs from sample {position} of {name} ({sample.id!r}): convert the data set anew"
+    except ValueError as error:
+        yield str(error)
+
+
+def _digest(sample: Sample) -> bytes:
+    return hashlib.sha256(json.dumps(to_record(sample), sort_keys=True).encode()).digest()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local", type=Path, required=True, help="the data set's folder")
+    parser.add_argument("--split", default="", help="folder of the shards under --local")
+    parser.add_argument("--decode", action="store_true", help="decode every picture, too")
+    add_num_workers(parser)
+    args = parser.parse_args()
+    folder = args.local.expanduser() / args.split
+    num_problems = 0
+    for problem in verify(folder, args.decode, args.num_workers):
+        num_problems += 1
+        tqdm.write(problem)
+    if num_problems:
+        tqdm.write(f"{folder}: {num_problems} problems")
+        sys.exit(1)
+    shards = read_index(folder)["shards"]
+    unhashed = sum(not shard["raw_data"]["hashes"] for shard in shards)
+    print(f"{folder}: {len(shards)} shards, {sum(shard['samples'] for shard in shards)} samples, no problem")
+    if unhashed:
+        print(f"  {unhashed} of them have no checksum: convert without --hashes to have them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Conversions to an object store; a folder stands in for it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from convert_helpers import read_rejected, read_samples
+from streaming.base.storage import LocalUploader, upload
+
+from convert.items import Found, Item, Rejected
+from convert.shapes import Scene, draw_scene
+from convert.verify import verify
+from convert.writer import convert_split, write_split
+from recipe.sidecar import RECORDS_FILE
+
+ADDRESS = "s3://bucket/set"
+SCENES = Found([Scene(1, index, 56) for index in range(6)])
+SAMPLES = [draw_scene(1, index, 56) for index in range(6)]
+BAD = Rejected("x", "file: line 9", "some reason", "value")
+
+
+class FakeStore(LocalUploader):
+    """`s3://bucket/...` as the folder `root`; refuses the files in `broken`."""
+
+    root: Path
+    broken: frozenset[str] = frozenset()
+    uploaded: list[str]
+    can_list = True
+
+    def __init__(self, out: tuple[str, str], *args: object, **more: object) -> None:
+        super().__init__((out[0], str(self.root / urlparse(out[1]).path.lstrip("/"))))
+
+    def upload_file(self, filename: str) -> None:
+        if filename in self.broken:
+            raise ConnectionError("503 slow down")
+        self.uploaded.append(filename)
+        super().upload_file(filename)
+
+    def list_objects(self, prefix: str | None = None) -> list[str]:
+        if not self.can_list:
+            raise NotImplementedError
+        start = f"{self.remote}/{prefix or ''}"
+        return [str(path) for path in self.root.rglob("*") if str(path).startswith(start)]
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "bucket"
+    monkeypatch.setattr(FakeStore, "root", root, raising=False)
+    monkeypatch.setattr(FakeStore, "uploaded", [], raising=False)
+    monkeypatch.setattr(upload, "S3Uploader", FakeStore)
+    monkeypatch.setattr(
+        "convert.store.CloudDownloader.direct_download",
+        lambda remote, local: shutil.copy(root / urlparse(remote).path.lstrip("/"), local),
+    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return root
+
+
+def failing() -> Iterator[Item]:
+    yield SAMPLES[0]
+    raise RuntimeError("midway")
+
+
+def convert(split: str = "train", num_workers: int = 1, **options: object) -> int:
+    """Two scenes a part; returns the number of parts that were kept."""
+    return convert_split(SCENES, ADDRESS, split, part_records=2, num_workers=num_workers, **options).kept  # pyright: ignore
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def staged(tmp_path: Path) -> list[str]:
+    return [path.name for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_store_gets_what_a_folder_gets(bucket: Path, tmp_path: Path, num_workers: int) -> None:
+    convert(num_workers=num_workers)
+    assert read_samples(bucket / "set") == SAMPLES
+    assert list(verify(bucket / "set" / "train", decode=True)) == []
+    convert_split(SCENES, str(tmp_path / "local"), "train", part_records=2)
+    assert files(bucket / "set" / "train") == files(tmp_path / "local" / "train")
+    assert staged(tmp_path) == []
+
+
+def test_the_index_goes_last(bucket: Path) -> None:
+    convert()
+    assert FakeStore.uploaded[-2:] == [RECORDS_FILE, "index.json"]
+    assert sum(name.startswith("shard.") for name in FakeStore.uploaded) == 3
+
+
+def test_items_and_rejected_records(bucket: Path) -> None:
+    write_split([*SAMPLES, BAD], ADDRESS, "train", size_limit=1)
+    write_split([BAD, *SAMPLES], ADDRESS, "eval")
+    assert read_samples(bucket / "set") == SAMPLES
+    assert [row["split"] for row in read_rejected(bucket / "set")] == ["train", "eval"]
+    with pytest.raises(RuntimeError, match="midway"):
+        write_split(failing(), ADDRESS, "other")
+    assert not (bucket / "set" / "other" / "index.json").exists()
+
+
+def test_a_data_set_is_not_overwritten(bucket: Path) -> None:
+    convert()
+    before = files(bucket / "set" / "train")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"s3://bucket/set/train holds a data set"):
+            convert(overwrite=overwrite)
+    assert files(bucket / "set" / "train") == before
+
+
+@pytest.mark.parametrize("broken", ["shard.00002.00000.mds", RECORDS_FILE, "index.json"])
+def test_a_failed_upload_fails_and_can_go_on(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(FakeStore, "broken", frozenset({broken}))
+    with pytest.raises(OSError, match=rf"cannot upload s3://bucket/set/train/{broken}: ConnectionError: 503"):
+        convert()
+    assert not (bucket / "set" / "train" / "index.json").exists()
+    assert not any(name.endswith(".mds") for name in staged(tmp_path))
+    monkeypatch.setattr(FakeStore, "broken", frozenset())
+    FakeStore.uploaded.clear()
+    assert convert() == (2 if broken.startswith("shard") else 3)
+    assert ("shard.00000.00000.mds" in FakeStore.uploaded) is False
+    assert read_samples(bucket / "set") == SAMPLES
+    assert list(verify(bucket / "set" / "train")) == []
+    assert staged(tmp_path) == []
+
+
+def test_a_shard_that_left_the_store_is_made_again(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStore, "broken", frozenset({"index.json"}))
+    with pytest.raises(OSError, match="cannot upload"):
+        convert()
+    (bucket / "set" / "train" / "shard.00001.00000.mds").unlink()
+    monkeypatch.setattr(FakeStore, "broken", frozenset())
+    assert convert() == 2
+    assert list(verify(bucket / "set" / "train")) == []
+
+
+def test_a_store_that_cannot_be_listed(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStore, "can_list", False)
+    monkeypatch.setattr(FakeStore, "broken", frozenset({"index.json"}))
+    with pytest.raises(OSError, match="cannot upload"):
+        convert()
+    monkeypatch.setattr(FakeStore, "broken", frozenset())
+    assert convert() == 3
+    assert read_samples(bucket / "set") == SAMPLES
+
+
+def test_staging(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeStore, "broken", frozenset({"index.json"}))
+    with pytest.raises(OSError, match="cannot upload"):
+        convert(staging=str(tmp_path / "chosen"))
+    assert staged(tmp_path) == []
+    assert len(list((tmp_path / "chosen").rglob("0000?.json"))) == 3
+    monkeypatch.setattr(FakeStore, "broken", frozenset())
+    assert convert(staging=str(tmp_path / "chosen")) == 3
+    with pytest.raises(ValueError, match="--staging is for object stores"):
+        convert_split(SCENES, str(tmp_path / "local"), "train", staging=str(tmp_path))
+
+
+def test_a_store_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(OSError, match=r"cannot reach nowhere://set/train: ValueError: Invalid Cloud provider"):
+        convert_split(SCENES, "nowhere://set", "train")
