@@ -1,0 +1,117 @@
+"""A packed training run that may kill itself: `composer -n N tests/distributed/packed_run.py SETTINGS.json`.
+
+Every rank appends the ids of each of its steps to OUT/ids-RANK.jsonl; the weights at the end go to OUT/weights.pt.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+
+from recipe.callbacks import table
+from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
+from recipe.train import main
+from tests.tiny_cases import make_config
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one launch.
+
+    Attributes:
+        checkpoint: Folder of the tiny language model.
+        data: Folder of the splits `train` and `val` and of the pool `teachers`; or the address of its store.
+        cache: Where the shards of a store are kept; empty: `data` is local.
+        out: Gets ids, weights and checkpoints.
+        save_folder: Of the checkpoints.
+        num_workers: Of the loader.
+        steps: To train in all.
+        kill_at: Steps after which the last rank is killed with SIGKILL; 0: never.
+        load_path: Composer checkpoint to go on from; empty: none.
+    """
+
+    checkpoint: str
+    data: str
+    out: str
+    save_folder: str
+    cache: str = ""
+    num_workers: int = 0
+    steps: int = 10
+    kill_at: int = 0
+    load_path: str = ""
+
+
+class Recorder(Callback):
+    """Notes what each step trains on; kills its process after the checkpoint of step `kill_at`."""
+
+    def __init__(self, out: str, kill_at: int):
+        self.out = Path(out)
+        self.kill_at = kill_at
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Before step `kill_at + 1`."""
+        if self.kill_at and int(state.timestamp.batch) == self.kill_at and is_last_rank():
+            os.kill(os.getpid(), signal.SIGKILL)
+        ids = [sample.id for batch in state.batch if batch["num_packs"] for sample in batch["samples"]]
+        with (self.out / f"ids-{dist.get_global_rank()}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": int(state.timestamp.batch), "ids": ids}) + "\n")
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """The weights, of rank 0."""
+        if dist.get_global_rank() == 0:
+            weights = {name.replace("module.", ""): value for name, value in state.model.state_dict().items()}
+            torch.save(weights, self.out / "weights.pt")
+
+
+def is_last_rank() -> bool:
+    return dist.get_global_rank() == dist.get_world_size() - 1
+
+
+def config_of(settings: Settings) -> RecipeConfig:
+    """Packs of 600 tokens, four a step, few-shot; evaluated and saved after every step."""
+
+    def stream(split: str) -> dict[str, str]:
+        if not settings.cache:
+            return {"local": settings.data, "split": split}
+        return {"remote": settings.data, "local": settings.cache, "split": split}
+
+    return replace(
+        make_config(settings.checkpoint, model={"dtype": "float32"}, evaluation={"generate_answer": False}),
+        run_folder=settings.out,
+        load_path=settings.load_path or None,
+        teachers=TeacherConfig(stream=stream("teachers"), num_teachers=1, teacher_ratio=0.5),
+        train_loader=LoaderConfig(
+            streams={"train": stream("train")},
+            global_batch_size=4,
+            collator="packed",
+            packing=PackingConfig(max_tokens=600, window=16),
+            dataset={"shuffle": True, "num_canonical_nodes": 1},
+            dataloader={"num_workers": settings.num_workers},
+        ),
+        eval_loader=LoaderConfig(streams={"val": stream("val")}, global_batch_size=2),
+        callbacks={"recorder": {"out": settings.out, "kill_at": settings.kill_at}},
+        trainer={
+            "max_duration": f"{settings.steps}ba",
+            "eval_interval": "4ba",
+            "save_interval": "1ba",
+            "save_folder": settings.save_folder,
+            "save_filename": "ba{batch}.pt",
+            "device_train_microbatch_size": 1,
+            "progress_bar": False,
+        },
+    )
+
+
+if __name__ == "__main__":
+    table.CALLBACKS = {**table.CALLBACKS, "recorder": Recorder}
+    trainer = main(config_of(Settings(**json.loads(Path(sys.argv[1]).read_text()))))
+    trainer.close()
+    dist.barrier()
+    # Gloo of torch 2.7 can wait for ever in its destructor.
+    os._exit(0)

@@ -1,0 +1,116 @@
+"""Killed with SIGKILL and resumed, with other workers and world sizes: the same samples in every global step."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from convert.shapes import iter_samples
+from convert.writer import write_split
+from tests.distributed.packed_run import Settings
+from tests.launch import run_composer
+
+STEPS = 12
+SCRIPT = Path(__file__).with_name("packed_run.py")
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One launch of a run that is killed at its end, but for the last."""
+
+    world_size: int
+    num_workers: int
+    kill_at: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all launches of a run leave: the ids of each global step, in order within a rank; the final weights."""
+
+    steps: list[list[str]]
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("data"))
+    for split, num_samples, seed in (("train", 45, 1), ("val", 2, 2), ("teachers", 3, 3)):
+        write_split(iter_samples(num_samples, seed, image_size=84, max_objects=5), folder, split)
+    return folder
+
+
+def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg]) -> Run:
+    """Launches the legs one after the other, each from the checkpoint of the kill before."""
+    folder.mkdir()
+    settings = Settings(checkpoint, data, str(folder), str(folder / "checkpoints"), steps=STEPS)
+    steps: list[list[str]] = []
+    for leg in legs:
+        for path in folder.glob("ids-*.jsonl"):
+            path.unlink()
+        load_path = f"{folder}/checkpoints/ba{len(steps)}.pt" if steps else ""
+        settings = replace(settings, num_workers=leg.num_workers, kill_at=leg.kill_at, load_path=load_path)
+        path = folder / "settings.json"
+        path.write_text(json.dumps(asdict(settings)))
+        launch = run_composer(leg.world_size, SCRIPT, str(path), timeout=240, check=False)
+        assert (launch.returncode == 0) == (leg.kill_at == 0), launch.output
+        until = leg.kill_at or STEPS
+        steps += list(read_steps(folder, leg.world_size, len(steps), until))
+    return Run(steps, torch.load(folder / "weights.pt"))
+
+
+def read_steps(folder: Path, world_size: int, first: int, until: int) -> Iterator[list[str]]:
+    """The ids of the global steps `first` to `until`, of all ranks together."""
+    ranks = [
+        {row["step"]: row["ids"] for row in map(json.loads, (folder / f"ids-{rank}.jsonl").read_text().splitlines())}
+        for rank in range(world_size)
+    ]
+    for step in range(first, until):
+        yield sorted(name for rank in ranks for name in rank[step])
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One process, never stopped."""
+    return run(tiny_checkpoint, data, tmp_path_factory.mktemp("whole") / "run", [Leg(1, 0)])
+
+
+@pytest.mark.slow
+def test_the_run_never_stopped_trains_on_every_sample_once_an_epoch(whole: Run):
+    names = [name for step in whole.steps for name in step]
+    epochs = [names[start : start + 45] for start in range(0, 90, 45)]
+    assert all(len(set(epoch)) == 45 for epoch in epochs)
+    assert len(names) > 90  # so that kills fall into three epochs
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed_ends_with_the_same_weights(
+    whole: Run, tiny_checkpoint: str, data: str, tmp_path: Path
+):
+    killed = run(tiny_checkpoint, data, tmp_path / "run", [Leg(1, 0, kill_at=2), Leg(1, 2, kill_at=7), Leg(1, 0)])
+    assert killed.steps == whole.steps
+    assert killed.weights.keys() == whole.weights.keys()
+    assert all(torch.equal(killed.weights[name], value) for name, value in whole.weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_resumed_on_two_ranks_then_on_one(whole: Run, tiny_checkpoint: str, data: str, tmp_path: Path):
+    legs = [Leg(1, 2, kill_at=3), Leg(2, 0, kill_at=6), Leg(1, 0)]
+    found = run(tiny_checkpoint, data, tmp_path / "run", legs)
+    assert found.steps == whole.steps
+    errors = [float((found.weights[name] - value).abs().max()) for name, value in whole.weights.items()]
+    assert max(errors) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_two_ranks_killed_and_resumed_end_with_the_same_weights(
+    whole: Run, tiny_checkpoint: str, data: str, tmp_path: Path
+):
+    straight = run(tiny_checkpoint, data, tmp_path / "straight", [Leg(2, 0)])
+    killed = run(tiny_checkpoint, data, tmp_path / "killed", [Leg(2, 2, kill_at=5), Leg(2, 2)])
+    assert killed.steps == straight.steps == whole.steps
+    assert all(torch.equal(killed.weights[name], value) for name, value in straight.weights.items())
