@@ -14,11 +14,14 @@ from recipe.config_checks import config_from_command_line
 from recipe.data.loader import build_eval_loader
 from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
+from recipe.shared_memory import clean_dead_shared_memory
 
 
 def main(config: RecipeConfig) -> dict[str, float]:
     """Scores `load_path` on the evaluation set; the scores also go to `{run_folder}/eval.json`."""
     dist.initialize_dist(get_device())
+    if dist.get_local_rank() == 0:
+        clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
     processor = load_processor(config)
     teachers = read_teachers(config.teachers, config.seed)

@@ -14,11 +14,14 @@ from recipe.data.loader import build_eval_loader, build_train_loader, device_bat
 from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
 from recipe.optim import build_algorithms, build_optimizer, build_scheduler
+from recipe.shared_memory import clean_dead_shared_memory
 
 
 def main(config: RecipeConfig) -> Trainer:
     """Trains as configured and returns the trainer, its state that of the last step."""
     dist.initialize_dist(get_device())
+    if dist.get_local_rank() == 0:
+        clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
     if dist.get_global_rank() == 0:
         save_config(config, Path(config.run_folder, "config.yaml"))

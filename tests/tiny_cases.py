@@ -82,14 +82,15 @@ def make_samples() -> dict[str, Sample]:
         "one": scene(5, 84, 1),
         "teacher": scene(6, 56, 1),
         "other_teacher": scene(7, 84, 2),
+        "third_teacher": scene(8, 56, 1),
     }
 
 
 def make_examples(config: RecipeConfig) -> dict[str, Example]:
-    """The student samples of `make_samples`, encoded, with none, one or two teachers and noise of their own."""
+    """The student samples of `make_samples`, encoded, with up to three teachers (0-4 pictures) and own noise."""
     encoder = build_encoder(config, load_processor(config))
     samples = make_samples()
-    teachers = [samples.pop("teacher"), samples.pop("other_teacher")]
+    teachers = [samples.pop(name) for name in ("teacher", "other_teacher", "third_teacher")]
     shown = {"two": teachers, "empty": teachers[1:], "one": teachers[:1]}
     return {
         name: replace(encoder(sample, shown.get(name, [])), noise_seed=seed)
