@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 
-_ATTEMPTS = 5  # waits 1, 2, 4 and 8 seconds between them
+ATTEMPTS = 5  # waits 1, 2, 4 and 8 seconds between them
 _THREADS = 4
 
 
@@ -78,7 +78,7 @@ def download(address: str, path: Path) -> None:
 
 def _open(folder: Path, address: str) -> CloudUploader:
     try:
-        return CloudUploader.get((str(folder), address), retry=_ATTEMPTS)
+        return CloudUploader.get((str(folder), address), retry=ATTEMPTS)
     except Exception as error:
         raise OSError(f"cannot reach {address}: {_describe(error)}") from error
 

@@ -118,6 +118,11 @@ def test_bad_image(images: Path, bad: Any, reason: str) -> None:
     assert [item.reason for item in found if isinstance(item, Rejected)] == [reason]
 
 
+def test_images_without_id_are_no_duplicates(images: Path) -> None:
+    found = read_items(find({**INSTANCES, "images": [{"file_name": "good.jpg"}] * 2, "annotations": []}, images))
+    assert [item.reason for item in found if isinstance(item, Rejected)] == ["malformed record"] * 2
+
+
 def test_file_that_is_not_coco(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"lacks the lists \['annotations', 'categories'\]"):
         read_instances(write_json(tmp_path / "a.json", {"images": []}))
