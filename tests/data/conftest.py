@@ -21,6 +21,8 @@ from recipe.data.image import ImageSpec, image_spec
 from recipe.models.tiny import build_tiny_checkpoint
 from recipe.schema import MDS_COLUMNS, Object, Sample
 from recipe.sidecar import RECORDS_FILE, join_parts, to_record, write_part
+from tests.data.storage_cases import write_rows
+from tests.s3_server import FaultProxy, S3Server
 
 MakeSample = Callable[..., Sample]
 WriteShards = Callable[[Path, Sequence[Sample]], dict[str, str]]
@@ -42,6 +44,25 @@ def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def own_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No plan of an earlier run of the tests is read."""
     monkeypatch.setattr("recipe.data.plan_cache.gettempdir", lambda: str(tmp_path))
+
+
+@pytest.fixture
+def impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short waits before a second attempt, and for the workers of a DataLoader that has failed (torch: 5 s each)."""
+    monkeypatch.setattr("recipe.data.fetch.FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def store(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server, which holds rows at `s3://rows/set`; the environment points to it."""
+    s3.upload(write_rows(tmp_path / "written"), "rows", "set")
+    with FaultProxy(s3.endpoint) as proxy:
+        for name, value in proxy.env.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 from filelock import FileLock
 from streaming import Stream, StreamingDataset
 
-from recipe.data import fetch
 from recipe.data.checked_stream import CheckedStream
 from recipe.data.fetch import RemoteFolder
 from recipe.data.index import parse_index
@@ -26,9 +24,7 @@ from tests.s3_server import SECRET_KEY, FaultProxy, S3Server
 ALL = list(range(NUM_ROWS))
 
 
-@pytest.fixture(autouse=True)
-def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "FIRST_BACKOFF", 0.01)
+pytestmark = pytest.mark.usefixtures("impatience")
 
 
 @pytest.fixture(params=[None, "zstd"], ids=["raw", "zstd"])
@@ -272,16 +268,6 @@ def test_an_unknown_store_is_refused_with_those_known(tmp_path: Path):
         open_streams({"rows": {"remote": "s4://bucket", "local": str(tmp_path)}})
     with pytest.raises(ValueError, match="no `local`"):
         open_streams({"rows": {"remote": "s3://bucket"}})
-
-
-@pytest.fixture
-def store(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """A proxy before the S3 server, which holds rows at `s3://rows/set`."""
-    s3.upload(write_rows(tmp_path / "written"), "rows", "set")
-    with FaultProxy(s3.endpoint) as proxy:
-        for name, value in proxy.env.items():
-            monkeypatch.setenv(name, value)
-        yield proxy
 
 
 def test_rows_of_a_store(tmp_path: Path, store: FaultProxy):

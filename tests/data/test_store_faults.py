@@ -1,0 +1,134 @@
+"""Every fault of a store, with its documented outcome: mended, or an error that names the file within the bound."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streaming import Stream, StreamingDataset
+
+from recipe.data.storage import open_streams
+from tests.data.storage_cases import NUM_ROWS, open_rows, read_numbers
+from tests.launch import run_composer
+from tests.s3_server import FaultProxy, S3Server
+
+pytestmark = pytest.mark.usefixtures("impatience")
+
+ALL = list(range(NUM_ROWS))
+ATTEMPTS, TIMEOUT = 3, 2.0
+BOUND = ATTEMPTS * TIMEOUT + 5.0  # and what the processes take
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "503": ({"kind": "status", "status": 503}, r"ClientError: .*\(503\)"),
+    "500": ({"kind": "status", "status": 500}, r"ClientError: .*\(500\)"),
+    "missing": ({"kind": "status", "status": 404}, r"ClientError: Object s3://rows/set/shard\.00003\.mds not found"),
+    "drip": ({"kind": "drip", "bytes_per_second": 200}, r"TimeoutError: not there after 2 s"),
+    "truncate": ({"kind": "truncate"}, r"has 1133 bytes, its index says 2266"),
+    "cut": ({"kind": "cut"}, "RetriesExceededError|IncompleteRead"),
+    "reset": ({"kind": "reset"}, "ConnectionClosedError|not there after 2 s"),
+    "flip": ({"kind": "flip"}, r"has the xxh64 \w+, its index says \w+"),
+}
+
+
+def stream_into(folder: Path) -> dict[str, Any]:
+    return {
+        "remote": "s3://rows/set",
+        "local": str(folder),
+        "download_retry": ATTEMPTS,
+        "download_timeout": TIMEOUT,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_lasting_fault_names_the_shard_within_the_bound(
+    tmp_path: Path, store: FaultProxy, name: str, num_workers: int
+):
+    settings, message = FAULTS[name]
+    dataset = open_rows(stream_into(tmp_path / "cache"))
+    store.inject(**settings, key="shard.00003")
+    begin = time.monotonic()
+    expected = r"ended after \d+ of \d+ samples.*shard\.00003\.mds: RuntimeError: cannot fetch s3://rows/set/shard"
+    with pytest.raises(RuntimeError, match=rf"(?s){expected}.* in {ATTEMPTS} attempts: .*({message})"):
+        read_numbers(dataset, num_workers)
+    assert time.monotonic() - begin < BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAULTS if name != "missing"])
+def test_a_passing_fault_is_mended(tmp_path: Path, store: FaultProxy, name: str):
+    dataset = open_rows(stream_into(tmp_path / "cache"))
+    # Five, because boto asks three times within an attempt; but it knows nothing of wrong bytes or of the clock.
+    store.inject(**FAULTS[name][0], key="shard", times=2 if name in ("drip", "truncate", "flip", "cut") else 5)
+    assert read_numbers(dataset, num_workers=2) == ALL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_store_that_goes_down_ends_the_epoch_with_an_error(tmp_path: Path, store: FaultProxy, num_workers: int):
+    dataset = open_rows(stream_into(tmp_path / "cache"), predownload=4)
+    dataset[0]
+    store.refuse()
+    begin = time.monotonic()
+    with pytest.raises(
+        RuntimeError, match=r"ended after \d+ of \d+ samples.*cannot fetch s3://rows/set/shard\.\d+\.mds in 3"
+    ):
+        read_numbers(dataset, num_workers)
+    assert time.monotonic() - begin < BOUND
+
+
+@pytest.mark.slow
+def test_a_store_that_comes_back_is_waited_for(tmp_path: Path, store: FaultProxy, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recipe.data.fetch.FIRST_BACKOFF", 1.0)
+    dataset = open_rows({**stream_into(tmp_path / "cache"), "download_retry": 4})
+    rows = iter(dataset)
+    next(rows)
+    store.refuse()
+    time.sleep(2.0)
+    store.accept()
+    assert 1 + sum(1 for _ in rows) == NUM_ROWS
+
+
+@pytest.mark.slow
+def test_a_store_that_is_down_at_the_start_is_named_within_the_bound(tmp_path: Path, store: FaultProxy):
+    store.refuse()
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"cannot fetch s3://rows/set/index\.json in 3 attempts"):
+        open_streams({"rows": stream_into(tmp_path / "cache")})
+    assert time.monotonic() - begin < BOUND
+
+
+@pytest.mark.parametrize("kind", ["truncate", "flip"])
+def test_a_broken_index_is_never_kept(tmp_path: Path, store: FaultProxy, kind: str):
+    store.inject(kind, "index.json", times=1)
+    assert read_numbers(open_rows(stream_into(tmp_path / "cache"))) == ALL
+    store.inject(kind, "index.json")
+    with pytest.raises(RuntimeError, match=r"index\.json in 3 attempts: is truncated or not an index"):
+        open_streams({"rows": stream_into(tmp_path / "other")})
+    assert not list((tmp_path / "other").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_two_ranks_end_alike(tmp_path: Path, store: FaultProxy, s3: S3Server):
+    for name in ("whole", "no-index", "no-shard"):
+        s3.upload(tmp_path / "written", "rows", name)
+    store.inject("status", "no-index/index.json", status=503)
+    store.inject("status", "no-shard/shard.00003", status=503)
+    output = run_composer(2, "tests/data/store_ranks.py", str(tmp_path / "cache"), timeout=240).output
+    for rank in (0, 1):
+        for num_workers in (0, 2):
+            case = rf"rank {rank} with {num_workers} workers from"
+            assert f"{case} whole: read 20 rows" in output, output
+            assert re.search(rf"{case} no-index: RuntimeError: .*index\.json in 2 attempts: .*503", output), output
+            assert re.search(rf"{case} no-shard: RuntimeError: .*cannot read .*shard\.00003\.mds: ", output), output
+    assert re.search(r"from no-shard: .*cannot fetch s3://rows/no-shard/shard\.00003\.mds in 2 attempts: .*503", output)
+
+
+@pytest.mark.slow
+def test_upstream_ends_early_in_silence(tmp_path: Path, store: FaultProxy):
+    """Why all this is here: remove what upstream has mended."""
+    store.inject("status", "shard.00003", status=404)
+    stream = Stream(remote="s3://rows/set", local=str(tmp_path / "cache"), download_retry=1, download_timeout=2.0)
+    assert 0 < sum(1 for _ in StreamingDataset(streams=[stream], batch_size=4)) < NUM_ROWS
