@@ -17,7 +17,6 @@ from convert.writer import convert_split
 from recipe.schema import Sample
 from tests.s3_server import FaultProxy, S3Server
 
-
 pytestmark = pytest.mark.slow
 
 
