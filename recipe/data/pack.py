@@ -1,18 +1,38 @@
 """Which samples share a pack: lengths in, positions out, under a budget of tokens and one of image patches.
 
-Longest first, then the longest that still fits; where a pack is about to close, its last two are chosen together.
+A pack begins with the longest sample left, goes on with any that fit, and is closed by the pair that fits best. To take
+the longest throughout is the textbook's way, but it puts like with like, and then the gaps are all alike too: samples
+of 599 to 864 tokens fill 0.94 of 4,096 so, and 0.99 this way.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-PAIRS_TRIED = 16
+PAIRS_TRIED = 8
 GOOD_FILL = 0.97  # packs below it are taken apart and handed to the next window
-MOST_HANDOVERS = 4  # of one sample, so that none strays far from its place in the shuffled order
+MOST_HANDOVERS = 3  # of one sample, so that none strays far from its place in the shuffled order
+ENOUGH_FILL = 0.99  # of a window: no other way is tried
+
+
+class _Way(NamedTuple):
+    """How packs are filled; no way is the best for all lengths, so a window may be packed in several.
+
+    Attributes:
+        reach: A pack is closed when less room is left than for this many samples of middling size.
+        longest_first: Pairs are tried from the longest sample down; else at random.
+    """
+
+    reach: float
+    longest_first: bool
+
+
+_WAYS = (_Way(2.7, True), _Way(2.7, False), _Way(3.2, False))
 
 
 def pack_ordered(
@@ -57,11 +77,8 @@ def pack_ordered(
         some_patches = [patch_list[position] for position in positions]
         done: list[list[int]] = []
         counts, handovers, handed_over = handovers, {}, []
-        for pack in _Window(some_tokens, some_patches, max_tokens, max_patches).pack():
+        for fill, pack in _pack_best(some_tokens, some_patches, max_tokens, max_patches):
             members = sorted(positions[index] for index in pack)
-            fill = sum(some_tokens[index] for index in pack) / max_tokens
-            if max_patches is not None:
-                fill = max(fill, sum(some_patches[index] for index in pack) / max_patches)
             times = max(counts.get(position, 0) for position in members)
             if fill >= GOOD_FILL or times == MOST_HANDOVERS or stop == num_samples:
                 done.append(members)
@@ -93,7 +110,25 @@ def pack_window(
     _check(token_array, patch_array, max_tokens, max_patches)
     if not _patches_can_bind(token_array, patch_array, max_tokens, max_patches):
         max_patches = None
-    return _Window(tokens, patches, max_tokens, max_patches).pack()
+    return [pack for _, pack in _pack_best(tokens, patches, max_tokens, max_patches)]
+
+
+def _pack_best(
+    tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None
+) -> list[tuple[float, list[int]]]:
+    """The fullest of several packings: (fill, positions) of each pack."""
+    window = _Window(tokens, patches, max_tokens, max_patches)
+    best: list[tuple[float, list[int]]] = []
+    best_fill = -1.0
+    for way in _WAYS:
+        packs = window.pack(way)
+        fills = sorted(fill for fill, _ in packs)[1:]  # the emptiest is the rest, which tells nothing
+        mean_fill = sum(fills) / max(1, len(fills))
+        if mean_fill > best_fill:
+            best, best_fill = packs, mean_fill
+        if best_fill >= ENOUGH_FILL or len(packs) == 1:
+            break
+    return best
 
 
 class _Window:
@@ -112,15 +147,18 @@ class _Window:
         self._sizes = [sizes[position] for position in self._positions]
         self._tokens = [tokens[position] for position in self._positions]
         self._patches = [patches[position] for position in self._positions]
-        self._left = (1 << len(tokens)) - 1
         self._first_alike = _first_alike(self._sizes, self._tokens)
         if max_patches is not None:
             self._sorted_tokens, self._fit_tokens = _fit_masks(self._tokens)
             self._sorted_patches, self._fit_patches = _fit_masks(self._patches)
+        self._left = 0
+        self._random = Random(0)
 
-    def pack(self) -> list[list[int]]:
-        """Fills packs until nothing is left."""
-        packs: list[list[int]] = []
+    def pack(self, way: _Way) -> list[tuple[float, list[int]]]:
+        """Packs all samples: (fill, positions) of each pack."""
+        self._left = (1 << len(self._positions)) - 1
+        self._random = Random(0)
+        packs: list[tuple[float, list[int]]] = []
         while self._left:
             pack: list[int] = []
             room, patch_room = self._max_tokens, self._max_patches or 0
@@ -131,8 +169,11 @@ class _Window:
                     self._left ^= 1 << rank
                     room -= self._tokens[rank]
                     patch_room -= self._patches[rank]
-                chosen = self._choose(room, patch_room)
-            packs.append(pack)
+                chosen = self._choose(room, patch_room, way)
+            fill = 1 - room / self._max_tokens
+            if self._max_patches is not None:
+                fill = max(fill, 1 - patch_room / self._max_patches)
+            packs.append((fill, pack))
         return packs
 
     def _fitting(self, room: int, patch_room: int) -> int:
@@ -145,41 +186,42 @@ class _Window:
             & self._fit_patches[bisect_right(self._sorted_patches, patch_room)]
         )
 
-    def _after(self, rank: int, room: int, patch_room: int) -> int:
-        """The samples that would still fit beside `rank`."""
-        return self._fitting(room - self._tokens[rank], patch_room - self._patches[rank]) & ~(1 << rank)
-
-    def _choose(self, room: int, patch_room: int) -> tuple[int, ...]:
-        """The largest that fits; where that or one more would close the pack, the best two; none if none fits."""
+    def _choose(self, room: int, patch_room: int, way: _Way) -> tuple[int, ...]:
+        """The next sample or two of a pack; none if none fits."""
         fitting = self._fitting(room, patch_room)
         if not fitting:
             return ()
-        largest = fitting.bit_length() - 1
-        beside = self._after(largest, room, patch_room)
-        if beside:
-            second = beside.bit_length() - 1
-            room_after, patches_after = room - self._tokens[largest], patch_room - self._patches[largest]
-            if self._after(second, room_after, patches_after) & ~(1 << largest):
-                return (largest,)
-        return self._best_pair(fitting, room, patch_room)
+        size_room = room
+        if self._max_patches is not None:
+            size_room = min(room * self._max_patches, patch_room * self._max_tokens)
+        if size_room >= way.reach * self._sizes[_near(fitting, 0.5)]:
+            return (_near(fitting, self._random.random()),)
+        return self._best_pair(fitting, room, patch_room, way.longest_first)
 
-    def _best_pair(self, fitting: int, room: int, patch_room: int) -> tuple[int, ...]:
+    def _best_pair(self, fitting: int, room: int, patch_room: int, longest_first: bool) -> tuple[int, ...]:
         """Of a bounded number of pairs, the one with the largest sum of sizes; or the largest sample, if larger."""
         best: tuple[int, ...] = (fitting.bit_length() - 1,)
         best_size = self._sizes[best[0]]
         full = room * (self._max_patches or 1)
+        candidates = fitting
         for _ in range(PAIRS_TRIED):
-            first = fitting.bit_length() - 1
-            if first < 0 or 2 * self._sizes[first] <= best_size or best_size >= full:
+            if best_size >= full or not candidates:
                 break
-            beside = self._after(first, room, patch_room)
+            first = candidates.bit_length() - 1 if longest_first else _near(fitting, self._random.random())
+            candidates &= (1 << self._first_alike[first]) - 1 if longest_first else -1
+            beside = self._fitting(room - self._tokens[first], patch_room - self._patches[first]) & ~(1 << first)
             if beside:
                 second = beside.bit_length() - 1
                 size = self._sizes[first] + self._sizes[second]
                 if size > best_size:
                     best, best_size = (first, second), size
-            fitting &= (1 << self._first_alike[first]) - 1
         return best
+
+
+def _near(ranks: int, share: float) -> int:
+    """Of a set of ranks, the highest up to a share (in [0, 1)) of the way from its lowest to its highest."""
+    highest, lowest = ranks.bit_length() - 1, (ranks & -ranks).bit_length() - 1
+    return (ranks & ((2 << lowest + int(share * (highest - lowest + 1))) - 1)).bit_length() - 1
 
 
 def _first_alike(sizes: Sequence[int], tokens: Sequence[int]) -> list[int]:

@@ -30,6 +30,12 @@ def few_shot_mix(num_samples: int) -> tuple[Lengths, Lengths]:
     return tokens, np.zeros_like(tokens)
 
 
+def like_pictures(num_samples: int) -> tuple[Lengths, Lengths]:
+    """Of one camera: six to a pack, if they are mixed well."""
+    tokens = np.random.default_rng(3).choice([599, 612, 632, 640, 668, 690, 752, 810, 864], num_samples)
+    return tokens, np.zeros_like(tokens)
+
+
 def short_texts(num_samples: int) -> tuple[Lengths, Lengths]:
     tokens = np.random.default_rng(2).integers(5, 500, num_samples)
     return tokens, np.zeros_like(tokens)
@@ -71,7 +77,12 @@ def test_tokens_alone_by_hand():
 
 def test_the_last_two_are_chosen_together():
     """After 5, the longest that fits is 4, which leaves 1 for nothing: 3 and 2 fill the pack."""
-    assert pack_window([5, 4, 3, 2], [0] * 4, 10, None) == [[0, 2, 3], [1]]
+    assert [sorted(members) for members in pack_window([5, 4, 3, 2], [0] * 4, 10, None)] == [[0, 2, 3], [1]]
+
+
+def test_one_sample_is_taken_where_no_two_fill_more():
+    """Beside the first 10 there is room for 11: another 10 is more than 5 and 4."""
+    assert [sorted(members) for members in pack_window([10, 10, 5, 4], [0] * 4, 21, None)] == [[0, 1], [2, 3]]
 
 
 def test_patches_bind_by_hand():
@@ -171,11 +182,12 @@ def test_a_sample_that_fits_no_pack_is_named(tokens: list[int], patches: list[in
 
 @pytest.mark.parametrize(
     ("mix", "max_patches", "floor"),
-    [  # measured: 0.9985, 0.9983, 0.9970, 0.9983
+    [  # measured: 0.9985, 0.9986, 0.9980, 0.9992, 0.9901
         (vlm_mix, None, 0.997),
         (vlm_mix, 5000, 0.996),
         (few_shot_mix, None, 0.995),
         (short_texts, None, 0.997),
+        (like_pictures, None, 0.985),
     ],
 )
 def test_packs_are_full(mix: Callable[[int], tuple[Lengths, Lengths]], max_patches: int | None, floor: float):
@@ -185,11 +197,11 @@ def test_packs_are_full(mix: Callable[[int], tuple[Lengths, Lengths]], max_patch
     assert fill(packs, tokens, patches, max_patches) > floor
 
 
-@pytest.mark.parametrize("mix", [vlm_mix, few_shot_mix, short_texts])
+@pytest.mark.parametrize("mix", [vlm_mix, few_shot_mix, short_texts, like_pictures])
 def test_never_more_packs_than_first_fit_decreasing_over_the_same_samples(
     mix: Callable[[int], tuple[Lengths, Lengths]],
 ):
-    """At most one more in a hundred; measured: 299 of 299, 607 of 608, 93 of 93."""
+    """At most one more in a hundred; measured: 299 of 299, 608 of 608, 93 of 93, 260 of 267."""
     tokens, patches = mix(1500)
     packs = pack_window(tokens.tolist(), patches.tolist(), MAX_TOKENS, None)
     assert len(packs) <= 1.01 * first_fit_decreasing(tokens, MAX_TOKENS)
