@@ -11,10 +11,12 @@ from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from composer.utils import get_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -27,6 +29,7 @@ from recipe.config import ModelConfig, RecipeConfig, load_config, save_config
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.models.vlm import resolve_attention
+from recipe.redact import redact
 
 HEAD_FILE = "detection_head.safetensors"
 CONFIG_FILE = "recipe.yaml"
@@ -74,6 +77,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return dict(weights)
 
 
+def _read_remote_weights(address: str) -> dict[str, Tensor]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "checkpoint.pt")
+        try:
+            get_file(address, str(path))
+        except Exception as error:  # each store has its own
+            raise ValueError(f"cannot fetch {redact(address)}: {redact(str(error))}") from error
+        return read_weights(path)  # the system keeps the removed file for as long as its tensors are read
+
+
 def find_config(checkpoint: str | Path) -> RecipeConfig:
     """The configuration of the run that wrote a checkpoint: beside it, or in one of the two folders above.
 
@@ -93,7 +106,7 @@ def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tu
     """Loads a trained model, its processor and its configuration.
 
     Args:
-        checkpoint: A Composer .pt file, or a folder from `export_model`.
+        checkpoint: A Composer .pt file, also in an object store, or a folder from `export_model`.
         config: Default: what was saved with the checkpoint. For a .pt file it names the folder or hub name of the base
             model, of which the configuration and the processor are read, not the weights.
 
@@ -103,8 +116,13 @@ def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tu
     path = Path(checkpoint)
     if path.is_dir():
         return _load_exported(path, config)
-    weights = read_weights(path)
-    config = config or find_config(path)
+    if "://" in str(checkpoint):
+        if config is None:
+            raise ValueError(f"{checkpoint} lies in a store, its run's {RUN_CONFIG_FILE} does not: give --config YAML")
+        weights = _read_remote_weights(str(checkpoint))
+    else:
+        weights = read_weights(path)
+        config = config or find_config(path)
     processor = load_processor(config)
     network = build_network(config, _unread_vlm(config.model), image_spec(processor.image_processor, config.image))
     model = JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)

@@ -14,6 +14,7 @@ import torch
 from recipe.checkpoint import find_config, load_model, read_weights
 from recipe.config import load_config
 from recipe.joint import JointModel
+from tests.s3_server import S3Server
 
 
 class Harmful:
@@ -137,3 +138,19 @@ def test_misfitting_shapes_are_told(trained_checkpoint: Path):
     config = replace(config, detection_head=replace(config.detection_head, num_queries=7))
     with pytest.raises(ValueError, match=r"of another shape model\.detection_head\..* \(5, 32\) instead of \(7, 32\)"):
         load_model(trained_checkpoint, config)
+
+
+def test_a_checkpoint_in_a_store_is_read(
+    trained_checkpoint: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    shutil.copy(trained_checkpoint, tmp_path / "model.pt")
+    address = f"{s3.upload(tmp_path, 'models', 'run')}/model.pt"
+    config = find_config(trained_checkpoint)
+    found, expected = load_model(address, config)[0], load_model(trained_checkpoint)[0]
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
+    with pytest.raises(ValueError, match=r"s3://models/run/model.pt lies in a store, .* --config YAML"):
+        load_model(address)
+    with pytest.raises(ValueError, match=r"cannot fetch s3://models/run/none.pt"):
+        load_model("s3://models/run/none.pt", config)

@@ -91,7 +91,8 @@ def config_of(settings: Settings) -> RecipeConfig:
             global_batch_size=4,
             collator="packed",
             packing=PackingConfig(max_tokens=600, window=16),
-            dataset={"shuffle": True, "num_canonical_nodes": 1},
+            # Of a file from a store: at most 2 attempts of 5 s, and 1 s between.
+            dataset={"shuffle": True, "num_canonical_nodes": 1, "download_retry": 2, "download_timeout": 5},
             dataloader={"num_workers": settings.num_workers},
         ),
         eval_loader=LoaderConfig(streams={"val": stream("val")}, global_batch_size=2),
@@ -102,6 +103,7 @@ def config_of(settings: Settings) -> RecipeConfig:
             "save_interval": "1ba",
             "save_folder": settings.save_folder,
             "save_filename": "ba{batch}.pt",
+            "save_overwrite": True,  # a killed run may have got further than the checkpoint that is resumed from
             "device_train_microbatch_size": 1,
             "progress_bar": False,
         },
@@ -112,6 +114,7 @@ if __name__ == "__main__":
     table.CALLBACKS = {**table.CALLBACKS, "recorder": Recorder}
     trainer = main(config_of(Settings(**json.loads(Path(sys.argv[1]).read_text()))))
     trainer.close()
-    dist.barrier()
-    # Gloo of torch 2.7 can wait for ever in its destructor.
-    os._exit(0)
+    if dist.get_world_size() > 1:
+        dist.barrier()
+        # Gloo of torch 2.7 can wait for ever in its destructor.
+        os._exit(0)
