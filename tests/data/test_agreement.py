@@ -1,0 +1,63 @@
+"""An error in one rank's loader is raised by all ranks at the same step."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from composer.utils import dist
+from torch.multiprocessing.spawn import spawn
+from torch.utils.data import Dataset
+
+from recipe.data.agreement import LockstepLoader, agree
+from tests.s3_server import free_port
+
+
+class Numbers(Dataset[int]):
+    """0 to 9; the last rank cannot read number 6."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        if index == 6 and dist.get_global_rank() == dist.get_world_size() - 1:
+            raise ValueError("number 6 is bad")
+        return index
+
+
+def outcome_of_loop() -> tuple[list[int], str]:
+    seen = []
+    try:
+        for batch in LockstepLoader(Numbers(), batch_size=2):
+            seen += batch.tolist()
+    except (ValueError, RuntimeError) as error:
+        return seen, f"{type(error).__name__}: {error}"
+    return seen, ""
+
+
+def one_rank(rank: int, port: int, folder: str) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    dist.initialize_dist("cpu", timeout=60)
+    outcome = outcome_of_loop()
+    agree(None)  # the ranks are still in step
+    torch.save(outcome, Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.world_size(2)
+def test_every_rank_raises_what_one_rank_met(tmp_path: Path):
+    spawn(one_rank, args=(free_port(), str(tmp_path)), nprocs=2)
+    well, ill = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    seen = [0, 1, 2, 3, 4, 5]
+    assert ill == (seen, "ValueError: number 6 is bad")
+    assert well == (seen, "RuntimeError: rank 1: ValueError: number 6 is bad")
+
+
+def test_alone_the_error_is_the_error():
+    agree(None)
+    with pytest.raises(KeyError, match="mine"):
+        agree(KeyError("mine"))
+    assert outcome_of_loop() == ([0, 1, 2, 3, 4, 5], "ValueError: number 6 is bad")
