@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 PAIRS_TRIED = 8
-GOOD_FILL = 0.97  # packs below it are taken apart and handed to the next window
-MOST_HANDOVERS = 3  # of one sample, so that none strays far from its place in the shuffled order
+GOOD_FILL = 0.98  # packs below it are taken apart and handed to the next window
+MOST_HANDOVERS = 4  # of one sample, so that none strays far from its place in the shuffled order
 ENOUGH_FILL = 0.99  # of a window: no other way is tried
 
 
