@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 from streaming import Stream, StreamingDataset
+from streaming.base.storage.download import LocalDownloader
 
 from recipe.data.checked_stream import CheckedStream
 from recipe.data.fetch import RemoteFolder
@@ -351,6 +352,19 @@ def test_no_secret_is_told(
     with pytest.raises(ValueError, match="sftq") as error:
         CheckedStream(remote="sftq://user:the-password@host/folder", local=str(tmp_path))
     assert "the-password" not in str(error.value)
+
+
+def test_no_secret_of_a_client_s_error_is_told(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def refuse(self: Any, remote: str, local: str, timeout: float) -> None:
+        raise OSError(f"refused {os.environ['AWS_SECRET_ACCESS_KEY']}")
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    monkeypatch.setattr(LocalDownloader, "_download_file_impl", refuse)
+    with pytest.raises(RuntimeError, match=r"4 attempts: OSError: refused <redacted>") as error:
+        open_streams({"rows": {"remote": str(rows), "local": str(tmp_path / "cache")}})
+    assert SECRET_KEY not in f"{error.getrepr(chain=True)}{caplog.text}"
 
 
 def test_the_bound_of_a_fetch_is_by_the_clock(tmp_path: Path, store: FaultProxy):
