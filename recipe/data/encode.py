@@ -142,11 +142,13 @@ class Encoder:
         roles: list[int] = []
         image_token_id, images = self.hf_config.image_token_id, iter(tokens_per_image)
         prompt_length = None
-        for position, segment in enumerate([*head, *student]):
+        segments = [*head, *student]
+        rows = self._ids([segment.text for segment in segments])
+        for position, (segment, row) in enumerate(zip(segments, rows, strict=True)):
             # The head may read the prompt, so it ends before the student's first answer.
             if position >= len(head) and segment.role is Role.STUDENT and prompt_length is None:
                 prompt_length = len(ids)
-            for token in self._ids(segment.text):
+            for token in row:
                 ids += [token] * (next(images) if token == image_token_id else 1)
             roles += [int(segment.role)] * (len(ids) - len(roles))
         assert next(images, None) is None, "every picture has its placeholder"
@@ -156,13 +158,18 @@ class Encoder:
             len(ids) if prompt_length is None else prompt_length,
         )
 
-    def _ids(self, text: str) -> list[int]:
-        return cast(list[int], self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Of each text; one call for all, as a call costs more than a short text."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        return cast(list[list[int]], encoded["input_ids"])
 
     def _target(self, sample: Sample, objects: Sequence[Object]) -> Target:
         kept = [item for item in objects if not item.iscrowd]
         boxes = torch.tensor([item.box for item in kept], dtype=torch.float32).view(-1, 4)
-        captions = [self._caption_ids(item.caption) for item in kept]
+        rows = self._ids([checked(item.caption) for item in kept])
+        captions = [self._caption_ids(item.caption, row) for item, row in zip(kept, rows, strict=True)]
         return Target(
             boxes=pixels_to_normalized(boxes, sample.width, sample.height),
             caption_ids=pad_sequence(captions, batch_first=True, padding_value=-100)
@@ -170,8 +177,7 @@ class Encoder:
             else torch.empty(0, 1, dtype=torch.int64),
         )
 
-    def _caption_ids(self, caption: str) -> Tensor:
-        ids = self._ids(checked(caption))
+    def _caption_ids(self, caption: str, ids: list[int]) -> Tensor:
         if len(ids) + 1 > self.max_caption_tokens:
             raise ValueError(
                 f"its caption {caption!r} is {len(ids) + 1} tokens long with end-of-sequence, above "
