@@ -145,11 +145,13 @@ class FaultProxy:
         endpoint: Of the server behind it.
         faults: Those still to be done; the first that fits a GET or HEAD is.
         requests: Every request so far, as `(method, path)`.
+        times: Of each, `time.monotonic()`.
     """
 
     endpoint: str
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
 
     def __enter__(self) -> "FaultProxy":
         self._lock = threading.Lock()
@@ -184,6 +186,7 @@ class FaultProxy:
         """Counts a request, and takes the fault it is to suffer."""
         with self._lock:
             self.requests.append((method, path))
+            self.times.append(time.monotonic())
             for fault in self.faults:
                 # The rest is about bodies, which the answer to HEAD has none of.
                 if fault.key in path and fault.times != 0 and (method == "GET" or fault.kind in ("status", "reset")):
@@ -194,6 +197,10 @@ class FaultProxy:
     def count(self, method: str, key: str) -> int:
         """How many requests of a method there were whose path holds `key`."""
         return sum(method == each and key in path for each, path in self.requests)
+
+    def first_request(self, key: str) -> float:
+        """When the first request came whose path holds `key`."""
+        return next(at for (_, path), at in zip(self.requests, self.times, strict=True) if key in path)
 
 
 class _ProxyServer(ThreadingHTTPServer):

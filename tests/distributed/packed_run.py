@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 from composer import Callback, Logger, State
-from composer.utils import dist
+from composer.utils import dist, maybe_create_object_store_from_uri
 
 from recipe.callbacks import table
 from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
@@ -50,13 +52,15 @@ class Settings:
 class Recorder(Callback):
     """Notes what each step trains on; kills its process after the checkpoint of step `kill_at`."""
 
-    def __init__(self, out: str, kill_at: int):
+    def __init__(self, out: str, kill_at: int, save_folder: str):
         self.out = Path(out)
         self.kill_at = kill_at
+        self.save_folder = save_folder
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Before step `kill_at + 1`."""
         if self.kill_at and int(state.timestamp.batch) == self.kill_at and is_last_rank():
+            wait_for_upload(self.save_folder)
             os.kill(os.getpid(), signal.SIGKILL)
         ids = [sample.id for batch in state.batch if batch["num_packs"] for sample in batch["samples"]]
         with (self.out / f"ids-{dist.get_global_rank()}.jsonl").open("a") as file:
@@ -67,6 +71,16 @@ class Recorder(Callback):
         if dist.get_global_rank() == 0:
             weights = {name.replace("module.", ""): value for name, value in state.model.state_dict().items()}
             torch.save(weights, self.out / "weights.pt")
+
+
+def wait_for_upload(save_folder: str) -> None:
+    """Until a store holds a checkpoint: they are sent in the background, by the first rank."""
+    store = maybe_create_object_store_from_uri(save_folder)
+    until = time.monotonic() + 60
+    while store is not None and time.monotonic() < until:
+        if any(name.endswith(".pt") for name in store.list_objects(urlparse(save_folder).path.lstrip("/"))):
+            return
+        time.sleep(0.5)
 
 
 def is_last_rank() -> bool:
@@ -96,7 +110,7 @@ def config_of(settings: Settings) -> RecipeConfig:
             dataloader={"num_workers": settings.num_workers},
         ),
         eval_loader=LoaderConfig(streams={"val": stream("val")}, global_batch_size=2),
-        callbacks={"recorder": {"out": settings.out, "kill_at": settings.kill_at}},
+        callbacks={"recorder": {"out": settings.out, "kill_at": settings.kill_at, "save_folder": settings.save_folder}},
         trainer={
             "max_duration": f"{settings.steps}ba",
             "eval_interval": "4ba",
