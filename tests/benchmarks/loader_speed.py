@@ -1,0 +1,75 @@
+"""Pictures a core-second: the recipe's encoder beside the Hugging Face processor, to the same tensors."""
+
+import time
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from recipe.build import build_encoder, load_processor
+from recipe.config import RecipeConfig
+from recipe.data.encode import Encoder
+from recipe.data.positions import rope_positions
+from recipe.models.vlm import PixelNormalizer
+from recipe.schema import Sample
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # input_ids, position_ids, pixels, image_grid_thw
+
+
+def encode_here(encoder: Encoder, sample: Sample) -> Tensors:
+    """The recipe's way; pixels stay uint8, and the head's target and the roles are made too."""
+    example = encoder(sample)
+    return example.input_ids, example.position_ids, example.pixel_patches, example.image_grid_thw
+
+
+def encode_hugging_face(processor: Any, encoder: Encoder, text: str, sample: Sample) -> Tensors:
+    """The library's way: Pillow, `AutoProcessor` with its fast image processor, `get_rope_index`."""
+    with Image.open(BytesIO(sample.image)) as stored:
+        image = ImageOps.exif_transpose(stored).convert("RGB")
+    batch = processor(text=[text], images=[image], return_tensors="pt")
+    grid = batch["image_grid_thw"]
+    input_ids = batch["input_ids"][0]
+    return input_ids, rope_positions(input_ids, grid, encoder.hf_config), batch["pixel_values"], grid
+
+
+def check_same(found: Tensors, expected: Tensors, normalizer: PixelNormalizer) -> None:
+    """Equal numbers: pixels after the normalisation that the recipe leaves to the device."""
+    assert all(torch.equal(one, other) for one, other in zip(found[:2], expected[:2], strict=True))
+    assert torch.equal(normalizer(found[2]), expected[2]) and torch.equal(found[3], expected[3])
+
+
+def seconds_a_call(way: Callable[[Sample], Tensors], samples: Sequence[Sample]) -> float:
+    """Core-seconds of one sample."""
+    start = time.process_time()
+    for sample in samples:
+        way(sample)
+    return (time.process_time() - start) / len(samples)
+
+
+def loader_rates(config: RecipeConfig, samples: Sequence[Sample], repeats: int) -> tuple[float, float]:
+    """(pictures a core-second of the recipe, of Hugging Face), medians of interleaved repeats.
+
+    Raises:
+        AssertionError: The tensors of a picture differ.
+    """
+    processor = load_processor(config)
+    encoder = build_encoder(config, processor)
+    spec = encoder.image_spec
+    normalizer = PixelNormalizer(list(spec.image_mean), list(spec.image_std), spec.temporal_patch_size)
+    texts = {}
+    for sample in samples:
+        head, student = encoder.segments(sample)
+        texts[sample.id] = "".join(segment.text for segment in head + student)
+    ways: list[Callable[[Sample], Tensors]] = [
+        lambda sample: encode_here(encoder, sample),
+        lambda sample: encode_hugging_face(processor, encoder, texts[sample.id], sample),
+    ]
+    for sample in samples:
+        check_same(ways[0](sample), ways[1](sample), normalizer)
+    seconds = [[seconds_a_call(way, samples) for way in ways] for _ in range(repeats)]
+    here, there = (median(column) for column in zip(*seconds, strict=True))
+    return 1 / here, 1 / there
