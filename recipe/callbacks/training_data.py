@@ -66,7 +66,7 @@ class TrainingData(Callback):
         samples, packs, tokens, num_skipped = (int(value) for value in sums.tolist())
         self.num_samples += samples
         self.num_skipped += num_skipped
-        metrics = {
+        metrics: dict[str, float] = {
             "data/samples": samples,
             "data/packs": packs,
             "data/samples_seen": self.num_samples,

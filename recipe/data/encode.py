@@ -143,7 +143,7 @@ class Encoder:
         image_token_id, images = self.hf_config.image_token_id, iter(tokens_per_image)
         prompt_length = None
         segments = [*head, *student]
-        rows = self._ids([segment.text for segment in segments])
+        rows = self.ids([segment.text for segment in segments])
         for position, (segment, row) in enumerate(zip(segments, rows, strict=True)):
             # The head may read the prompt, so it ends before the student's first answer.
             if position >= len(head) and segment.role is Role.STUDENT and prompt_length is None:
@@ -158,8 +158,8 @@ class Encoder:
             len(ids) if prompt_length is None else prompt_length,
         )
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Of each text; one call for all, as a call costs more than a short text."""
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each text alone; one call for all, as a call costs more than a short text."""
         if not texts:
             return []
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
@@ -168,7 +168,7 @@ class Encoder:
     def _target(self, sample: Sample, objects: Sequence[Object]) -> Target:
         kept = [item for item in objects if not item.iscrowd]
         boxes = torch.tensor([item.box for item in kept], dtype=torch.float32).view(-1, 4)
-        rows = self._ids([checked(item.caption) for item in kept])
+        rows = self.ids([checked(item.caption) for item in kept])
         captions = [self._caption_ids(item.caption, row) for item, row in zip(kept, rows, strict=True)]
         return Target(
             boxes=pixels_to_normalized(boxes, sample.width, sample.height),

@@ -220,8 +220,7 @@ def _count_chunk(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(tokens, patches) of each; every text is tokenized once, though all samples share the prompt."""
     texts = list(dict.fromkeys(segment.text for segments in conversations for segment in segments))
-    ids = encoder.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    num_tokens = {text: len(row) for text, row in zip(texts, ids, strict=True)}
+    num_tokens = {text: len(row) for text, row in zip(texts, encoder.ids(texts), strict=True)}
     spec = encoder.image_spec
     patches = [_num_patches(sample, encoder) for sample in samples]
     tokens = []

@@ -1,7 +1,7 @@
 """The packed training stream: every sample once in its planned pack, resumed anywhere, refused when plans change."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def dataset_of(loader: DataLoader) -> PackStream:
     return loader.dataset
 
 
-def content(batches: Iterator[list[Batch]] | list[list[Batch]]) -> list[Content]:
+def content(batches: Iterable[list[Batch]]) -> list[Content]:
     """Of each step."""
     steps = []
     for batch in batches:
