@@ -12,6 +12,7 @@ from recipe.data.storage import CheckedDataset, open_streams
 
 NUM_ROWS = 40
 NUM_SHARDS = 10
+BATCH_SIZE = 2  # half a shard: so two workers wait for the same one
 
 
 def write_rows(folder: Path, **settings: Any) -> Path:
@@ -25,14 +26,14 @@ def write_rows(folder: Path, **settings: Any) -> Path:
 
 
 def open_rows(stream: Mapping[str, Any], **settings: Any) -> CheckedDataset:
-    return CheckedDataset(streams=open_streams({"rows": stream}), batch_size=4, **settings)
+    return CheckedDataset(streams=open_streams({"rows": stream}), batch_size=BATCH_SIZE, **settings)
 
 
 def read_numbers(dataset: Any, num_workers: int = 0) -> list[int]:
     """The numbers of one epoch, sorted; every row's bytes are looked at."""
     numbers = []
     for batch in DataLoader(
-        dataset, batch_size=4, num_workers=num_workers, collate_fn=list, timeout=60 * bool(num_workers)
+        dataset, batch_size=BATCH_SIZE, num_workers=num_workers, collate_fn=list, timeout=60 * bool(num_workers)
     ):
         for row in batch:
             assert row["data"] == bytes([row["number"]]) * 500

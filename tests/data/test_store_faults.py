@@ -1,5 +1,7 @@
-"""Every fault of a store, with its documented outcome: mended, or an error that names the file within the bound."""
+"""A real store, and its every fault with the documented outcome: mended, or an error within the bound."""
 
+import logging
+import multiprocessing
 import re
 import time
 from pathlib import Path
@@ -8,10 +10,12 @@ from typing import Any
 import pytest
 from streaming import Stream, StreamingDataset
 
-from recipe.data.storage import open_streams
-from tests.data.storage_cases import NUM_ROWS, open_rows, read_numbers
+from recipe.data.checked_stream import CheckedStream
+from recipe.data.fetch import RemoteFolder
+from recipe.data.storage import fetch_beside_index, open_streams
+from tests.data.storage_cases import NUM_ROWS, NUM_SHARDS, open_rows, read_numbers
 from tests.launch import run_composer
-from tests.s3_server import FaultProxy, S3Server
+from tests.s3_server import SECRET_KEY, FaultProxy, S3Server
 
 pytestmark = pytest.mark.usefixtures("impatience")
 
@@ -37,6 +41,99 @@ def stream_into(folder: Path) -> dict[str, Any]:
         "download_retry": ATTEMPTS,
         "download_timeout": TIMEOUT,
     }
+
+
+def test_rows_of_a_store(tmp_path: Path, store: FaultProxy):
+    dataset = open_rows({"remote": "s3://rows", "split": "set", "local": str(tmp_path / "cache")})
+    assert read_numbers(dataset, 2) == ALL
+    assert store.count("GET", "shard") == NUM_SHARDS, "each is fetched once on a node"
+
+
+def test_each_process_opens_its_own_client(tmp_path: Path, store: FaultProxy):
+    """Shared over a fork, Streaming's own mixes up the answers: wrong bytes or a hang in 5 of 12 runs."""
+    source = RemoteFolder("s3://rows")
+
+    def get(name: str) -> Any:
+        assert source.fetch(f"set/{name}", tmp_path / name, lambda part: None, 1, 10.0)
+        return source._client
+
+    def get_in_child(inherited: Any, answers: Any) -> None:
+        own = get("shard.00001.mds")
+        answers.put((own is inherited, own._s3_client is inherited._s3_client, get("shard.00002.mds") is own))
+
+    client = get("shard.00000.mds")
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=get_in_child, args=(client, answers))
+    child.start()
+    assert answers.get() == (False, False, True)
+    child.join()
+    assert get("shard.00003.mds") is client
+
+
+def test_a_byte_flipped_on_the_way_is_fetched_again(tmp_path: Path, store: FaultProxy):
+    store.inject("flip", "shard.00003", times=1)
+    dataset = open_rows({"remote": "s3://rows/set", "local": str(tmp_path / "cache")})
+    assert read_numbers(dataset) == ALL
+    assert store.count("GET", "shard.00003") == 2
+
+
+def test_a_byte_flipped_for_ever_ends_in_an_error_that_says_so(tmp_path: Path, store: FaultProxy):
+    store.inject("flip", "shard.00003")
+    cache = tmp_path / "cache"
+    dataset = open_rows({"remote": "s3://rows/set", "local": str(cache)}, download_retry=3)
+    expected = (
+        r"the data ended after 12 of 40 samples.*shard\.00003\.mds: RuntimeError: cannot fetch "
+        r"s3://rows/set/shard\.00003\.mds in 3 attempts: has the xxh64 \w+, its index says \w+"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        read_numbers(dataset)
+    assert store.count("GET", "shard.00003") == 3
+    assert not list(cache.glob("*00003*")) + list(cache.glob(".*")), "nobody will take it for good"
+
+
+def test_a_file_beside_the_index(tmp_path: Path, store: FaultProxy, s3: S3Server):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "records.jsonl.gz").write_bytes(b"records")
+    s3.upload(tmp_path / "more", "rows", "set")
+    (stream,) = open_streams({"rows": {"remote": "s3://rows/set", "local": str(tmp_path / "cache")}})
+    path = fetch_beside_index(stream, "records.jsonl.gz")
+    assert path is not None and path.read_bytes() == b"records"
+    before = len(store.requests)
+    assert fetch_beside_index(stream, "records.jsonl.gz") == path
+    assert len(store.requests) == before
+    assert fetch_beside_index(stream, "none.gz") is None
+    assert store.count("HEAD", "none.gz") == 1, "a missing file is an answer, not a fault"
+    store.inject("status", "other.gz", status=500)
+    with pytest.raises(RuntimeError, match=r"other\.gz in 4 attempts: .*500"):
+        fetch_beside_index(stream, "other.gz")
+    (local,) = open_streams({"rows": {"local": str(tmp_path / "written")}})
+    assert fetch_beside_index(local, "records.jsonl.gz") is None
+    assert fetch_beside_index(local, "index.json") == tmp_path / "written" / "index.json"
+
+
+def test_no_secret_is_told(
+    tmp_path: Path, store: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-wrong-" + SECRET_KEY)
+    stream = {"remote": "s3://rows/set", "local": str(tmp_path / "cache"), "download_retry": 2}
+    caplog.set_level(logging.DEBUG, "recipe")
+    with pytest.raises(RuntimeError, match=r"index\.json in 2 attempts") as error:
+        open_streams({"rows": stream})
+    assert "-secret-" not in f"{error.getrepr(chain=True)}{caplog.text}"
+    with pytest.raises(ValueError, match="sftq") as error:
+        CheckedStream(remote="sftq://user:the-password@host/folder", local=str(tmp_path))
+    assert "the-password" not in str(error.value)
+
+
+def test_the_bound_of_a_fetch_is_by_the_clock(tmp_path: Path, store: FaultProxy):
+    """Bytes that drip never let a read time out."""
+    store.inject("drip", "shard.00003", bytes_per_second=400)
+    source = RemoteFolder("s3://rows/set")
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"shard\.00003\.mds in 2 attempts: TimeoutError: not there after 0\.7 s"):
+        source.fetch("shard.00003.mds", tmp_path / "shard", lambda part: None, 2, 0.7)
+    assert 1.4 <= time.monotonic() - begin < 3.0
 
 
 @pytest.mark.slow
