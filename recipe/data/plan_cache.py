@@ -3,7 +3,11 @@
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -20,15 +24,17 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
 
     Where making it fails, it fails in every process: nobody waits for a plan that will never be.
 
+    A plan that other code made is never read: it may be another one.
+
     Args:
-        key: All that the plan depends on, as a file name.
+        key: All data and settings that the plan depends on, as a file name.
         make: Makes it.
     """
     folder = Path(gettempdir(), f"recipe-plans-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user: remove it, or set TMPDIR to a folder of your own")
-    path = folder / f"{key}.npz"
+    path = folder / f"{key}-{_code_digest()}.npz"
     with FileLock(f"{path}.lock"):
         if not path.exists():
             _remove_old(folder)
@@ -40,7 +46,17 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
             return Plan(**{entry.name: arrays[entry.name] for entry in fields(Plan)})
 
 
+@cache
+def _code_digest() -> str:
+    """Of this package's source and of the libraries that shuffle and draw."""
+    digest = sha256(f"numpy {version('numpy')}, streaming {version('mosaicml-streaming')}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _remove_old(folder: Path) -> None:
     for path in folder.iterdir():
-        if time.time() - path.stat().st_mtime > _SECONDS_KEPT:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # a process that makes the plan of another key may be quicker
+            if time.time() - path.stat().st_mtime > _SECONDS_KEPT:
+                path.unlink()
