@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer.utils import dist
-from filelock import BaseFileLock, FileLock
+from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _Iterator, _ShardState  # pyright: ignore[reportPrivateUsage]
@@ -30,6 +30,7 @@ FAILED = _ShardState.INVALID  # a state that Streaming gives to no shard
 _WATCH_INTERVAL = 0.25  # seconds
 _LONGEST_REASON = 4096  # bytes
 _MOST_NAMED = 5  # shards
+_SECONDS_FOR_ANOTHER_RUN = 60.0  # to open its shards
 
 
 class CheckedDataset(StreamingDataset):
@@ -212,10 +213,14 @@ class CheckedDataset(StreamingDataset):
 
 @contextmanager
 def _only_run_that_starts() -> Iterator[None]:
-    """One run after the other: Streaming looks for a free number of shared memory, then takes it, without a lock."""
+    """One run after the other: Streaming looks for a free number of shared memory, then takes it, without a lock.
+
+    A bounded wait: two runs over the same machines could each hold the lock that the other waits for.
+    """
     lock = FileLock(os.path.join(gettempdir(), f"checked_dataset_{os.getuid()}.lock"))
     if dist.get_local_rank() == 0:
-        lock.acquire()
+        with suppress(Timeout):
+            lock.acquire(timeout=_SECONDS_FOR_ANOTHER_RUN)
     try:
         dist.barrier()
         yield

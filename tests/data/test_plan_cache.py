@@ -1,0 +1,44 @@
+"""The node's cache of plans: made once, and never by other code than the one that reads it."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recipe.data import plan_cache
+from recipe.data.plan import Plan, plan_samples
+from recipe.data.plan_cache import cached_plan
+
+
+def make() -> Plan:
+    return plan_samples(np.array([2, 0, 1]), np.arange(3) + 10, 1)
+
+
+def fail() -> Plan:
+    raise ValueError("made anew")
+
+
+def test_made_once():
+    assert cached_plan("key", make).digest() == make().digest()
+    assert cached_plan("key", fail).digest() == make().digest()
+    with pytest.raises(ValueError, match="made anew"):
+        cached_plan("another", fail)
+    assert cached_plan("another", make).digest() == make().digest()
+
+
+def test_a_plan_of_other_code_is_not_read(monkeypatch: pytest.MonkeyPatch):
+    cached_plan("key", make)
+    monkeypatch.setattr(plan_cache, "_code_digest", lambda: "other")
+    with pytest.raises(ValueError, match="made anew"):
+        cached_plan("key", fail)
+
+
+def test_old_plans_are_removed(tmp_path: Path):
+    cached_plan("key", make)
+    folder = Path(tmp_path, f"recipe-plans-{os.getuid()}")
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - 25 * 3600,) * 2)
+    cached_plan("another", make)
+    assert all(path.name.startswith("another") for path in folder.iterdir())
