@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 
 SEGMENTS = Path("/dev/shm")
 PROCESSES = Path("/proc")
+FAILURE_SEGMENT = "failure"  # our own beside Streaming's: why a shard could not be had
 YOUNGEST = 30.0  # seconds: a segment exists an instant before its process maps it
-_SEGMENT_NAME = re.compile(rf"(\d{{6}})_(?:{'|'.join(SHM_TO_CLEAN)})")
+_SEGMENT_NAME = re.compile(rf"(\d{{6}})_(?:{'|'.join([*SHM_TO_CLEAN, FAILURE_SEGMENT])})")
 _LOCK_NAME = re.compile(rf"(\d{{6}})_(?:{BARRIER_FILELOCK}|{CACHE_FILELOCK})")
 
 

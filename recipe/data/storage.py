@@ -15,16 +15,17 @@ from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
-import torch
 from composer.utils import dist
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _Iterator, _ShardState  # pyright: ignore[reportPrivateUsage]
+from streaming.base.shared import SharedArray, _get_path  # pyright: ignore[reportPrivateUsage]
 
 from recipe.data.agreement import agree
 from recipe.data.checked_stream import DOWNLOAD_RETRY, DOWNLOAD_TIMEOUT, CheckedStream
 from recipe.data.index import INDEX_FILE
+from recipe.shared_memory import FAILURE_SEGMENT
 
 FAILED = _ShardState.INVALID  # a state that Streaming gives to no shard
 _WATCH_INTERVAL = 0.25  # seconds
@@ -71,8 +72,6 @@ class CheckedDataset(StreamingDataset):
             stream.checks_all_at_start = bool(cache_limit)
         self._num_expected = 0
         self._thread_error: BaseException | None = None
-        # Seen by the workers that are forked later.
-        self._reason = torch.zeros(_LONGEST_REASON, dtype=torch.uint8).share_memory_()
         with _only_run_that_starts():
             super().__init__(
                 streams=streams,
@@ -81,6 +80,10 @@ class CheckedDataset(StreamingDataset):
                 download_timeout=download_timeout,
                 **keywords,
             )
+        # Why a shard failed, for all ranks and workers of the node.
+        self._reason = SharedArray(_LONGEST_REASON, np.uint8, _get_path(self._shm_prefix_int, FAILURE_SEGMENT))
+        if dist.get_local_rank() == 0:
+            self._reason[:] = 0
 
     def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """This worker's sample ids (-1: skip), in order; a subclass may override it."""
@@ -182,7 +185,7 @@ class CheckedDataset(StreamingDataset):
         if self._shard_states[shard_id] != FAILED:
             text = f"{type(error).__name__}: {error}".encode()[: _LONGEST_REASON - 1]
             if not self._reason[0]:
-                self._reason[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+                self._reason[: len(text)] = np.frombuffer(text, dtype=np.uint8)
             self._shard_states[shard_id] = FAILED
         # Each call has a lock object of its own, which only its frame still knows.
         for frame, _ in traceback.walk_tb(error.__traceback__):
@@ -205,8 +208,7 @@ class CheckedDataset(StreamingDataset):
             shards = [self.shards[number] for number in failed[:_MOST_NAMED]]
             names = [os.path.join(shard.dirname, shard.split, shard.file_pairs[0][0].basename) for shard in shards]
             reason = bytes(self._reason.numpy()).rstrip(b"\0").decode(errors="replace")
-            told = reason or "another rank of this node could not get it, and says why"
-            raise RuntimeError(f"{counts}cannot read {', '.join(names)}: {told}") from cause
+            raise RuntimeError(f"{counts}cannot read {', '.join(names)}: {reason}") from cause
         if self._thread_error is not None:
             raise RuntimeError(f"{counts}a background thread failed: {self._thread_error}") from self._thread_error
 
