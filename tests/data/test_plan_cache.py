@@ -39,6 +39,6 @@ def test_old_plans_are_removed(tmp_path: Path):
     cached_plan("key", make)
     folder = Path(tmp_path, f"recipe-plans-{os.getuid()}")
     for path in folder.iterdir():
-        os.utime(path, (time.time() - 25 * 3600,) * 2)
+        os.utime(path, (0, time.time() - 25 * 3600))
     cached_plan("another", make)
     assert all(path.name.startswith("another") for path in folder.iterdir())
