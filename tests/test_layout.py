@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from lower levels, its own package and, where allowed, modules beside it.
 LEVELS: list[set[str]] = [
     {"schema", "boxes", "pictures", "draw", "draw_labels", "redact", "config", "logging_setup", "sidecar"}
-    | {"shared_memory"},
+    | {"shared_memory", "exit_codes"},
     {"data", "models", "losses", "metrics"},
     {"network", "inference", "joint", "build"},
-    {"optim", "checkpoint", "callbacks"},
+    {"optim", "checkpoint", "callbacks", "algorithms", "parallel"},
     {"config_checks"},
     {"train", "eval", "predict", "export"},
 ]
