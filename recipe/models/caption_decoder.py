@@ -6,7 +6,7 @@ is never copied per caption. Token embedding and output matrix are the language 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -16,6 +16,22 @@ from recipe.models.layers import Attention, FeedForward
 from recipe.models.memory import Memory, sine_embedding
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What generation keeps of one layer between tokens: keys and values of the memory and of the tokens so far."""
+
+    memory: KeysValues
+    past: KeysValues
+
+
+@dataclass
+class CaptionCache:
+    """What generation keeps between tokens; `layers` is empty before the first."""
+
+    layers: list[LayerCache] = field(default_factory=list)
+    length: int = 0
 
 
 class CaptionLayer(nn.Module):
@@ -39,46 +55,34 @@ class CaptionLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self,
-        states: Tensor,
-        past: KeysValues | None,
-        memory_keys_values: KeysValues,
-        memory_mask: Tensor,
-        positions: Tensor,
-    ) -> tuple[Tensor, KeysValues]:
+        self, states: Tensor, memory: Memory, positions: Tensor, cache: LayerCache | None
+    ) -> tuple[Tensor, LayerCache]:
         """Advances all captions by `C` tokens.
 
         Args:
             states: (N, T, C, W).
-            past: Keys and values of the tokens before, or None at the first.
-            memory_keys_values: The image memory's, from `cross_attention.keys_values`.
-            memory_mask: (N, 1, 1, M).
+            memory: Of the N images.
             positions: (N, T * C, W) embedding of the box centres.
+            cache: Of the tokens before; None at the first.
 
         Returns:
-            (N, T, C, W), and the keys and values of all tokens so far.
+            (N, T, C, W), and the cache with these tokens in it.
         """
         length = states.shape[2]
         rows = self.self_norm(states).flatten(0, 1)  # (N * T, C, W)
         keys, values = self.self_attention.keys_values(rows)
-        if past is not None:
+        if cache is None:
+            memory_keys_values = self.cross_attention.keys_values(memory.tokens, memory.positions)
+        else:
             assert length == 1, "with a cache, one token at a time"
-            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        attended = self.self_attention(rows, (keys, values), is_causal=past is None)
+            memory_keys_values = cache.memory
+            keys, values = torch.cat([cache.past[0], keys], dim=2), torch.cat([cache.past[1], values], dim=2)
+        attended = self.self_attention(rows, (keys, values), is_causal=cache is None)
         states = states + self.dropout(attended).view_as(states)
         queries = self.cross_norm(states).flatten(1, 2)  # (N, T * C, W)
-        attended = self.cross_attention(queries, memory_keys_values, positions, memory_mask)
+        attended = self.cross_attention(queries, memory_keys_values, positions, memory.mask[:, None, None, :])
         states = states + self.dropout(attended).view_as(states)
-        return states + self.dropout(self.ffn(self.ffn_norm(states))), (keys, values)
-
-
-@dataclass
-class CaptionCache:
-    """What generation keeps between tokens: the memory's keys and values, and each layer's own."""
-
-    memory: list[KeysValues]
-    past: list[KeysValues] | None = None
-    length: int = 0
+        return states + self.dropout(self.ffn(self.ffn_norm(states))), LayerCache(memory_keys_values, (keys, values))
 
 
 class CaptionDecoder(nn.Module):
@@ -136,13 +140,13 @@ class CaptionDecoder(nn.Module):
             boxes: (N, T, 4) cxcywh in [0, 1] of the queries; no gradient flows into them.
             memory: Of the N images.
             token_embeds: (N, T, C - 1, D), the embeddings of the tokens so far; None for none.
-            cache: From `start_cache`; advanced in place.
+            cache: Advanced in place; a new one to begin with.
 
         Returns:
             (N, T, C, D), ready for the language model's output matrix; with a cache C = 1.
         """
         parts = []
-        if cache is None or cache.past is None:
+        if cache is None or not cache.layers:
             parts.append(self.start(query_features)[:, :, None])
         if token_embeds is not None:
             parts.append(self.token_in(self.token_norm(token_embeds.to(self.start.weight.dtype))))
@@ -151,18 +155,10 @@ class CaptionDecoder(nn.Module):
         states = states + self.token_positions.weight[first : first + length]
         centers = sine_embedding(boxes[..., :2].detach(), self.width).to(states.dtype)
         positions = centers[:, :, None].expand(-1, -1, length, -1).flatten(1, 2)  # (N, T * C, W)
-        memory_keys_values = self.start_cache(memory).memory if cache is None else cache.memory
-        memory_mask = memory.mask[:, None, None, :]
-        past = []
+        kept = []
         for i, layer in enumerate(self.layers):
-            layer_past = cache.past[i] if cache is not None and cache.past is not None else None
-            states, keys_values = layer(states, layer_past, memory_keys_values[i], memory_mask, positions)
-            past.append(keys_values)
+            states, layer_cache = layer(states, memory, positions, cache.layers[i] if cache and cache.layers else None)
+            kept.append(layer_cache)
         if cache is not None:
-            cache.past, cache.length = past, first + length
+            cache.layers, cache.length = kept, first + length
         return self.token_out(self.norm(states))
-
-    def start_cache(self, memory: Memory) -> CaptionCache:
-        """The cache of a generation that has written nothing yet."""
-        keys_values = [layer.cross_attention.keys_values(memory.tokens, memory.positions) for layer in self.layers]
-        return CaptionCache(keys_values)

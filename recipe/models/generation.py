@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.memory import Memory
 from recipe.models.vlm import VisionLanguageModel
 
@@ -36,7 +36,7 @@ def generate_captions(
     Returns:
         (N, T, C) int64: after its end a caption goes on with `eos_token_id`.
     """
-    cache = decoder.start_cache(memory)
+    cache = CaptionCache()
     tokens: list[Tensor] = []
     finished = torch.zeros(query_features.shape[:2], dtype=torch.bool, device=query_features.device)
     for _ in range(decoder.max_caption_tokens):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from recipe.joint import JointModel
-from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.generation import generate_captions
 from recipe.models.memory import Memory
 
@@ -49,7 +49,7 @@ def teacher_forced(decoder: CaptionDecoder, inputs: Inputs, ids: Tensor) -> Tens
 @torch.no_grad()
 def test_cached_logits_are_teacher_forced_logits(decoder: CaptionDecoder, inputs: Inputs):
     expected = teacher_forced(decoder, inputs, inputs.ids)
-    cache = decoder.start_cache(inputs.memory)
+    cache = CaptionCache()
     steps = [decoder(inputs.features, inputs.boxes, inputs.memory, None, cache)]
     for step in range(LENGTH):
         embeds = inputs.embed(inputs.ids[..., step : step + 1])
