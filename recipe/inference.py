@@ -11,6 +11,7 @@ from recipe.config import EvaluationConfig, PromptConfig
 from recipe.data.chat import answer_frame, text_to_objects
 from recipe.models.generation import generate_answers, generate_captions
 from recipe.models.memory import Memory
+from recipe.models.sharding import is_sharded
 from recipe.network import JointNetwork
 from recipe.schema import Batch, DetectedObject, DetectionOutputs, Prediction, Sample
 
@@ -30,8 +31,11 @@ def predict_batch(
     Every query gives an object, by falling score; those under the score threshold have no caption. A sample without
     a picture has no objects.
     """
-    captions = [] if not batch["student_samples"] else _captions(network, detection, memory, tokenizer, evaluation)
-    answers = _answers(network, batch, tokenizer, evaluation) if evaluation.generate_answer else {}
+    lockstep = is_sharded(network)
+    captions, answers = [], {}
+    if batch["student_samples"] or lockstep:
+        captions = _captions(network, detection, memory, tokenizer, evaluation, lockstep)
+        answers = _answers(network, batch, tokenizer, evaluation, lockstep) if evaluation.generate_answer else {}
     rows = {sample: row for row, sample in enumerate(batch["student_samples"])}
     predictions = []
     for position, sample in enumerate(batch["samples"]):
@@ -65,12 +69,15 @@ def _captions(
     memory: Memory,
     tokenizer: PreTrainedTokenizerBase,
     evaluation: EvaluationConfig,
+    lockstep: bool,
 ) -> list[dict[int, str]]:
     """The captions of the best queries of each image, by query."""
     scores, queries = detection.pred_objectness.float().sigmoid().sort(dim=1, descending=True, stable=True)
     kept = (scores >= evaluation.score_threshold).sum(1).clamp(max=evaluation.max_captions)  # (N,)
     longest = int(kept.max())
-    if longest == 0:
+    if lockstep:
+        longest = max(longest, 1)
+    elif longest == 0:
         return [{} for _ in range(len(kept))]
     queries = queries[:, :longest]
     rows = torch.arange(len(queries), device=queries.device)[:, None]
@@ -82,6 +89,7 @@ def _captions(
         network.vlm.embed_tokens,
         network.vlm.logits,
         eos_token_id(tokenizer),
+        lockstep,
     )
     return [
         {
@@ -93,17 +101,22 @@ def _captions(
 
 
 def _answers(
-    network: JointNetwork, batch: Batch, tokenizer: PreTrainedTokenizerBase, evaluation: EvaluationConfig
+    network: JointNetwork,
+    batch: Batch,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: EvaluationConfig,
+    lockstep: bool,
 ) -> dict[int, str]:
     """The language model's answers about the pictures, by position in `batch["samples"]`."""
-    if not batch["student_samples"]:
-        return {}
     tokens = batch["input_ids"].flatten()
     prompts = [tokens[row[row >= 0]] for row in batch["prompt_index"]]
-    new = generate_answers(
-        network.vlm, prompts, batch["pixel_patches"], batch["image_grid_thw"], evaluation.max_new_tokens
-    )
-    return dict(zip(batch["student_samples"], _texts(tokenizer, new), strict=True))
+    patches, grids = batch["pixel_patches"], batch["image_grid_thw"]
+    if not batch["student_samples"]:
+        # Another rank has pictures, and its vision tower is sharded over this one too.
+        patches, grids = network.vlm.blank_image(tokens.device)
+        prompts = [tokens.new_tensor([network.vlm.hf_model.config.image_token_id])]
+    new = generate_answers(network.vlm, prompts, patches, grids, evaluation.max_new_tokens, lockstep)
+    return dict(zip(batch["student_samples"], _texts(tokenizer, new), strict=False))
 
 
 def _answer_objects(

@@ -95,13 +95,15 @@ class JointModel(ComposerModel):
         return torch.stack(weighted).sum()
 
     def eval_forward(self, batch: Batch, outputs: JointOutputs | None = None) -> EvalOutputs:
-        """Loss sums and predictions of one evaluation batch."""
-        outputs = self.forward(batch) if outputs is None else outputs
-        sums = self.loss_terms(outputs, batch, UNIT_COUNTS)
-        predictions = predict_batch(
-            self.model, batch, outputs.detection, outputs.memory, self.tokenizer, self.evaluation, self.prompt
-        )
-        return EvalOutputs(predictions, sums, count_losses(batch))
+        """Loss sums and predictions of one evaluation batch; `outputs` are made anew, as generation needs the pass."""
+
+        def predict(outputs: JointOutputs) -> list[Prediction]:
+            return predict_batch(
+                self.model, batch, outputs.detection, outputs.memory, self.tokenizer, self.evaluation, self.prompt
+            )
+
+        outputs, predictions = self.model(batch, predict)
+        return EvalOutputs(predictions, self.loss_terms(outputs, batch, UNIT_COUNTS), count_losses(batch))
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """The metrics of `eval`, each a scalar under its own name."""

@@ -1,10 +1,12 @@
 """The joint network: language model, detection memory, detection head and caption decoder in one forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.losses.matcher import Matches, match
@@ -14,6 +16,8 @@ from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import Memory, MemoryBuilder
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
 from recipe.schema import Batch, DetectionOutputs, Target
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -41,6 +45,11 @@ class JointOutputs:
     caption_logits: Tensor
     caption_labels: Tensor
     caption_images: Tensor
+
+
+# FSDP2 finds the tensors that pass in and out of its units only in structures that it knows.
+for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
+    pytree.register_dataclass(kind)
 
 
 class JointNetwork(nn.Module):
@@ -84,8 +93,25 @@ class JointNetwork(nn.Module):
         self.box_noise = box_noise
         self.aux_loss = aux_loss
 
-    def forward(self, batch: Batch) -> JointOutputs:
-        """One pass over a collated microbatch."""
+    @overload
+    def forward(self, batch: Batch) -> JointOutputs: ...
+    @overload
+    def forward(self, batch: Batch, then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
+
+    def forward(
+        self, batch: Batch, then: Callable[[JointOutputs], Result] | None = None
+    ) -> JointOutputs | tuple[JointOutputs, Result]:
+        """One pass over a collated microbatch.
+
+        Args:
+            batch: The microbatch.
+            then: Goes on with the outputs, and is given back with its result. Whatever uses the network's parameters
+                once more must run here: outside, they are sharded under FSDP.
+        """
+        outputs = self._outputs(batch)
+        return outputs if then is None else (outputs, then(outputs))
+
+    def _outputs(self, batch: Batch) -> JointOutputs:
         states = self.vlm(
             batch["input_ids"],
             batch["attention_mask"],

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.memory import Memory
+from recipe.models.sharding import on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
 
 
@@ -21,6 +22,7 @@ def generate_captions(
     embed: Callable[[Tensor], Tensor],
     logits: Callable[[Tensor], Tensor],
     eos_token_id: int,
+    lockstep: bool = False,
 ) -> Tensor:
     """Writes the captions of N images with T queries each, all at once.
 
@@ -32,6 +34,7 @@ def generate_captions(
         embed: Token ids → (..., D).
         logits: (..., D) → (..., V).
         eos_token_id: Ends a caption.
+        lockstep: Go on until every rank's captions have ended, as sharded parameters need.
 
     Returns:
         (N, T, C) int64: after its end a caption goes on with `eos_token_id`.
@@ -45,7 +48,8 @@ def generate_captions(
         chosen = logits(hidden[:, :, 0]).argmax(-1).masked_fill(finished, eos_token_id)  # (N, T)
         tokens.append(chosen)
         finished |= chosen == eos_token_id
-        if bool(finished.all()):
+        ended = bool(finished.all())
+        if on_all_ranks(ended, finished.device) if lockstep else ended:
             break
     return torch.stack(tokens, dim=-1)
 
@@ -57,6 +61,7 @@ def generate_answers(
     pixel_patches: Tensor,
     image_grid_thw: Tensor,
     max_new_tokens: int,
+    lockstep: bool = False,
 ) -> list[Tensor]:
     """Lets the language model answer, through transformers' own `generate`.
 
@@ -66,6 +71,7 @@ def generate_answers(
         pixel_patches: (P, 3 * patch * patch) uint8, the images of all prompts in order.
         image_grid_thw: (I, 3).
         max_new_tokens: Longest answer.
+        lockstep: Go on until every rank's answers have ended, as sharded parameters need.
 
     Returns:
         One (new tokens,) int64 a sample, end-of-sequence and padding among them.
@@ -86,6 +92,7 @@ def generate_answers(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
+        synced_gpus=lockstep,
         **images,
     )
     return list(generated[:, input_ids.shape[1] :])

@@ -1,9 +1,12 @@
-"""One training step of each case through Composer's Trainer: `composer -n 2 tests/distributed/one_step.py TINY OUT`.
+"""One training step of each case through Composer's Trainer: `composer -n 2 tests/distributed/one_step.py TINY OUT MODE`.
 
-Every rank writes OUT/CASE-RANK.pt: gradients, its share of each loss term, and the logged terms.
+MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-CASE-RANK.pt: gradients, its share of each loss term, and the
+logged terms.
 """
 
+import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import torch
 from composer import Callback, Logger, State, Trainer
 from composer.core import DataSpec
 from composer.utils import dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from recipe.config import OptimizerConfig
 from recipe.data.loader import (
@@ -22,6 +27,8 @@ from recipe.data.loader import (
     split_batch,
 )
 from recipe.optim import build_optimizer
+from recipe.parallel import build_parallelism, mark_units
+from tests.distributed.fsdp_shim import install
 from tests.tiny_cases import collator, make_config, make_examples, make_model
 
 
@@ -59,11 +66,32 @@ class Recorder(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Gradients of the whole global batch."""
         del logger
-        named = ((name.removeprefix("module."), value.grad) for name, value in state.model.named_parameters())
-        self.gradients = {name: gradient.clone() for name, gradient in named if gradient is not None}
+        with whole_parameters(state.model, with_grads=True):
+            self.gradients = {
+                plain_name(name): whole(value.grad).clone()
+                for name, value in state.model.named_parameters()
+                if value.grad is not None
+            }
 
 
-def run_case(case: Case, checkpoint: str) -> dict[str, Any]:
+def whole_parameters(model: nn.Module, with_grads: bool = False) -> AbstractContextManager[Any]:
+    """Gathers what FSDP1 has sharded; nothing to do for DDP and FSDP2."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return FullyShardedDataParallel.summon_full_params(model, with_grads=with_grads)
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gathers what FSDP2 has sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model that nothing wraps."""
+    return name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")
+
+
+def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
     """One step; this rank's record of it."""
     config = make_config(checkpoint)
     examples = make_examples(config)
@@ -77,8 +105,14 @@ def run_case(case: Case, checkpoint: str) -> dict[str, Any]:
     )
     model = make_model(config)
     recorder = Recorder()
+    parallelism = None
+    if mode != "ddp":
+        version = int(mode.removeprefix("fsdp"))
+        mark_units(model, version)
+        parallelism = build_parallelism({"fsdp": {"mixed_precision": "FULL"}}, version)
     trainer = Trainer(
         model=model,
+        parallelism_config=parallelism,
         train_dataloader=loader,
         optimizers=build_optimizer(model, OptimizerConfig()),
         callbacks=[recorder],
@@ -92,19 +126,24 @@ def run_case(case: Case, checkpoint: str) -> dict[str, Any]:
     )
     trainer.fit()
     logged = {name: float(value) for name, value in (trainer.state.total_loss_dict or {}).items()}
-    weights = {
-        name.removeprefix("module."): value.detach().clone() for name, value in trainer.state.model.named_parameters()
-    }
+    with whole_parameters(trainer.state.model):
+        weights = {
+            plain_name(name): whole(value.detach()).clone() for name, value in trainer.state.model.named_parameters()
+        }
     trainer.close()
     return {"losses": recorder.losses, "gradients": recorder.gradients, "logged": logged, "weights": weights}
 
 
 def main() -> None:
     """Runs all cases."""
-    checkpoint, out = sys.argv[1:]
+    checkpoint, out, mode = sys.argv[1:]
     dist.initialize_dist("cpu")
+    install()
     for name, case in CASES.items():
-        torch.save(run_case(case, checkpoint), Path(out, f"{name}-{dist.get_global_rank()}.pt"))
+        torch.save(run_case(case, checkpoint, mode), Path(out, f"{mode}-{name}-{dist.get_global_rank()}.pt"))
+    dist.barrier()
+    # Gloo of torch 2.7 can wait for ever in its destructor.
+    os._exit(0)
 
 
 if __name__ == "__main__":

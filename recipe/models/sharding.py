@@ -1,0 +1,18 @@
+"""What sharding (FSDP) asks of the model: every rank runs every unit equally often, or all wait for ever."""
+
+import torch
+from composer.utils import dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parts of a module's parameters lie on other ranks."""
+    return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules())
+
+
+def on_all_ranks(condition: bool, device: torch.device) -> bool:
+    """Whether `condition` holds on every rank; called by all ranks at the same point."""
+    flag = torch.tensor(int(condition), device=device)
+    dist.all_reduce(flag, reduce_operation="MIN")
+    return bool(flag)

@@ -1,0 +1,33 @@
+"""Lets Composer's FSDP paths run in gloo processes on the CPU, with right numbers; install before the Trainer."""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
+from torch import nn
+
+
+def install() -> None:
+    """Does nothing where there is a GPU.
+
+    Composer 0.32.1 asks CUDA for the device of FSDP1 and of parameters on the meta device. Gloo of torch 2.7 answers
+    an averaging reduce-scatter, which FSDP2 asks for, with the sum.
+    """
+    if torch.cuda.is_available():
+        return
+    torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
+    if len(inspect.signature(collectives._get_gradient_divide_factors).parameters) == 4:  # torch 2.6 and 2.7
+        collectives._get_gradient_divide_factors = _divide_by_all_ranks  # pyright: ignore[reportAttributeAccessIssue]
+    nn.Module.to_empty = _to_empty_on_cpu(nn.Module.to_empty)
+
+
+def _divide_by_all_ranks(group: Any, replicas: Any, dtype: Any, device_type: str = "") -> tuple[float, float]:
+    return float(group.size() * (replicas.size() if replicas is not None else 1)), 1.0
+
+
+def _to_empty_on_cpu(to_empty: Any) -> Any:
+    def wrapped(self: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
+        return to_empty(self, device="cpu" if "cuda" in str(device) else device, recurse=recurse)
+
+    return wrapped
