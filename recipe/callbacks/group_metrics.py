@@ -1,0 +1,144 @@
+"""How large each parameter group is, and how much of it a step moves."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from composer import Callback
+from composer.core import State, Time, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+from torch.optim import AdamW
+
+from recipe.algorithms.norms import is_sharded, local, named_groups, square_sums
+
+# Elements that are worked on at once: what the update of a group takes beside the parameters is twice this.
+PIECE = 2**25
+
+
+def every_batches(interval: str) -> int:
+    """`10ba` → 10.
+
+    Raises:
+        ValueError: It is not a number of batches above 0.
+    """
+    time = Time.from_timestring(interval)
+    if time.unit != TimeUnit.BATCH or time.value < 1:
+        raise ValueError(f"interval {interval!r} is not a number of batches: write it like 10ba")
+    return time.value
+
+
+class GroupMetrics(Callback):
+    """Logs `weight_norm/{group}` and `update_ratio/{group}` of every parameter group of the optimizer.
+
+    The ratio is the norm of what the step added to the group's weights, over the norm of its weights after the step.
+    The update is read off AdamW's own state, so no copy of the weights is kept; a parameter that the step left alone
+    (frozen, or its batch skipped) adds 0. Gradient norms are logged by `recipe.algorithms.nan_rollback`.
+
+    Args:
+        interval: Number of batches between two looks, such as `10ba`.
+    """
+
+    def __init__(self, interval: str = "10ba"):
+        self.num_batches = every_batches(interval)
+        self.rates: list[float] = []
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Checks that the optimizer is one whose update is known.
+
+        Raises:
+            ValueError: It is not a plain AdamW.
+        """
+        optimizer = state.optimizers[0]
+        plain = isinstance(optimizer, AdamW) and not any(
+            group["amsgrad"] or group["maximize"] for group in optimizer.param_groups
+        )
+        if not plain:
+            raise ValueError(f"group_metrics reads the update of AdamW, not of {optimizer}: leave group_metrics out")
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Keeps the learning rates: the schedulers move on between the optimizer's step and the batch's end."""
+        self.rates = []
+        if (int(state.timestamp.batch) + 1) % self.num_batches == 0:
+            self.rates = [float(group["lr"]) for group in state.optimizers[0].param_groups]
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Logs the norms after every `interval`-th step: one all-reduce (none under DDP), one wait for the device."""
+        if not self.rates:
+            return
+        optimizer = state.optimizers[0]
+        assert isinstance(optimizer, AdamW)
+        names = list(named_groups(optimizer))
+        weights = square_sums(list(named_groups(optimizer).values()), state.device._device)
+        updates = torch.zeros_like(weights)
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            updates[names.index(group["name"])] += update_square_sum(optimizer, group, rate).to(updates.device)
+        sums = torch.stack([weights, updates])
+        if is_sharded(state):
+            dist.all_reduce(sums)
+        weight_norms, update_norms = sums.sqrt().tolist()
+        metrics = {f"weight_norm/{name}": norm for name, norm in zip(names, weight_norms, strict=True)}
+        for name, weight, update in zip(names, weight_norms, update_norms, strict=True):
+            metrics[f"update_ratio/{name}"] = update / weight if weight else math.nan
+        logger.log_metrics(metrics)
+
+
+@torch.no_grad()
+def update_square_sum(optimizer: AdamW, group: dict[str, Any], rate: float) -> Tensor:
+    """The squared norm of what AdamW's last step added to this rank's part of an optimizer group.
+
+    With u = rate * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the step made w = (1 - rate * decay) * w_old - u.
+    So w - w_old = -(rate * decay * w + u) / (1 - rate * decay), from what is there after the step.
+
+    Args:
+        optimizer: After its step, gradients not yet cleared: a parameter without one was not stepped.
+        group: One of its groups.
+        rate: The learning rate of the step.
+
+    Returns:
+        () float64, on the device of the parameters.
+    """
+    stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+    if not stepped:
+        return torch.zeros((), dtype=torch.float64)
+    states = [optimizer.state[parameter] for parameter in stepped]
+    steps = torch.stack([state["step"] for state in states]).tolist()
+    beta1, beta2 = group["betas"]
+    shrink = rate * group["weight_decay"]
+    total = torch.zeros((), dtype=torch.float64, device=local(stepped[0]).device)
+    tensors = [(local(p), local(s["exp_avg"]), local(s["exp_avg_sq"])) for p, s in zip(stepped, states, strict=True)]
+    for weights, means, squares, counts in _pieces(tensors, steps):
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, [math.sqrt(1 - beta2**step) for step in counts])
+        torch._foreach_add_(denominators, group["eps"])
+        updates = torch._foreach_div(means, denominators)
+        torch._foreach_mul_(updates, [rate / (1 - beta1**step) for step in counts])
+        torch._foreach_add_(updates, weights, alpha=shrink)
+        total += square_sums([updates])[0]
+    return total / (1 - shrink) ** 2
+
+
+def _pieces(
+    tensors: Sequence[tuple[Tensor, ...]], steps: Sequence[float]
+) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]]:
+    """Weights, both moments and steps, cut and gathered to about `PIECE` elements, in float32 at least."""
+    gathered: list[tuple[Tensor, ...]] = []
+    counts: list[float] = []
+    size = 0
+    for row, step in zip(tensors, steps, strict=True):
+        for cut in zip(*(tensor.flatten().split(PIECE) for tensor in row), strict=True):
+            if size and size + cut[0].numel() > PIECE:
+                yield (*_columns(gathered), counts)
+                gathered, counts, size = [], [], 0
+            gathered.append(tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in cut))
+            counts.append(step)
+            size += cut[0].numel()
+    if gathered:
+        yield (*_columns(gathered), counts)
+
+
+def _columns(rows: Sequence[tuple[Tensor, ...]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    weights, means, squares = zip(*rows, strict=True)
+    return list(weights), list(means), list(squares)
