@@ -169,6 +169,72 @@ class SchedulerConfig:
 
 
 @dataclass
+class RunWatchConfig:
+    """So many batches in a row."""
+
+    action: str = "log"  # log | skip | rollback
+    count: int = 10
+
+
+@dataclass
+class RatioWatchConfig:
+    """Such a share of the last `window` batches."""
+
+    action: str = "rollback"
+    window: int = 50
+    ratio: float = 0.2
+
+
+@dataclass
+class ExplosionWatchConfig:
+    """Above so many medians of the last `window` batches; judged once half of them are known."""
+
+    action: str = "log"
+    window: int = 50
+    factor: float = 100.0
+
+
+@dataclass
+class SpikeWatchConfig:
+    """So many robust standard deviations above the median of the last `window`; judged once half are known."""
+
+    action: str = "log"
+    window: int = 100
+    z_score: float = 10.0
+
+
+@dataclass
+class AnomalyConfig:
+    """torch's anomaly mode for some batches: slow, and it ends the run, but names the operation that made a NaN."""
+
+    start: str = "0ba"
+    batches: int = 5
+
+
+@dataclass
+class NaNRollbackConfig:
+    """What is done about losses, gradients and weights that are not finite; see `recipe/algorithms/nan_rollback.py`.
+
+    A bad batch is skipped. Any watcher can be switched off with null.
+    """
+
+    snapshot_interval: str = "50ba"  # between copies of weights and optimizer in host memory
+    strikes: int = 3  # bad batches in a row after which the last copy is restored; at once where weights are bad
+    lr_factor: float = 0.5  # on all learning rates at each rollback
+    clip_factor: float = 0.5  # on `optimizer.clip_norm` at each rollback
+    max_rollbacks: int = 5  # one more ends the run with exit code 65
+    max_skipped: int = 20  # bad batches among the last `skipped_window`; one more ends the run with exit code 65
+    skipped_window: int = 1000
+    quarantine_after: int = 2  # bad batches after which a sample is left out, from the next epoch on
+    consecutive_nan: RunWatchConfig | None = field(default_factory=lambda: RunWatchConfig("log", 2))
+    nan_ratio: RatioWatchConfig | None = field(default_factory=RatioWatchConfig)
+    consecutive_zero_losses: RunWatchConfig | None = field(default_factory=RunWatchConfig)
+    gradient_explosion: ExplosionWatchConfig | None = field(default_factory=ExplosionWatchConfig)
+    loss_spike: SpikeWatchConfig | None = field(default_factory=SpikeWatchConfig)
+    detect_anomaly: AnomalyConfig | None = None
+
+
+@dataclass
 class RecipeConfig:
     """A run. `composer recipe/train.py YAML [key.sub=value ...]`."""
 
@@ -191,6 +257,7 @@ class RecipeConfig:
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     trainer: dict[str, Any] = field(default_factory=dict[str, Any])  # composer.Trainer keywords
     callbacks: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off
     loggers: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off

@@ -2,8 +2,10 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import reduce
 from math import inf
 from typing import Any, NoReturn
@@ -13,8 +15,9 @@ from composer.core import Precision
 from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
 
+from recipe.algorithms.watch import Action
 from recipe.callbacks.table import CALLBACKS, LOGGERS
-from recipe.config import ConfigError, LoaderConfig, RecipeConfig, load_config, nearest
+from recipe.config import ConfigError, LoaderConfig, NaNRollbackConfig, RecipeConfig, load_config, nearest
 
 CHOICES: Mapping[str, Sequence[str]] = {
     "model.attn_implementation": ("auto", "eager", "sdpa", "flash_attention_2"),
@@ -76,6 +79,13 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "optimizer.clip_norm": (1e-6, inf),
     "optimizer.reference_tokens": (1, inf),
     "scheduler.alpha_f": (0, inf),
+    "nan_rollback.strikes": (1, inf),
+    "nan_rollback.lr_factor": (1e-6, 1),
+    "nan_rollback.clip_factor": (1e-6, 1),
+    "nan_rollback.max_rollbacks": (0, inf),
+    "nan_rollback.max_skipped": (0, inf),
+    "nan_rollback.skipped_window": (1, inf),
+    "nan_rollback.quarantine_after": (1, inf),
 }
 
 # Keywords of other libraries that the recipe sets itself, and what to write instead.
@@ -151,6 +161,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_head(config)
     _check_images_and_checkpoint(config)
     _check_optimization(config)
+    _check_nan_rollback(config.nan_rollback)
     _check_teachers(config)
     _check_loader("train_loader", config.train_loader)
     _check_loader("eval_loader", config.eval_loader)
@@ -224,6 +235,23 @@ def _check_optimization(config: RecipeConfig) -> None:
     _check_time("scheduler.t_warmup", config.scheduler.t_warmup)
     if not any(value for name, value in vars(config.loss).items() if name.startswith("weight_")):
         raise ConfigError("loss.weight_*: all are 0, so nothing would train; set at least one above 0")
+
+
+def _check_nan_rollback(config: NaNRollbackConfig) -> None:
+    times = {"snapshot_interval": (config.snapshot_interval, 1)}
+    if config.detect_anomaly is not None:
+        times["detect_anomaly.start"] = (config.detect_anomaly.start, 0)
+    for name, (time, least) in times.items():
+        if not re.fullmatch(r"\d+ba", time) or int(time.removesuffix("ba")) < least:
+            raise ConfigError(f"nan_rollback.{name} is {time!r}: it must be {least} batches or more, such as 50ba")
+    for name, section in vars(config).items():
+        if not is_dataclass(section):
+            continue
+        for key, value in vars(section).items():
+            if key == "action":
+                _check_choice(f"nan_rollback.{name}.action", value, [action.name.lower() for action in Action])
+            elif not isinstance(value, str) and not 0 < value < inf:
+                raise ConfigError(f"nan_rollback.{name}.{key} is {value}: it must be above 0")
 
 
 def _check_teachers(config: RecipeConfig) -> None:

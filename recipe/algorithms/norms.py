@@ -1,6 +1,7 @@
 """Norms of parameter groups, the same whether the parameters are whole on every rank or sharded over them."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from composer.core import State
@@ -44,8 +45,8 @@ def square_sums(lists: Sequence[Sequence[Tensor]], device: torch.device | str = 
         parts = [part for part in map(local, tensors) if part.numel()]
         if parts:
             # Norms in at least float32: the square of a bfloat16 norm has three digits.
-            dtype = torch.promote_types(parts[0].dtype, torch.float32)
-            norms = torch.stack([norm.to(dtype) for norm in torch._foreach_norm(parts, 2, dtype=dtype)])
+            dtype = reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
+            norms = torch.stack(list(torch._foreach_norm(parts, 2, dtype=dtype)))  # pyright: ignore[reportPrivateImportUsage]
             sums.append(norms.double().square().sum())
         else:
             sums.append(torch.zeros((), dtype=torch.float64, device=device))

@@ -115,6 +115,7 @@ class PackStream(CheckedDataset):
             self.predownload = self._default_predownload()
         self._fixed_identity = self._identify_data()
         self.epoch_of_length = 0
+        self.quarantined: set[str] = set()  # ids left out of their packs; a change reaches workers started after it
         self._plan: tuple[str, Plan] | None = None
         self._packs: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._epoch = 0
@@ -182,7 +183,8 @@ class PackStream(CheckedDataset):
             members = members or self._members()
             number, occurrence, num_tokens, is_last = next(members)
             try:
-                examples.append(self._make(row, occurrence, num_tokens))
+                if row["id"] not in self.quarantined:
+                    examples.append(self._make(row, occurrence, num_tokens))
             except ValueError as error:
                 if not self._skips_bad_samples:
                     raise

@@ -1,0 +1,123 @@
+"""Watch the losses and gradient norms of the past batches for what no single number shows."""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from recipe.config import NaNRollbackConfig
+
+MAD_TO_SIGMA = 1.4826  # of a normal distribution
+LEAST_SPREAD = 1e-3  # in medians: among losses that are all alike, any other would be a spike
+
+
+class Action(IntEnum):
+    """What a watcher asks for, the mildest first."""
+
+    LOG = 0
+    SKIP = 1
+    ROLLBACK = 2
+
+
+class Reading(NamedTuple):
+    """One batch, in numbers of all ranks.
+
+    Attributes:
+        is_finite: Losses, head outputs and gradients.
+        loss: The total.
+        gradient_norm: Of all groups, before clipping.
+    """
+
+    is_finite: bool
+    loss: float
+    gradient_norm: float
+
+
+class Watch:
+    """Remembers the last batches and tells which watchers a new one sets off.
+
+    Args:
+        config: Thresholds and actions; a watcher that is None never goes off.
+    """
+
+    def __init__(self, config: NaNRollbackConfig):
+        self.config = config
+        counts = [item.count for item in (config.consecutive_nan, config.consecutive_zero_losses) if item]
+        windows = [item.window for item in (config.nan_ratio, config.gradient_explosion, config.loss_spike) if item]
+        self.readings: deque[Reading] = deque(maxlen=max([1, *counts, *windows]))
+
+    def alarms(self, now: Reading) -> dict[str, Action]:
+        """Adds a batch and returns the action of every watcher that it sets off."""
+        past = list(self.readings)
+        self.readings.append(now)
+        readings = [*past, now]
+        config, found = self.config, dict[str, str]()
+        if (nan := config.consecutive_nan) and consecutive(readings, lambda item: not item.is_finite) >= nan.count:
+            found["consecutive_nan"] = nan.action
+        if (ratio := config.nan_ratio) and not now.is_finite and nan_ratio(readings, ratio.window) >= ratio.ratio:
+            found["nan_ratio"] = ratio.action
+        zero = config.consecutive_zero_losses
+        if zero and consecutive(readings, lambda item: item.loss == 0) >= zero.count:
+            found["consecutive_zero_losses"] = zero.action
+        if now.is_finite:
+            if explosion := config.gradient_explosion:
+                norms = finite_values(past, explosion.window, lambda item: item.gradient_norm)
+                if is_explosion(now.gradient_norm, norms, explosion.factor):
+                    found["gradient_explosion"] = explosion.action
+            if spike := config.loss_spike:
+                losses = finite_values(past, spike.window, lambda item: item.loss)
+                if losses and robust_z_score(now.loss, losses) > spike.z_score:
+                    found["loss_spike"] = spike.action
+        return {name: Action[action.upper()] for name, action in found.items()}
+
+    def state_dict(self) -> list[list[Any]]:
+        """The batches remembered; JSON can hold it."""
+        return [list(item) for item in self.readings]
+
+    def load_state_dict(self, state: list[list[Any]]) -> None:
+        """Remembers them again."""
+        self.readings.clear()
+        self.readings.extend(Reading(*item) for item in state)
+
+
+def consecutive(readings: Sequence[Reading], holds: Callable[[Reading], bool]) -> int:
+    """Of how many readings in a row, up to the last, it holds."""
+    for count, reading in enumerate(reversed(readings)):
+        if not holds(reading):
+            return count
+    return len(readings)
+
+
+def nan_ratio(readings: Sequence[Reading], window: int) -> float:
+    """The share of the last `window` batches that were not finite; batches before the first count as finite."""
+    return sum(not item.is_finite for item in readings[-window:]) / window
+
+
+def finite_values(readings: Sequence[Reading], window: int, value: Callable[[Reading], float]) -> list[float]:
+    """Values of the finite ones of the last `window` readings; none where less than half the window is known."""
+    values = [value(item) for item in readings[-window:] if item.is_finite]
+    return values if 2 * len(values) >= window else []
+
+
+def is_explosion(norm: float, past: Sequence[float], factor: float) -> bool:
+    """Whether a gradient norm is above `factor` medians of the past ones; not where that is 0 or nothing is known."""
+    return bool(past) and norm > factor * statistics.median(past) > 0
+
+
+def robust_z_score(value: float, past: Sequence[float]) -> float:
+    """How many standard deviations a value is above the median, both estimated as outliers cannot sway them.
+
+    The deviation is 1.4826 MADs (median absolute deviations from the median), but at least a thousandth of the median.
+
+    Args:
+        value: To judge.
+        past: What to judge it by; at least one.
+    """
+    median = statistics.median(past)
+    deviation = MAD_TO_SIGMA * statistics.median(abs(item - median) for item in past)
+    deviation = max(deviation, LEAST_SPREAD * abs(median))
+    if deviation == 0:
+        return math.inf if value > median else 0.0
+    return (value - median) / deviation
