@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from composer import Algorithm
-from composer.algorithms import GradientClipping
 from composer.optim import (
     ComposerScheduler,
     ConstantWithWarmupScheduler,
@@ -16,7 +15,8 @@ from composer.optim import (
 from torch import nn
 from torch.optim import AdamW
 
-from recipe.config import OptimizerConfig, SchedulerConfig
+from recipe.algorithms.nan_rollback import NaNRollback
+from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +118,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch:
     return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 
 
-def build_algorithms(config: OptimizerConfig) -> list[Algorithm]:
-    """Composer's gradient clipping, where a norm is set."""
-    if config.clip_norm is None:
-        return []
-    return [GradientClipping(clipping_type="norm", clipping_threshold=config.clip_norm)]
+def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
+    """The guard that also clips, last: Composer calls the last one first after the backward pass."""
+    return [NaNRollback(config.nan_rollback, config.optimizer.clip_norm, config.run_folder)]
 
 
 def build_scheduler(config: SchedulerConfig) -> ComposerScheduler:

@@ -1,20 +1,25 @@
 """Train: `composer recipe/train.py YAML [key.sub=value ...]`."""
 
+import logging
 import sys
 from pathlib import Path
 
 from composer import Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
+from recipe.algorithms.nan_rollback import TrainingDiverged
 from recipe.build import build_encoder, build_model, load_processor
 from recipe.callbacks.table import build_callbacks, build_loggers
 from recipe.config import RecipeConfig, save_config
 from recipe.config_checks import config_from_command_line
 from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
 from recipe.data.stream import read_teachers
+from recipe.exit_codes import DIVERGED
 from recipe.logging_setup import setup_logging
 from recipe.optim import build_algorithms, build_optimizer, build_scheduler
 from recipe.shared_memory import clean_dead_shared_memory
+
+log = logging.getLogger("recipe.train")  # its __name__ is __main__
 
 
 def main(config: RecipeConfig) -> Trainer:
@@ -37,7 +42,7 @@ def main(config: RecipeConfig) -> Trainer:
         eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
         optimizers=build_optimizer(model, config.optimizer, tokens_per_batch(config, train_loader)),
         schedulers=build_scheduler(config.scheduler),
-        algorithms=build_algorithms(config.optimizer),
+        algorithms=build_algorithms(config),
         callbacks=build_callbacks(config, processor.tokenizer),
         loggers=build_loggers(config),
         seed=config.seed,
@@ -51,4 +56,8 @@ def main(config: RecipeConfig) -> Trainer:
 
 if __name__ == "__main__":
     setup_logging()
-    main(config_from_command_line(sys.argv[1:]))
+    try:
+        main(config_from_command_line(sys.argv[1:]))
+    except TrainingDiverged as error:
+        log.error("%s", error)
+        sys.exit(DIVERGED)
