@@ -39,7 +39,7 @@ _LANGUAGE_MODEL = "vlm."
 # What a genuine checkpoint of Composer holds beside tensors, after Composer's own list (mosaicml/composer#3937): random
 # generator states and times. numpy's `_reconstruct` is private, and was moved between numpy 1 and 2.
 _RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
-_SAFE_GLOBALS: list[Any] = [
+SAFE_GLOBALS: list[Any] = [
     timedelta,
     TorchVersion,
     np.ndarray,
@@ -62,10 +62,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist: give a .pt file from {{run_folder}}/checkpoints")
     try:
-        with safe_globals(_SAFE_GLOBALS):
-            foreign = get_unsafe_globals_in_checkpoint(str(path))
-            if foreign:
-                raise ValueError(f"it holds {', '.join(sorted(foreign))}, which could run code: refused")
+        with safe_globals(SAFE_GLOBALS):
+            refuse_code(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -75,6 +73,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} is no Composer checkpoint: it holds no weights under state.model")
     return dict(weights)
+
+
+def refuse_code(path: Path) -> None:
+    """Looks at what a file of `torch.save` would need to be unpickled, without unpickling it.
+
+    To be called within `safe_globals(SAFE_GLOBALS)`, which cannot be nested.
+
+    Raises:
+        ValueError: It needs more than a genuine checkpoint of Composer.
+        RuntimeError: It is no readable archive.
+    """
+    foreign = get_unsafe_globals_in_checkpoint(str(path))
+    if foreign:
+        raise ValueError(f"it holds {', '.join(sorted(foreign))}, which could run code: refused")
 
 
 def _read_remote_weights(address: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from recipe.build import build_encoder, build_model, load_processor
 from recipe.callbacks.table import build_callbacks, build_loggers
+from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS, safe_loading
 from recipe.config import RecipeConfig
 from recipe.config_checks import config_from_command_line
 from recipe.data.loader import build_eval_loader
@@ -26,17 +27,19 @@ def main(config: RecipeConfig) -> dict[str, float]:
     processor = load_processor(config)
     teachers = read_teachers(config.teachers, config.seed)
     eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
-    trainer = Trainer(
-        model=build_model(config, processor),
-        eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
-        callbacks=build_callbacks(config, processor.tokenizer),
-        loggers=build_loggers(config),
-        seed=config.seed,
-        load_path=config.load_path,
-        load_weights_only=True,
-        precision=config.trainer.get("precision"),
-        progress_bar=config.trainer.get("progress_bar", True),
-    )
+    with safe_loading():
+        trainer = Trainer(
+            model=build_model(config, processor),
+            eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
+            callbacks=build_callbacks(config, processor.tokenizer),
+            loggers=build_loggers(config),
+            seed=config.seed,
+            load_path=config.load_path,
+            load_weights_only=True,
+            load_exclude_algorithms=list(EXCLUDED_ALGORITHMS),
+            precision=config.trainer.get("precision"),
+            progress_bar=config.trainer.get("progress_bar", True),
+        )
     trainer.eval()
     scores = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     if dist.get_global_rank() == 0:

@@ -23,7 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from recipe.callbacks.json_lines import JsonLinesLogger
 from recipe.callbacks.log_first_sample import LogFirstSample
 from recipe.callbacks.log_predictions import LogPredictions
+from recipe.callbacks.preemption import Preemption
 from recipe.callbacks.training_data import TrainingData
+from recipe.checkpoints.manifest import Origin
+from recipe.checkpoints.saver import build_saver
 from recipe.config import RecipeConfig
 
 CALLBACKS: Mapping[str, type[Callback]] = {
@@ -58,6 +61,12 @@ def build_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) ->
             LogPredictions(config.evaluation.num_logged_images, pictures, config.evaluation.score_threshold)
         )
     return callbacks
+
+
+def build_savers(config: RecipeConfig, origin: Origin) -> list[Callback]:
+    """What saves checkpoints, and saves one on SIGTERM; to be the last callbacks, after all whose state is saved."""
+    saver = build_saver(config, origin)
+    return [] if saver is None else [saver, Preemption(saver)]
 
 
 def build_loggers(config: RecipeConfig) -> list[LoggerDestination]:

@@ -1,0 +1,185 @@
+"""Find the newest checkpoint that can be trusted, in a folder or in an object store."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+from composer.utils import maybe_create_object_store_from_uri, parse_uri
+
+from recipe.checkpoints.manifest import PARTIAL, Manifest, checkpoint_of, manifest_of, parse_manifest, verify
+from recipe.redact import redact
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose every byte is as it was written.
+
+    Attributes:
+        path: For the Trainer's `load_path`: of a file, or of a sharded checkpoint's folder; or its address.
+        manifest: Of it.
+    """
+
+    path: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """Files on a disk."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """Of all files below, but for links to others."""
+        paths = [path for path in self.path.rglob("*") if path.is_file() and not path.is_symlink()]
+        return [path.relative_to(self.path).as_posix() for path in paths]
+
+    def size(self, name: str) -> int | None:
+        """Bytes; None where there is no such file."""
+        path = self.path / name
+        return path.stat().st_size if path.is_file() else None
+
+    def fetch(self, names: Sequence[str], scratch: Path) -> Path:
+        """The folder in which they can be read."""
+        return self.path
+
+    def address(self, name: str) -> str:
+        """Of a file or folder in it."""
+        return str(self.path / name)
+
+
+@dataclass(frozen=True)
+class StoreFolder:
+    """Objects of a store below an address such as `s3://bucket/run/checkpoints`."""
+
+    uri: str
+
+    def names(self) -> list[str]:
+        """Of all objects below."""
+        store = maybe_create_object_store_from_uri(self.uri)
+        assert store is not None
+        prefix = f"{parse_uri(self.uri)[2].rstrip('/')}/".lstrip("/")
+        return [name.removeprefix(prefix) for name in store.list_objects(prefix)]
+
+    def size(self, name: str) -> int | None:
+        """Bytes; None where there is no such object."""
+        store = maybe_create_object_store_from_uri(self.uri)
+        assert store is not None
+        try:
+            return store.get_object_size(parse_uri(self.address(name))[2])
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, names: Sequence[str], scratch: Path) -> Path:
+        """Downloads them; returns the folder."""
+        store = maybe_create_object_store_from_uri(self.uri)
+        assert store is not None
+        for name in names:
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            store.download_object(parse_uri(self.address(name))[2], str(scratch / name), overwrite=True)
+        return scratch
+
+    def address(self, name: str) -> str:
+        """Of an object, or of those with a common beginning."""
+        return f"{self.uri.rstrip('/')}/{name}"
+
+
+def open_folder(folder: str) -> LocalFolder | StoreFolder:
+    """A folder by its path or address."""
+    return StoreFolder(folder) if "://" in folder else LocalFolder(Path(folder))
+
+
+def newest_valid(folder: str) -> Found | None:
+    """The checkpoint of the highest batch that is whole and unchanged; those passed over are told as warnings.
+
+    Args:
+        folder: Of the checkpoints; or an address. From a store, a checkpoint is downloaded to be checked.
+    """
+    place = open_folder(folder)
+    manifests, rejected = read_manifests(place)
+    for name, reason in rejected.items():
+        _warn(place.address(name), reason)
+    # Of two names of one checkpoint, the one it was saved under before the one of the best.
+    for name in sorted(manifests, key=lambda name: (-manifests[name].batch, bool(manifests[name].metric))):
+        manifest = manifests[name]
+        reason = check(place, name, manifest)
+        if reason is None and manifest.weights_only:
+            reason = "it holds only weights, training cannot go on from it"
+        if reason is None:
+            return Found(place.address(name), manifest)
+        _warn(place.address(name), reason)
+    return None
+
+
+def existing(folder: str) -> list[str]:
+    """The names of all checkpoints in a folder or store, valid or not."""
+    names = open_folder(folder).names()
+    return sorted({found for name in names if (found := _checkpoint_in(name)) is not None})
+
+
+def read_manifests(place: LocalFolder | StoreFolder) -> tuple[dict[str, Manifest], dict[str, str]]:
+    """The manifests of a folder by their checkpoints' names, and why the other checkpoints have none."""
+    names = place.names()
+    manifests: dict[str, Manifest] = {}
+    rejected = {found: "no manifest" for name in names if (found := _checkpoint_in(name)) is not None}
+    rejected |= {name: "its run ended while it was being written" for name in names if name.endswith(PARTIAL)}
+    with TemporaryDirectory() as scratch:
+        for name in names:
+            checkpoint = checkpoint_of(name)
+            if checkpoint is None:
+                continue
+            try:
+                text = (place.fetch([name], Path(scratch)) / name).read_bytes()
+                manifests[checkpoint] = parse_manifest(text)
+                rejected.pop(checkpoint, None)
+            except (ValueError, TypeError, KeyError, FileNotFoundError) as error:
+                rejected[checkpoint] = f"its manifest cannot be read: {error}"
+    return manifests, rejected
+
+
+def read_manifest(place: LocalFolder | StoreFolder, name: str) -> Manifest | None:
+    """The manifest of one checkpoint; None where it has none.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    for sharded in (False, True):
+        path = manifest_of(name, sharded)
+        if place.size(path) is None:
+            continue
+        with TemporaryDirectory() as scratch:
+            text = (place.fetch([path], Path(scratch)) / path).read_bytes()
+        try:
+            return parse_manifest(text)
+        except (json.JSONDecodeError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{place.address(path)} cannot be read: {error}: give another checkpoint") from error
+    return None
+
+
+def check(place: LocalFolder | StoreFolder, name: str, manifest: Manifest) -> str | None:
+    """Why a checkpoint is not what its manifest says; None where it is. Sizes are compared before all is read."""
+    folder = name if manifest.sharded else str(PurePosixPath(name).parent)
+    paths = {str(PurePosixPath(folder, file)): entry for file, entry in manifest.files.items()}
+    for path, entry in paths.items():
+        size = place.size(path)
+        if size != entry.size:
+            return f"{path} is missing" if size is None else f"{path} has {size} bytes instead of {entry.size}"
+    with TemporaryDirectory() as scratch:
+        return verify(manifest, place.fetch(list(paths), Path(scratch)) / folder)
+
+
+def _checkpoint_in(name: str) -> str | None:
+    """The checkpoint that a file belongs to, by its name."""
+    path = PurePosixPath(name)
+    if path.name.endswith(".distcp") or path.name == ".metadata":
+        return str(path.parent)
+    return name if path.suffix == ".pt" else checkpoint_of(name)
+
+
+def _warn(address: str, reason: str) -> None:
+    log.warning("checkpoint %s is passed over: %s", redact(address), reason)

@@ -1,0 +1,168 @@
+"""Decide what a run starts from: its own newest valid checkpoint, the one that `load_path` names, or nothing."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from composer import Trainer
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils.file_helpers import extract_path_from_symlink
+
+from recipe.checkpoints.find import Found, check, existing, newest_valid, open_folder, read_manifest
+from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS
+from recipe.checkpoints.manifest import Origin, differences
+from recipe.checkpoints.saver import save_folder
+from recipe.config import RecipeConfig
+from recipe.data.agreement import agree
+from recipe.redact import redact
+
+log = logging.getLogger(__name__)
+
+
+def load_keywords(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
+    """The Trainer's `load_*` keywords for this run; called by all ranks.
+
+    Its own checkpoints come first: `load_path` is only for a run that has none.
+
+    Args:
+        config: The run's.
+        origin: What the model and tokenizer of this run are.
+
+    Raises:
+        ValueError: On every rank: there are checkpoints but none may be resumed from, or the one to start from is
+            broken or does not fit.
+    """
+    keywords: dict[str, Any] = {}
+    error: Exception | None = None
+    if dist.get_global_rank() == 0:
+        try:
+            keywords = _look(config, origin)
+        except Exception as raised:  # told to the others, then raised
+            error = raised
+    agree(error)
+    told = [keywords]
+    dist.broadcast_object_list(told)
+    keywords = told[0]
+    path = keywords.get("load_path")
+    if path is not None and "://" not in path and not Path(path).exists():
+        error = ValueError(f"{path} is not seen by rank {dist.get_global_rank()}: use a folder that all nodes share")
+    agree(error)
+    return keywords
+
+
+def is_finished(trainer: Trainer) -> bool:
+    """Whether the checkpoint that a run resumed from was its last."""
+    assert trainer.state.max_duration is not None
+    finished = trainer.state.timestamp >= trainer.state.max_duration
+    if finished:
+        log.warning("the run has ended at %s already: raise trainer.max_duration to go on", trainer.state.max_duration)
+    return finished
+
+
+def _look(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
+    found = _own_checkpoint(config)
+    if found is not None:
+        if config.load_path is not None:
+            log.info("load_path %s is left alone: the run has checkpoints of its own", redact(config.load_path))
+        log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
+        _check_fit(config, origin, found)
+        return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
+    if config.load_path is None:
+        return {"load_path": None}
+    path = _resolve(config.load_path)
+    found = _described(path)
+    if found is None:
+        log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
+        return _keywords(path, weights_only=True)
+    _check_fit(config, origin, found)
+    return _keywords(path, found.manifest.weights_only or config.trainer.get("load_weights_only", False))
+
+
+def _keywords(path: str, weights_only: bool) -> dict[str, Any]:
+    return {"load_path": path, "load_weights_only": weights_only, "load_exclude_algorithms": list(EXCLUDED_ALGORITHMS)}
+
+
+def _own_checkpoint(config: RecipeConfig) -> Found | None:
+    folder = save_folder(config)
+    if folder is None:
+        return None
+    if config.autoresume:
+        found = newest_valid(folder)
+        if found is None and (names := existing(folder)):
+            raise ValueError(
+                f"{redact(folder)} holds checkpoints but none to resume from ({_some(names)}), see the warnings above: "
+                "mend one, set another run_folder, or start anew with autoresume: false and trainer.save_overwrite: "
+                "true (load_path then may name one of them, for its weights)"
+            )
+        return found
+    if not config.trainer.get("save_overwrite") and (names := existing(folder)):
+        raise ValueError(
+            f"{redact(folder)} holds checkpoints ({_some(names)}) and autoresume is false: set autoresume: true to go "
+            "on from the newest, trainer.save_overwrite: true to start anew over them, or another run_folder"
+        )
+    return None
+
+
+def _described(path: str) -> Found | None:
+    """A checkpoint somewhere else with what its manifest says; None where it has none.
+
+    Raises:
+        ValueError: It is not what its manifest says.
+    """
+    if path.startswith(("http://", "https://")):
+        return None
+    parent, _, name = path.rpartition("/")
+    place = open_folder(parent or ".")
+    manifest = read_manifest(place, name)
+    if manifest is None:
+        return None
+    reason = check(place, name, manifest)
+    if reason is not None:
+        raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
+    return Found(path, manifest)
+
+
+def _resolve(path: str) -> str:
+    """The checkpoint that a link names, such as `latest-rank0.pt`; of rank 0, which writes what is not sharded."""
+    path = path.replace("{rank}", "0")
+    store = maybe_create_object_store_from_uri(path)
+    if store is not None:
+        if not path.endswith(".symlink"):
+            return path
+        backend, bucket, _ = parse_uri(path)
+        return f"{backend}://{bucket}/{extract_path_from_symlink(path, store)}"
+    return path if path.startswith(("http://", "https://")) else str(Path(path).resolve())
+
+
+def _check_fit(config: RecipeConfig, origin: Origin, found: Found) -> None:
+    """Logs how the configuration differs from the checkpoint's.
+
+    Raises:
+        ValueError: The checkpoint is of another model or tokenizer, or of another layout.
+    """
+    manifest, path = found.manifest, redact(found.path)
+    changed = differences(manifest.origin.config, origin.config)
+    for change in changed:
+        log.info("the configuration differs from that of %s in %s", PurePosixPath(path).name, change)
+    for what in ("tokenizer", "model"):
+        if getattr(origin, what) != getattr(manifest.origin, what):
+            shape = " in names or shapes of its parameters" if what == "model" else ""
+            changes = _some(changed) or "nothing"
+            raise ValueError(
+                f"{path} was made with another {what}{shape}; the configurations differ in {changes}: give "
+                f"the {what} it was trained with, or set another run_folder"
+            )
+    fsdp: Mapping[str, Any] = (config.trainer.get("parallelism_config") or {}).get("fsdp") or {}
+    if manifest.sharded != (fsdp.get("state_dict_type") == "sharded"):
+        wanted = "sharded" if manifest.sharded else "full"
+        raise ValueError(
+            f"{path} is a {'sharded' if manifest.sharded else 'whole'} checkpoint and this run reads the other kind: "
+            f"set trainer.parallelism_config.fsdp.state_dict_type: {wanted}"
+            + ("" if manifest.sharded else ", or leave fsdp out")
+        )
+
+
+def _some(names: list[str], shown: int = 3) -> str:
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
