@@ -15,6 +15,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from recipe.environment import guard_environment
 from recipe.redact import redact
 
 
@@ -271,7 +272,8 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     """Reads a run's configuration: the defaults above, overridden by the yaml, overridden by `key.sub=value` texts.
 
     Raises:
-        ConfigError: The yaml is missing or no yaml, a key is unknown, a value has the wrong type or is missing.
+        ConfigError: The yaml is missing or no yaml, a key is unknown, a value has the wrong type or is missing, or it
+            asks for an environment variable that may not be read (see `recipe/environment.py`).
     """
     config = OmegaConf.structured(RecipeConfig)
     config = _merge(config, _read_yaml(yaml_path), yaml_path)
@@ -282,7 +284,7 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
             raise ConfigError(f"missing {', '.join(missing)}: set in {yaml_path} or as key=value on the command line")
         return cast(RecipeConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")
         raise ConfigError(f"{error.full_key}: {reason}; mend the ${{...}} or set the variable") from error
 
 
@@ -304,6 +306,7 @@ def _read_yaml(path: str) -> DictConfig:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a yaml file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
+    guard_environment()
         raise ConfigError(f"{path} is no yaml: {_flatten(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold `key: value` sections, not a list: see yamls/ for examples")

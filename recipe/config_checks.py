@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 
 from recipe.algorithms.watch import Action
 from recipe.callbacks.table import CALLBACKS, LOGGERS
-from recipe.config import ConfigError, LoaderConfig, NaNRollbackConfig, RecipeConfig, load_config, nearest
+from recipe.config import GROUPS, ConfigError, LoaderConfig, NaNRollbackConfig, RecipeConfig, load_config, nearest
+from recipe.redact import redact_text
+from recipe.schedule import parse_stages
 
 CHOICES: Mapping[str, Sequence[str]] = {
     "model.attn_implementation": ("auto", "eager", "sdpa", "flash_attention_2"),
@@ -364,5 +366,5 @@ def _get(config: RecipeConfig, key: str) -> Any:
 
 def _exit(message: str) -> NoReturn:
     # On every rank: the launcher may end rank 0 before it prints, and then shows what the others wrote.
-    print(message, file=sys.stderr)
+    print(redact_text(message), file=sys.stderr)
     raise SystemExit(2)

@@ -1,4 +1,4 @@
-"""Take secrets out of a configuration before it is written anywhere."""
+"""Take secrets out of a configuration, and out of any text, before it is written anywhere."""
 
 import os
 import re
@@ -11,6 +11,10 @@ _USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _QUERY_VALUE = re.compile(
     r"(?<=[?&])([^=&#\s]*(?:key|token|password|secret|credential|signature)[^=&#\s]*=)[^&#\s]+", re.I
 )
+# `api_key=x` and `'api_key': 'x'`, but not the `key=` of Python's sort, which every other traceback shows.
+_ASSIGNED = re.compile(
+    r"(?<![\w-])(?!key\b)(?P<name>[\w.-]+)(?P<sign>=|[\"']\s?:\s?)(?:\"[^\"]*\"|'[^']*'|[^\s\"',;&{\[(]+)", re.ASCII
+)
 _SHORTEST_SECRET = 6  # an environment variable such as SSH_KEY=1 must not blank every 1
 
 
@@ -18,17 +22,33 @@ def redact(value: Any) -> Any:
     """A copy of nested dicts and lists without secrets.
 
     Replaced are: whatever a secret-looking key holds (`api_key`, not `max_new_tokens`), the user and the query secrets
-    of addresses, and the value of every environment variable with such a name, which `${oc.env:...}` may have put
-    anywhere.
+    of addresses, and the value of every environment variable with such a name, wherever it stands.
     """
-    secrets = [text for name, text in os.environ.items() if _is_secret(name) and len(text) >= _SHORTEST_SECRET]
+    secrets = [text for name, text in os.environ.items() if is_secret(name) and len(text) >= _SHORTEST_SECRET]
     return _redact(value, sorted(secrets, key=len, reverse=True))
+
+
+def redact_text(text: str) -> str:
+    """A log line, an error or a traceback without secrets: as `redact`, and the values of `api_key=...`."""
+    return _ASSIGNED.sub(_hide_assigned, redact(text))
+
+
+def is_secret(name: str) -> bool:
+    """Whether something of this name is a secret: `apiKey` and `HF_TOKEN` are, `max_new_tokens` is not."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", words))
+
+
+def _hide_assigned(match: re.Match[str]) -> str:
+    if not is_secret(match["name"]):
+        return match[0]
+    return f"{match['name']}{match['sign']}{REDACTED}"
 
 
 def _redact(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, Mapping):
         return {
-            key: REDACTED if item is not None and _is_secret(str(key)) else _redact(item, secrets)
+            key: REDACTED if item is not None and is_secret(str(key)) else _redact(item, secrets)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -38,8 +58,3 @@ def _redact(value: Any, secrets: list[str]) -> Any:
             value = value.replace(secret, REDACTED)
         return _QUERY_VALUE.sub(rf"\1{REDACTED}", _USER_INFO.sub(REDACTED, value))
     return value
-
-
-def _is_secret(name: str) -> bool:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-    return not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", words))

@@ -142,7 +142,7 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("optimizer.betas=[0.9,x]", "wrong value of optimizer.betas"),
         ("train_loader.streams=null", "wrong value of train_loader.streams"),
         ("train_loader.streams=abc", "wrong value of train_loader.streams"),
-        ("run_folder=${oc.env:NO_SUCH_VARIABLE}", "run_folder: .*NO_SUCH_VARIABLE"),
+        ("run_folder=${oc.env:RECIPE_NO_SUCH_VARIABLE}", "run_folder: .*RECIPE_NO_SUCH_VARIABLE"),
         ("run_folder=${nothing}", "run_folder: .*nothing"),
         # values
         ("model.attn_implementation=flash", "model.attn_implementation is 'flash': it must be one of auto, "),
@@ -240,17 +240,16 @@ def test_saved_config_loads_again(minimal: str, tmp_path: Path) -> None:
 
 def test_no_secret_is_saved(minimal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_STORE_SECRET", "hunter2hunter2")
-    monkeypatch.setenv("PLAIN_FOLDER", "not-hidden")
+    monkeypatch.setenv("RECIPE_FOLDER", "not-hidden")
     config = load_config(
         minimal,
         [
-            "train_loader.streams.main.remote=s3://${oc.env:MY_STORE_SECRET}/a",
+            "train_loader.streams.main.remote=s3://hunter2hunter2/a",
             "eval_loader.streams.main.remote=https://user:letmein@host/a?X-Amz-Signature=abcdef&part=2",
-            "loggers.wandb.init_kwargs={settings: {api_key: sesame}, notes: '${oc.env:MY_STORE_SECRET}'}",
-            "run_folder=${oc.env:PLAIN_FOLDER}",
+            "loggers.wandb.init_kwargs={settings: {api_key: sesame}, notes: hunter2hunter2}",
+            "run_folder=${oc.env:RECIPE_FOLDER}",
         ],
     )
-    assert config.train_loader.streams["main"]["remote"] == "s3://hunter2hunter2/a"
     save_config(config, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
     for secret in ("hunter2", "letmein", "abcdef", "sesame"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from lower levels, its own package and, where allowed, modules beside it.
 LEVELS: list[set[str]] = [
     {"schema", "boxes", "pictures", "draw", "draw_labels", "redact", "config", "logging_setup", "sidecar"}
-    | {"shared_memory", "exit_codes"},
+    | {"shared_memory", "exit_codes", "environment"},
     {"data", "models", "losses", "metrics"},
     {"network", "inference", "joint", "build"},
     {"optim", "checkpoint", "callbacks", "algorithms", "parallel"},
