@@ -275,6 +275,7 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         ConfigError: The yaml is missing or no yaml, a key is unknown, a value has the wrong type or is missing, or it
             asks for an environment variable that may not be read (see `recipe/environment.py`).
     """
+    guard_environment()
     config = OmegaConf.structured(RecipeConfig)
     config = _merge(config, _read_yaml(yaml_path), yaml_path)
     config = _merge(config, _parse_overrides(overrides), "the command line")
@@ -306,7 +307,6 @@ def _read_yaml(path: str) -> DictConfig:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a yaml file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-    guard_environment()
         raise ConfigError(f"{path} is no yaml: {_flatten(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold `key: value` sections, not a list: see yamls/ for examples")

@@ -17,7 +17,7 @@ LEVELS: list[set[str]] = [
     | {"shared_memory", "exit_codes", "environment"},
     {"data", "models", "losses", "metrics"},
     {"network", "inference", "joint", "build"},
-    {"optim", "checkpoint", "callbacks", "algorithms", "parallel"},
+    {"optim", "schedule", "checkpoint", "checkpoints", "callbacks", "algorithms", "parallel", "loggers"},
     {"config_checks"},
     {"train", "eval", "predict", "export"},
 ]
