@@ -18,6 +18,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from recipe.environment import guard_environment
 from recipe.redact import redact
 
+GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what is in each: recipe/optim.py
+
 
 @dataclass
 class ModelConfig:
@@ -161,12 +163,30 @@ class OptimizerConfig:
 
 
 @dataclass
-class SchedulerConfig:
-    """Composer's schedulers, by their own names and keywords."""
+class CurveConfig:
+    """The course of a learning rate: Composer's schedulers, by their own names and keywords."""
 
     name: str = "cosine"  # cosine | linear | constant, each with warm-up
     t_warmup: str = "0ba"
     alpha_f: float = 0.0  # the last multiplier
+
+
+@dataclass
+class SchedulerConfig(CurveConfig):
+    """The course of all learning rates."""
+
+    groups: dict[str, CurveConfig] = field(default_factory=dict[str, CurveConfig])  # {group: a whole curve of its own}
+
+
+@dataclass
+class StagedFreezingConfig:
+    """Which groups are frozen, or learn at another rate, in which part of the run; see `recipe/schedule.py`.
+
+    Of a group's list the last entry whose time (2ep, 500ba, 0.75dur) has come holds; before the first: `lr: 1.0`.
+    """
+
+    groups: dict[str, Any] = field(default_factory=dict[str, Any])  # {group: [{from: time, lr: factor | frozen}, ...]}
+    detection_freeze_epochs: int | None = None  # short for: adapter and detection are frozen for so many epochs
 
 
 @dataclass
@@ -258,6 +278,7 @@ class RecipeConfig:
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    staged_freezing: StagedFreezingConfig = field(default_factory=StagedFreezingConfig)
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     trainer: dict[str, Any] = field(default_factory=dict[str, Any])  # composer.Trainer keywords
     callbacks: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off

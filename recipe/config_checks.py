@@ -81,6 +81,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "optimizer.clip_norm": (1e-6, inf),
     "optimizer.reference_tokens": (1, inf),
     "scheduler.alpha_f": (0, inf),
+    "staged_freezing.detection_freeze_epochs": (0, inf),
     "nan_rollback.strikes": (1, inf),
     "nan_rollback.lr_factor": (1e-6, 1),
     "nan_rollback.clip_factor": (1e-6, 1),
@@ -169,6 +170,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_loader("eval_loader", config.eval_loader)
     _check_packing(config)
     _check_trainer(config.trainer)
+    _check_schedule(config)
     _check_table("callbacks", config.callbacks, CALLBACKS)
     _check_table("loggers", config.loggers, LOGGERS)
 
@@ -254,6 +256,17 @@ def _check_nan_rollback(config: NaNRollbackConfig) -> None:
                 _check_choice(f"nan_rollback.{name}.action", value, [action.name.lower() for action in Action])
             elif not isinstance(value, str) and not 0 < value < inf:
                 raise ConfigError(f"nan_rollback.{name}.{key} is {value}: it must be above 0")
+
+
+def _check_schedule(config: RecipeConfig) -> None:
+    for group, curve in config.scheduler.groups.items():
+        where = f"scheduler.groups.{group}"
+        _check_choice("a key of scheduler.groups", group, GROUPS)
+        _check_choice(f"{where}.name", curve.name, CHOICES["scheduler.name"])
+        _check_time(f"{where}.t_warmup", curve.t_warmup)
+        if not 0 <= curve.alpha_f < inf:
+            raise ConfigError(f"{where}.alpha_f is {curve.alpha_f}: it must be 0 or more")
+    parse_stages(config)
 
 
 def _check_teachers(config: RecipeConfig) -> None:

@@ -58,6 +58,10 @@ class JointNetwork(nn.Module):
     Every parameter takes part in every step, also where a batch has no picture, no object or no text: otherwise
     ranks wait for one another for ever. Such parts run on a blank row that no loss term counts.
 
+    While no parameter of memory, detection head and caption decoder is trainable, they run without autograd: their
+    losses are still told, but teach nothing, as a head that is not trained yet would lead the vision tower astray.
+    A trainable memory under a frozen head passes gradients on.
+
     Args:
         vlm: The language model.
         memory: Builds an image's memory.
@@ -121,6 +125,14 @@ class JointNetwork(nn.Module):
             batch["image_grid_thw"],
         )
         label_logits = self.vlm.logits(states.last_hidden_state[batch["label_index"]])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._head_trains()):
+            return self._head_outputs(batch, states, label_logits)
+
+    def _head_trains(self) -> bool:
+        parts = (self.memory, self.detection_head, self.caption_decoder)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def _head_outputs(self, batch: Batch, states: VlmOutputs, label_logits: Tensor) -> JointOutputs:
         memory = self.build_memory(states, batch)
         targets: Sequence[Target | None] = batch["targets"] or [None]
         noise_seeds = batch["noise_seeds"] or [0]

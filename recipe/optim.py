@@ -1,4 +1,4 @@
-"""Parameter groups by name, AdamW with a learning rate a group, and the schedule."""
+"""Parameter groups by name, AdamW with a learning rate a group, and the algorithms that go with it."""
 
 import logging
 import re
@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from composer import Algorithm
-from composer.optim import (
-    ComposerScheduler,
-    ConstantWithWarmupScheduler,
-    CosineAnnealingWithWarmupScheduler,
-    LinearWithWarmupScheduler,
-)
 from torch import nn
 from torch.optim import AdamW
 
 from recipe.algorithms.nan_rollback import NaNRollback
-from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig
+from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.config import OptimizerConfig, RecipeConfig
+from recipe.schedule import build_schedule
 
 log = logging.getLogger(__name__)
 
@@ -114,19 +110,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch:
             if parameters:
                 weight_decay = config.weight_decay if decays else 0.0
                 optimizer_groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": group})
-    log.info("learning rates x %g (%s, %s tokens a batch)", scale.factor, scale.rule, scale.tokens)
+    log.info(
+        "learning rates x %g: lr_scaling %s, %g tokens a batch, reference %s",
+        scale.factor,
+        scale.rule,
+        scale.tokens,
+        scale.reference_tokens,
+    )
     return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
 
 
 def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
-    """The guard that also clips, last: Composer calls the last one first after the backward pass."""
-    return [NaNRollback(config.nan_rollback, config.optimizer.clip_norm, config.run_folder)]
-
-
-def build_scheduler(config: SchedulerConfig) -> ComposerScheduler:
-    """Composer's scheduler of that name; it multiplies every group's rate."""
-    if config.name == "cosine":
-        return CosineAnnealingWithWarmupScheduler(t_warmup=config.t_warmup, alpha_f=config.alpha_f)
-    if config.name == "linear":
-        return LinearWithWarmupScheduler(t_warmup=config.t_warmup, alpha_f=config.alpha_f)
-    return ConstantWithWarmupScheduler(t_warmup=config.t_warmup)
+    """Stages and learning rates; then the guard that also clips: Composer calls it first after the backward pass."""
+    return [
+        StagedFreezing(build_schedule(config)),
+        NaNRollback(config.nan_rollback, config.optimizer.clip_norm, config.run_folder),
+    ]

@@ -16,7 +16,8 @@ from recipe.data.loader import build_eval_loader, build_train_loader, device_bat
 from recipe.data.stream import read_teachers
 from recipe.exit_codes import DIVERGED
 from recipe.logging_setup import setup_logging
-from recipe.optim import build_algorithms, build_optimizer, build_scheduler
+from recipe.optim import build_algorithms, build_optimizer
+from recipe.schedule import build_curve
 from recipe.shared_memory import clean_dead_shared_memory
 
 log = logging.getLogger("recipe.train")  # its __name__ is __main__
@@ -41,7 +42,7 @@ def main(config: RecipeConfig) -> Trainer:
         train_dataloader=train_loader,
         eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
         optimizers=build_optimizer(model, config.optimizer, tokens_per_batch(config, train_loader)),
-        schedulers=build_scheduler(config.scheduler),
+        schedulers=build_curve(config.scheduler),
         algorithms=build_algorithms(config),
         callbacks=build_callbacks(config, processor.tokenizer),
         loggers=build_loggers(config),

@@ -6,19 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from composer.optim import (
-    ConstantWithWarmupScheduler,
-    CosineAnnealingWithWarmupScheduler,
-    LinearWithWarmupScheduler,
-)
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from recipe.build import build_network
-from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig
+from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.data.image import ImageSpec
 from recipe.joint import JointModel
-from recipe.optim import build_optimizer, build_scheduler, group_of, group_parameters, lr_scale
+from recipe.optim import build_optimizer, group_of, group_parameters, lr_scale
 from recipe.schema import Example
 from tests.tiny_cases import collator, make_model
 
@@ -209,12 +204,3 @@ def test_scaling_without_its_numbers_raises(missing: dict[str, Any]):
     config = OptimizerConfig(lr_scaling="linear", reference_tokens=values["reference_tokens"])
     with pytest.raises(ValueError, match=r"lr_scaling=linear needs optimizer\.reference_tokens"):
         lr_scale(config, values["tokens"])
-
-
-def test_schedulers_are_composers_with_warm_up():
-    for name, kind in (
-        ("cosine", CosineAnnealingWithWarmupScheduler),
-        ("linear", LinearWithWarmupScheduler),
-        ("constant", ConstantWithWarmupScheduler),
-    ):
-        assert type(build_scheduler(SchedulerConfig(name=name, t_warmup="3ba"))) is kind
