@@ -1,0 +1,181 @@
+"""FLOPs of a step against torch's own counter, which sees every matrix product that is run."""
+
+from collections.abc import Callable, Iterable
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from recipe.config import RecipeConfig
+from recipe.joint import JointModel
+from recipe.models.flops import PARTS, Flops, step_flops, window_lengths
+from recipe.optim import group_parameters
+from recipe.schema import Batch, Example
+from tests.tiny_cases import make_batches, make_model
+
+GROUPS = ("vision", "merger", "llm", "adapter", "detection")
+NAMES = ["one", "text"]
+
+
+def counted(model: JointModel, batches: Iterable[Batch]) -> tuple[int, int]:
+    """What torch counts in the forward and in the backward pass.
+
+    Its fused attention kernels for the CPU have no formula, so attention runs as plain matrix products.
+    """
+    forward = backward = 0
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            losses = model.loss(model(batch), batch)
+            before = counter.get_total_flops()
+            losses["total"].backward()
+            backward += counter.get_total_flops() - before
+        # The rotary angles of the language model are a product too, which has nothing to do with the weights.
+        config = model.model.vlm.text_config
+        rotary = 3 * batch["input_ids"].numel() * config.hidden_size // config.num_attention_heads
+        forward += before - rotary
+    return forward, backward
+
+
+def total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+def freeze_but(model: JointModel, trained: Iterable[str]) -> None:
+    for group, members in group_parameters(model).items():
+        for _, parameter in members:
+            parameter.requires_grad_(group in trained)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    """A model of its own, to freeze."""
+    return make_model(tiny_config(detection_head={"num_layers": 3}))
+
+
+@pytest.mark.parametrize("layout", ["standard", "packed"])
+@pytest.mark.parametrize(
+    "names",
+    [["text"], pytest.param(["two", "text", "empty", "one"], marks=pytest.mark.slow)],
+    ids="-".join,
+)
+def test_equal_to_torch(model: JointModel, tiny_examples: dict[str, Example], layout: str, names: list[str]) -> None:
+    freeze_but(model, GROUPS)
+    batches = make_batches([tiny_examples[name] for name in names], layout, 3)
+    flops = step_flops(model.model, batches, GROUPS)
+    assert (total(flops.forward), total(flops.backward)) == counted(model, batches)
+    assert total(flops.recompute) == 0
+    assert all(flops.forward[part] > 0 for part in PARTS)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        ("vision", "merger"),
+        ("merger", "llm", "detection"),
+        *(
+            pytest.param(groups, marks=pytest.mark.slow)
+            for groups in (
+                ("merger",),
+                ("llm",),
+                ("adapter",),
+                ("detection",),
+                ("adapter", "detection"),
+                ("vision", "merger", "adapter"),
+            )
+        ),
+    ],
+    ids="-".join,
+)
+def test_frozen_groups_need_less(
+    model: JointModel, tiny_examples: dict[str, Example], trained: tuple[str, ...]
+) -> None:
+    freeze_but(model, trained)
+    batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
+    flops = step_flops(model.model, batches, trained)
+    assert (total(flops.forward), total(flops.backward)) == counted(model, batches)
+    assert total(flops.backward) < total(step_flops(model.model, batches, GROUPS).backward)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [GROUPS, *(pytest.param(groups, marks=pytest.mark.slow) for groups in (("llm",), ("merger", "adapter")))],
+    ids="-".join,
+)
+def test_recomputed_flops_are_told_apart(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], trained: tuple[str, ...]
+) -> None:
+    checkpointed = make_model(tiny_config(model={"gradient_checkpointing": True}))
+    freeze_but(checkpointed, trained)
+    batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
+    flops = step_flops(checkpointed.model, batches, trained)
+    forward, backward = counted(checkpointed, batches)
+    assert total(flops.forward) == forward
+    assert total(flops.backward) + total(flops.recompute) == backward
+    assert flops.recompute["llm"] > 0 and (flops.recompute["vision"] > 0) == ("vision" in trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_denoising_groups": 0},
+        {"refine_boxes": False},
+        {"width": None},
+        {"num_denoising_groups": 0, "aux_loss": False, "refine_boxes": False},
+    ],
+    ids=str,
+)
+def test_other_heads(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], changes: dict[str, object]
+) -> None:
+    other = make_model(tiny_config(detection_head=changes))
+    batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
+    flops = step_flops(other.model, batches, GROUPS)
+    assert (total(flops.forward), total(flops.backward)) == counted(other, batches)
+
+
+@pytest.mark.slow
+def test_more_objects_than_queries(model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """Which captions are written is the matching's choice: they may be longer or shorter than the mean."""
+    freeze_but(model, GROUPS)
+    batches = make_batches([tiny_examples["crowded"]], "packed", 1)
+    flops = step_flops(model.model, batches, GROUPS)
+    forward, backward = counted(model, batches)
+    assert total(flops.forward) == pytest.approx(forward, rel=0.002)
+    assert total(flops.backward) == pytest.approx(backward, rel=0.002)
+
+
+def test_parts_of_a_hand_worked_step(model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """The text-only sample: one blank picture of 2 x 2 patches, and 5 matrices a token and layer."""
+    freeze_but(model, GROUPS)
+    (batch,) = make_batches([tiny_examples["text"]], "packed", 1)
+    flops = step_flops(model.model, [batch], GROUPS)
+    hf = model.model.vlm.hf_model.config
+    text, vision = hf.get_text_config(), hf.vision_config
+    width, tokens = text.hidden_size, batch["input_ids"].numel()
+    key_width = width * text.num_key_value_heads // text.num_attention_heads
+    a_token = 2 * width * width + 2 * width * key_width + 3 * width * text.intermediate_size
+    head = len(batch["labels"]) * width * text.vocab_size
+    layers = text.num_hidden_layers * (tokens * a_token + 2 * tokens**2 * width)
+    assert flops.forward["llm"] == 2 * (layers + head)
+    side = vision.hidden_size
+    patch = 3 * 2 * 14**2 * side
+    block = 4 * (4 * side * side + 3 * side * vision.intermediate_size) + 2 * 4**2 * side
+    assert flops.forward["vision"] == 2 * (4 * patch + vision.depth * block)
+    assert flops.forward["merger"] == 2 * ((4 * side) ** 2 + 4 * side * width)
+
+
+def test_flops_of_microbatches_add_up(model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    freeze_but(model, GROUPS)
+    batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 2)
+    whole = step_flops(model.model, batches, GROUPS)
+    each: list[Flops] = [step_flops(model.model, [batch], GROUPS) for batch in batches]
+    for part in PARTS:
+        assert whole.hardware(part) == sum(flops.hardware(part) for flops in each)
+
+
+def test_windows_are_cut_at_the_edge() -> None:
+    assert sorted(window_lengths((1, 5, 4), 4)) == [4, 16]
+    assert window_lengths((2, 4, 4), 4) == [16, 16]
+    assert sum(window_lengths((1, 7, 9), 4)) == 63
