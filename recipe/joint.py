@@ -18,6 +18,7 @@ from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAverag
 from recipe.metrics.dense_caption import CaptionMatch
 from recipe.metrics.entries import LossAverage, MetricEntry, metric_entries
 from recipe.metrics.language import AnswerBoxes
+from recipe.models.sharding import Sealed
 from recipe.network import JointNetwork, JointOutputs
 from recipe.schema import Batch, LossCounts, Prediction
 
@@ -61,7 +62,7 @@ class JointModel(ComposerModel):
 
     def forward(self, batch: Batch) -> JointOutputs:
         """One microbatch → outputs."""
-        return self.model(batch)
+        return self.model(Sealed(batch))
 
     def loss(  # pyright: ignore[reportIncompatibleMethodOverride] - Composer's Trainer takes a dict too
         self, outputs: JointOutputs, batch: Batch, *args: Any, **kwargs: Any
@@ -102,7 +103,7 @@ class JointModel(ComposerModel):
                 self.model, batch, outputs.detection, outputs.memory, self.tokenizer, self.evaluation, self.prompt
             )
 
-        outputs, predictions = self.model(batch, predict)
+        outputs, predictions = self.model(Sealed(batch), predict)
         return EvalOutputs(predictions, self.loss_terms(outputs, batch, UNIT_COUNTS), count_losses(batch))
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:

@@ -14,6 +14,7 @@ from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.denoising import DenoisingQueries, make_denoising_queries
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import Memory, MemoryBuilder
+from recipe.models.sharding import Sealed
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
 from recipe.schema import Batch, DetectionOutputs, Target
 
@@ -98,12 +99,12 @@ class JointNetwork(nn.Module):
         self.aux_loss = aux_loss
 
     @overload
-    def forward(self, batch: Batch) -> JointOutputs: ...
+    def forward(self, batch: Sealed[Batch]) -> JointOutputs: ...
     @overload
-    def forward(self, batch: Batch, then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
+    def forward(self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
 
     def forward(
-        self, batch: Batch, then: Callable[[JointOutputs], Result] | None = None
+        self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result] | None = None
     ) -> JointOutputs | tuple[JointOutputs, Result]:
         """One pass over a collated microbatch.
 
@@ -112,7 +113,7 @@ class JointNetwork(nn.Module):
             then: Goes on with the outputs, and is given back with its result. Whatever uses the network's parameters
                 once more must run here: outside, they are sharded under FSDP.
         """
-        outputs = self._outputs(batch)
+        outputs = self._outputs(batch.content)
         return outputs if then is None else (outputs, then(outputs))
 
     def _outputs(self, batch: Batch) -> JointOutputs:
@@ -153,7 +154,8 @@ class JointNetwork(nn.Module):
         hidden = states.last_hidden_state
         solved = batch["student_images"].tolist()
         if not solved:
-            blank = hidden.new_zeros(1, hidden.shape[-1])
+            # Needs a gradient where an image's row does: FSDP reduces a unit's gradients when those of its inputs come.
+            blank = 0.0 * hidden[:1]
             return self.memory([blank], [(1, 1)], blank[None], torch.ones(1, 1, dtype=torch.bool, device=hidden.device))
         merge = self.vlm.hf_model.config.vision_config.spatial_merge_size
         sizes = (batch["image_grid_thw"][:, 1:] // merge).tolist()

@@ -118,7 +118,7 @@ def losses_and_gradients(model: JointModel, batches: Sequence[Batch]) -> tuple[d
         (losses["total"] / len(batches)).backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.detach() / len(batches)
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, f"no gradient: {missing}"
     return sums, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

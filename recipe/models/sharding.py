@@ -1,9 +1,20 @@
 """What sharding (FSDP) asks of the model: every rank runs every unit equally often, or all wait for ever."""
 
+from typing import Generic, TypeVar
+
 import torch
 from composer.utils import dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+Content = TypeVar("Content")
+
+
+class Sealed(Generic[Content]):
+    """Carries a root unit's input past FSDP, which rounds all it finds to the weights' precision: target boxes too."""
+
+    def __init__(self, content: Content):
+        self.content = content
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ logged terms.
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,72 @@ from recipe.data.loader import (
     get_num_tokens_in_batch,
     split_batch,
 )
+from recipe.joint import JointModel
 from recipe.optim import build_optimizer
 from recipe.parallel import build_parallelism, mark_units
 from tests.distributed.fsdp_shim import install
 from tests.tiny_cases import collator, make_config, make_examples, make_model
 
 
+MIXED = (["two", "text", "crowded"], ["unannotated", "empty", "one"])
+TEXT_ONLY_RANK = (["text", "text"], ["two", "one"])
+
+
 @dataclass(frozen=True)
 class Case:
-    """Which samples each rank reads of one global batch, and how it cuts them."""
+    """Which samples each rank reads of one global batch, how it cuts them, and how the model differs.
+
+    Attributes:
+        shares: Names of the samples of each rank.
+        layout: Of the collator.
+        microbatch_size: Samples.
+        model: Changed keys of the section `model`.
+        untied: The output matrix is not the token embedding.
+        optimizer: Rates of 0 freeze.
+        only_ddp: DDP waits for other ranks after the last microbatch; FSDP gathers weights in each.
+    """
 
     shares: tuple[list[str], list[str]]
-    layout: str
-    microbatch_size: int
+    layout: str = "standard"
+    microbatch_size: int = 1
+    model: dict[str, Any] = field(default_factory=dict[str, Any])
+    untied: bool = False
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    only_ddp: bool = False
 
 
 CASES = {
-    "padded": Case((["two", "text", "crowded"], ["unannotated", "empty", "one"]), "standard", 3),
-    "packed": Case((["two", "text", "crowded"], ["unannotated", "empty", "one"]), "packed", 2),
-    "text_only_rank": Case((["text", "text"], ["two", "one"]), "standard", 1),
-    "uneven_microbatches": Case((["two", "one", "empty", "text", "crowded"], ["unannotated", "two"]), "packed", 1),
+    "padded": Case(MIXED, microbatch_size=3),
+    "packed": Case(MIXED, "packed", 2),
+    "text_only_rank": Case(TEXT_ONLY_RANK),
+    "checkpointed": Case(TEXT_ONLY_RANK, model={"gradient_checkpointing": True}),
+    "untied": Case(MIXED, "packed", 3, untied=True),
+    "frozen_llm": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_llm=0.0)),
+    "frozen_vision": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_vision=0.0, lr_merger=0.0)),
+    "frozen_backbone": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_vision=0.0, lr_merger=0.0, lr_llm=0.0)),
+    "frozen_head": Case(
+        TEXT_ONLY_RANK,
+        model={"gradient_checkpointing": True},
+        optimizer=OptimizerConfig(lr_llm=0.0, lr_adapter=0.0, lr_detection=0.0),
+    ),
+    "uneven_microbatches": Case(
+        (["two", "one", "empty", "text", "crowded"], ["unannotated", "two"]), "packed", only_ddp=True
+    ),
 }
+
+
+def make_case_model(case: Case, checkpoint: str) -> JointModel:
+    """The case's model in float64, the same in every process."""
+    model = make_model(make_config(checkpoint, model=case.model))
+    if case.untied:
+        head = model.model.vlm.hf_model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().flip(0).clone())
+    return model
+
+
+def cases_of(mode: str) -> dict[str, Case]:
+    """The cases that `mode` can run."""
+    return {name: case for name, case in CASES.items() if mode == "ddp" or not case.only_ddp}
 
 
 class Recorder(Callback):
@@ -66,19 +111,36 @@ class Recorder(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Gradients of the whole global batch."""
         del logger
-        with whole_parameters(state.model, with_grads=True):
-            self.gradients = {
-                plain_name(name): whole(value.grad).clone()
-                for name, value in state.model.named_parameters()
-                if value.grad is not None
-            }
+        self.gradients = whole_gradients(state.model)
 
 
-def whole_parameters(model: nn.Module, with_grads: bool = False) -> AbstractContextManager[Any]:
+def whole_parameters(model: nn.Module) -> AbstractContextManager[Any]:
     """Gathers what FSDP1 has sharded; nothing to do for DDP and FSDP2."""
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return FullyShardedDataParallel.summon_full_params(model, with_grads=with_grads)
-    return nullcontext()
+    return FullyShardedDataParallel.summon_full_params(model) if is_fsdp1(model) else nullcontext()
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradient of every parameter that has one, gathered from all ranks."""
+    if not is_fsdp1(model):
+        return {
+            plain_name(name): whole(parameter.grad).clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+    # FSDP1's own gathering of gradients fails in float64 where one rank's part of a unit is frozen (torch 2.7).
+    with whole_parameters(model):
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    gathered = {}
+    for name, parameter in model.named_parameters():
+        parts = dist.all_gather_object(None if parameter.grad is None else parameter.grad.flatten())
+        found = [part for part in parts if part is not None]
+        if found:
+            gathered[plain_name(name)] = torch.cat(found).view(shapes[name])
+    return gathered
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -93,8 +155,7 @@ def plain_name(name: str) -> str:
 
 def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
     """One step; this rank's record of it."""
-    config = make_config(checkpoint)
-    examples = make_examples(config)
+    examples = make_examples(make_config(checkpoint))
     share = [examples[name] for name in case.shares[dist.get_global_rank()]]
     microbatches = collate_microbatches(share, collator(case.layout), case.microbatch_size)
     loader = DataSpec(
@@ -103,18 +164,18 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
         get_num_samples_in_batch=get_num_samples_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
     )
-    model = make_model(config)
+    model = make_case_model(case, checkpoint)
     recorder = Recorder()
     parallelism = None
     if mode != "ddp":
         version = int(mode.removeprefix("fsdp"))
         mark_units(model, version)
-        parallelism = build_parallelism({"fsdp": {"mixed_precision": "FULL"}}, version)
+        parallelism = build_parallelism({"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}, version)
     trainer = Trainer(
         model=model,
         parallelism_config=parallelism,
         train_dataloader=loader,
-        optimizers=build_optimizer(model, OptimizerConfig()),
+        optimizers=build_optimizer(model, case.optimizer),
         callbacks=[recorder],
         max_duration="1ba",
         device="cpu",
@@ -139,7 +200,7 @@ def main() -> None:
     checkpoint, out, mode = sys.argv[1:]
     dist.initialize_dist("cpu")
     install()
-    for name, case in CASES.items():
+    for name, case in cases_of(mode).items():
         torch.save(run_case(case, checkpoint, mode), Path(out, f"{mode}-{name}-{dist.get_global_rank()}.pt"))
     dist.barrier()
     # Gloo of torch 2.7 can wait for ever in its destructor.
