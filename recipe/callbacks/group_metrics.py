@@ -1,5 +1,6 @@
 """How large each parameter group is, and how much of it a step moves."""
 
+# pyright: reportPrivateImportUsage=false
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,7 +72,8 @@ class GroupMetrics(Callback):
         optimizer = state.optimizers[0]
         assert isinstance(optimizer, AdamW)
         names = list(named_groups(optimizer))
-        weights = square_sums(list(named_groups(optimizer).values()), state.device._device)
+        device = next(state.model.parameters()).device
+        weights = square_sums(list(named_groups(optimizer).values()), device)
         updates = torch.zeros_like(weights)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             updates[names.index(group["name"])] += update_square_sum(optimizer, group, rate).to(updates.device)
@@ -89,8 +91,8 @@ class GroupMetrics(Callback):
 def update_square_sum(optimizer: AdamW, group: dict[str, Any], rate: float) -> Tensor:
     """The squared norm of what AdamW's last step added to this rank's part of an optimizer group.
 
-    With u = rate * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the step made w = (1 - rate * decay) * w_old - u.
-    So w - w_old = -(rate * decay * w + u) / (1 - rate * decay), from what is there after the step.
+    With u = rate * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the step made w = (1 - rate * decay) * old - u.
+    So w - old = -(rate * decay * w + u) / (1 - rate * decay), from what is there after the step.
 
     Args:
         optimizer: After its step, gradients not yet cleared: a parameter without one was not stepped.

@@ -93,6 +93,7 @@ class Truth(Callback):
 
     @staticmethod
     def group_weights(state: State) -> dict[str, Tensor]:
+        assert isinstance(state.model, ToyModel)
         first, last = state.model.model[0], state.model.model[2]
         return {
             "llm": torch.cat([p.detach().flatten().clone() for p in first.parameters()]),

@@ -1,4 +1,4 @@
-"""Two steps with group metrics: `composer -n 2 tests/distributed/group_metrics_run.py TINY OUT MODE`.
+"""Two steps with both: `composer -n 2 tests/distributed/group_metrics_run.py TINY OUT MODE`.
 
 MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-RANK.pt: what was logged, and the true norms from whole weights.
 """
@@ -15,10 +15,11 @@ from composer.utils import dist
 from torch import Tensor
 
 from recipe.callbacks.group_metrics import GroupMetrics
+from recipe.callbacks.loss_terms import LossGradients
 from recipe.config import OptimizerConfig
 from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
 from recipe.optim import build_optimizer, group_of
-from recipe.parallel import build_parallelism, mark_units
+from recipe.parallel import build_parallelism
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import CASES, plain_name, whole, whole_parameters
 from tests.tiny_cases import collator, make_config, make_examples, make_model
@@ -69,8 +70,8 @@ def main() -> None:
     parallelism = None
     if mode != "ddp":
         version = int(mode.removeprefix("fsdp"))
-        mark_units(model, version)
-        parallelism = build_parallelism({"fsdp": {"mixed_precision": "FULL"}}, version)
+        trainer_section = {"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}
+        parallelism = build_parallelism(model, trainer_section, version)
     memory, truth = InMemoryLogger(), Truth()
     trainer = Trainer(
         model=model,
@@ -82,7 +83,7 @@ def main() -> None:
             get_num_tokens_in_batch=get_num_tokens_in_batch,
         ),
         optimizers=build_optimizer(model, RATES),
-        callbacks=[GroupMetrics("1ba"), truth],
+        callbacks=[GroupMetrics("1ba"), LossGradients("1ba"), truth],
         loggers=[memory],
         max_duration="2ba",
         device="cpu",
@@ -93,7 +94,7 @@ def main() -> None:
         seed=1,
     )
     trainer.fit()
-    kinds = ("weight_norm", "update_ratio")
+    kinds = ("weight_norm", "update_ratio", "loss_gradient")
     logged = {key: [float(value) for _, value in rows] for key, rows in memory.data.items() if key.startswith(kinds)}
     torch.save({"logged": logged, "truth": truth.norms}, Path(out, f"{mode}-{dist.get_global_rank()}.pt"))
     dist.barrier()

@@ -1,25 +1,42 @@
-"""Group metrics of two gloo ranks are those of the whole weights, however these are shared out."""
+"""Group metrics and loss gradients of two gloo ranks are those of one process, however the weights are shared out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from recipe.config import RecipeConfig
+from recipe.schema import Example
+from tests.callbacks.test_loss_terms import expected_gradients
+from tests.distributed.one_step import CASES
 from tests.launch import run_composer
+from tests.tiny_cases import make_batches, make_model
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp2"])
-def test_norms_are_those_of_the_whole_weights(tiny_checkpoint: str, tmp_path: Path, mode: str) -> None:
+def test_norms_are_those_of_one_process(
+    tiny_checkpoint: str,
+    tiny_config: Callable[..., RecipeConfig],
+    tiny_examples: dict[str, Example],
+    tmp_path: Path,
+    mode: str,
+) -> None:
     script = Path(__file__).with_name("group_metrics_run.py")
     run_composer(
         2, script, tiny_checkpoint, str(tmp_path), mode, env={"FSDP_VERSION": mode.removeprefix("fsdp")}, timeout=240
     )
+    names = [name for share in CASES["padded"].shares for name in share]
+    (batch,) = make_batches([tiny_examples[name] for name in names], "standard", len(names))
+    gradients = expected_gradients(make_model(tiny_config()), batch)
     for rank in range(2):
         record = torch.load(tmp_path / f"{mode}-{rank}.pt")
-        assert {key.split("/")[1] for key in record["logged"]} == {"vision", "merger", "adapter", "detection"}
-        for key, values in record["logged"].items():
-            # measured: 3e-12
+        logged = record["logged"]
+        found = {key: logged.pop(key)[0] for key in list(logged) if key.startswith("loss_gradient")}
+        assert found == pytest.approx(gradients, rel=1e-9)
+        assert {key.split("/")[1] for key in logged} == {"vision", "merger", "adapter", "detection"}
+        for key, values in logged.items():
             assert values == pytest.approx([norms[key] for norms in record["truth"]], rel=1e-9), key
             assert all(value > 0 for value in values)
