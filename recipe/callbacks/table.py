@@ -17,10 +17,10 @@ from composer.callbacks import (
     SystemMetricsMonitor,
     ThresholdStopper,
 )
-from composer.loggers import FileLogger, LoggerDestination, TensorboardLogger, WandBLogger
+from composer.loggers import LoggerDestination
 from transformers import PreTrainedTokenizerBase
 
-from recipe.callbacks.json_lines import JsonLinesLogger
+from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.log_first_sample import LogFirstSample
 from recipe.callbacks.log_predictions import LogPredictions
 from recipe.callbacks.preemption import Preemption
@@ -28,6 +28,8 @@ from recipe.callbacks.training_data import TrainingData
 from recipe.checkpoints.manifest import Origin
 from recipe.checkpoints.saver import build_saver
 from recipe.config import RecipeConfig
+from recipe.loggers.files import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
+from recipe.loggers.wandb import SafeWandBLogger
 
 CALLBACKS: Mapping[str, type[Callback]] = {
     "early_stopper": EarlyStopper,
@@ -41,16 +43,17 @@ CALLBACKS: Mapping[str, type[Callback]] = {
     "threshold_stopper": ThresholdStopper,
 }
 LOGGERS: Mapping[str, type[LoggerDestination]] = {
-    "file": FileLogger,
-    "json_lines": JsonLinesLogger,
-    "tensorboard": TensorboardLogger,
-    "wandb": WandBLogger,
+    "file": TextLogger,
+    "json_lines": GuardedJsonLinesLogger,
+    "tensorboard": GuardedTensorboardLogger,
+    "wandb": SafeWandBLogger,
 }
 
 
 def build_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
-    """The callbacks the yaml names, then those that watch the data, show the first samples and draw predictions."""
-    callbacks = [CALLBACKS[name](**keywords) for name, keywords in config.callbacks.items() if keywords is not None]
+    """What hides evaluation from training, the callbacks the yaml names, those that watch the data and show samples."""
+    callbacks: list[Callback] = [EvaluationWithoutTraces()]
+    callbacks += [CALLBACKS[name](**keywords) for name, keywords in config.callbacks.items() if keywords is not None]
     loader = config.train_loader
     max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
     callbacks.append(TrainingData(max_tokens, loader.max_bad_samples, config.run_folder))
@@ -87,7 +90,7 @@ def _logger_keywords(name: str, keywords: Mapping[str, Any], run_folder: Path) -
         return {"path": str(run_folder / "metrics.jsonl"), **keywords}
     if name == "tensorboard":
         return {"log_dir": str(run_folder / "tensorboard"), **keywords}
-    # Offline unless the user says otherwise: a refused log-in would end the run at its start.
+    # Offline unless the user says otherwise.
     init_kwargs = {"dir": str(run_folder), "mode": os.environ.get("WANDB_MODE", "offline")}
     init_kwargs |= keywords.get("init_kwargs") or {}
     return {"project": "qwen-detect-recipe", **keywords, "init_kwargs": init_kwargs}
