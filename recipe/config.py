@@ -256,6 +256,14 @@ class NaNRollbackConfig:
 
 
 @dataclass
+class SaveBestConfig:
+    """Keep the checkpoint of the best evaluation as `best-rank0.pt`, beside those of `trainer.save_interval`."""
+
+    metric: str | None = None  # such as eval/box_ap50; null: keep none
+    mode: str = "max"  # max | min: which value of it is the best
+
+
+@dataclass
 class RecipeConfig:
     """A run. `composer recipe/train.py YAML [key.sub=value ...]`."""
 
@@ -264,6 +272,7 @@ class RecipeConfig:
     load_path: str | None = (
         None  # a Composer checkpoint: of eval.py the one to judge, of train.py the one to start from
     )
+    autoresume: bool = True  # go on from the run's newest valid checkpoint, where it has any; `load_path` then rests
     max_seq_len: int = 4096  # tokens of one sample; a longer one is an error that names it
     model: ModelConfig = field(default_factory=ModelConfig)
     detection_head: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
@@ -280,6 +289,7 @@ class RecipeConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     staged_freezing: StagedFreezingConfig = field(default_factory=StagedFreezingConfig)
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
+    save_best: SaveBestConfig = field(default_factory=SaveBestConfig)
     trainer: dict[str, Any] = field(default_factory=dict[str, Any])  # composer.Trainer keywords
     callbacks: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off
     loggers: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off

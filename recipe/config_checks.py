@@ -31,6 +31,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "eval_loader.on_bad_sample": ("raise",),
     "optimizer.lr_scaling": ("none", "linear", "sqrt"),
     "scheduler.name": ("cosine", "linear", "constant"),
+    "save_best.mode": ("max", "min"),
 }
 # Least and greatest allowed value.
 BOUNDS: Mapping[str, tuple[float, float]] = {
@@ -103,6 +104,7 @@ OWNED_BY_TRAINER: Mapping[str, str] = {
     "algorithms": "leave it out: no algorithm can be configured",
     "seed": "set `seed` at the top of the yaml",
     "load_path": "set `load_path` at the top of the yaml",
+    "autoresume": "set `autoresume` at the top of the yaml",
     "train_subset_num_batches": "set `max_duration` in batches, such as 100ba",
     "accumulate_train_batch_on_tokens": "leave it out: the losses are normalised over the whole batch already",
 }
@@ -171,6 +173,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_packing(config)
     _check_trainer(config.trainer)
     _check_schedule(config)
+    _check_saving(config)
     _check_table("callbacks", config.callbacks, CALLBACKS)
     _check_table("loggers", config.loggers, LOGGERS)
 
@@ -343,6 +346,28 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
                 "write fsdp and set the environment variable FSDP_VERSION=2"
             )
         _check_choice("a key of trainer.parallelism_config", key, ("fsdp", "tp"))
+
+
+def _check_saving(config: RecipeConfig) -> None:
+    trainer = config.trainer
+    name = trainer.get("save_filename", "ba{batch}.pt")
+    if "{batch}" not in name or not name.endswith(".pt"):
+        raise ConfigError(
+            f"trainer.save_filename is {name!r}: it must hold {{batch}}, so that an older checkpoint is left where the "
+            "newest is broken, and end in .pt"
+        )
+    fsdp = (trainer.get("parallelism_config") or {}).get("fsdp") or {}
+    prefix = fsdp.get("sharded_ckpt_prefix_dir", "ba{batch}")
+    if "{batch}" not in prefix:
+        raise ConfigError(
+            f"trainer.parallelism_config.fsdp.sharded_ckpt_prefix_dir is {prefix!r}: it must hold {{batch}}, so that "
+            "an older checkpoint is left where the newest is broken"
+        )
+    if config.save_best.metric is not None:
+        if trainer.get("save_folder", "") is None:
+            raise ConfigError("save_best.metric is set but trainer.save_folder is null: give a folder")
+        if trainer.get("save_num_checkpoints_to_keep") == 0:
+            raise ConfigError("save_best.metric needs trainer.save_num_checkpoints_to_keep of 1 or more, or -1")
 
 
 def _check_table(where: str, chosen: Mapping[str, Any], table: Mapping[str, type[Callback]]) -> None:

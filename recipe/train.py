@@ -9,7 +9,11 @@ from composer.utils import dist, get_device, reproducibility
 
 from recipe.algorithms.nan_rollback import TrainingDiverged
 from recipe.build import build_encoder, build_model, load_processor
-from recipe.callbacks.table import build_callbacks, build_loggers
+from recipe.callbacks.table import build_callbacks, build_loggers, build_savers
+from recipe.checkpoints.loading import safe_loading
+from recipe.checkpoints.manifest import describe
+from recipe.checkpoints.resume import is_finished, load_keywords
+from recipe.checkpoints.saver import without_saving
 from recipe.config import RecipeConfig, save_config
 from recipe.config_checks import config_from_command_line
 from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
@@ -29,29 +33,32 @@ def main(config: RecipeConfig) -> Trainer:
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
-    if dist.get_global_rank() == 0:
-        save_config(config, Path(config.run_folder, "config.yaml"))
     processor = load_processor(config)
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor)
+    origin = describe(config, processor.tokenizer, model)
+    start = load_keywords(config, origin)
+    if dist.get_global_rank() == 0:
+        save_config(config, Path(config.run_folder, "config.yaml"))
     microbatch_size = config.trainer.get("device_train_microbatch_size") or device_batch_size(config.train_loader)
     train_loader = build_train_loader(config, build_encoder(config, processor), teachers, microbatch_size)
     eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
-    trainer = Trainer(
-        model=model,
-        train_dataloader=train_loader,
-        eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
-        optimizers=build_optimizer(model, config.optimizer, tokens_per_batch(config, train_loader)),
-        schedulers=build_curve(config.scheduler),
-        algorithms=build_algorithms(config),
-        callbacks=build_callbacks(config, processor.tokenizer),
-        loggers=build_loggers(config),
-        seed=config.seed,
-        load_path=config.load_path,
-        accumulate_train_batch_on_tokens=True,  # see recipe.data.loader.get_num_tokens_in_batch
-        **{"save_folder": f"{config.run_folder}/checkpoints", **config.trainer},
-    )
-    trainer.fit()
+    with safe_loading():
+        trainer = Trainer(
+            model=model,
+            train_dataloader=train_loader,
+            eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
+            optimizers=build_optimizer(model, config.optimizer, tokens_per_batch(config, train_loader)),
+            schedulers=build_curve(config.scheduler),
+            algorithms=build_algorithms(config),
+            callbacks=[*build_callbacks(config, processor.tokenizer), *build_savers(config, origin)],
+            loggers=build_loggers(config),
+            seed=config.seed,
+            accumulate_train_batch_on_tokens=True,  # see recipe.data.loader.get_num_tokens_in_batch
+            **{**without_saving(config.trainer), **start},
+        )
+    if not is_finished(trainer):
+        trainer.fit()
     return trainer
 
 

@@ -47,8 +47,8 @@ class Preemption(Callback):
         self._obey(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Hands the signal back."""
-        if self._before is not None:
+        """Hands the signal back, unless the process is leaving: the launcher sends it again to those not yet gone."""
+        if self._before is not None and not self.asked:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 

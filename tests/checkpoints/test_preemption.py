@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from recipe.callbacks.preemption import Preemption
 from recipe.checkpoints.find import newest_valid
 from recipe.exit_codes import PREEMPTED
 from tests.checkpoints.checkpoint_cases import AtBatch, make_saver, make_trainer
+
+
+@pytest.fixture(autouse=True)
+def own_handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def terminate() -> None:
@@ -37,7 +45,16 @@ def test_it_saves_at_the_end_of_the_batch(tmp_path: Path, callback: Callback) ->
     found = newest_valid(str(tmp_path))
     assert found is not None and found.manifest.batch == batch
     trainer.close()
-    assert signal.getsignal(signal.SIGTERM) != before, "the signal is handed back"
+    assert signal.getsignal(signal.SIGTERM) == before, "the launcher's second signal must not change the exit code"
+
+
+def test_the_signal_is_handed_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    saver = make_saver(tmp_path)
+    trainer = make_trainer(saver, 1, None, (Preemption(saver),))
+    assert signal.getsignal(signal.SIGTERM) != before
+    trainer.close()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_run_at_its_end_just_ends(tmp_path: Path) -> None:

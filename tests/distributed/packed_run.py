@@ -1,5 +1,7 @@
 """A packed training run that may kill itself: `composer -n N tests/distributed/packed_run.py SETTINGS.json`.
 
+Launched again with the same folder for checkpoints, it goes on from the newest valid one.
+
 Every rank appends the ids of each of its steps to OUT/ids-RANK.jsonl; the weights at the end go to OUT/weights.pt.
 """
 
@@ -35,7 +37,8 @@ class Settings:
         num_workers: Of the loader.
         steps: To train in all.
         kill_at: Steps after which the last rank is killed with SIGKILL; 0: never.
-        load_path: Composer checkpoint to go on from; empty: none.
+        terminate_at: Steps after which SIGTERM is sent; 0: never.
+        terminate: Whom: `launcher`, which hands it on to all ranks; or `rank`: the last one alone.
     """
 
     checkpoint: str
@@ -46,19 +49,24 @@ class Settings:
     num_workers: int = 0
     steps: int = 10
     kill_at: int = 0
-    load_path: str = ""
+    terminate_at: int = 0
+    terminate: str = "launcher"
 
 
 class Recorder(Callback):
-    """Notes what each step trains on; kills its process after the checkpoint of step `kill_at`."""
+    """Notes what each step trains on; sends signals."""
 
-    def __init__(self, out: str, kill_at: int, save_folder: str):
+    def __init__(self, out: str, kill_at: int, terminate_at: int, terminate: str, save_folder: str):
         self.out = Path(out)
         self.kill_at = kill_at
+        self.terminate_at = terminate_at
+        self.terminate = terminate
         self.save_folder = save_folder
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Before step `kill_at + 1`."""
+        """Before step `kill_at + 1`, so after the checkpoint of the step before."""
+        if self.terminate_at and int(state.timestamp.batch) == self.terminate_at and is_last_rank():
+            os.kill(os.getppid() if self.terminate == "launcher" else os.getpid(), signal.SIGTERM)
         if self.kill_at and int(state.timestamp.batch) == self.kill_at and is_last_rank():
             wait_for_upload(self.save_folder)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -78,7 +86,7 @@ def wait_for_upload(save_folder: str) -> None:
     store = maybe_create_object_store_from_uri(save_folder)
     until = time.monotonic() + 60
     while store is not None and time.monotonic() < until:
-        if any(name.endswith(".pt") for name in store.list_objects(urlparse(save_folder).path.lstrip("/"))):
+        if any(name.endswith(".manifest.json") for name in store.list_objects(urlparse(save_folder).path.lstrip("/"))):
             return
         time.sleep(0.5)
 
@@ -98,7 +106,6 @@ def config_of(settings: Settings) -> RecipeConfig:
     return replace(
         make_config(settings.checkpoint, model={"dtype": "float32"}, evaluation={"generate_answer": False}),
         run_folder=settings.out,
-        load_path=settings.load_path or None,
         teachers=TeacherConfig(stream=stream("teachers"), num_teachers=1, teacher_ratio=0.5),
         train_loader=LoaderConfig(
             streams={"train": stream("train")},
@@ -110,14 +117,17 @@ def config_of(settings: Settings) -> RecipeConfig:
             dataloader={"num_workers": settings.num_workers},
         ),
         eval_loader=LoaderConfig(streams={"val": stream("val")}, global_batch_size=2),
-        callbacks={"recorder": {"out": settings.out, "kill_at": settings.kill_at, "save_folder": settings.save_folder}},
+        callbacks={
+            "recorder": {
+                name: getattr(settings, name) for name in ("out", "kill_at", "terminate_at", "terminate", "save_folder")
+            }
+        },
         trainer={
             "max_duration": f"{settings.steps}ba",
             "eval_interval": "4ba",
             "save_interval": "1ba",
             "save_folder": settings.save_folder,
             "save_filename": "ba{batch}.pt",
-            "save_overwrite": True,  # a killed run may have got further than the checkpoint that is resumed from
             "device_train_microbatch_size": 1,
             "progress_bar": False,
         },

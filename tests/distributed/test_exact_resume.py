@@ -50,8 +50,7 @@ def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg]) -> Run:
     for leg in legs:
         for path in folder.glob("ids-*.jsonl"):
             path.unlink()
-        load_path = f"{folder}/checkpoints/ba{len(steps)}.pt" if steps else ""
-        settings = replace(settings, num_workers=leg.num_workers, kill_at=leg.kill_at, load_path=load_path)
+        settings = replace(settings, num_workers=leg.num_workers, kill_at=leg.kill_at)
         path = folder / "settings.json"
         path.write_text(json.dumps(asdict(settings)))
         launch = run_composer(leg.world_size, SCRIPT, str(path), timeout=240, check=False)

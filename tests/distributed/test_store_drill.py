@@ -95,9 +95,8 @@ def test_trained_killed_and_resumed_from_the_bucket(drill: Drill, whole: list[li
     assert drill.steps("killed", 2, until=4) == whole[:4]
     # Checkpoints are sent in the background, so the last may be lost with the process.
     listed = drill.server.client().list_objects_v2(Bucket=BUCKET, Prefix="run/checkpoints/")["Contents"]
-    saved = max(int(match[1]) for item in listed if (match := re.search(r"ba(\d+)\.pt$", item["Key"])))
-    load_path = f"{checkpoints}/ba{saved}.pt"
-    resumed = drill.launch("resumed", 1, env, save_folder=checkpoints, load_path=load_path)
+    saved = max(int(match[1]) for item in listed if (match := re.search(r"ba(\d+)\.pt\.manifest", item["Key"])))
+    resumed = drill.launch("resumed", 1, env, save_folder=checkpoints)
     assert resumed.returncode == 0, resumed.output
     assert drill.steps("resumed", 1, first=saved) == whole[saved:]
 
