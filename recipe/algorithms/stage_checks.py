@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import isfinite
 
 import torch
 from composer import State
@@ -64,7 +65,7 @@ class MovementCheck:
         self.sums = bit_sums([parameter for _, _, parameter in self.parameters])
 
     def finish(self, batch: int, rates: Mapping[str, float]) -> bool:
-        """Judges the step; False where the optimizer made none, because gradients were taken away or not finite.
+        """Judges the step; False where the optimizer may have made none: its gradients were taken away, or not finite.
 
         Collective: one all-reduce and one wait for the device.
 
@@ -79,12 +80,14 @@ class MovementCheck:
         changed = (bit_sums(parameters) != self.sums).double()
         found = torch.stack([changed, _greatest_gradients(parameters)])
         dist.all_reduce(found, reduce_operation="MAX")
-        if not torch.isfinite(found).all() or not found[1].any():
+        moved, gradients = found.tolist()
+        if not any(gradients):
             return False
-        moved, gradients = found.bool().tolist()
         for (group, name, parameter), has_moved in zip(self.parameters, moved, strict=True):
             if has_moved and not parameter.requires_grad:
                 raise RuntimeError(f"batch {batch} changed {name}, though the group {group} is frozen in this stage")
+        if not all(map(isfinite, gradients)):
+            return False
         for group in sorted(self.trained):
             rows = [index for index, entry in enumerate(self.parameters) if entry[0] == group]
             still = [self.parameters[index][1] for index in rows if not moved[index]]

@@ -1,0 +1,67 @@
+"""Stages on two ranks: `composer -n 2 tests/distributed/staged_run.py TINY OUT MODE`; MODE is ddp, fsdp1 or fsdp2.
+
+Every rank writes OUT/MODE-RANK.json: of each comparison of two runs, the parameters that differ in any bit.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from composer import Trainer
+from composer.utils import dist
+
+from recipe.config import SchedulerConfig
+from recipe.joint import JointModel
+from tests.distributed.fsdp_shim import install
+from tests.staged_cases import (
+    MANY_STAGES,
+    TWO_STAGES,
+    Parts,
+    by_hand,
+    config_with,
+    differing,
+    make_steps,
+    parts_of,
+    train,
+)
+from tests.tiny_cases import make_config, make_examples, make_model
+
+
+def finish(trainer: Trainer) -> Parts:
+    """What the run ends with."""
+    parts = parts_of(trainer.state)
+    trainer.close()
+    return parts
+
+
+def main() -> None:
+    """Compares two stages with two runs, and resumed runs with one that was never stopped."""
+    checkpoint, out, mode = sys.argv[1:]
+    dist.initialize_dist("cpu")
+    install()
+    config = make_config(checkpoint)
+    steps = make_steps(make_examples(config))
+
+    def model() -> JointModel:
+        return make_model(config)
+
+    staged = finish(train(model(), steps, "2ep", config_with(TWO_STAGES), mode=mode))
+    found = {"by hand": differing(staged, by_hand(model(), model(), steps, mode))}
+    stages = config_with(MANY_STAGES, SchedulerConfig("cosine", "2ba", 0.1))
+    folder = f"{out}/{mode}"
+    saving: dict[str, Any] = {"save_folder": folder, "save_interval": "1ba", "save_filename": "ba{batch}.pt"}
+    whole = finish(train(model(), steps, "2ep", stages, mode=mode, **saving))
+    for batch in (3, 6):
+        path = f"{folder}/ba{batch}" + (".pt" if mode == "ddp" else "")
+        resumed = finish(train(model(), steps, "2ep", stages, mode=mode, load_path=path))
+        found[f"resumed at {batch}"] = differing(resumed, whole)
+    Path(out, f"{mode}-{dist.get_global_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    # Gloo of torch 2.7 can wait for ever in its destructor.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
