@@ -271,7 +271,8 @@ class NaNRollback(Algorithm):
         self.quarantine.write(entries)
         if dist.get_global_rank() == 0:
             for entry in entries:
-                log.warning("batch %d: %s, because of %s on rank %d", entry.batch, action, entry.terms, entry.rank)
+                told = ", ".join(entry.terms[:4]) + (", ..." if len(entry.terms) > 4 else "")
+                log.warning("batch %d: %s, because of %s on rank %d", entry.batch, action, told, entry.rank)
         if blame:
             self.quarantine.blame(name for entry in entries for name in entry.ids)
 

@@ -1,0 +1,80 @@
+"""What is not finite on one of two ranks: both act together, and end as if the batch had never been."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.nan_run import CASES, HIT
+from tests.launch import run_composer
+
+MODES = ("ddp", "fsdp1", "fsdp2")
+SKIPPED = [name for name in CASES if name not in ("weight", "given_up")]
+Records = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", params=MODES)
+def run(request: pytest.FixtureRequest, tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both ranks wrote, of each case; a rank that waits for the other runs into the time limit."""
+    out = tmp_path_factory.mktemp("nan")
+    run_composer(2, Path(__file__).with_name("nan_run.py"), tiny_checkpoint, str(out), request.param, timeout=900)
+    return out / request.param
+
+
+def load(run: Path, name: str) -> list[dict[str, Any]]:
+    return [torch.load(f"{run}-{name}-{rank}.pt") for rank in range(2)]
+
+
+def audit(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"{run}-{name}", "quarantine.jsonl").read_text().splitlines()]
+
+
+def assert_same_state(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Weights, moments and step counts of both ranks, bit for bit."""
+    for here, there in zip(found, expected, strict=True):
+        assert here["state"].keys() == there["state"].keys()
+        assert all(torch.equal(here["state"][name], value) for name, value in there["state"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", SKIPPED)
+def test_a_batch_that_is_bad_on_one_rank_is_no_step_on_any(run: Path, name: str):
+    records = load(run, name)
+    assert_same_state(records, load(run, "clean"))
+    assert [record["counts"] for record in records] == [(1, 0, 1.0)] * 2
+    assert records[0]["blamed"] == records[1]["blamed"] != {}
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_a_bad_weight_on_one_rank_brings_the_snapshot_back_on_both(run: Path):
+    records = load(run, "weight")
+    assert_same_state(records, load(run, "clean_cut"))
+    assert [record["counts"] for record in records] == [(1, 1, 0.5)] * 2
+    assert records[0]["blamed"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_both_ranks_give_up_together(run: Path):
+    for record in load(run, "given_up"):
+        assert f"training diverged at batch {HIT}" in record["message"]
+    assert {entry["action"] for entry in audit(run, "given_up")} == {"stop"}
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_the_audit_names_the_rank_and_the_term(run: Path):
+    """A gradient that was averaged over ranks is traced through the gradients of the head's outputs."""
+    for name, term in (
+        ("loss", "loss_giou"),
+        ("loss_gradient", "gradient of pred_boxes of layer 1"),
+        ("outputs", "pred_boxes of layer 1"),
+    ):
+        (entry,) = audit(run, name)
+        assert (entry["rank"], entry["batch"], entry["action"]) == (1, HIT, "skip")
+        assert term in entry["terms"]
+    assert {entry["rank"] for entry in audit(run, "gradient")} == {0, 1}
