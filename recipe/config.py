@@ -290,6 +290,7 @@ class RecipeConfig:
     staged_freezing: StagedFreezingConfig = field(default_factory=StagedFreezingConfig)
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     save_best: SaveBestConfig = field(default_factory=SaveBestConfig)
+    fsdp_version: int = 2  # 1 | 2, where `trainer.parallelism_config.fsdp` is set; see recipe/parallel.py
     trainer: dict[str, Any] = field(default_factory=dict[str, Any])  # composer.Trainer keywords
     callbacks: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off
     loggers: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from recipe.algorithms.watch import Action
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import GROUPS, ConfigError, LoaderConfig, NaNRollbackConfig, RecipeConfig, load_config, nearest
+from recipe.parallel import check_parallelism
 from recipe.redact import redact_text
 from recipe.schedule import parse_stages
 
@@ -172,6 +173,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_loader("eval_loader", config.eval_loader)
     _check_packing(config)
     _check_trainer(config.trainer)
+    check_parallelism(config.trainer, config.fsdp_version)
     _check_schedule(config)
     _check_saving(config)
     _check_table("callbacks", config.callbacks, CALLBACKS)
@@ -339,13 +341,6 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         raise ConfigError(f"trainer.device_train_microbatch_size is {microbatch!r}: it must be a whole number above 0")
     if trainer.get("precision") is not None:
         _check_choice("trainer.precision", trainer["precision"], [precision.value for precision in Precision])
-    for key in trainer.get("parallelism_config") or {}:
-        if key == "fsdp2":
-            raise ConfigError(
-                "trainer.parallelism_config.fsdp2 is ignored by Composer, which would run plain DDP: "
-                "write fsdp and set the environment variable FSDP_VERSION=2"
-            )
-        _check_choice("a key of trainer.parallelism_config", key, ("fsdp", "tp"))
 
 
 def _check_saving(config: RecipeConfig) -> None:

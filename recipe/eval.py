@@ -15,6 +15,7 @@ from recipe.config_checks import config_from_command_line
 from recipe.data.loader import build_eval_loader
 from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
+from recipe.parallel import build_parallelism
 from recipe.shared_memory import clean_dead_shared_memory
 
 
@@ -27,9 +28,10 @@ def main(config: RecipeConfig) -> dict[str, float]:
     processor = load_processor(config)
     teachers = read_teachers(config.teachers, config.seed)
     eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
+    model = build_model(config, processor)
     with safe_loading():
         trainer = Trainer(
-            model=build_model(config, processor),
+            model=model,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
             callbacks=build_callbacks(config, processor.tokenizer),
             loggers=build_loggers(config),
@@ -37,6 +39,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
             load_path=config.load_path,
             load_weights_only=True,
             load_exclude_algorithms=list(EXCLUDED_ALGORITHMS),
+            parallelism_config=build_parallelism(model, config.trainer, config.fsdp_version),
             precision=config.trainer.get("precision"),
             progress_bar=config.trainer.get("progress_bar", True),
         )

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 
+from recipe.config import ConfigError, nearest
 from recipe.joint import JointModel
 from recipe.models.caption_decoder import CaptionDecoder, CaptionLayer
 from recipe.models.detection_head import DecoderLayer, DetectionHead
@@ -38,61 +39,95 @@ _REFUSED: Mapping[str, str] = {
     "te_shard_fp8_weight": _NO_ENGINE,
     "use_orig_params": "leave it out: parameter groups need it to be true",
 }
-FSDP_CHOICES: Mapping[str, tuple[str, ...]] = {
+_CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: FSDP2Config}
+_CHOICES: Mapping[str, tuple[str, ...]] = {
     "mixed_precision": ("DEFAULT", "PURE", "FULL"),
     "sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP"),
     "state_dict_type": ("full", "sharded"),
 }
 
 
-def fsdp_keywords(version: int) -> tuple[list[str], Mapping[str, str]]:
-    """The keywords that `trainer.parallelism_config.fsdp` takes, and those of Composer that it does not, with why."""
-    kind = FSDP2Config if version == 2 else FSDPConfig
-    names = [entry.name for entry in fields(kind) if not entry.name.startswith("_")]
-    return [name for name in names if name not in _REFUSED], {k: v for k, v in _REFUSED.items() if k in names}
-
-
-def build_parallelism(trainer: Mapping[str, Any], version: int) -> dict[str, FSDPConfig | FSDP2Config] | None:
-    """Composer's `parallelism_config`; None without FSDP, which is DDP.
+def check_parallelism(trainer: Mapping[str, Any], version: int) -> None:
+    """Checks `trainer.parallelism_config`, of which Composer ignores what it does not know.
 
     Args:
         trainer: The section of the yaml.
+        version: `fsdp_version`.
+
+    Raises:
+        ConfigError: Naming the key and the remedy.
+    """
+    where = "trainer.parallelism_config"
+    if version not in _CONFIGS:
+        raise ConfigError(f"fsdp_version is {version}: it must be 1 or 2")
+    sections = trainer.get("parallelism_config") or {}
+    for key in sections:
+        if key == "fsdp2":
+            raise ConfigError(
+                f"{where}.fsdp2 is ignored by Composer, which would run plain DDP: write fsdp, "
+                "and fsdp_version: 2 at the top of the yaml"
+            )
+        if key != "fsdp":
+            raise ConfigError(f"a key of {where} is {key!r}: it must be fsdp")
+    keywords = sections.get("fsdp")
+    if keywords is None:
+        return
+    if not isinstance(keywords, Mapping):
+        raise ConfigError(f"{where}.fsdp is {keywords!r}: give keywords, {{}} for none, or null for DDP")
+    names = [entry.name for entry in fields(_CONFIGS[version]) if not entry.name.startswith("_")]
+    allowed = [name for name in names if name not in _REFUSED]
+    for key, value in keywords.items():
+        if key in _REFUSED:
+            raise ConfigError(f"{where}.fsdp.{key} cannot be set: {_REFUSED[key]}")
+        if key not in allowed:
+            raise ConfigError(f"unknown key {where}.fsdp.{key} with fsdp_version {version}: {nearest(key, allowed)}")
+        if value not in _CHOICES.get(key, (value,)):
+            raise ConfigError(f"{where}.fsdp.{key} is {value!r}: it must be one of {', '.join(_CHOICES[key])}")
+    if trainer.get("precision") is None:
+        raise ConfigError(f"missing trainer.precision: {where}.fsdp needs it, such as amp_bf16 (fp32 on the CPU)")
+
+
+def build_parallelism(
+    model: JointModel, trainer: Mapping[str, Any], version: int
+) -> dict[str, FSDPConfig | FSDP2Config] | None:
+    """Composer's `parallelism_config`, its units marked in the model; None without FSDP, which is DDP.
+
+    Checkpoints are whole unless the yaml says otherwise; Composer's own default is another for each version.
+
+    Args:
+        model: Before it is given to the Trainer.
+        trainer: The section of the yaml.
         version: 1 or 2, of FSDP.
     """
-    keywords = (trainer.get("parallelism_config") or {}).get("fsdp")
-    if keywords is None:
+    config = (trainer.get("parallelism_config") or {}).get("fsdp")
+    if config is None:
         return None
-    if version == 2:
-        return {"fsdp": FSDP2Config(**keywords)}
-    return {"fsdp": FSDPConfig(**{**keywords, "mixed_precision": _precisions(keywords, trainer)})}
+    _mark_units(model, version)
+    keywords = {"state_dict_type": "full", "mixed_precision": "DEFAULT", **config}
+    if version == 1 and keywords["mixed_precision"] != "FULL":
+        keywords["mixed_precision"] = _precisions(keywords["mixed_precision"], trainer["precision"])
+    return {"fsdp": _CONFIGS[version](**keywords)}
 
 
-def _precisions(keywords: Mapping[str, Any], trainer: Mapping[str, Any]) -> str | dict[str, Any]:
+def _precisions(name: str, precision: str) -> dict[str, str]:
     """FSDP1's mixed precision as FSDP2 has it: Composer's names also round buffers, such as the rotary frequencies."""
-    name = keywords.get("mixed_precision", "DEFAULT")
-    if name == "FULL":
-        return name
-    precision = trainer["precision"]
     return {"param_dtype": precision, "reduce_dtype": precision if name == "PURE" else "float32"}
 
 
-def mark_units(model: JointModel, version: int) -> None:
+def _mark_units(model: JointModel, version: int) -> None:
     """Tells Composer which modules to shard each by itself.
 
     The head's units keep their weights and gradients in the precision that they are stored in: eight bits of a
     bfloat16 box are too few.
-
-    Args:
-        model: Before it is given to the Trainer.
-        version: 1 or 2, of FSDP.
     """
     in_full: dict[str, Any] = {"mixed_precision": MixedPrecision()}
     if version == 2:
         in_full = {"mp_policy": MixedPrecisionPolicy()}
         # Composer hands a unit's keywords on to `fully_shard`, but lets none through that takes a policy.
-        FSDP2Config.settable_attrs = classmethod(lambda cls: {*(entry.name for entry in fields(cls)), "mp_policy"})
+        names = {entry.name for entry in fields(FSDP2Config) if not entry.name.startswith("_")}
+        FSDP2Config.settable_attrs = staticmethod(lambda: {*names, "mp_policy"})
 
     def wrap(module: nn.Module) -> bool | dict[str, Any]:
         return dict(in_full) if isinstance(module, HEAD_UNITS) else isinstance(module, BACKBONE_UNITS)
 
-    model.model.fsdp_wrap_fn = wrap  # pyright: ignore[reportAttributeAccessIssue]
+    model.model.fsdp_wrap_fn = wrap  # pyright: ignore[reportArgumentType]

@@ -21,6 +21,7 @@ from recipe.data.stream import read_teachers
 from recipe.exit_codes import DIVERGED
 from recipe.logging_setup import setup_logging
 from recipe.optim import build_algorithms, build_optimizer
+from recipe.parallel import build_parallelism
 from recipe.schedule import build_curve
 from recipe.shared_memory import clean_dead_shared_memory
 
@@ -55,7 +56,11 @@ def main(config: RecipeConfig) -> Trainer:
             loggers=build_loggers(config),
             seed=config.seed,
             accumulate_train_batch_on_tokens=True,  # see recipe.data.loader.get_num_tokens_in_batch
-            **{**without_saving(config.trainer), **start},
+            **{
+                **without_saving(config.trainer),
+                **start,
+                "parallelism_config": build_parallelism(model, config.trainer, config.fsdp_version),
+            },
         )
     if not is_finished(trainer):
         trainer.fit()

@@ -60,7 +60,7 @@ def build_train_loader(
         _dataloader(
             loader, dataset, batch_size, partial(collate_packs, collate=collate, microbatch_size=microbatch_size)
         ),
-        split_batch=split_batch,
+        split_batch=partial(split_batch, equally_many=uses_fsdp(config)),
         get_num_samples_in_batch=get_num_packs_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
     )
@@ -98,6 +98,11 @@ def build_eval_loader(config: RecipeConfig, encoder: Encoder, teachers: TeacherP
         get_num_samples_in_batch=get_num_samples_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
     )
+
+
+def uses_fsdp(config: RecipeConfig) -> bool:
+    """Whether the run is configured to shard parameters over ranks (FSDP)."""
+    return (config.trainer.get("parallelism_config") or {}).get("fsdp") is not None
 
 
 def tokens_per_batch(config: RecipeConfig, loader: DataSpec, num_samples: int = 32) -> float:
@@ -176,12 +181,16 @@ def count_losses(batch: Batch) -> LossCounts:
     )
 
 
-def split_batch(batches: list[Batch], microbatch_size: int | float) -> list[Batch]:
+def split_batch(batches: list[Batch], microbatch_size: int | float, equally_many: bool = False) -> list[Batch]:
     """Tells each microbatch the loss denominators of the whole global batch: one small all-reduce a batch.
 
     Args:
         batches: A device batch, cut into microbatches already.
         microbatch_size: What the Trainer expects.
+        equally_many: Every rank must have as many: FSDP gathers weights in each, so that one more would never end.
+
+    Raises:
+        ValueError: On every rank, where they are not equally many but must be.
     """
     assert all(batch["num_packs"] <= microbatch_size for batch in batches), (
         f"the loader cuts microbatches of {[batch['num_packs'] for batch in batches]} packs, "
@@ -189,12 +198,20 @@ def split_batch(batches: list[Batch], microbatch_size: int | float) -> list[Batc
     )
     each = [count_losses(batch) for batch in batches]
     names = list(LossCounts.__annotations__)
-    sums = torch.tensor([sum(counts[name] for counts in each) for name in names], dtype=torch.float64)
+    own = [*(sum(counts[name] for counts in each) for name in names), len(each) ** 2]
+    sums = torch.tensor(own, dtype=torch.float64)
     if torch.distributed.is_initialized() and "nccl" in torch.distributed.get_backend():
         sums = sums.cuda()
     dist.all_reduce(sums)
+    *totals, squares = sums.tolist()
+    counts = LossCounts(**dict(zip(names, totals, strict=True)))
+    if equally_many and counts["microbatches"] ** 2 != squares * dist.get_world_size():
+        raise ValueError(
+            f"this rank has {len(each)} microbatches of a step and the {dist.get_world_size()} ranks together "
+            f"{counts['microbatches']:.0f}: FSDP needs equally many; give every rank as many packs"
+        )
     for batch in batches:
-        batch["loss_counts"] = LossCounts(**dict(zip(names, sums.tolist(), strict=True)))
+        batch["loss_counts"] = counts
     return batches
 
 

@@ -1,4 +1,4 @@
-"""One training step of each case through Composer's Trainer: `composer -n 2 tests/distributed/one_step.py TINY OUT MODE`.
+"""A training step of each case through Composer's Trainer: `composer -n 2 tests/distributed/one_step.py TINY OUT MODE`.
 
 MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-CASE-RANK.pt: gradients, its share of each loss term, and the
 logged terms.
@@ -28,10 +28,9 @@ from recipe.data.loader import (
 )
 from recipe.joint import JointModel
 from recipe.optim import build_optimizer
-from recipe.parallel import build_parallelism, mark_units
+from recipe.parallel import build_parallelism
 from tests.distributed.fsdp_shim import install
 from tests.tiny_cases import collator, make_config, make_examples, make_model
-
 
 MIXED = (["two", "text", "crowded"], ["unannotated", "empty", "one"])
 TEXT_ONLY_RANK = (["text", "text"], ["two", "one"])
@@ -84,7 +83,7 @@ def make_case_model(case: Case, checkpoint: str) -> JointModel:
     """The case's model in float64, the same in every process."""
     model = make_model(make_config(checkpoint, model=case.model))
     if case.untied:
-        head = model.model.vlm.hf_model.get_output_embeddings()
+        head: Any = model.model.vlm.hf_model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().flip(0).clone())
     return model
 
@@ -168,9 +167,8 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
     recorder = Recorder()
     parallelism = None
     if mode != "ddp":
-        version = int(mode.removeprefix("fsdp"))
-        mark_units(model, version)
-        parallelism = build_parallelism({"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}, version)
+        trainer_section = {"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}
+        parallelism = build_parallelism(model, trainer_section, int(mode.removeprefix("fsdp")))
     trainer = Trainer(
         model=model,
         parallelism_config=parallelism,
