@@ -2,17 +2,28 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from composer import Time, Timestamp
 
-from recipe.config import GROUPS, ConfigError, CurveConfig, OptimizerConfig, RecipeConfig, SchedulerConfig
-from recipe.config import StagedFreezingConfig as Stages
+from recipe.config import (
+    GROUPS,
+    ConfigError,
+    CurveConfig,
+    OptimizerConfig,
+    RecipeConfig,
+    SchedulerConfig,
+    StagedFreezingConfig,
+    load_config,
+)
+from recipe.config_checks import check_config
 from recipe.optim import GROUP_PATTERNS
 from recipe.schedule import build_schedule, lr_factor, parse_stages, stage_factor
 
+JOINT = str(Path(__file__).resolve().parents[1] / "yamls" / "joint.yaml")
 SEED_SCHEDULE = {
     "llm": [{"from": "0ep", "lr": "frozen"}, {"from": "1ep", "lr": 1.0}, {"from": "0.75dur", "lr": 0.1}],
     "adapter": [{"from": "0ep", "lr": "frozen"}, {"from": "1ep", "lr": 1.0}],
@@ -31,7 +42,7 @@ def config_of(groups: dict[str, Any], duration: str = "4ep", epochs: int | None 
     return replace(
         RecipeConfig(),
         optimizer=OptimizerConfig(**rates),
-        staged_freezing=Stages(groups, epochs),
+        staged_freezing=StagedFreezingConfig(groups, epochs),
         trainer={"max_duration": duration},
     )
 
@@ -156,3 +167,41 @@ def test_detection_freeze_epochs_is_short_for_two_lists():
 def test_mistakes_are_named(config: RecipeConfig, expected: str):
     with pytest.raises(ConfigError, match=expected):
         parse_stages(config)
+
+
+def test_joint_yaml_has_the_seed_schedule():
+    config = load_config(JOINT)
+    assert parse_stages(config) == parse_stages(
+        config_of({**SEED_SCHEDULE, "detection": SEED_SCHEDULE["adapter"]}, "10ep")
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["staged_freezing.groups.llm=frozen"], r"staged_freezing\.groups\.llm is 'frozen'"),
+        (["staged_freezing.detection_freeze_epochs=-1"], r"detection_freeze_epochs is -1"),
+        (["staged_freezing.detection_freeze_epochs=2"], r"both say when to freeze adapter"),
+        (["scheduler.groups.lmm.name=linear"], r"scheduler\.groups is 'lmm': it must be one of vision"),
+        (["scheduler.groups.llm.name=square"], r"scheduler\.groups\.llm\.name is 'square'"),
+        (["scheduler.groups.llm.t_warmup=3"], r"scheduler\.groups\.llm\.t_warmup"),
+        (["scheduler.groups.llm.alpha_f=-1"], r"scheduler\.groups\.llm\.alpha_f is -1"),
+        (["scheduler.groups.llm.warmup=3ba"], r"unknown key scheduler\.groups\.llm\.warmup .*t_warmup"),
+    ],
+)
+def test_mistakes_on_the_command_line(overrides: list[str], expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        check_config(load_config(JOINT, overrides))
+
+
+def test_a_group_may_be_given_on_the_command_line():
+    config = load_config(
+        JOINT,
+        [
+            "scheduler.groups.llm={name: constant, t_warmup: 5ba}",
+            "staged_freezing.groups.vision=[{from: 2ep, lr: 0.5}]",
+        ],
+    )
+    check_config(config)
+    assert config.scheduler.groups == {"llm": CurveConfig("constant", "5ba")}
+    assert parse_stages(config)["vision"][0].factor == 0.5
