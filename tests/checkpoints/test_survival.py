@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recipe.checkpoints.find import newest_valid
+from recipe.checkpoints.manifest import parse_manifest, verify
 from recipe.exit_codes import PREEMPTED
 from tests.checkpoints.checkpoint_cases import flip, truncate
 from tests.distributed.packed_run import Settings
@@ -16,6 +17,7 @@ from tests.distributed.test_exact_resume import SCRIPT, data
 from tests.launch import Launch, run_composer
 
 STEPS = 6
+SHARDED = Path(__file__).with_name("sharded_run.py")
 Weights = dict[str, torch.Tensor]
 
 __all__ = ["data"]  # the fixture
@@ -94,3 +96,24 @@ def test_none_valid_is_refused(launch: Callable[..., Launch], tmp_path: Path) ->
     refused = launch(1)
     assert refused.returncode == 1
     assert "holds checkpoints but none to resume from (ba1.pt)" in refused.output
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_sharded_checkpoints_under_fsdp2(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    run_composer(2, SHARDED, str(tmp_path), "4")
+    whole = torch.load(tmp_path / "weights.pt")
+    for name in ("best", "ep0-ba2", "ep1-ba3", "ep1-ba4"):
+        manifest = parse_manifest((folder / name / "manifest.json").read_bytes())
+        assert set(manifest.files) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert verify(manifest, folder / name) is None
+        assert manifest.batch == (2 if name == "best" else int(name[-1]))
+    assert (folder / "latest-rank0.pt").resolve() == folder / "ep1-ba4"
+    assert not (folder / "ep0-ba1").exists(), "three are kept"
+    (folder / "ep1-ba4" / "manifest.json").unlink()
+    flip(folder / "ep1-ba3" / "__1_0.distcp")
+    (tmp_path / "weights.pt").unlink()
+    resumed = run_composer(2, SHARDED, str(tmp_path), "4")
+    assert f"starts from {folder}/ep0-ba2" in resumed.output
+    assert_equal(tmp_path, whole)

@@ -1,0 +1,70 @@
+"""A tiny FSDP2 run with sharded checkpoints: `composer -n N tests/checkpoints/sharded_run.py OUT STEPS`.
+
+It goes on from the newest valid checkpoint in OUT/checkpoints; whole weights go to OUT/weights.pt.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from composer import Callback, Logger, State, Trainer
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config
+from torch.utils.data import DataLoader
+
+from recipe.callbacks.preemption import Preemption
+from recipe.checkpoints.find import newest_valid
+from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS, safe_loading
+from tests.checkpoints.checkpoint_cases import TinyModel, make_saver
+from tests.distributed.fsdp_shim import install
+
+
+class Measure(Callback):
+    """Pretends that an evaluation found the second batch to be the best."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        state.eval_metric_values["score"] = -abs(float(state.timestamp.batch) - 2)
+        for callback in state.callbacks:
+            if callback is not self:
+                callback.eval_after_all(state, logger)
+
+
+def main() -> None:
+    """Trains; one step is four samples over all ranks."""
+    out, steps = Path(sys.argv[1]), sys.argv[2]
+    dist.initialize_dist("cpu")
+    install()
+    folder = out / "checkpoints"
+    found = newest_valid(str(folder))
+    if dist.get_global_rank() == 0:
+        print("starts from", found and found.path)
+    torch.manual_seed(0)
+    model = TinyModel()
+    samples = [torch.full((4,), float(i)) for i in range(8)]
+    loader = DataLoader(samples, batch_size=4 // dist.get_world_size(), sampler=dist.get_sampler(samples))  # pyright: ignore
+    saver = make_saver(folder, metric="eval/score", num_checkpoints_to_keep=3)
+    with safe_loading():
+        trainer = Trainer(
+            model=model,
+            train_dataloader=loader,
+            optimizers=torch.optim.AdamW(model.parameters(), 0.1),
+            callbacks=[Measure(), saver, Preemption(saver)],
+            max_duration=f"{steps}ba",
+            load_path=None if found is None else found.path,
+            load_exclude_algorithms=list(EXCLUDED_ALGORITHMS),
+            parallelism_config={"fsdp": FSDP2Config(state_dict_type="sharded")},
+            progress_bar=False,
+            auto_log_hparams=False,
+        )
+    trainer.fit()
+    weights = {name: value.full_tensor() for name, value in trainer.state.model.state_dict().items()}
+    if dist.get_global_rank() == 0:
+        torch.save(weights, out / "weights.pt")
+    dist.barrier()
+    trainer.close()
+    os._exit(0)  # gloo of torch 2.7 can wait for ever in its destructor
+
+
+if __name__ == "__main__":
+    main()
