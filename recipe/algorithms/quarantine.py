@@ -81,7 +81,7 @@ class Quarantine:
         if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, PackStream):
             return
         if self.active and dist.get_global_rank() == 0:
-            log.warning("%d samples are left out: %s", len(self.active), ", ".join(self.active))
+            log.warning("left out of this epoch: %s", ", ".join(self.active))
         if loader.dataset.quarantined != set(self.active):
             loader.dataset.quarantined = set(self.active)
             # Persistent workers hold a copy of the data set: without this iterator new ones are started.
