@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from convert.shapes import iter_samples
+from convert.writer import write_split
+from recipe.exit_codes import DIVERGED
 from tests.distributed.nan_run import CASES, HIT
 from tests.launch import run_composer
 
@@ -78,3 +81,37 @@ def test_the_audit_names_the_rank_and_the_term(run: Path):
         assert (entry["rank"], entry["batch"], entry["action"]) == (1, HIT, "skip")
         assert term in entry["terms"]
     assert {entry["rank"] for entry in audit(run, "gradient")} == {0, 1}
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_a_run_that_diverges_ends_with_its_exit_code(tiny_checkpoint: str, tmp_path: Path):
+    """Rates that no model stands; the command of the README, on two ranks."""
+    for split, count, seed in (("train", 8, 1), ("val", 2, 2)):
+        write_split(iter_samples(count, seed, image_size=84, max_objects=2), str(tmp_path), split)
+    launch = run_composer(
+        2,
+        "recipe/train.py",
+        "yamls/quickstart.yaml",
+        f"run_folder={tmp_path}/run",
+        f"model.pretrained_model_name_or_path={tiny_checkpoint}",
+        "teachers.num_teachers=0",
+        "teachers.stream=null",
+        f"train_loader.streams.shapes.local={tmp_path}",
+        f"eval_loader.streams.shapes.local={tmp_path}",
+        "train_loader.global_batch_size=4",
+        "eval_loader.global_batch_size=2",
+        "caption_decoder.max_caption_tokens=16",
+        "optimizer.lr_llm=1e30",
+        "scheduler.t_warmup=0ba",
+        "nan_rollback.strikes=1",
+        "nan_rollback.max_rollbacks=1",
+        check=False,
+    )
+    assert launch.returncode == DIVERGED, launch.output
+    assert f"a rollback is due after 1, nan_rollback.max_rollbacks. The bad batches are listed in {tmp_path}/run" in (
+        launch.output
+    )
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    actions = [json.loads(line)["action"] for line in lines]
+    assert actions[0] == "rollback" and actions[-1] == "stop"
