@@ -341,6 +341,11 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
         raise ConfigError(f"trainer.device_train_microbatch_size is {microbatch!r}: it must be a whole number above 0")
     if trainer.get("precision") is not None:
         _check_choice("trainer.precision", trainer["precision"], [precision.value for precision in Precision])
+    if trainer.get("precision") == Precision.AMP_FP16.value:
+        raise ConfigError(
+            "trainer.precision amp_fp16 finds its loss scale by gradients that overflow, which nan_rollback would take "
+            "for divergence: use amp_bf16"
+        )
 
 
 def _check_saving(config: RecipeConfig) -> None:
