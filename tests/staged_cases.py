@@ -85,7 +85,7 @@ def train(
     """
     parallelism = None
     if mode != "ddp":
-        fsdp = {"mixed_precision": "FULL", "state_dict_type": "sharded", "sharded_ckpt_prefix_dir": "ba{batch}"}
+        fsdp = {"mixed_precision": "FULL", "state_dict_type": "sharded"}
         trainer_section = {"parallelism_config": {"fsdp": fsdp}}
         parallelism = build_parallelism(model, trainer_section, int(mode.removeprefix("fsdp")))
     trainer = Trainer(

@@ -308,6 +308,12 @@ def test_every_trainable_parameter_is_in_one_optimizer_group():
         check_membership(model, optimizer)
 
 
+def test_a_parameter_that_the_optimizer_lacks_stops_the_run():
+    config = replace(config_with({}), optimizer=OptimizerConfig(lr_llm=0))
+    with pytest.raises(RuntimeError, match=r"model\.llm\.weight is trainable, but 0 optimizer groups hold it"):
+        train_toy(config)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_bit_sums_see_the_smallest_change(dtype: torch.dtype):
     tensors = [torch.randn(3, 5).to(dtype), torch.zeros(0, dtype=dtype), torch.randn(7).to(dtype).t()]

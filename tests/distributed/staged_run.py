@@ -54,7 +54,7 @@ def main() -> None:
     saving: dict[str, Any] = {"save_folder": folder, "save_interval": "1ba", "save_filename": "ba{batch}.pt"}
     whole = finish(train(model(), steps, "2ep", stages, mode=mode, **saving))
     for batch in (3, 6):
-        path = f"{folder}/ba{batch}" + (".pt" if mode == "ddp" else "")
+        path = f"{folder}/ba{batch}.pt" if mode == "ddp" else f"{folder}/ep{batch // len(steps)}-ba{batch}"
         resumed = finish(train(model(), steps, "2ep", stages, mode=mode, load_path=path))
         found[f"resumed at {batch}"] = differing(resumed, whole)
     Path(out, f"{mode}-{dist.get_global_rank()}.json").write_text(json.dumps(found))
