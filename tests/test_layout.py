@@ -19,7 +19,7 @@ LEVELS: list[set[str]] = [
     {"network", "inference", "joint", "build"},
     {"optim", "schedule", "checkpoint", "checkpoints", "callbacks", "algorithms", "parallel", "loggers"},
     {"config_checks"},
-    {"train", "eval", "predict", "export"},
+    {"train", "eval", "predict", "export", "estimate"},
 ]
 NEVER_EACH_OTHER = [LEVELS[1], LEVELS[5]]
 MOST_LINES_OF_A_CONVERTER = 450

@@ -11,6 +11,7 @@ from composer.callbacks import (
     LRMonitor,
     MemoryMonitor,
     NaNMonitor,
+    OOMObserver,
     OptimizerMonitor,
     RuntimeEstimator,
     SpeedMonitor,
@@ -21,9 +22,12 @@ from composer.loggers import LoggerDestination
 from transformers import PreTrainedTokenizerBase
 
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
+from recipe.callbacks.group_metrics import GroupMetrics
 from recipe.callbacks.log_first_sample import LogFirstSample
 from recipe.callbacks.log_predictions import LogPredictions
+from recipe.callbacks.loss_terms import LossGradients, LossShares
 from recipe.callbacks.preemption import Preemption
+from recipe.callbacks.throughput import Throughput
 from recipe.callbacks.training_data import TrainingData
 from recipe.checkpoints.manifest import Origin
 from recipe.checkpoints.saver import build_saver
@@ -33,14 +37,19 @@ from recipe.loggers.wandb import SafeWandBLogger
 
 CALLBACKS: Mapping[str, type[Callback]] = {
     "early_stopper": EarlyStopper,
+    "group_metrics": GroupMetrics,
+    "loss_gradients": LossGradients,
+    "loss_shares": LossShares,
     "lr_monitor": LRMonitor,
     "memory_monitor": MemoryMonitor,
     "nan_monitor": NaNMonitor,
+    "oom_observer": OOMObserver,
     "optimizer_monitor": OptimizerMonitor,
     "runtime_estimator": RuntimeEstimator,
     "speed_monitor": SpeedMonitor,
     "system_metrics_monitor": SystemMetricsMonitor,
     "threshold_stopper": ThresholdStopper,
+    "throughput": Throughput,
 }
 LOGGERS: Mapping[str, type[LoggerDestination]] = {
     "file": TextLogger,
@@ -53,7 +62,11 @@ LOGGERS: Mapping[str, type[LoggerDestination]] = {
 def build_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
     """What hides evaluation from training, the callbacks the yaml names, those that watch the data and show samples."""
     callbacks: list[Callback] = [EvaluationWithoutTraces()]
-    callbacks += [CALLBACKS[name](**keywords) for name, keywords in config.callbacks.items() if keywords is not None]
+    callbacks += [
+        CALLBACKS[name](**_callback_keywords(name, keywords, config.run_folder))
+        for name, keywords in config.callbacks.items()
+        if keywords is not None
+    ]
     loader = config.train_loader
     max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
     callbacks.append(TrainingData(max_tokens, loader.max_bad_samples, config.run_folder))
@@ -81,6 +94,12 @@ def build_loggers(config: RecipeConfig) -> list[LoggerDestination]:
         for name, keywords in config.loggers.items()
         if keywords is not None
     ]
+
+
+def _callback_keywords(name: str, keywords: Mapping[str, Any], run_folder: str) -> dict[str, Any]:
+    if name == "oom_observer":  # its own default is a folder beside the run's
+        return {"folder": f"{run_folder}/out_of_memory", "remote_file_name": None, "overwrite": True, **keywords}
+    return dict(keywords)
 
 
 def _logger_keywords(name: str, keywords: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Shares and gradients of the loss terms: against autograd, and without a trace in the training."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from recipe.optim import build_optimizer, group_parameters
 from recipe.schema import Batch, Example
 from tests.tiny_cases import collator, make_batches, make_model
 
-RATES = {f"lr_{group}": 1e-3 for group in ("vision", "merger", "llm", "adapter", "detection")}
+RATES = OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3)
 
 
 def expected_gradients(model: JointModel, batch: Batch) -> dict[str, float]:
@@ -75,9 +76,8 @@ def test_shares_and_gradients_leave_no_trace(
     """Dropout, so that every random number drawn elsewhere would show in the weights."""
     config = tiny_config(detection_head={"dropout": 0.3}, caption_decoder={"dropout": 0.3})
     examples = [tiny_examples[name] for name in ("one", "text", "unannotated")]
-    rates = OptimizerConfig(**RATES)
-    _, plain = fit(config, examples, [], rates)
-    memory, watched = fit(config, examples, [LossShares(), LossGradients("1ba")], rates)
+    _, plain = fit(config, examples, [], RATES)
+    memory, watched = fit(config, examples, [LossShares(), LossGradients("1ba")], RATES)
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     shares = [[float(value) for _, value in rows] for name, rows in memory.data.items() if "loss/share" in name]
     assert len(shares) == 6
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_autograd(
     tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]
 ) -> None:
     examples = [tiny_examples["one"]]
-    memory, _ = fit(tiny_config(), examples, [LossGradients("1ba")], OptimizerConfig(**RATES))
+    memory, _ = fit(tiny_config(), examples, [LossGradients("1ba")], RATES)
     found = {name: float(rows[0][1]) for name, rows in memory.data.items() if name.startswith("loss_gradient")}
     (batch,) = make_batches(examples, "packed", 2)
     assert found == pytest.approx(expected_gradients(make_model(tiny_config()), batch), rel=1e-9)
@@ -98,7 +98,7 @@ def test_gradients_are_those_of_autograd(
 def test_a_frozen_group_is_told_once(
     tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], caplog: pytest.LogCaptureFixture
 ) -> None:
-    rates = OptimizerConfig(**{**RATES, "lr_merger": 0.0})
+    rates = replace(RATES, lr_merger=0.0)
     memory, _ = fit(tiny_config(), [tiny_examples["text"]], [LossGradients("1ba")], rates)
     assert not any(name.startswith("loss_gradient") for name in memory.data)
     assert sum("merger is frozen" in record.message for record in caplog.records) == 1

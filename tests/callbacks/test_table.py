@@ -168,3 +168,13 @@ def test_in_memory_logger_agrees_with_json_lines(tmp_path: Path) -> None:
     losses = [line["metrics"]["loss/train/total"] for line in lines if "loss/train/total" in line["metrics"]]
     expected = [float(value) for _, value in memory.data["loss/train/total"]]
     assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_out_of_memory_traces_lie_in_the_run_folder(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    config.callbacks = {"oom_observer": {"max_entries": 7}}
+    observer = next(
+        c for c in build_callbacks(config, build_tiny_tokenizer(tokenizer_corpus())) if hasattr(c, "folder")
+    )
+    assert vars(observer)["folder"] == f"{tmp_path}/run/out_of_memory"
+    assert vars(observer)["max_entries"] == 7 and vars(observer)["remote_file_name"] is None

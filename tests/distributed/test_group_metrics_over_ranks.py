@@ -26,7 +26,7 @@ def test_norms_are_those_of_one_process(
 ) -> None:
     script = Path(__file__).with_name("group_metrics_run.py")
     run_composer(
-        2, script, tiny_checkpoint, str(tmp_path), mode, env={"FSDP_VERSION": mode.removeprefix("fsdp")}, timeout=240
+        2, script, tiny_checkpoint, str(tmp_path), mode, env={"FSDP_VERSION": mode.removeprefix("fsdp")}, timeout=400
     )
     names = [name for share in CASES["padded"].shares for name in share]
     (batch,) = make_batches([tiny_examples[name] for name in names], "standard", len(names))
@@ -34,6 +34,7 @@ def test_norms_are_those_of_one_process(
     for rank in range(2):
         record = torch.load(tmp_path / f"{mode}-{rank}.pt")
         logged = record["logged"]
+        # measured: 9e-16 and 5e-16 under FSDP2
         found = {key: logged.pop(key)[0] for key in list(logged) if key.startswith("loss_gradient")}
         assert found == pytest.approx(gradients, rel=1e-9)
         assert {key.split("/")[1] for key in logged} == {"vision", "merger", "adapter", "detection"}
