@@ -1,0 +1,146 @@
+"""Runs of recipe.train in float64, one after the other: `composer -n N tests/distributed/fsdp_run.py LEGS.json`.
+
+In each, every rank writes OUT/RANK.pt: its share of the loss terms of each step, the scores and texts of each
+evaluation, the whole weights at the end.
+"""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+from torch import Tensor
+
+from recipe.callbacks import table
+from recipe.config import EvaluationConfig, LoaderConfig, OptimizerConfig, RecipeConfig, SchedulerConfig
+from recipe.joint import EvalOutputs
+from recipe.train import main
+from tests.distributed.fsdp_shim import install
+from tests.distributed.one_step import plain_name, whole, whole_parameters
+from tests.tiny_cases import make_config
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One run.
+
+    Attributes:
+        checkpoint: Folder of the tiny language model.
+        data: Folder of the split `train`, which is also evaluated on.
+        out: Run folder.
+        mode: ddp, fsdp1 or fsdp2.
+        steps: To train in all.
+        sharded: Checkpoints of a file a rank.
+        begin_with: Run folder that is copied first, to go on from; empty: none.
+    """
+
+    checkpoint: str
+    data: str
+    out: str
+    mode: str
+    steps: int = 5
+    sharded: bool = False
+    begin_with: str = ""
+
+
+class Recorder(Callback):
+    """Loss terms of each step; scores and predicted texts of each evaluation."""
+
+    def __init__(self):
+        self.losses: list[dict[str, Tensor]] = []
+        self.scores: list[dict[str, float]] = []
+        self.texts: list[dict[str, list[str | None]]] = []
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """A new step."""
+        del state, logger
+        self.losses.append({})
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Composer logs in float32: keep the terms themselves."""
+        del logger
+        assert isinstance(state.loss, dict)
+        step = self.losses[-1]
+        for name, value in state.loss.items():
+            step[name] = step.get(name, torch.zeros(())) + value.detach()
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """A new evaluation."""
+        del state, logger
+        self.texts.append({})
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        """The answer and the captions about each sample."""
+        del logger
+        assert isinstance(state.outputs, EvalOutputs)
+        for prediction in state.outputs.predictions:
+            self.texts[-1][prediction.id] = [prediction.answer, *(found.caption for found in prediction.objects)]
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """All scores."""
+        del logger
+        self.scores.append({name: float(value) for name, value in state.eval_metric_values.items()})
+
+
+def config_of(leg: Leg) -> RecipeConfig:
+    """Steps of four samples, evaluated after every second and the last, saved after the third."""
+    trainer: dict[str, Any] = {
+        "max_duration": f"{leg.steps}ba",
+        "eval_interval": "2ba",
+        "save_interval": "3ba",
+        "device_train_microbatch_size": 1 if dist.get_world_size() > 1 else 2,
+        "precision": "fp32",
+        "progress_bar": False,
+    }
+    if leg.mode != "ddp":
+        fsdp = {"mixed_precision": "FULL", "state_dict_type": "sharded" if leg.sharded else "full"}
+        trainer["parallelism_config"] = {"fsdp": fsdp}
+        if leg.mode == "fsdp1" and not leg.sharded:
+            trainer["save_folder"] = None  # FSDP1 on the CPU ends with SIGSEGV there (torch 2.7)
+    stream = {"main": {"local": leg.data, "split": "train"}}
+    return replace(
+        make_config(leg.checkpoint),
+        run_folder=leg.out,
+        fsdp_version=1 if leg.mode == "fsdp1" else 2,
+        train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
+        eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
+        evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6),
+        optimizer=OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
+        scheduler=SchedulerConfig("constant"),
+        callbacks={"recorder": {}},
+        trainer=trainer,
+    )
+
+
+def run(leg: Leg) -> None:
+    """Trains and writes the record."""
+    trainer = main(config_of(leg))
+    recorder = next(callback for callback in trainer.state.callbacks if isinstance(callback, Recorder))
+    with whole_parameters(trainer.state.model):
+        weights = {
+            plain_name(name): whole(value.detach()).clone() for name, value in trainer.state.model.named_parameters()
+        }
+    record = {"losses": recorder.losses, "scores": recorder.scores, "texts": recorder.texts, "weights": weights}
+    torch.save(record, Path(leg.out, f"{dist.get_global_rank()}.pt"))
+    trainer.close()
+
+
+if __name__ == "__main__":
+    dist.initialize_dist("cpu")
+    install()
+    table.CALLBACKS = {**table.CALLBACKS, "recorder": Recorder}
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        if dist.get_global_rank() == 0 and entry["begin_with"]:
+            shutil.copytree(entry["begin_with"], entry["out"], symlinks=True)
+        dist.barrier()
+        run(Leg(**entry))
+    if dist.get_world_size() > 1:
+        dist.barrier()
+        # Gloo of torch 2.7 can wait for ever in its destructor.
+        os._exit(0)
