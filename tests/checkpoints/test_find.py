@@ -57,6 +57,13 @@ def test_a_broken_one_is_told_and_passed_over(
     assert reason in caplog.text and str(folder / "ba4.pt") in caplog.text
 
 
+def test_a_manifest_that_still_reads_but_was_changed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = folder / "ba1.pt.manifest.json"
+    path.write_text(path.read_text().replace('"batch": 1', '"batch": 9'))
+    assert batch_found(folder) == 4
+    assert "ba1.pt is passed over: its manifest cannot be read: its own checksum is wrong" in caplog.text
+
+
 def test_several_broken_ones(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     truncate(folder / "ba4.pt")
     flip(folder / "ba3.pt")

@@ -20,6 +20,7 @@ from composer.utils import dist, maybe_create_object_store_from_uri
 
 from recipe.callbacks import table
 from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
+from recipe.logging_setup import setup_logging
 from recipe.train import main
 from tests.tiny_cases import make_config
 
@@ -135,6 +136,7 @@ def config_of(settings: Settings) -> RecipeConfig:
 
 
 if __name__ == "__main__":
+    setup_logging()
     table.CALLBACKS = {**table.CALLBACKS, "recorder": Recorder}
     trainer = main(config_of(Settings(**json.loads(Path(sys.argv[1]).read_text()))))
     trainer.close()
