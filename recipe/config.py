@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from recipe.environment import guard_environment
-from recipe.redact import redact
+from recipe.redact import redact, remember_secrets
 
 GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what is in each: recipe/optim.py
 
@@ -315,10 +315,12 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}: set in {yaml_path} or as key=value on the command line")
-        return cast(RecipeConfig, OmegaConf.to_object(config))
+        loaded = cast(RecipeConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")
         raise ConfigError(f"{error.full_key}: {reason}; mend the ${{...}} or set the variable") from error
+    remember_secrets(asdict(loaded))
+    return loaded
 
 
 def save_config(config: RecipeConfig, path: str | Path) -> None:

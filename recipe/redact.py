@@ -17,15 +17,35 @@ _ASSIGNED = re.compile(
 )
 _SHORTEST_SECRET = 6  # an environment variable such as SSH_KEY=1 must not blank every 1
 
+_remembered: set[str] = set()
+
+
+def remember_secrets(value: Any, name: str = "") -> None:
+    """From here on what `redact` hides in these nested dicts and lists is hidden wherever else it turns up.
+
+    Libraries tell an address in parts: of `s3://KEY:SECRET@host` boto names the bucket `KEY:SECRET`.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            remember_secrets(item, str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            remember_secrets(item, name)
+    elif isinstance(value, str):
+        users = _USER_INFO.findall(value)
+        parts = [part for user in users for part in (user, *user.split(":"))] + ([value] if is_secret(name) else [])
+        _remembered.update(part for part in parts if len(part) >= _SHORTEST_SECRET)
+
 
 def redact(value: Any) -> Any:
     """A copy of nested dicts and lists without secrets.
 
     Replaced are: whatever a secret-looking key holds (`api_key`, not `max_new_tokens`), the user and the query secrets
-    of addresses, and the value of every environment variable with such a name, wherever it stands.
+    of addresses, and wherever they stand, the value of every environment variable with such a name and what
+    `remember_secrets` was given.
     """
-    secrets = [text for name, text in os.environ.items() if is_secret(name) and len(text) >= _SHORTEST_SECRET]
-    return _redact(value, sorted(secrets, key=len, reverse=True))
+    secrets = {text for name, text in os.environ.items() if is_secret(name) and len(text) >= _SHORTEST_SECRET}
+    return _redact(value, sorted(secrets | _remembered, key=len, reverse=True))
 
 
 def redact_text(text: str) -> str:

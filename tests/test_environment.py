@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from recipe.config import ConfigError, RecipeConfig, load_config
+from recipe.redact import redact_text
 
 SECRET = "hunter2hunter2"
 YAML = """
@@ -70,3 +71,23 @@ def test_allowed_variables_are_read(value: str, expected: str, tmp_path: Path) -
 def test_no_other_resolver_reads_the_machine(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="run_folder: Unsupported interpolation type env"):
         load(tmp_path, '"${env:AWS_SECRET_ACCESS_KEY}"')
+
+
+def test_secrets_of_a_configuration_are_known_in_any_text(tmp_path: Path) -> None:
+    remote = "s3://AKIDEXAMPLE:sesame-street@host/data"
+    load(tmp_path, "x", f"train_loader.streams.a.remote={remote}", "loggers.wandb.api_key=opensesame")
+    told = redact_text('Invalid bucket name "AKIDEXAMPLE:sesame-street"; AKIDEXAMPLE may not; refused opensesame')
+    assert told == 'Invalid bucket name "<redacted>"; <redacted> may not; refused <redacted>'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("unknown key wandb.api_key=sesame in run.yaml", "unknown key wandb.api_key=<redacted> in run.yaml"),
+        ("{'api_key': 'a b', 'lr': 1}", "{'api_key': <redacted>, 'lr': 1}"),
+        ("from https://user:word@host/a?token=b&part=2", "from https://<redacted>@host/a?token=<redacted>&part=2"),
+        ("max_new_tokens=5 sorted(names, key=len) KeyError: 'token: none'", None),
+    ],
+)
+def test_secrets_are_found_in_text(text: str, expected: str | None) -> None:
+    assert redact_text(text) == (expected or text)

@@ -17,7 +17,7 @@ from wandb.sdk.wandb_run import Run
 from wandb.sdk.wandb_setup import _WandbSetup
 
 from recipe.loggers.guarded import GuardedLogger
-from recipe.redact import redact_text
+from recipe.redact import redact, redact_text
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
     def init(self, state: State, logger: Logger) -> None:
         """Opens the run, online if the server plays along; every rank takes part, rank 0 alone asks the server."""
         settings = {"disable_git": True, "disable_code": True, "init_timeout": START_SECONDS, "_args": []}
-        self._init_kwargs["settings"] = settings | (self._init_kwargs.get("settings") or {})
+        settings |= self._init_kwargs.get("settings") or {}
+        self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}  # settings may hold the key to log in
         if self._enabled and self._init_kwargs.get("mode") == "online":
             try:
                 within(PROBE_SECONDS, ask_server)

@@ -1,0 +1,85 @@
+"""W&B never ends, hangs or slows a run, however ill its server is: real processes, servers on loopback."""
+
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.internal.datastore import DataStore
+
+from recipe.loggers.wandb import ask_server, within
+from tests.launch import run_composer
+from tests.loggers.wandb_run import FINISH_SECONDS, NUM_BATCHES, PROBE_SECONDS, START_SECONDS
+from tests.loggers.wandb_server import ILLS, wandb_server
+
+KEY = "0123456789" * 4
+MARGIN = 10.0  # seconds for imports and the start of wandb's process, on a busy machine
+
+
+def launch(folder: Path, address: str, world_size: int = 1, last_batch: int = 0) -> tuple[dict[str, Any], str]:
+    env = {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY, "WANDB_MODE": "online", "NO_PROXY": "127.0.0.1"}
+    script = Path(__file__).with_name("wandb_run.py")
+    output = run_composer(world_size, script, str(folder), str(last_batch), env=env, timeout=400).output
+    return json.loads((folder / "report.json").read_text()), output
+
+
+def logged_steps(folder: Path) -> int:
+    """Of the run's own file, which `wandb sync` sends; it is read to its last record."""
+    (path,) = folder.glob("wandb/*run-*/*.wandb")
+    store, kinds = DataStore(), Counter[str]()
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record: Any = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kinds[record.WhichOneof("record_type")] += 1
+    return kinds["history"]
+
+
+def test_a_call_is_waited_for_so_long() -> None:
+    within(5, lambda: None)
+    with pytest.raises(KeyError):
+        within(5, lambda: {}["a"])
+    with pytest.raises(TimeoutError, match="no answer within 0 s"):
+        within(0.05, threading.Event().wait)
+
+
+@pytest.mark.parametrize("ill", [None, "refused", "401", "500", "silent"])
+def test_the_server_is_asked_first(ill: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr("recipe.loggers.wandb.PROBE_SECONDS", 0.5)
+    with wandb_server(ill) as address:
+        monkeypatch.setattr(wandb.api, "settings", lambda name: address)
+        if ill is None:
+            ask_server()
+        else:
+            with pytest.raises(OSError):  # requests' errors are
+                ask_server()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ill", ILLS)
+def test_an_ill_server_means_offline(ill: str, tmp_path: Path) -> None:
+    with wandb_server(ill) as address:
+        report, output = launch(tmp_path, address, world_size=2 if ill == "silent" else 1)
+    assert report["mode"] == "offline"
+    assert report["start"] < PROBE_SECONDS + MARGIN + (START_SECONDS if ill == "cannot open runs" else 0)
+    assert output.count("W&B cannot be used as configured, so its mode is now offline") == 1
+    assert "wandb sync" in output
+    assert logged_steps(tmp_path) >= NUM_BATCHES
+    assert KEY not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last_batch", [0, 20])
+def test_a_server_that_dies_is_not_noticed(last_batch: int, tmp_path: Path) -> None:
+    with wandb_server() as address:
+        report, output = launch(tmp_path, address, last_batch=last_batch)
+    assert report["mode"] == "online"
+    assert report["slowest_batch"] < 1
+    assert report["close"] < FINISH_SECONDS + MARGIN
+    assert ("W&B did not take all of the run" in output) == bool(last_batch)
+    assert logged_steps(tmp_path) >= NUM_BATCHES
