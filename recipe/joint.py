@@ -18,7 +18,7 @@ from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAverag
 from recipe.metrics.dense_caption import CaptionMatch
 from recipe.metrics.entries import LossAverage, MetricEntry, metric_entries
 from recipe.metrics.language import AnswerBoxes
-from recipe.models.sharding import Sealed
+from recipe.models.sharding import Sealed, reshard
 from recipe.network import JointNetwork, JointOutputs
 from recipe.schema import Batch, LossCounts, Prediction
 
@@ -103,8 +103,9 @@ class JointModel(ComposerModel):
                 self.model, batch, outputs.detection, outputs.memory, self.tokenizer, self.evaluation, self.prompt
             )
 
-        outputs, predictions = self.model(Sealed(batch), predict)
-        return EvalOutputs(predictions, self.loss_terms(outputs, batch, UNIT_COUNTS), count_losses(batch))
+        made, predictions = self.model(Sealed(batch), predict)
+        reshard(self.model)
+        return EvalOutputs(predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """The metrics of `eval`, each a scalar under its own name."""

@@ -6,6 +6,7 @@ import torch
 from composer.utils import dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
 
 Content = TypeVar("Content")
 
@@ -20,6 +21,17 @@ class Sealed(Generic[Content]):
 def is_sharded(module: nn.Module) -> bool:
     """Whether parts of a module's parameters lie on other ranks."""
     return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules())
+
+
+def reshard(root: nn.Module) -> None:
+    """Gives a root unit's gathered weights back, which FSDP keeps after a forward pass that no backward pass follows.
+
+    The next forward pass would compute with them: with those of before a rollback, or before their group was frozen.
+    """
+    if isinstance(root, FSDPModule):
+        root.reshard()
+    elif isinstance(root, FullyShardedDataParallel) and root._handle is not None:
+        _reshard(root, root._handle, free_unsharded_flat_param=True)
 
 
 def on_all_ranks(condition: bool, device: torch.device) -> bool:

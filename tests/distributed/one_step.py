@@ -18,7 +18,9 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from recipe.algorithms.norms import local
 from recipe.config import OptimizerConfig
 from recipe.data.loader import (
     collate_microbatches,
@@ -29,6 +31,7 @@ from recipe.data.loader import (
 from recipe.joint import JointModel
 from recipe.optim import build_optimizer
 from recipe.parallel import build_parallelism
+from recipe.schema import Batch
 from tests.distributed.fsdp_shim import install
 from tests.tiny_cases import collator, make_config, make_examples, make_model
 
@@ -189,8 +192,26 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
         weights = {
             plain_name(name): whole(value.detach()).clone() for name, value in trainer.state.model.named_parameters()
         }
+    blind = logits_without_weights(model, trainer.state.optimizers[0], microbatches[0])
     trainer.close()
-    return {"losses": recorder.losses, "gradients": recorder.gradients, "logged": logged, "weights": weights}
+    return {
+        "losses": recorder.losses,
+        "gradients": recorder.gradients,
+        "logged": logged,
+        "weights": weights,
+        "blind": blind,
+    }
+
+
+@torch.no_grad()
+def logits_without_weights(model: JointModel, optimizer: Optimizer, batch: Batch) -> Tensor:
+    """The logits where all that is trained becomes 0 between an evaluation and the next forward pass."""
+    model.eval()
+    model.eval_forward(batch)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            local(parameter.data).zero_()
+    return model(batch).label_logits
 
 
 def main() -> None:

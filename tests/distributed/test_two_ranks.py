@@ -56,3 +56,11 @@ def test_two_ranks_are_one_process(
     for key, value in expected.items():
         assert first["logged"][f"loss/train/{key}"] == pytest.approx(float(value), rel=1e-6)
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_changed_after_an_evaluation_are_seen(records: Records, mode: str):
+    for record in records(mode)["padded"]:
+        assert record["blind"].numel() and not record["blind"].any()
