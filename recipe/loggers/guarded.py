@@ -60,6 +60,7 @@ class GuardedLogger(LoggerDestination):
         self._attempt(super().close, state, logger)
         if self._num_lost:
             log.warning("%s lost %d calls of this run", type(self).__name__, self._num_lost)
+            self._num_lost = 0
 
     def _attempt(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         if time.monotonic() < self._resting_until:

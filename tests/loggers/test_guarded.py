@@ -15,6 +15,7 @@ from composer.loggers import LoggerDestination
 from recipe.loggers import guarded
 from recipe.loggers.files import GuardedJsonLinesLogger, TextLogger
 from recipe.loggers.guarded import GuardedLogger
+from tests.launch import run_composer
 
 NOTHING = cast(Any, None)
 
@@ -120,3 +121,14 @@ def test_the_text_log_is_appended_and_holds_no_secret(tmp_path: Path, restored_s
     assert text.index("first: 1.0") < text.index("second: 1.0")
     assert "SECRET" not in text
     assert "sesame" not in text
+
+
+@pytest.mark.slow
+def test_training_does_not_notice_a_full_disk(tmp_path: Path) -> None:
+    """Real files of all three loggers, TensorBoard's with its writing thread."""
+    script = Path(__file__).with_name("full_disk_run.py")
+    outputs = [run_composer(1, script, str(tmp_path / limit), limit).output.splitlines() for limit in ("0", "200")]
+    results = [[line for line in output if line.startswith("result ")] for output in outputs]
+    assert results[0] == results[1] != []
+    for name in ("GuardedJsonLinesLogger", "GuardedTensorboardLogger", "TextLogger"):
+        assert sum(f"{name} failed" in line for line in outputs[1]) == 1

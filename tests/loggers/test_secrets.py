@@ -25,13 +25,15 @@ ENVIRONMENT = {
 
 def launch(checkpoint: str, folder: Path, *overrides: str) -> tuple[Launch, Path]:
     """The real command on a tiny run that saves a checkpoint, with every logger; its yaml holds secrets too."""
-    write_split(iter_samples(num_samples=4, seed=11, image_size=84), str(folder / "data"), "train")
-    stream = {"main": {"local": str(folder / "data"), "split": "train"}}
+    streams = []
+    for seed, name in enumerate(("train", "eval")):
+        write_split(iter_samples(num_samples=4, seed=seed, image_size=84), str(folder / name), "all")
+        streams.append({"main": {"local": str(folder / name), "split": "all"}})
     config = replace(
         make_config(checkpoint, model={"dtype": "float32"}),
         run_folder=str(folder / "run"),
-        train_loader=LoaderConfig(streams=stream, global_batch_size=2),
-        eval_loader=LoaderConfig(streams=stream, global_batch_size=4),
+        train_loader=LoaderConfig(streams=streams[0], global_batch_size=2),
+        eval_loader=LoaderConfig(streams=streams[1], global_batch_size=4),
         loggers={
             "file": {},
             "json_lines": {},

@@ -29,7 +29,7 @@ def launch(folder: Path, address: str, world_size: int = 1, last_batch: int = 0)
 
 def logged_steps(folder: Path) -> int:
     """Of the run's own file, which `wandb sync` sends; it is read to its last record."""
-    (path,) = folder.glob("wandb/*run-*/*.wandb")
+    (path,) = folder.glob("wandb/latest-run/*.wandb")
     store, kinds = DataStore(), Counter[str]()
     store.open_for_scan(str(path))
     while (data := store.scan_data()) is not None:
