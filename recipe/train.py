@@ -10,6 +10,7 @@ from recipe.build import build_encoder, build_model, load_processor
 from recipe.callbacks.table import build_callbacks, build_loggers
 from recipe.config import RecipeConfig, save_config
 from recipe.config_checks import config_from_command_line
+from recipe.data.agreement import DIST_TIMEOUT
 from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
 from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
@@ -19,12 +20,10 @@ from recipe.shared_memory import clean_dead_shared_memory
 
 def main(config: RecipeConfig) -> Trainer:
     """Trains as configured and returns the trainer, its state that of the last step."""
-    dist.initialize_dist(get_device())
+    dist.initialize_dist(get_device(), config.trainer.get("dist_timeout", DIST_TIMEOUT))
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
-    if dist.get_global_rank() == 0:
-        save_config(config, Path(config.run_folder, "config.yaml"))
     processor = load_processor(config)
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor)
@@ -45,6 +44,8 @@ def main(config: RecipeConfig) -> Trainer:
         accumulate_train_batch_on_tokens=True,  # see recipe.data.loader.get_num_tokens_in_batch
         **{"save_folder": f"{config.run_folder}/checkpoints", **config.trainer},
     )
+    if dist.get_global_rank() == 0:  # not before the checkpoint has been found to fit
+        save_config(config, Path(config.run_folder, "config.yaml"))
     trainer.fit()
     return trainer
 
