@@ -9,6 +9,7 @@ from convert.items import Found, Item, Summary
 from convert.pool import usable_cores
 from convert.target import REJECTED_FILE
 from convert.writer import convert_split, write_split
+from recipe.redact import redact
 
 
 def build_parser(description: str | None, with_split: bool = True) -> argparse.ArgumentParser:
@@ -84,6 +85,6 @@ def run_items(items: Iterable[Item], args: argparse.Namespace) -> None:
 
 
 def _report(summary: Summary, address: str, out: str) -> None:
-    print(f"{address}\n{summary}")
+    print(f"{redact(address)}\n{summary}")
     if summary.rejected:
-        print(f"  the rejected records: {store.join(out, REJECTED_FILE)}")
+        print(f"  the rejected records: {redact(store.join(out, REJECTED_FILE))}")

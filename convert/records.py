@@ -17,7 +17,7 @@ from PIL import Image
 
 from convert.items import Item, Note, Rejected
 from recipe.boxes import clip_boxes
-from recipe.pictures import displayed_size, open_image
+from recipe.pictures import describe_decode_error, displayed_size, open_image
 from recipe.schema import Box, Message, Object, Sample
 
 ROUNDING = 1.0  # a box may stick out of the picture by so many pixels: it is clipped, and counted
@@ -187,7 +187,7 @@ def read_picture(path: str) -> tuple[bytes, int, int]:
             image.load()
         return data, *displayed_size(data)
     except _DECODE_ERRORS as error:
-        raise BadRecord("unreadable picture", f"{os.path.basename(path)}: {error}") from error
+        raise BadRecord("unreadable picture", f"{os.path.basename(path)}: {describe_decode_error(error)}") from error
 
 
 def check_object(item: Object, width: int, height: int) -> Object:

@@ -12,6 +12,8 @@ from urllib.parse import urlparse
 
 from streaming.base.storage import CloudDownloader, CloudUploader
 
+from recipe.redact import redact
+
 ATTEMPTS = 5  # waits 1, 2, 4 and 8 seconds between them
 _THREADS = 4
 
@@ -38,8 +40,27 @@ def list_names(address: str, prefix: str) -> frozenset[str] | None:
         except NotImplementedError:
             return None
         except Exception as error:
-            raise OSError(f"cannot list {address}: {_describe(error)}") from error
+            raise OSError(f"cannot list {redact(address)}: {_describe(error)}") from error
     return frozenset(name for key in keys or () if (name := os.path.basename(key)).startswith(prefix))
+
+
+def exists(address: str, name: str) -> bool:
+    """Whether there is an object `name` right under `address`; fetched to see, where Streaming cannot list.
+
+    Raises:
+        OSError: The store cannot say.
+    """
+    names = list_names(address, name)
+    if names is not None:
+        return name in names
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            download(join(address, name), Path(folder, name))
+        except OSError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False
+            raise
+    return True
 
 
 def upload(folder: Path, names: Sequence[str], address: str) -> None:
@@ -50,8 +71,8 @@ def upload(folder: Path, names: Sequence[str], address: str) -> None:
     """
     if not names:
         return
-    # An uploader wants an empty folder, and removes what it has sent.
-    with tempfile.TemporaryDirectory(dir=folder) as outbox, ThreadPoolExecutor(_THREADS) as executor:
+    # An uploader wants an empty folder, and removes what it has sent. Beside `folder`: a kill may leave it behind.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as outbox, ThreadPoolExecutor(_THREADS) as executor:
         uploader = _open(Path(outbox), address)
         for name in names:
             (folder / name).rename(Path(outbox, name))
@@ -61,7 +82,7 @@ def upload(folder: Path, names: Sequence[str], address: str) -> None:
                 job.result()
             except Exception as error:
                 executor.shutdown(cancel_futures=True)
-                raise OSError(f"cannot upload {join(address, name)}: {_describe(error)}") from error
+                raise OSError(f"cannot upload {redact(join(address, name))}: {_describe(error)}") from error
 
 
 def download(address: str, path: Path) -> None:
@@ -73,15 +94,15 @@ def download(address: str, path: Path) -> None:
     try:
         CloudDownloader.direct_download(address, str(path))
     except Exception as error:
-        raise OSError(f"cannot download {address}: {_describe(error)}") from error
+        raise OSError(f"cannot download {redact(address)}: {_describe(error)}") from error
 
 
 def _open(folder: Path, address: str) -> CloudUploader:
     try:
         return CloudUploader.get((str(folder), address), retry=ATTEMPTS)
     except Exception as error:
-        raise OSError(f"cannot reach {address}: {_describe(error)}") from error
+        raise OSError(f"cannot reach {redact(address)}: {_describe(error)}") from error
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return redact(f"{type(error).__name__}: {error}")

@@ -1,6 +1,5 @@
 """Where a data set goes: what may be there already, the staging folder beside it, and how it appears at last."""
 
-import getpass
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from filelock import FileLock, Timeout
 from convert import store
 from convert.items import Rejected
 from convert.parts import Job, sync, write_durably
+from recipe.redact import redact
 from recipe.sidecar import RECORDS_FILE, join_parts
 
 INDEX_FILE = "index.json"
@@ -40,7 +40,7 @@ def staging_folder(address: str, staging: str | None = None) -> Path:
         ValueError: `staging` is given for a local address.
     """
     if store.is_remote(address):
-        parent = Path(staging or Path(tempfile.gettempdir(), f"convert-{getpass.getuser()}")).expanduser().absolute()
+        parent = Path(staging or Path(tempfile.gettempdir(), f"convert-{os.getuid()}")).expanduser().absolute()
         return parent / hashlib.sha256(address.encode()).hexdigest()[:16]
     if staging is not None:
         raise ValueError(f"--staging is for object stores: {address} is staged in a hidden folder beside it")
@@ -67,7 +67,7 @@ def locked(folder: Path, address: str, keep: bool) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"another conversion is writing {address}: wait for it, or stop it") from error
+        raise ValueError(f"another conversion is writing {redact(address)}: wait for it, or stop it") from error
     try:
         yield
         shutil.rmtree(folder)
@@ -92,9 +92,10 @@ def check_target(address: str, overwrite: bool) -> None:
         ValueError: Something else is there.
     """
     if store.is_remote(address):
-        if store.list_names(address, INDEX_FILE):
+        if store.exists(address, INDEX_FILE):
             raise ValueError(
-                f"{address} holds a data set: choose another --out or --split, or empty it (--overwrite is local)"
+                f"{redact(address)} holds a data set: choose another --out or --split, or empty it "
+                "(--overwrite is local)"
             )
         return
     target = local_folder(address)
@@ -143,20 +144,28 @@ def publish(job: Job, address: str, shards: Sequence[dict[str, Any]]) -> None:
 def save_rejected(out: str, split: str, rejected: Sequence[Rejected]) -> None:
     """Replaces the lines of `split` in OUT/rejected.jsonl, keeps those of the other splits."""
     lines = [json.dumps({"split": split, **asdict(item)}) for item in rejected]
-    if not store.is_remote(out):
-        folder = local_folder(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        _merge_lines(folder / REJECTED_FILE, split, lines)
-        return
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name, REJECTED_FILE)
-        if store.list_names(out, REJECTED_FILE):
-            store.download(store.join(out, REJECTED_FILE), path)
-        _merge_lines(path, split, lines)
-        store.upload(path.parent, [REJECTED_FILE], out)
+    remote = store.is_remote(out)
+    name = hashlib.sha256((out if remote else str(local_folder(out))).encode()).hexdigest()[:16]
+    # The splits of one OUT may be converted at the same time.
+    with FileLock(Path(tempfile.gettempdir(), f"convert-{os.getuid()}-{name}.lock")):
+        if not remote:
+            folder = local_folder(out)
+            folder.mkdir(parents=True, exist_ok=True)
+            _merge_lines(folder / REJECTED_FILE, split, lines)
+            return
+        with tempfile.TemporaryDirectory() as outer:
+            path = Path(outer, "out", REJECTED_FILE)
+            path.parent.mkdir()
+            if store.exists(out, REJECTED_FILE):
+                store.download(store.join(out, REJECTED_FILE), path)
+            _merge_lines(path, split, lines)
+            store.upload(path.parent, [REJECTED_FILE], out)
 
 
 def _merge_lines(path: Path, split: str, lines: Sequence[str]) -> None:
     old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in old if json.loads(line)["split"] != split]
+    try:
+        kept = [line for line in old if json.loads(line)["split"] != split]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no list of rejected records ({error!r}): move it away, and run again") from error
     write_durably(path, "".join(f"{line}\n" for line in [*kept, *lines]))

@@ -9,11 +9,14 @@ samples are the most telling. Only annotated samples with a picture and an objec
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from streaming import StreamingDataset
 
 from convert.cli import build_parser, run_items
+from convert.verify import check_shard, read_index
+from recipe.redact import redact
 from recipe.schema import Sample
 
 
@@ -104,8 +107,16 @@ def main() -> None:
     args = parser.parse_args()
     try:
         dataset = StreamingDataset(local=args.local, remote=args.remote, split=args.split, batch_size=1)
+        for number in range(dataset.num_shards):
+            dataset.prepare_shard(number)
     except (OSError, RuntimeError) as error:
-        parser.exit(1, f"error: no data set at {args.remote or args.local}, split {args.split}: {error}\n")
+        where = redact(f"{args.remote or args.local}, split {args.split}: {error}")
+        parser.exit(1, f"error: no data set at {where}\n")
+    folder = Path(args.local, args.split or "")
+    # Streaming checks no file that is there already.
+    problems = [line for shard in read_index(folder)["shards"] for line in check_shard(folder, shard, decode=False)[1]]
+    if problems:
+        parser.exit(1, "".join(f"error: {problem}\n" for problem in problems))
     run_items(iter_samples(dataset, args.num_samples, args.seed), args)
 
 

@@ -12,6 +12,7 @@ from recipe.callbacks.table import build_callbacks, build_loggers
 from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS, safe_loading
 from recipe.config import RecipeConfig
 from recipe.config_checks import config_from_command_line
+from recipe.data.agreement import DIST_TIMEOUT
 from recipe.data.loader import build_eval_loader
 from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
@@ -21,7 +22,7 @@ from recipe.shared_memory import clean_dead_shared_memory
 
 def main(config: RecipeConfig) -> dict[str, float]:
     """Scores `load_path` on the evaluation set; the scores also go to `{run_folder}/eval.json`."""
-    dist.initialize_dist(get_device())
+    dist.initialize_dist(get_device(), config.trainer.get("dist_timeout", DIST_TIMEOUT))
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)

@@ -23,7 +23,7 @@ def open_image(data: bytes) -> Image.Image:
             stored.load()
             image = ImageOps.exif_transpose(stored)
     except _DECODE_ERRORS as error:
-        raise ValueError(f"cannot decode a picture of {len(data)} bytes: {_reason(error)}") from error
+        raise ValueError(f"cannot decode a picture of {len(data)} bytes: {describe_decode_error(error)}") from error
     if image.mode in _DEEP_GRAY_MODES:
         return _deep_gray_to_rgb(image)
     if image.mode == "F":
@@ -46,7 +46,9 @@ def displayed_size(data: bytes) -> tuple[int, int]:
             orientation = stored.getexif().get(ExifTags.Base.Orientation)
             already_turned = stored.format == "TIFF"
     except _DECODE_ERRORS as error:
-        raise ValueError(f"cannot read the size of a picture of {len(data)} bytes: {_reason(error)}") from error
+        raise ValueError(
+            f"cannot read the size of a picture of {len(data)} bytes: {describe_decode_error(error)}"
+        ) from error
     if orientation in _TURNED_ORIENTATIONS and not already_turned:
         return height, width
     return width, height
@@ -62,7 +64,8 @@ def is_plain_jpeg(data: bytes) -> bool:
         return False
 
 
-def _reason(error: Exception) -> str:
+def describe_decode_error(error: Exception) -> str:
+    """The decoder's words, the same for the same bytes: one of PIL's errors tells an address in memory."""
     return "no known picture format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 

@@ -30,6 +30,10 @@ _DAMAGE = (
 )
 
 
+class DamagedRecordsError(ValueError):
+    """The file is not what was written, or not of this index."""
+
+
 def shards_sha256(index: Mapping[str, Any]) -> str:
     """The fingerprint of the shards that a parsed index.json lists: names, sizes, counts and checksums."""
     return hashlib.sha256(json.dumps(index["shards"], sort_keys=True).encode()).hexdigest()
@@ -77,7 +81,7 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
         index: The parsed index.json beside it.
 
     Raises:
-        ValueError: The file is damaged, or was written for other shards.
+        DamagedRecordsError: The file is damaged, or was written for other shards.
     """
     remedy = "convert the data set anew"
     expected = sum(shard["samples"] for shard in index["shards"])
@@ -86,11 +90,11 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
         with gzip.open(path, "rb") as file:
             header = json.loads(file.readline())
             if header.get("version") != _VERSION or header.get("shards_sha256") != shards_sha256(index):
-                raise ValueError(f"{path} was written for other shards than its index.json lists: {remedy}")
+                raise DamagedRecordsError(f"{path} was written for other shards than its index.json lists: {remedy}")
             for line in file:
                 yield Sample.from_mds({**json.loads(line), "image": b""})
                 found += 1
     except _DAMAGE as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): {remedy}") from error
+        raise DamagedRecordsError(f"{path} cannot be read ({error!r}): {remedy}") from error
     if found != expected:
-        raise ValueError(f"{path} holds {found} records, its index.json {expected} samples: {remedy}")
+        raise DamagedRecordsError(f"{path} holds {found} records, its index.json {expected} samples: {remedy}")

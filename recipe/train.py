@@ -16,6 +16,7 @@ from recipe.checkpoints.resume import is_finished, load_keywords
 from recipe.checkpoints.saver import without_saving
 from recipe.config import RecipeConfig, save_config
 from recipe.config_checks import config_from_command_line
+from recipe.data.agreement import DIST_TIMEOUT
 from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
 from recipe.data.stream import read_teachers
 from recipe.exit_codes import DIVERGED
@@ -30,7 +31,7 @@ log = logging.getLogger("recipe.train")  # its __name__ is __main__
 
 def main(config: RecipeConfig) -> Trainer:
     """Trains as configured and returns the trainer, its state that of the last step."""
-    dist.initialize_dist(get_device())
+    dist.initialize_dist(get_device(), config.trainer.get("dist_timeout", DIST_TIMEOUT))
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
@@ -39,8 +40,6 @@ def main(config: RecipeConfig) -> Trainer:
     model = build_model(config, processor)
     origin = describe(config, processor.tokenizer, model)
     start = load_keywords(config, origin)
-    if dist.get_global_rank() == 0:
-        save_config(config, Path(config.run_folder, "config.yaml"))
     microbatch_size = config.trainer.get("device_train_microbatch_size") or device_batch_size(config.train_loader)
     train_loader = build_train_loader(config, build_encoder(config, processor), teachers, microbatch_size)
     eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
@@ -62,6 +61,8 @@ def main(config: RecipeConfig) -> Trainer:
                 "parallelism_config": build_parallelism(model, config.trainer, config.fsdp_version),
             },
         )
+    if dist.get_global_rank() == 0:  # not before the checkpoint has been found to fit
+        save_config(config, Path(config.run_folder, "config.yaml"))
     if not is_finished(trainer):
         trainer.fit()
     return trainer

@@ -13,6 +13,7 @@ from convert.shapes import iter_samples
 from convert.writer import write_split
 from recipe.checkpoint import read_weights
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
+from recipe.data.agreement import DIST_TIMEOUT
 from recipe.eval import main as evaluate
 from recipe.train import main as train
 from tests.launch import run_composer
@@ -90,6 +91,35 @@ def test_resume_in_mid_epoch_gives_the_same_weights(make_run: Callable[..., Reci
     resumed = read_weights(f"{part.run_folder}/checkpoints/ba5.pt")
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_runs_config_alone(make_run: Callable[..., RecipeConfig]) -> None:
+    run = make_run("run", "1ba", eval_interval="1ep")
+    train(run).close()
+    saved = Path(run.run_folder, "config.yaml").read_bytes()
+    other = make_run("run", "2ba", load_path=f"{run.run_folder}/checkpoints/ba1.pt", eval_interval="1ep")
+    other.detection_head.num_queries += 1
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        train(other)
+    assert Path(run.run_folder, "config.yaml").read_bytes() == saved
+
+
+def test_ranks_wait_as_long_as_the_yaml_says(make_run: Callable[..., RecipeConfig], monkeypatch) -> None:
+    class Started(Exception):
+        pass
+
+    waits = []
+
+    def initialize(device: object, timeout: float) -> None:
+        waits.append(timeout)
+        raise Started
+
+    monkeypatch.setattr("composer.utils.dist.initialize_dist", initialize)
+    for keywords in ({}, {"dist_timeout": 7200.0}):
+        for main in (train, evaluate):
+            with pytest.raises(Started):
+                main(make_run("run", "1ba", **keywords))
+    assert waits == [DIST_TIMEOUT, DIST_TIMEOUT, 7200.0, 7200.0]
 
 
 def test_eval_gives_what_training_measured(make_run: Callable[..., RecipeConfig]) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Callback
@@ -24,12 +25,12 @@ class TrainingData(Callback):
 
     Packs differ in number between epochs, and the Trainer would cut off an epoch that is longer than it believes.
 
-    Logged at each step, over all ranks: `data/samples` and `data/packs` of the step, `data/samples_seen` of this
-    process's run, `data/packing_fill` (tokens of the packs' budget), `data/skipped_samples` since the start.
+    Logged at each step, over all ranks: `data/samples` and `data/packs` of the step, `data/samples_seen` since the
+    start, `data/packing_fill` (tokens of the packs' budget), `data/skipped_samples` since the start, each once.
 
     Args:
         max_tokens: Of a pack; None: not packed.
-        max_bad_samples: Skipped samples, over all ranks, after which the run stops.
+        max_bad_samples: Different skipped samples, over all ranks, after which the run stops.
         folder: Gets the id and reason of every skipped sample.
     """
 
@@ -38,7 +39,7 @@ class TrainingData(Callback):
         self.max_bad_samples = max_bad_samples
         self.path = Path(folder) / SKIPPED_FILE
         self.num_samples = 0
-        self.num_skipped = 0
+        self.skipped: set[str] = set()
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """After a resume no epoch starts, so its length is set here too."""
@@ -65,26 +66,25 @@ class TrainingData(Callback):
         dist.all_reduce(sums)
         samples, packs, tokens, num_skipped = (int(value) for value in sums.tolist())
         self.num_samples += samples
-        self.num_skipped += num_skipped
+        if num_skipped:
+            self._report(skipped)
         metrics: dict[str, float] = {
             "data/samples": samples,
             "data/packs": packs,
             "data/samples_seen": self.num_samples,
-            "data/skipped_samples": self.num_skipped,
+            "data/skipped_samples": len(self.skipped),
         }
         if self.max_tokens is not None and packs:
             metrics["data/packing_fill"] = tokens / (packs * self.max_tokens)
         logger.log_metrics(metrics)
-        if num_skipped:
-            self._report(skipped)
 
-    def state_dict(self) -> dict[str, int]:
-        """The counts, so that they go on after a resume."""
-        return {"num_samples": self.num_samples, "num_skipped": self.num_skipped}
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted, so that it goes on after a resume."""
+        return {"num_samples": self.num_samples, "skipped": sorted(self.skipped)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues counting."""
-        self.num_samples, self.num_skipped = state["num_samples"], state["num_skipped"]
+        self.num_samples, self.skipped = state["num_samples"], set(state["skipped"])
 
     def _set_epoch_length(self, state: State) -> None:
         assert isinstance(state.dataloader, DataLoader)
@@ -98,15 +98,17 @@ class TrainingData(Callback):
 
     def _report(self, skipped: dict[str, str]) -> None:
         told = {name: reason for part in dist.all_gather_object(skipped) for name, reason in part.items()}
+        told = {name: reason for name, reason in told.items() if name not in self.skipped}  # else of an epoch before
+        self.skipped |= told.keys()
         if dist.get_global_rank() == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 for name, reason in told.items():
                     log.warning("skipped a sample: %s", reason)
                     file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
-        if self.num_skipped > self.max_bad_samples:
+        if told and len(self.skipped) > self.max_bad_samples:
             raise RuntimeError(
-                f"{self.num_skipped} samples could not be used, above train_loader.max_bad_samples "
+                f"{len(self.skipped)} samples could not be used, above train_loader.max_bad_samples "
                 f"{self.max_bad_samples}; the last: {'; '.join(told.values())}. They are listed in {self.path}: "
                 "mend the data set, or raise the bound"
             )

@@ -7,6 +7,10 @@ import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
+# Seconds that ranks wait for one another unless `trainer.dist_timeout` says otherwise. Composer's 300 are fewer than
+# counting a million samples on one rank takes, or two files of a slow store.
+DIST_TIMEOUT = 1800.0
+
 
 def agree(error: Exception | None) -> None:
     """Called by all ranks at the same point: returns where none has an error, else raises on every rank.
@@ -19,7 +23,10 @@ def agree(error: Exception | None) -> None:
         failed = torch.tensor([int(error is not None)])
         if "nccl" in torch.distributed.get_backend():
             failed = failed.cuda()
-        dist.all_reduce(failed, reduce_operation="MAX")
+        try:
+            dist.all_reduce(failed, reduce_operation="MAX")
+        except Exception as lost:  # the others have gone or never come: what began it is the error to tell
+            raise (error or lost) from lost
         if failed.item() and error is None:
             told = dist.all_gather_object(None)
             raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text))

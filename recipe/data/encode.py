@@ -113,11 +113,14 @@ class Encoder:
         """The turns of one teacher.
 
         Raises:
-            ValueError: It is not an annotated picture.
+            ValueError: It is not an annotated picture, or its text or size cannot be used.
         """
         if teacher.objects is None or not teacher.has_image:
             raise ValueError(f"its teacher {teacher.id!r} is not an annotated picture: choose the pool anew")
-        answer = answer_segments(self._answer(teacher, teacher.objects), Role.TEACHER)
+        try:
+            answer = answer_segments(self._answer(teacher, teacher.objects), Role.TEACHER)
+        except ValueError as error:
+            raise ValueError(f"its teacher {teacher.id!r}: {error}") from error
         return [Segment(detection_question(self.prompt)), *answer]
 
     def _student_segments(self, sample: Sample) -> list[Segment]:

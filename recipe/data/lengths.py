@@ -7,7 +7,6 @@ pixel budget, and the counts are kept beside the index too, under a name that ho
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,13 +21,14 @@ from streaming import Stream
 from tqdm import tqdm
 
 from recipe.data.agreement import agree
+from recipe.data.arrays import read_arrays, write_arrays
 from recipe.data.chat import IMAGE, Segment
 from recipe.data.encode import Encoder
 from recipe.data.image import resized_size
 from recipe.data.storage import INDEX_FILE, fetch_beside_index
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.schema import Object, Sample
-from recipe.sidecar import RECORDS_FILE, read_records, shards_sha256
+from recipe.sidecar import RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,15 @@ class LengthTable:
             shown = (drawn >= 0) & self.samples.takes_teachers[samples, None]
             tokens = tokens + np.where(shown, self.teacher_tokens[drawn], 0).sum(axis=1)
             patches = patches + np.where(shown, self.teacher_patches[drawn], 0).sum(axis=1)
+        return tokens, patches
+
+    def longest(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(tokens, patches) of every stored sample beside the longest teachers that an epoch may draw, each (N,)."""
+        tokens, patches = self.samples.tokens, self.samples.patches
+        if self.teachers is not None:
+            count = self.teachers.config.num_teachers
+            tokens = tokens + self.samples.takes_teachers * np.sort(self.teacher_tokens)[-count:].sum()
+            patches = patches + self.samples.takes_teachers * np.sort(self.teacher_patches)[-count:].sum()
         return tokens, patches
 
     def digest(self) -> str:
@@ -144,7 +153,7 @@ def read_lengths(streams: Sequence[Stream], encoder: Encoder) -> Lengths:
     if dist.get_global_rank() == 0:
         try:
             found = [_read_stream(stream, encoder) for stream in streams]
-        except (ValueError, OSError, RuntimeError) as raised:
+        except Exception as raised:  # raised by all ranks
             error = raised
     agree(error)
     told = [found]
@@ -169,17 +178,18 @@ def _read_stream(stream: Stream, encoder: Encoder) -> Lengths:
     index, folder = _index_of(stream), Path(stream.local, stream.split)
     name = f"lengths-{shards_sha256(index)[:16]}-{fingerprint(encoder)}.npz"
     kept = fetch_beside_index(stream, name)
-    if kept is not None:
-        with np.load(kept) as arrays:
-            return Lengths(**{entry.name: arrays[entry.name] for entry in fields(Lengths)})
-    records = fetch_beside_index(stream, RECORDS_FILE)
-    if records is None:
-        raise ValueError(
-            f"{folder} has no {RECORDS_FILE} beside its {INDEX_FILE}, so its lengths are unknown: convert the data set "
-            "anew, or train without train_loader.packing"
-        )
+    lengths = None if kept is None else read_arrays(kept, Lengths)
+    if lengths is not None:
+        return lengths
     begin = time.monotonic()
-    lengths = count_lengths(tqdm(read_records(records, index), unit=" samples", desc="count", disable=None), encoder)
+    try:
+        lengths = _count_stream(stream, encoder)
+    except DamagedRecordsError as error:
+        if not stream.remote:
+            raise
+        log.warning("%s: fetching it again", error)
+        (folder / RECORDS_FILE).unlink()
+        lengths = _count_stream(stream, encoder)
     seconds = time.monotonic() - begin
     log.info(
         "%s: counted %d samples for this tokenizer, prompt and pixel budget in %.0f s", folder, len(lengths), seconds
@@ -188,11 +198,20 @@ def _read_stream(stream: Stream, encoder: Encoder) -> Lengths:
     return lengths
 
 
+def _count_stream(stream: Stream, encoder: Encoder) -> Lengths:
+    records = fetch_beside_index(stream, RECORDS_FILE)
+    if records is None:
+        raise ValueError(
+            f"{Path(stream.local, stream.split)} has no {RECORDS_FILE} beside its {INDEX_FILE}, so its lengths are "
+            "unknown: convert the data set anew, or train without train_loader.packing"
+        )
+    samples = read_records(records, _index_of(stream))
+    return count_lengths(tqdm(samples, unit=" samples", desc="count", disable=None), encoder)
+
+
 def _keep(lengths: Lengths, path: Path) -> None:
-    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        np.savez(part, **vars(lengths))
-        part.replace(path)
+        write_arrays(path, lengths)
     except OSError as error:
         log.warning("%s cannot be written (%s): the next run counts again", path, error.strerror)
 

@@ -245,7 +245,8 @@ def _build_packing(
     packing = config.train_loader.packing
     if packing is None:
         return None
-    budget = Budget(packing.max_tokens or config.max_seq_len, packing.max_patches, packing.window)
+    max_tokens = packing.max_tokens or config.max_seq_len
+    budget = Budget(max_tokens, packing.max_patches, packing.window, config.max_seq_len)
     lengths = read_length_table(streams, encoder, teachers)
     return Packing(budget, lengths, skips_long_samples=packing.on_long_sample == "skip")
 

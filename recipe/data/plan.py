@@ -25,15 +25,18 @@ class Budget:
         max_tokens: Of all its conversations.
         max_patches: Of all its pictures; None: any number.
         window: Samples, in shuffled order, that are packed together.
+        max_seq_len: Tokens of one sample; None: as many as a pack.
     """
 
     max_tokens: int
     max_patches: int | None
     window: int
+    max_seq_len: int | None = None
 
     def fits(self, tokens: NDArray[np.int64], patches: NDArray[np.int64]) -> NDArray[np.bool_]:
         """(S,) which samples are within the budget alone."""
-        return (tokens <= self.max_tokens) & (self.max_patches is None or patches <= self.max_patches)
+        max_tokens = min(self.max_tokens, self.max_seq_len or self.max_tokens)
+        return (tokens <= max_tokens) & (self.max_patches is None or patches <= self.max_patches)
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,15 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import gettempdir
 
-import numpy as np
 from filelock import FileLock
 
+from recipe.data.arrays import read_arrays, write_arrays
 from recipe.data.plan import Plan
 
 _SECONDS_KEPT = 24 * 3600
@@ -36,14 +35,12 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
         raise PermissionError(f"{folder} belongs to another user: remove it, or set TMPDIR to a folder of your own")
     path = folder / f"{key}-{_code_digest()}.npz"
     with FileLock(f"{path}.lock"):
-        if not path.exists():
+        plan = read_arrays(path, Plan)
+        if plan is None:
             _remove_old(folder)
-            part = path.with_suffix(f".{os.getpid()}.part")
-            with part.open("wb") as file:
-                np.savez(file, **vars(make()))
-            part.replace(path)
-        with np.load(path) as arrays:
-            return Plan(**{entry.name: arrays[entry.name] for entry in fields(Plan)})
+            plan = make()
+            write_arrays(path, plan)
+        return plan
 
 
 @cache

@@ -157,7 +157,7 @@ class CheckedDataset(StreamingDataset):
     def _ready_thread(self, it: _Iterator) -> None:
         # It waits for the shards that siblings fetch; nothing but the event makes it give one up.
         done = threading.Event()
-        threading.Thread(target=self._watch, args=(done,), name="watch shards", daemon=True).start()
+        threading.Thread(target=self._watch, args=(it, done), name="watch shards", daemon=True).start()
         try:
             super()._ready_thread(it)
         except BaseException:
@@ -193,12 +193,22 @@ class CheckedDataset(StreamingDataset):
             if isinstance(lock, BaseFileLock):
                 lock.release(force=True)
 
-    def _watch(self, done: threading.Event) -> None:
-        """Ends this worker's threads as soon as a shard has failed in any worker of the node."""
+    def _watch(self, it: _Iterator, done: threading.Event) -> None:
+        """Ends this worker's threads as soon as a shard has failed in any worker of the node.
+
+        Where fewer shards fit into `cache_limit` than `predownload` asks for, one is evicted before it was read, and
+        the thread that waits for it would wait for ever: it is fetched again.
+        """
         while not done.wait(_WATCH_INTERVAL):
             if (self._shard_states.numpy() == FAILED).any():
                 self._event.set()
                 return
+            sample = it.sample_ids[it.ready_index] if it.ready_index < it.total else -1
+            if sample != -1:
+                shard_id, _ = self.spanner[int(sample)]
+                if self._shard_states[shard_id] == _ShardState.REMOTE:
+                    with suppress(RuntimeError):  # of a shard that has failed: seen above the next time
+                        self.prepare_shard(shard_id, blocking=False)
 
     def _raise_failure(self, cause: BaseException | None = None, found: int = 0, expected: int | None = None) -> None:
         """Raises what made the data set useless, if anything did."""

@@ -20,6 +20,7 @@ from recipe.data.plan import Budget, Plan, deal, deal_to_worker, plan_packs, pla
 from recipe.data.plan_cache import cached_plan
 from recipe.data.storage import CheckedDataset, open_streams
 from recipe.data.teachers import TeacherPool
+from recipe.pictures import open_image
 from recipe.schema import Example, Pack, Sample
 
 log = logging.getLogger(__name__)
@@ -29,14 +30,20 @@ def read_teachers(config: TeacherConfig, seed: int) -> TeacherPool | None:
     """Reads the whole teacher pool into memory; None where the yaml asks for no teachers.
 
     Raises:
-        ValueError: Teachers are asked for without a pool, or the pool cannot serve.
+        ValueError: Teachers are asked for without a pool, or the pool cannot serve, or a picture of it is broken.
     """
     if config.num_teachers == 0:
         return None
     if config.stream is None:
         raise ValueError(f"teachers.num_teachers is {config.num_teachers}, but teachers.stream is null: name a pool")
     rows = CheckedDataset(streams=open_streams({"teachers": config.stream}), batch_size=1)
-    return TeacherPool([Sample.from_mds(rows[index]) for index in range(rows.num_samples)], config, seed)
+    samples = [Sample.from_mds(rows[index]) for index in range(rows.num_samples)]
+    for sample in samples:
+        try:
+            open_image(sample.image)
+        except ValueError as error:  # here, where it is not taken for a fault of the sample it is shown with
+            raise ValueError(f"teacher {sample.id!r} of the pool: {error}: choose the pool anew") from error
+    return TeacherPool(samples, config, seed)
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,15 @@ class PackStream(CheckedDataset):
         self._packing = packing
         self._skips_bad_samples = skips_bad_samples
         self._asked_block_size = self.shuffle_block_size
+        self._asked_canonical_nodes = self.num_canonical_nodes
         # Streaming would set both when the first epoch starts, but its length has to be known before.
         if not self.num_canonical_nodes:
             self.num_canonical_nodes = self._parallel_rank_world.num_nodes
         self._set_shuffle_block_size(self._parallel_rank_world)
         if keywords.get("predownload") is None:
             self.predownload = self._default_predownload()
+        if packing is not None and not packing.skips_long_samples:
+            self._check_lengths()
         self._fixed_identity = self._identify_data()
         self.epoch_of_length = 0
         self.quarantined: set[str] = set()  # ids left out of their packs; a change reaches workers started after it
@@ -164,6 +174,9 @@ class PackStream(CheckedDataset):
         changed = [
             f"{name} was {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value
         ]
+        asked = self._asked_canonical_nodes
+        if asked and asked != obj["num_canonical_nodes"]:
+            changed.append(f"num_canonical_nodes was {obj['num_canonical_nodes']}, now {asked}")
         if not changed and then["digest"] and then["digest"] != self.plan(obj["epoch"]).digest():
             changed = ["the packer, Streaming's shuffle or numpy is of another version"]
         if changed:
@@ -265,27 +278,29 @@ class PackStream(CheckedDataset):
         if self._packing is None:
             return plan_samples(order, samples, self.num_canonical_nodes)
         tokens, patches = self._packing.lengths.of_epoch(epoch, samples)
-        self._check_lengths(samples, tokens, patches, epoch)
         budget = self._packing.budget
+        if not budget.fits(tokens, patches).any():
+            raise ValueError(
+                f"all {len(samples)} samples of epoch {epoch} are over the budget of a pack, so nothing is left to "
+                "train on: raise train_loader.packing.max_tokens, max_seq_len or max_patches"
+            )
         return plan_packs(order, samples, tokens, patches, self.num_canonical_nodes, budget, self.shuffle_seed, epoch)
 
-    def _check_lengths(
-        self, samples: NDArray[np.int64], tokens: NDArray[np.int64], patches: NDArray[np.int64], epoch: int
-    ) -> None:
-        """Raises ValueError where a sample is over the budget alone and is not to be left out, or all are."""
+    def _check_lengths(self) -> None:
+        """Raises ValueError where a sample could be over the budget alone, in whatever epoch, and is not left out."""
         assert self._packing is not None
         budget = self._packing.budget
+        tokens, patches = self._packing.lengths.longest()
         long = np.flatnonzero(~budget.fits(tokens, patches))
-        if not len(long) or (self._packing.skips_long_samples and len(long) < len(samples)):
+        if not len(long):
             return
-        first = long[0]
+        beside = "" if self._maker.teachers is None else ", beside the longest teachers that it can be shown"
         raise ValueError(
-            f"{len(long)} samples of epoch {epoch} are over the budget of a pack, {budget.max_tokens} tokens and "
-            f"{budget.max_patches or 'any number of'} image patches: the first is "
-            f"{sample_id(self.streams, int(samples[first]))!r} with {tokens[first]} tokens and {patches[first]} "
-            "patches, its teachers counted. Raise train_loader.packing.max_tokens or max_patches, lower "
-            "image.max_pixels or teachers.num_teachers, or leave such samples out with "
-            "train_loader.packing.on_long_sample=skip"
+            f"{len(long)} samples can be over the budget of a pack: {budget.max_tokens} tokens (of one sample "
+            f"{budget.max_seq_len}) and {budget.max_patches or 'any number of'} image patches. The first is "
+            f"{sample_id(self.streams, int(long[0]))!r} with {tokens[long[0]]} tokens and {patches[long[0]]} patches"
+            f"{beside}. Raise train_loader.packing.max_tokens, max_seq_len or max_patches, lower image.max_pixels or "
+            "teachers.num_teachers, or leave such samples out with train_loader.packing.on_long_sample=skip"
         )
 
     def _default_predownload(self) -> int:

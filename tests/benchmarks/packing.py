@@ -65,8 +65,12 @@ class Row:
         )
 
 
-def set_lengths(folder: Path, encoder: Encoder, num_samples: int) -> tuple[Lengths, Lengths, Lengths]:
-    """Tokens of the set as it is, of a stream that repeats it, and of that stream with 0 to 3 teachers."""
+def set_lengths(folder: Path, encoder: Encoder, num_samples: int) -> tuple[Lengths, Lengths, Lengths, float]:
+    """Tokens of the set as it is, of a stream that repeats it, and of that stream with 0 to 3 teachers.
+
+    A sample is shown as many of the drawn teachers as fit; last comes the share of samples that are shown fewer. (A run
+    refuses such samples at its start, or leaves them out.)
+    """
     samples = read_samples(folder)
     lengths = count_lengths(samples, encoder)
     pool = TeacherPool(samples, TeacherConfig(num_teachers=MOST_TEACHERS), seed=0)
@@ -77,21 +81,22 @@ def set_lengths(folder: Path, encoder: Encoder, num_samples: int) -> tuple[Lengt
     with_teachers = np.concatenate([alone[:, None], alone[:, None] + added], axis=1)  # (occurrences, 1 + teachers)
     drawn = np.random.default_rng(0).integers(0, MOST_TEACHERS + 1, num_samples)
     shown = np.minimum(drawn, (with_teachers <= MAX_TOKENS).sum(axis=1) - 1)
-    print(
-        f"{folder.name}: {np.mean(shown < drawn):.3f} of the samples were drawn more teachers than fit", file=sys.stderr
-    )
-    return lengths.tokens, alone, with_teachers[np.arange(num_samples), shown]
+    trimmed = float(np.mean(shown < drawn))
+    return lengths.tokens, alone, with_teachers[np.arange(num_samples), shown], trimmed
 
 
-def all_lengths(data: Path, num_samples: int) -> Iterator[tuple[str, Lengths]]:
-    """The tokens of every mix, by name; a name ending in `, as it is` is one epoch of a small set."""
+def all_lengths(data: Path, num_samples: int, trimmed: dict[str, float]) -> Iterator[tuple[str, Lengths]]:
+    """The tokens of every mix, by name; a name ending in `, as it is` is one epoch of a small set.
+
+    `trimmed` gets the share of each set's samples that are shown fewer teachers than drawn.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_qwen_tokenizer(data / "tokenizer", Path(folder))
     spec = ImageSpec(14, 2, 2, 4 * 28 * 28, 1280 * 28 * 28, (0.5,) * 3, (0.5,) * 3)
     encoder = Encoder(tokenizer, None, spec, PromptConfig(), max_caption_tokens=32, max_seq_len=MAX_TOKENS)
     streams: dict[str, list[Lengths]] = {"no teachers": [], "0-3 teachers": []}
     for name in SETS:
-        as_it_is, alone, few_shot = set_lengths(data / name, encoder, num_samples)
+        as_it_is, alone, few_shot, trimmed[name] = set_lengths(data / name, encoder, num_samples)
         yield f"{name}, as it is", as_it_is
         yield f"{name}, no teachers", alone
         yield f"{name}, 0-3 teachers", few_shot
@@ -145,7 +150,8 @@ def main() -> None:
     print("| stream | samples | mean tokens | ours | bound | padded | LLM Foundry |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = []
-    for name, lengths in all_lengths(args.data, args.num_samples):
+    trimmed: dict[str, float] = {}
+    for name, lengths in all_lengths(args.data, args.num_samples, trimmed):
         rows.append(measure(name, lengths, packing))
         print(rows[-1], flush=True)
     costs = plan_costs([10_000, 100_000, 1_000_000])
@@ -156,6 +162,7 @@ def main() -> None:
         "fill_llm_foundry": None if packing is None else round(min(row.foundry or 0.0 for row in counted), 4),
         "plan_seconds": {str(count): cost["seconds"] for count, cost in costs.items()},
         "plan_peak_gb": max(cost["peak_gb"] for cost in costs.values()),
+        "shown_fewer_teachers": {name: round(share, 4) for name, share in trimmed.items()},
         "not_counted": {
             row.name: [round(row.ours, 4), row.bound and round(row.bound, 4)] for row in rows if row not in counted
         },

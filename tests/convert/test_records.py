@@ -139,6 +139,11 @@ def test_every_part_of_a_jpeg_is_read(root: Path, cut: int, progressive: bool) -
     assert bad.reason == "unreadable picture"
 
 
+def test_the_same_picture_is_rejected_in_the_same_words(root: Path) -> None:
+    [item] = items(root, {"images": ["empty.jpg"]})
+    assert item.detail == "empty.jpg: no known picture format"
+
+
 def test_a_picture_that_training_cannot_use(root: Path) -> None:
     (root / "floats.tiff").write_bytes(picture(mode="F", kind="TIFF"))
     [item] = items(root, {"images": ["floats.tiff"]})

@@ -1,6 +1,10 @@
 """Conversions to an object store; a folder stands in for it."""
 
+import multiprocessing
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
@@ -11,6 +15,7 @@ from streaming.base.storage import LocalUploader, upload
 
 from convert.items import Found, Item, Rejected
 from convert.shapes import Scene, draw_scene
+from convert.target import save_rejected
 from convert.verify import verify
 from convert.writer import convert_split, write_split
 from recipe.sidecar import RECORDS_FILE
@@ -75,7 +80,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def staged(tmp_path: Path) -> list[str]:
-    return [path.name for path in (tmp_path / "temporary").rglob("*") if path.is_file()]
+    return [path.name for path in (tmp_path / "temporary").rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -149,6 +154,51 @@ def test_a_store_that_cannot_be_listed(bucket: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(FakeStore, "broken", frozenset())
     assert convert() == 3
     assert read_samples(bucket / "set") == SAMPLES
+    with pytest.raises(ValueError, match=r"s3://bucket/set/train holds a data set"):
+        convert()
+    write_split([*SAMPLES, BAD], ADDRESS, "one")
+    write_split([*SAMPLES, BAD], ADDRESS, "two")
+    assert [row["split"] for row in read_rejected(bucket / "set")] == ["one", "two"]
+
+
+@pytest.mark.parametrize("last", [RECORDS_FILE, "index.json"])
+def test_killed_while_it_publishes(bucket: Path, tmp_path: Path, last: str) -> None:
+    def die_at_last() -> None:
+        def upload_file(self: FakeStore, filename: str) -> None:
+            if filename == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            LocalUploader.upload_file(self, filename)
+
+        FakeStore.upload_file = upload_file
+        convert()
+
+    process = multiprocessing.get_context("fork").Process(target=die_at_last)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert convert() == 3
+    assert list(verify(bucket / "set" / "train")) == []
+    assert staged(tmp_path) == []
+
+
+def test_no_secret_is_told(bucket: Path) -> None:
+    address = "nowhere://user:the-password@host/set"
+    with pytest.raises(OSError, match="cannot reach nowhere://<redacted>@host/set/train") as raised:
+        convert_split(SCENES, address, "train")
+    assert "the-password" not in str(raised.value)
+
+
+def test_splits_converted_at_the_same_time_keep_all_rejected_records(tmp_path: Path) -> None:
+    names = [f"split-{number}" for number in range(8)]
+    threads = [threading.Thread(target=save_rejected, args=(str(tmp_path / "out"), name, [BAD])) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(row["split"] for row in read_rejected(tmp_path / "out")) == names
+    (tmp_path / "out" / "rejected.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"out/rejected\.jsonl is no list of rejected records .*move it away"):
+        save_rejected(str(tmp_path / "out"), "more", [BAD])
 
 
 def test_staging(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 from convert_helpers import read_samples, run_main
 
 from convert.coco import find, read_instances
+from convert.shapes import draw_scene
 from convert.shapes import iter_samples as iter_shapes
 from convert.teachers import Candidate, candidate, choose
 from convert.writer import convert_split, write_split
@@ -76,6 +77,18 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as stop:
         run_main(monkeypatch, "teachers", *arguments, "--split", "none", "--out", tmp_path / "c")
     assert stop.value.code == 1
+
+
+def test_a_damaged_shard_makes_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    write_split((draw_scene(1, index, 56) for index in range(4)), str(tmp_path / "d"), "train")
+    (shard,) = (tmp_path / "d" / "train").glob("*.mds")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    arguments = ["--local", tmp_path / "d", "--split", "train", "--out", tmp_path / "pool", "--num-samples", 2]
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, "teachers", *arguments)
+    assert stop.value.code == 1
+    assert f"{shard}: xxh64 is" in capsys.readouterr().err
+    assert not (tmp_path / "pool").exists()
 
 
 @pytest.mark.shared_data

@@ -61,3 +61,17 @@ def test_alone_the_error_is_the_error():
     with pytest.raises(KeyError, match="mine"):
         agree(KeyError("mine"))
     assert outcome_of_loop() == ([0, 1, 2, 3, 4, 5], "ValueError: number 6 is bad")
+
+
+def test_what_began_it_is_told_where_the_others_never_come(monkeypatch: pytest.MonkeyPatch):
+    def time_out(*arguments: object, **keywords: object) -> None:
+        raise RuntimeError("[gloo] timed out")
+
+    monkeypatch.setattr("recipe.data.agreement.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("recipe.data.agreement.torch.distributed.get_backend", lambda: "gloo")
+    monkeypatch.setattr("recipe.data.agreement.dist.all_reduce", time_out)
+    with pytest.raises(ValueError, match="worker was killed") as raised:
+        agree(ValueError("worker was killed"))
+    assert "timed out" in str(raised.value.__cause__)
+    with pytest.raises(RuntimeError, match="timed out"):
+        agree(None)

@@ -144,3 +144,35 @@ def test_a_read_only_folder_is_counted_every_time(streams, encoder: Encoder, mon
 
 def test_samples_are_named_over_all_streams(streams: list[Stream], samples: list[Sample]):
     assert [sample_id(streams, position) for position in range(13)] == [sample.id for sample in samples]
+
+
+def test_damaged_counts_are_counted_anew(streams: list[Stream], encoder: Encoder, caplog):
+    expected = read_lengths(streams, encoder)
+    (path,) = Path(streams[0].local).glob("**/lengths-*.npz")
+    for damaged in (b"", path.read_bytes()[:-30]):
+        path.write_bytes(damaged)
+        caplog.clear()
+        found = read_lengths(streams, encoder)
+        assert np.array_equal(found.tokens, expected.tokens)
+        assert f"{path} is damaged" in caplog.text
+
+
+def test_damaged_records_of_a_cache_are_fetched_again(
+    tmp_path: Path, samples: list[Sample], write_shards, encoder: Encoder, caplog
+):
+    stored = write_shards(tmp_path / "stored", samples)
+    stream = {**stored, "remote": stored["local"], "local": str(tmp_path / "cache")}
+    expected = read_lengths(open_streams({"a": stream}), encoder)
+    (records,) = (tmp_path / "cache").glob(f"**/{RECORDS_FILE}")
+    (counts,) = (tmp_path / "cache").glob("**/lengths-*.npz")
+    counts.unlink()
+    records.write_bytes(records.read_bytes()[:-30])
+    assert np.array_equal(read_lengths(open_streams({"a": stream}), encoder).tokens, expected.tokens)
+    assert f"{records} cannot be read" in caplog.text and "fetching it again" in caplog.text
+
+
+def test_the_longest_teachers_bound_every_epoch(samples: list[Sample], encoder: Encoder, make_sample):
+    pool = TeacherPool([make_sample(n, n % 3, 40 + 20 * n) for n in range(50, 56)], TeacherConfig(None, 2, 1.0), 3)
+    table = LengthTable(count_lengths(without_bytes(samples), encoder), pool, *count_teachers(pool, encoder))
+    drawn = np.stack([np.stack(table.of_epoch(epoch, np.arange(len(samples)))) for epoch in range(200)])
+    assert np.array_equal(drawn.max(axis=0), np.stack(table.longest()))  # 15 pairs: each sample is shown all of them

@@ -166,3 +166,16 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path, with_bad_pictures: Re
     ):
         train(with_bad_pictures, encoder, tmp_path, "1ep")
     assert len((tmp_path / "skipped_samples.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_bad_sample_counts_once_however_many_epochs(
+    tmp_path: Path, with_bad_pictures: RecipeConfig, encoder: Encoder
+):
+    with_bad_pictures.train_loader.max_bad_samples = 3
+    folder = str(tmp_path / "checkpoints")
+    keywords: dict[str, Any] = {"save_folder": folder, "save_interval": "1ep", "save_filename": "ep{epoch}.pt"}
+    trainer, _ = train(with_bad_pictures, encoder, tmp_path, "3ep", **keywords)
+    assert logged(trainer)["data/skipped_samples"][-1] == 3
+    resumed, _ = train(with_bad_pictures, encoder, tmp_path, "4ep", load_path=f"{folder}/ep3.pt")
+    assert logged(resumed)["data/skipped_samples"][-1] == 3
+    assert len((tmp_path / "skipped_samples.jsonl").read_text().splitlines()) == 3

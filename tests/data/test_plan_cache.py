@@ -41,4 +41,18 @@ def test_old_plans_are_removed(tmp_path: Path):
     for path in folder.iterdir():
         os.utime(path, (0, time.time() - 25 * 3600))
     cached_plan("another", make)
-    assert all(path.name.startswith("another") for path in folder.iterdir())
+    assert [path.name.split("-")[0] for path in folder.glob("*.npz")] == ["another"]
+
+
+def test_a_damaged_plan_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    cached_plan("key", make)
+    (path,) = Path(tmp_path, f"recipe-plans-{os.getuid()}").glob("*.npz")
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(make().samples.tobytes())] ^= 1
+    for damaged in (b"", whole[:-30], flipped):
+        path.write_bytes(damaged)
+        assert cached_plan("key", make).digest() == make().digest()
+        assert f"{path} is damaged" in caplog.text
+        caplog.clear()
+    assert cached_plan("key", fail).digest() == make().digest()

@@ -212,6 +212,18 @@ def test_a_cache_limit_holds_and_what_is_there_is_checked(tmp_path: Path, rows: 
     assert [dataset[position]["number"] for position in ALL] == ALL
 
 
+def test_a_cache_smaller_than_what_is_asked_for_ahead_is_slow_but_ends(tmp_path: Path, rows: Path):
+    limit = 3 * 2400 + (rows / "index.json").stat().st_size
+    stream = {"remote": str(rows), "local": str(tmp_path / "cache")}
+    dataset = open_rows(stream, cache_limit=limit, predownload=NUM_ROWS, shuffle=True, shuffle_block_size=NUM_ROWS)
+    found: list[int] = []
+    # Without the rescue the threads sleep for ever.
+    thread = threading.Thread(target=lambda: found.extend(read_numbers(dataset)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found == ALL
+
+
 def test_a_failure_leaves_no_lock_behind(rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def fail(self: Any) -> None:
         raise ValueError("no shard to evict")

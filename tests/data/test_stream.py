@@ -134,6 +134,10 @@ def test_resumes_with_the_pack_after_the_last(config: RecipeConfig, encoder: Enc
         (lambda c: with_loader(c, packing=None), "packing was .*, now None"),
         (lambda c: with_loader(c, dataset={"shuffle": False}), "shuffle was .*py1e.*, now None"),
         (lambda c: replace(c, teachers=TeacherConfig()), "teachers was"),
+        (
+            lambda c: with_loader(c, dataset={"shuffle": True, "num_canonical_nodes": 4}),
+            "num_canonical_nodes was 1, now 4",
+        ),
         (lambda c: with_loader(c, streams={"train": {**c.train_loader.streams["train"], "choose": 9}}), "sampling of"),
     ],
 )
@@ -205,7 +209,7 @@ def test_proportions_of_streams_hold(config: RecipeConfig, encoder: Encoder, dat
 def test_a_sample_over_the_budget_is_named_or_left_out(config: RecipeConfig, encoder: Encoder):
     config.train_loader.packing = PackingConfig(max_tokens=MAX_TOKENS, max_patches=80)
     with pytest.raises(
-        ValueError, match=r"\d+ samples of epoch 0 are over .*400 tokens and 80 .*'sample-.*max_patches"
+        ValueError, match=r"\d+ samples can be over .*400 tokens .* and 80 .*'sample-.*longest teachers.*max_patches"
     ):
         len(open_loader(config, encoder))
     config.train_loader.packing.on_long_sample = "skip"
@@ -218,6 +222,40 @@ def test_a_sample_over_the_budget_is_named_or_left_out(config: RecipeConfig, enc
     )
     assert 0 < len(left_out) < NUM_SAMPLES
     assert min(len(dataset.example(i).pixel_patches) for i in left_out) > 40
+
+
+def test_what_a_later_epoch_could_draw_is_refused_at_the_start(config: RecipeConfig, encoder: Encoder):
+    config.train_loader.packing = PackingConfig(max_tokens=MAX_TOKENS, on_long_sample="skip")
+    dataset = dataset_of(open_loader(config, encoder))
+    assert dataset._packing is not None
+    lengths = dataset._packing.lengths
+    first, longest = (
+        int(tokens.max()) for tokens in (lengths.of_epoch(0, np.arange(NUM_SAMPLES))[0], lengths.longest()[0])
+    )
+    assert first < longest  # else the first epoch would tell
+    config.train_loader.packing = PackingConfig(max_tokens=first)
+    with pytest.raises(ValueError, match=rf"can be over .*{first} tokens .*with {longest} tokens"):
+        open_loader(config, encoder)
+    config.train_loader.packing = PackingConfig(max_tokens=longest)
+    assert sorted(ids_of(content(open_loader(config, encoder))))
+
+
+def test_one_sample_is_held_to_max_seq_len_whatever_a_pack_may_hold(config: RecipeConfig, encoder: Encoder):
+    config.max_seq_len = 150
+    encoder = replace(encoder, max_seq_len=150)
+    with pytest.raises(ValueError, match=r"400 tokens \(of one sample 150\)"):
+        open_loader(config, encoder)
+    config.train_loader.packing = PackingConfig(max_tokens=MAX_TOKENS, on_long_sample="skip")
+    loader = open_loader(config, encoder)
+    left_out = dataset_of(loader).plan(0).left_out
+    assert 0 < len(left_out) == NUM_SAMPLES - len(ids_of(content(loader)))
+
+
+def test_a_broken_teacher_is_named_at_the_start(config: RecipeConfig, tmp_path: Path, make_sample, write_shards):
+    pool = [make_sample(100), make_sample(101), replace(make_sample(102), image=b"no picture")]
+    config.teachers.stream = write_shards(tmp_path / "pool", pool)
+    with pytest.raises(ValueError, match=r"teacher 'sample-102' of the pool: cannot decode .* choose the pool anew"):
+        read_teachers(config.teachers, config.seed)
 
 
 def test_lengths_that_lie_are_found_out(config: RecipeConfig, encoder: Encoder, monkeypatch: pytest.MonkeyPatch):

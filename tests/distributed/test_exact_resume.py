@@ -28,7 +28,7 @@ class Leg:
 
 @dataclass(frozen=True)
 class Run:
-    """What all launches of a run leave: the ids of each global step, in order within a rank; the final weights."""
+    """What all launches of a run leave: the ids of each global step, sorted; the final weights."""
 
     steps: list[list[str]]
     weights: dict[str, torch.Tensor]
@@ -61,11 +61,13 @@ def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg]) -> Run:
 
 
 def read_steps(folder: Path, world_size: int, first: int, until: int) -> Iterator[list[str]]:
-    """The ids of the global steps `first` to `until`, of all ranks together."""
-    ranks = [
-        {row["step"]: row["ids"] for row in map(json.loads, (folder / f"ids-{rank}.jsonl").read_text().splitlines())}
-        for rank in range(world_size)
-    ]
+    """The ids of the global steps `first` to `until`, which are all that a launch made, of all ranks together."""
+    ranks = []
+    for rank in range(world_size):
+        rows = [json.loads(line) for line in (folder / f"ids-{rank}.jsonl").read_text().splitlines()]
+        steps = [row["step"] for row in rows]
+        assert steps == list(range(first, first + len(steps))), f"rank {rank} began or went on elsewhere: {steps}"
+        ranks.append({row["step"]: row["ids"] for row in rows})
     for step in range(first, until):
         yield sorted(name for rank in ranks for name in rank[step])
 
