@@ -93,10 +93,11 @@ class LengthTable:
     def _most_added(self, teachers: TeacherPool, added: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N,) the most that teachers, which add `added` (T,) each, can add to a sample, itself not among them."""
         *longest, spare = np.argsort(-added)[: teachers.config.num_teachers + 1]
-        most = np.full(len(self.samples), added[longest].sum())
+        most = self.samples.takes_teachers * added[longest].sum()
         for teacher in longest:
-            most[self.samples.id_hashes == teachers.id_hashes[teacher]] += added[spare] - added[teacher]
-        return most * self.samples.takes_teachers
+            itself = self.samples.takes_teachers & (self.samples.id_hashes == teachers.id_hashes[teacher])
+            most[itself] += added[spare] - added[teacher]
+        return most
 
     def digest(self) -> str:
         """16 hex digits that tell these lengths from any other."""
