@@ -41,7 +41,7 @@ def staging_folder(address: str, staging: str | None = None) -> Path:
     """
     if store.is_remote(address):
         parent = Path(staging or Path(tempfile.gettempdir(), f"convert-{os.getuid()}")).expanduser().absolute()
-        return parent / hashlib.sha256(address.encode()).hexdigest()[:16]
+        return parent / _key(address)
     if staging is not None:
         raise ValueError(f"--staging is for object stores: {address} is staged in a hidden folder beside it")
     target = local_folder(address)
@@ -145,9 +145,9 @@ def save_rejected(out: str, split: str, rejected: Sequence[Rejected]) -> None:
     """Replaces the lines of `split` in OUT/rejected.jsonl, keeps those of the other splits."""
     lines = [json.dumps({"split": split, **asdict(item)}) for item in rejected]
     remote = store.is_remote(out)
-    name = hashlib.sha256((out if remote else str(local_folder(out))).encode()).hexdigest()[:16]
+    key = _key(out if remote else str(local_folder(out)))
     # The splits of one OUT may be converted at the same time.
-    with FileLock(Path(tempfile.gettempdir(), f"convert-{os.getuid()}-{name}.lock")):
+    with FileLock(Path(tempfile.gettempdir(), f"convert-{os.getuid()}-{key}.lock")):
         if not remote:
             folder = local_folder(out)
             folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +160,11 @@ def save_rejected(out: str, split: str, rejected: Sequence[Rejected]) -> None:
                 store.download(store.join(out, REJECTED_FILE), path)
             _merge_lines(path, split, lines)
             store.upload(path.parent, [REJECTED_FILE], out)
+
+
+def _key(address: str) -> str:
+    """A file name for an address."""
+    return hashlib.sha256(address.encode()).hexdigest()[:16]
 
 
 def _merge_lines(path: Path, split: str, lines: Sequence[str]) -> None:

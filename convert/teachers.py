@@ -105,16 +105,17 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0, help="decides between equals")
     args = parser.parse_args()
+    folder = Path(args.local, args.split or "")
     try:
         dataset = StreamingDataset(local=args.local, remote=args.remote, split=args.split, batch_size=1)
+        shards = read_index(folder)["shards"]
         for number in range(dataset.num_shards):
             dataset.prepare_shard(number)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = redact(f"{args.remote or args.local}, split {args.split}: {error}")
         parser.exit(1, f"error: no data set at {where}\n")
-    folder = Path(args.local, args.split or "")
     # Streaming checks no file that is there already.
-    problems = [line for shard in read_index(folder)["shards"] for line in check_shard(folder, shard, decode=False)[1]]
+    problems = [line for shard in shards for line in check_shard(folder, shard, decode=False)[1]]
     if problems:
         parser.exit(1, "".join(f"error: {problem}\n" for problem in problems))
     run_items(iter_samples(dataset, args.num_samples, args.seed), args)

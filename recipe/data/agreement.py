@@ -26,7 +26,9 @@ def agree(error: Exception | None) -> None:
         try:
             dist.all_reduce(failed, reduce_operation="MAX")
         except Exception as lost:  # the others have gone or never come: what began it is the error to tell
-            raise (error or lost) from lost
+            if error is None:
+                raise
+            raise error from lost
         if failed.item() and error is None:
             told = dist.all_gather_object(None)
             raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text))

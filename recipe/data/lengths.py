@@ -86,10 +86,18 @@ class LengthTable:
         """(tokens, patches) of every stored sample beside the longest teachers that an epoch may draw, each (N,)."""
         tokens, patches = self.samples.tokens, self.samples.patches
         if self.teachers is not None:
-            count = self.teachers.config.num_teachers
-            tokens = tokens + self.samples.takes_teachers * np.sort(self.teacher_tokens)[-count:].sum()
-            patches = patches + self.samples.takes_teachers * np.sort(self.teacher_patches)[-count:].sum()
+            tokens = tokens + self._most_added(self.teachers, self.teacher_tokens)
+            patches = patches + self._most_added(self.teachers, self.teacher_patches)
         return tokens, patches
+
+    def _most_added(self, teachers: TeacherPool, added: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(N,) the most that teachers, which add `added` (T,) each, can add to a sample, itself not among them."""
+        *longest, spare = np.argsort(-added)[: teachers.config.num_teachers + 1]
+        most = self.samples.takes_teachers * added[longest].sum()
+        for teacher in longest:
+            itself = self.samples.takes_teachers & (self.samples.id_hashes == teachers.id_hashes[teacher])
+            most[itself] += added[spare] - added[teacher]
+        return most
 
     def digest(self) -> str:
         """16 hex digits that tell these lengths from any other."""

@@ -54,7 +54,7 @@ class TeacherPool:
         self.samples = samples
         self.config = config
         self.seed = seed
-        self._id_hashes = np.array([id_hash(sample.id) for sample in samples], dtype=np.int64)
+        self.id_hashes = np.array([id_hash(sample.id) for sample in samples], dtype=np.int64)
 
     def draw(self, epoch: int, first: int, id_hashes: NDArray[np.int64]) -> NDArray[np.int64]:
         """The teachers of consecutive occurrences, never the sample itself: one spare is drawn for that.
@@ -70,7 +70,7 @@ class TeacherPool:
         count = self.config.num_teachers
         words = random_words(self.seed, epoch, first, len(id_hashes), Purpose.TEACHERS, count + 2)
         drawn = draw_distinct(words[:, 1:], len(self.samples))
-        is_itself = self._id_hashes[drawn] == id_hashes[:, None]
+        is_itself = self.id_hashes[drawn] == id_hashes[:, None]
         drawn = np.take_along_axis(drawn, np.argsort(is_itself, axis=1, kind="stable"), axis=1)[:, :count]
         shown = (words[:, 0] >> np.uint64(11)) < self.config.teacher_ratio * 2**53
         return np.where(shown[:, None], drawn, -1)
@@ -78,7 +78,7 @@ class TeacherPool:
     def digest(self) -> str:
         """16 hex digits that tell this pool, and how it is drawn from, from any other."""
         drawing = f"{self.config.num_teachers} {self.config.teacher_ratio} {self.seed}"
-        return hashlib.sha256(self._id_hashes.tobytes() + drawing.encode()).hexdigest()[:16]
+        return hashlib.sha256(self.id_hashes.tobytes() + drawing.encode()).hexdigest()[:16]
 
     def draw_samples(self, epoch: int, occurrence: int, sample_id: str) -> list[Sample]:
         """The teachers of one occurrence of a sample, in order."""

@@ -251,6 +251,12 @@ def test_one_sample_is_held_to_max_seq_len_whatever_a_pack_may_hold(config: Reci
     assert 0 < len(left_out) == NUM_SAMPLES - len(ids_of(content(loader)))
 
 
+def test_nothing_left_to_train_on_is_refused(config: RecipeConfig, encoder: Encoder):
+    config.train_loader.packing = PackingConfig(max_tokens=10, on_long_sample="skip")
+    with pytest.raises(ValueError, match=r"all \d+ samples of epoch 0 are over .* nothing is left to train on: raise"):
+        len(open_loader(config, encoder))
+
+
 def test_a_broken_teacher_is_named_at_the_start(config: RecipeConfig, tmp_path: Path, make_sample, write_shards):
     pool = [make_sample(100), make_sample(101), replace(make_sample(102), image=b"no picture")]
     config.teachers.stream = write_shards(tmp_path / "pool", pool)
