@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from transformers.modeling_utils import no_init_weights
 
 from recipe.build import build_model, build_network, load_processor
-from recipe.config import ModelConfig, RecipeConfig, load_config, save_config
+from recipe.config import ModelConfig, RecipeConfig
+from recipe.config_file import load_config, save_config
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.models.vlm import resolve_attention

@@ -1,23 +1,19 @@
 """Judge a configuration before anything is built: values, combinations, other libraries' keywords."""
 
-import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import reduce
 from math import inf
 from typing import Any, NoReturn
 
-from composer import Callback, Time, Trainer
-from composer.core import Precision
-from streaming import Stream, StreamingDataset
-from torch.utils.data import DataLoader
-
 from recipe.algorithms.watch import Action
 from recipe.callbacks.table import CALLBACKS, LOGGERS
-from recipe.config import GROUPS, ConfigError, LoaderConfig, NaNRollbackConfig, RecipeConfig, load_config, nearest
+from recipe.config import GROUPS, ConfigError, NaNRollbackConfig, RecipeConfig
+from recipe.config_file import load_config
+from recipe.keyword_checks import check_choice, check_loader, check_stream, check_table, check_time, check_trainer
 from recipe.parallel import check_parallelism
 from recipe.redact import redact_text
 from recipe.schedule import parse_stages
@@ -93,42 +89,6 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "nan_rollback.quarantine_after": (1, inf),
 }
 
-# Keywords of other libraries that the recipe sets itself, and what to write instead.
-OWNED_BY_TRAINER: Mapping[str, str] = {
-    "model": "set the sections `model`, `detection_head` and `caption_decoder`",
-    "train_dataloader": "set the section `train_loader`",
-    "eval_dataloader": "set the section `eval_loader`",
-    "optimizers": "set the section `optimizer`",
-    "schedulers": "set the section `scheduler`",
-    "loggers": "set the section `loggers`",
-    "callbacks": "set the section `callbacks`",
-    "algorithms": "leave it out: no algorithm can be configured",
-    "seed": "set `seed` at the top of the yaml",
-    "load_path": "set `load_path` at the top of the yaml",
-    "autoresume": "set `autoresume` at the top of the yaml",
-    "train_subset_num_batches": "set `max_duration` in batches, such as 100ba",
-    "accumulate_train_batch_on_tokens": "leave it out: the losses are normalised over the whole batch already",
-}
-_OWNED_BY_STREAMS = "set it in one of `streams`"
-OWNED_BY_DATASET: Mapping[str, str] = {
-    "streams": "set `streams` beside `dataset`",
-    "remote": _OWNED_BY_STREAMS,
-    "local": _OWNED_BY_STREAMS,
-    "split": _OWNED_BY_STREAMS,
-    "batch_size": "set `global_batch_size`",
-    "batching_method": "leave it out: the plan of the epoch makes the batches",
-    "partition_algo": "leave it out: the plan of the epoch deals the packs",
-    "replication": "leave it out: every rank is dealt packs of its own",
-}
-OWNED_BY_DATALOADER: Mapping[str, str] = {
-    "dataset": "set `dataset` beside `dataloader`",
-    "batch_size": "set `global_batch_size`",
-    "shuffle": "set `dataset.shuffle`",
-    "sampler": "leave it out: Streaming orders the samples",
-    "batch_sampler": "leave it out: Streaming orders the samples",
-    "collate_fn": "set `collator`",
-}
-
 
 def config_from_command_line(arguments: Sequence[str], required: Sequence[str] = ()) -> RecipeConfig:
     """Reads `YAML [key.sub=value ...]`; on a mistake prints one line and exits with status 2.
@@ -157,7 +117,7 @@ def check_config(config: RecipeConfig) -> None:
         ConfigError: Naming the key and the remedy.
     """
     for key, allowed in CHOICES.items():
-        _check_choice(key, _get(config, key), allowed)
+        check_choice(key, _get(config, key), allowed)
     for key, (least, greatest) in BOUNDS.items():
         value = _get(config, key)
         # Written so that NaN fails too.
@@ -169,46 +129,15 @@ def check_config(config: RecipeConfig) -> None:
     _check_optimization(config)
     _check_nan_rollback(config.nan_rollback)
     _check_teachers(config)
-    _check_loader("train_loader", config.train_loader)
-    _check_loader("eval_loader", config.eval_loader)
+    check_loader("train_loader", config.train_loader)
+    check_loader("eval_loader", config.eval_loader)
     _check_packing(config)
-    _check_trainer(config.trainer)
+    check_trainer(config.trainer)
     check_parallelism(config.trainer, config.fsdp_version)
     _check_schedule(config)
     _check_saving(config)
-    _check_table("callbacks", config.callbacks, CALLBACKS)
-    _check_table("loggers", config.loggers, LOGGERS)
-
-
-def check_keywords(
-    where: str, keywords: Mapping[str, Any], function: Callable[..., Any], owned: Mapping[str, str]
-) -> None:
-    """Checks keywords of another library against the signature of what they will be given to.
-
-    Args:
-        where: The section, for the message.
-        keywords: To check.
-        function: A class, or what will be called.
-        owned: Keywords that may not be given, and what to do instead.
-
-    Raises:
-        ConfigError: A keyword is owned, unknown, or required and missing.
-    """
-    parameters = dict(inspect.signature(function).parameters)
-    if isinstance(function, type) and function.__init__ is Callback.__init__:
-        parameters = {}  # Composer's base class swallows any keyword
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for key in keywords:
-        if key in owned:
-            raise ConfigError(f"{where}.{key} cannot be set: {owned[key]}")
-        if key not in parameters and not takes_any:
-            names = [name for name in parameters if name not in owned]
-            remedy = nearest(key, names) if names else "it takes none"
-            raise ConfigError(f"unknown key {where}.{key}: {remedy}")
-    for name, parameter in parameters.items():
-        named = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if named and parameter.default is parameter.empty and name not in keywords and name not in owned:
-            raise ConfigError(f"missing {where}.{name}: {getattr(function, '__name__', function)} needs it")
+    check_table("callbacks", config.callbacks, CALLBACKS)
+    check_table("loggers", config.loggers, LOGGERS)
 
 
 def _check_head(config: RecipeConfig) -> None:
@@ -241,7 +170,7 @@ def _check_optimization(config: RecipeConfig) -> None:
             f"optimizer.lr_scaling is {optimizer.lr_scaling} but optimizer.reference_tokens is missing: "
             "set the tokens per step that the rates are meant for, or lr_scaling: none"
         )
-    _check_time("scheduler.t_warmup", config.scheduler.t_warmup)
+    check_time("scheduler.t_warmup", config.scheduler.t_warmup)
     if not any(value for name, value in vars(config.loss).items() if name.startswith("weight_")):
         raise ConfigError("loss.weight_*: all are 0, so nothing would train; set at least one above 0")
 
@@ -258,7 +187,7 @@ def _check_nan_rollback(config: NaNRollbackConfig) -> None:
             continue
         for key, value in vars(section).items():
             if key == "action":
-                _check_choice(f"nan_rollback.{name}.action", value, [action.name.lower() for action in Action])
+                check_choice(f"nan_rollback.{name}.action", value, [action.name.lower() for action in Action])
             elif not isinstance(value, str) and not 0 < value < inf:
                 raise ConfigError(f"nan_rollback.{name}.{key} is {value}: it must be above 0")
 
@@ -266,9 +195,9 @@ def _check_nan_rollback(config: NaNRollbackConfig) -> None:
 def _check_schedule(config: RecipeConfig) -> None:
     for group, curve in config.scheduler.groups.items():
         where = f"scheduler.groups.{group}"
-        _check_choice("a key of scheduler.groups", group, GROUPS)
-        _check_choice(f"{where}.name", curve.name, CHOICES["scheduler.name"])
-        _check_time(f"{where}.t_warmup", curve.t_warmup)
+        check_choice("a key of scheduler.groups", group, GROUPS)
+        check_choice(f"{where}.name", curve.name, CHOICES["scheduler.name"])
+        check_time(f"{where}.t_warmup", curve.t_warmup)
         if not 0 <= curve.alpha_f < inf:
             raise ConfigError(f"{where}.alpha_f is {curve.alpha_f}: it must be 0 or more")
     parse_stages(config)
@@ -277,26 +206,11 @@ def _check_schedule(config: RecipeConfig) -> None:
 def _check_teachers(config: RecipeConfig) -> None:
     teachers = config.teachers
     if teachers.stream is not None:
-        _check_stream("teachers.stream", teachers.stream)
+        check_stream("teachers.stream", teachers.stream)
     elif teachers.num_teachers > 0:
         raise ConfigError(
             f"teachers.num_teachers is {teachers.num_teachers} but teachers.stream is null: "
             "give the pool's stream (see convert/teachers.py), or num_teachers: 0"
-        )
-
-
-def _check_loader(where: str, loader: LoaderConfig) -> None:
-    if not loader.streams:
-        raise ConfigError(f"{where}.streams is empty: name at least one stream, such as `{{main: {{local: FOLDER}}}}`")
-    for name, keywords in loader.streams.items():
-        _check_stream(f"{where}.streams.{name}", keywords)
-    check_keywords(f"{where}.dataset", loader.dataset, StreamingDataset, OWNED_BY_DATASET)
-    check_keywords(f"{where}.dataloader", loader.dataloader, DataLoader, OWNED_BY_DATALOADER)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if loader.global_batch_size % world_size:
-        raise ConfigError(
-            f"{where}.global_batch_size {loader.global_batch_size} cannot be shared by {world_size} ranks: "
-            f"make it a multiple of {world_size}"
         )
 
 
@@ -309,43 +223,11 @@ def _check_packing(config: RecipeConfig) -> None:
     where = "train_loader.packing"
     if config.train_loader.collator != "packed":
         raise ConfigError(f"{where} needs train_loader.collator: packed, which lays the samples of a pack in one row")
-    _check_choice(f"{where}.on_long_sample", packing.on_long_sample, ("raise", "skip"))
+    check_choice(f"{where}.on_long_sample", packing.on_long_sample, ("raise", "skip"))
     for name in ("max_tokens", "max_patches", "window"):
         value = getattr(packing, name)
         if value is not None and value < 1:
             raise ConfigError(f"{where}.{name} is {value}: it must be 1 or more")
-
-
-def _check_stream(where: str, keywords: object) -> None:
-    if not isinstance(keywords, Mapping):
-        raise ConfigError(f"{where} is {keywords!r}: it takes the keywords of streaming.Stream, such as local: FOLDER")
-    check_keywords(where, keywords, Stream, {})
-    if keywords.get("local") is None and keywords.get("remote") is None:
-        raise ConfigError(f"{where} has neither local nor remote: give the folder or address of the converted data")
-
-
-def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    check_keywords("trainer", trainer, Trainer, OWNED_BY_TRAINER)
-    if "max_duration" not in trainer:
-        raise ConfigError("missing trainer.max_duration: set how long to train, such as 10ep or 500ba")
-    for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
-        if trainer.get(key) is not None:
-            _check_time(f"trainer.{key}", trainer[key])
-    microbatch = trainer.get("device_train_microbatch_size")
-    if microbatch == "auto":
-        raise ConfigError(
-            "trainer.device_train_microbatch_size: auto breaks the exact normalisation of the losses; "
-            "give the number of samples that fit on a device"
-        )
-    if microbatch is not None and not (isinstance(microbatch, int) and microbatch > 0):
-        raise ConfigError(f"trainer.device_train_microbatch_size is {microbatch!r}: it must be a whole number above 0")
-    if trainer.get("precision") is not None:
-        _check_choice("trainer.precision", trainer["precision"], [precision.value for precision in Precision])
-    if trainer.get("precision") == Precision.AMP_FP16.value:
-        raise ConfigError(
-            "trainer.precision amp_fp16 finds its loss scale by gradients that overflow, which nan_rollback would take "
-            "for divergence: use amp_bf16"
-        )
 
 
 def _check_saving(config: RecipeConfig) -> None:
@@ -368,34 +250,6 @@ def _check_saving(config: RecipeConfig) -> None:
             raise ConfigError("save_best.metric is set but trainer.save_folder is null: give a folder")
         if trainer.get("save_num_checkpoints_to_keep") == 0:
             raise ConfigError("save_best.metric needs trainer.save_num_checkpoints_to_keep of 1 or more, or -1")
-
-
-def _check_table(where: str, chosen: Mapping[str, Any], table: Mapping[str, type[Callback]]) -> None:
-    for name, keywords in chosen.items():
-        if name not in table:
-            raise ConfigError(f"unknown key {where}.{name}: {nearest(name, list(table))}")
-        if keywords is None:
-            continue
-        if not isinstance(keywords, Mapping):
-            raise ConfigError(f"{where}.{name} is {keywords!r}: give keywords, {{}} for none, or null to switch it off")
-        check_keywords(f"{where}.{name}", keywords, table[name], {})
-
-
-def _check_choice(key: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key} is {value!r}: it must be one of {', '.join(allowed)}")
-
-
-def _check_time(key: str, value: object) -> None:
-    try:
-        # Composer reads a text without a unit as seconds, which nobody means.
-        if isinstance(value, str) and not value.isdigit() and Time.from_timestring(value).value >= 0:
-            return
-    except (ValueError, TypeError):
-        pass
-    if type(value) is int and value >= 0:
-        return
-    raise ConfigError(f"{key} is {value!r}: it must be a duration such as 10ep, 500ba, 1000sp, 20000tok or 0.1dur")
 
 
 def _get(config: RecipeConfig, key: str) -> Any:

@@ -12,7 +12,8 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from recipe.build import build_network
-from recipe.config import ConfigError, RecipeConfig, load_config
+from recipe.config import ConfigError, RecipeConfig
+from recipe.config_file import load_config
 from recipe.data.image import ImageSpec
 from recipe.models.sizes import model_config
 from recipe.network import JointNetwork

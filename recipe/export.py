@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from recipe.checkpoint import export_model, load_model
-from recipe.config import load_config
+from recipe.config_file import load_config
 from recipe.logging_setup import setup_logging
 
 

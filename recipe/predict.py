@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from recipe.build import build_encoder
 from recipe.checkpoint import load_model
-from recipe.config import EvaluationConfig, RecipeConfig, load_config
+from recipe.config import EvaluationConfig, RecipeConfig
+from recipe.config_file import load_config
 from recipe.data.collate import collate_standard
 from recipe.data.encode import Encoder
 from recipe.draw import draw_prediction

@@ -14,8 +14,9 @@ from recipe.checkpoints.loading import safe_loading
 from recipe.checkpoints.manifest import describe
 from recipe.checkpoints.resume import is_finished, load_keywords
 from recipe.checkpoints.saver import without_saving
-from recipe.config import RecipeConfig, save_config
+from recipe.config import RecipeConfig
 from recipe.config_checks import config_from_command_line
+from recipe.config_file import save_config
 from recipe.data.agreement import DIST_TIMEOUT
 from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
 from recipe.data.stream import read_teachers

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from recipe.checkpoint import find_config, load_model, read_weights
-from recipe.config import load_config
+from recipe.config_file import load_config
 from recipe.joint import JointModel
 from tests.s3_server import S3Server
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from recipe.config import ConfigError, RecipeConfig, load_config, save_config
+from recipe.config import ConfigError, RecipeConfig
 from recipe.config_checks import BOUNDS, CHOICES, check_config, config_from_command_line
+from recipe.config_file import load_config, save_config
 from recipe.redact import redact
 
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"
@@ -125,7 +126,8 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("eval_loader.dataloader.num_worker=1", "unknown key eval_loader.dataloader.num_worker: did you mean num_work"),
         ("callbacks.lr_moniter={}", "unknown key callbacks.lr_moniter: did you mean lr_monitor"),
         ("callbacks.speed_monitor.window=3", "unknown key callbacks.speed_monitor.window: did you mean window_size"),
-        ("callbacks.nan_monitor.x=3", "unknown key callbacks.nan_monitor.x: it takes none"),
+        ("callbacks.lr_monitor.x=3", "unknown key callbacks.lr_monitor.x: it takes none"),
+        ("callbacks.nan_monitor={}", "callbacks.nan_monitor cannot be set: leave it out"),
         ("callbacks.early_stopper.monitor=x", "missing callbacks.early_stopper.dataloader_label"),
         ("loggers.wanb={}", "unknown key loggers.wanb: did you mean wandb"),
         ("loggers.json_lines.file=x", "unknown key loggers.json_lines.file"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe.config import RecipeConfig, load_config
+from recipe.config import RecipeConfig
+from recipe.config_file import load_config
 from recipe.estimate import CAPTION_TOKENS, block_bytes, build_on_meta, estimate, main, microbatch_shape, table
 from recipe.optim import build_optimizer, group_parameters
 from recipe.schema import Example

@@ -17,7 +17,8 @@ from transformers import AutoProcessor, PreTrainedModel, Qwen2_5_VLForConditiona
 from convert.shapes import draw_scene
 from recipe.build import load_processor
 from recipe.checkpoint import HEAD_FILE, export_model, find_config, load_model, read_weights
-from recipe.config import ImageConfig, RecipeConfig, load_config
+from recipe.config import ImageConfig, RecipeConfig
+from recipe.config_file import load_config
 from recipe.data.image import image_spec, patchify
 from recipe.export import main, parse
 from recipe.models.tiny import build_tiny_checkpoint

@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from lower levels, its own package and, where allowed, modules beside it.
 LEVELS: list[set[str]] = [
-    {"schema", "boxes", "pictures", "draw", "draw_labels", "redact", "config", "logging_setup", "sidecar"}
-    | {"shared_memory", "exit_codes", "environment"},
+    {"schema", "boxes", "pictures", "draw", "draw_labels", "redact", "config", "config_file", "logging_setup"}
+    | {"sidecar", "shared_memory", "exit_codes", "environment"},
     {"data", "models", "losses", "metrics"},
     {"network", "inference", "joint", "build"},
     {"optim", "schedule", "checkpoint", "checkpoints", "callbacks", "algorithms", "parallel", "loggers"},
-    {"config_checks"},
+    {"config_checks", "keyword_checks"},
     {"train", "eval", "predict", "export", "estimate"},
 ]
 NEVER_EACH_OTHER = [LEVELS[1], LEVELS[5]]

@@ -17,9 +17,9 @@ from recipe.config import (
     RecipeConfig,
     SchedulerConfig,
     StagedFreezingConfig,
-    load_config,
 )
 from recipe.config_checks import check_config
+from recipe.config_file import load_config
 from recipe.optim import GROUP_PATTERNS
 from recipe.schedule import build_schedule, lr_factor, parse_stages, stage_factor
 

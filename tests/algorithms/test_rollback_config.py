@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from recipe.algorithms.nan_rollback import NaNRollback
-from recipe.config import ConfigError, RecipeConfig, load_config
+from recipe.config import ConfigError, RecipeConfig
 from recipe.config_checks import check_config
+from recipe.config_file import load_config
 from recipe.optim import build_algorithms
 
 LOADER = {"streams": {"main": {"local": "data"}}, "global_batch_size": 8}

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from recipe.build import build_network
-from recipe.config import ConfigError, RecipeConfig, load_config
+from recipe.config import ConfigError, RecipeConfig
+from recipe.config_file import load_config
 from recipe.data import loader
 from recipe.data.image import ImageSpec
 from recipe.joint import JointModel
