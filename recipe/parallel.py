@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
@@ -98,15 +99,32 @@ def build_parallelism(
         model: Before it is given to the Trainer.
         trainer: The section of the yaml.
         version: 1 or 2, of FSDP.
+
+    Raises:
+        ConfigError: There is no GPU.
     """
     config = (trainer.get("parallelism_config") or {}).get("fsdp")
     if config is None:
         return None
+    check_device()
     _mark_units(model, version)
     keywords = {"state_dict_type": "full", "mixed_precision": "DEFAULT", **config}
     if version == 1 and keywords["mixed_precision"] != "FULL":
         keywords["mixed_precision"] = _precisions(keywords["mixed_precision"], trainer["precision"])
     return {"fsdp": _CONFIGS[version](**keywords)}
+
+
+def check_device() -> None:
+    """Refuses FSDP on the CPU, where gloo sums the gradients that FSDP2 asks it to average (torch 2.7).
+
+    Raises:
+        ConfigError: There is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.parallelism_config.fsdp needs a GPU and none is seen: set trainer.parallelism_config=null, which "
+            "trains on the CPU, or look at the driver and CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _precisions(name: str, precision: str) -> dict[str, str]:

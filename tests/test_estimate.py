@@ -125,7 +125,7 @@ def test_checkpointing_and_sharding_need_less() -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    main([YAML, "--world-size", "8", "optimizer.lr_vision=0"])
+    main([YAML, "--world-size", "8", "optimizer.lr_vision=0", "trainer.parallelism_config=null"])
     printed = capsys.readouterr().out
     for word in ("8 x DDP", "vision", "frozen", "moments", "snapshot", "total", f"{CAPTION_TOKENS} tokens a caption"):
         assert word in printed

@@ -7,6 +7,8 @@ import torch
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
 from torch import nn
 
+from recipe import parallel
+
 
 def install() -> None:
     """Does nothing where there is a GPU.
@@ -16,6 +18,7 @@ def install() -> None:
     """
     if torch.cuda.is_available():
         return
+    parallel.check_device = lambda: None
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     if len(inspect.signature(collectives._get_gradient_divide_factors).parameters) == 4:  # torch 2.6 and 2.7
         collectives._get_gradient_divide_factors = _divide_by_all_ranks  # pyright: ignore[reportAttributeAccessIssue]

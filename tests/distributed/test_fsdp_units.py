@@ -20,8 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from recipe import parallel
 from recipe.build import build_network
 from recipe.config import ConfigError, RecipeConfig
+from recipe.config_checks import check_config
 from recipe.config_file import load_config
 from recipe.data import loader
 from recipe.data.image import ImageSpec
@@ -29,6 +31,7 @@ from recipe.joint import JointModel
 from recipe.models.sizes import model_config
 from recipe.optim import group_parameters
 from recipe.parallel import build_parallelism, check_parallelism
+from recipe.schedule import build_schedule
 from recipe.schema import Example
 from tests.distributed import fsdp_shim
 from tests.tiny_cases import make_batches, make_model
@@ -41,7 +44,12 @@ HEAD = ("memory", "detection_head", "caption_decoder")
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
-    for owner, name in ((torch.cuda, "current_device"), (nn.Module, "to_empty"), (FSDP2Config, "settable_attrs")):
+    for owner, name in (
+        (torch.cuda, "current_device"),
+        (nn.Module, "to_empty"),
+        (FSDP2Config, "settable_attrs"),
+        (parallel, "check_device"),
+    ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
     monkeypatch.setattr(dist_strategy, "_validate_precision", lambda precision, device: None)  # no bf16 on the CPU
     fsdp_shim.install()
@@ -108,9 +116,14 @@ def test_backbone_in_bf16_head_and_boxes_in_float32(
     ("name", "layers", "blocks"),
     [("joint.yaml", 36, 32), ("joint_fsdp.yaml", 28, 32)],
 )
-def test_every_layer_of_the_real_models_is_a_unit(name: str, layers: int, blocks: int) -> None:
+def test_the_real_models_have_groups_stages_and_units(
+    name: str, layers: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """3B and 7B on the meta device, as their yamls say."""
+    monkeypatch.setattr(parallel, "check_device", lambda: None)
     config = load_config(str(YAMLS / name))
+    check_config(config)
+    assert build_schedule(config).stages.keys() == {"llm", "adapter", "detection"}
     spec = ImageSpec(14, 2, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(model_config(config.model.pretrained_model_name_or_path))
@@ -119,7 +132,8 @@ def test_every_layer_of_the_real_models_is_a_unit(name: str, layers: int, blocks
     tokenizer: Any = None
     model = JointModel(network, tokenizer, config.loss, config.evaluation, config.prompt)
     assert all(group_parameters(model).values())
-    build_parallelism(model, {**TRAINER, **config.trainer}, config.fsdp_version)
+    built = build_parallelism(model, config.trainer, config.fsdp_version)
+    assert built is not None and isinstance(built["fsdp"], FSDP2Config)
     policy = generate_composer_model_policy(model)
     units = policy._run_policy(model, set(), {"mp_policy": "backbone"})
     counts = Counter(type(module).__name__ for module in units)
@@ -189,3 +203,10 @@ def test_ranks_with_other_numbers_of_microbatches_are_told(
         with pytest.raises(ValueError, match=r"this rank has 2 microbatches .* FSDP needs equally many"):
             loader.split_batch(batches, 1, equally_many=True)
         loader.split_batch(batches, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fsdp_without_a_gpu_is_refused() -> None:
+    model: Any = None
+    with pytest.raises(ConfigError, match=r"fsdp needs a GPU and none is seen: set trainer\.parallelism_config=null"):
+        build_parallelism(model, TRAINER, 2)
