@@ -70,7 +70,13 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
         vlm=VisionLanguageModel(
             vlm, PixelNormalizer(list(spec.image_mean), list(spec.image_std), spec.temporal_patch_size)
         ),
-        memory=MemoryBuilder(hidden_size, width, head.adapter_ratio, head.memory_positions).to(dtype),
+        memory=MemoryBuilder(
+            hidden_size,
+            width,
+            head.adapter_ratio,
+            head.memory_positions,
+            vlm.config.vision_config.hidden_size if head.patch_features else None,
+        ).to(dtype),
         detection_head=DetectionHead(
             width=width,
             num_queries=head.num_queries,
@@ -79,6 +85,8 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
             ffn_factor=head.ffn_factor,
             dropout=head.dropout,
             refine_boxes=head.refine_boxes,
+            select_queries=head.select_queries,
+            num_query_groups=head.num_query_groups,
         ).to(dtype),
         caption_decoder=CaptionDecoder(
             hidden_size=hidden_size,

@@ -37,6 +37,9 @@ class DetectionHeadConfig:
     dropout: float = 0.0
     adapter_ratio: int = 8  # the bottleneck of the memory adapters is hidden_size / adapter_ratio
     memory_positions: bool = True  # 2-D positions on the vision part of the memory
+    patch_features: bool = False  # the vision tower's features before the merger (stride 14) beside the merged ones
+    select_queries: bool = False  # the first reference boxes are the best proposals of the vision tokens (two-stage)
+    num_query_groups: int = 1  # groups of queries in training, each matched apart: one object teaches many (Group DETR)
     refine_boxes: bool = True  # each layer refines the reference boxes of the layer before
     aux_loss: bool = True  # the losses also after every earlier layer
     num_denoising_groups: int = 4  # copies of the noised ground truth in training; 0: no denoising queries
@@ -126,6 +129,7 @@ class LossConfig:
     weight_giou: float = 2.0
     weight_objectness: float = 1.0
     weight_caption: float = 1.0
+    objectness: str = "focal"  # focal | varifocal | mal: the last two teach objectness to be the box's IoU
     focal_alpha: float = 0.25
     focal_gamma: float = 2.0
 

@@ -28,6 +28,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "eval_loader.on_bad_sample": ("raise",),
     "optimizer.lr_scaling": ("none", "linear", "sqrt"),
     "scheduler.name": ("cosine", "linear", "constant"),
+    "loss.objectness": ("focal", "varifocal", "mal"),
     "save_best.mode": ("max", "min"),
 }
 # Least and greatest allowed value.
@@ -37,6 +38,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "detection_head.width": (1, inf),
     "detection_head.num_heads": (1, inf),
     "detection_head.num_layers": (1, inf),
+    "detection_head.num_query_groups": (1, inf),
     "detection_head.ffn_factor": (1, inf),
     "detection_head.dropout": (0, 1),
     "detection_head.adapter_ratio": (1, inf),

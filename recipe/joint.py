@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.config import EvaluationConfig, LossConfig, PromptConfig
 from recipe.data.loader import count_losses
 from recipe.inference import predict_batch
-from recipe.losses.detection import caption_loss, denoising_losses, detection_losses
+from recipe.losses.detection import base_term, caption_loss, denoising_losses, detection_losses
 from recipe.losses.language import language_losses
 from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAveragePrecision
 from recipe.metrics.dense_caption import CaptionMatch
@@ -79,20 +79,18 @@ class JointModel(ComposerModel):
 
     def loss_terms(self, outputs: JointOutputs, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
         """Unweighted terms, divided by `counts`; the same names on every rank, whatever its batch holds."""
-        focal = (self.loss_config.focal_alpha, self.loss_config.focal_gamma)
         terms = language_losses(outputs.label_logits, batch["labels"], batch["label_roles"], counts)
-        terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, *focal)
+        terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, self.loss_config)
         terms["loss_caption"] = caption_loss(
             outputs.caption_logits, outputs.caption_labels, outputs.caption_images, len(outputs.targets), counts
         )
         if self.model.training and self.model.num_denoising_groups:
-            terms |= denoising_losses(outputs.denoising, outputs.detection, counts, *focal)
+            terms |= denoising_losses(outputs.denoising, outputs.detection, counts, self.loss_config)
         return terms
 
     def weighted_total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The one weighted sum; auxiliary and denoising terms weigh as the term they repeat."""
-        names = {name: name.removesuffix("_aux").removesuffix("_dn").removeprefix("loss_") for name in terms}
-        weighted = [getattr(self.loss_config, f"weight_{base}") * terms[name] for name, base in names.items()]
+        """The one weighted sum; terms of earlier layers and the like weigh as the term they repeat."""
+        weighted = [getattr(self.loss_config, f"weight_{base_term(name)}") * term for name, term in terms.items()]
         return torch.stack(weighted).sum()
 
     def eval_forward(self, batch: Batch, outputs: JointOutputs | None = None) -> EvalOutputs:

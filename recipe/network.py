@@ -30,7 +30,7 @@ class JointOutputs:
         memory: Of the N images.
         detection: Of the object queries.
         denoising: The queries and their outputs; None outside training.
-        matches: One a decoder layer, the last layer's last.
+        matches: One for each of `detection.layers()`.
         targets: N of them.
         caption_logits: (k, V), of the tokens of all matched captions.
         caption_labels: (k,) int64.
@@ -142,22 +142,26 @@ class JointNetwork(nn.Module):
             queries = make_denoising_queries(targets, noise_seeds, self.num_denoising_groups, self.box_noise)
         detection, denoised = self.detection_head(memory, queries)
         if not self.aux_loss:
-            detection.aux_outputs.clear()
+            for group in (detection, *detection.groups):
+                group.aux_outputs.clear()
+        layers = [layer for _, layer in detection.layers()]
         costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
-        matches = match([*detection.aux_outputs, detection], targets, *costs, *self.focal)
+        matches = match(layers, targets, *costs, *self.focal)
         captions = self._caption_logits(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
         return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
 
     def build_memory(self, states: VlmOutputs, batch: Batch) -> Memory:
         """The memory of the batch's N student images; of one blank image where there is none."""
-        hidden = states.last_hidden_state
+        hidden, vision = states.last_hidden_state, self.vlm.hf_model.config.vision_config
+        merge = vision.spatial_merge_size
         solved = batch["student_images"].tolist()
         if not solved:
             # Needs a gradient where an image's row does: FSDP reduces a unit's gradients when those of its inputs come.
             blank = 0.0 * hidden[:1]
-            return self.memory([blank], [(1, 1)], blank[None], torch.ones(1, 1, dtype=torch.bool, device=hidden.device))
-        merge = self.vlm.hf_model.config.vision_config.spatial_merge_size
+            patches = hidden.new_zeros(1, merge**2, vision.hidden_size)
+            mask = torch.ones(1, 1, dtype=torch.bool, device=hidden.device)
+            return self.memory([blank], [(1, 1)], blank[None], mask, [patches])
         sizes = (batch["image_grid_thw"][:, 1:] // merge).tolist()
         prompt_index = batch["prompt_index"]
         return self.memory(
@@ -165,6 +169,7 @@ class JointNetwork(nn.Module):
             [tuple(sizes[image]) for image in solved],
             hidden[prompt_index.clamp(min=0)],
             prompt_index >= 0,
+            [states.patch_features[image] for image in solved],
         )
 
     def _caption_logits(

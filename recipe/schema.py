@@ -258,6 +258,8 @@ class DetectionOutputs:
         pred_objectness: (N, Q) logits.
         query_features: (N, Q, W).
         aux_outputs: The same (without features or aux outputs of their own) after each earlier layer.
+        groups: Of the further groups of queries, in training.
+        selection: Of the proposals that the queries were chosen from; None: they are learned.
     """
 
     pred_boxes: Tensor
@@ -265,6 +267,14 @@ class DetectionOutputs:
     pred_objectness: Tensor
     query_features: Tensor
     aux_outputs: list["DetectionOutputs"] = field(default_factory=list["DetectionOutputs"])
+    groups: list["DetectionOutputs"] = field(default_factory=list["DetectionOutputs"])
+    selection: "DetectionOutputs | None" = None
+
+    def layers(self) -> list[tuple[str, "DetectionOutputs"]]:
+        """All that is matched to the objects, each with the suffix of its loss terms; the last layer's are last."""
+        found = [] if self.selection is None else [("_selection", self.selection)]
+        found += [("_group", layer) for group in self.groups for layer in [*group.aux_outputs, group]]
+        return [*found, *(("_aux", layer) for layer in self.aux_outputs), ("", self)]
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,9 @@ def head_outputs(outputs: Any) -> dict[str, Tensor]:
     named = {}
     for suffix, detection in (("", outputs.detection), ("_dn", outputs.denoising and outputs.denoising[1])):
         if detection is not None:
-            for index, layer in enumerate([*detection.aux_outputs, detection]):
-                named[f"pred_boxes{suffix} of layer {index}"] = layer.pred_boxes
-                named[f"pred_objectness{suffix} of layer {index}"] = layer.pred_objectness
+            for index, (repeat, layer) in enumerate(detection.layers()):
+                named[f"pred_boxes{suffix or repeat} of layer {index}"] = layer.pred_boxes
+                named[f"pred_objectness{suffix or repeat} of layer {index}"] = layer.pred_objectness
     return {name: value for name, value in named.items() if value.numel()}
 
 

@@ -19,6 +19,7 @@ from recipe.callbacks.group_metrics import every_batches
 from recipe.config import LossConfig
 from recipe.data.loader import split_batch
 from recipe.joint import JointModel
+from recipe.losses.detection import REPEATS
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class LossShares(Callback):
         logger.log_metrics(
             {
                 f"loss/share/{term}": weight
-                * sum(float(losses.get(f"loss/train/loss_{term}{repeat}", 0.0)) for repeat in ("", "_aux", "_dn"))
+                * sum(float(losses.get(f"loss/train/loss_{term}{repeat}", 0.0)) for repeat in ("", *REPEATS))
                 / total
                 for term, weight in weights.items()
             }

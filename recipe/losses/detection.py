@@ -1,11 +1,13 @@
 """The head's loss terms, unweighted and named; each divided by the whole global batch's count, see `LossCounts`.
 
-    loss_bbox         L1 of matched cxcywh boxes                      / objects
-    loss_giou         1 - GIoU of matched boxes                       / objects
-    loss_objectness   focal loss, summed over the queries of an image / images
+    loss_bbox         L1 of matched cxcywh boxes                        / objects
+    loss_giou         1 - GIoU of matched boxes                         / objects
+    loss_objectness   of every query (see `objectness_loss`), summed    / images
     loss_caption      mean cross-entropy over the tokens of an image's matched captions / images
 
-`*_aux` are the same terms summed over the earlier layers, `*_dn` over all layers of the denoising queries.
+The first three are repeated: `*_aux` summed over the earlier layers, `*_selection` of the proposals that the queries
+were chosen from, `*_group` summed over all layers and averaged over the further groups of queries, `*_dn` summed over
+all layers of the denoising queries and averaged over their groups.
 """
 
 from collections.abc import Sequence
@@ -16,8 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
+from recipe.config import LossConfig
 from recipe.losses.matcher import Matches
 from recipe.schema import DetectionOutputs, LossCounts, Target
+
+REPEATS = ("_aux", "_selection", "_group", "_dn")
 
 
 class DenoisingTargets(Protocol):
@@ -36,54 +41,59 @@ class DenoisingTargets(Protocol):
     num_groups: int
 
 
+def base_term(name: str) -> str:
+    """The term that a loss repeats: `loss_giou_aux` → `giou`."""
+    for suffix in REPEATS:
+        name = name.removesuffix(suffix)
+    return name.removeprefix("loss_")
+
+
 def detection_losses(
     outputs: DetectionOutputs,
     matches: Sequence[Matches],
     targets: Sequence[Target | None],
     counts: LossCounts,
-    focal_alpha: float = 0.25,
-    focal_gamma: float = 2.0,
+    config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Box and objectness terms of the object queries.
+    """Box and objectness terms of the object queries, all layers and images at once.
 
     Args:
         outputs: Of N images.
-        matches: One a layer, the last layer's last.
+        matches: One for each of `outputs.layers()`.
         targets: N of them; images without (not annotated) take no part.
         counts: Denominators.
-        focal_alpha: Weight of objects against empty queries.
-        focal_gamma: Focusing power.
+        config: The objectness loss and its parameters.
 
     Returns:
-        `loss_bbox loss_giou loss_objectness`, and the same with `_aux` where there are earlier layers.
+        `loss_bbox loss_giou loss_objectness`, and the same with the suffixes of `outputs.layers()`.
     """
-    annotated = torch.tensor([target is not None for target in targets], device=outputs.pred_boxes.device)
-    boxes = _padded_boxes(targets, outputs.pred_boxes)
-    layers = [*outputs.aux_outputs, outputs]
-    terms = []
-    for layer, match in zip(layers, matches, strict=True):
-        is_object = torch.zeros_like(layer.pred_objectness)
-        is_object[match.image, match.query] = 1.0
-        predicted, true = layer.pred_boxes[match.image, match.query], boxes[match.image, match.target]
-        terms.append(
-            {
-                **box_losses(predicted, true, counts["objects"]),
-                "loss_objectness": _focal(
-                    layer.pred_objectness[annotated], is_object[annotated], focal_alpha, focal_gamma
-                )
-                / max(counts["images"], 1),
-            }
-        )
-    last = terms.pop()
-    return {**last, **_summed(terms, "_aux")}
+    suffixes, layers = zip(*outputs.layers(), strict=True)
+    boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
+    logits = torch.stack([layer.pred_objectness for layer in layers])
+    annotated = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
+    image, query, target = (torch.cat([getattr(match, key) for match in matches]) for key in ("image", "query", "target"))
+    lengths = torch.tensor([len(match) for match in matches])
+    layer = torch.arange(len(layers)).repeat_interleave(lengths).to(image.device)
+    predicted, true = boxes[layer, image, query], _padded_boxes(targets, boxes)[image, target]
+    quality = torch.zeros_like(logits).index_put((layer, image, query), _quality(predicted, true, config).to(logits))
+    is_object = torch.zeros_like(logits).index_put((layer, image, query), torch.ones_like(logits[layer, image, query]))
+    annotated = annotated.to(logits.device)
+    objectness = objectness_loss(logits[:, annotated], is_object[:, annotated], quality[:, annotated], config)
+    terms = {
+        **{
+            name: loss.new_zeros(len(layers)).index_add(0, layer, loss) / max(counts["objects"], 1)
+            for name, loss in box_losses(predicted, true).items()
+        },
+        "loss_objectness": objectness.sum((1, 2)) / max(counts["images"], 1),
+    }
+    return _by_suffix(terms, suffixes, max(1, len(outputs.groups)))
 
 
 def denoising_losses(
     denoising: tuple[DenoisingTargets, DetectionOutputs] | None,
     detection: DetectionOutputs,
     counts: LossCounts,
-    focal_alpha: float = 0.25,
-    focal_gamma: float = 2.0,
+    config: LossConfig,
 ) -> dict[str, Tensor]:
     """Box and objectness terms of the denoising queries, which know their targets, over all layers.
 
@@ -91,8 +101,7 @@ def denoising_losses(
         denoising: The queries and their outputs; None where no image of the batch has an object: all terms are 0.
         detection: Of the object queries.
         counts: Denominators; each group counts as a batch of its own.
-        focal_alpha: Weight of objects against empty queries.
-        focal_gamma: Focusing power.
+        config: The objectness loss and its parameters.
 
     Returns:
         `loss_bbox_dn loss_giou_dn loss_objectness_dn`.
@@ -101,28 +110,55 @@ def denoising_losses(
         zero = 0.0 * detection.pred_boxes.sum()
         return {"loss_bbox_dn": zero, "loss_giou_dn": zero, "loss_objectness_dn": zero}
     queries, outputs = denoising
-    valid, mended = queries.valid, queries.valid & queries.positive
-    terms = []
-    for layer in [*outputs.aux_outputs, outputs]:
-        logits = layer.pred_objectness[valid]
-        focal = _focal(logits, queries.positive[valid].to(logits), focal_alpha, focal_gamma)
-        true = queries.target_boxes[mended].to(layer.pred_boxes)
-        terms.append(
-            {
-                **box_losses(layer.pred_boxes[mended], true, counts["objects"] * queries.num_groups),
-                "loss_objectness": focal / (max(counts["images"], 1) * queries.num_groups),
-            }
-        )
-    return _summed(terms, "_dn")
+    layers = [*outputs.aux_outputs, outputs]
+    logits = torch.stack([layer.pred_objectness for layer in layers])  # (layers, N, R)
+    mended = queries.valid & queries.positive
+    predicted = torch.stack([layer.pred_boxes for layer in layers])[:, mended]  # (layers, n, 4)
+    true = queries.target_boxes[mended].to(predicted).expand_as(predicted)
+    quality = torch.zeros_like(logits)
+    quality[:, mended] = _quality(predicted, true, config).to(logits)
+    is_object = queries.positive.to(logits).expand_as(logits)
+    valid = queries.valid
+    objectness = objectness_loss(logits[:, valid], is_object[:, valid], quality[:, valid], config)
+    num_objects, num_images = (max(counts[key], 1) * queries.num_groups for key in ("objects", "images"))
+    terms = {name: loss.sum() / num_objects for name, loss in box_losses(predicted, true).items()}
+    return {f"{name}_dn": term for name, term in terms.items()} | {
+        "loss_objectness_dn": objectness.sum() / num_images
+    }
 
 
-def box_losses(predicted: Tensor, true: Tensor, num_objects: float) -> dict[str, Tensor]:
-    """L1 and GIoU of n pairs of boxes, (n, 4) cxcywh each, summed and divided by `num_objects`."""
-    l1 = (predicted - true).abs().sum()
-    giou = generalized_box_iou_loss(
-        box_convert(predicted, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy"), reduction="sum"
-    )
-    return {"loss_bbox": l1 / max(num_objects, 1), "loss_giou": giou / max(num_objects, 1)}
+def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
+    """L1 and GIoU of pairs of boxes: (..., 4) cxcywh each → (...) each."""
+    l1 = (predicted - true).abs().sum(-1)
+    giou = generalized_box_iou_loss(box_convert(predicted, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy"))
+    return {"loss_bbox": l1, "loss_giou": giou}
+
+
+def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: LossConfig) -> Tensor:
+    """The loss of every query's objectness.
+
+    focal: Lin et al. 2017: the target is 1 for a matched query, and easy queries weigh less.
+    varifocal: Zhang et al. 2021: the target of a matched query is the IoU of its box, and so is its weight.
+    mal: Huang et al. 2025 (DEIM): the target is IoU ** gamma and the weight 1, so that a poor match is pushed too.
+
+    Args:
+        logits: Of any shape.
+        is_object: Of the same; 1 where the query is matched, else 0.
+        quality: Of the same; the IoU of matched queries' boxes, else 0. Not read by focal.
+        config: Names the loss. `focal_alpha` weighs objects (focal), 1 - `focal_alpha` empty queries (all but mal).
+
+    Returns:
+        Of the same shape.
+    """
+    alpha, gamma = config.focal_alpha, config.focal_gamma
+    if config.objectness == "focal":
+        return sigmoid_focal_loss(logits, is_object, alpha=alpha, gamma=gamma)
+    focus = logits.detach().sigmoid() ** gamma * (1 - is_object)
+    if config.objectness == "varifocal":
+        target, weight = quality, (1 - alpha) * focus + quality
+    else:
+        target, weight = quality**gamma, focus + is_object
+    return weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
 def caption_loss(logits: Tensor, labels: Tensor, images: Tensor, num_images: int, counts: LossCounts) -> Tensor:
@@ -141,8 +177,16 @@ def caption_loss(logits: Tensor, labels: Tensor, images: Tensor, num_images: int
     return (sums / tokens).sum() / max(counts["images"], 1)
 
 
-def _focal(logits: Tensor, is_object: Tensor, alpha: float, gamma: float) -> Tensor:
-    return sigmoid_focal_loss(logits, is_object, alpha=alpha, gamma=gamma, reduction="sum")
+@torch.no_grad()
+def _quality(predicted: Tensor, true: Tensor, config: LossConfig) -> Tensor:
+    """The IoU of pairs of boxes, (..., 4) cxcywh each → (...); zeros where the objectness loss does not read it."""
+    if config.objectness == "focal":
+        return predicted.new_zeros(predicted.shape[:-1])
+    ours, theirs = box_convert(predicted, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy")
+    low, high = torch.maximum(ours[..., :2], theirs[..., :2]), torch.minimum(ours[..., 2:], theirs[..., 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    union = predicted[..., 2:].prod(-1) + true[..., 2:].prod(-1) - overlap
+    return (overlap / union.clamp(min=1e-7)).nan_to_num(0.0)
 
 
 def _padded_boxes(targets: Sequence[Target | None], like: Tensor) -> Tensor:
@@ -151,7 +195,11 @@ def _padded_boxes(targets: Sequence[Target | None], like: Tensor) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _summed(terms: Sequence[dict[str, Tensor]], suffix: str) -> dict[str, Tensor]:
-    if not terms:
-        return {}
-    return {name + suffix: torch.stack([term[name] for term in terms]).sum() for name in terms[0]}
+def _by_suffix(terms: dict[str, Tensor], suffixes: Sequence[str], num_groups: int) -> dict[str, Tensor]:
+    """{name: (layers,)} → {name + suffix: ()}."""
+    summed = {}
+    for suffix in dict.fromkeys(reversed(suffixes)):
+        rows = [row for row, other in enumerate(suffixes) if other == suffix]
+        for name, term in terms.items():
+            summed[name + suffix] = term[rows].sum() / (num_groups if suffix == "_group" else 1)
+    return summed

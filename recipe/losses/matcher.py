@@ -6,6 +6,7 @@ The cost matrix is one batched float32 expression on the device, moved to the ho
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -44,41 +45,44 @@ def match(
     cost_objectness: float,
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
+    identity: Tensor | None = None,
 ) -> list[Matches]:
     """Finds the cheapest one-to-one assignment for every layer and image.
 
     More objects than queries is legal: the best are matched. Non-finite predictions never reach scipy.
 
     Args:
-        layers: Outputs of the decoder layers, for N images each.
+        layers: Outputs of the decoder layers, for N images and Q queries each.
         targets: N of them; None (not annotated) and no objects both match nothing.
         cost_bbox: Weight of the L1 distance of cxcywh boxes.
         cost_giou: Weight of 1 - GIoU.
         cost_objectness: Weight of the focal cost of calling the query an object (Deformable DETR's class cost).
         focal_alpha: Of the focal cost.
         focal_gamma: Of the focal cost.
+        identity: (layers, N, Q, T) or broadcastable: what else a pair costs, weighted; see `JointNetwork`.
 
     Returns:
         One `Matches` a layer.
     """
     device = layers[0].pred_boxes.device
     counts = [0 if target is None else len(target["boxes"]) for target in targets]
-    triples: list[list[tuple[int, int, int]]] = [[] for _ in layers]
+    parts: list[list[np.ndarray]] = [[np.empty((0, 3), dtype=np.int64)] for _ in layers]
     if any(counts):
         boxes = pad_sequence(
             [torch.zeros(0, 4, device=device) if t is None else t["boxes"] for t in targets], batch_first=True
         )
         pred_boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
         logits = torch.stack([layer.pred_objectness for layer in layers])
-        cost = cost_matrix(
-            pred_boxes, logits, boxes, cost_bbox, cost_giou, cost_objectness, focal_alpha, focal_gamma
-        ).cpu()
-        for layer_triples, layer_cost in zip(triples, cost.numpy(), strict=True):
+        cost = cost_matrix(pred_boxes, logits, boxes, cost_bbox, cost_giou, cost_objectness, focal_alpha, focal_gamma)
+        if identity is not None:
+            cost = (cost + identity.float()).nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
+        for rows, layer_cost in zip(parts, cost.cpu().numpy(), strict=True):
             for image, count in enumerate(counts):
                 queries, objects = linear_sum_assignment(layer_cost[image, :, :count])
-                layer_triples += [(image, int(q), int(t)) for q, t in zip(queries, objects, strict=True)]
-    packed = torch.tensor([t for rows in triples for t in rows], dtype=torch.int64).view(-1, 3).to(device)
-    return [Matches(*part.unbind(1)) for part in packed.split([len(rows) for rows in triples])]
+                rows.append(np.stack([np.full_like(queries, image), queries, objects], axis=1))
+    lengths = [sum(map(len, rows)) for rows in parts]
+    packed = torch.from_numpy(np.concatenate([row for rows in parts for row in rows])).to(device)
+    return [Matches(*part.unbind(1)) for part in packed.split(lengths)]
 
 
 def cost_matrix(

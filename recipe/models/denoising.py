@@ -35,26 +35,36 @@ class DenoisingQueries:
     def __len__(self) -> int:
         return self.boxes.shape[1]
 
-    def attention_mask(self, num_queries: int) -> Tensor:
+    def attention_mask(self, num_queries: int, num_groups: int = 1) -> Tensor:
         """Who may look at whom in self-attention, the denoising queries standing first.
 
-        Object queries never see denoising queries (these hold the ground truth); groups do not see one another;
-        padding is seen by nobody but itself.
+        Object queries never see denoising queries (these hold the ground truth); groups do not see one another, but
+        that denoising queries see the first group of object queries; padding is seen by nobody but itself.
+
+        Args:
+            num_queries: Object queries of all groups.
+            num_groups: Of object queries.
 
         Returns:
             (N, 1, total, total) bool, True where a row may look at a column.
         """
-        total = len(self) + num_queries
-        group = torch.full((total,), -1, device=self.boxes.device)
-        group[: len(self)] = torch.arange(self.num_groups, device=group.device).repeat_interleave(
-            len(self) // self.num_groups
-        )
-        same_group = group[:, None] == group[None, :]
-        sees_object_queries = (group == -1)[None, :]
-        visible = torch.ones(len(self.boxes), total, dtype=torch.bool, device=group.device)
+        group = torch.cat([self._group_numbers(), group_numbers(num_queries, num_groups, self.boxes.device)])
+        visible = torch.ones(len(self.boxes), len(group), dtype=torch.bool, device=group.device)
         visible[:, : len(self)] = self.valid
-        itself = torch.eye(total, dtype=torch.bool, device=group.device)
-        return ((same_group | sees_object_queries) & visible[:, None, :] | itself)[:, None]
+        sees = group[:, None] == group[None, :]
+        sees[: len(self)] |= (group == -1)[None, :]
+        itself = torch.eye(len(group), dtype=torch.bool, device=group.device)
+        return (sees & visible[:, None, :] | itself)[:, None]
+
+    def _group_numbers(self) -> Tensor:
+        """(R,) int64, 0 to G - 1."""
+        numbers = torch.arange(self.num_groups, device=self.boxes.device)
+        return numbers.repeat_interleave(len(self) // self.num_groups)
+
+
+def group_numbers(num_queries: int, num_groups: int, device: torch.device) -> Tensor:
+    """The groups of object queries: (num_queries,) int64, -1, -2 and so on."""
+    return -1 - torch.arange(num_groups, device=device).repeat_interleave(num_queries // num_groups)
 
 
 def make_denoising_queries(

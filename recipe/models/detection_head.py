@@ -9,13 +9,16 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from recipe.models.denoising import DenoisingQueries
+from recipe.models.denoising import DenoisingQueries, group_numbers
 from recipe.models.layers import MLP, Attention, FeedForward
 from recipe.models.memory import Memory, sine_embedding
 from recipe.schema import DetectionOutputs
 
 PRIOR_PROBABILITY = 0.01  # of objectness at the start (focal loss, Lin et al. 2017, section 3.3)
+PROPOSAL_CELLS = 3.0  # sides of a proposal at the start, in those of its token's cell
+NO_PROPOSAL = -20.0  # the logit of a query that no vision token proposed
 
 
 class DecoderLayer(nn.Module):
@@ -70,7 +73,9 @@ class DetectionHead(nn.Module):
         num_layers: Decoder layers.
         ffn_factor: Width of the feed-forward blocks in widths.
         dropout: Of each block's result.
-        refine_boxes: Each layer's boxes are the next one's references; else all layers share the learned ones.
+        refine_boxes: Each layer's boxes are the next one's references; else all layers share the first.
+        select_queries: The first references are the best proposals of the vision tokens; else they are learned.
+        num_query_groups: Groups of queries in training, each matched apart (Group DETR); the first one answers.
     """
 
     def __init__(
@@ -82,22 +87,24 @@ class DetectionHead(nn.Module):
         ffn_factor: int,
         dropout: float,
         refine_boxes: bool,
+        select_queries: bool = False,
+        num_query_groups: int = 1,
     ):
         super().__init__()
         self.width = width
+        self.num_queries = num_queries
         self.refine_boxes = refine_boxes
-        self.query_content = nn.Embedding(num_queries, width)
-        self.query_boxes = nn.Parameter(initial_boxes(num_queries))
+        self.num_query_groups = num_query_groups
+        self.query_content = nn.Embedding(num_query_groups * num_queries, width)
+        self.query_boxes = nn.Parameter(initial_boxes(num_queries).repeat(num_query_groups, 1))
         self.denoising_content = nn.Parameter(torch.zeros(width))
         self.box_position = MLP(width, width, width, 2)
         self.center_scale = MLP(width, width, width, 2)
         self.layers = nn.ModuleList(DecoderLayer(width, num_heads, ffn_factor, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.objectness = nn.Linear(width, 1)
-        self.box_delta = MLP(width, width, 4, 3)
-        nn.init.constant_(self.objectness.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
-        nn.init.zeros_(self.box_delta[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.box_delta[-1].bias)  # type: ignore[arg-type]
+        self.objectness = _objectness(width)
+        self.box_delta = _box_delta(width)
+        self.selection = QuerySelection(width) if select_queries else None
 
     def forward(
         self, memory: Memory, denoising: DenoisingQueries | None = None
@@ -111,18 +118,26 @@ class DetectionHead(nn.Module):
         Returns:
             The outputs of the object queries, and those of the denoising queries where given.
         """
-        num_images = len(memory.tokens)
-        queries = self.query_content.weight.expand(num_images, -1, -1)  # (N, Q, W)
-        references = self.query_boxes.expand(num_images, -1, -1)  # (N, Q, 4), before the sigmoid
+        num_images, num_groups = len(memory.tokens), self.num_query_groups if self.training else 1
+        num_queries = num_groups * self.num_queries
+        queries = self.query_content.weight[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, W)
+        references = self.query_boxes[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, 4), before the sigmoid
+        selection = None
+        if self.selection is not None:
+            selection = self.selection(memory, references[:, : self.num_queries])
+            references = selection.pred_boxes_raw.detach().repeat(1, num_groups, 1) + 0.0 * references
         num_denoising, mask = 0, None
         if denoising is not None:
             num_denoising = len(denoising)
-            mask = denoising.attention_mask(queries.shape[1])
+            mask = denoising.attention_mask(num_queries, num_groups)
             content = self.denoising_content.expand(num_images, num_denoising, -1)
             queries = torch.cat([content, queries], dim=1)
             references = torch.cat([torch.logit(denoising.boxes, eps=1e-3).to(references), references], dim=1)
         else:
             queries = queries + 0.0 * self.denoising_content  # every parameter has a gradient in every step
+            if num_groups > 1:
+                group = group_numbers(num_queries, num_groups, queries.device)
+                mask = (group[:, None] == group)[None, None]
         boxes, logits = [], []
         for layer in self.layers:
             queries = layer(queries, *self._positions(queries, references), memory, mask)
@@ -133,8 +148,10 @@ class DetectionHead(nn.Module):
             if self.refine_boxes:
                 references = raw.detach()
         features = self.norm(queries)
-        matched = _outputs(boxes, logits, features, slice(num_denoising, None))
-        return matched, None if denoising is None else _outputs(boxes, logits, features, slice(0, num_denoising))
+        starts = range(num_denoising, num_denoising + num_queries, self.num_queries)
+        first, *others = (_outputs(boxes, logits, features, slice(start, start + self.num_queries)) for start in starts)
+        first.groups, first.selection = others, selection
+        return first, None if denoising is None else _outputs(boxes, logits, features, slice(0, num_denoising))
 
     def _positions(self, queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of the reference boxes and of their centres, (N, Q, W) each (DAB-DETR, section 4.3)."""
@@ -144,12 +161,65 @@ class DetectionHead(nn.Module):
         return box_positions, centers
 
 
+class QuerySelection(nn.Module):
+    """A proposal from every vision token; the best become reference boxes (two-stage Deformable DETR, DINO).
+
+    The queries' contents stay learned (DINO's mixed selection). The selected proposals are matched and taught as a
+    layer of their own.
+
+    Args:
+        width: Of the memory.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inputs = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.objectness = _objectness(width)
+        self.box_delta = _box_delta(width)
+
+    def forward(self, memory: Memory, spare: Tensor) -> DetectionOutputs:
+        """The Q best proposals of N images.
+
+        Args:
+            memory: Of the N images.
+            spare: (N, Q, 4) before the sigmoid: take the place of proposals that an image is short of.
+        """
+        features = self.norm(self.inputs(memory.tokens))
+        logits = self.objectness(features).squeeze(-1)  # (N, M)
+        is_proposal = memory.cells[..., 2] > 0
+        missing = spare.shape[1] - logits.shape[1]
+        ranked = logits.detach().masked_fill(~is_proposal, -math.inf)
+        best = ranked.topk(min(spare.shape[1], logits.shape[1]), dim=1).indices  # (N, k)
+        start = torch.cat([memory.cells[..., :2], PROPOSAL_CELLS * memory.cells[..., 2:]], dim=-1).clamp(max=1)
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        raw = torch.logit(start[rows, best], eps=1e-3) + self.box_delta(features[rows, best])
+        kept = F.pad(is_proposal[rows, best], (0, max(0, missing)))
+        raw = torch.where(kept[..., None], F.pad(raw, (0, 0, 0, max(0, missing))), spare)
+        logits = torch.where(kept, F.pad(logits[rows, best], (0, max(0, missing))), NO_PROPOSAL)
+        return DetectionOutputs(raw.sigmoid(), raw, logits, features[rows, best])
+
+
 def initial_boxes(num_queries: int) -> Tensor:
     """Learned references start as a grid of boxes over the picture: (Q, 4) cxcywh before the sigmoid."""
     side = math.ceil(math.sqrt(num_queries))
     cells = torch.linspace(0, side * side - 1, num_queries).round().long()
     centers = torch.stack([cells % side, cells // side], dim=-1).add(0.5) / side  # (Q, 2)
     return torch.logit(torch.cat([centers, torch.full_like(centers, 2 / (side + 1))], dim=-1), eps=1e-3)
+
+
+def _objectness(width: int) -> nn.Linear:
+    layer = nn.Linear(width, 1)
+    nn.init.constant_(layer.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+    return layer
+
+
+def _box_delta(width: int) -> MLP:
+    """Starts as 0: the reference box itself."""
+    mlp = MLP(width, width, 4, 3)
+    nn.init.zeros_(mlp[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(mlp[-1].bias)  # type: ignore[arg-type]
+    return mlp
 
 
 def _outputs(boxes: list[Tensor], logits: list[Tensor], features: Tensor, rows: slice) -> DetectionOutputs:

@@ -21,15 +21,17 @@ class Memory:
         tokens: (N, M, W).
         positions: (N, M, W) sine embedding of the token's centre; zero for words.
         mask: (N, M) bool, True at real tokens.
+        cells: (N, M, 4) cxcywh in [0, 1], the part of the picture that a vision token stands for; zero for words.
     """
 
     tokens: Tensor
     positions: Tensor
     mask: Tensor
+    cells: Tensor
 
     def repeat_rows(self, index: Tensor) -> "Memory":
         """The rows `index` (n,) as a new memory."""
-        return Memory(self.tokens[index], self.positions[index], self.mask[index])
+        return Memory(self.tokens[index], self.positions[index], self.mask[index], self.cells[index])
 
 
 class Adapter(nn.Module):
@@ -62,14 +64,18 @@ class MemoryBuilder(nn.Module):
         width: Of the head; a multiple of 4.
         adapter_ratio: See `Adapter`.
         memory_positions: False: the plain design, whose keys do not tell where they are.
+        patch_width: Width of the vision features before the merger, which become tokens too; None: they do not.
     """
 
-    def __init__(self, hidden_size: int, width: int, adapter_ratio: int, memory_positions: bool):
+    def __init__(
+        self, hidden_size: int, width: int, adapter_ratio: int, memory_positions: bool, patch_width: int | None = None
+    ):
         super().__init__()
         self.width = width
         self.memory_positions = memory_positions
         self.vision_adapter = Adapter(hidden_size, width, adapter_ratio)
         self.language_adapter = Adapter(hidden_size, width, adapter_ratio)
+        self.patch_adapter = None if patch_width is None else Adapter(patch_width, width, 1)
 
     def forward(
         self,
@@ -77,35 +83,52 @@ class MemoryBuilder(nn.Module):
         grid_sizes: Sequence[tuple[int, int]],
         prompt_states: Tensor,
         prompt_mask: Tensor,
+        patch_features: Sequence[Tensor] = (),
     ) -> Memory:
-        """Builds the memory of N images; vision tokens first, then words, each part padded by itself.
+        """Builds the memory of N images; vision tokens first, patches, then words, each part padded by itself.
 
         Args:
             image_features: N of (tokens, D), raster order.
             grid_sizes: (rows, columns) of vision tokens of each image.
             prompt_states: (N, S, D).
             prompt_mask: (N, S) bool, True at real tokens.
+            patch_features: N of (tokens, merge², C), before the merger; read where they become tokens too.
         """
         device, dtype = prompt_states.device, self.vision_adapter.norm.weight.dtype
-        vision = pad_sequence(list(image_features), batch_first=True).to(dtype)  # (N, tokens, D)
-        lengths = torch.tensor([len(features) for features in image_features], device=device)
-        vision_mask = torch.arange(vision.shape[1], device=device) < lengths[:, None]
+        grids = [grid_cells(*size, device=device) for size in grid_sizes]
+        parts = [(self.vision_adapter, image_features, grids)]
+        if self.patch_adapter is not None:
+            # Of each token the patches stand together.
+            split = [split_cells(cells, round(features.shape[1] ** 0.5)) for cells, features in zip(grids, patch_features, strict=True)]
+            parts.append((self.patch_adapter, [features.flatten(0, 1) for features in patch_features], split))
+        tokens, cells, masks = [], [], []
+        for adapter, features, places in parts:
+            tokens.append(adapter(pad_sequence(list(features), batch_first=True).to(dtype)))
+            cells.append(pad_sequence(places, batch_first=True).to(dtype))  # (N, tokens, 4)
+            masks.append(cells[-1][..., 2] > 0)
         words = self.language_adapter(prompt_states.to(dtype))
-        tokens = torch.cat([self.vision_adapter(vision), words], dim=1)  # (N, M, W)
+        tokens, masks = torch.cat([*tokens, words], dim=1), torch.cat([*masks, prompt_mask], dim=1)  # (N, M, W), (N, M)
+        cells = torch.cat([*cells, cells[0].new_zeros(*words.shape[:2], 4)], dim=1)  # (N, M, 4)
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
-            centers = [grid_centers(*size, device=device) for size in grid_sizes]
-            embedded = sine_embedding(pad_sequence(centers, batch_first=True), self.width)
-            positions[:, : vision.shape[1]] = embedded.to(tokens.dtype)
-        return Memory(tokens, positions, torch.cat([vision_mask, prompt_mask], dim=1))
+            positions = sine_embedding(cells[..., :2], self.width) * (cells[..., 2:3] > 0)
+        return Memory(tokens, positions, masks, cells)
 
 
-def grid_centers(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """Centres of a grid's cells in raster order: (rows * columns, 2), x then y, in [0, 1]."""
+def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """A grid's cells in raster order: (rows * columns, 4) cxcywh in [0, 1]."""
     y = (torch.arange(rows, device=device) + 0.5) / rows
     x = (torch.arange(columns, device=device) + 0.5) / columns
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack([grid_x.flatten(), grid_y.flatten()], dim=-1)
+    size = torch.tensor([1 / columns, 1 / rows], device=device).expand(rows * columns, 2)
+    return torch.cat([grid_x.reshape(-1, 1), grid_y.reshape(-1, 1), size], dim=-1)
+
+
+def split_cells(cells: Tensor, parts: int) -> Tensor:
+    """Each cell (n, 4) in `parts` x `parts` in raster order: (n * parts², 4)."""
+    inner = grid_cells(parts, parts, cells.device)  # of a cell
+    corner, size = cells[:, None, :2] - cells[:, None, 2:] / 2, cells[:, None, 2:]  # (n, 1, 2)
+    return torch.cat([corner + inner[:, :2] * size, size * inner[:, 2:]], dim=-1).flatten(0, 1)
 
 
 def sine_embedding(coordinates: Tensor, width: int, temperature: float = 20.0) -> Tensor:

@@ -19,10 +19,13 @@ class VlmOutputs:
     Attributes:
         last_hidden_state: (B * L, D), after the final norm.
         image_features: I tensors of (tokens of the image, D), raster order, after the merger.
+        patch_features: I tensors of (tokens of the image, merge², C), before it: of each token its patches in raster
+            order, C wide as the vision tower.
     """
 
     last_hidden_state: Tensor
     image_features: tuple[Tensor, ...]
+    patch_features: tuple[Tensor, ...]
 
 
 class PixelNormalizer(nn.Module):
@@ -75,16 +78,28 @@ class VisionLanguageModel(nn.Module):
         """The token embedding, shared with the caption decoder."""
         return self.hf_model.get_input_embeddings()
 
-    def image_features(self, pixel_patches: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, ...]:
-        """Vision features of every image, one tensor (tokens, D) each.
+    def image_features(
+        self, pixel_patches: Tensor, image_grid_thw: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Vision features of every image: after the merger (tokens, D), and before it (tokens, merge², C).
 
         Args:
             pixel_patches: (P, 3 * patch * patch) uint8.
             image_grid_thw: (I, 3).
         """
         pixel_values = self.normalizer(pixel_patches).to(self.hf_model.dtype)
-        features = self.hf_model.model.get_image_features(pixel_values, image_grid_thw)
-        return tuple(getattr(features, "pooler_output", features))
+        visual = self.hf_model.model.visual
+        merged: list[Tensor] = []
+        hook = visual.merger.register_forward_pre_hook(lambda _, inputs: merged.append(inputs[0]))
+        try:
+            features = self.hf_model.model.get_image_features(pixel_values, image_grid_thw)
+        finally:
+            hook.remove()
+        features = tuple(getattr(features, "pooler_output", features))
+        # The tower orders tokens by attention windows.
+        patches = merged[0].unflatten(0, (-1, visual.spatial_merge_unit))
+        patches = patches[torch.as_tensor(visual.get_window_index(image_grid_thw)[0], device=patches.device).argsort()]
+        return features, patches.split([len(tokens) for tokens in features])
 
     def forward(
         self,
@@ -111,12 +126,12 @@ class VisionLanguageModel(nn.Module):
         check_packing_contract(input_ids, attention_mask, position_ids, segment_lengths)
         inputs_embeds = self.embed_tokens(input_ids)
         if len(image_grid_thw):
-            features = self.image_features(pixel_patches, image_grid_thw)
+            features, patch_features = self.image_features(pixel_patches, image_grid_thw)
             flat = torch.cat(features).to(inputs_embeds.dtype)
             inputs_embeds = scatter_features(inputs_embeds, input_ids == self.hf_model.config.image_token_id, flat)
         else:
             # Every rank must touch the vision tower in every step, or DDP and FSDP wait for ever.
-            features = ()
+            features, patch_features = (), ()
             inputs_embeds = inputs_embeds + 0.0 * self._blank_features(input_ids.device).sum()
         outputs = self.hf_model.model.language_model(
             inputs_embeds=inputs_embeds,
@@ -125,7 +140,7 @@ class VisionLanguageModel(nn.Module):
             use_cache=False,  # the default makes a cache, which switches the detection of packed rows off
             **packing_arguments(segment_lengths, input_ids.device),
         )
-        return VlmOutputs(outputs.last_hidden_state.flatten(0, 1), features)
+        return VlmOutputs(outputs.last_hidden_state.flatten(0, 1), features, patch_features)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The language model's head on chosen positions: (..., D) → (..., V)."""
@@ -139,7 +154,7 @@ class VisionLanguageModel(nn.Module):
         return patches, torch.tensor([[1, side, side]], device=device)
 
     def _blank_features(self, device: torch.device) -> Tensor:
-        return torch.cat(self.image_features(*self.blank_image(device)))
+        return torch.cat(self.image_features(*self.blank_image(device))[0])
 
 
 def scatter_features(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor) -> Tensor:

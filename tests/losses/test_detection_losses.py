@@ -8,6 +8,7 @@ from loss_cases import COUNTS, make_outputs, make_target, random_boxes, random_o
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss, sigmoid_focal_loss
 
+from recipe.config import LossConfig
 from recipe.losses.detection import box_losses, caption_loss, denoising_losses, detection_losses
 from recipe.losses.matcher import Matches, match
 from recipe.models.denoising import DenoisingQueries
@@ -30,7 +31,7 @@ def test_terms_by_hand():
     outputs = make_outputs(boxes, torch.zeros(1, 2, dtype=torch.float64))
     targets: list[Target | None] = [make_target(torch.tensor([[0.5, 0.5, 0.5, 1.0]]))]
     counts: LossCounts = {**COUNTS, "objects": 4, "images": 2}
-    terms = values(detection_losses(outputs, [matches_of((0, 0, 0))], targets, counts))
+    terms = values(detection_losses(outputs, [matches_of((0, 0, 0))], targets, counts, LossConfig()))
     assert terms == {
         "loss_bbox": pytest.approx(0.25 / 4),
         "loss_giou": pytest.approx((1 - 1 / 3) / 4),
@@ -41,7 +42,7 @@ def test_terms_by_hand():
 def test_boxes_apart_have_a_giou_below_zero():
     """Two unit squares with one between them: GIoU = 0 - 1/3."""
     terms = values(
-        box_losses(torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.tensor([[2.5, 0.5, 1.0, 1.0]]), num_objects=1)
+        box_losses(torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.tensor([[2.5, 0.5, 1.0, 1.0]]))
     )
     assert terms == {"loss_bbox": pytest.approx(2.0), "loss_giou": pytest.approx(4 / 3)}
 
@@ -67,7 +68,7 @@ def test_parity_with_hugging_face_detr(seed: int):
     targets = random_targets([3, 1, 0, 12], seed)
     counts: LossCounts = {**COUNTS, "objects": 16, "images": 4}
     layers = [*outputs.aux_outputs, outputs]
-    ours = values(detection_losses(outputs, match(layers, targets, 5, 2, 0), targets, counts))
+    ours = values(detection_losses(outputs, match(layers, targets, 5, 2, 0), targets, counts, LossConfig()))
     criterion = ImageLoss(HungarianMatcher(class_cost=0, bbox_cost=5, giou_cost=2), 1, 0.1, ["boxes"])
     as_theirs = [{"logits": torch.zeros(4, 12, 2), "pred_boxes": layer.pred_boxes} for layer in layers]
     theirs = values(
@@ -90,7 +91,7 @@ def test_objectness_parity_with_hugging_face_focal_loss():
     """Hugging Face's is a mean over queries where ours is a sum."""
     outputs, targets = random_outputs(3, 7, seed=5), random_targets([2, 0, 4], seed=5)
     matches = match([outputs], targets, 5, 2, 2)
-    ours = detection_losses(outputs, matches, targets, {**COUNTS, "images": 3})["loss_objectness"]
+    ours = detection_losses(outputs, matches, targets, {**COUNTS, "images": 3}, LossConfig())["loss_objectness"]
     is_object = torch.zeros(3, 7, dtype=torch.float64)
     is_object[matches[0].image, matches[0].query] = 1
     theirs = sigmoid_focal_loss(outputs.pred_objectness, is_object, num_boxes=3) * 7
@@ -100,8 +101,8 @@ def test_objectness_parity_with_hugging_face_focal_loss():
 def test_denominators_are_those_given():
     outputs, targets = random_outputs(2, 6, seed=3, num_layers=2), random_targets([2, 3], seed=3)
     matches = match([*outputs.aux_outputs, outputs], targets, 5, 2, 2)
-    one = values(detection_losses(outputs, matches, targets, COUNTS))
-    many = values(detection_losses(outputs, matches, targets, {**COUNTS, "objects": 10, "images": 4}))
+    one = values(detection_losses(outputs, matches, targets, COUNTS, LossConfig()))
+    many = values(detection_losses(outputs, matches, targets, {**COUNTS, "objects": 10, "images": 4}, LossConfig()))
     divisors = {"loss_bbox": 10, "loss_giou": 10, "loss_objectness": 4}
     assert many == {name: pytest.approx(one[name] / divisors[name.removesuffix("_aux")]) for name in one}
     assert len(one) == 6
@@ -109,7 +110,7 @@ def test_denominators_are_those_given():
 
 def test_no_objects_anywhere_leaves_objectness_alone():
     outputs, targets = random_outputs(2, 6, seed=3), random_targets([0, 0], seed=3)
-    terms = detection_losses(outputs, match([outputs], targets, 5, 2, 2), targets, {**COUNTS, "objects": 0})
+    terms = detection_losses(outputs, match([outputs], targets, 5, 2, 2), targets, {**COUNTS, "objects": 0}, LossConfig())
     assert float(terms["loss_bbox"].detach()) == float(terms["loss_giou"].detach()) == 0
     assert float(terms["loss_objectness"].detach()) > 0
     torch.stack(list(terms.values())).sum().backward()
@@ -119,7 +120,7 @@ def test_no_objects_anywhere_leaves_objectness_alone():
 def test_images_that_are_not_annotated_take_no_part():
     outputs, targets = random_outputs(3, 6, seed=4, num_layers=2), random_targets([2, None, 0], seed=4)
     matches = match([*outputs.aux_outputs, outputs], targets, 5, 2, 2)
-    terms = detection_losses(outputs, matches, targets, COUNTS)
+    terms = detection_losses(outputs, matches, targets, COUNTS, LossConfig())
     torch.stack(list(terms.values())).sum().backward()
     for layer in [*outputs.aux_outputs, outputs]:
         assert not gradient(layer.pred_boxes)[1].any() and not gradient(layer.pred_objectness)[1].any()
@@ -130,7 +131,7 @@ def test_objects_beyond_the_queries_still_count_in_the_denominator():
     outputs, targets = random_outputs(1, 2, seed=6), random_targets([5], seed=6)
     matches = match([outputs], targets, 5, 2, 2)
     assert len(matches[0]) == 2
-    terms = detection_losses(outputs, matches, targets, {**COUNTS, "objects": 5})
+    terms = detection_losses(outputs, matches, targets, {**COUNTS, "objects": 5}, LossConfig())
     assert targets[0] is not None
     matched = (outputs.pred_boxes[0, matches[0].query] - targets[0]["boxes"][matches[0].target]).abs().sum()
     assert float(terms["loss_bbox"].detach()) == pytest.approx(float(matched.detach()) / 5)
@@ -151,7 +152,7 @@ def test_denoising_terms_are_means_over_groups():
     first = make_outputs(random_boxes(2, 4, generator=generator), logits)
     last = make_outputs(random_boxes(2, 4, generator=generator), logits, [first])
     counts: LossCounts = {**COUNTS, "objects": 3, "images": 5}
-    terms = values(denoising_losses((queries, last), last, counts))
+    terms = values(denoising_losses((queries, last), last, counts, LossConfig()))
     l1 = sum((layer.pred_boxes[0, [0, 2]] - true).abs().sum() for layer in (first, last))
     assert terms["loss_bbox_dn"] == pytest.approx(float(l1) / (3 * 2))
     assert terms["loss_objectness_dn"] == pytest.approx(2 * 2 * (0.25 + 0.75) * 0.25 * LN2 / (5 * 2))
@@ -159,7 +160,7 @@ def test_denoising_terms_are_means_over_groups():
 
 def test_without_denoising_queries_the_terms_are_zero():
     outputs = random_outputs(1, 3, seed=0)
-    assert values(denoising_losses(None, outputs, COUNTS)) == {
+    assert values(denoising_losses(None, outputs, COUNTS, LossConfig())) == {
         "loss_bbox_dn": 0,
         "loss_giou_dn": 0,
         "loss_objectness_dn": 0,
@@ -176,5 +177,5 @@ def test_not_finite_predictions_give_a_term_that_says_so():
     boxes = torch.full((1, 2, 4), math.nan, dtype=torch.float64)
     outputs: DetectionOutputs = make_outputs(boxes, torch.zeros(1, 2, dtype=torch.float64))
     targets = random_targets([1], seed=0)
-    terms = values(detection_losses(outputs, match([outputs], targets, 5, 2, 2), targets, COUNTS))
+    terms = values(detection_losses(outputs, match([outputs], targets, 5, 2, 2), targets, COUNTS, LossConfig()))
     assert math.isnan(terms["loss_bbox"]) and math.isnan(terms["loss_giou"])

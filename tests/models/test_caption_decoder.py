@@ -28,7 +28,7 @@ class Inputs:
         self.boxes = torch.rand(3, 2, 4, generator=generator, dtype=torch.float64)
         mask = torch.arange(12) < torch.tensor([12, 7, 12])[:, None]
         tokens, positions = torch.randn(2, 3, 12, width, generator=generator, dtype=torch.float64)
-        self.memory = Memory(tokens, positions, mask)
+        self.memory = Memory(tokens, positions, mask, torch.zeros(*mask.shape, 4))
         self.ids = torch.randint(0, NUM_TOKENS, (3, 2, LENGTH), generator=generator)
         self.vlm = model.model.vlm
 
@@ -140,6 +140,7 @@ def test_generation_together_is_each_image_alone(decoder: CaptionDecoder, inputs
             inputs.memory.tokens[row : row + 1, real],
             inputs.memory.positions[row : row + 1, real],
             inputs.memory.mask[row : row + 1, real],
+            inputs.memory.cells[row : row + 1, real],
         )
         alone = generate(decoder, inputs, slice(row, row + 1), memory, eos)
         length = alone.shape[-1]

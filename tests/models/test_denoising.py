@@ -97,7 +97,7 @@ def test_groups_and_object_queries_do_not_see_a_group(tiny_model: JointModel):
     generator = torch.Generator().manual_seed(0)
     head = tiny_model.model.detection_head
     tokens, positions = torch.randn(2, 1, 9, head.width, generator=generator, dtype=torch.float64)
-    memory = Memory(tokens, positions, torch.ones(1, 9, dtype=torch.bool))
+    memory = Memory(tokens, positions, torch.ones(1, 9, dtype=torch.bool), torch.zeros(1, 9, 4))
     queries = make_queries([make_target(2)], [3])
     objects, denoised = head(memory, queries)
     queries.boxes = queries.boxes.clone()

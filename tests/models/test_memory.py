@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recipe.models.memory import MemoryBuilder, grid_centers, sine_embedding
+from recipe.models.memory import MemoryBuilder, grid_cells, sine_embedding
 
 HIDDEN, WIDTH = 12, 8
 
@@ -18,7 +18,7 @@ def random_states(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_grid_centers_by_hand():
+def test_grid_cells_by_hand():
     """Two rows of three cells, row after row, x before y."""
     third = 1 / 3
     expected = [
@@ -29,7 +29,7 @@ def test_grid_centers_by_hand():
         [0.5, 0.75],
         [2.5 * third, 0.75],
     ]
-    assert torch.allclose(grid_centers(2, 3), torch.tensor(expected))
+    assert torch.allclose(grid_cells(2, 3), torch.tensor([[*centre, third, 0.5] for centre in expected]))
 
 
 def test_sine_embedding_by_hand():
@@ -43,7 +43,7 @@ def test_sine_embedding_by_hand():
 def test_vision_tokens_have_their_places_and_words_have_none(builder: MemoryBuilder):
     memory = builder([random_states(6, seed=0)], [(2, 3)], random_states(1, 4, seed=1), torch.ones(1, 4).bool())
     assert memory.tokens.shape == memory.positions.shape == (1, 10, WIDTH)
-    assert torch.allclose(memory.positions[0, :6], sine_embedding(grid_centers(2, 3), WIDTH).double())
+    assert torch.allclose(memory.positions[0, :6], sine_embedding(grid_cells(2, 3)[:, :2].double(), WIDTH))
     assert not memory.positions[0, 6:].any()
 
 
