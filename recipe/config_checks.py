@@ -71,6 +71,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "matcher.cost_bbox": (0, inf),
     "matcher.cost_giou": (0, inf),
     "matcher.cost_objectness": (0, inf),
+    "matcher.cost_caption": (0, inf),
     "optimizer.lr_vision": (0, inf),
     "optimizer.lr_merger": (0, inf),
     "optimizer.lr_llm": (0, inf),

@@ -6,6 +6,7 @@ from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from recipe.config import LossConfig, MatcherConfig
@@ -146,7 +147,8 @@ class JointNetwork(nn.Module):
                 group.aux_outputs.clear()
         layers = [layer for _, layer in detection.layers()]
         costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
-        matches = match(layers, targets, *costs, *self.focal)
+        identity = self._caption_costs(detection, memory, targets) if self.matcher.cost_caption else None
+        matches = match(layers, targets, *costs, *self.focal, identity)
         captions = self._caption_logits(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
         return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
@@ -172,6 +174,20 @@ class JointNetwork(nn.Module):
             [states.patch_features[image] for image in solved],
         )
 
+    @torch.no_grad()
+    def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
+        """What each query thinks of how each object's caption begins: (layers, N, Q, T), 0 for proposals."""
+        first = pad_sequence([_first_tokens(target, memory.mask.device) for target in targets], batch_first=True)
+        branches = [*detection.groups, detection]
+        features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
+        boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
+        hidden = self.caption_decoder(features, boxes, memory, None)[:, :, 0]
+        nll = -self.vlm.logits(hidden).float().log_softmax(-1)  # (N, G * Q, V)
+        costs = nll.gather(2, first[:, None].expand(-1, features.shape[1], -1)) * self.matcher.cost_caption
+        parts = costs.split(detection.pred_boxes.shape[1], dim=1)
+        rows = [part for part, branch in zip(parts, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
+        return torch.stack(rows if detection.selection is None else [torch.zeros_like(rows[0]), *rows])
+
     def _caption_logits(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,6 +203,13 @@ class JointNetwork(nn.Module):
         )
         image, slot, token = (labels != -100).nonzero(as_tuple=True)
         return self.vlm.logits(hidden[image, slot, token]), labels[image, slot, token], image
+
+
+def _first_tokens(target: Target | None, device: torch.device) -> Tensor:
+    """(T,) int64: with what the captions of an image's objects begin."""
+    return (
+        torch.empty(0, dtype=torch.int64, device=device) if target is None else target["caption_ids"][:, 0].clamp(min=0)
+    )
 
 
 def padded_captions(targets: Sequence[Target | None], matches: Matches, device: torch.device) -> Tensor:

@@ -71,7 +71,9 @@ def detection_losses(
     boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
     logits = torch.stack([layer.pred_objectness for layer in layers])
     annotated = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
-    image, query, target = (torch.cat([getattr(match, key) for match in matches]) for key in ("image", "query", "target"))
+    image, query, target = (
+        torch.cat([getattr(match, key) for match in matches]) for key in ("image", "query", "target")
+    )
     lengths = torch.tensor([len(match) for match in matches])
     layer = torch.arange(len(layers)).repeat_interleave(lengths).to(image.device)
     predicted, true = boxes[layer, image, query], _padded_boxes(targets, boxes)[image, target]
@@ -122,9 +124,7 @@ def denoising_losses(
     objectness = objectness_loss(logits[:, valid], is_object[:, valid], quality[:, valid], config)
     num_objects, num_images = (max(counts[key], 1) * queries.num_groups for key in ("objects", "images"))
     terms = {name: loss.sum() / num_objects for name, loss in box_losses(predicted, true).items()}
-    return {f"{name}_dn": term for name, term in terms.items()} | {
-        "loss_objectness_dn": objectness.sum() / num_images
-    }
+    return {f"{name}_dn": term for name, term in terms.items()} | {"loss_objectness_dn": objectness.sum() / num_images}
 
 
 def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:

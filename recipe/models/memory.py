@@ -99,7 +99,10 @@ class MemoryBuilder(nn.Module):
         parts = [(self.vision_adapter, image_features, grids)]
         if self.patch_adapter is not None:
             # Of each token the patches stand together.
-            split = [split_cells(cells, round(features.shape[1] ** 0.5)) for cells, features in zip(grids, patch_features, strict=True)]
+            split = [
+                split_cells(cells, round(features.shape[1] ** 0.5))
+                for cells, features in zip(grids, patch_features, strict=True)
+            ]
             parts.append((self.patch_adapter, [features.flatten(0, 1) for features in patch_features], split))
         tokens, cells, masks = [], [], []
         for adapter, features, places in parts:

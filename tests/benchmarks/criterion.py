@@ -1,0 +1,150 @@
+"""Time of matching and losses, forward and backward, beside Hugging Face's Deformable DETR criterion in one run.
+
+    python tests/benchmarks/criterion.py [--repeats N] [--num-layers N]
+
+The peer's criterion has the same costs (2 focal, 5 L1, 2 GIoU) and the same focal objectness with one class, so that
+assignments and gradients can be compared. Both are given the same outputs in turn; the medians are compared. Then ours
+alone, from 16 to 256 images and from 100 to 900 queries. The last line is JSON: `speedup_over_hf same_assignments
+max_grad_diff`, the last relative to the largest entry of the gradient.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
+
+from recipe.config import LossConfig, MatcherConfig
+from recipe.losses.detection import detection_losses
+from recipe.losses.matcher import match
+from recipe.schema import DetectionOutputs, LossCounts, Target
+
+FEWEST, MOST = 5, 60  # objects of an image
+LOSS, MATCHER = LossConfig(), MatcherConfig()
+COSTS = (MATCHER.cost_bbox, MATCHER.cost_giou, MATCHER.cost_objectness)
+WEIGHTS = {"loss_bbox": LOSS.weight_bbox, "loss_giou": LOSS.weight_giou, "loss_objectness": LOSS.weight_objectness}
+
+
+def random_boxes(*shape: int, generator: torch.Generator) -> Tensor:
+    """(*shape, 4) cxcywh inside the picture."""
+    size = torch.rand(*shape, 2, generator=generator) * 0.3 + 0.02
+    return torch.cat([size / 2 + torch.rand(*shape, 2, generator=generator) * (1 - size), size], dim=-1)
+
+
+class Case:
+    """Outputs of the decoder layers and targets, the same for both criteria."""
+
+    def __init__(self, num_images: int, num_queries: int, num_layers: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(FEWEST, MOST + 1, (num_images,), generator=generator).tolist()
+        self.targets: list[Target | None] = [
+            {"boxes": random_boxes(count, generator=generator), "caption_ids": torch.zeros(count, 1, dtype=torch.int64)}
+            for count in counts
+        ]
+        self.num_objects = sum(counts)
+        self.boxes = [random_boxes(num_images, num_queries, generator=generator) for _ in range(num_layers)]
+        self.logits = [torch.randn(num_images, num_queries, generator=generator) for _ in range(num_layers)]
+
+    def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Boxes and logits of each layer that take a gradient."""
+        return tuple([part.clone().requires_grad_() for part in parts] for parts in (self.boxes, self.logits))
+
+
+Pairs = list[list[tuple[int, int, int]]]
+
+
+def ours(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Tensor, Callable[[], Pairs]]:
+    """The total loss, and how to read the assignments."""
+    layers = [DetectionOutputs(box, box, logit, box) for box, logit in zip(boxes, logits, strict=True)]
+    outputs = layers.pop()
+    outputs.aux_outputs = layers
+    matches = match([layer for _, layer in outputs.layers()], case.targets, *COSTS)
+    # The peer divides objectness by the number of objects too.
+    counts = LossCounts(
+        teacher_tokens=1, student_tokens=1, objects=case.num_objects, images=case.num_objects, microbatches=1
+    )
+    terms = detection_losses(outputs, matches, case.targets, counts, LOSS)
+    total = torch.stack([WEIGHTS[name.removesuffix("_aux")] * term for name, term in terms.items()]).sum()
+    return total, lambda: [
+        sorted(zip(m.image.tolist(), m.query.tolist(), m.target.tolist(), strict=True)) for m in matches
+    ]
+
+
+def theirs(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Tensor, Callable[[], Pairs]]:
+    """Hugging Face's, for one class."""
+    matcher = DeformableDetrHungarianMatcher(
+        class_cost=MATCHER.cost_objectness, bbox_cost=MATCHER.cost_bbox, giou_cost=MATCHER.cost_giou
+    )
+    criterion = DeformableDetrImageLoss(matcher, 1, LOSS.focal_alpha, ["labels", "boxes", "cardinality"])
+    labels = [
+        {"class_labels": torch.zeros(len(target["boxes"]), dtype=torch.int64), "boxes": target["boxes"]}
+        for target in case.targets
+        if target is not None
+    ]
+    outputs = [{"logits": logit[..., None], "pred_boxes": box} for box, logit in zip(boxes, logits, strict=True)]
+    terms = criterion({**outputs[-1], "auxiliary_outputs": outputs[:-1]}, labels)
+    weights = {**WEIGHTS, "loss_ce": LOSS.weight_objectness}
+    kinds = {name: "_".join(name.split("_")[:2]) for name in terms}
+    total = sum(weights[kind] * terms[name] for name, kind in kinds.items() if kind in weights)
+    assert isinstance(total, Tensor)
+
+    def pairs() -> Pairs:
+        found = [matcher(output, labels) for output in outputs]
+        return [
+            sorted(
+                (i, int(q), int(t))
+                for i, (queries, objects) in enumerate(layer)
+                for q, t in zip(queries, objects, strict=True)
+            )
+            for layer in found
+        ]
+
+    return total, pairs
+
+
+def run(criterion: Callable[..., tuple[Tensor, Callable[[], Pairs]]], case: Case) -> tuple[float, Tensor, Pairs]:
+    """Seconds of a forward and backward pass; the gradient of all boxes and logits; the assignments."""
+    boxes, logits = case.leaves()
+    start = time.perf_counter()
+    total, pairs = criterion(case, boxes, logits)
+    total.backward()
+    seconds = time.perf_counter() - start
+    gradients = [leaf.grad for leaf in [*boxes, *logits] if leaf.grad is not None]
+    return seconds, torch.cat([gradient.flatten() for gradient in gradients]), pairs()
+
+
+def main() -> None:
+    """Compares, then scales."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--num-layers", type=int, default=6)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    case = Case(16, 100, args.num_layers)
+    results = {criterion: [run(criterion, case) for _ in range(3)] for criterion in (ours, theirs)}  # warm-up
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(args.repeats):
+        seconds["ours"].append(run(ours, case)[0])
+        seconds["theirs"].append(run(theirs, case)[0])
+    (_, our_gradient, our_pairs), (_, their_gradient, their_pairs) = results[ours][0], results[theirs][0]
+    middle = {name: median(values) for name, values in seconds.items()}
+    print(f"16 images, 100 queries, {case.num_objects} objects, {args.num_layers} layers, forward and backward:")
+    print(f"  ours {1e3 * middle['ours']:.1f} ms, Hugging Face {1e3 * middle['theirs']:.1f} ms")
+    for num_images, num_queries in ((16, 100), (64, 100), (256, 100), (16, 300), (16, 900)):
+        larger = Case(num_images, num_queries, args.num_layers)
+        middle_one = median(run(ours, larger)[0] for _ in range(3))
+        print(f"  ours, {num_images} images x {num_queries} queries: {1e3 * middle_one:.1f} ms")
+    figures = {
+        "speedup_over_hf": round(middle["theirs"] / middle["ours"], 2),
+        "same_assignments": our_pairs == their_pairs,
+        "max_grad_diff": float((our_gradient - their_gradient).abs().max() / their_gradient.abs().max()),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
