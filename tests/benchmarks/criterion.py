@@ -51,7 +51,8 @@ class Case:
 
     def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
         """Boxes and logits of each layer that take a gradient."""
-        return tuple([part.clone().requires_grad_() for part in parts] for parts in (self.boxes, self.logits))
+        boxes, logits = ([part.clone().requires_grad_() for part in parts] for parts in (self.boxes, self.logits))
+        return boxes, logits
 
 
 Pairs = list[list[tuple[int, int, int]]]

@@ -110,7 +110,8 @@ def test_denominators_are_those_given():
 
 def test_no_objects_anywhere_leaves_objectness_alone():
     outputs, targets = random_outputs(2, 6, seed=3), random_targets([0, 0], seed=3)
-    terms = detection_losses(outputs, match([outputs], targets, 5, 2, 2), targets, {**COUNTS, "objects": 0}, LossConfig())
+    counts: LossCounts = {**COUNTS, "objects": 0}
+    terms = detection_losses(outputs, match([outputs], targets, 5, 2, 2), targets, counts, LossConfig())
     assert float(terms["loss_bbox"].detach()) == float(terms["loss_giou"].detach()) == 0
     assert float(terms["loss_objectness"].detach()) > 0
     torch.stack(list(terms.values())).sum().backward()
