@@ -25,7 +25,7 @@ CAPTIONS = ["a black cat", "a dog that runs", "the bird"]
 
 
 def scenes() -> list[tuple[Prediction, Sample]]:
-    """Seven random scenes; some without objects, predictions, annotation or an answer that parses."""
+    """Seven random scenes, some without objects, predictions, annotation or an answer that parses; two expressions."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for index in range(7):
@@ -39,6 +39,9 @@ def scenes() -> list[tuple[Prediction, Sample]]:
         found = [(box, scores[number], CAPTIONS[number // 2]) for number, box in enumerate(moved)]
         sample = make_sample(str(index), [None, [], truths][min(index, 2)], None if index == 0 else boxes[:1])
         pairs.append((make_prediction(str(index), [] if index == 3 else found, None if index == 4 else moved), sample))
+    for name, box in (("right", (10.0, 10.0, 50.0, 50.0)), ("wrong", (50.0, 50.0, 90.0, 90.0))):
+        sample = make_sample(name, [((10.0, 10.0, 50.0, 50.0), CAPTIONS[0])], expression="the cat")
+        pairs.append((make_prediction(name, [(box, 0.7, CAPTIONS[0])]), sample))
     return pairs
 
 
