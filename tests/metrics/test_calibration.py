@@ -70,7 +70,7 @@ def test_boxes_in_a_crowd_do_not_count():
 
 def test_equal_scores_are_kept_or_dropped_together():
     scores, is_true = torch.tensor([0.5, 0.9, 0.5, 0.5]), torch.tensor([True, True, False, False])
-    # from .9 up 2 / 3; from .5 up 4 / 6, not 4 / 4 as with the right one of the three alone; of equal F1s the higher score
+    # from .9 up 2 / 3; from .5 up 4 / 6, not 4 / 4 as with the right one of the three alone: the higher score wins
     assert best_threshold(scores, is_true, 2) == pytest.approx((0.9, 2 / 3))
     assert best_threshold(scores[1:], is_true[1:], 1) == pytest.approx((0.9, 1.0))
 
