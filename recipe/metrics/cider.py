@@ -65,7 +65,7 @@ class CaptionCider(RowsPerSampleMetric):
         rows, num_truths = self.gathered()
         if not num_truths:
             return {"caption_cider_d": torch.tensor(UNDEFINED)}
-        images = [json.loads(line) for line in bytes(rows.flatten().tolist()).splitlines()]
+        images = [json.loads(line) for line in rows.numpy().tobytes().splitlines()]
         corpus = [[caption] for captions, _ in images for caption in captions]
         pairs = [pair for _, own in images for pair in own]
         scores = cider_d([found for found, _ in pairs], [[wanted] for _, wanted in pairs], corpus)

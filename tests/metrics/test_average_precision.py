@@ -94,6 +94,13 @@ def test_size_ranges_go_by_the_mask_area_where_given():
     assert (by_mask["box_ap_small"], by_mask["box_ap_medium"]) == (1.0, -1.0)
 
 
+def test_recall_by_the_number_of_boxes_allowed():
+    # the best box is wrong, the second right; the other object is the eleventh box's
+    found = [(FAR, 0.9, ""), (LEFT, 0.8, ""), *[(FAR, 0.7, "")] * 8, (RIGHT, 0.6, "")]
+    scores = box_scores([make_prediction("a", found)], [make_sample("a", [(LEFT, "x"), (RIGHT, "y")])])
+    assert [scores[f"box_{name}"] for name in ("ar1", "ar10", "ar100")] == [0.0, 0.5, 1.0]
+
+
 def test_only_the_100_best_boxes_of_an_image_count():
     noise = [(FAR, 0.9, "")] * 100
     assert box_scores([make_prediction("a", [*noise, (LEFT, 0.1, "")])], [make_sample("a", [(LEFT, "x")])])[
@@ -176,6 +183,6 @@ def test_class_agnostic_parity_with_faster_coco_eval(shared_data: Path):
     scores = box_scores(*coco_reference(folder))
     order = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100"]  # of COCO's summary
     assert list(scores) == [f"box_{name}" for name in order]
-    expected = dict(zip(scores, reference.stats[:9].tolist(), strict=True))
+    expected = dict(zip(scores, map(float, reference.stats[:9]), strict=True))
     assert scores.pop("box_ar1") == pytest.approx(expected.pop("box_ar1"), abs=TIES_OF_ONE)
     assert scores == pytest.approx(expected, abs=TIES)

@@ -115,6 +115,12 @@ def test_the_first_detection_takes_its_truth_even_if_it_then_fails():
     assert mean_ap([far_off, right], truth) == pytest.approx(1 / 5)
 
 
+def test_a_second_detection_is_wrong_also_without_regard_to_text():
+    twice = make_prediction("a", [(A, 0.9, "1"), (A, 0.8, "1")])
+    result = scores([twice], [in_frame("a", [(A, "x"), (B, "y")])])
+    assert result == pytest.approx({"densecap_map_told": 51 / 100, "densecap_map_boxes": 51 / 100})
+
+
 def test_a_detection_that_overlaps_nothing_takes_nothing():
     assert mean_ap([(FAR, 0.9, "1"), (A, 0.8, "1")], in_frame("a", [(A, "x")])) == pytest.approx(1 / 2)
 
