@@ -55,7 +55,7 @@ def test_edges():
 
 def test_the_metric_scores_matched_captions_in_the_corpus_of_all_truths():
     metric = CaptionCider(score_threshold=0.3)
-    truths = [(A, "a brown dog runs"), (B, "the red\ncup of “tea”"), (C, "never found")]
+    truths = [(A, "a brown dog runs"), (B, "the red\ncup of “tea”"), (C, "the cup that is never found")]
     found = [(A, 0.9, "a brown dog runs"), (B, 0.8, "cup"), (C, 0.2, "never found")]
     metric.update([make_prediction("a", found)], [make_sample("a", truths, crowds=[C])])
     metric.update([make_prediction("b", [])], [make_sample("b", [(A, "ein rotes 杯")])])

@@ -47,14 +47,17 @@ def test_query_recall_of_nothing():
 
 
 def test_the_best_scored_box_answers_an_expression():
-    samples = [make_sample(name, [(A, "x")], expression="the left one") for name in "abcd"]
+    samples = [make_sample(name, [(A, "x")], expression="the left one") for name in "abcde"]
     predictions = [
         make_prediction("a", [(B, 0.2, ""), (A, 0.9, "")]),
         make_prediction("b", [(B, 0.9, ""), (A, 0.2, "")]),
         make_prediction("c", [((5.0, 0.0, 15.0, 10.0), 0.9, "")]),
         make_prediction("d", []),
+        make_prediction("e", [(C, 0.1, ""), (B, 0.2, ""), (A, 0.3, "")]),
     ]
-    assert scores(ExpressionAccuracy(), predictions, samples) == {"refcoco_acc": 0.25, "refcoco_samples": 4.0}
+    assert scores(ExpressionAccuracy(), predictions, samples) == pytest.approx(
+        {"refcoco_acc": 2 / 5, "refcoco_samples": 5.0}
+    )
 
 
 def test_half_an_overlap_is_right():
