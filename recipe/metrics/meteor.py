@@ -54,10 +54,10 @@ class Alignment:
 class MeteorLite:
     """METEOR 1.5 for English with two of its four stages: exact words and stems.
 
-    Missing are its synonyms (WordNet) and paraphrases (a table of 60 MB), so a caption in other words scores lower;
-    punctuation is dropped, and the function words are our list. On sentences where only exact words and stems match,
-    and with METEOR's own function words, scores are equal (`tests/metrics/test_meteor.py`). In other languages the
-    words that are equal still count.
+    Missing are its synonyms (WordNet) and paraphrases (a table of 60 MB), so a caption in other words mostly scores
+    lower; punctuation is dropped, and the function words are our list. With METEOR's own function words and without
+    those two stages, scores are equal where no stem occurs twice in a sentence; where one does, METEOR drops stem
+    matches that compete, as it counts half a match as none, and we do not. In other languages equal words still count.
 
     Args:
         function_words: Separated by blanks. They weigh 1 - `DELTA`, others `DELTA`.
