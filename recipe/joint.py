@@ -15,9 +15,14 @@ from recipe.inference import predict_batch
 from recipe.losses.detection import base_term, caption_loss, denoising_losses, detection_losses
 from recipe.losses.language import language_losses
 from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAveragePrecision
+from recipe.metrics.calibration import Calibration
+from recipe.metrics.cider import CaptionCider
 from recipe.metrics.dense_caption import CaptionMatch
+from recipe.metrics.dense_captioning import DenseCaptioningMAP
 from recipe.metrics.entries import LossAverage, MetricEntry, metric_entries
 from recipe.metrics.language import AnswerBoxes
+from recipe.metrics.recall import ExpressionAccuracy, QueryRecall
+from recipe.metrics.text_scorers import default_text_scorer
 from recipe.models.sharding import Sealed, reshard
 from recipe.network import JointNetwork, JointOutputs
 from recipe.schema import Batch, LossCounts, Prediction
@@ -109,14 +114,22 @@ class JointModel(ComposerModel):
         """The metrics of `eval`, each a scalar under its own name."""
         if is_train:
             return {}
+        threshold, scorer = self.evaluation.score_threshold, default_text_scorer()
+        boxes, categories, captions = BoxAveragePrecision(), CategoryAveragePrecision(), CaptionMatch(threshold, scorer)
+        dense_captions = DenseCaptioningMAP(scorer)
         sources: dict[Metric, tuple[str, ...]] = {
-            BoxAveragePrecision(): ("box_ap", "box_ap50", "box_ap75", "box_ar"),
-            CategoryAveragePrecision(): ("category_ap", "category_ap50"),
-            CaptionMatch(self.evaluation.score_threshold): ("caption_match", "matched_boxes", "recall"),
+            boxes: boxes.names,
+            categories: categories.names,
+            dense_captions: dense_captions.names,
+            captions: captions.names,
+            CaptionCider(threshold): ("caption_cider_d",),
+            QueryRecall(): ("recall_ceiling", "query_recall50"),
+            ExpressionAccuracy(): ("refcoco_acc", "refcoco_samples"),
+            Calibration(): ("ece", "best_score_threshold", "best_f1"),
             LossAverage(): tuple(LossAverage.denominators),
         }
         if self.evaluation.generate_answer:
-            sources[AnswerBoxes()] = ("text_f1", "text_miou", "text_parse_failure_rate")
+            sources[AnswerBoxes()] = ("text_f1", "text_f1_95", "text_miou", "text_parse_failure_rate")
         return {name: entry for source, names in sources.items() for name, entry in metric_entries(source, names)}
 
     def update_metric(self, batch: Batch, outputs: EvalOutputs, metric: Metric) -> None:

@@ -14,20 +14,27 @@ from recipe.schema import DetectedObject, Object, Prediction, Sample
 # COCO's own. torchmetrics' defaults are these rounded to float32, which shifts AP: .5035 for .5046 on COCO's reference.
 _IOU_THRESHOLDS: list[float] = np.linspace(0.5, 0.95, 10).tolist()
 _RECALL_THRESHOLDS: list[float] = np.linspace(0.0, 1.0, 101).tolist()
+# Our names of COCO's summary: torchmetrics' keys.
+_COCO_NAMES = {
+    "ap": "map", "ap50": "map_50", "ap75": "map_75", "ap_small": "map_small", "ap_medium": "map_medium",
+    "ap_large": "map_large", "ar1": "mar_1", "ar10": "mar_10", "ar100": "mar_100",
+}  # fmt: skip
 
 
 class BoxAveragePrecision(Metric):
     """Average precision and recall without regard to captions.
 
-    `compute` returns `box_ap` (mean over IoU .50:.95), `box_ap50`, `box_ap75`, `box_ar` (at most 100 boxes an image)
-    and `box_ap_small`, `box_ap_medium`, `box_ap_large` (32² and 96² pixels apart, by `Object.area` where given). A
-    value is -1 where no ground truth defines it, 0 where there is ground truth and no prediction.
+    `compute` returns `box_ap` (mean over IoU .50:.95), `box_ap50`, `box_ap75`, `box_ap_small`, `box_ap_medium`,
+    `box_ap_large` (32² and 96² pixels apart, by `Object.area` where given), and the average recalls `box_ar1`,
+    `box_ar10` and `box_ar100` with so many boxes an image at most; AP takes the 100 best. A value is -1 where no
+    ground truth defines it, 0 where there is ground truth and no prediction.
 
     Images without objects or without predictions count, crowd regions are ignored as COCO does, and a sample that
     Streaming repeated to even out the ranks counts once.
     """
 
     full_state_update = False
+    prefix = "box"
 
     images: list[Tensor]
     detections: list[Tensor]
@@ -44,6 +51,11 @@ class BoxAveragePrecision(Metric):
         self.add_state("detection_labels", default=[], dist_reduce_fx="cat")
         self.add_state("truths", default=[], dist_reduce_fx="cat")  # (t, 6): xyxy, iscrowd, area
         self.add_state("truth_labels", default=[], dist_reduce_fx="cat")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `compute` returns."""
+        return tuple(f"{self.prefix}_{name}" for name in _COCO_NAMES)
 
     def labelled(
         self, detections: Sequence[DetectedObject], truths: Sequence[Object]
@@ -104,23 +116,18 @@ class BoxAveragePrecision(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The scores, over all ranks."""
         scores = self.evaluate()
-        return {
-            "box_ap": scores["map"],
-            "box_ap50": scores["map_50"],
-            "box_ap75": scores["map_75"],
-            "box_ar": scores["mar_100"],
-            "box_ap_small": scores["map_small"],
-            "box_ap_medium": scores["map_medium"],
-            "box_ap_large": scores["map_large"],
-        }
+        return {name: scores[key] for name, key in zip(self.names, _COCO_NAMES.values(), strict=True)}
 
 
 class CategoryAveragePrecision(BoxAveragePrecision):
     """Average precision a category, averaged over categories, where captions are category names.
 
-    `compute` returns `category_ap` and `category_ap50`. Captions are compared without case and outer blanks. Objects
-    without a caption, which were not generated, are left out; categories that no ground truth has do not count.
+    `compute` returns `category_ap` and so on, as `BoxAveragePrecision` does. Captions are compared without case and
+    outer blanks. Objects without a caption, which were not generated, are left out; categories that no ground truth
+    has do not count.
     """
+
+    prefix = "category"
 
     def labelled(
         self, detections: Sequence[DetectedObject], truths: Sequence[Object]
@@ -128,11 +135,6 @@ class CategoryAveragePrecision(BoxAveragePrecision):
         """What is scored of one image, with a hash of its caption: ranks agree on it without talking."""
         found = [(item, _label(item.caption)) for item in detections if item.caption]
         return found, [(item, _label(item.caption)) for item in truths if item.caption]
-
-    def compute(self) -> dict[str, Tensor]:
-        """The scores, over all ranks."""
-        scores = self.evaluate()
-        return {"category_ap": scores["map"], "category_ap50": scores["map_50"]}
 
 
 def _label(caption: str) -> int:

@@ -13,6 +13,7 @@ from recipe.metrics.samples import (
     sample_key,
     scored_pairs,
 )
+from recipe.metrics.text_scorers import TextScorer
 from recipe.schema import Prediction, Sample
 
 
@@ -23,14 +24,21 @@ class CaptionMatch(PerSampleMetric):
     most, at an IoU of at least `iou_threshold`; crowd regions take no part.
 
     `compute` returns `caption_match`, the share of matched pairs with equal captions (without case and outer blanks),
-    `matched_boxes`, how many pairs those are, and `recall`, the share of ground truths that were matched. Without a
-    matched pair `caption_match` is 0; without ground truth it and `recall` are -1.
+    `caption_{scorer's name}`, the mean score of the pairs' captions, `matched_boxes`, how many pairs there are, and
+    `recall`, the share of ground truths that were matched. Without a matched pair the first two are 0; without ground
+    truth they and `recall` are -1.
     """
 
-    def __init__(self, score_threshold: float, iou_threshold: float = 0.5):
+    def __init__(self, score_threshold: float, scorer: TextScorer, iou_threshold: float = 0.5):
         super().__init__()
         self.score_threshold = score_threshold
+        self.scorer = scorer
         self.iou_threshold = iou_threshold
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `compute` returns."""
+        return "caption_match", f"caption_{self.scorer.name}", "matched_boxes", "recall"
 
     def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
         """Adds images.
@@ -44,19 +52,20 @@ class CaptionMatch(PerSampleMetric):
             kept.sort(key=lambda item: -item.score)
             truths = [item for item in objects if not item.iscrowd]
             pairs = match_by_score(box_iou(boxes_of(kept), boxes_of(truths)), self.iou_threshold)
+            candidates = [kept[row].caption for row, _ in pairs]
+            references = [truths[column].caption for _, column in pairs]
             equal = sum(
-                normalized_caption(kept[row].caption) == normalized_caption(truths[column].caption)
-                for row, column in pairs
+                normalized_caption(candidate) == normalized_caption(reference)
+                for candidate, reference in zip(candidates, references, strict=True)
             )
+            alike = sum(self.scorer(candidates, [[reference] for reference in references]))
             keys.append(sample_key(sample))
-            rows.append([equal, len(pairs), len(truths)])
-        self.append(keys, rows, width=3)
+            rows.append([equal, alike, len(pairs), len(truths)])
+        self.append(keys, rows, width=4)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores, over all ranks."""
-        equal, matched, truths = self.totals()
-        return {
-            "caption_match": torch.tensor(equal / max(matched, 1) if truths else UNDEFINED),
-            "matched_boxes": torch.tensor(matched),
-            "recall": torch.tensor(matched / truths if truths else UNDEFINED),
-        }
+        equal, alike, matched, truths = self.totals()
+        match, likeness = ((total / max(matched, 1) if truths else UNDEFINED) for total in (equal, alike))
+        values = (match, likeness, matched, matched / truths if truths else UNDEFINED)
+        return {name: torch.tensor(value) for name, value in zip(self.names, values, strict=True)}

@@ -15,20 +15,18 @@ from recipe.metrics.samples import (
 )
 from recipe.schema import Prediction, Sample
 
+F1_THRESHOLDS = (0.5, 0.95)  # IoU
+
 
 class AnswerBoxes(PerSampleMetric):
     """Boxes parsed from the answer against the ground truth, without regard to captions.
 
-    Boxes and truths are paired one to one for the largest total overlap. `compute` returns `text_f1`, over the boxes
-    of all images at an IoU of at least `iou_threshold`; `text_miou`, over ground truths the mean IoU of the box each
-    is paired with, 0 where none; and `text_parse_failure_rate`. An answer that does not parse counts as no boxes, a
-    sample without an answer does not count. A box in a crowd region is no false positive. Values without anything to
-    count are -1.
+    Boxes and truths are paired one to one for the largest total overlap. `compute` returns `text_f1` and `text_f1_95`,
+    over the boxes of all images at an IoU of at least .5 and .95; `text_miou`, over ground truths the mean IoU of the
+    box each is paired with, 0 where none; and `text_parse_failure_rate`. An answer that does not parse counts as no
+    boxes, a sample without an answer does not count. A box in a crowd region is no false positive. Values without
+    anything to count are -1.
     """
-
-    def __init__(self, iou_threshold: float = 0.5):
-        super().__init__()
-        self.iou_threshold = iou_threshold
 
     def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
         """Adds answers.
@@ -44,20 +42,29 @@ class AnswerBoxes(PerSampleMetric):
             truths = boxes_of([item for item in objects if not item.iscrowd])
             crowds = boxes_of([item for item in objects if item.iscrowd])
             iou = box_iou(boxes, truths)
-            counted = ~inside_crowd(boxes, crowds, self.iou_threshold)
-            hits = match_by_overlap(iou, self.iou_threshold)
-            counted[[row for row, _ in hits]] = True
+            counts = [
+                number for threshold in F1_THRESHOLDS for number in _hits_and_boxes(iou, boxes, crowds, threshold)
+            ]
             total_iou = sum(float(iou[pair]) for pair in match_by_overlap(iou, 0.0))
             keys.append(sample_key(sample))
             failed = prediction.answer_objects is None
-            rows.append([1, failed, len(hits), int(counted.sum()), len(truths), total_iou])
-        self.append(keys, rows, width=6)
+            rows.append([1, failed, len(truths), total_iou, *counts])
+        self.append(keys, rows, width=4 + 2 * len(F1_THRESHOLDS))
 
     def compute(self) -> dict[str, Tensor]:
         """The scores, over all ranks."""
-        answers, failures, hits, boxes, truths, total_iou = self.totals()
+        answers, failures, truths, total_iou, hits, boxes, hits_95, boxes_95 = self.totals()
         return {
             "text_f1": torch.tensor(2 * hits / (boxes + truths) if boxes + truths else UNDEFINED),
+            "text_f1_95": torch.tensor(2 * hits_95 / (boxes_95 + truths) if boxes_95 + truths else UNDEFINED),
             "text_miou": torch.tensor(total_iou / truths if truths else UNDEFINED),
             "text_parse_failure_rate": torch.tensor(failures / answers if answers else UNDEFINED),
         }
+
+
+def _hits_and_boxes(iou: Tensor, boxes: Tensor, crowds: Tensor, threshold: float) -> tuple[int, int]:
+    """How many boxes hit a truth, and how many count at all: those that hit nothing in a crowd do not."""
+    hits = match_by_overlap(iou, threshold)
+    counted = ~inside_crowd(boxes, crowds, threshold)
+    counted[[row for row, _ in hits]] = True
+    return len(hits), int(counted.sum())

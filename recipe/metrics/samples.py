@@ -42,6 +42,42 @@ class PerSampleMetric(Metric):
         return rows[first_of_each(keys)].sum(0).tolist()
 
 
+class RowsPerSampleMetric(Metric):
+    """Keeps rows of numbers, any number of them a sample, and each sample once as `PerSampleMetric` does.
+
+    Args:
+        width: Numbers of a row.
+        dtype: Of a row.
+    """
+
+    full_state_update = False
+
+    samples: list[Tensor]
+    rows: list[Tensor]
+
+    def __init__(self, width: int, dtype: torch.dtype = torch.float64):
+        # Two long tensors a rank: torchmetrics' gather never returns where ranks hold unequally many short ones.
+        super().__init__()
+        self.width = width
+        self.row_dtype = dtype
+        self.add_state("samples", default=[], dist_reduce_fx="cat")  # (n, 3): key, rows, truths
+        self.add_state("rows", default=[], dist_reduce_fx="cat")  # (r, width)
+
+    def append(self, keys: Sequence[int], truths: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """Stores samples, their truths counted, and their (r, width) rows; every update must call it, if only empty."""
+        samples = [[key, len(own), count] for key, count, own in zip(keys, truths, rows, strict=True)]
+        self.samples.append(torch.tensor(samples, dtype=torch.int64, device=self.device).reshape(-1, 3))
+        empty = torch.empty(0, self.width, dtype=self.row_dtype)
+        self.rows.append(torch.cat([empty, *rows]).to(self.device))
+
+    def gathered(self) -> tuple[Tensor, int]:
+        """The rows of all samples of all ranks, in an order that no rank or batch changes, and the number of truths."""
+        samples, rows = joined(self.samples), joined(self.rows)
+        parts = rows.split(samples[:, 1].tolist())
+        order = first_of_each(samples[:, 0])
+        return torch.cat([rows[:0], *(parts[index] for index in order.tolist())]), int(samples[order, 2].sum())
+
+
 def joined(state: list[Tensor] | Tensor) -> Tensor:
     """A gathered state on the CPU: a list on one rank, already one tensor after a reduction over ranks.
 

@@ -6,11 +6,15 @@ Truth = tuple[Box, str]
 Found = tuple[Box, float, str]
 
 
-def make_sample(name: str, truths: list[Truth] | None, crowds: list[Box] | None = None) -> Sample:
+def make_sample(
+    name: str, truths: list[Truth] | None, crowds: list[Box] | None = None, expression: str | None = None
+) -> Sample:
+    """`expression` None: the detection chat."""
     objects = None
     if truths is not None:
         objects = (*(Object(*truth) for truth in truths), *(Object(box, "", iscrowd=True) for box in crowds or []))
-    return Sample(name, b"", 100, 100, objects)
+    messages = None if expression is None else ({"role": "user", "content": expression},)
+    return Sample(name, b"", 100, 100, objects, messages)
 
 
 def make_prediction(name: str, found: list[Found], answer_boxes: list[Box] | None = None) -> Prediction:

@@ -30,13 +30,20 @@ def test_worked_by_hand():
         [make_sample("a", [(A, "x"), (B, "x"), (C, "x")]), make_sample("b", [(A, "x")])],
     )
     assert result == pytest.approx(
-        {"text_f1": 2 * 2 / (3 + 4), "text_miou": (1 + 0.8) / 4, "text_parse_failure_rate": 0.5}
+        {
+            "text_f1": 2 * 2 / (3 + 4),
+            "text_f1_95": 2 * 1 / (3 + 4),
+            "text_miou": (1 + 0.8) / 4,
+            "text_parse_failure_rate": 0.5,
+        }
     )
 
 
 def test_overlap_below_one_half_is_no_hit_but_counts_in_the_mean():
     result = scores([answered("a", [(5.0, 0.0, 15.0, 10.0)])], [make_sample("a", [(A, "x")])])
-    assert result == pytest.approx({"text_f1": 0.0, "text_miou": 1 / 3, "text_parse_failure_rate": 0.0})
+    assert result == pytest.approx(
+        {"text_f1": 0.0, "text_f1_95": 0.0, "text_miou": 1 / 3, "text_parse_failure_rate": 0.0}
+    )
 
 
 def test_pairs_are_one_to_one_and_best_in_sum():
@@ -57,6 +64,7 @@ def test_empty_images():
     nothing = make_sample("a", [])
     assert scores([answered("a", [])], [nothing]) == {
         "text_f1": -1.0,
+        "text_f1_95": -1.0,
         "text_miou": -1.0,
         "text_parse_failure_rate": 0.0,
     }
@@ -66,6 +74,9 @@ def test_empty_images():
 def test_a_box_in_a_crowd_is_no_false_positive():
     sample = make_sample("a", [(A, "x")], crowds=[(20.0, 0.0, 60.0, 40.0)])
     assert scores([answered("a", [A, B, C])], [sample])["text_f1"] == 1.0
+    # two thirds of a box in a crowd excuse it at an IoU of .5, not at .95
+    mostly_in = scores([answered("a", [A, (50.0, 0.0, 65.0, 10.0)])], [sample])
+    assert (mostly_in["text_f1"], mostly_in["text_f1_95"]) == pytest.approx((1.0, 2 / 3))
     half_out = (50.0, 0.0, 71.0, 10.0)
     assert scores([answered("a", [A, half_out])], [sample])["text_f1"] == pytest.approx(2 / 3)
 

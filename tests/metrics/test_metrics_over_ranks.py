@@ -12,15 +12,20 @@ from torch.multiprocessing.spawn import spawn
 from torchmetrics import Metric
 
 from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAveragePrecision
+from recipe.metrics.calibration import Calibration
+from recipe.metrics.cider import CaptionCider
 from recipe.metrics.dense_caption import CaptionMatch
+from recipe.metrics.dense_captioning import DenseCaptioningMAP
 from recipe.metrics.language import AnswerBoxes
+from recipe.metrics.meteor import MeteorLite
+from recipe.metrics.recall import ExpressionAccuracy, QueryRecall
 from recipe.schema import Box, Prediction, Sample
 
-CAPTIONS = ["cat", "dog", "bird"]
+CAPTIONS = ["a black cat", "a dog that runs", "the bird"]
 
 
 def scenes() -> list[tuple[Prediction, Sample]]:
-    """Seven random scenes; some without objects, predictions, annotation or an answer that parses."""
+    """Seven random scenes, some without objects, predictions, annotation or an answer that parses; two expressions."""
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for index in range(7):
@@ -34,11 +39,24 @@ def scenes() -> list[tuple[Prediction, Sample]]:
         found = [(box, scores[number], CAPTIONS[number // 2]) for number, box in enumerate(moved)]
         sample = make_sample(str(index), [None, [], truths][min(index, 2)], None if index == 0 else boxes[:1])
         pairs.append((make_prediction(str(index), [] if index == 3 else found, None if index == 4 else moved), sample))
+    for name, box in (("right", (10.0, 10.0, 50.0, 50.0)), ("wrong", (50.0, 50.0, 90.0, 90.0))):
+        sample = make_sample(name, [((10.0, 10.0, 50.0, 50.0), CAPTIONS[0])], expression="the cat")
+        pairs.append((make_prediction(name, [(box, 0.7, CAPTIONS[0])]), sample))
     return pairs
 
 
 def metrics() -> list[Metric]:
-    return [BoxAveragePrecision(), CategoryAveragePrecision(), CaptionMatch(0.3), AnswerBoxes()]
+    return [
+        BoxAveragePrecision(),
+        CategoryAveragePrecision(),
+        CaptionMatch(0.3, MeteorLite()),
+        AnswerBoxes(),
+        DenseCaptioningMAP(MeteorLite()),
+        CaptionCider(0.3),
+        Calibration(),
+        QueryRecall(),
+        ExpressionAccuracy(),
+    ]
 
 
 def feed(metric: Metric, pairs: list[tuple[Prediction, Sample]]) -> None:
@@ -77,6 +95,11 @@ def test_two_ranks_score_as_one(tmp_path: Path):
     assert 0 < expected[1]["category_ap50"] < 1
     assert 0 < expected[2]["caption_match"] < 1
     assert 0 < expected[3]["text_f1"] < 1
+    assert 0 < expected[4]["densecap_map_meteor_lite"] < expected[4]["densecap_map_boxes"] < 1
+    assert 0 < expected[5]["caption_cider_d"] < 10
+    assert 0 < expected[6]["ece"] < 1 and 0 < expected[6]["best_f1"] < 1
+    assert 0 < expected[7]["query_recall50"] < expected[7]["recall_ceiling"] <= 1
+    assert 0 < expected[8]["refcoco_acc"] < 1
 
 
 def test_batches_score_as_a_whole_and_reset_forgets():

@@ -1,0 +1,85 @@
+"""What the queries could find at best, and whether an expression's one object is found."""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from recipe.metrics.samples import UNDEFINED, PerSampleMetric, boxes_of, sample_key, scored_pairs
+from recipe.schema import Prediction, Sample
+
+
+class QueryRecall(PerSampleMetric):
+    """How many ground truths the queries reach, whatever their scores.
+
+    `compute` returns `recall_ceiling`, the share of ground truths for which there is a query at all, min(Q, T) of the
+    T of each image (every query gives a predicted object), and `query_recall50`, the share that some assignment of
+    queries, one each, finds at an IoU of at least .5. What lies between that and `recall` is lost by the scores, not
+    by the boxes. Without ground truth both are -1.
+    """
+
+    def __init__(self, iou_threshold: float = 0.5):
+        super().__init__()
+        self.iou_threshold = iou_threshold
+
+    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
+        """Adds images.
+
+        Raises:
+            ValueError: The predictions do not belong to the samples.
+        """
+        keys, rows = [], []
+        for prediction, sample, objects in scored_pairs(predictions, samples):
+            truths = boxes_of([item for item in objects if not item.iscrowd])
+            is_near = (box_iou(boxes_of(prediction.objects), truths) >= self.iou_threshold).numpy()
+            found = is_near[linear_sum_assignment(is_near, maximize=True)].sum()
+            keys.append(sample_key(sample))
+            rows.append([found, min(len(prediction.objects), len(truths)), len(truths)])
+        self.append(keys, rows, width=3)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores, over all ranks."""
+        found, reachable, truths = self.totals()
+        return {
+            "recall_ceiling": torch.tensor(reachable / truths if truths else UNDEFINED),
+            "query_recall50": torch.tensor(found / truths if truths else UNDEFINED),
+        }
+
+
+class ExpressionAccuracy(PerSampleMetric):
+    """RefCOCO's accuracy: is the best-scored box on the one object that an expression names?
+
+    A sample counts where its `messages` ask something (the expression stands in a user turn; the detection chat,
+    which is the same for all, is no expression) and it has exactly one object. `compute` returns `refcoco_acc`, the
+    share whose best-scored box overlaps that object at an IoU of at least `iou_threshold`, and
+    `refcoco_samples`, how many counted; without any, `refcoco_acc` is -1.
+    """
+
+    def __init__(self, iou_threshold: float = 0.5):
+        super().__init__()
+        self.iou_threshold = iou_threshold
+
+    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
+        """Adds answers.
+
+        Raises:
+            ValueError: The predictions do not belong to the samples.
+        """
+        keys, rows = [], []
+        for prediction, sample, objects in scored_pairs(predictions, samples):
+            truths = [item for item in objects if not item.iscrowd]
+            if len(truths) != 1 or not any(turn.get("role") == "user" for turn in sample.messages or ()):
+                continue
+            best = sorted(prediction.objects, key=lambda item: -item.score)[:1]
+            is_right = bool((box_iou(boxes_of(best), boxes_of(truths)) >= self.iou_threshold).any())
+            keys.append(sample_key(sample))
+            rows.append([is_right, 1])
+        self.append(keys, rows, width=2)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores, over all ranks."""
+        right, counted = self.totals()
+        return {
+            "refcoco_acc": torch.tensor(right / counted if counted else UNDEFINED),
+            "refcoco_samples": torch.tensor(counted),
+        }

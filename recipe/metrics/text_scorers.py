@@ -1,0 +1,72 @@
+"""Which scorer compares captions, and METEOR 1.5 itself where this machine can run it."""
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from recipe.metrics.meteor import MeteorLite
+
+
+class TextScorer(Protocol):
+    """How alike captions are, in [0, 1].
+
+    Attributes:
+        name: Part of the name of every metric that depends on it: numbers of two scorers do not compare.
+    """
+
+    name: str
+
+    def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """The score of each candidate against all its references together."""
+        ...
+
+
+class Meteor15:
+    """METEOR 1.5, English, by `pycocoevalcap`: one Java process, started at the first call. Copies start their own."""
+
+    name = "meteor15"
+
+    def __init__(self):
+        self._meteor: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Composer copies metrics; a process cannot be copied."""
+        return Meteor15, ()
+
+    def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """The score of each candidate against the best of its references; 0 for one without words.
+
+        Raises:
+            RuntimeError: Java does not answer.
+        """
+        lines = [_one_line(candidate) for candidate in candidates]
+        others = [[line for text in own if (line := _one_line(text))] for own in references]
+        asked = [index for index, line in enumerate(lines) if line and others[index]]
+        scores = [0.0] * len(lines)
+        if not asked:
+            return scores
+        if self._meteor is None:
+            from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports] - optional
+
+            self._meteor = Meteor()
+        try:
+            _, answers = self._meteor.compute_score(
+                {index: others[index] for index in asked}, {index: [lines[index]] for index in asked}
+            )
+        except (OSError, ValueError) as error:
+            raise RuntimeError("METEOR 1.5 did not answer: check that `java -version` runs, with 2 GB free") from error
+        for index, score in zip(asked, answers, strict=True):
+            scores[index] = score
+        return scores
+
+
+def default_text_scorer() -> TextScorer:
+    """METEOR 1.5 where Java and `pycocoevalcap` are installed, else `MeteorLite`."""
+    can_run = shutil.which("java") and importlib.util.find_spec("pycocoevalcap")
+    return Meteor15() if can_run else MeteorLite()
+
+
+def _one_line(text: str) -> str:
+    """Without what the Java process takes for the end of a line or a field."""
+    return " ".join(text.replace("|||", " ").split())

@@ -1,0 +1,145 @@
+"""`recipe.metrics.meteor`, its stemmer and words, and METEOR 1.5 where it can run."""
+
+import copy
+import pickle
+import shutil
+
+import pytest
+
+from recipe.metrics.meteor import MeteorLite, align
+from recipe.metrics.stemmer import stem
+from recipe.metrics.text_scorers import Meteor15, default_text_scorer
+from recipe.metrics.words import words_of
+
+
+def score(candidate: str, *references: str) -> float:
+    return MeteorLite()([candidate], [references])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A red cup, on the table.", ["a", "red", "cup", "on", "the", "table"]),
+        ("the dog's 'bone' -- isn’t it?", ["the", "dog's", "bone", "isn't", "it"]),
+        ("", []),
+        ("...!", []),
+        ("一只红猫 cat", ["一", "只", "红", "猫", "cat"]),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
+        ("Größe cafe\u0301", ["größe", "café"]),
+    ],
+)
+def test_words(text: str, words: list[str]):
+    assert words_of(text) == words
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        # made by the Snowball English stemmer that METEOR 1.5 ships; on 81,879 words the two agree
+        ("riding", "ride"), ("rides", "ride"), ("horses", "hors"), ("horse", "hors"), ("stopped", "stop"),
+        ("flies", "fli"), ("ties", "tie"), ("dying", "die"), ("gas", "gas"), ("buses", "buse"), ("hoping", "hope"),
+        ("hopping", "hop"), ("feed", "feed"), ("agreed", "agre"), ("luxuriated", "luxuri"), ("cry", "cri"),
+        ("by", "by"), ("say", "say"), ("relational", "relat"), ("vietnamization", "vietnam"), ("apology", "apolog"),
+        ("happily", "happili"), ("electrical", "electr"), ("formative", "format"), ("replacement", "replac"),
+        ("adoption", "adopt"), ("generous", "generous"), ("communism", "communism"), ("controll", "control"),
+        ("news", "news"), ("outing", "outing"), ("dog's", "dog"), ("youth", "youth"), ("boyish", "boyish"),
+    ],
+)  # fmt: skip
+def test_stems(word: str, expected: str):
+    assert stem(word) == expected
+
+
+def test_the_score_worked_by_hand():
+    # "a" is a function word (1/4), dog and cat are content words (3/4); one chunk of one pair.
+    # precision = recall = .25 / 1, F = .25; penalty .6 * (1 / 1) ** .2
+    assert score("a dog", "a cat") == pytest.approx(0.25 * 0.4)
+    # riding - rides by stem: .6 of .75; precision .45 / .75, recall .45 / 1.5; F = 1 / (.15 / .6 + .85 / .3)
+    assert score("riding", "rides horses") == pytest.approx(0.4 / (0.15 / 0.6 + 0.85 / 0.3))
+    # two chunks of two pairs
+    assert score("dog cat", "cat dog") == pytest.approx(1 - 0.6)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "reference", "expected"),
+    [
+        ("a man riding a brown horse", "a man rides a horse in the field", 0.312394),
+        ("red cup on the table", "a red cup stands on a wooden table", 0.255780),
+        ("horse brown the of head", "the head of a brown horse", 0.371308),
+        ("walking dogs", "the dog walked", 0.210219),
+        ("a dog", "the dog", 0.3),
+        ("white plate", "a car", 0.0),
+        ("the left wheel of the car", "the left wheel of the car", 1.0),
+    ],
+)
+def test_parity_with_meteor_15_without_synonyms_and_paraphrases(candidate: str, reference: str, expected: float):
+    # by METEOR 1.5's jar: -l en -norm -m "exact stem" -w "1.0 0.6"
+    assert score(candidate, reference) == pytest.approx(expected, abs=5e-7)
+
+
+def test_the_best_reference_counts():
+    assert score("a red cup", "a dog", "a red cup", "a cup") == 1.0
+    assert MeteorLite()(["a red cup", "dog"], [["cup"], []]) == [pytest.approx(score("a red cup", "cup")), 0.0]
+
+
+def test_nothing_to_compare_scores_0():
+    assert score("", "a dog") == score("a dog", "") == score("...", "...") == 0.0
+    assert MeteorLite()([], []) == []
+
+
+def test_captions_in_other_languages_score_by_equal_words():
+    assert score("一只红猫", "一只红猫") == 1.0
+    assert 0 < score("一只红猫", "一只黑猫") < 1
+    assert 0 < score("eine rote Tasse", "die rote Tasse") < 1
+
+
+def test_alignment_takes_most_words_then_fewest_chunks():
+    assert align(["the", "cat", "the", "dog"], ["the", "dog"]).pairs == ((2, 0), (3, 1))
+    found = align(["a", "b", "a", "c"], ["a", "c", "a", "b"])
+    assert found.pairs == ((0, 2), (1, 3), (2, 0), (3, 1)) and found.num_chunks == 2
+    assert align(["dogs"], ["x", "dog", "dogs"]).num_chunks == 1
+
+
+def test_a_long_caption_of_one_word_ends_soon():
+    assert score(" ".join(["dog"] * 64), " ".join(["dog"] * 64)) == 1.0
+
+
+def test_copies_of_meteor_15_start_their_own_process():
+    scorer = Meteor15()
+    scorer._meteor = object()
+    for copied in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):
+        assert isinstance(copied, Meteor15) and copied._meteor is None
+
+
+def test_without_java_or_its_package_the_lite_scorer_is_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    assert default_text_scorer().name == "meteor_lite"
+    monkeypatch.setattr(shutil, "which", lambda program: "java")
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    assert default_text_scorer().name == "meteor_lite"
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
+    assert default_text_scorer().name == "meteor15"
+
+
+def test_meteor_15_that_does_not_answer_is_told():
+    class Dead:
+        def compute_score(self, references: dict, candidates: dict) -> None:
+            raise ValueError("could not convert string to float: ''")
+
+    scorer = Meteor15()
+    scorer._meteor = Dead()
+    with pytest.raises(RuntimeError, match="java -version"):
+        scorer(["dog"], [["dog"]])
+    assert scorer(["", "dog"], [["dog"], []]) == [0.0, 0.0]
+
+
+@pytest.mark.slow
+def test_meteor_15_itself():
+    """Half a minute: Java reads 60 MB of paraphrases."""
+    pytest.importorskip("pycocoevalcap")
+    if not shutil.which("java"):
+        pytest.skip("no java")
+    scores = Meteor15()(
+        ["a man riding a brown horse", "", "the dog ||| and\nthe cat", "walking dogs"],
+        [["a man rides a horse in the field"], ["a dog"], ["a car", "the dog and the cat"], ["the dog walked"]],
+    )
+    assert scores == pytest.approx([0.312394, 0.0, 1.0, 0.149953], abs=5e-7)

@@ -1,0 +1,37 @@
+"""Every entry that the model registers exists, is finite, and says which text scorer made it."""
+
+import math
+
+import pytest
+from metric_cases import make_prediction, make_sample
+
+from recipe.joint import JointModel
+from recipe.metrics.entries import LossAverage, MetricEntry
+from recipe.metrics.meteor import MeteorLite
+
+NAMES = {
+    *(f"{kind}_{name}" for kind in ("box", "category") for name in ("ap", "ap50", "ap75", "ar1", "ar10", "ar100")),
+    *(f"{kind}_ap_{size}" for kind in ("box", "category") for size in ("small", "medium", "large")),
+    "densecap_map_meteor_lite", "densecap_map_boxes", "caption_match", "caption_meteor_lite", "caption_cider_d",
+    "matched_boxes", "recall", "recall_ceiling", "query_recall50", "refcoco_acc", "refcoco_samples",
+    "ece", "best_score_threshold", "best_f1", "text_f1", "text_f1_95", "text_miou", "text_parse_failure_rate",
+    *LossAverage.denominators,
+}  # fmt: skip
+
+
+def test_all_entries_are_computed(tiny_model: JointModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recipe.joint.default_text_scorer", MeteorLite)
+    entries = tiny_model.get_metrics(is_train=False)
+    assert set(entries) == NAMES
+    box = (0.0, 0.0, 50.0, 50.0)
+    predictions = [make_prediction("a", [(box, 0.9, "a red cup")], [box]), make_prediction("b", [])]
+    samples = [make_sample("a", [(box, "a red cup")], expression="the cup"), make_sample("b", [])]
+    for name, entry in entries.items():
+        assert isinstance(entry, MetricEntry)
+        if isinstance(entry.source, LossAverage):
+            continue
+        entry.update(predictions, samples)
+        value = float(entry.compute())
+        assert math.isfinite(value), name
+        if name.endswith(("ap50", "ap", "recall50", "recall", "acc", "f1", "match", "meteor_lite", "boxes", "ceiling")):
+            assert value == 1.0, name

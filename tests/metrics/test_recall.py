@@ -1,0 +1,80 @@
+"""`recipe.metrics.recall`."""
+
+import pytest
+from metric_cases import make_prediction, make_sample
+from torchmetrics import Metric
+
+from recipe.metrics.recall import ExpressionAccuracy, QueryRecall
+from recipe.schema import Prediction, Sample
+
+A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)
+
+
+def scores(metric: Metric, predictions: list[Prediction], samples: list[Sample]) -> dict[str, float]:
+    metric.update(predictions, samples)
+    return {name: float(value) for name, value in metric.compute().items()}
+
+
+def test_query_recall_worked_by_hand():
+    # image a: two queries for three truths, one of them found at a score near 0; image b: both found
+    predictions = [
+        make_prediction("a", [(A, 0.001, ""), ((70.0, 70.0, 80.0, 80.0), 0.9, "")]),
+        make_prediction("b", [(B, 0.9, ""), (A, 0.1, ""), (C, 0.1, "")]),
+    ]
+    samples = [make_sample("a", [(A, "x"), (B, "x"), (C, "x")]), make_sample("b", [(A, "x"), (B, "x")], crowds=[C])]
+    assert scores(QueryRecall(), predictions, samples) == pytest.approx(
+        {"recall_ceiling": (2 + 2) / 5, "query_recall50": (1 + 2) / 5}
+    )
+
+
+def test_queries_are_dealt_for_the_most_truths():
+    # the first query reaches both truths, the second one only the first
+    truths = [((0.0, 0.0, 10.0, 10.0), "x"), ((3.0, 0.0, 13.0, 10.0), "x")]
+    found = [((1.0, 0.0, 11.0, 10.0), 0.9, ""), ((-3.0, 0.0, 7.0, 10.0), 0.1, "")]
+    assert scores(QueryRecall(), [make_prediction("a", found)], [make_sample("a", truths)])["query_recall50"] == 1.0
+    twice = [make_prediction("a", [(A, 0.9, ""), (A, 0.8, "")])]
+    assert scores(QueryRecall(), twice, [make_sample("a", [(A, "x")])])["query_recall50"] == 1.0
+
+
+def test_query_recall_of_nothing():
+    undefined = {"recall_ceiling": -1.0, "query_recall50": -1.0}
+    assert scores(QueryRecall(), [], []) == undefined
+    found = [(A, 0.9, "")]
+    assert scores(QueryRecall(), [make_prediction("a", found)], [make_sample("a", [])]) == undefined
+    assert scores(QueryRecall(), [make_prediction("a", found)], [make_sample("a", None)]) == undefined
+    missed = scores(QueryRecall(), [make_prediction("a", [])], [make_sample("a", [(A, "x")])])
+    assert missed == {"recall_ceiling": 0.0, "query_recall50": 0.0}
+
+
+def test_the_best_scored_box_answers_an_expression():
+    samples = [make_sample(name, [(A, "x")], expression="the left one") for name in "abcde"]
+    predictions = [
+        make_prediction("a", [(B, 0.2, ""), (A, 0.9, "")]),
+        make_prediction("b", [(B, 0.9, ""), (A, 0.2, "")]),
+        make_prediction("c", [((5.0, 0.0, 15.0, 10.0), 0.9, "")]),
+        make_prediction("d", []),
+        make_prediction("e", [(C, 0.1, ""), (B, 0.2, ""), (A, 0.3, "")]),
+    ]
+    assert scores(ExpressionAccuracy(), predictions, samples) == pytest.approx(
+        {"refcoco_acc": 2 / 5, "refcoco_samples": 5.0}
+    )
+
+
+def test_half_an_overlap_is_right():
+    found = [make_prediction("a", [((0.0, 0.0, 10.0, 5.0), 0.9, "")])]
+    sample = make_sample("a", [(A, "x")], expression="it")
+    assert scores(ExpressionAccuracy(), found, [sample])["refcoco_acc"] == 1.0
+
+
+def test_what_is_no_expression():
+    found = [(A, 0.9, "")]
+    samples = [
+        make_sample("a", [(A, "x")]),
+        make_sample("b", [(A, "x"), (B, "x")], expression="both"),
+        make_sample("c", [], expression="none"),
+        make_sample("d", None, expression="unknown"),
+        make_sample("e", [(A, "x")], crowds=[B], expression="one, beside a crowd"),
+    ]
+    predictions = [make_prediction(name, found) for name in "abcde"]
+    assert scores(ExpressionAccuracy(), predictions, samples) == {"refcoco_acc": 1.0, "refcoco_samples": 1.0}
+    assert scores(ExpressionAccuracy(), [], []) == {"refcoco_acc": -1.0, "refcoco_samples": 0.0}
