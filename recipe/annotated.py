@@ -1,5 +1,6 @@
 """Annotated pictures for predicting and judging, in the forms that `convert/` reads and writes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def read_annotated_folder(folder: Path) -> list[Sample]:
         ValueError: It is neither, or a picture of it cannot be used or is not annotated.
     """
     if (folder / INDEX_FILE).is_file():
-        samples = read_mds(folder)
+        samples = list(read_mds(folder))
     else:
         files = sorted(folder.glob("*.jsonl"))
         if len(files) != 1:
@@ -37,14 +38,15 @@ def read_annotated_folder(folder: Path) -> list[Sample]:
     return samples
 
 
-def read_mds(folder: Path, split: str | None = None) -> list[Sample]:
+def read_mds(folder: Path, split: str | None = None) -> Iterator[Sample]:
     """All samples of a converted data set, in stored order.
 
     Raises:
         ValueError: It is none, or damaged.
     """
     rows = CheckedDataset(streams=open_streams({"annotated": {"local": str(folder), "split": split}}), batch_size=1)
-    return [Sample.from_mds(rows[index]) for index in range(rows.num_samples)]
+    for index in range(rows.num_samples):
+        yield Sample.from_mds(rows[index])
 
 
 def read_coco(path: Path) -> dict[str, Sample]:

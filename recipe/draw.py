@@ -24,7 +24,7 @@ _CROWDED = 16  # boxes from which on a panel is drawn larger
 _HEADER = 34  # pixels above a picture, which say what it shows
 _MOST_TEACHERS = 4  # drawn; the others are counted
 # Dash and space in thicknesses of the line; None: one line.
-_LINES: dict[str, tuple[float, float] | None] = {"solid": None, "dashed": (5, 3), "dotted": (1.5, 2)}
+_LINES: dict[str, tuple[float, float] | None] = {"solid": None, "dashed": (5, 3), "dotted": (2, 2.5)}
 _LEGEND = {
     "teacher": "teacher: a solved example the model was shown",
     "prediction": "prediction, with its score",
@@ -211,7 +211,7 @@ def _with_legend(sheet: Image.Image, kinds: Sequence[str]) -> Image.Image:
         if style:
             _draw_box(draw, (x, y - 9, x + 30, y + 9), "#ffffff", 2, style)
             x += 40
-        draw.text((x, y), text, fill=_FAINT_INK, font=font, anchor="lm")
+        draw.text((x, y), text, fill=_INK, font=font, anchor="lm")
         x += round(font.getlength(text)) + 28
     return whole
 

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -67,13 +67,21 @@ def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
     return names
 
 
-def entry_of(path: Path, names: Iterable[str]) -> str | None:
-    """The one of `names`, relative paths as data sets write them, that is the file; None where none is.
+def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
+    """Relative paths, as data sets write them, by the file's own name: what `entry_of` looks into."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(Path(name).name, []).append(name)
+    return found
+
+
+def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
+    """The one of `names`, from `names_by_file`, that is the file; None where none is.
 
     Raises:
         ValueError: Several are.
     """
-    alike = [name for name in names if Path(name).name == path.name]
+    alike = list(names.get(path.name, ()))
     if len(alike) > 1:
         parts = path.resolve().parts
         alike = [name for name in alike if parts[-len(Path(name).parts) :] == Path(name).parts]

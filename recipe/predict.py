@@ -30,7 +30,7 @@ from recipe.draw import draw_prediction
 from recipe.inference import predict_batch
 from recipe.joint import JointModel
 from recipe.logging_setup import setup_logging
-from recipe.picture_files import entry_of, find_pictures, unique_names
+from recipe.picture_files import entry_of, find_pictures, names_by_file, unique_names
 from recipe.pictures import displayed_size, open_image
 from recipe.prediction_files import (
     PREDICTIONS_FILE,
@@ -54,29 +54,29 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--answer",
         choices=("text", "boxes", "both"),
-        help="of the language model, the detection head, or both; default: the run's",
+        help="text: the language model's, boxes: the head's; default: the run's",
     )
     parser.add_argument("--score-threshold", type=float, metavar="F", help="least score; default: the run's")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
     parser.add_argument(
-        "--expression", action="append", metavar="TEXT", help="look for this, the prompt's candidate phrase; repeatable"
+        "--expression", action="append", metavar="TEXT", help="look for this (candidate phrase); repeatable"
     )
     parser.add_argument(
         "--teachers",
         type=Path,
         metavar="FOLDER",
-        help="solved examples shown before each picture: MDS shards, or a .jsonl file and its pictures",
+        help="solved examples: MDS shards, or a .jsonl and pictures",
     )
     parser.add_argument(
         "--num-teachers",
         type=int,
         metavar="N",
-        help="the first N of FOLDER; default: as many as in training, all if that was none",
+        help="first N of FOLDER; default: as in training, else all",
     )
     parser.add_argument(
-        "--image-ids", type=Path, metavar="JSON", help="COCO instances file with the pictures' ids; default: 1, 2, ..."
+        "--image-ids", type=Path, metavar="JSON", help="COCO instances file with their ids; default: 1, 2, ..."
     )
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
@@ -151,9 +151,9 @@ def image_ids_of(paths: Sequence[Path], instances: Path | None) -> list[ImageId]
     if instances is None:
         return list(range(1, len(paths) + 1))
     known = read_image_ids(instances)
-    ids = []
+    by_file, ids = names_by_file(known), []
     for path in paths:
-        name = entry_of(path, known)
+        name = entry_of(path, by_file)
         if name is None:
             raise ValueError(f"{path} is not among the {len(known)} images of {instances}: leave --image-ids out")
         ids.append(known[name])

@@ -99,12 +99,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: It is none.
     """
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(path.read_bytes(), parse_constant=_refuse_number)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _KEYS for row in rows):
         raise ValueError(f"{path} is not a {PREDICTIONS_FILE} of recipe/predict.py: a list of {sorted(_KEYS)}")
     return rows
+
+
+def _refuse_number(name: str) -> None:
+    raise ValueError(f"a number in it is {name}")
 
 
 def _object_row(item: DetectedObject, with_score: bool) -> dict[str, Any]:
