@@ -8,6 +8,7 @@ from hashlib import blake2b
 from PIL import Image, ImageColor, ImageDraw
 
 from recipe.draw_labels import Font, Rectangle, legible, place_labels, wrapped
+from recipe.pictures import open_image
 from recipe.schema import Box, DetectedObject, Object, Prediction, Sample
 
 _COLOURS = (
@@ -20,6 +21,17 @@ _INK = (236, 238, 242)
 _FAINT_INK = (150, 156, 166)
 _GAP = 10
 _CROWDED = 16  # boxes from which on a panel is drawn larger
+_HEADER = 34  # pixels above a picture, which say what it shows
+_MOST_TEACHERS = 4  # drawn; the others are counted
+# Dash and space in thicknesses of the line; None: one line.
+_LINES: dict[str, tuple[float, float] | None] = {"solid": None, "dashed": (5, 3), "dotted": (2, 2.5)}
+_LEGEND = {
+    "teacher": "teacher: a solved example the model was shown",
+    "prediction": "prediction, with its score",
+    "truth": "truth",
+    "text answer": "text answer of the language model",
+}
+_STYLES = {"teacher": "dotted", "prediction": "solid", "truth": "dashed", "text answer": "solid"}
 
 
 @dataclass(frozen=True)
@@ -33,9 +45,14 @@ class _Mark:
 
 
 def draw_prediction(
-    image: Image.Image, prediction: Prediction, truth: Sample | None = None, score_threshold: float = 0.3
+    image: Image.Image,
+    prediction: Prediction,
+    truth: Sample | None = None,
+    score_threshold: float = 0.3,
+    teachers: Sequence[Sample] = (),
+    with_head: bool = True,
 ) -> Image.Image:
-    """Draws what the model says of a picture: panels prediction | truth | text answer, side by side.
+    """Draws what the model says of a picture: panels teachers | prediction | truth | text answer, and their legend.
 
     Small pictures are enlarged, very large ones reduced. A caption has the same colour in all panels.
 
@@ -44,33 +61,35 @@ def draw_prediction(
         prediction: Objects below `score_threshold` are left out. The answer's panel is drawn where there is an answer.
         truth: The sample, for the truth's panel; left out where it is None or not annotated.
         score_threshold: Least score of a drawn object.
+        teachers: The solved examples the model was shown, with their pictures.
+        with_head: Draw the head's panel; False where it was not asked.
     """
-    found = [item for item in prediction.objects if item.score >= score_threshold]
+    found = [item for item in prediction.objects if item.score >= score_threshold] if with_head else []
     wanted = () if truth is None else truth.objects or ()
     answered = prediction.answer_objects or ()
-    colours = _caption_colours(item.caption for item in (*found, *wanted, *answered))
+    shown = teachers[:_MOST_TEACHERS]
+    taught = [item for teacher in shown for item in teacher.objects or ()]
+    colours = _caption_colours(item.caption for item in (*found, *wanted, *answered, *taught))
     size = _panel_size(image.size, max(len(found), len(wanted), len(answered)))
-    scale_x, scale_y = size[0] / prediction.width, size[1] / prediction.height
+    scale = size[0] / prediction.width, size[1] / prediction.height
     canvas = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
-    def mark(item: DetectedObject | Object, score: str = "") -> _Mark:
-        box = _drawable_box(item.box, scale_x, scale_y, size)
-        if isinstance(item, Object) and item.iscrowd:
-            return _Mark(box, f"{item.caption or 'objects'} (crowd)", score, _CROWD_COLOUR)
-        return _Mark(box, item.caption, score, colours[_key(item.caption)])
-
-    marks = [mark(item, f"{item.score:.2f}") for item in found]
-    title = f"prediction: {_count(len(found), 'box')} from {score_threshold:.2f}"
-    panels = [_panel(canvas, marks, title, prediction.id, dashed=False)]
+    contents: list[tuple[str, Sequence[DetectedObject | Object], str]] = []
+    if with_head:
+        contents.append(("prediction", found, f"prediction: {_count(len(found), 'box')} from {score_threshold:.2f}"))
     if truth is not None and truth.objects is not None:
-        marks = [mark(item) for item in wanted]
-        panels.append(_panel(canvas, marks, f"truth: {_count(len(wanted), 'object')}", "", dashed=True))
+        contents.append(("truth", wanted, f"truth: {_count(len(wanted), 'object')}"))
     if prediction.answer is not None or prediction.answer_objects is not None:
-        marks = [mark(item) for item in answered]
-        parsed = prediction.answer_objects is not None
-        title = f"text answer: {_count(len(answered), 'box')}" if parsed else "text answer: could not be parsed"
-        panels.append(_panel(canvas, marks, title, "", dashed=False))
-    return _beside(panels)
+        outcome = "could not be parsed" if prediction.answer_objects is None else _count(len(answered), "box")
+        contents.append(("text answer", answered, f"text answer: {outcome}"))
+    panels = []
+    for kind, objects, title in contents:
+        marks = [_mark(item, scale, size, colours, kind == "prediction") for item in objects]
+        panels.append(_panel(canvas, marks, title, "" if panels else prediction.id, _STYLES[kind]))
+    if shown:
+        panels.insert(0, _teacher_column(shown, len(teachers) - len(shown), size, colours))
+    kinds = ["teacher"] * bool(shown) + [kind for kind, _, _ in contents]
+    return _beside(panels) if len(kinds) < 2 else _with_legend(_beside(panels), kinds)
 
 
 def draw_gallery(pictures: list[Image.Image], columns: int) -> Image.Image:
@@ -142,45 +161,96 @@ def _drawable_span(low: float, high: float, limit: int) -> tuple[float, float]:
     return round(low), round(high)
 
 
+def _mark(
+    item: DetectedObject | Object,
+    scale: tuple[float, float],
+    size: tuple[int, int],
+    colours: dict[str, str],
+    with_score: bool = False,
+) -> _Mark:
+    box = _drawable_box(item.box, *scale, size)
+    if isinstance(item, Object) and item.iscrowd:
+        return _Mark(box, f"{item.caption or 'objects'} (crowd)", "", _CROWD_COLOUR)
+    score = f"{item.score:.2f}" if with_score and isinstance(item, DetectedObject) else ""
+    return _Mark(box, item.caption, score, colours[_key(item.caption)])
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else noun + ('es' if noun.endswith('x') else 's')}"
 
 
-def _panel(canvas: Image.Image, marks: Sequence[_Mark], title: str, note: str, dashed: bool) -> Image.Image:
+def _teacher_column(
+    teachers: Sequence[Sample], num_more: int, size: tuple[int, int], colours: dict[str, str]
+) -> Image.Image:
+    """The solved examples, one above the other, beside panels of pictures of `size`."""
+    limit = (round(0.7 * size[0]), max(240, size[1] // len(teachers) - _HEADER))
+    panels = []
+    for number, teacher in enumerate(teachers, start=1):
+        factor = min(limit[0] / teacher.width, limit[1] / teacher.height)
+        small = (max(1, round(teacher.width * factor)), max(1, round(teacher.height * factor)))
+        canvas = open_image(teacher.image).resize(small, Image.Resampling.LANCZOS)
+        scale = small[0] / teacher.width, small[1] / teacher.height
+        marks = [_mark(item, scale, small, colours) for item in teacher.objects or ()]
+        more = f" of {number + num_more}" if num_more and number == len(teachers) else ""
+        panels.append(_panel(canvas, marks, f"teacher {number}{more}", teacher.id, _STYLES["teacher"]))
+    column = Image.new("RGB", (max(panel.width for panel in panels), sum(panel.height for panel in panels)), _PAPER)
+    y = 0
+    for panel in panels:
+        column.paste(panel, (0, y))
+        y += panel.height
+    return column
+
+
+def _with_legend(sheet: Image.Image, kinds: Sequence[str]) -> Image.Image:
+    """The sheet above a line that tells the lines of the boxes apart."""
+    whole = Image.new("RGB", (sheet.width, sheet.height + _HEADER), _PAPER)
+    whole.paste(sheet, (0, 0))
+    draw, x, y = ImageDraw.Draw(whole), _GAP + 4, sheet.height + _HEADER // 2 - 4
+    font = legible("", 15)[1]
+    for text, style in [*((_LEGEND[kind], _STYLES[kind]) for kind in kinds), ("equal captions have equal colours", "")]:
+        if style:
+            _draw_box(draw, (x, y - 9, x + 30, y + 9), "#ffffff", 2, style)
+            x += 40
+        draw.text((x, y), text, fill=_INK, font=font, anchor="lm")
+        x += round(font.getlength(text)) + 28
+    return whole
+
+
+def _panel(canvas: Image.Image, marks: Sequence[_Mark], title: str, note: str, style: str) -> Image.Image:
     """The picture with its marks, under a header that says what it shows."""
     picture = canvas.copy()
     draw = ImageDraw.Draw(picture)
     short = min(picture.size)
-    thickness = max(2, round(short / (260 if dashed else 180)))
+    thickness = max(2, round(short / (180 if style == "solid" else 260)))
     for mark in reversed(marks):
-        _draw_box(draw, mark.box, mark.colour, thickness, dashed)
+        _draw_box(draw, mark.box, mark.colour, thickness, style)
     font_size = 13 if len(marks) > 2 * _CROWDED else max(13, min(22, round(short / 34)))
     _draw_labels(draw, picture.size, [mark for mark in marks if mark.text or mark.score], font_size)
 
-    header = 34
-    panel = Image.new("RGB", (max(picture.width, 300), picture.height + header), _PAPER)
-    panel.paste(picture, ((panel.width - picture.width) // 2, header))
+    panel = Image.new("RGB", (max(picture.width, 300), picture.height + _HEADER), _PAPER)
+    panel.paste(picture, ((panel.width - picture.width) // 2, _HEADER))
     draw = ImageDraw.Draw(panel)
-    _draw_box(draw, (4, 9, 26, 25), "#ffffff", 2, dashed)
+    _draw_box(draw, (4, 9, 26, 25), "#ffffff", 2, style)
     text, font = legible(title, 17)
     text = wrapped(text, font, panel.width - 42, 1)[0]
-    draw.text((36, header // 2), text, fill=_INK, font=font, anchor="lm")
+    draw.text((36, _HEADER // 2), text, fill=_INK, font=font, anchor="lm")
     note, note_font = legible(note, 14)
     room = panel.width - 36 - font.getlength(text) - 24
     if note and room > 60:
         note = wrapped(note, note_font, room, 1)[0]
-        draw.text((panel.width - 4, header // 2), note, fill=_FAINT_INK, font=note_font, anchor="rm")
+        draw.text((panel.width - 4, _HEADER // 2), note, fill=_FAINT_INK, font=note_font, anchor="rm")
     return panel
 
 
-def _draw_box(draw: ImageDraw.ImageDraw, box: Rectangle, colour: str, thickness: int, dashed: bool) -> None:
+def _draw_box(draw: ImageDraw.ImageDraw, box: Rectangle, colour: str, thickness: int, style: str) -> None:
     """An outline in `colour` between two thin dark ones, so that it shows on any ground."""
     x1, y1, x2, y2 = box
-    if not dashed:
+    pattern = _LINES[style]
+    if pattern is None:
         draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline="black", width=thickness + 2)
         draw.rectangle(box, outline=colour, width=thickness)
         return
-    dash, space = 5 * thickness, 3 * thickness
+    dash, space = (round(length * thickness) for length in pattern)
     inset = thickness - 1
     sides = (
         ((x1, y1), (x2, y1), (0, inset)),

@@ -1,14 +1,14 @@
-"""Predict: `python recipe/predict.py --checkpoint CKPT --out DIR IMAGE [IMAGE ...]`.
+"""Predict: `python recipe/predict.py --checkpoint CKPT --out DIR PICTURE [PICTURE ...]`; a folder or a glob will do.
 
-Writes DIR/predictions.json, with boxes in pixels of the displayed picture, and one drawn PNG a picture. A picture that
-cannot be used has its reason in the JSON and on the terminal, the others are still done, and the exit status is 1.
+Writes DIR/predictions.json (see `recipe/prediction_files.py`), DIR/coco_results.json and one drawn PNG a picture. A
+picture that cannot be used has its reason in the JSON and on the terminal, the others are still done, and the exit
+status is 1. `python -m recipe.gallery` makes a page of DIR, beside the truth where it is known.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +18,166 @@ from composer.devices import Device, DeviceGPU
 from composer.utils import get_device
 from tqdm import tqdm
 
+from recipe.annotated import read_annotated_folder, read_image_ids
 from recipe.build import build_encoder
 from recipe.checkpoint import load_model
-from recipe.config import EvaluationConfig, RecipeConfig
+from recipe.config import EvaluationConfig, PromptConfig, RecipeConfig
 from recipe.config_file import load_config
+from recipe.data.chat import checked
 from recipe.data.collate import collate_standard
 from recipe.data.encode import Encoder
 from recipe.draw import draw_prediction
 from recipe.inference import predict_batch
 from recipe.joint import JointModel
 from recipe.logging_setup import setup_logging
+from recipe.picture_files import entry_of, find_pictures, names_by_file, unique_names
 from recipe.pictures import displayed_size, open_image
-from recipe.schema import DetectedObject, Example, Prediction, Sample
-
-PREDICTIONS_FILE = "predictions.json"
+from recipe.prediction_files import (
+    PREDICTIONS_FILE,
+    ImageId,
+    failed_row,
+    prediction_row,
+    refuse_to_overwrite,
+    write_rows,
+)
+from recipe.schema import Example, Prediction, Sample
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Find and describe the objects of pictures.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a picture file")
+    parser.add_argument("images", nargs="+", metavar="PICTURE", help="a file, a folder to search, or a quoted glob")
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .pt file, or a folder from export.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of predictions.json and the drawings")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in DIR")
     parser.add_argument("--config", metavar="YAML", help="default: what was saved with the checkpoint")
+    parser.add_argument(
+        "--answer",
+        choices=("text", "boxes", "both"),
+        help="text: the language model's, boxes: the head's; default: the run's",
+    )
     parser.add_argument("--score-threshold", type=float, metavar="F", help="least score; default: the run's")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once; default %(default)s")
-    parser.add_argument("--no-answer", action="store_true", help="skip the language model's own answer")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
+    parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
+    parser.add_argument(
+        "--expression", action="append", metavar="TEXT", help="look for this (candidate phrase); repeatable"
+    )
+    parser.add_argument(
+        "--teachers",
+        type=Path,
+        metavar="FOLDER",
+        help="solved examples: MDS shards, or a .jsonl and pictures",
+    )
+    parser.add_argument(
+        "--num-teachers",
+        type=int,
+        metavar="N",
+        help="first N of FOLDER; default: as in training, else all",
+    )
+    parser.add_argument(
+        "--image-ids", type=Path, metavar="JSON", help="COCO instances file with their ids; default: 1, 2, ..."
+    )
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
-    for name in ("batch_size", "max_new_tokens"):
+    for name in ("batch_size", "max_new_tokens", "num_teachers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if args.num_teachers is not None and args.teachers is None:
+        parser.error("--num-teachers needs --teachers FOLDER")
     return args
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What every batch of pictures is predicted with.
+
+    Attributes:
+        model: In evaluation mode, on `device`.
+        encoder: Of the prompt that is asked.
+        config: The run's, with what the command line says otherwise.
+        device: Of the model.
+        teachers: Solved examples shown before each picture, in order; one more than `num_teachers` where there are.
+        num_teachers: How many each picture is shown: a picture is never its own teacher.
+        with_head: The head's objects are wanted.
+    """
+
+    model: JointModel
+    encoder: Encoder
+    config: RecipeConfig
+    device: Device
+    teachers: Sequence[Sample]
+    num_teachers: int
+    with_head: bool
+
+    def teachers_of(self, picture: bytes) -> list[Sample]:
+        """The solved examples that a picture is shown."""
+        return [teacher for teacher in self.teachers if teacher.image != picture][: self.num_teachers]
 
 
 def main(args: argparse.Namespace) -> int:
     """Predicts every picture that can be read; the number of those that could not.
 
     Raises:
-        ValueError: The checkpoint cannot be loaded.
+        ValueError: Nothing can be predicted: no pictures, no checkpoint, teachers or prompt that cannot be used, or
+            files that would be overwritten.
     """
-    device = get_device()
-    model, processor, config = load_model(args.checkpoint, load_config(args.config) if args.config else None)
-    config = replace(config, evaluation=evaluation_of(args, config.evaluation))
-    model = device.module_to_device(model.eval())
-    encoder = build_encoder(config, processor, keep_image=True)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [Path(image) for image in args.images]
+    paths = find_pictures(args.images, left_out=out)
     names = unique_names(paths, out)
+    image_ids = image_ids_of(paths, args.image_ids)
+    if not args.overwrite:
+        refuse_to_overwrite(out, names)
+    predictor = build_predictor(args)
+    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(paths), unit=" pictures", disable=None) as progress:
         for start in range(0, len(paths), args.batch_size):
             part = slice(start, start + args.batch_size)
-            rows += _predict_files(paths[part], names[part], out, model, encoder, config, device)
+            rows += _predict_files(predictor, paths[part], names[part], image_ids[part], out)
             progress.update(len(paths[part]))
-    (out / PREDICTIONS_FILE).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_rows(out, rows)
     return report(rows, out)
+
+
+def image_ids_of(paths: Sequence[Path], instances: Path | None) -> list[ImageId]:
+    """The numbers of the pictures in COCO results: those of an instances file, else 1, 2, ...
+
+    Raises:
+        ValueError: The instances file cannot be read, or a picture is not in it.
+    """
+    if instances is None:
+        return list(range(1, len(paths) + 1))
+    known = read_image_ids(instances)
+    by_file, ids = names_by_file(known), []
+    for path in paths:
+        name = entry_of(path, by_file)
+        if name is None:
+            raise ValueError(f"{path} is not among the {len(known)} images of {instances}: leave --image-ids out")
+        ids.append(known[name])
+    return ids
+
+
+def build_predictor(args: argparse.Namespace) -> Predictor:
+    """The checkpoint's model, and what the command line asks of it."""
+    device = get_device()
+    teachers = [] if args.teachers is None else read_annotated_folder(args.teachers)
+    model, processor, config = load_model(args.checkpoint, load_config(args.config) if args.config else None)
+    config = replace(config, evaluation=evaluation_of(args, config.evaluation), prompt=prompt_of(args, config.prompt))
+    num_teachers = args.num_teachers or config.teachers.num_teachers or len(teachers)
+    if args.num_teachers is not None and args.num_teachers > len(teachers):
+        raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated pictures")
+    return Predictor(
+        model=device.module_to_device(model.eval()),
+        encoder=build_encoder(config, processor, keep_image=True),
+        config=config,
+        device=device,
+        teachers=teachers[: num_teachers + 1],
+        num_teachers=num_teachers,
+        with_head=args.answer != "text",
+    )
 
 
 def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
@@ -85,37 +185,46 @@ def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> Eva
     changes: dict[str, Any] = {
         name: value for name in ("score_threshold", "max_new_tokens") if (value := getattr(args, name)) is not None
     }
-    if args.no_answer:
-        changes["generate_answer"] = False
+    if args.answer is not None:
+        changes["generate_answer"] = args.answer != "boxes"
+    if args.answer == "text":
+        changes["max_captions"] = 0
     return replace(evaluation, **changes)
 
 
-def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
-    """A name a picture, its stem where that is free; no drawing `{out}/{name}.png` overwrites another or an input."""
-    taken = {str(path.resolve()).casefold() for path in paths}
-    names = []
-    for path in paths:
-        name, number = path.stem, 1
-        while (drawing := str((out / f"{name}.png").resolve()).casefold()) in taken:
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(drawing)
-        names.append(name)
-    return names
-
-
-def encode_picture(path: Path, name: str, encoder: Encoder) -> Example:
-    """The prompt about one picture.
+def prompt_of(args: argparse.Namespace, prompt: PromptConfig) -> PromptConfig:
+    """The run's prompt, with what the command line says otherwise.
 
     Raises:
-        ValueError: The file is missing, or no picture, or the model cannot take it.
+        ValueError: A text cannot be asked.
+    """
+    if args.prompt is not None:
+        prompt = replace(prompt, detect=checked(args.prompt), candidate_phrases=[])
+    if args.expression is not None:
+        prompt = replace(prompt, candidate_phrases=[checked(text) for text in args.expression])
+    return prompt
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ValueError: It cannot be read.
     """
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read the file: {error.strerror}") from error
+
+
+def encode_picture(data: bytes, name: str, encoder: Encoder, teachers: Sequence[Sample] = ()) -> Example:
+    """The prompt about one picture, after the turns of its teachers.
+
+    Raises:
+        ValueError: It is no picture, or the model cannot take it.
+    """
     width, height = displayed_size(data)
-    return encoder(Sample(name, data, width, height, objects=None))
+    return encoder(Sample(name, data, width, height, objects=None), teachers)
 
 
 def predict_examples(
@@ -137,31 +246,10 @@ def predict_examples(
         )
 
 
-def prediction_row(name: str, path: Path, prediction: Prediction, score_threshold: float) -> dict[str, Any]:
-    """One entry of predictions.json: objects by falling score, none below the threshold."""
-    answer = prediction.answer_objects
-    return {
-        "id": name,
-        "file": str(path),
-        "width": prediction.width,
-        "height": prediction.height,
-        "objects": [_object_row(item, True) for item in prediction.objects if item.score >= score_threshold],
-        "answer": prediction.answer,
-        "answer_objects": None if answer is None else [_object_row(item, False) for item in answer],
-        "error": None,
-    }
-
-
-def failed_row(name: str, path: Path, error: ValueError) -> dict[str, Any]:
-    """The entry of a picture of which nothing is known."""
-    unknown = dict.fromkeys(("width", "height", "objects", "answer", "answer_objects"))
-    return {"id": name, "file": str(path), **unknown, "error": str(error)}
-
-
 def report(rows: Sequence[dict[str, Any]], out: Path) -> int:
     """Prints what was done; the number of pictures that could not be."""
     failed = [row for row in rows if row["error"] is not None]
-    num_objects = sum(len(row["objects"]) for row in rows if row["error"] is None)
+    num_objects = sum(len(row["objects"] or row["answer_objects"] or ()) for row in rows)
     print(f"{len(rows) - len(failed)} pictures, {num_objects} objects: {out / PREDICTIONS_FILE} and a drawing of each")
     for row in failed:
         print(f"failed: {row['file']}: {row['error']}", file=sys.stderr)
@@ -169,38 +257,34 @@ def report(rows: Sequence[dict[str, Any]], out: Path) -> int:
 
 
 def _predict_files(
-    paths: Sequence[Path],
-    names: Sequence[str],
-    out: Path,
-    model: JointModel,
-    encoder: Encoder,
-    config: RecipeConfig,
-    device: Device,
+    predictor: Predictor, paths: Sequence[Path], names: Sequence[str], image_ids: Sequence[ImageId], out: Path
 ) -> list[dict[str, Any]]:
     """One row a picture, in order; draws those that could be read."""
+    encoder, config = predictor.encoder, predictor.config
     examples: list[Example] = []
+    shown: list[list[Sample]] = []
     failures: dict[str, ValueError] = {}
     for path, name in zip(paths, names, strict=True):
         try:
-            examples.append(encode_picture(path, name, encoder))
+            data = read_picture(path)
+            teachers = predictor.teachers_of(data)
+            examples.append(encode_picture(data, name, encoder, teachers))
+            shown.append(teachers)
         except ValueError as error:
             failures[name] = error
-    threshold = config.evaluation.score_threshold
-    predictions = predict_examples(examples, model, encoder, config, device) if examples else []
-    for example, prediction in zip(examples, predictions, strict=True):
+    threshold, with_head = config.evaluation.score_threshold, predictor.with_head
+    predictions = predict_examples(examples, predictor.model, encoder, config, predictor.device) if examples else []
+    for example, teachers, prediction in zip(examples, shown, predictions, strict=True):
         picture = open_image(example.sample.image)
-        drawing = draw_prediction(picture, prediction, score_threshold=threshold)
+        drawing = draw_prediction(picture, prediction, None, threshold, teachers, with_head)
         drawing.save(out / f"{prediction.id}.png")
     found = {prediction.id: prediction for prediction in predictions}
     return [
-        prediction_row(name, path, found[name], threshold) if name in found else failed_row(name, path, failures[name])
-        for path, name in zip(paths, names, strict=True)
+        prediction_row(path, number, found[name], threshold, with_head)
+        if name in found
+        else failed_row(name, path, number, failures[name])
+        for path, name, number in zip(paths, names, image_ids, strict=True)
     ]
-
-
-def _object_row(item: DetectedObject, with_score: bool) -> dict[str, Any]:
-    score = {"score": round(item.score, 4)} if with_score else {}
-    return {"box": [round(value, 2) for value in item.box], **score, "caption": item.caption}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ import torch
 from PIL import Image
 
 from convert.shapes import draw_scene
+from convert.writer import write_split
+from recipe.annotated import read_annotated_folder
 from recipe.build import build_encoder
 from recipe.checkpoint import load_model
+from recipe.config import PromptConfig
+from recipe.data.chat import detection_question
 from recipe.data.collate import collate_standard
 from recipe.export import main as export
 from recipe.export import parse as parse_export
-from recipe.predict import encode_picture, main, parse, unique_names
+from recipe.predict import encode_picture, main, parse, prompt_of
+from recipe.schema import Example, Object, Sample
 from tests.launch import REPOSITORY
 
 HEADER = 34  # pixels above a drawing, which name the picture
@@ -54,7 +60,7 @@ def test_boxes_are_in_pixels_of_the_original(trained_checkpoint: Path, picture: 
     assert (row["id"], row["width"], row["height"]) == ("scene", 300, 200)
     model, processor, config = load_model(trained_checkpoint)
     encoder = build_encoder(config, processor, keep_image=True)
-    example = encode_picture(picture, "scene", encoder)
+    example = encode_picture(picture.read_bytes(), "scene", encoder)
     assert example.image_grid_thw.tolist() == [[1, 196 // 14, 308 // 14]]
     with torch.no_grad():
         outputs = model.eval()(collate_standard([example], encoder.pad_token_id)).detection
@@ -126,13 +132,13 @@ def test_batches_change_nothing(trained_checkpoint: Path, scene: Image.Image, tm
 
 
 def test_options_are_obeyed(trained_checkpoint: Path, picture: Path, tmp_path: Path):
-    everything = predict(trained_checkpoint, tmp_path / "out", picture, options="--no-answer")[0]
+    everything = predict(trained_checkpoint, tmp_path / "out", picture, options="--answer boxes")[0]
     assert everything["answer"] is None and everything["answer_objects"] is None
     scores = [item["score"] for item in everything["objects"]]
     assert len(scores) == 5 and scores == sorted(scores, reverse=True)
     middle = (scores[1] + scores[2]) / 2
     assert scores[2] < middle < scores[1]
-    options = f"--no-answer --score-threshold {middle}"
+    options = f"--answer boxes --overwrite --score-threshold {middle}"
     kept = predict(trained_checkpoint, tmp_path / "out", picture, options=options)[0]
     assert kept["objects"] == everything["objects"][:2]
 
@@ -144,14 +150,13 @@ def test_unusable_pictures_are_told_and_the_others_done(
     text.write_text("no picture")
     cut.write_bytes(picture.read_bytes()[:2000])
     Image.new("RGB", (900, 3)).save(strip)
-    images = [missing, text, picture, cut, strip, tmp_path]
-    rows = predict(trained_checkpoint, tmp_path / "out", *images, options="--no-answer --batch-size 2")
+    images = [missing, text, picture, cut, strip]
+    rows = predict(trained_checkpoint, tmp_path / "out", *images, options="--answer boxes --batch-size 2")
     reasons = {
         missing: "cannot read the file: No such file",
         text: "no known picture format",
         cut: "image file is truncated",
         strip: "over 200 times as long as wide",
-        tmp_path: "cannot read the file: Is a directory",
     }
     printed = capsys.readouterr()
     for image, row in zip(images, rows, strict=True):
@@ -164,20 +169,153 @@ def test_unusable_pictures_are_told_and_the_others_done(
     assert "1 pictures, 5 objects" in printed.out
 
 
-def test_names_are_kept_apart(tmp_path: Path):
-    paths = [tmp_path / name for name in ("a/x.png", "b/x.jpg", "b/X.png", "c/x-2.png", "d/x.tar.png")]
-    assert unique_names(paths, tmp_path / "out") == ["x", "x-2", "X-3", "x-2-2", "x.tar"]
-
-
 def test_an_input_is_not_drawn_over(trained_checkpoint: Path, picture: Path):
     before = picture.read_bytes()
-    rows = predict(trained_checkpoint, picture.parent, picture, picture, options="--no-answer")
-    assert [row["id"] for row in rows] == ["scene-2", "scene-3"]
-    assert picture.read_bytes() == before
+    other = picture.with_name("other.png")
+    other.write_bytes(before)
+    options = "--answer boxes --overwrite"
+    rows = predict(trained_checkpoint, picture.parent, picture, other, options=options)
+    assert [row["id"] for row in rows] == ["scene-2", "other-2"]
+    assert picture.read_bytes() == other.read_bytes() == before
+
+
+def test_nothing_is_overwritten_unasked(trained_checkpoint: Path, picture: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["--checkpoint", str(trained_checkpoint), "--out", str(out), "--answer", "boxes", str(picture)]
+    for name in ("scene.png", "predictions.json", "coco_results.json"):
+        (out / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"already holds {name}: give another --out, or --overwrite"):
+            main(parse(arguments))
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    assert main(parse(arguments)) == 0
+    with pytest.raises(ValueError, match=r"predictions.json, coco_results.json, scene.png"):
+        main(parse(arguments))
+
+
+def test_coco_results(trained_checkpoint: Path, scene: Image.Image, tmp_path: Path):
+    for folder, size in (("a", (60, 60)), ("b", (90, 60))):
+        (tmp_path / folder).mkdir()
+        scene.resize(size).save(tmp_path / folder / "x.png")
+    instances = tmp_path / "instances.json"
+    images = [{"id": 70, "file_name": "b/x.png"}, {"id": 80, "file_name": "a/x.png"}]
+    instances.write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    paths = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.png"]
+    rows = predict(trained_checkpoint, tmp_path / "out", *paths, options=f"--answer boxes --image-ids {instances}")
+    assert [row["image_id"] for row in rows] == [80, 70]
+    results = json.loads((tmp_path / "out" / "coco_results.json").read_text())
+    assert [item["image_id"] for item in results] == [80] * 5 + [70] * 5
+    for item, found in zip(results, rows[0]["objects"] + rows[1]["objects"], strict=True):
+        x1, y1, x2, y2 = found["box"]
+        assert item["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.01)
+        assert (item["category_id"], item["score"], item["caption"]) == (1, found["score"], found["caption"])
+    with pytest.raises(ValueError, match=r"scene.png is not among the 2 images"):
+        main(parse(["--checkpoint", "c", "--out", str(tmp_path / "o"), "--image-ids", str(instances), "scene.png"]))
+
+
+def test_only_the_text_is_asked(
+    trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    _, processor, _ = load_model(trained_checkpoint)
+    answer = '[{"bbox_2d": [0, 0, 308, 196], "label": "all"}]'
+    ids = processor.tokenizer(answer, return_tensors="pt")["input_ids"][0]
+    monkeypatch.setattr("recipe.inference.generate_answers", lambda *arguments: [ids])
+    monkeypatch.delattr("recipe.inference.generate_captions")
+    row = predict(trained_checkpoint, tmp_path / "out", picture, options="--answer text")[0]
+    assert row["objects"] is None
+    assert row["answer_objects"] == [{"box": [0, 0, 300, 200], "caption": "all"}]
+    (result,) = json.loads((tmp_path / "out" / "coco_results.json").read_text())
+    assert result == {"image_id": 1, "category_id": 1, "bbox": [0, 0, 300, 200], "score": 1.0, "caption": "all"}
+
+
+def test_prompts_and_expressions():
+    prompt = PromptConfig(detect="Find all.", candidate_phrases=["dog"])
+
+    def asked(*options: str) -> str:
+        args = parse(["--checkpoint", "c", "--out", "o", "x.png", *options])
+        return detection_question(prompt_of(args, prompt))
+
+    assert "Find all. Candidates: dog.<|im_end|>" in asked()
+    assert "Find all. Candidates: the red car, a cat.<|im_end|>" in asked(
+        "--expression", "the red car", "--expression", "a cat"
+    )
+    assert "<|vision_end|>Where is it?<|im_end|>" in asked("--prompt", "Where is it?")
+    assert "Where? Candidates: a cat.<|im_end|>" in asked("--prompt", "Where?", "--expression", "a cat")
+    for option in ("--prompt", "--expression"):
+        with pytest.raises(ValueError, match="control token"):
+            asked(option, "<|im_end|>")
+
+
+@pytest.fixture
+def teachers(tmp_path: Path, scene: Image.Image) -> Path:
+    """Two annotated pictures as JSON lines; the second is the picture of `picture`."""
+    folder = tmp_path / "teachers"
+    folder.mkdir()
+    lines = []
+    for name, image in (("one.png", scene.resize((60, 40))), ("two.png", scene)):
+        image.save(folder / name)
+        lines.append({"id": name, "images": [name], "objects": [{"bbox_2d": [1, 2, 30, 40], "desc": f"of {name}"}]})
+    (folder / "pool.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize(("options", "num_shown"), [("", [2, 1]), ("--num-teachers 1", [1, 1])])
+def test_teachers_are_shown_before_each_picture(
+    options: str,
+    num_shown: list[int],
+    teachers: Path,
+    trained_checkpoint: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    shown: list[Example] = []
+
+    def recorded(examples: Sequence[Example], pad: int) -> Any:
+        shown.extend(examples)
+        return collate_standard(examples, pad)
+
+    monkeypatch.setattr("recipe.predict.collate_standard", recorded)
+    other = tmp_path / "other.png"
+    Image.open(picture).crop((0, 0, 84, 84)).save(other)
+    options = f"--answer boxes --teachers {teachers} {options}"
+    rows = predict(trained_checkpoint, tmp_path / "out", other, picture, options=options)
+    assert [row["error"] for row in rows] == [None, None]
+    assert [len(example.image_grid_thw) - 1 for example in shown] == num_shown  # a picture is not its own teacher
+    _, processor, config = load_model(trained_checkpoint)
+    encoder = build_encoder(config, processor)
+    taught = read_annotated_folder(teachers)
+    sample = Sample("x", other.read_bytes(), 84, 84, None)
+    assert shown[0].input_ids.equal(encoder(sample, taught[: num_shown[0]]).input_ids)
+    alone = predict(trained_checkpoint, tmp_path / "alone", other, options="--answer boxes")[0]
+    assert alone["objects"] != rows[0]["objects"]
+    drawn = [Image.open(tmp_path / folder / "other.png").width for folder in ("out", "alone")]
+    assert drawn[0] > drawn[1]
+
+
+def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
+    found = read_annotated_folder(teachers)
+    assert [(item.id, item.objects) for item in found] == [
+        (name, (Object((1, 2, 30, 40), f"of {name}"),)) for name in ("one.png", "two.png")
+    ]
+    write_split(found, str(tmp_path / "shards"), "pool")
+    assert read_annotated_folder(tmp_path / "shards" / "pool") == found
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"neither index.json nor one file"):
+        read_annotated_folder(tmp_path / "empty")
+    pool = teachers / "pool.jsonl"
+    pool.write_text(json.dumps({"id": "a", "images": ["one.png"]}))
+    with pytest.raises(ValueError, match=r"no annotated pictures: ..a"):
+        read_annotated_folder(teachers)
+    pool.write_text(json.dumps({"id": "a", "images": ["gone.png"], "objects": []}))
+    with pytest.raises(ValueError, match=r"pool.jsonl: line 1: missing file"):
+        read_annotated_folder(teachers)
 
 
 @pytest.mark.parametrize(
-    "option", ["--score-threshold 1.5", "--score-threshold nan", "--batch-size 0", "--max-new-tokens 0"]
+    "option",
+    ["--score-threshold 1.5", "--score-threshold nan", "--batch-size 0", "--max-new-tokens 0", "--num-teachers 0"],
 )
 def test_senseless_options_are_refused(option: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
@@ -192,7 +330,7 @@ def test_senseless_options_are_refused(option: str, capsys: pytest.CaptureFixtur
 )
 def test_exit_status(checkpoint: str | None, message: str, trained_checkpoint: Path, picture: Path):
     command = [sys.executable, "recipe/predict.py", "--checkpoint", checkpoint or str(trained_checkpoint)]
-    command += ["--out", str(picture.parent / "out"), "--no-answer", str(picture), "no.png"]
+    command += ["--out", str(picture.parent / "out"), "--answer boxes", str(picture), "no.png"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert message in done.stderr

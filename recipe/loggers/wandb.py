@@ -41,6 +41,8 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
     def init(self, state: State, logger: Logger) -> None:
         """Opens the run, online if the server plays along; every rank takes part, rank 0 alone asks the server."""
         settings = {"disable_git": True, "disable_code": True, "init_timeout": START_SECONDS, "_args": []}
+        # Else a table asks the server for its version, offline too, and waits minutes for an answer.
+        settings["allow_offline_artifacts"] = False
         settings |= self._init_kwargs.get("settings") or {}
         self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}  # settings may hold the key to log in
         if self._enabled and self._init_kwargs.get("mode") == "online":

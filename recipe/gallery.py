@@ -1,0 +1,252 @@
+"""Predictions beside the truth: `python -m recipe.gallery --predictions DIR/predictions.json --out PAGE.html`.
+
+The truth is a COCO instances file (`--truth instances.json`) or a converted data set (`--data FOLDER --split val`). The
+page is one file that any browser opens, also from disk: small pictures are in it, nothing is loaded from elsewhere.
+Pictures with the most missed and false boxes come first, at the threshold that its slider is set to.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision.ops import box_iou
+
+from recipe.annotated import read_coco, read_mds
+from recipe.logging_setup import setup_logging
+from recipe.metrics.samples import boxes_of, inside_crowd, match_by_score
+from recipe.picture_files import entry_of, names_by_file
+from recipe.pictures import open_image
+from recipe.prediction_files import read_rows
+from recipe.schema import Object, Sample
+
+TEMPLATE = Path(__file__).with_name("gallery.html")
+IOU = 0.5  # from which on a prediction is at the right place
+FALSE, IGNORED = -1, -2  # instead of a truth's position
+JPEG_QUALITY = 82
+
+Row = Mapping[str, Any]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Make a page of predictions beside the truth.")
+    parser.add_argument("--predictions", type=Path, required=True, metavar="JSON", help="from recipe/predict.py")
+    parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page")
+    parser.add_argument("--overwrite", action="store_true", help="replace the page where there is one")
+    truth = parser.add_mutually_exclusive_group()
+    truth.add_argument("--truth", type=Path, metavar="JSON", help="COCO instances file")
+    truth.add_argument("--data", type=Path, metavar="FOLDER", help="data set written by convert/")
+    parser.add_argument("--split", metavar="NAME", help="of --data")
+    parser.add_argument(
+        "--score-threshold", type=float, default=0.3, metavar="F", help="of the slider at first; default %(default)s"
+    )
+    parser.add_argument(
+        "--max-pictures", type=int, default=200, metavar="N", help="those with most errors; default %(default)s"
+    )
+    parser.add_argument(
+        "--picture-size", type=int, default=720, metavar="PIXELS", help="longest side in the page; default %(default)s"
+    )
+    args = parser.parse_args(arguments)
+    if not 0 <= args.score_threshold <= 1:
+        parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
+    for name in ("max_pictures", "picture_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.split is not None and args.data is None:
+        parser.error("--split needs --data FOLDER")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes the page; the number of predictions whose picture or truth was not found.
+
+    Raises:
+        ValueError: A file cannot be read, belongs to other pictures, or would be overwritten.
+    """
+    if args.out.exists() and not args.overwrite:
+        raise ValueError(f"{args.out} exists: give another --out, or --overwrite")
+    rows = read_rows(args.predictions)
+    if args.data is not None:
+        truths = truths_of_mds(rows, read_mds(args.data, args.split))
+    else:
+        truths = {} if args.truth is None else truths_of_coco(rows, read_coco(args.truth))
+    page = page_data(rows, truths, args.score_threshold, args.max_pictures, args.picture_size)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(render(page), encoding="utf-8")
+    print(f"{len(page['pictures'])} of {len(rows)} pictures: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
+    return report(rows, truths, page, args.truth or args.data)
+
+
+def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: Path | None) -> int:
+    """Tells what is missing from the page; how much that is."""
+    without_truth = [row["file"] for row in rows if truth is not None and row["id"] not in truths]
+    without_picture = [item["file"] for item in page["pictures"] if not item["image"] and item["error"] is None]
+    for files, what in ((without_truth, f"not in {truth}"), (without_picture, "the picture cannot be read")):
+        if files:
+            print(f"{len(files)} pictures: {what}: {', '.join(files[:5])}", file=sys.stderr)
+    return len(without_truth) + len(without_picture)
+
+
+def truths_of_coco(rows: Iterable[Row], samples: Mapping[str, Sample]) -> dict[str, Sample]:
+    """The truth of each prediction by its id, from samples by `file_name`.
+
+    Raises:
+        ValueError: Several samples can be a picture's, or the truth is of a picture of another size.
+    """
+    names = names_by_file(samples)
+    found = {row["id"]: entry_of(Path(row["file"]), names) for row in rows}
+    truths = {row_id: samples[name] for row_id, name in found.items() if name is not None}
+    return _checked(rows, truths)
+
+
+def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, Sample]:
+    """The truth of each prediction by its id: the sample of the same bytes, else the one that is called as its file.
+
+    Raises:
+        ValueError: The truth is of a picture of another size.
+    """
+    by_bytes, by_name = defaultdict[bytes, list[str]](list), defaultdict[str, list[str]](list)
+    for row in rows:
+        by_bytes[_digest(_read(row["file"]))].append(row["id"])
+        by_name[Path(row["file"]).stem].append(row["id"])
+    by_bytes.pop(b"", None)
+    same: dict[str, Sample] = {}
+    alike: dict[str, Sample] = {}
+    for sample in samples:
+        same |= dict.fromkeys(by_bytes.get(_digest(sample.image), ()), sample)
+        alike |= dict.fromkeys(by_name.get(sample.id, ()), sample)
+    return _checked(rows, alike | same)
+
+
+def page_data(
+    rows: Sequence[Row], truths: Mapping[str, Sample], score_threshold: float, max_pictures: int, picture_size: int
+) -> dict[str, Any]:
+    """All that the page shows, of the `max_pictures` pictures with the most errors at the threshold."""
+    pictures = [_picture(row, truths.get(row["id"])) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: -num_errors(pictures[index], score_threshold))
+    kept = sorted(order[:max_pictures])
+    for index in kept:
+        truth = truths.get(rows[index]["id"])
+        data = _read(rows[index]["file"]) or (b"" if truth is None else truth.image)
+        pictures[index]["image"] = thumbnail(data, picture_size)
+    return {
+        "threshold": score_threshold,
+        "iou": IOU,
+        "left_out": len(rows) - len(kept),
+        "pictures": [pictures[index] for index in kept],
+    }
+
+
+def matches_of(objects: Sequence[Row], truth: Sequence[Object]) -> list[int]:
+    """Which truth each prediction finds: its position, `FALSE`, or `IGNORED` in a crowd region.
+
+    Best scores first, each the free truth it overlaps most. So it does not depend on a threshold: those from a score
+    on are matched as if the others were not there.
+
+    Args:
+        objects: By falling score, with `box`.
+        truth: Crowd regions are no truths to find.
+    """
+    boxes = torch.tensor([item["box"] for item in objects], dtype=torch.float64).reshape(-1, 4)
+    wanted = [index for index, item in enumerate(truth) if not item.iscrowd]
+    crowds = boxes_of([item for item in truth if item.iscrowd])
+    matches = [IGNORED if inside else FALSE for inside in inside_crowd(boxes, crowds, IOU).tolist()]
+    for found, place in match_by_score(box_iou(boxes, boxes_of([truth[index] for index in wanted])), IOU):
+        matches[found] = wanted[place]
+    return matches
+
+
+def num_errors(picture: Row, score_threshold: float) -> float:
+    """Missed and false boxes of the head, or of the text answer where the head was not asked; as the page counts them.
+
+    -1 where the truth is not known, infinite where the picture could not be used.
+    """
+    if picture["error"] is not None:
+        return float("inf")
+    if picture["truth"] is None:
+        return -1
+    objects = picture["head"] if picture["head"] is not None else picture["text"] or ()
+    shown = [item["match"] for item in objects if item.get("score", 1.0) >= score_threshold]
+    num_wanted = sum(not item["iscrowd"] for item in picture["truth"])
+    return shown.count(FALSE) + num_wanted - sum(match >= 0 for match in shown)
+
+
+def thumbnail(data: bytes, size: int) -> str | None:
+    """A JPEG of at most `size` pixels a side as an address that holds it; None where `data` is no picture."""
+    try:
+        image = open_image(data)
+    except ValueError:
+        return None
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    file = BytesIO()
+    image.save(file, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The page as HTML; no text of the data can end the script element that holds it."""
+    data = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", data)
+
+
+def _picture(row: Row, truth: Sample | None) -> dict[str, Any]:
+    wanted = None if truth is None else truth.objects
+
+    def matched(objects: Sequence[Row] | None) -> list[dict[str, Any]] | None:
+        if objects is None:
+            return None
+        objects = sorted(objects, key=lambda item: -item.get("score", 1.0))
+        matches = [IGNORED] * len(objects) if wanted is None else matches_of(objects, wanted)
+        return [{**item, "match": match} for item, match in zip(objects, matches, strict=True)]
+
+    return {
+        **{key: row[key] for key in ("id", "file", "width", "height", "answer", "error")},
+        "image": None,
+        "head": matched(row["objects"]),
+        "text": matched(row["answer_objects"]),
+        "truth": None
+        if wanted is None
+        else [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted],
+    }
+
+
+def _checked(rows: Iterable[Row], truths: dict[str, Sample]) -> dict[str, Sample]:
+    for row in rows:
+        truth = truths.get(row["id"])
+        if truth is None or row["error"] is not None or not truth.width:
+            continue
+        if (truth.width, truth.height) != (row["width"], row["height"]):
+            raise ValueError(
+                f"{row['file']} was predicted on {row['width']} x {row['height']} pixels, but its truth is of "
+                f"{truth.width} x {truth.height}: give the truth of these very pictures"
+            )
+    return truths
+
+
+def _read(file: str) -> bytes:
+    """The bytes of a file; none where it cannot be read."""
+    try:
+        return Path(file).read_bytes()
+    except OSError:
+        return b""
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest() if data else b""
+
+
+if __name__ == "__main__":
+    setup_logging()
+    try:
+        sys.exit(1 if main(parse(sys.argv[1:])) else 0)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,90 @@
+"""Which picture files a command line names, and names for what is written about each."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def find_pictures(arguments: Iterable[str], left_out: Path) -> list[Path]:
+    """The pictures that files, folders and globs name, in the order given, each once.
+
+    A file is taken whatever it is called, and where it does not exist: reading it will tell. Of a folder all files
+    below it with a picture's suffix are taken, by name, hidden ones left out. `**` in a glob stands for any folders.
+
+    Args:
+        arguments: Of the command line.
+        left_out: Folder that is not searched, since the drawings go there.
+
+    Raises:
+        ValueError: A folder or a glob holds no picture.
+    """
+    found: dict[Path, Path] = {}
+    for argument in arguments:
+        paths = list(_expand(argument, left_out.resolve()))
+        if not paths:
+            raise ValueError(f"{argument} names no picture: give files, globs, or folders of {' '.join(SUFFIXES)}")
+        for path in paths:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _expand(argument: str, left_out: Path) -> Iterator[Path]:
+    path = Path(argument)
+    if path.is_dir():
+        yield from _below(path, left_out)
+    elif path.exists() or not glob.has_magic(argument):
+        yield path
+    else:
+        for name in sorted(glob.glob(argument, recursive=True)):
+            if os.path.isfile(name):
+                yield Path(name)
+
+
+def _below(folder: Path, left_out: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(root, name).resolve() != left_out
+        )
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+                yield Path(root, name)
+
+
+def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
+    """A name a picture, its stem where that is free; no drawing `{out}/{name}.png` overwrites another or an input."""
+    taken = {str(path.resolve()).casefold() for path in paths}
+    names = []
+    for path in paths:
+        name, number = path.stem, 1
+        while (drawing := str((out / f"{name}.png").resolve()).casefold()) in taken:
+            number += 1
+            name = f"{path.stem}-{number}"
+        taken.add(drawing)
+        names.append(name)
+    return names
+
+
+def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
+    """Relative paths, as data sets write them, by the file's own name: what `entry_of` looks into."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(Path(name).name, []).append(name)
+    return found
+
+
+def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
+    """The one of `names`, from `names_by_file`, that is the file; None where none is.
+
+    Raises:
+        ValueError: Several are.
+    """
+    alike = list(names.get(path.name, ()))
+    if len(alike) > 1:
+        parts = path.resolve().parts
+        alike = [name for name in alike if parts[-len(Path(name).parts) :] == Path(name).parts]
+    if len(alike) > 1:
+        raise ValueError(f"{path} can be any of {alike[:3]} of the data set: give files of different names")
+    return alike[0] if alike else None

@@ -1,0 +1,116 @@
+"""What `predict.py` writes and `gallery.py` reads: predictions in our form, and as COCO results.
+
+`predictions.json`, a list of one entry a picture:
+
+    {"id": "a", "file": "pictures/a.jpg", "image_id": 1, "width": 640, "height": 480,
+     "objects": [{"box": [x1, y1, x2, y2], "score": 0.93, "caption": "a cat"}, ...],
+     "answer": "[...]", "answer_objects": [{"box": [...], "caption": "a cat"}, ...], "error": null}
+
+Boxes are xyxy in pixels of the displayed picture. `objects`, by falling score, is null where the head was not asked,
+`answer` where the language model was not, `answer_objects` also where its answer could not be parsed. Of a picture
+that could not be used everything but `error`, its name and its number is null.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipe.schema import DetectedObject, Prediction
+
+PREDICTIONS_FILE = "predictions.json"
+COCO_RESULTS_FILE = "coco_results.json"
+_KEYS = {"id", "file", "width", "height", "objects", "answer", "answer_objects", "error"}
+
+ImageId = int | str
+
+
+def prediction_row(
+    path: Path, image_id: ImageId, prediction: Prediction, score_threshold: float, with_head: bool = True
+) -> dict[str, Any]:
+    """The entry of a picture: objects by falling score, none below the threshold; null without the head."""
+    objects = [_object_row(item, True) for item in prediction.objects if item.score >= score_threshold]
+    answer = prediction.answer_objects
+    return {
+        "id": prediction.id,
+        "file": str(path),
+        "image_id": image_id,
+        "width": prediction.width,
+        "height": prediction.height,
+        "objects": objects if with_head else None,
+        "answer": prediction.answer,
+        "answer_objects": None if answer is None else [_object_row(item, False) for item in answer],
+        "error": None,
+    }
+
+
+def failed_row(name: str, path: Path, image_id: ImageId, error: ValueError) -> dict[str, Any]:
+    """The entry of a picture of which nothing is known."""
+    unknown = dict.fromkeys(("width", "height", "objects", "answer", "answer_objects"))
+    return {"id": name, "file": str(path), "image_id": image_id, **unknown, "error": str(error)}
+
+
+def coco_results(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The entries as COCO results, all of category 1, with the caption beside them.
+
+    The head's objects, or those of the text answer (score 1) where the head was not asked.
+    """
+    results = []
+    for row in rows:
+        for item in row["answer_objects"] or () if row["objects"] is None else row["objects"]:
+            x1, y1, x2, y2 = item["box"]
+            results.append(
+                {
+                    "image_id": row["image_id"],
+                    "category_id": 1,
+                    "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
+                    "score": item.get("score", 1.0),
+                    "caption": item["caption"],
+                }
+            )
+    return results
+
+
+def refuse_to_overwrite(out: Path, names: Sequence[str]) -> None:
+    """Lets nothing that is there be lost.
+
+    Raises:
+        ValueError: `out` holds a file that would be written.
+    """
+    files = [out / PREDICTIONS_FILE, out / COCO_RESULTS_FILE, *(out / f"{name}.png" for name in names)]
+    there = [path.name for path in files if path.exists()]
+    if there:
+        more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+        raise ValueError(f"{out} already holds {', '.join(there[:3])}{more}: give another --out, or --overwrite")
+
+
+def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes both files; each appears whole."""
+    for name, value in ((PREDICTIONS_FILE, rows), (COCO_RESULTS_FILE, coco_results(rows))):
+        part = out / f".{name}.part"
+        part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(out / name)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads a `predictions.json`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        rows = json.loads(path.read_bytes(), parse_constant=_refuse_number)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _KEYS for row in rows):
+        raise ValueError(f"{path} is not a {PREDICTIONS_FILE} of recipe/predict.py: a list of {sorted(_KEYS)}")
+    return rows
+
+
+def _refuse_number(name: str) -> None:
+    raise ValueError(f"a number in it is {name}")
+
+
+def _object_row(item: DetectedObject, with_score: bool) -> dict[str, Any]:
+    score = {"score": round(item.score, 4)} if with_score else {}
+    return {"box": [round(value, 2) for value in item.box], **score, "caption": item.caption}

@@ -1,0 +1,259 @@
+"""`recipe.gallery`: the page's data worked by hand, and the page itself in a real browser."""
+
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from convert.writer import write_split
+from recipe.gallery import FALSE, IGNORED, main, matches_of, num_errors, page_data, parse, render, thumbnail
+from recipe.schema import Object, Sample
+from tests.chromium import Page, find_chromium, open_page
+
+NASTY = "</script><img src=x onerror=alert(1)>&amp; \u2028 \"'猫"
+
+
+def found(x: float, score: float, caption: str = "cat") -> dict[str, Any]:
+    """A box of 10 x 10 pixels."""
+    return {"box": [x, 0.0, x + 10, 10.0], "score": score, "caption": caption}
+
+
+def true(x: float, caption: str = "cat", iscrowd: bool = False) -> Object:
+    return Object((x, 0.0, x + 10, 10.0), caption, iscrowd)
+
+
+def row(name: str, objects: list[dict[str, Any]] | None, file: str = "gone.png", **changes: Any) -> dict[str, Any]:
+    entry = {"id": name, "file": file, "image_id": 1, "width": 100, "height": 50, "objects": objects}
+    return {**entry, "answer": None, "answer_objects": None, "error": None, **changes}
+
+
+def sample(name: str, *objects: Object) -> Sample:
+    data = BytesIO()
+    Image.new("RGB", (100, 50), name_colour(name)).save(data, "PNG")
+    return Sample(name, data.getvalue(), 100, 50, objects)
+
+
+def name_colour(name: str) -> tuple[int, int, int]:
+    return (sum(name.encode()) % 256, 90, 160)
+
+
+def test_matches_by_hand() -> None:
+    truth = [true(0), true(20), true(40, iscrowd=True)]
+    objects = [
+        found(1, 0.9),  # IoU 9/11 with the first
+        found(0, 0.8),  # the first again, taken
+        found(26, 0.7),  # IoU 4/16 with the second
+        found(23, 0.6),  # IoU 7/13 with the second
+        found(41, 0.5),  # in the crowd
+        found(80, 0.4),
+    ]
+    assert matches_of(objects, truth) == [0, FALSE, FALSE, 1, IGNORED, FALSE]
+    assert matches_of([], truth) == []
+    assert matches_of(objects[:1], []) == [FALSE]
+
+
+def test_a_lower_score_takes_no_truth_from_a_higher_one() -> None:
+    """So the page can filter matches by score: those of a prefix are a prefix of those of all."""
+    truth = [true(0), true(6), true(12)]
+    objects = [found(x, 0.9 - 0.1 * index) for index, x in enumerate((5, 0, 3, 9, 12, 1))]
+    whole = matches_of(objects, truth)
+    for length in range(len(objects)):
+        assert matches_of(objects[:length], truth) == whole[:length]
+
+
+def test_errors_at_a_threshold_and_which_pictures_are_kept() -> None:
+    rows = [
+        row("right", [found(0, 0.9)]),
+        row("false", [found(80, 0.5), found(0, 0.9)]),
+        row("missed", []),
+        row("unknown", [found(0, 0.9)]),
+        row("broken", None, error="no picture", width=None, height=None),
+        row("text", None, answer="[]", answer_objects=[]),
+    ]
+    truths = {name: sample(name, true(0), true(30)) for name in ("right", "false", "missed", "text")}
+    pictures = page_data(rows, truths, 0.3, 6, 64)["pictures"]
+    assert [num_errors(picture, 0.3) for picture in pictures] == [1, 2, 2, -1, float("inf"), 2]
+    assert num_errors(pictures[1], 0.6) == 1
+    assert num_errors(pictures[0], 0.95) == 2
+    kept = page_data(rows, truths, 0.3, 3, 64)
+    assert [picture["id"] for picture in kept["pictures"]] == ["false", "missed", "broken"]
+    assert kept["left_out"] == 3
+
+
+def test_pictures_are_small_and_text_stays_text() -> None:
+    data = BytesIO()
+    Image.effect_noise((2000, 500), 50).save(data, "PNG")
+    address = thumbnail(data.getvalue(), 200)
+    assert address is not None and address.startswith("data:image/jpeg;base64,") and len(address) < 20_000
+    assert thumbnail(b"no picture", 200) is None
+    page = render({"pictures": [{"id": NASTY}]})
+    assert page.count("</script>") == 2 and "<img" not in page.split('id="data">')[1]
+    assert json.loads(page.split('id="data">')[1].split("</script>")[0])["pictures"][0]["id"] == NASTY
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Path:
+    """The page of four pictures on disk, written by the command line."""
+    rows, images, annotations = [], [], []
+    truths = {
+        "good": [true(0), true(30)],
+        "worst": [true(0), true(30), true(60), true(80, iscrowd=True)],
+        "none": [],
+        "other": [true(0)],
+    }
+    for number, (name, objects) in enumerate(truths.items(), start=1):
+        (tmp_path / f"{name}.png").write_bytes(sample(name).image)
+        images.append({"id": number, "file_name": f"{name}.png", "width": 100, "height": 50})
+        annotations += [
+            {"image_id": number, "category_id": 1, "bbox": [item.box[0], 0, 10, 10], "iscrowd": int(item.iscrowd)}
+            for item in objects
+        ]
+    predicted = {
+        "good": [found(0, 0.9), found(30, 0.6, "dog"), found(60, 0.2)],
+        "worst": [found(45, 0.8), found(81, 0.7)],
+        "none": [found(0, 0.4, NASTY)],
+    }
+    rows = [row(name, items, str(tmp_path / f"{name}.png")) for name, items in predicted.items()]
+    answer = [{"box": [0.0, 0.0, 10.0, 10.0], "caption": "cat"}]
+    rows[1] |= {"answer": NASTY, "answer_objects": answer}
+    rows.append(row("broken", None, "broken.png", error=NASTY, width=None, height=None))
+    (tmp_path / "predictions.json").write_text(json.dumps(rows))
+    categories = [{"id": 1, "name": "cat"}]
+    (tmp_path / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return tmp_path
+
+
+def options(folder: Path, *more: str) -> list[str]:
+    return ["--predictions", str(folder / "predictions.json"), "--out", str(folder / "page.html"), *more]
+
+
+def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = options(gallery, "--truth", str(gallery / "instances.json"))
+    assert main(parse(arguments)) == 1
+    printed = capsys.readouterr()
+    assert "4 of 4 pictures" in printed.out and "1 pictures: not in" in printed.err and "broken.png" in printed.err
+    with pytest.raises(ValueError, match="exists: give another --out, or --overwrite"):
+        main(parse(arguments))
+    rows = json.loads((gallery / "predictions.json").read_text())
+    (gallery / "predictions.json").write_text(json.dumps([{**rows[0], "width": 99}]))
+    with pytest.raises(ValueError, match=r"99 x 50 pixels, but its truth is of 100 x 50"):
+        main(parse([*arguments, "--overwrite"]))
+    (gallery / "predictions.json").write_text('[{"id": NaN}]')
+    with pytest.raises(ValueError, match="a number in it is NaN"):
+        main(parse([*arguments, "--overwrite"]))
+
+
+def test_truth_of_a_converted_data_set(gallery: Path) -> None:
+    """Pictures are known by their bytes, whatever their samples are called, or by their names."""
+    samples = [
+        Sample("1", (gallery / "good.png").read_bytes(), 100, 50, (true(0),)),
+        sample("worst", true(0), true(30)),
+        sample("elsewhere", true(0)),
+    ]
+    write_split(samples, str(gallery / "data"), "val")
+    (gallery / "worst.png").unlink()
+    assert main(parse(options(gallery, "--data", str(gallery / "data"), "--split", "val"))) == 2
+    page = (gallery / "page.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [len(item["truth"]) if item["truth"] else None for item in data["pictures"]] == [1, 2, None, None]
+    assert data["pictures"][1]["image"].startswith("data:")  # of the data set
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium: install one, or name it in CHROMIUM")
+    with open_page(program) as page:
+        yield page
+
+
+STATE = """({
+  summary: byId('summary').textContent,
+  cards: cards.slice().sort((a, b) => a.article.compareDocumentPosition(b.article) & 4 ? -1 : 1)
+    .filter((card) => !card.article.hidden)
+    .map((card) => [card.picture.id, card.article.checkVisibility() ? card.counts.textContent : null]),
+  boxes: [...document.querySelectorAll('.box')].filter((box) => box.checkVisibility())
+    .map((box) => [box.title, ['right', 'false', 'missed', 'ignored'].find((kind) => box.classList.contains(kind))])
+    .map((pair) => pair.join(': ')),
+})"""
+
+
+def test_page_in_a_browser(gallery: Path, browser: Page) -> None:
+    main(parse(options(gallery, "--truth", str(gallery / "instances.json"))))
+    browser.open(gallery / "page.html")
+
+    def state() -> dict[str, Any]:
+        return browser.evaluate(STATE)
+
+    def choose(field: str, value: str) -> dict[str, Any]:
+        how = "checked" if value in ("true", "false") else "value"
+        quoted = value if how == "checked" else json.dumps(value)
+        browser.evaluate(f"(byId('{field}').{how} = {quoted}, byId('{field}').dispatchEvent(new Event('input')))")
+        return state()
+
+    first = state()
+    assert first["cards"] == [
+        ["broken", ""],
+        ["worst", "3 missed, 1 false"],
+        ["none", "0 missed, 1 false"],
+        ["good", "0 missed, 0 false, 1 in other words"],
+    ]
+    assert "found 2 of 5 (40.0 %) · 3 missed · 2 false (precision 50.0 %) · 1 in other words" in first["summary"]
+    assert [box for box in first["boxes"] if not box.startswith("cat: ")] == [
+        "cat 0.80: false", "cat 0.70: ignored", f"{NASTY} 0.40: false", "cat 0.90: right", "dog 0.60: right",
+    ]  # fmt: skip
+    assert first["boxes"].count("cat: missed") == 3 and first["boxes"].count("cat: ignored") == 1
+
+    assert choose("threshold", "0.7")["cards"][1:] == [
+        ["worst", "3 missed, 1 false"],
+        ["good", "1 missed, 0 false"],
+        ["none", "0 missed, 0 false"],
+    ]
+    assert [card[0] for card in choose("errors-only", "true")["cards"]] == ["broken", "worst", "good"]
+    lowest = choose("threshold", "0")
+    assert dict(lowest["cards"])["good"] == "0 missed, 1 false, 1 in other words"
+    text = choose("source", "text")
+    assert dict(text["cards"])["worst"] == "2 missed, 0 false"
+
+
+def test_page_is_harmless_and_shows_what_it_says(gallery: Path, browser: Page, tmp_path: Path) -> None:
+    main(parse(options(gallery, "--truth", str(gallery / "instances.json"))))
+    browser.open(gallery / "page.html")
+    addresses = [
+        event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert [address for address in addresses if not address.startswith(("data:", "file:"))] == []
+    assert sum(address.startswith("file:") for address in addresses) == 1
+    assert not [event for event in browser.events if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    assert browser.evaluate("document.querySelectorAll('script').length") == 2
+    assert browser.evaluate("document.querySelector('.failed').textContent") == NASTY
+    assert browser.evaluate("document.querySelector('pre').textContent") == NASTY
+
+    # A box lies where it is in the picture: the false one of "worst", from (45, 0) to (55, 10) of 100 x 50 pixels.
+    place = browser.evaluate(
+        "(() => { const box = document.querySelector('.box.false').getBoundingClientRect();"
+        "const image = document.querySelector('.box.false').parentElement.querySelector('img').getBoundingClientRect();"
+        "return [(box.left - image.left) / image.width, (box.top - image.top) / image.height,"
+        "(box.right - image.left) / image.width, (box.bottom - image.top) / image.height]; })()"
+    )
+    assert place == pytest.approx([0.45, 0, 0.55, 0.2], abs=0.01)
+
+    # The mouse over a line of the list lights up its box.
+    x, y = browser.evaluate(
+        "(() => { const line = document.querySelector('li.right').getBoundingClientRect();"
+        "window.scrollTo(0, line.top - 300); const now = document.querySelector('li.right').getBoundingClientRect();"
+        "return [now.left + 5, now.top + 5]; })()"
+    )
+    assert browser.evaluate("document.querySelectorAll('.box.lit').length") == 0
+    browser.mouse("mouseMoved", x, y)
+    assert browser.evaluate("document.querySelectorAll('.box.lit').length") == 1
+    browser.screenshot(tmp_path / "seen.png", 900, 700)
+    colours = Image.open(tmp_path / "seen.png").convert("RGB").getcolors(1 << 20) or []
+    assert (77, 163, 255) in {colour for _, colour in colours}, "no box is seen"

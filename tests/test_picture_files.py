@@ -1,0 +1,42 @@
+"""`recipe.picture_files`: which pictures a command line names, and what is written about each."""
+
+from pathlib import Path
+
+import pytest
+
+from recipe.picture_files import entry_of, find_pictures, names_by_file, unique_names
+
+
+def test_files_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("b.jpg", "a.PNG", "notes.txt", ".hidden.png", "deep/er/c.webp", "deep/out/drawn.png", "[1].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+
+    def found(*arguments: str) -> list[str]:
+        return [path.as_posix() for path in find_pictures(arguments, left_out=Path("deep/out"))]
+
+    assert found(".") == ["[1].png", "a.PNG", "b.jpg", "deep/er/c.webp"]
+    assert found("b.jpg", ".", "b.jpg")[:2] == ["b.jpg", "[1].png"]
+    assert found("*.jpg") == ["b.jpg"]
+    assert found("**/*.webp", "deep") == ["deep/er/c.webp"]
+    assert found("[1].png", "notes.txt", "gone.png") == ["[1].png", "notes.txt", "gone.png"]
+    assert found("deep/out") == ["deep/out/drawn.png"]  # named, so wanted
+    (tmp_path / "empty").mkdir()
+    for nothing in ("*.gif", "empty"):
+        with pytest.raises(ValueError, match="names no picture"):
+            found(nothing)
+
+
+def test_an_entry_of_several_files_of_one_name():
+    names = names_by_file(["train/x.png", "val/x.png", "y.png"])
+    assert entry_of(Path("data/val/x.png"), names) == "val/x.png"
+    assert entry_of(Path("elsewhere/y.png"), names) == "y.png"
+    assert entry_of(Path("z.png"), names) is None
+    with pytest.raises(ValueError, match="can be any of"):
+        entry_of(Path("elsewhere/x.png"), names_by_file(["x.png", "elsewhere/x.png"]))
+
+
+def test_names_are_kept_apart(tmp_path: Path):
+    paths = [tmp_path / name for name in ("a/x.png", "b/x.jpg", "b/X.png", "c/x-2.png", "d/x.tar.png")]
+    assert unique_names(paths, tmp_path / "out") == ["x", "x-2", "X-3", "x-2-2", "x.tar"]
