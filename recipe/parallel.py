@@ -61,6 +61,8 @@ def check_parallelism(trainer: Mapping[str, Any], version: int) -> None:
     if version not in _CONFIGS:
         raise ConfigError(f"fsdp_version is {version}: it must be 1 or 2")
     sections = trainer.get("parallelism_config") or {}
+    if not isinstance(sections, Mapping):
+        raise ConfigError(f"{where} is {sections!r}: give fsdp with its keywords, or null for DDP")
     for key in sections:
         if key == "fsdp2":
             raise ConfigError(

@@ -105,7 +105,8 @@ def newest_valid(folder: str) -> Found | None:
     for name, reason in rejected.items():
         _warn(place.address(name), reason)
     # Of two names of one checkpoint, the one it was saved under before the one of the best.
-    for name in sorted(manifests, key=lambda name: (-manifests[name].batch, bool(manifests[name].metric))):
+    order = {name: (manifest.progress, not manifest.metric) for name, manifest in manifests.items()}
+    for name in sorted(order, key=lambda name: order[name], reverse=True):
         manifest = manifests[name]
         reason = check(place, name, manifest)
         if reason is None and manifest.weights_only:

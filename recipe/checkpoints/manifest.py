@@ -71,6 +71,11 @@ class Manifest:
         """Finished batches."""
         return self.timestamp["batch"]
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Orders checkpoints: after the last batch of an epoch there may be one before and one after its end."""
+        return self.timestamp["batch"], self.timestamp["epoch"]
+
 
 def describe(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Origin:
     """What this run is made from.

@@ -26,6 +26,7 @@ from recipe.checkpoints.writing import (
     write_shards,
 )
 from recipe.config import RecipeConfig
+from recipe.redact import redact, redact_text
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +115,16 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if value is None or not self._is_better(value):
             return
         self.best = value
-        if self.last_checkpoint_batch != state.timestamp.batch:
-            self._save_checkpoint(state, logger)
         last = self._last
-        if last is not None and last.manifest.batch == state.timestamp.batch.value:
+        if self.last_checkpoint_batch != state.timestamp.batch:
+            self._save_checkpoint(state, logger, is_best=True)
+        elif last is not None and last.manifest.batch == state.timestamp.batch.value:
             self._attempt(state, lambda: self._keep_best(state, logger, last, value))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Tells of uploads that failed meanwhile, where Composer's own would end this rank."""
+        for problem in self._failed_uploads(wait=False):
+            log.error("an upload to %s failed: %s. Training goes on", redact(self._given_folder), problem)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Waits for uploads.
@@ -126,7 +132,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         Raises:
             RuntimeError: The last checkpoint could not be written.
         """
-        super().fit_end(state, logger)
+        self._await_uploads(state)
         if self.failure is not None:
             raise RuntimeError(
                 f"training has ended, but its last checkpoint could not be written: {self.failure}. Make room in "
@@ -141,10 +147,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         """
         if self.last_checkpoint_batch != state.timestamp.batch:
             self._save_checkpoint(state, logger)
+        self._await_uploads(state)
         if self.failure is not None:
             raise RuntimeError(f"no checkpoint of batch {state.timestamp.batch.value} could be written: {self.failure}")
-        if self.remote_uploader is not None:
-            self.remote_uploader.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """The best metric so far."""
@@ -154,9 +159,25 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         """Goes on comparing with the best so far."""
         self.best = state.get("best")
 
-    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+    def _save_checkpoint(self, state: State, logger: Logger, is_best: bool = False) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
-        self.failure = self._attempt(state, lambda: self._save(state, logger))
+        self.failure = self._attempt(state, lambda: self._save(state, logger, is_best))
+
+    def _await_uploads(self, state: State) -> None:
+        def wait() -> None:
+            if problems := self._failed_uploads(wait=True):
+                raise OSError("; ".join(problems))
+
+        self.failure = self._attempt(state, lambda: together(wait)) or self.failure
+
+    def _failed_uploads(self, wait: bool) -> list[str]:
+        """Of this rank, each told once; with `wait` all that were begun are ended."""
+        if self.remote_uploader is None:
+            return []
+        ended = [future for future in self.remote_uploader.futures if wait or future.done()]
+        errors = [error for future in ended if (error := future.exception()) is not None]
+        self.remote_uploader.futures = [future for future in self.remote_uploader.futures if future not in ended]
+        return [redact_text(f"{type(error).__name__}: {error}") for error in errors]
 
     def _attempt(self, state: State, action: Callable[[], None]) -> str | None:
         """Why it failed, on every rank; None where it did not."""
@@ -174,7 +195,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             return str(error)
         return None
 
-    def _save(self, state: State, logger: Logger) -> None:
+    def _save(self, state: State, logger: Logger, is_best: bool) -> None:
         sharded = state.fsdp_sharded_state_dict_enabled
         own_file = Path(checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
         target = own_file.parent if sharded else own_file
@@ -192,6 +213,10 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             metric={},
         )
         self._last = last = _Saved(target, manifest, list(written))
+        if is_best and self.best is not None:
+            # Before the checkpoint is whole: who resumes from it need not measure again to know that the best is kept.
+            best = self.best
+            self._attempt(state, lambda: self._keep_best(state, logger, last, best))
         together(lambda: self._publish(state, logger, last))
         together(lambda: self._point_latest(state, logger, target))
         if written:
@@ -227,6 +252,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         """The manifest, and the uploads: the manifest after what it describes."""
         paths = [saved.folder / name for name in saved.own]
         if dist.get_global_rank() == 0:
+            for name in saved.manifest.files if self.remote_uploader is None else ():
+                if not (saved.folder / name).is_file():
+                    raise OSError(f"{name} of another rank is not in {saved.folder}: all nodes must share the folder")
             path = Path(manifest_of(str(saved.target), saved.manifest.sharded))
             write_manifest(saved.manifest, path)
             paths.append(path)
@@ -294,7 +322,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         found, _ = read_manifests(LocalFolder(folder))
         # Broken ones of later batches must not make valid ones look old.
         ours = {name: one for name, one in found.items() if not one.metric and one.batch <= state.timestamp.batch.value}
-        newest_first = sorted(ours, key=lambda name: ours[name].batch, reverse=True)
+        newest_first = sorted(ours, key=lambda name: ours[name].progress, reverse=True)
         for name in newest_first[self.num_checkpoints_to_keep :]:
             (folder / manifest_of(name, ours[name].sharded)).unlink()
             if ours[name].sharded:

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from composer import Callback, State
 
 from recipe.checkpoints import saver
-from recipe.checkpoints.find import newest_valid
-from recipe.checkpoints.manifest import parse_manifest
+from recipe.checkpoints.find import LocalFolder, newest_valid
+from recipe.checkpoints.manifest import FileEntry, parse_manifest, verify
+from recipe.checkpoints.writing import write_file
 from tests.checkpoints.checkpoint_cases import ORIGIN, AtBatch, make_saver, make_trainer, train, truncate
 
 
@@ -125,6 +127,116 @@ def test_the_best_may_be_the_least_and_must_be_measured(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"save_best.metric eval/other is measured .*: choose one of eval/box_ap50"):
         trainer.fit()
     trainer.close()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", ["_keep_best", "_publish", "_point_latest", "_rotate"])
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_kill_while_saving_loses_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_before: bool
+) -> None:
+    """Before and after each step of the best batch's checkpoint; the same command goes on and ends as if not killed."""
+    values = [0.2, 0.5, 0.4]
+    original = getattr(saver.CheckpointSaver, step)
+
+    def killed(self: Any, state: State, *args: Any) -> None:
+        if not is_before:
+            original(self, state, *args)
+        if state.timestamp.batch == 2:
+            raise Killed
+        if is_before:
+            original(self, state, *args)
+
+    def run() -> None:
+        found = newest_valid(str(tmp_path))
+        one = make_saver(tmp_path, metric="eval/box_ap50", num_checkpoints_to_keep=1)
+        trainer = make_trainer(one, 3, None if found is None else found.path, (Measure(values),))
+        trainer.fit()
+        trainer.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.CheckpointSaver, step, killed)
+        with pytest.raises(Killed):
+            run()
+    run()
+    kept = parse_manifest((tmp_path / "best-rank0.pt.manifest.json").read_bytes())
+    assert (kept.metric, kept.batch) == ({"eval/box_ap50": 0.5}, 2)
+    assert verify(kept, tmp_path) is None
+    found = newest_valid(str(tmp_path))
+    assert found is not None and found.manifest.batch == 3
+
+
+def test_before_and_after_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """Two checkpoints of one batch: the one after the epoch's end is the newer one, whatever order the disk tells."""
+    train(tmp_path, 2, filename="ba{batch}-ep{epoch}.pt", save_interval="2ba")
+    train(tmp_path, 4, str(tmp_path / "ba2-ep0.pt"), filename="ba{batch}-ep{epoch}.pt", save_interval="1ep")
+    assert {path.name for path in tmp_path.glob("ba2*.pt")} == {"ba2-ep0.pt", "ba2-ep1.pt"}
+    for path in tmp_path.glob("ba4*"):
+        path.unlink()
+    names = ["ba2-ep0.pt", "ba2-ep1.pt", "ba2-ep0.pt.manifest.json", "ba2-ep1.pt.manifest.json"]
+    for order in (names, names[::-1]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LocalFolder, "names", lambda self, order=order: order)
+            found = newest_valid(str(tmp_path))
+        assert found is not None and Path(found.path).name == "ba2-ep1.pt"
+
+
+class Store:
+    """An uploader of which every upload of a batch's file fails."""
+
+    def __init__(self, failing: str):
+        self.failing = failing
+        self.futures: list[Future[int]] = []
+
+    def init(self) -> None:
+        pass
+
+    def upload_file_async(self, remote_file_name: str, file_path: Path, overwrite: bool) -> None:
+        future: Future[int] = Future()
+        if self.failing in remote_file_name:
+            future.set_exception(Exception("no answer from https://user:word@host"))
+        else:
+            future.set_result(0)
+        self.futures.append(future)
+
+    def wait_and_close(self) -> None:
+        pass
+
+
+def test_an_upload_that_fails_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = make_saver(tmp_path)
+    one.remote_uploader = Store("ba2.pt.")  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = make_trainer(one, 3)
+    trainer.fit()
+    trainer.close()
+    assert f"an upload to {tmp_path} failed: Exception: no answer from https://<redacted>@host" in caplog.text
+    assert "word" not in caplog.text
+
+
+def test_the_last_upload_must_succeed(tmp_path: Path) -> None:
+    one = make_saver(tmp_path)
+    one.remote_uploader = Store("ba3.pt.")  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = make_trainer(one, 3)
+    with pytest.raises(RuntimeError, match=r"its last checkpoint could not be written: .*no answer"):
+        trainer.fit()
+    trainer.close()
+
+
+def test_shards_on_another_nodes_disk_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def with_another(content: Any, path: Path) -> dict[str, FileEntry]:
+        return {**write_file(content, path), "__1_0.distcp": FileEntry(1, "")}
+
+    monkeypatch.setattr(saver, "write_file", with_another)
+    trainer = make_trainer(make_saver(tmp_path), 1)
+    with pytest.raises(RuntimeError, match=r"__1_0.distcp of another rank is not in .*: all nodes must share"):
+        trainer.fit()
+    trainer.close()
+    assert newest_valid(str(tmp_path)) is None
 
 
 def test_a_disk_that_is_full_before_writing(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
