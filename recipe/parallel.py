@@ -85,6 +85,11 @@ def check_parallelism(trainer: Mapping[str, Any], version: int) -> None:
             raise ConfigError(f"unknown key {where}.fsdp.{key} with fsdp_version {version}: {nearest(key, allowed)}")
         if value not in _CHOICES.get(key, (value,)):
             raise ConfigError(f"{where}.fsdp.{key} is {value!r}: it must be one of {', '.join(_CHOICES[key])}")
+    is_sharded = keywords.get("state_dict_type") == "sharded"
+    if "sharded_ckpt_prefix_dir" in keywords and not is_sharded:
+        raise ConfigError(f"{where}.fsdp.sharded_ckpt_prefix_dir is ignored without state_dict_type: sharded")
+    if keywords.get("load_monolith_rank0_only") and is_sharded:
+        raise ConfigError(f"{where}.fsdp.load_monolith_rank0_only is for state_dict_type: full, leave it out")
     if trainer.get("precision") is None:
         raise ConfigError(f"missing trainer.precision: {where}.fsdp needs it, such as amp_bf16 (fp32 on the CPU)")
 
