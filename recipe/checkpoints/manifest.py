@@ -19,6 +19,7 @@ from recipe.redact import redact
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a file that is being written
+UNFINISHED = f".unfinished{PARTIAL}"  # ends the name of an empty file, there until the checkpoint has its manifest
 
 
 @dataclass(frozen=True)

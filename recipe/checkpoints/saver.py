@@ -14,19 +14,31 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import checkpoint, create_symlink_file, dist, format_name_with_dist, parse_uri
 
-from recipe.checkpoints.find import LocalFolder, read_manifests
-from recipe.checkpoints.manifest import PARTIAL, FileEntry, Manifest, Origin, manifest_of, rename, write_manifest
+from recipe.checkpoints.find import LocalFolder, clean, has_manifest, open_folder, read_manifests
+from recipe.checkpoints.manifest import (
+    PARTIAL,
+    UNFINISHED,
+    FileEntry,
+    Manifest,
+    Origin,
+    manifest_of,
+    rename,
+    write_manifest,
+)
 from recipe.checkpoints.writing import (
     WriteError,
     check_space,
+    failed_uploads,
+    link,
     num_bytes,
     state_of_training,
     together,
+    upload_executor,
     write_file,
     write_shards,
 )
 from recipe.config import RecipeConfig
-from recipe.redact import redact, redact_text
+from recipe.redact import redact
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +106,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
         super().__init__(**keywords)
+        if self.remote_uploader is not None:
+            self.remote_uploader.upload_executor = upload_executor(self.num_concurrent_uploads)
         self.origin = origin
         self.metric = metric
         self.mode = mode
@@ -105,9 +119,10 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Removes what a killed process left half written."""
         if dist.get_global_rank() == 0:
-            for path in self._local_folder(state).rglob(f"*{PARTIAL}"):
-                path.unlink()
+            clean(self._local_folder(state), state.timestamp.batch.value)
         super().fit_start(state, logger)
+        if self.metric is not None and not together(lambda: self._has_best(state)):
+            self.best = None  # of another run that this one started from
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Keeps the checkpoint of the best evaluation; the state is that of the batch just finished."""
@@ -123,7 +138,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Tells of uploads that failed meanwhile, where Composer's own would end this rank."""
-        for problem in self._failed_uploads(wait=False):
+        for problem in failed_uploads(self.remote_uploader, wait=False):
             log.error("an upload to %s failed: %s. Training goes on", redact(self._given_folder), problem)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -165,19 +180,10 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def _await_uploads(self, state: State) -> None:
         def wait() -> None:
-            if problems := self._failed_uploads(wait=True):
+            if problems := failed_uploads(self.remote_uploader, wait=True):
                 raise OSError("; ".join(problems))
 
         self.failure = self._attempt(state, lambda: together(wait)) or self.failure
-
-    def _failed_uploads(self, wait: bool) -> list[str]:
-        """Of this rank, each told once; with `wait` all that were begun are ended."""
-        if self.remote_uploader is None:
-            return []
-        ended = [future for future in self.remote_uploader.futures if wait or future.done()]
-        errors = [error for future in ended if (error := future.exception()) is not None]
-        self.remote_uploader.futures = [future for future in self.remote_uploader.futures if future not in ended]
-        return [redact_text(f"{type(error).__name__}: {error}") for error in errors]
 
     def _attempt(self, state: State, action: Callable[[], None]) -> str | None:
         """Why it failed, on every rank; None where it did not."""
@@ -238,6 +244,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if num_writers:
             check_space(target.parent, num_bytes(content) * num_writers * copies)
         if rank == 0:
+            Path(f"{target}{UNFINISHED}").touch()
             Path(manifest_of(str(target), sharded)).unlink(missing_ok=True)
         if sharded and target.exists() and (rank == 0 or is_remote):
             shutil.rmtree(target)
@@ -257,6 +264,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
                     raise OSError(f"{name} of another rank is not in {saved.folder}: all nodes must share the folder")
             path = Path(manifest_of(str(saved.target), saved.manifest.sharded))
             write_manifest(saved.manifest, path)
+            Path(f"{saved.target}{UNFINISHED}").unlink()
             paths.append(path)
         for path in paths:
             self._upload_checkpoint(self._remote_name(state, path), str(path), [], logger)
@@ -286,14 +294,15 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         manifest = replace(last.manifest, files=files, metric={self.metric: value})
         best = _Saved(target, manifest, [renamed[name] for name in last.own])
 
-        def link() -> None:
+        def rename_all() -> None:
             if dist.get_global_rank() == 0:
+                Path(f"{target}{UNFINISHED}").touch()
                 Path(manifest_of(str(target), sharded)).unlink(missing_ok=True)
             best.folder.mkdir(parents=True, exist_ok=True)
             for name in last.own:
-                _link(last.folder / name, best.folder / renamed[name])
+                link(last.folder / name, best.folder / renamed[name])
 
-        together(link)
+        together(rename_all)
         together(lambda: self._publish(state, logger, best))
         if dist.get_global_rank() == 0:
             log.info("best checkpoint so far: batch %d, %s %g", manifest.batch, self.metric, value)
@@ -330,20 +339,15 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             else:
                 (folder / name).unlink(missing_ok=True)
 
+    def _has_best(self, state: State) -> bool:
+        """On every rank, what rank 0 finds."""
+        name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
+        is_there = dist.get_global_rank() == 0 and has_manifest(open_folder(self._given_folder), name)
+        return dist.all_gather_object(is_there)[0]
+
     def _local_folder(self, state: State) -> Path:
         return Path(format_name_with_dist(self.folder, state.run_name))
 
     def _remote_name(self, state: State, path: Path) -> str:
         prefix = format_name_with_dist(parse_uri(self._given_folder)[2], state.run_name)
         return f"{prefix}/{path.relative_to(self._local_folder(state)).as_posix()}".lstrip("/")
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the disk has none, that replaces `target` at once."""
-    new = target.with_name(target.name + PARTIAL)
-    new.unlink(missing_ok=True)
-    try:
-        new.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, new)
-    rename(new, target)

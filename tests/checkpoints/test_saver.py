@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -15,9 +16,9 @@ import torch
 from composer import Callback, State
 
 from recipe.checkpoints import saver
-from recipe.checkpoints.find import LocalFolder, newest_valid
+from recipe.checkpoints.find import LocalFolder, existing, newest_valid
 from recipe.checkpoints.manifest import FileEntry, parse_manifest, verify
-from recipe.checkpoints.writing import write_file
+from recipe.checkpoints.writing import upload_executor, write_file
 from tests.checkpoints.checkpoint_cases import ORIGIN, AtBatch, make_saver, make_trainer, train, truncate
 
 
@@ -184,6 +185,50 @@ def test_before_and_after_the_end_of_an_epoch(tmp_path: Path) -> None:
         assert found is not None and Path(found.path).name == "ba2-ep1.pt"
 
 
+@pytest.mark.parametrize("step", ["_write", "_publish"])
+def test_a_kill_before_the_first_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """What was never finished keeps nobody from beginning, and is gone then; what was finished and lost does."""
+    original = getattr(saver.CheckpointSaver, step)
+
+    def killed(self: Any, *args: Any) -> None:
+        if step == "_write":
+            original(self, *args)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.CheckpointSaver, step, killed)
+        with pytest.raises(Killed):
+            train(tmp_path, 1)
+    assert (tmp_path / "ba1.pt").exists() and existing(str(tmp_path)) == []
+    train(tmp_path, 2, save_interval="2ba")
+    assert not list(tmp_path.glob("ba1*"))
+    (tmp_path / "ba2.pt.manifest.json").unlink()
+    assert existing(str(tmp_path)) == ["ba2.pt"]
+
+
+def test_started_anew_over_an_older_run(tmp_path: Path) -> None:
+    train(tmp_path, 3)
+    train(tmp_path, 2)
+    found = newest_valid(str(tmp_path))
+    assert found is not None and found.manifest.batch == 2, "the older run's ba3.pt must not be resumed from"
+    assert (tmp_path / "ba3.pt").exists()
+
+
+def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
+    for folder, steps, values in (("a", 2, [0.2, 0.9]), ("b", 4, [0, 0, 0.6, 0.5])):
+        one = make_saver(tmp_path / folder, metric="eval/box_ap50")
+        start = str(tmp_path / "a" / "ba2.pt") if folder == "b" else None
+        trainer = make_trainer(one, steps, start, (Measure(values),))
+        trainer.fit()
+        trainer.close()
+    assert parse_manifest((tmp_path / "b" / "best-rank0.pt.manifest.json").read_bytes()).batch == 3
+
+
+def test_uploads_go_on_after_sigterm() -> None:
+    with upload_executor(1) as executor:
+        assert executor.submit(signal.getsignal, signal.SIGTERM).result() == signal.SIG_IGN
+
+
 class Store:
     """An uploader of which every upload of a batch's file fails."""
 
@@ -261,7 +306,7 @@ def test_a_disk_that_fills_while_writing(
     trainer.close()
     assert "No space left on device" in caplog.text
     assert {path.name for path in small_disk.iterdir()} >= {"ba1.pt", "ba1.pt.manifest.json"}
-    assert not list(small_disk.glob("ba2*")), "nothing of what was written is left"
+    assert {path.name for path in small_disk.glob("ba2*")} == {"ba2.pt.unfinished.partial"}, "a name, no content"
     found = newest_valid(str(small_disk))
     assert found is not None and found.manifest.batch == 1
 
@@ -278,7 +323,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     )
     trainer.fit()
     trainer.close()
-    assert {path.name for path in tmp_path.glob("ba*")} == {
+    assert {path.name for path in tmp_path.glob("ba*")} == {"ba2.pt.unfinished.partial"} | {
         name for batch in (1, 3) for name in (f"ba{batch}.pt", f"ba{batch}.pt.manifest.json")
     }
     assert "File too large" in caplog.text
