@@ -29,6 +29,7 @@ from recipe.inference import predict_batch
 from recipe.joint import JointModel
 from recipe.logging_setup import setup_logging
 from recipe.pictures import displayed_size, open_image
+from recipe.redact import redact_text
 from recipe.schema import DetectedObject, Example, Prediction, Sample
 
 PREDICTIONS_FILE = "predictions.json"
@@ -208,4 +209,4 @@ if __name__ == "__main__":
     try:
         sys.exit(1 if main(parse(sys.argv[1:])) else 0)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(redact_text(f"error: {error}"))

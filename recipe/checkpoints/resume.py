@@ -1,7 +1,7 @@
 """Decide what a run starts from: its own newest valid checkpoint, the one that `load_path` names, or nothing."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,11 +33,24 @@ def load_keywords(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
         ValueError: On every rank: there are checkpoints but none may be resumed from, or the one to start from is
             broken or does not fit.
     """
+    return _of_rank_0(lambda: _look(config, origin))
+
+
+def weights_keywords(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
+    """The Trainer's `load_*` keywords to load the weights of `load_path` and no more; called by all ranks.
+
+    Raises:
+        ValueError: On every rank: it is broken, or does not fit.
+    """
+    return _of_rank_0(lambda: _given(config, origin, weights_only=True))
+
+
+def _of_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     keywords: dict[str, Any] = {}
     error: Exception | None = None
     if dist.get_global_rank() == 0:
         try:
-            keywords = _look(config, origin)
+            keywords = look()
         except Exception as raised:  # told to the others, then raised
             error = raised
     agree(error)
@@ -68,6 +81,10 @@ def _look(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
         log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
         _check_fit(config, origin, found)
         return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
+    return _given(config, origin, config.trainer.get("load_weights_only", False))
+
+
+def _given(config: RecipeConfig, origin: Origin, weights_only: bool) -> dict[str, Any]:
     if config.load_path is None:
         return {"load_path": None}
     path = _resolve(config.load_path)
@@ -76,7 +93,7 @@ def _look(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
         log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
         return _keywords(path, weights_only=True)
     _check_fit(config, origin, found)
-    return _keywords(path, found.manifest.weights_only or config.trainer.get("load_weights_only", False))
+    return _keywords(path, found.manifest.weights_only or weights_only)
 
 
 def _keywords(path: str, weights_only: bool) -> dict[str, Any]:
