@@ -191,6 +191,8 @@ def _check_nan_rollback(config: NaNRollbackConfig) -> None:
                 check_choice(f"nan_rollback.{name}.action", value, [action.name.lower() for action in Action])
             elif not isinstance(value, str) and not 0 < value < inf:
                 raise ConfigError(f"nan_rollback.{name}.{key} is {value}: it must be above 0")
+    if config.nan_ratio is not None and config.nan_ratio.ratio > 1:
+        raise ConfigError(f"nan_rollback.nan_ratio.ratio is {config.nan_ratio.ratio}: it must be a share, 1 or less")
 
 
 def _check_schedule(config: RecipeConfig) -> None:

@@ -14,6 +14,7 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import checkpoint, create_symlink_file, dist, format_name_with_dist, parse_uri
 
+from recipe.algorithms.snapshot import weights_are_finite
 from recipe.checkpoints.find import LocalFolder, clean, has_manifest, open_folder, read_manifests
 from recipe.checkpoints.manifest import (
     PARTIAL,
@@ -94,8 +95,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     """Composer's saver, its names and its uploads, with checkpoints that can be trusted.
 
     A file is written under another name, flushed and renamed; a sharded folder is whole when its manifest, the last
-    file, is there. A checkpoint that cannot be written is told as an error and training goes on; only that the last
-    one of the run could not be written ends it with an error.
+    file, is there. A checkpoint that cannot be written, or whose weights are not finite, is told as an error and
+    training goes on; only that the last one of the run could not be written ends it with an error.
 
     Args:
         origin: Of the run, for the manifest.
@@ -150,8 +151,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self._await_uploads(state)
         if self.failure is not None:
             raise RuntimeError(
-                f"training has ended, but its last checkpoint could not be written: {self.failure}. Make room in "
-                f"{self._given_folder} and run the same command again: it goes on from the newest checkpoint there"
+                f"training has ended, but its last checkpoint could not be written: {self.failure}. Where "
+                f"{self._given_folder} is full, make room; then run the same command again: it goes on from the newest "
+                "checkpoint there"
             )
 
     def save_now(self, state: State, logger: Logger) -> None:
@@ -176,7 +178,13 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def _save_checkpoint(self, state: State, logger: Logger, is_best: bool = False) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
-        self.failure = self._attempt(state, lambda: self._save(state, logger, is_best))
+        if weights_are_finite(state):
+            self.failure = self._attempt(state, lambda: self._save(state, logger, is_best))
+            return
+        # A run could not go on from it, nor would it look at older ones.
+        self.failure = "its weights are not finite"
+        if dist.get_global_rank() == 0:
+            log.error("no checkpoint of batch %d is written: %s", state.timestamp.batch.value, self.failure)
 
     def _await_uploads(self, state: State) -> None:
         def wait() -> None:

@@ -256,3 +256,22 @@ def test_anomaly_mode_is_on_for_its_window_only(tmp_path: Path):
     train([make_batch(index) for index in range(4)], tmp_path, config=config, extras=[note])
     assert seen == [False, False, True, True, True, True, False, False]
     assert not torch.is_anomaly_enabled()
+
+
+def test_an_audit_that_cannot_be_written_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Rank 0 alone writes it: the others would wait for ever."""
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING, "recipe"):
+        _, guard = train([make_batch(0), poisoned(1), make_batch(2)], tmp_path / "file")
+    assert "audit of bad batches could not be written" in caplog.text
+    assert "batch 1: skip, because of loss_fit" in caplog.text and guard.num_skipped == 1
+
+
+def test_a_bad_weight_that_never_trains_is_put_back_too(tmp_path: Path):
+    """Of a group with rate 0, which is not in the optimizer."""
+    trainer, guard = make_trainer([make_batch(index) for index in range(4)], tmp_path)
+    frozen = trainer.state.optimizers[0].param_groups.pop(0)["params"][0]
+    before = frozen.detach().clone()
+    trainer.state.callbacks.append(Do(Event.BATCH_START, [2], spoil_weight))
+    trainer.fit()
+    assert torch.equal(frozen, before) and guard.num_rollbacks == 1

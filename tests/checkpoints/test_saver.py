@@ -327,3 +327,19 @@ def test_a_file_that_may_not_grow(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         name for batch in (1, 3) for name in (f"ba{batch}.pt", f"ba{batch}.pt.manifest.json")
     }
     assert "File too large" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """Else the newest valid checkpoint would be one that no run can go on from."""
+
+    class Spoil(Callback):
+        def batch_end(self, state: State, logger: Any) -> None:
+            if state.timestamp.batch == 2:
+                torch.nn.init.constant_(next(state.model.parameters()), float("nan"))
+
+    made = make_trainer(make_saver(tmp_path), 2, callbacks=(Spoil(),))
+    with pytest.raises(RuntimeError, match="last checkpoint could not be written: its weights are not finite"):
+        made.fit()
+    assert not (tmp_path / "ba2.pt").exists()
+    found = newest_valid(str(tmp_path))
+    assert found is not None and found.manifest.batch == 1
