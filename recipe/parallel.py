@@ -41,8 +41,10 @@ _REFUSED: Mapping[str, str] = {
     "use_orig_params": "leave it out: parameter groups need it to be true",
 }
 _CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: FSDP2Config}
-_CHOICES: Mapping[str, tuple[str, ...]] = {
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "backward_prefetch": ("BACKWARD_PRE", "BACKWARD_POST", "NONE"),
     "mixed_precision": ("DEFAULT", "PURE", "FULL"),
+    "reshard_after_forward": (True, False),
     "sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP"),
     "state_dict_type": ("full", "sharded"),
 }
@@ -85,7 +87,9 @@ def check_parallelism(trainer: Mapping[str, Any], version: int) -> None:
         if key not in allowed:
             raise ConfigError(f"unknown key {where}.fsdp.{key} with fsdp_version {version}: {nearest(key, allowed)}")
         if value not in _CHOICES.get(key, (value,)):
-            raise ConfigError(f"{where}.fsdp.{key} is {value!r}: it must be one of {', '.join(_CHOICES[key])}")
+            raise ConfigError(
+                f"{where}.fsdp.{key} is {value!r}: it must be one of {', '.join(map(str, _CHOICES[key]))}"
+            )
     is_sharded = keywords.get("state_dict_type") == "sharded"
     if "sharded_ckpt_prefix_dir" in keywords and not is_sharded:
         raise ConfigError(f"{where}.fsdp.sharded_ckpt_prefix_dir is ignored without state_dict_type: sharded")

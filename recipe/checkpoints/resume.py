@@ -11,7 +11,7 @@ from composer.utils.file_helpers import extract_path_from_symlink
 
 from recipe.checkpoints.find import Found, check, existing, newest_valid, open_folder, read_manifest
 from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS
-from recipe.checkpoints.manifest import Origin, differences
+from recipe.checkpoints.manifest import MANIFEST, Origin, differences
 from recipe.checkpoints.saver import save_folder
 from recipe.config import RecipeConfig
 from recipe.data.agreement import agree
@@ -89,6 +89,11 @@ def _given(config: RecipeConfig, origin: Origin, weights_only: bool) -> dict[str
         return {"load_path": None}
     path = _resolve(config.load_path)
     found = _described(path)
+    if found is None and "://" not in path and Path(path).is_dir():
+        raise ValueError(
+            f"load_path {redact(path)} is a folder without {MANIFEST}, so no checkpoint of a run: give one of its .pt "
+            "files; a model in Hugging Face's form is model.pretrained_model_name_or_path"
+        )
     if found is None:
         log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
         return _keywords(path, weights_only=True)

@@ -52,6 +52,12 @@ def test_load_path_of_a_run_of_ours_is_loaded_whole(run_folder: Path, tmp_path: 
     assert load_keywords(asked, ORIGIN) == keywords(checkpoints / "ba1.pt", weights_only=True)
 
 
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "exported").mkdir()
+    with pytest.raises(ValueError, match=r"exported is a folder without manifest\.json.*pretrained_model_name_or_path"):
+        load_keywords(config(tmp_path / "new", tmp_path / "exported"), ORIGIN)
+
+
 def test_of_a_foreign_one_only_weights(run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     foreign = tmp_path / "foreign.pt"
     shutil.copy(run_folder / "checkpoints" / "ba1.pt", foreign)
