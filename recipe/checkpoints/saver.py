@@ -115,7 +115,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             return
         self.best = value
         if self.last_checkpoint_batch != state.timestamp.batch:
-            self._save_checkpoint(state, logger)
+            self._save_checkpoint(state, logger, best=value)
+            return
         last = self._last
         if last is not None and last.manifest.batch == state.timestamp.batch.value:
             self._attempt(state, lambda: self._keep_best(state, logger, last, value))
@@ -154,9 +155,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         """Goes on comparing with the best so far."""
         self.best = state.get("best")
 
-    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+    def _save_checkpoint(self, state: State, logger: Logger, best: float | None = None) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
-        self.failure = self._attempt(state, lambda: self._save(state, logger))
+        self.failure = self._attempt(state, lambda: self._save(state, logger, best))
 
     def _attempt(self, state: State, action: Callable[[], None]) -> str | None:
         """Why it failed, on every rank; None where it did not."""
@@ -174,7 +175,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             return str(error)
         return None
 
-    def _save(self, state: State, logger: Logger) -> None:
+    def _save(self, state: State, logger: Logger, best: float | None) -> None:
         sharded = state.fsdp_sharded_state_dict_enabled
         own_file = Path(checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
         target = own_file.parent if sharded else own_file
@@ -192,6 +193,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             metric={},
         )
         self._last = last = _Saved(target, manifest, list(written))
+        if best is not None:
+            # Killed before the best one is there, the run must not go on from this one, which is past the evaluation.
+            self._attempt(state, lambda: self._keep_best(state, logger, last, best))
         together(lambda: self._publish(state, logger, last))
         together(lambda: self._point_latest(state, logger, target))
         if written:
