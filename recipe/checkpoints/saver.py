@@ -228,7 +228,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         )
         self._last = last = _Saved(target, manifest, list(written))
         if is_best and self.best is not None:
-            # Before the checkpoint is whole: who resumes from it need not measure again to know that the best is kept.
+            # Before the checkpoint is whole: who resumes from it does not measure again, as it is past the evaluation.
             best = self.best
             self._attempt(state, lambda: self._keep_best(state, logger, last, best))
         together(lambda: self._publish(state, logger, last))

@@ -119,6 +119,26 @@ def test_the_best_is_kept_and_outlives_rotation_and_resume(tmp_path: Path) -> No
     assert told["timestamp"]["batch"] == 6
 
 
+def test_killed_before_the_best_is_kept_it_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: object) -> None:
+        raise Killed
+
+    def run(values: list[float]) -> None:
+        found = newest_valid(str(tmp_path))
+        best = make_saver(tmp_path, metric="eval/box_ap50")
+        make_trainer(best, len(values), found and found.path, (Measure(values),)).fit()
+
+    run([0.2])
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(saver.CheckpointSaver, "_keep_best", kill)
+        run([0.2, 0.5, 0.4])
+    run([0.2, 0.5, 0.4])
+    assert json.loads((tmp_path / "best-rank0.pt.manifest.json").read_text())["timestamp"]["batch"] == 2
+
+
 def test_the_best_may_be_the_least_and_must_be_measured(tmp_path: Path) -> None:
     trainer = make_trainer(make_saver(tmp_path, metric="box_ap50", mode="min"), 3, None, (Measure([3, 1, 2]),))
     trainer.fit()
