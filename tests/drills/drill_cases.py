@@ -18,8 +18,8 @@ from recipe.config import (
     SchedulerConfig,
     StagedFreezingConfig,
     TeacherConfig,
-    save_config,
 )
+from recipe.config_file import save_config
 from tests.tiny_cases import make_config
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 24, 2, 3  # batches
