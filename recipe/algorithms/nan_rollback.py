@@ -160,7 +160,6 @@ class NaNRollback(Algorithm):
         if weights_are_finite(state):
             self.snapshot.take(state)
         else:
-            # Before a checkpoint is made of them.
             self._reject(state, logger, ["weights"])
 
     def _flag_outputs(self, state: State) -> None:
