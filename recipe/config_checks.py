@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from recipe.algorithms.watch import Action
 from recipe.callbacks.table import CALLBACKS, LOGGERS
+from recipe.checkpoints.saver import save_folder
 from recipe.config import GROUPS, ConfigError, NaNRollbackConfig, RecipeConfig
 from recipe.config_file import load_config
 from recipe.keyword_checks import check_choice, check_loader, check_stream, check_table, check_time, check_trainer
@@ -193,6 +194,8 @@ def _check_nan_rollback(config: NaNRollbackConfig) -> None:
                 check_choice(f"nan_rollback.{name}.action", value, [action.name.lower() for action in Action])
             elif not isinstance(value, str) and not 0 < value < inf:
                 raise ConfigError(f"nan_rollback.{name}.{key} is {value}: it must be above 0")
+    if config.nan_ratio is not None and config.nan_ratio.ratio > 1:
+        raise ConfigError(f"nan_rollback.nan_ratio.ratio is {config.nan_ratio.ratio}: it must be a share, 1 or less")
 
 
 def _check_schedule(config: RecipeConfig) -> None:
@@ -248,11 +251,25 @@ def _check_saving(config: RecipeConfig) -> None:
             f"trainer.parallelism_config.fsdp.sharded_ckpt_prefix_dir is {prefix!r}: it must hold {{batch}}, so that "
             "an older checkpoint is left where the newest is broken"
         )
-    if config.save_best.metric is not None:
-        if trainer.get("save_folder", "") is None:
-            raise ConfigError("save_best.metric is set but trainer.save_folder is null: give a folder")
-        if trainer.get("save_num_checkpoints_to_keep") == 0:
-            raise ConfigError("save_best.metric needs trainer.save_num_checkpoints_to_keep of 1 or more, or -1")
+    folder = save_folder(config)
+    if folder is not None and "{" in folder:
+        raise ConfigError(
+            f"trainer.save_folder, or run_folder, makes {folder!r}: write the name out, so that the checkpoints are "
+            "found where the run is started again"
+        )
+    kept = trainer.get("save_num_checkpoints_to_keep", -1)
+    if type(kept) is not int or not (kept == -1 or kept >= 1):
+        raise ConfigError(
+            f"trainer.save_num_checkpoints_to_keep is {kept!r}: it must be 1 or more, or -1 for all; what is uploaded "
+            "to a store is never removed"
+        )
+    if config.autoresume and trainer.get("save_ignore_keys"):
+        raise ConfigError(
+            "trainer.save_ignore_keys: a run could not go on as before from a checkpoint that lacks something; leave "
+            "it out, or set autoresume: false"
+        )
+    if config.save_best.metric is not None and folder is None:
+        raise ConfigError("save_best.metric is set but trainer.save_folder is null: give a folder")
 
 
 def _get(config: RecipeConfig, key: str) -> Any:

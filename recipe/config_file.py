@@ -67,7 +67,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         try:
             OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"cannot read the value of {override!r}: {_flatten(error)}") from error
+            raise ConfigError(f"cannot read the value of {key}: {_flatten(error)}") from error  # it may be a secret
     return OmegaConf.from_dotlist(list(overrides))
 
 

@@ -9,7 +9,9 @@ from composer.utils import dist, get_device, reproducibility
 
 from recipe.build import build_encoder, build_model, load_processor
 from recipe.callbacks.table import build_callbacks, build_loggers
-from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS, safe_loading
+from recipe.checkpoints.loading import safe_loading
+from recipe.checkpoints.manifest import describe
+from recipe.checkpoints.resume import weights_keywords
 from recipe.config import RecipeConfig
 from recipe.config_checks import config_from_command_line
 from recipe.data.agreement import DIST_TIMEOUT
@@ -30,6 +32,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     teachers = read_teachers(config.teachers, config.seed)
     eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
     model = build_model(config, processor)
+    start = weights_keywords(config, describe(config, processor.tokenizer, model))
     with safe_loading():
         trainer = Trainer(
             model=model,
@@ -37,9 +40,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
             callbacks=build_callbacks(config, processor.tokenizer),
             loggers=build_loggers(config),
             seed=config.seed,
-            load_path=config.load_path,
-            load_weights_only=True,
-            load_exclude_algorithms=list(EXCLUDED_ALGORITHMS),
+            **start,
             parallelism_config=build_parallelism(model, config.trainer, config.fsdp_version),
             precision=config.trainer.get("precision"),
             progress_bar=config.trainer.get("progress_bar", True),

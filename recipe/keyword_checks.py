@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from composer import Callback, Time, Trainer
 from composer.core import Precision
 from streaming import Stream, StreamingDataset
@@ -25,6 +26,7 @@ OWNED_BY_TRAINER: Mapping[str, str] = {
     "seed": "set `seed` at the top of the yaml",
     "load_path": "set `load_path` at the top of the yaml",
     "autoresume": "set `autoresume` at the top of the yaml",
+    "scale_schedule_ratio": "set `max_duration`, and the times of `scheduler` and `staged_freezing`",
     "train_subset_num_batches": "set `max_duration` in batches, such as 100ba",
     "accumulate_train_batch_on_tokens": "leave it out: the losses are normalised over the whole batch already",
 }
@@ -127,6 +129,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         raise ConfigError(f"trainer.device_train_microbatch_size is {microbatch!r}: it must be a whole number above 0")
     if trainer.get("precision") is not None:
         check_choice("trainer.precision", trainer["precision"], [precision.value for precision in Precision])
+    elif torch.cuda.is_available() and trainer.get("device") != "cpu":
+        raise ConfigError("missing trainer.precision: Composer would take amp_fp16 on a GPU; set amp_bf16, or fp32")
     if trainer.get("precision") == Precision.AMP_FP16.value:
         raise ConfigError(
             "trainer.precision amp_fp16 finds its loss scale by gradients that overflow, which nan_rollback would take "

@@ -41,8 +41,10 @@ _REFUSED: Mapping[str, str] = {
     "use_orig_params": "leave it out: parameter groups need it to be true",
 }
 _CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: FSDP2Config}
-_CHOICES: Mapping[str, tuple[str, ...]] = {
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "backward_prefetch": ("BACKWARD_PRE", "BACKWARD_POST", "NONE"),
     "mixed_precision": ("DEFAULT", "PURE", "FULL"),
+    "reshard_after_forward": (True, False),
     "sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP"),
     "state_dict_type": ("full", "sharded"),
 }
@@ -62,6 +64,8 @@ def check_parallelism(trainer: Mapping[str, Any], version: int) -> None:
     if version not in _CONFIGS:
         raise ConfigError(f"fsdp_version is {version}: it must be 1 or 2")
     sections = trainer.get("parallelism_config") or {}
+    if not isinstance(sections, Mapping):
+        raise ConfigError(f"{where} is {sections!r}: give fsdp with its keywords, or null for DDP")
     for key in sections:
         if key == "fsdp2":
             raise ConfigError(
@@ -83,7 +87,14 @@ def check_parallelism(trainer: Mapping[str, Any], version: int) -> None:
         if key not in allowed:
             raise ConfigError(f"unknown key {where}.fsdp.{key} with fsdp_version {version}: {nearest(key, allowed)}")
         if value not in _CHOICES.get(key, (value,)):
-            raise ConfigError(f"{where}.fsdp.{key} is {value!r}: it must be one of {', '.join(_CHOICES[key])}")
+            raise ConfigError(
+                f"{where}.fsdp.{key} is {value!r}: it must be one of {', '.join(map(str, _CHOICES[key]))}"
+            )
+    is_sharded = keywords.get("state_dict_type") == "sharded"
+    if "sharded_ckpt_prefix_dir" in keywords and not is_sharded:
+        raise ConfigError(f"{where}.fsdp.sharded_ckpt_prefix_dir is ignored without state_dict_type: sharded")
+    if keywords.get("load_monolith_rank0_only") and is_sharded:
+        raise ConfigError(f"{where}.fsdp.load_monolith_rank0_only is for state_dict_type: full, leave it out")
     if trainer.get("precision") is None:
         raise ConfigError(f"missing trainer.precision: {where}.fsdp needs it, such as amp_bf16 (fp32 on the CPU)")
 

@@ -40,6 +40,7 @@ from recipe.prediction_files import (
     refuse_to_overwrite,
     write_rows,
 )
+from recipe.redact import redact_text
 from recipe.schema import Example, Prediction, Sample
 
 
@@ -292,4 +293,4 @@ if __name__ == "__main__":
     try:
         sys.exit(1 if main(parse(sys.argv[1:])) else 0)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(redact_text(f"error: {error}"))

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 REDACTED = "<redacted>"
-_SECRET_WORDS = {"key", "apikey", "token", "password", "passwd", "secret", "secrets", "credential", "credentials"}
-_USER_INFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_SECRET_WORDS = {
+    *("key", "apikey", "token", "password", "passwd", "pwd", "passphrase", "secret", "secrets", "credential"),
+    *("credentials", "authorization", "sig", "signature"),
+}
+_USER_INFO = re.compile(r"(?<=://)[^/\s]+(?=@)")
 _QUERY_VALUE = re.compile(
-    r"(?<=[?&])([^=&#\s]*(?:key|token|password|secret|credential|signature)[^=&#\s]*=)[^&#\s]+", re.I
+    r"(?<=[?&])([^=&#\s]*(?:key|token|password|secret|credential|sig(?:nature)?)[^=&#\s]*=)[^&#\s]+", re.I
 )
 # `api_key=x` and `'api_key': 'x'`, but not the `key=` of Python's sort, which every other traceback shows.
 _ASSIGNED = re.compile(

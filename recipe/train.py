@@ -9,10 +9,11 @@ from composer.utils import dist, get_device, reproducibility
 
 from recipe.algorithms.nan_rollback import TrainingDiverged
 from recipe.build import build_encoder, build_model, load_processor
+from recipe.callbacks.preemption import exit_on_sigterm
 from recipe.callbacks.table import build_callbacks, build_loggers, build_savers
 from recipe.checkpoints.loading import safe_loading
 from recipe.checkpoints.manifest import describe
-from recipe.checkpoints.resume import is_finished, load_keywords
+from recipe.checkpoints.resume import is_finished, load_keywords, restore_random_states
 from recipe.checkpoints.saver import without_saving
 from recipe.config import RecipeConfig
 from recipe.config_checks import config_from_command_line
@@ -65,12 +66,14 @@ def main(config: RecipeConfig) -> Trainer:
     if dist.get_global_rank() == 0:  # not before the checkpoint has been found to fit
         save_config(config, Path(config.run_folder, "config.yaml"))
     if not is_finished(trainer):
+        restore_random_states(trainer)
         trainer.fit()
     return trainer
 
 
 if __name__ == "__main__":
     setup_logging()
+    exit_on_sigterm()
     try:
         main(config_from_command_line(sys.argv[1:]))
     except TrainingDiverged as error:

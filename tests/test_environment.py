@@ -74,6 +74,12 @@ def test_no_other_resolver_reads_the_machine(tmp_path: Path) -> None:
         load(tmp_path, '"${env:AWS_SECRET_ACCESS_KEY}"')
 
 
+def test_a_value_that_cannot_be_read_is_not_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^cannot read the value of loggers.wandb.api_key: ") as error:
+        load(tmp_path, "x", "loggers.wandb.api_key={sesame")
+    assert "sesame" not in str(error.value)
+
+
 def test_secrets_of_a_configuration_are_known_in_any_text(tmp_path: Path) -> None:
     remote = "s3://AKIDEXAMPLE:sesame-street@host/data"
     load(tmp_path, "x", f"train_loader.streams.a.remote={remote}", "loggers.wandb.api_key=opensesame")
@@ -87,6 +93,8 @@ def test_secrets_of_a_configuration_are_known_in_any_text(tmp_path: Path) -> Non
         ("unknown key wandb.api_key=sesame in run.yaml", "unknown key wandb.api_key=<redacted> in run.yaml"),
         ("{'api_key': 'a b', 'lr': 1}", "{'api_key': <redacted>, 'lr': 1}"),
         ("from https://user:word@host/a?token=b&part=2", "from https://<redacted>@host/a?token=<redacted>&part=2"),
+        ("https://user:w@rd@host/a?sv=1&sig=b", "https://<redacted>@host/a?sv=1&sig=<redacted>"),
+        ("{'Authorization': 'Bearer b'}", "{'Authorization': <redacted>}"),
         ("max_new_tokens=5 sorted(names, key=len) KeyError: 'token: none'", None),
     ],
 )

@@ -36,7 +36,7 @@ def make_run(tiny_config: Callable[..., RecipeConfig], scenes: str, tmp_path: Pa
     def make(name: str, max_duration: str, load_path: str | None = None, **trainer: object) -> RecipeConfig:
         loaders = {split: {"shapes": {"local": scenes, "split": split}} for split in ("train", "val")}
         return replace(
-            tiny_config(model={"dtype": "float32"}),
+            tiny_config(model={"dtype": "float32"}, detection_head={"dropout": 0.1}),
             run_folder=str(tmp_path / name),
             load_path=load_path,
             teachers=TeacherConfig({"local": scenes, "split": "teachers"}, num_teachers=1, teacher_ratio=0.5),
@@ -82,7 +82,7 @@ def test_a_run_leaves_what_the_readme_says(make_run: Callable[..., RecipeConfig]
 
 
 def test_resume_in_mid_epoch_gives_the_same_weights(make_run: Callable[..., RecipeConfig]) -> None:
-    """Bit for bit, over the end of an epoch (ten samples, three steps an epoch)."""
+    """Bit for bit, dropout included, over the end of an epoch (ten samples, three steps an epoch)."""
     whole = make_run("whole", "5ba")
     train(whole).close()
     part = make_run("part", "5ba", load_path=f"{whole.run_folder}/checkpoints/ba2.pt")

@@ -160,7 +160,6 @@ class NaNRollback(Algorithm):
         if weights_are_finite(state):
             self.snapshot.take(state)
         else:
-            # Before a checkpoint is made of them.
             self._reject(state, logger, ["weights"])
 
     def _flag_outputs(self, state: State) -> None:
@@ -173,7 +172,8 @@ class NaNRollback(Algorithm):
     def _flag_losses(self, state: State) -> None:
         terms: dict[str, Tensor] = state.loss if isinstance(state.loss, dict) else {"total": state.loss}  # pyright: ignore
         self._microbatches[-1].add(terms)
-        self._losses.append(terms["total"].detach().double())
+        # A copy: Composer scales the loss in place before the backward pass.
+        self._losses.append(terms["total"].detach().to(torch.float64, copy=True))
 
     def _decide(self, state: State, logger: Logger) -> None:
         reading = self._measure(state)

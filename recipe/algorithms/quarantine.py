@@ -56,13 +56,16 @@ class Quarantine:
         self.active: list[str] = []
 
     def write(self, entries: Iterable[AuditEntry]) -> None:
-        """Appends to the audit file, on rank 0."""
+        """Appends to the audit file, on rank 0; a full disk is logged only, as the other ranks go on."""
         if dist.get_global_rank() != 0:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            for entry in entries:
-                file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                for entry in entries:
+                    file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+        except OSError as error:
+            log.error("the audit of bad batches could not be written: %s. Training goes on: make room", error)
 
     def blame(self, ids: Iterable[str]) -> None:
         """Counts the samples of one bad batch, each once however often it is named."""

@@ -10,10 +10,11 @@ from recipe.algorithms.norms import local, square_sums
 
 
 class Snapshot:
-    """A copy of what training moves, of one rank; nothing is gathered. Random states and times are no part of it.
+    """A copy of all weights and what moves them, of one rank; nothing is gathered. Random states and times stay out.
 
-    Host memory: that of the optimizer's parameters and their state on this rank, 12 bytes a parameter for AdamW in
-    float32, over the ranks of a node; pinned memory comes in powers of two, so up to twice as much.
+    Weights that never train are in it too, as a fault of the memory hits them like others. Host memory: that of the
+    weights and optimizer state on this rank, 12 bytes a trained parameter for AdamW in float32 and 4 of others, over
+    the ranks of a node; pinned memory comes in powers of two, so up to twice as much.
     """
 
     def __init__(self):
@@ -63,10 +64,10 @@ def _state_name(index: int, key: str) -> str:
 
 
 def _live_tensors(state: State) -> dict[str, Tensor]:
-    """This rank's part of every tensor that training moves, by a name."""
+    """This rank's part of every weight, buffer and optimizer state, by a name."""
     tensors: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in state.model.named_buffers()}
+    tensors |= {f"parameter.{name}": parameter for name, parameter in state.model.named_parameters()}
     for index, parameter in enumerate(_parameters(state)):
-        tensors[f"parameter.{index}"] = parameter
         for key, value in state.optimizers[0].state.get(parameter, {}).items():
             tensors[_state_name(index, key)] = value
     return {name: local(tensor).detach() for name, tensor in tensors.items()}

@@ -64,10 +64,11 @@ class MovementCheck:
         ]
         self.sums = bit_sums([parameter for _, _, parameter in self.parameters])
 
-    def finish(self, batch: int, rates: Mapping[str, float]) -> bool:
-        """Judges the step; False where the optimizer may have made none: its gradients were taken away, or not finite.
+    def finish(self, batch: int, rates: Mapping[str, float]) -> set[str]:
+        """Judges the step and returns the trained groups that it could judge: those with a gradient other than 0.
 
-        Collective: one all-reduce and one wait for the device.
+        None at all where the optimizer may have made no step, as the gradients were taken away. Collective: one
+        all-reduce and one wait for the device.
 
         Args:
             batch: For messages.
@@ -82,16 +83,20 @@ class MovementCheck:
         dist.all_reduce(found, reduce_operation="MAX")
         moved, gradients = found.tolist()
         if not any(gradients):
-            return False
+            return set()
         for (group, name, parameter), has_moved in zip(self.parameters, moved, strict=True):
             if has_moved and not parameter.requires_grad:
                 raise RuntimeError(f"batch {batch} changed {name}, though the group {group} is frozen in this stage")
         if not all(map(isfinite, gradients)):
-            return False
+            return set()
+        judged: set[str] = set()
         for group in sorted(self.trained):
             rows = [index for index, entry in enumerate(self.parameters) if entry[0] == group]
+            if not any(gradients[index] for index in rows):
+                continue  # of the head, where no picture of the batch has annotations
+            judged.add(group)
             still = [self.parameters[index][1] for index in rows if not moved[index]]
-            if len(still) == len(rows) and any(gradients[index] for index in rows):
+            if len(still) == len(rows):
                 raise RuntimeError(
                     f"batch {batch} moved no parameter of the group {group}, though it has a gradient: the learning "
                     f"rate {rates[group]:g} is lost in the rounding of {self.parameters[rows[0]][2].dtype} weights"
@@ -101,7 +106,7 @@ class MovementCheck:
                 log.warning(
                     "batch %d left %d parameters of the group %s as they were: %s", batch, len(still), group, some
                 )
-        return True
+        return judged
 
 
 @torch.no_grad()

@@ -70,8 +70,7 @@ class StagedFreezing(Algorithm):
         elif event is Event.BATCH_START:
             self._begin_batch(state, logger)
         elif self._check is not None:
-            if self._check.finish(int(state.timestamp.batch) - 1, _rates(optimizer)):
-                self._unchecked -= self._check.trained
+            self._unchecked -= self._check.finish(int(state.timestamp.batch) - 1, _rates(optimizer))
             self._check = None
 
     def _take_over_scheduler(self, state: State) -> None:

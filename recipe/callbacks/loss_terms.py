@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recipe.algorithms.norms import is_sharded, local, named_groups
 from recipe.callbacks.group_metrics import every_batches
-from recipe.config import LossConfig
+from recipe.config import GROUPS, LossConfig
 from recipe.data.loader import split_batch
 from recipe.joint import JointModel
 from recipe.losses.detection import REPEATS
@@ -81,6 +81,8 @@ class LossGradients(Callback):
 
     def __init__(self, interval: str = "500ba", group: str = "merger"):
         self.num_batches = every_batches(interval)
+        if group not in GROUPS:
+            raise ValueError(f"loss_gradients.group is {group!r}: it must be one of {', '.join(GROUPS)}")
         self.group = group
         self.told = False
 

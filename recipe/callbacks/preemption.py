@@ -18,6 +18,15 @@ from recipe.exit_codes import PREEMPTED
 log = logging.getLogger(__name__)
 
 
+def exit_on_sigterm() -> None:
+    """Until training begins there is nothing to save, so SIGTERM ends the process with `exit_codes.PREEMPTED`."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(PREEMPTED)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 class Preemption(Callback):
     """On SIGTERM to any rank, all ranks save at the end of the batch and exit with `exit_codes.PREEMPTED`.
 
@@ -34,7 +43,7 @@ class Preemption(Callback):
         self._before: Any = None
 
     def init(self, state: State, logger: Logger) -> None:
-        """Listens from here on; before, Composer's own handler ends the process."""
+        """Listens from here on."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
 

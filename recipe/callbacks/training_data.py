@@ -101,11 +101,15 @@ class TrainingData(Callback):
         told = {name: reason for name, reason in told.items() if name not in self.skipped}  # else of an epoch before
         self.skipped |= told.keys()
         if dist.get_global_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                for name, reason in told.items():
-                    log.warning("skipped a sample: %s", reason)
-                    file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
+            for reason in told.values():
+                log.warning("skipped a sample: %s", reason)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    for name, reason in told.items():
+                        file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
+            except OSError as error:  # the other ranks go on
+                log.error("%s could not be written: %s. Training goes on: make room", self.path.name, error)
         if told and len(self.skipped) > self.max_bad_samples:
             raise RuntimeError(
                 f"{len(self.skipped)} samples could not be used, above train_loader.max_bad_samples "

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -9,10 +10,20 @@ from tempfile import TemporaryDirectory
 
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 
-from recipe.checkpoints.manifest import PARTIAL, Manifest, checkpoint_of, manifest_of, parse_manifest, verify
+from recipe.checkpoints.manifest import (
+    PARTIAL,
+    UNFINISHED,
+    Manifest,
+    checkpoint_of,
+    manifest_of,
+    parse_manifest,
+    verify,
+)
 from recipe.redact import redact
 
 log = logging.getLogger(__name__)
+
+REPLACED = ".replaced"  # ends the name of a manifest that counts no more
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,8 @@ def newest_valid(folder: str) -> Found | None:
     for name, reason in rejected.items():
         _warn(place.address(name), reason)
     # Of two names of one checkpoint, the one it was saved under before the one of the best.
-    for name in sorted(manifests, key=lambda name: (-manifests[name].batch, bool(manifests[name].metric))):
+    order = {name: (manifest.progress, not manifest.metric) for name, manifest in manifests.items()}
+    for name in sorted(order, key=lambda name: order[name], reverse=True):
         manifest = manifests[name]
         reason = check(place, name, manifest)
         if reason is None and manifest.weights_only:
@@ -117,9 +129,36 @@ def newest_valid(folder: str) -> Found | None:
 
 
 def existing(folder: str) -> list[str]:
-    """The names of all checkpoints in a folder or store, valid or not."""
+    """The names of all checkpoints in a folder or store, valid or not, but those that were never finished."""
     names = open_folder(folder).names()
-    return sorted({found for name in names if (found := _checkpoint_in(name)) is not None})
+    unfinished = {name.removesuffix(UNFINISHED) for name in names if name.endswith(UNFINISHED)}
+    unfinished -= {checkpoint_of(name) for name in names}
+    return sorted({found for name in names if (found := _checkpoint_in(name)) is not None} - unfinished)
+
+
+def clean(folder: Path, batch: int) -> None:
+    """Of a run that begins at a batch: what a killed one left half written goes, and later checkpoints are set aside.
+
+    Where they are valid, the run was told to start anew: it must not be resumed from what it replaces.
+    """
+    for path in folder.rglob(f"*{PARTIAL}"):
+        checkpoint = Path(str(path).removesuffix(UNFINISHED))
+        if checkpoint != path and not any(Path(manifest_of(str(checkpoint), kind)).exists() for kind in (False, True)):
+            if checkpoint.is_dir():
+                shutil.rmtree(checkpoint)
+            else:
+                checkpoint.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    for name, manifest in read_manifests(LocalFolder(folder))[0].items():
+        if manifest.batch > batch:
+            path = folder / manifest_of(name, manifest.sharded)
+            path.replace(f"{path}{REPLACED}")
+            log.warning("checkpoint %s is set aside: the run starts anew from batch %d", folder / name, batch)
+
+
+def has_manifest(place: LocalFolder | StoreFolder, name: str) -> bool:
+    """Whether a checkpoint was finished."""
+    return any(place.size(manifest_of(name, sharded)) is not None for sharded in (False, True))
 
 
 def read_manifests(place: LocalFolder | StoreFolder) -> tuple[dict[str, Manifest], dict[str, str]]:

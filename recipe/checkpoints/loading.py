@@ -81,7 +81,7 @@ def check_file(path: str | Path, specs: list[tuple[int, int]] | None = None) -> 
 
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _METADATA_GLOBALS and not (module == "torch" and name.endswith(_DTYPES)):
+        if (module, name) not in _METADATA_GLOBALS and not (module == "torch" and name in _DTYPES):
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code: refused")
         return super().find_class(module, name)
 

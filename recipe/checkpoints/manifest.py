@@ -19,6 +19,7 @@ from recipe.redact import redact
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a file that is being written
+UNFINISHED = f".unfinished{PARTIAL}"  # ends the name of an empty file, there until the checkpoint has its manifest
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Manifest:
     def batch(self) -> int:
         """Finished batches."""
         return self.timestamp["batch"]
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Orders checkpoints: after the last batch of an epoch there may be one before and one after its end."""
+        return self.timestamp["batch"], self.timestamp["epoch"]
 
 
 def describe(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Origin:

@@ -1,17 +1,17 @@
 """Decide what a run starts from: its own newest valid checkpoint, the one that `load_path` names, or nothing."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from composer import Trainer
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri, reproducibility
 from composer.utils.file_helpers import extract_path_from_symlink
 
 from recipe.checkpoints.find import Found, check, existing, newest_valid, open_folder, read_manifest
 from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS
-from recipe.checkpoints.manifest import Origin, differences
+from recipe.checkpoints.manifest import MANIFEST, Origin, differences
 from recipe.checkpoints.saver import save_folder
 from recipe.config import RecipeConfig
 from recipe.data.agreement import agree
@@ -33,11 +33,24 @@ def load_keywords(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
         ValueError: On every rank: there are checkpoints but none may be resumed from, or the one to start from is
             broken or does not fit.
     """
+    return _of_rank_0(lambda: _look(config, origin))
+
+
+def weights_keywords(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
+    """The Trainer's `load_*` keywords to load the weights of `load_path` and no more; called by all ranks.
+
+    Raises:
+        ValueError: On every rank: it is broken, or does not fit.
+    """
+    return _of_rank_0(lambda: _given(config, origin, weights_only=True))
+
+
+def _of_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     keywords: dict[str, Any] = {}
     error: Exception | None = None
     if dist.get_global_rank() == 0:
         try:
-            keywords = _look(config, origin)
+            keywords = look()
         except Exception as raised:  # told to the others, then raised
             error = raised
     agree(error)
@@ -60,6 +73,15 @@ def is_finished(trainer: Trainer) -> bool:
     return finished
 
 
+def restore_random_states(trainer: Trainer) -> None:
+    """Puts back every rank's random states, as they were after the batch that a run resumed from; before `fit`.
+
+    Composer does so in the midst of an epoch only where it skips the epoch's first batches itself.
+    """
+    if trainer._rng_state is not None:
+        reproducibility.load_rng_state(trainer._rng_state)
+
+
 def _look(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
     found = _own_checkpoint(config)
     if found is not None:
@@ -68,15 +90,24 @@ def _look(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
         log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
         _check_fit(config, origin, found)
         return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
+    return _given(config, origin, config.trainer.get("load_weights_only", False))
+
+
+def _given(config: RecipeConfig, origin: Origin, weights_only: bool) -> dict[str, Any]:
     if config.load_path is None:
         return {"load_path": None}
     path = _resolve(config.load_path)
     found = _described(path)
+    if found is None and "://" not in path and Path(path).is_dir():
+        raise ValueError(
+            f"load_path {redact(path)} is a folder without {MANIFEST}, so no checkpoint of a run: give one of its .pt "
+            "files; a model in Hugging Face's form is model.pretrained_model_name_or_path"
+        )
     if found is None:
         log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
         return _keywords(path, weights_only=True)
     _check_fit(config, origin, found)
-    return _keywords(path, found.manifest.weights_only or config.trainer.get("load_weights_only", False))
+    return _keywords(path, found.manifest.weights_only or weights_only)
 
 
 def _keywords(path: str, weights_only: bool) -> dict[str, Any]:

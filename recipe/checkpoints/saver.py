@@ -14,18 +14,32 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import checkpoint, create_symlink_file, dist, format_name_with_dist, parse_uri
 
-from recipe.checkpoints.find import LocalFolder, read_manifests
-from recipe.checkpoints.manifest import PARTIAL, FileEntry, Manifest, Origin, manifest_of, rename, write_manifest
+from recipe.algorithms.snapshot import weights_are_finite
+from recipe.checkpoints.find import LocalFolder, clean, has_manifest, open_folder, read_manifests
+from recipe.checkpoints.manifest import (
+    PARTIAL,
+    UNFINISHED,
+    FileEntry,
+    Manifest,
+    Origin,
+    manifest_of,
+    rename,
+    write_manifest,
+)
 from recipe.checkpoints.writing import (
     WriteError,
     check_space,
+    failed_uploads,
+    link,
     num_bytes,
     state_of_training,
     together,
+    upload_executor,
     write_file,
     write_shards,
 )
 from recipe.config import RecipeConfig
+from recipe.redact import redact
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +95,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     """Composer's saver, its names and its uploads, with checkpoints that can be trusted.
 
     A file is written under another name, flushed and renamed; a sharded folder is whole when its manifest, the last
-    file, is there. A checkpoint that cannot be written is told as an error and training goes on; only that the last
-    one of the run could not be written ends it with an error.
+    file, is there. A checkpoint that cannot be written, or whose weights are not finite, is told as an error and
+    training goes on; only that the last one of the run could not be written ends it with an error.
 
     Args:
         origin: Of the run, for the manifest.
@@ -93,6 +107,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
         super().__init__(**keywords)
+        if self.remote_uploader is not None:
+            self.remote_uploader.upload_executor = upload_executor(self.num_concurrent_uploads)
         self.origin = origin
         self.metric = metric
         self.mode = mode
@@ -104,9 +120,10 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Removes what a killed process left half written."""
         if dist.get_global_rank() == 0:
-            for path in self._local_folder(state).rglob(f"*{PARTIAL}"):
-                path.unlink()
+            clean(self._local_folder(state), state.timestamp.batch.value)
         super().fit_start(state, logger)
+        if self.metric is not None and not together(lambda: self._has_best(state)):
+            self.best = None  # of another run that this one started from
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Keeps the checkpoint of the best evaluation; the state is that of the batch just finished."""
@@ -114,11 +131,16 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if value is None or not self._is_better(value):
             return
         self.best = value
-        if self.last_checkpoint_batch != state.timestamp.batch:
-            self._save_checkpoint(state, logger)
         last = self._last
-        if last is not None and last.manifest.batch == state.timestamp.batch.value:
+        if self.last_checkpoint_batch != state.timestamp.batch:
+            self._save_checkpoint(state, logger, is_best=True)
+        elif last is not None and last.manifest.batch == state.timestamp.batch.value:
             self._attempt(state, lambda: self._keep_best(state, logger, last, value))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Tells of uploads that failed meanwhile, where Composer's own would end this rank."""
+        for problem in failed_uploads(self.remote_uploader, wait=False):
+            log.error("an upload to %s failed: %s. Training goes on", redact(self._given_folder), problem)
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Waits for uploads.
@@ -126,11 +148,12 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         Raises:
             RuntimeError: The last checkpoint could not be written.
         """
-        super().fit_end(state, logger)
+        self._await_uploads(state)
         if self.failure is not None:
             raise RuntimeError(
-                f"training has ended, but its last checkpoint could not be written: {self.failure}. Make room in "
-                f"{self._given_folder} and run the same command again: it goes on from the newest checkpoint there"
+                f"training has ended, but its last checkpoint could not be written: {self.failure}. Where "
+                f"{self._given_folder} is full, make room; then run the same command again: it goes on from the newest "
+                "checkpoint there"
             )
 
     def save_now(self, state: State, logger: Logger) -> None:
@@ -141,10 +164,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         """
         if self.last_checkpoint_batch != state.timestamp.batch:
             self._save_checkpoint(state, logger)
+        self._await_uploads(state)
         if self.failure is not None:
             raise RuntimeError(f"no checkpoint of batch {state.timestamp.batch.value} could be written: {self.failure}")
-        if self.remote_uploader is not None:
-            self.remote_uploader.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """The best metric so far."""
@@ -154,9 +176,22 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         """Goes on comparing with the best so far."""
         self.best = state.get("best")
 
-    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+    def _save_checkpoint(self, state: State, logger: Logger, is_best: bool = False) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
-        self.failure = self._attempt(state, lambda: self._save(state, logger))
+        if weights_are_finite(state):
+            self.failure = self._attempt(state, lambda: self._save(state, logger, is_best))
+            return
+        # A run could not go on from it, nor would it look at older ones.
+        self.failure = "its weights are not finite"
+        if dist.get_global_rank() == 0:
+            log.error("no checkpoint of batch %d is written: %s", state.timestamp.batch.value, self.failure)
+
+    def _await_uploads(self, state: State) -> None:
+        def wait() -> None:
+            if problems := failed_uploads(self.remote_uploader, wait=True):
+                raise OSError("; ".join(problems))
+
+        self.failure = self._attempt(state, lambda: together(wait)) or self.failure
 
     def _attempt(self, state: State, action: Callable[[], None]) -> str | None:
         """Why it failed, on every rank; None where it did not."""
@@ -174,7 +209,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             return str(error)
         return None
 
-    def _save(self, state: State, logger: Logger) -> None:
+    def _save(self, state: State, logger: Logger, is_best: bool) -> None:
         sharded = state.fsdp_sharded_state_dict_enabled
         own_file = Path(checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
         target = own_file.parent if sharded else own_file
@@ -192,6 +227,10 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             metric={},
         )
         self._last = last = _Saved(target, manifest, list(written))
+        if is_best and self.best is not None:
+            # Before the checkpoint is whole: who resumes from it does not measure again, as it is past the evaluation.
+            best = self.best
+            self._attempt(state, lambda: self._keep_best(state, logger, last, best))
         together(lambda: self._publish(state, logger, last))
         together(lambda: self._point_latest(state, logger, target))
         if written:
@@ -213,6 +252,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if num_writers:
             check_space(target.parent, num_bytes(content) * num_writers * copies)
         if rank == 0:
+            Path(f"{target}{UNFINISHED}").touch()
             Path(manifest_of(str(target), sharded)).unlink(missing_ok=True)
         if sharded and target.exists() and (rank == 0 or is_remote):
             shutil.rmtree(target)
@@ -227,8 +267,12 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         """The manifest, and the uploads: the manifest after what it describes."""
         paths = [saved.folder / name for name in saved.own]
         if dist.get_global_rank() == 0:
+            for name in saved.manifest.files if self.remote_uploader is None else ():
+                if not (saved.folder / name).is_file():
+                    raise OSError(f"{name} of another rank is not in {saved.folder}: all nodes must share the folder")
             path = Path(manifest_of(str(saved.target), saved.manifest.sharded))
             write_manifest(saved.manifest, path)
+            Path(f"{saved.target}{UNFINISHED}").unlink()
             paths.append(path)
         for path in paths:
             self._upload_checkpoint(self._remote_name(state, path), str(path), [], logger)
@@ -258,14 +302,15 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         manifest = replace(last.manifest, files=files, metric={self.metric: value})
         best = _Saved(target, manifest, [renamed[name] for name in last.own])
 
-        def link() -> None:
+        def rename_all() -> None:
             if dist.get_global_rank() == 0:
+                Path(f"{target}{UNFINISHED}").touch()
                 Path(manifest_of(str(target), sharded)).unlink(missing_ok=True)
             best.folder.mkdir(parents=True, exist_ok=True)
             for name in last.own:
-                _link(last.folder / name, best.folder / renamed[name])
+                link(last.folder / name, best.folder / renamed[name])
 
-        together(link)
+        together(rename_all)
         together(lambda: self._publish(state, logger, best))
         if dist.get_global_rank() == 0:
             log.info("best checkpoint so far: batch %d, %s %g", manifest.batch, self.metric, value)
@@ -294,7 +339,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         found, _ = read_manifests(LocalFolder(folder))
         # Broken ones of later batches must not make valid ones look old.
         ours = {name: one for name, one in found.items() if not one.metric and one.batch <= state.timestamp.batch.value}
-        newest_first = sorted(ours, key=lambda name: ours[name].batch, reverse=True)
+        newest_first = sorted(ours, key=lambda name: ours[name].progress, reverse=True)
         for name in newest_first[self.num_checkpoints_to_keep :]:
             (folder / manifest_of(name, ours[name].sharded)).unlink()
             if ours[name].sharded:
@@ -302,20 +347,15 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             else:
                 (folder / name).unlink(missing_ok=True)
 
+    def _has_best(self, state: State) -> bool:
+        """On every rank, what rank 0 finds."""
+        name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
+        is_there = dist.get_global_rank() == 0 and has_manifest(open_folder(self._given_folder), name)
+        return dist.all_gather_object(is_there)[0]
+
     def _local_folder(self, state: State) -> Path:
         return Path(format_name_with_dist(self.folder, state.run_name))
 
     def _remote_name(self, state: State, path: Path) -> str:
         prefix = format_name_with_dist(parse_uri(self._given_folder)[2], state.run_name)
         return f"{prefix}/{path.relative_to(self._local_folder(state)).as_posix()}".lstrip("/")
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the disk has none, that replaces `target` at once."""
-    new = target.with_name(target.name + PARTIAL)
-    new.unlink(missing_ok=True)
-    try:
-        new.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, new)
-    rename(new, target)

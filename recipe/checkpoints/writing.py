@@ -3,13 +3,16 @@
 import hashlib
 import os
 import shutil
+import signal
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
 from composer.core import State
-from composer.utils import dist, reproducibility
+from composer.utils import RemoteUploader, dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -20,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from recipe.algorithms.norms import local
 from recipe.checkpoints.manifest import PARTIAL, FileEntry, describe_file, rename
+from recipe.redact import redact_text
 
 Value = TypeVar("Value")
 IgnoreKeys = list[str] | Callable[[dict[str, Any]], None]
@@ -160,6 +164,32 @@ def write_shards(content: dict[str, Any], folder: Path, planner: Any) -> dict[st
     if dist.get_global_rank() == 0:
         names.append(".metadata")
     return {name: describe_file(folder / name) for name in names}
+
+
+def upload_executor(num_processes: int) -> ProcessPoolExecutor:
+    """Processes that upload on: SIGTERM may come to all of a job, and the last checkpoint is saved after it."""
+    return ProcessPoolExecutor(num_processes, get_context("spawn"), signal.signal, (signal.SIGTERM, signal.SIG_IGN))
+
+
+def failed_uploads(uploader: RemoteUploader | None, wait: bool) -> list[str]:
+    """Why uploads of this rank failed, each told once; with `wait`, of all that were begun."""
+    if uploader is None:
+        return []
+    ended = [future for future in uploader.futures if wait or future.done()]
+    errors = [error for future in ended if (error := future.exception()) is not None]
+    uploader.futures = [future for future in uploader.futures if future not in ended]
+    return [redact_text(f"{type(error).__name__}: {error}") for error in errors]
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the disk has none, that replaces `target` at once."""
+    new = target.with_name(target.name + PARTIAL)
+    new.unlink(missing_ok=True)
+    try:
+        new.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, new)
+    rename(new, target)
 
 
 def _told_with_space(error: BaseException, folder: Path) -> OSError:

@@ -25,6 +25,7 @@ from recipe.data.plan import Budget
 from recipe.data.storage import open_streams
 from recipe.data.stream import ExampleMaker, Packing, PackStream
 from recipe.data.teachers import TeacherPool
+from recipe.data.workers import obey_only_parent
 from recipe.schema import Batch, Example, LossCounts, Pack, Role
 
 Collator = Callable[[Sequence[Example]], Batch]
@@ -264,5 +265,7 @@ def _dataloader(
         dataset,
         batch_size=batch_size,
         collate_fn=collate_fn,
+        worker_init_fn=obey_only_parent,
+        generator=torch.Generator(),  # of the workers' seeds: an epoch that begins or goes on draws none of training's
         **{"pin_memory": torch.cuda.is_available(), **keywords, **loader.dataloader},
     )

@@ -251,7 +251,8 @@ class PackStream(CheckedDataset):
         """An inert example, in the place of a pack of which no sample can be used."""
         for index in range(self.num_samples):
             with suppress(ValueError):
-                return make_inert(self.example(index))
+                if self[index]["id"] not in self.quarantined:
+                    return make_inert(self.example(index))
         raise ValueError("no sample of the data set can be used: convert it anew, with --strict to see why")
 
     def _identify_data(self) -> dict[str, str]:

@@ -2,17 +2,19 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from composer import Event, State
+from composer.loggers import InMemoryLogger
 from composer.optim import CosineAnnealingScheduler
 
 from recipe.algorithms.nan_rollback import NaNRollback, TrainingDiverged
 from recipe.algorithms.quarantine import AUDIT_FILE
-from recipe.config import AnomalyConfig, NaNRollbackConfig, RunWatchConfig
+from recipe.config import AnomalyConfig, NaNRollbackConfig, RatioWatchConfig, RunWatchConfig
 from tests.algorithms.guarded_run import (
     Do,
     DoBefore,
@@ -172,6 +174,34 @@ def test_cuts_survive_the_schedule_and_a_resume_bit_for_bit(tmp_path: Path):
     assert guard.clip_scale == pytest.approx(0.01) and guard.num_rollbacks == 2
 
 
+def test_only_strikes_in_a_row_count(tmp_path: Path):
+    """And no snapshot is taken between them: what a bad batch did to a buffer is not known."""
+    batches = [make_batch(0), poisoned(1), poisoned(2), make_batch(3), poisoned(4), poisoned(5), make_batch(6)]
+    _, guard = train(batches, tmp_path, config=NaNRollbackConfig(snapshot_interval="5ba", nan_ratio=None))
+    assert (guard.num_skipped, guard.num_rollbacks, guard.snapshot.batch) == (4, 0, 0)
+
+
+def test_a_rollback_starts_the_watchers_anew(tmp_path: Path):
+    """Else a ratio of bad batches that was reached once would bring every one of the next batches back."""
+    config = NaNRollbackConfig(strikes=9, nan_ratio=RatioWatchConfig("rollback", 4, 0.5))
+    train([poisoned(0), poisoned(1), poisoned(2), make_batch(3)], tmp_path, config=config)
+    assert [entry["action"] for entry in audit(tmp_path)] == ["skip", "rollback", "skip"]
+
+
+def test_what_is_logged(tmp_path: Path):
+    """Norms of each batch, what was done only where it was; the watched loss is the mean of the microbatches."""
+    memory = InMemoryLogger()
+    _, guard = train([make_batch(0), poisoned(1), make_batch(2)], tmp_path, loggers=[memory])
+    logged = {name: [float(value) for _, value in rows] for name, rows in memory.data.items()}
+    for name in ("first", "second", "total"):
+        norms = logged[f"gradient_norm/{name}"]
+        assert math.isnan(norms[1]) and norms[2] == guard.gradient_norms[name] > 0
+    done = {name: logged[f"nan_rollback/{name}"] for name in ("skipped_batches", "rollbacks", "clip_scale")}
+    assert done == {"skipped_batches": [1], "rollbacks": [0], "clip_scale": [1]}
+    losses = [reading.loss for reading in guard.watch.readings]
+    assert (losses[0], losses[2]) == pytest.approx((logged["loss/train/total"][0], logged["loss/train/total"][2]))
+
+
 def test_too_many_rollbacks_end_the_run(tmp_path: Path):
     config = NaNRollbackConfig(snapshot_interval="1ba", max_rollbacks=1)
     batches = [make_batch(index) for index in range(8)]
@@ -256,3 +286,22 @@ def test_anomaly_mode_is_on_for_its_window_only(tmp_path: Path):
     train([make_batch(index) for index in range(4)], tmp_path, config=config, extras=[note])
     assert seen == [False, False, True, True, True, True, False, False]
     assert not torch.is_anomaly_enabled()
+
+
+def test_an_audit_that_cannot_be_written_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Rank 0 alone writes it: the others would wait for ever."""
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING, "recipe"):
+        _, guard = train([make_batch(0), poisoned(1), make_batch(2)], tmp_path / "file")
+    assert "audit of bad batches could not be written" in caplog.text
+    assert "batch 1: skip, because of loss_fit" in caplog.text and guard.num_skipped == 1
+
+
+def test_a_bad_weight_that_never_trains_is_put_back_too(tmp_path: Path):
+    """Of a group with rate 0, which is not in the optimizer."""
+    trainer, guard = make_trainer([make_batch(index) for index in range(4)], tmp_path)
+    frozen = trainer.state.optimizers[0].param_groups.pop(0)["params"][0]
+    before = frozen.detach().clone()
+    trainer.state.callbacks.append(Do(Event.BATCH_START, [2], spoil_weight))
+    trainer.fit()
+    assert torch.equal(frozen, before) and guard.num_rollbacks == 1

@@ -51,12 +51,23 @@ def test_a_watcher_is_set_key_by_key(tmp_path: Path):
         ("nan_rollback.detect_anomaly.start=1ep", "nan_rollback.detect_anomaly.start is '1ep'"),
         ("nan_rollback.nan_ratio.action=stop", "nan_rollback.nan_ratio.action is 'stop'.*log, skip, rollback"),
         ("nan_rollback.loss_spike.window=0", "nan_rollback.loss_spike.window is 0"),
+        ("nan_rollback.nan_ratio.ratio=5", "nan_rollback.nan_ratio.ratio is 5.*1 or less"),
         ("nan_rollback.lr_factor=1.5", "nan_rollback.lr_factor is 1.5"),
         ("nan_rollback.strikes=0", "nan_rollback.strikes is 0"),
         ("nan_rollback.loss_spike.zscore=3", "unknown key nan_rollback.loss_spike.zscore.*z_score"),
         ("trainer.precision=amp_fp16", "amp_fp16.*use amp_bf16"),
+        ("trainer.scale_schedule_ratio=0.5", "trainer.scale_schedule_ratio cannot be set: set `max_duration`"),
     ],
 )
 def test_mistakes(tmp_path: Path, override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, override)
+
+
+def test_a_gpu_needs_a_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Composer's own default there is amp_fp16."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"missing trainer\.precision.*amp_bf16"):
+        load(tmp_path)
+    load(tmp_path, "trainer.precision=fp32")
+    load(tmp_path, "trainer.device=cpu")

@@ -285,6 +285,20 @@ def test_a_step_that_was_none_is_not_judged_but_the_next(spoiled: float | None):
         train_toy(config_with(stages), algorithms=algorithms)
 
 
+def test_a_group_without_gradient_waits_for_its_check():
+    """As the head's in a batch without pictures: what the first batch could not show, the second does."""
+
+    def blank(model: nn.Module) -> None:
+        for name in ("weight", "bias"):
+            gradient = model.get_parameter(f"model.adapter.{name}").grad
+            assert gradient is not None
+            gradient.zero_()
+
+    config = config_with({"adapter": [{"from": "0ba", "lr": 1e-12}]})
+    with pytest.raises(RuntimeError, match="batch 1 moved no parameter of the group adapter"):
+        train_toy(config, algorithms=[Tamper(0, blank)])
+
+
 def test_a_rate_of_zero_waits_for_its_check():
     """In the first batch of a warm-up nothing can move."""
     train_toy(config_with({}, SchedulerConfig("constant", "2ba")), "3ba")

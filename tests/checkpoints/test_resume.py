@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS
-from recipe.checkpoints.resume import load_keywords
+from recipe.checkpoints.resume import load_keywords, weights_keywords
 from recipe.config import RecipeConfig
 from tests.checkpoints.checkpoint_cases import ORIGIN, flip, train, truncate
 
@@ -52,6 +52,12 @@ def test_load_path_of_a_run_of_ours_is_loaded_whole(run_folder: Path, tmp_path: 
     assert load_keywords(asked, ORIGIN) == keywords(checkpoints / "ba1.pt", weights_only=True)
 
 
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "exported").mkdir()
+    with pytest.raises(ValueError, match=r"exported is a folder without manifest\.json.*pretrained_model_name_or_path"):
+        load_keywords(config(tmp_path / "new", tmp_path / "exported"), ORIGIN)
+
+
 def test_of_a_foreign_one_only_weights(run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     foreign = tmp_path / "foreign.pt"
     shutil.copy(run_folder / "checkpoints" / "ba1.pt", foreign)
@@ -59,8 +65,15 @@ def test_of_a_foreign_one_only_weights(run_folder: Path, tmp_path: Path, caplog:
     assert f"{foreign} was not saved by this recipe: only its weights are loaded" in caplog.text
 
 
+def test_an_evaluation_reads_weights_only(run_folder: Path) -> None:
+    asked = config(run_folder, run_folder / "checkpoints" / "latest-rank0.pt")
+    assert weights_keywords(asked, ORIGIN) == keywords(run_folder / "checkpoints" / "ba2.pt", weights_only=True)
+
+
 def test_a_broken_load_path_is_refused(run_folder: Path, tmp_path: Path) -> None:
     flip(run_folder / "checkpoints" / "ba1.pt")
+    with pytest.raises(ValueError, match=r"load_path .*ba1.pt is broken: .*SHA-256.*: give another checkpoint"):
+        weights_keywords(config(run_folder, run_folder / "checkpoints" / "ba1.pt"), ORIGIN)
     with pytest.raises(ValueError, match=r"load_path .*ba1.pt is broken: .*SHA-256.*: give another checkpoint"):
         load_keywords(config(tmp_path / "new", run_folder / "checkpoints" / "ba1.pt"), ORIGIN)
 

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from composer import Callback, State
 
 from recipe.checkpoints import saver
-from recipe.checkpoints.find import newest_valid
-from recipe.checkpoints.manifest import parse_manifest
+from recipe.checkpoints.find import LocalFolder, existing, newest_valid
+from recipe.checkpoints.manifest import FileEntry, parse_manifest, verify
+from recipe.checkpoints.writing import upload_executor, write_file
 from tests.checkpoints.checkpoint_cases import ORIGIN, AtBatch, make_saver, make_trainer, train, truncate
 
 
@@ -116,6 +119,26 @@ def test_the_best_is_kept_and_outlives_rotation_and_resume(tmp_path: Path) -> No
     assert told["timestamp"]["batch"] == 6
 
 
+def test_killed_before_the_best_is_kept_it_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: object) -> None:
+        raise Killed
+
+    def run(values: list[float]) -> None:
+        found = newest_valid(str(tmp_path))
+        best = make_saver(tmp_path, metric="eval/box_ap50")
+        make_trainer(best, len(values), found and found.path, (Measure(values),)).fit()
+
+    run([0.2])
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(saver.CheckpointSaver, "_keep_best", kill)
+        run([0.2, 0.5, 0.4])
+    run([0.2, 0.5, 0.4])
+    assert json.loads((tmp_path / "best-rank0.pt.manifest.json").read_text())["timestamp"]["batch"] == 2
+
+
 def test_the_best_may_be_the_least_and_must_be_measured(tmp_path: Path) -> None:
     trainer = make_trainer(make_saver(tmp_path, metric="box_ap50", mode="min"), 3, None, (Measure([3, 1, 2]),))
     trainer.fit()
@@ -125,6 +148,160 @@ def test_the_best_may_be_the_least_and_must_be_measured(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"save_best.metric eval/other is measured .*: choose one of eval/box_ap50"):
         trainer.fit()
     trainer.close()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", ["_keep_best", "_publish", "_point_latest", "_rotate"])
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_kill_while_saving_loses_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_before: bool
+) -> None:
+    """Before and after each step of the best batch's checkpoint; the same command goes on and ends as if not killed."""
+    values = [0.2, 0.5, 0.4]
+    original = getattr(saver.CheckpointSaver, step)
+
+    def killed(self: Any, state: State, *args: Any) -> None:
+        if not is_before:
+            original(self, state, *args)
+        if state.timestamp.batch == 2:
+            raise Killed
+        if is_before:
+            original(self, state, *args)
+
+    def run() -> None:
+        found = newest_valid(str(tmp_path))
+        one = make_saver(tmp_path, metric="eval/box_ap50", num_checkpoints_to_keep=1)
+        trainer = make_trainer(one, 3, None if found is None else found.path, (Measure(values),))
+        trainer.fit()
+        trainer.close()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.CheckpointSaver, step, killed)
+        with pytest.raises(Killed):
+            run()
+    run()
+    kept = parse_manifest((tmp_path / "best-rank0.pt.manifest.json").read_bytes())
+    assert (kept.metric, kept.batch) == ({"eval/box_ap50": 0.5}, 2)
+    assert verify(kept, tmp_path) is None
+    found = newest_valid(str(tmp_path))
+    assert found is not None and found.manifest.batch == 3
+
+
+def test_before_and_after_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """Two checkpoints of one batch: the one after the epoch's end is the newer one, whatever order the disk tells."""
+    train(tmp_path, 2, filename="ba{batch}-ep{epoch}.pt", save_interval="2ba")
+    train(tmp_path, 4, str(tmp_path / "ba2-ep0.pt"), filename="ba{batch}-ep{epoch}.pt", save_interval="1ep")
+    assert {path.name for path in tmp_path.glob("ba2*.pt")} == {"ba2-ep0.pt", "ba2-ep1.pt"}
+    for path in tmp_path.glob("ba4*"):
+        path.unlink()
+    names = ["ba2-ep0.pt", "ba2-ep1.pt", "ba2-ep0.pt.manifest.json", "ba2-ep1.pt.manifest.json"]
+    for order in (names, names[::-1]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LocalFolder, "names", lambda self, order=order: order)
+            found = newest_valid(str(tmp_path))
+        assert found is not None and Path(found.path).name == "ba2-ep1.pt"
+
+
+@pytest.mark.parametrize("step", ["_write", "_publish"])
+def test_a_kill_before_the_first_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """What was never finished keeps nobody from beginning, and is gone then; what was finished and lost does."""
+    original = getattr(saver.CheckpointSaver, step)
+
+    def killed(self: Any, *args: Any) -> None:
+        if step == "_write":
+            original(self, *args)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver.CheckpointSaver, step, killed)
+        with pytest.raises(Killed):
+            train(tmp_path, 1)
+    assert (tmp_path / "ba1.pt").exists() and existing(str(tmp_path)) == []
+    train(tmp_path, 2, save_interval="2ba")
+    assert not list(tmp_path.glob("ba1*"))
+    (tmp_path / "ba2.pt.manifest.json").unlink()
+    assert existing(str(tmp_path)) == ["ba2.pt"]
+
+
+def test_started_anew_over_an_older_run(tmp_path: Path) -> None:
+    train(tmp_path, 3)
+    train(tmp_path, 2)
+    found = newest_valid(str(tmp_path))
+    assert found is not None and found.manifest.batch == 2, "the older run's ba3.pt must not be resumed from"
+    assert (tmp_path / "ba3.pt").exists()
+
+
+def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
+    for folder, steps, values in (("a", 2, [0.2, 0.9]), ("b", 4, [0, 0, 0.6, 0.5])):
+        one = make_saver(tmp_path / folder, metric="eval/box_ap50")
+        start = str(tmp_path / "a" / "ba2.pt") if folder == "b" else None
+        trainer = make_trainer(one, steps, start, (Measure(values),))
+        trainer.fit()
+        trainer.close()
+    assert parse_manifest((tmp_path / "b" / "best-rank0.pt.manifest.json").read_bytes()).batch == 3
+
+
+def test_uploads_go_on_after_sigterm() -> None:
+    with upload_executor(1) as executor:
+        assert executor.submit(signal.getsignal, signal.SIGTERM).result() == signal.SIG_IGN
+
+
+class Store:
+    """An uploader of which every upload of a batch's file fails."""
+
+    def __init__(self, failing: str):
+        self.failing = failing
+        self.futures: list[Future[int]] = []
+
+    def init(self) -> None:
+        pass
+
+    def upload_file_async(self, remote_file_name: str, file_path: Path, overwrite: bool) -> None:
+        future: Future[int] = Future()
+        if self.failing in remote_file_name:
+            future.set_exception(Exception("no answer from https://user:word@host"))
+        else:
+            future.set_result(0)
+        self.futures.append(future)
+
+    def wait_and_close(self) -> None:
+        pass
+
+
+def test_an_upload_that_fails_ends_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = make_saver(tmp_path)
+    one.remote_uploader = Store("ba2.pt.")  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = make_trainer(one, 3)
+    trainer.fit()
+    trainer.close()
+    assert f"an upload to {tmp_path} failed: Exception: no answer from https://<redacted>@host" in caplog.text
+    assert "word" not in caplog.text
+
+
+def test_the_last_upload_must_succeed(tmp_path: Path) -> None:
+    one = make_saver(tmp_path)
+    one.remote_uploader = Store("ba3.pt.")  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = make_trainer(one, 3)
+    with pytest.raises(RuntimeError, match=r"its last checkpoint could not be written: .*no answer"):
+        trainer.fit()
+    trainer.close()
+
+
+def test_shards_on_another_nodes_disk_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def with_another(content: Any, path: Path) -> dict[str, FileEntry]:
+        return {**write_file(content, path), "__1_0.distcp": FileEntry(1, "")}
+
+    monkeypatch.setattr(saver, "write_file", with_another)
+    trainer = make_trainer(make_saver(tmp_path), 1)
+    with pytest.raises(RuntimeError, match=r"__1_0.distcp of another rank is not in .*: all nodes must share"):
+        trainer.fit()
+    trainer.close()
+    assert newest_valid(str(tmp_path)) is None
 
 
 def test_a_disk_that_is_full_before_writing(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,7 +326,7 @@ def test_a_disk_that_fills_while_writing(
     trainer.close()
     assert "No space left on device" in caplog.text
     assert {path.name for path in small_disk.iterdir()} >= {"ba1.pt", "ba1.pt.manifest.json"}
-    assert not list(small_disk.glob("ba2*")), "nothing of what was written is left"
+    assert {path.name for path in small_disk.glob("ba2*")} == {"ba2.pt.unfinished.partial"}, "a name, no content"
     found = newest_valid(str(small_disk))
     assert found is not None and found.manifest.batch == 1
 
@@ -166,7 +343,23 @@ def test_a_file_that_may_not_grow(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     )
     trainer.fit()
     trainer.close()
-    assert {path.name for path in tmp_path.glob("ba*")} == {
+    assert {path.name for path in tmp_path.glob("ba*")} == {"ba2.pt.unfinished.partial"} | {
         name for batch in (1, 3) for name in (f"ba{batch}.pt", f"ba{batch}.pt.manifest.json")
     }
     assert "File too large" in caplog.text
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """Else the newest valid checkpoint would be one that no run can go on from."""
+
+    class Spoil(Callback):
+        def batch_end(self, state: State, logger: Any) -> None:
+            if state.timestamp.batch == 2:
+                torch.nn.init.constant_(next(state.model.parameters()), float("nan"))
+
+    made = make_trainer(make_saver(tmp_path), 2, callbacks=(Spoil(),))
+    with pytest.raises(RuntimeError, match="last checkpoint could not be written: its weights are not finite"):
+        made.fit()
+    assert not (tmp_path / "ba2.pt").exists()
+    found = newest_valid(str(tmp_path))
+    assert found is not None and found.manifest.batch == 1

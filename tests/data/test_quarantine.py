@@ -114,3 +114,13 @@ def test_only_that_sample_leaves_its_pack(
     every, rest = packs(set()), packs({POISON})
     assert max(len(pack) for pack in every) > 1
     assert rest == [[name for name in pack if name != POISON] for pack in every]
+
+
+def test_a_pack_left_empty_is_not_filled_with_a_quarantined_sample(config: RecipeConfig, encoder: Encoder):
+    """The filler runs through the model too."""
+    dataset = build_train_loader(config, encoder, None, 1).dataloader.dataset  # pyright: ignore
+    assert isinstance(dataset, PackStream)
+    dataset.quarantined = {"sample-0", POISON}
+    examples = [example for pack in dataset for example in pack.examples]
+    assert not {example.sample.id for example in examples} & dataset.quarantined
+    assert [example.sample.id for example in examples if example.is_inert] == ["sample-1"] * 2

@@ -17,12 +17,13 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor
 
+from recipe.algorithms.stage_checks import plain_name
 from recipe.callbacks import table
 from recipe.config import EvaluationConfig, LoaderConfig, OptimizerConfig, RecipeConfig, SchedulerConfig
 from recipe.joint import EvalOutputs
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
-from tests.distributed.one_step import plain_name, whole, whole_parameters
+from tests.distributed.one_step import whole, whole_parameters
 from tests.tiny_cases import make_config
 
 

@@ -14,6 +14,7 @@ from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from torch import Tensor
 
+from recipe.algorithms.stage_checks import plain_name
 from recipe.callbacks.group_metrics import GroupMetrics
 from recipe.callbacks.loss_terms import LossGradients
 from recipe.config import OptimizerConfig
@@ -21,7 +22,7 @@ from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, g
 from recipe.optim import build_optimizer, group_of
 from recipe.parallel import build_parallelism
 from tests.distributed.fsdp_shim import install
-from tests.distributed.one_step import CASES, plain_name, whole, whole_parameters
+from tests.distributed.one_step import CASES, whole, whole_parameters
 from tests.tiny_cases import collator, make_config, make_examples, make_model
 
 RATES = OptimizerConfig(lr_vision=1e-3, lr_merger=2e-3, lr_llm=0.0, lr_adapter=3e-3, lr_detection=4e-3)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from recipe.algorithms.norms import local
+from recipe.algorithms.stage_checks import plain_name
 from recipe.config import OptimizerConfig
 from recipe.data.loader import (
     collate_microbatches,
@@ -148,11 +149,6 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
 def whole(tensor: Tensor) -> Tensor:
     """Gathers what FSDP2 has sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model that nothing wraps."""
-    return name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")
 
 
 def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:

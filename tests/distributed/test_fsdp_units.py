@@ -166,6 +166,8 @@ def test_the_real_models_have_groups_stages_and_units(
         ({"fsdp": {"activation_checkpointing": True}}, 2, "cannot be set: set model.gradient_checkpointing"),
         ({"fsdp": {"use_orig_params": False}}, 1, "cannot be set: .* parameter groups need it"),
         ({"fsdp": {"data_parallel_replicate_degree": 2}}, 1, "cannot be set: .* sharded over all ranks"),
+        ({"fsdp": {"sharded_ckpt_prefix_dir": "ba{batch}"}}, 1, "ignored without state_dict_type: sharded"),
+        ({"fsdp": {"state_dict_type": "sharded", "load_monolith_rank0_only": True}}, 2, "is for state_dict_type: full"),
         ({}, 3, "fsdp_version is 3: it must be 1 or 2"),
     ],
 )

@@ -41,9 +41,7 @@ def test_terms_by_hand():
 
 def test_boxes_apart_have_a_giou_below_zero():
     """Two unit squares with one between them: GIoU = 0 - 1/3."""
-    terms = values(
-        box_losses(torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.tensor([[2.5, 0.5, 1.0, 1.0]]))
-    )
+    terms = values(box_losses(torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.tensor([[2.5, 0.5, 1.0, 1.0]])))
     assert terms == {"loss_bbox": pytest.approx(2.0), "loss_giou": pytest.approx(4 / 3)}
 
 

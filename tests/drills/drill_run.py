@@ -1,0 +1,99 @@
+"""One training over its launches: signalled, its damage looked at, compared at its end."""
+
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipe.checkpoints.find import newest_valid
+from tests.drills.drill_cases import STEPS, assert_same_training
+from tests.drills.launches import Running
+from tests.drills.moments import START, Moment, first_step, losses, moment_of
+
+PATIENCE = 120  # seconds without the moment that is waited for
+
+
+@dataclass
+class Run:
+    """A training over its launches.
+
+    Attributes:
+        yaml: The run's folder is beside it.
+        kills: What was waited for, where the kill hit, the newest valid checkpoint after it.
+    """
+
+    yaml: Path
+    kills: list[tuple[Moment, Moment, int]] = field(default_factory=list[tuple[Moment, Moment, int]])
+
+    @property
+    def folder(self) -> Path:
+        return self.yaml.with_suffix("")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def newest(self) -> int:
+        """Batches of the newest valid checkpoint; 0: there is none."""
+        found = newest_valid(str(self.checkpoints)) if self.checkpoints.exists() else None
+        return found.manifest.batch if found else 0
+
+    def kill(self, running: Running, wanted: Moment, delay: float) -> None:
+        """Waits for the moment, then `delay` seconds, and kills; checks where the launch had begun."""
+        newest = self.newest()
+        try:
+            wait_for(wanted, self.folder, running)
+            time.sleep(delay)
+        finally:
+            running.signal(signal.SIGKILL)
+            status = running.wait()
+        assert status == -signal.SIGKILL, f"ended before it was killed at {wanted}: {running.output()}"
+        self._check_beginning(running, newest)
+        hit = moment_of(self.folder, running.started)
+        self.kills.append((wanted, hit, self.newest()))
+        print(f"kill {len(self.kills)} wanted at {wanted}, hit at {hit}, newest checkpoint {self.kills[-1][2]}")
+
+    def terminate(self, running: Running, wanted: Moment, times: int = 1) -> int:
+        """Waits for the moment and sends SIGTERM to all processes; returns the exit status."""
+        newest = self.newest()
+        try:
+            wait_for(wanted, self.folder, running)
+            for _ in range(times):
+                running.signal(signal.SIGTERM)
+                time.sleep(0.02)
+        finally:
+            status = running.wait()
+        self._check_beginning(running, newest)
+        return status
+
+    def finish(self, running: Running) -> None:
+        """Waits until it has ended by itself."""
+        newest = self.newest()
+        assert running.wait() == 0, running.output()
+        assert first_step(self.folder, running.started) == newest
+
+    def _check_beginning(self, running: Running, newest: int) -> None:
+        began = first_step(self.folder, running.started)
+        assert began in (None, newest), f"began at {began} with a checkpoint of batch {newest}: {running.output()}"
+
+
+def wait_for(wanted: Moment, folder: Path, running: Running) -> None:
+    """Returns in the first such phase of that batch or a later one; of the start, when the model has been built."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        moment = moment_of(folder, running.started)
+        if wanted.phase == START and "recipe.optim" in running.output():  # the script has begun
+            return
+        if moment.phase == wanted.phase != START and moment.batch >= wanted.batch:
+            return
+        assert moment.batch < STEPS and time.monotonic() < until, f"{wanted} never came: {running.output()}"
+        time.sleep(0.001)
+
+
+def assert_same_end(run: Run, whole: Run) -> None:
+    """The same weights, optimizer and clock, also of the best checkpoint; the same files, the same losses logged."""
+    for name in ("latest-rank0.pt", "best-rank0.pt"):
+        assert_same_training(run.checkpoints / name, whole.checkpoints / name)
+    names = [{path.name for path in each.checkpoints.iterdir()} for each in (run, whole)]
+    assert names[0] == names[1], "the same checkpoints are kept, and nothing else is left"
+    assert losses(run.folder) == losses(whole.folder), "every batch is logged once"
