@@ -3,13 +3,14 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # As root it runs only without its sandbox; the rest keeps it from calling home.
@@ -17,6 +18,7 @@ ARGUMENTS = (
     "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-sync --disable-quic "
     "--disable-background-networking --disable-component-update --remote-debugging-pipe about:blank"
 )
+PATIENCE = 60.0  # seconds without a word from the browser, after which it is taken for stuck
 
 
 def find_chromium() -> str | None:
@@ -28,8 +30,9 @@ def find_chromium() -> str | None:
 class Page:
     """One open page."""
 
-    def __init__(self, write: BinaryIO, read: BinaryIO):
+    def __init__(self, write: int, read: int):
         self._write, self._read, self._number = write, read, 0
+        self._received = b""
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
@@ -64,19 +67,22 @@ class Page:
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        self._write.write(json.dumps(message).encode() + b"\0")
-        self._write.flush()
+        data = json.dumps(message).encode() + b"\0"
+        while data:
+            data = data[os.write(self._write, data) :]
         while (answer := self._receive()).get("id") != self._number:
             self.events.append(answer)
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
     def _receive(self) -> dict[str, Any]:
-        data = bytearray()
-        while (byte := self._read.read(1)) != b"\0":
-            assert byte, "the browser has ended"
-            data += byte
-        return json.loads(data)
+        while b"\0" not in self._received:
+            ready, _, _ = select.select([self._read], [], [], PATIENCE)
+            part = os.read(self._read, 1 << 16) if ready else b""
+            assert part, "the browser has ended" if ready else f"the browser says nothing for {PATIENCE:.0f} s"
+            self._received += part
+        message, _, self._received = self._received.partition(b"\0")
+        return json.loads(message)
 
 
 @contextmanager
@@ -96,8 +102,9 @@ def open_page(program: str) -> Iterator[Page]:
         os.close(to_browser[0])
         os.close(from_browser[1])
         try:
-            with os.fdopen(to_browser[1], "wb") as write, os.fdopen(from_browser[0], "rb") as read:
-                yield Page(write, read)
+            yield Page(to_browser[1], from_browser[0])
         finally:
             process.kill()
             process.wait()
+            os.close(to_browser[1])
+            os.close(from_browser[0])

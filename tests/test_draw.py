@@ -1,5 +1,7 @@
 """`recipe.draw` and `recipe.draw_labels`."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
@@ -47,6 +49,32 @@ def test_panels():
     assert draw_prediction(GRAY, prediction, not_annotated).size == alone.size
     unparsed = Prediction("sample", 100, 60, (), "no json", None)
     assert draw_prediction(GRAY, unparsed).width == beside.width
+
+
+def test_teachers_stand_at_the_left_above_a_legend():
+    data = BytesIO()
+    GRAY.save(data, "PNG")
+    teacher = Sample("teacher", data.getvalue(), 100, 60, (Object((20, 30, 60, 50), "cat"),))
+    prediction = predicted(((20, 30, 60, 50), 0.9, "cat"))
+    alone, taught = draw_prediction(GRAY, prediction), draw_prediction(GRAY, prediction, teachers=[teacher])
+    legend = 34
+    assert taught.height == alone.height + legend
+    column = np.asarray(taught.crop((10, 34, taught.width - alone.width, 34 + 300)))
+    vivid = column.max(2).astype(int) - column.min(2) > 60
+    height, width = vivid.shape
+    assert vivid[round(0.35 * height) : round(0.95 * height), round(0.18 * width) : round(0.23 * width)].any()
+    many = draw_prediction(GRAY, prediction, teachers=[teacher] * 6)
+    assert many.height > draw_prediction(GRAY, prediction, teachers=[teacher] * 2).height
+    assert many.size == draw_prediction(GRAY, prediction, teachers=[teacher] * 5).size  # four are drawn
+
+
+def test_the_head_is_left_out_where_it_was_not_asked():
+    both = predicted(((20, 30, 60, 50), 0.9, "cat"), answer_boxes=[(0, 0, 10, 10)])
+    text = draw_prediction(GRAY, both, with_head=False)
+    assert text.size == (820, 524)
+    assert draw_prediction(GRAY, both).width == 2 * 820 - 10
+    no_boxes = predicted(answer_boxes=[(0, 0, 10, 10)])
+    assert text.tobytes() == draw_prediction(GRAY, no_boxes, with_head=False).tobytes()
 
 
 def test_objects_below_the_threshold_are_not_drawn():
