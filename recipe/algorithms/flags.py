@@ -1,11 +1,11 @@
-"""Which loss terms, outputs and gradients of a microbatch are not finite, kept on the device until they are asked for.
+"""Which loss terms, outputs and gradients of a microbatch are not finite, judged together once the step is over.
 
 A gradient is averaged over ranks before anyone sees it, and so is what was wrong with it. The gradients of the head's
 outputs come before: by them the microbatch is still told.
 """
 
 from collections.abc import Mapping, Sequence
-from math import inf
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from recipe.network import JointOutputs
 
 
 class MicrobatchFlags:
-    """The flags of one microbatch.
+    """What one microbatch has shown: small tensors, cheaper to keep than to judge one by one.
 
     Args:
         sample_ids: Of the microbatch.
@@ -23,28 +23,29 @@ class MicrobatchFlags:
 
     def __init__(self, sample_ids: Sequence[str]):
         self.sample_ids = list(sample_ids)
-        self._flags: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Notes which of the values are not finite."""
-        for name, flag in zip(values, _not_finite(list(values.values())), strict=True):
-            self._flags[name] = flag
+        """Keeps the values."""
+        self._values.update({name: value.detach() for name, value in values.items()})
 
     def add_gradients(self, outputs: Mapping[str, Tensor]) -> None:
-        """Notes, once the backward pass has come by, which of the outputs have a gradient that is not finite."""
+        """Keeps, once the backward pass has come by, the gradients of the outputs."""
         for name, output in outputs.items():
             if output.requires_grad:
-                flag = self._flags[f"gradient of {name}"] = torch.zeros((), dtype=torch.bool, device=output.device)
-                output.register_hook(lambda gradient, flag=flag: _note(flag, gradient))
+                output.register_hook(partial(self._keep_gradient, f"gradient of {name}"))
 
     def count(self) -> Tensor:
-        """How many flags are up: () float64 on the device."""
-        return torch.stack(list(self._flags.values())).sum(dtype=torch.float64)
+        """How many values are not finite: () float64 on the device."""
+        return _not_finite(list(self._values.values())).sum(dtype=torch.float64)
 
     def names(self) -> list[str]:
-        """What was not finite. Waits for the device."""
-        raised = torch.stack(list(self._flags.values())).tolist()
-        return [name for name, flag in zip(self._flags, raised, strict=True) if flag]
+        """Of the values that are not finite. Waits for the device."""
+        raised = _not_finite(list(self._values.values())).tolist()
+        return [name for name, flag in zip(self._values, raised, strict=True) if flag]
+
+    def _keep_gradient(self, name: str, gradient: Tensor) -> None:
+        self._values[name] = gradient.detach()
 
 
 def head_outputs(outputs: Any) -> dict[str, Tensor]:
@@ -60,13 +61,8 @@ def head_outputs(outputs: Any) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if value.numel()}
 
 
-def _not_finite(values: Sequence[Tensor]) -> Sequence[Tensor]:
-    # The largest absolute value of each: one fused pass that keeps NaN.
-    if not values:
-        return []
-    greatest = torch._foreach_norm([value.detach() for value in values], inf)  # pyright: ignore[reportPrivateImportUsage]
-    return (~torch.isfinite(torch.stack(list(greatest)))).unbind()
-
-
-def _note(flag: Tensor, gradient: Tensor) -> None:
-    flag.logical_or_(_not_finite([gradient])[0])
+def _not_finite(values: list[Tensor]) -> Tensor:
+    """(len(values),) bool."""
+    # 0 times what is finite is 0, else NaN: two fused passes, and nothing finite is too large for them.
+    zeros = torch._foreach_mul(values, 0.0)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.isnan(torch.stack(list(torch._foreach_norm(zeros))))  # pyright: ignore[reportPrivateImportUsage]

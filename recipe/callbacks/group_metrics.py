@@ -15,8 +15,10 @@ from torch.optim import AdamW
 
 from recipe.algorithms.norms import is_sharded, local, named_groups, square_sums
 
-# Elements that are worked on at once: what the update of a group takes beside the parameters is twice this.
+# Elements that are worked on at once: what the update of a group takes beside the parameters is twice this. On a GPU
+# many, so that launches are few; on the CPU what its caches hold.
 PIECE = 2**25
+CPU_PIECE = 2**18
 
 
 def every_batches(interval: str) -> int:
@@ -109,34 +111,38 @@ def update_square_sum(optimizer: AdamW, group: dict[str, Any], rate: float) -> T
     steps = torch.stack([state["step"] for state in states]).tolist()
     beta1, beta2 = group["betas"]
     shrink = rate * group["weight_decay"]
-    total = torch.zeros((), dtype=torch.float64, device=local(stepped[0]).device)
+    norms: list[Tensor] = []
     tensors = [(local(p), local(s["exp_avg"]), local(s["exp_avg_sq"])) for p, s in zip(stepped, states, strict=True)]
     for weights, means, squares, counts in _pieces(tensors, steps):
+        # u = scale * m / (sqrt(v) + floor)
+        roots = [math.sqrt(1 - beta2**step) for step in counts]
+        scales = [rate * root / (1 - beta1**step) for root, step in zip(roots, counts, strict=True)]
         denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, [math.sqrt(1 - beta2**step) for step in counts])
-        torch._foreach_add_(denominators, group["eps"])
-        updates = torch._foreach_div(means, denominators)
-        torch._foreach_mul_(updates, [rate / (1 - beta1**step) for step in counts])
-        torch._foreach_add_(updates, weights, alpha=shrink)
-        total += square_sums([updates])[0]
-    return total / (1 - shrink) ** 2
+        torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
+        updates = torch._foreach_mul(weights, shrink)
+        torch._foreach_addcdiv_(updates, means, denominators, scales)
+        norms += torch._foreach_norm(updates)
+    return torch.stack(norms).double().square().sum() / (1 - shrink) ** 2
 
 
 def _pieces(
     tensors: Sequence[tuple[Tensor, ...]], steps: Sequence[float]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]]:
     """Weights, both moments and steps, cut and gathered to about `PIECE` elements, in float32 at least."""
+    device = tensors[0][0].device
+    length = min(PIECE, CPU_PIECE) if device.type == "cpu" else PIECE
     gathered: list[tuple[Tensor, ...]] = []
     counts: list[float] = []
     size = 0
     for row, step in zip(tensors, steps, strict=True):
-        for cut in zip(*(tensor.flatten().split(PIECE) for tensor in row), strict=True):
-            if size and size + cut[0].numel() > PIECE:
+        for cut in zip(*(tensor.flatten().split(length) for tensor in row), strict=True):
+            number = cut[0].numel()
+            if size and size + number > length:
                 yield (*_columns(gathered), counts)
                 gathered, counts, size = [], [], 0
             gathered.append(tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in cut))
             counts.append(step)
-            size += cut[0].numel()
+            size += number
     if gathered:
         yield (*_columns(gathered), counts)
 

@@ -56,7 +56,7 @@ class Preemption(Callback):
         self._obey(state, logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Hands the signal back, unless the process is leaving: the launcher sends it again to those not yet gone."""
+        """Hands the signal back, unless it has come: the launcher sends it again to those not yet gone."""
         if self._before is not None and not self.asked:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
@@ -78,4 +78,8 @@ class Preemption(Callback):
         self.saver.save_now(state, logger)
         dist.barrier()  # the launcher ends all ranks as soon as one has exited
         log.warning("SIGTERM: batch %d is saved, the same command goes on from it", state.timestamp.batch.value)
+        if self._before is not None:
+            # The launcher sends it to whoever has not left yet; as it ends, Python gives back any handler but this.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._before = None
         raise SystemExit(PREEMPTED)

@@ -2,13 +2,14 @@
 
 import signal
 import time
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipe.checkpoints.find import newest_valid
 from tests.drills.drill_cases import STEPS, assert_same_training
 from tests.drills.launches import Running
-from tests.drills.moments import START, Moment, first_step, losses, moment_of
+from tests.drills.moments import START, File, Moment, first_step, losses, moment_of, unfinished
 
 PATIENCE = 120  # seconds without the moment that is waited for
 
@@ -40,24 +41,24 @@ class Run:
 
     def kill(self, running: Running, wanted: Moment, delay: float) -> None:
         """Waits for the moment, then `delay` seconds, and kills; checks where the launch had begun."""
-        newest = self.newest()
+        newest, leftovers = self.newest(), unfinished(self.checkpoints)
         try:
-            wait_for(wanted, self.folder, running)
+            wait_for(wanted, self.folder, running, leftovers)
             time.sleep(delay)
         finally:
             running.signal(signal.SIGKILL)
             status = running.wait()
         assert status == -signal.SIGKILL, f"ended before it was killed at {wanted}: {running.output()}"
         self._check_beginning(running, newest)
-        hit = moment_of(self.folder, running.started)
+        hit = moment_of(self.folder, running.started, leftovers)
         self.kills.append((wanted, hit, self.newest()))
         print(f"kill {len(self.kills)} wanted at {wanted}, hit at {hit}, newest checkpoint {self.kills[-1][2]}")
 
     def terminate(self, running: Running, wanted: Moment, times: int = 1) -> int:
         """Waits for the moment and sends SIGTERM to all processes; returns the exit status."""
-        newest = self.newest()
+        newest, leftovers = self.newest(), unfinished(self.checkpoints)
         try:
-            wait_for(wanted, self.folder, running)
+            wait_for(wanted, self.folder, running, leftovers)
             for _ in range(times):
                 running.signal(signal.SIGTERM)
                 time.sleep(0.02)
@@ -77,11 +78,11 @@ class Run:
         assert began in (None, newest), f"began at {began} with a checkpoint of batch {newest}: {running.output()}"
 
 
-def wait_for(wanted: Moment, folder: Path, running: Running) -> None:
+def wait_for(wanted: Moment, folder: Path, running: Running, leftovers: Set[File]) -> None:
     """Returns in the first such phase of that batch or a later one; of the start, when the model has been built."""
     until = time.monotonic() + PATIENCE
     while True:
-        moment = moment_of(folder, running.started)
+        moment = moment_of(folder, running.started, leftovers)
         if wanted.phase == START and "recipe.optim" in running.output():  # the script has begun
             return
         if moment.phase == wanted.phase != START and moment.batch >= wanted.batch:

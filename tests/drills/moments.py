@@ -1,13 +1,16 @@
 """Where in its training a run is, or was when it was killed, by nothing but the files it leaves."""
 
 import json
+from collections.abc import Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.drills.drill_cases import EVALUATE_EVERY, SAVE_EVERY
+from tests.drills.drill_cases import EVALUATE_EVERY
 
 START, STEP, EVALUATION, CHECKPOINT = "start", "step", "evaluation", "checkpoint"
+File = tuple[str, int]  # name and time of its last change
 TAIL = 1 << 14  # bytes, which hold the metrics of a step
 
 
@@ -19,30 +22,36 @@ class Moment:
     batch: int
 
 
-def moment_of(run_folder: Path, started: float) -> Moment:
-    """Of the launch that began at `started`, on the clock of `time.time`."""
+def moment_of(run_folder: Path, started: float, leftovers: Set[File] = frozenset()) -> Moment:
+    """Of one launch.
+
+    Args:
+        run_folder: Of the run.
+        started: When the launch began, on the clock of `time.time`.
+        leftovers: Of `unfinished` at that time.
+    """
     entry = last_entry(run_folder / "metrics.jsonl")
     if entry is None or entry["time"] < started:
         return Moment(START, 0)
-    step, metrics = entry["step"], entry["metrics"]
-    if entry["in_batch"] and "loss/train/total" not in metrics:
+    step = entry["step"]
+    if entry["in_batch"] and "loss/train/total" not in entry["metrics"]:
         return Moment(STEP, step + 1)
     batch = step + 1 if entry["in_batch"] else step  # finished
-    checkpoints = run_folder / "checkpoints"
-    if is_half_written(checkpoints):
+    if unfinished(run_folder / "checkpoints") - leftovers:
         return Moment(CHECKPOINT, batch)
-    if entry["in_batch"] and batch % EVALUATE_EVERY == 0:
-        return Moment(EVALUATION, batch)
-    is_due = batch % SAVE_EVERY == 0 and not (checkpoints / f"ba{batch}.pt.manifest.json").exists()
-    return Moment(CHECKPOINT, batch) if is_due else Moment(STEP, batch + 1)
+    is_evaluated = not entry["in_batch"] or batch % EVALUATE_EVERY > 0
+    return Moment(STEP, batch + 1) if is_evaluated else Moment(EVALUATION, batch)
 
 
-def is_half_written(checkpoints: Path) -> bool:
-    """Whether any file is being written, or any checkpoint lacks its manifest, as before it comes and after it goes."""
-    names = {path.name for path in checkpoints.glob("*")}
-    whole = {name.removesuffix(".manifest.json") for name in names if name.endswith(".manifest.json")}
-    weights = {name for name in names if name.endswith(".pt")} - {"latest-rank0.pt"}
-    return any(name.endswith(".partial") for name in names) or bool(weights - whole)
+def unfinished(checkpoints: Path) -> Set[File]:
+    """What is being written, and checkpoints without their manifest, which comes after them and goes before them."""
+    times: dict[str, int] = {}
+    for path in checkpoints.glob("*"):
+        with suppress(FileNotFoundError):  # renamed or removed meanwhile
+            times[path.name] = path.stat().st_mtime_ns
+    without = {name for name in times if name.endswith(".pt") and f"{name}.manifest.json" not in times}
+    partial = {name for name in times if name.endswith(".partial")}
+    return {(name, times[name]) for name in partial | without - {"latest-rank0.pt"}}
 
 
 def last_entry(path: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from tests.drills.moments import CHECKPOINT, EVALUATION, START, STEP, Moment
 
 KILLS_A_PHASE = 6
 NUM_KILLS = 3 * KILLS_A_PHASE + 2
-LONGEST_DELAY = {START: 2.0, STEP: 0.15, EVALUATION: 0.2, CHECKPOINT: 0.03}  # seconds from the beginning of a phase on
+LONGEST_DELAY = {START: 2.0, STEP: 0.15, EVALUATION: 0.2, CHECKPOINT: 0.02}  # seconds from the beginning of a phase on
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from recipe.exit_codes import PREEMPTED
 from tests.drills.drill_cases import write_yaml
 from tests.drills.drill_run import Run, assert_same_end
 from tests.drills.launches import ForkServer, launch
-from tests.drills.moments import CHECKPOINT, EVALUATION, START, STEP, Moment, is_half_written
+from tests.drills.moments import CHECKPOINT, EVALUATION, START, STEP, Moment, unfinished
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def test_terminated_in_every_phase(
         running = server.launch(run.yaml, folder / f"terminated-{number}.log")
         status = run.terminate(running, moment, times=2 if moment == moments[-1] else 1)
         assert status == PREEMPTED, f"{moment}: {running.output()}"
-        assert not is_half_written(run.checkpoints)
+        assert not unfinished(run.checkpoints)
         saved.append(run.newest())
         print(f"SIGTERM at {moment}: batch {saved[-1]} is saved")
         assert moment.phase == START or saved[-1] >= max(moment.batch - 1, saved[-2] + 1)
