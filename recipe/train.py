@@ -9,7 +9,7 @@ from composer.utils import dist, get_device, reproducibility
 
 from recipe.algorithms.nan_rollback import TrainingDiverged
 from recipe.build import build_encoder, build_model, load_processor
-from recipe.callbacks.preemption import exit_on_sigterm
+from recipe.callbacks.preemption import exit_on_sigterm, ignore_sigterm
 from recipe.callbacks.table import build_callbacks, build_loggers, build_savers
 from recipe.checkpoints.loading import safe_loading
 from recipe.checkpoints.manifest import describe
@@ -77,5 +77,6 @@ if __name__ == "__main__":
     try:
         main(config_from_command_line(sys.argv[1:]))
     except TrainingDiverged as error:
+        ignore_sigterm()
         log.error("%s", error)
         sys.exit(DIVERGED)

@@ -27,6 +27,15 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+def ignore_sigterm() -> None:
+    """For a process that leaves with a status of its own: the launcher sends SIGTERM to whoever is not yet gone.
+
+    No other handler would do: as it ends, Python gives all others back.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class Preemption(Callback):
     """On SIGTERM to any rank, all ranks save at the end of the batch and exit with `exit_codes.PREEMPTED`.
 
@@ -57,9 +66,8 @@ class Preemption(Callback):
 
     def close(self, state: State, logger: Logger) -> None:
         """Hands the signal back, unless it has come: the launcher sends it again to those not yet gone."""
-        if self._before is not None and not self.asked:
+        if signal.getsignal(signal.SIGTERM) == self._note and not self.asked:
             signal.signal(signal.SIGTERM, self._before)
-            self._before = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -78,8 +86,5 @@ class Preemption(Callback):
         self.saver.save_now(state, logger)
         dist.barrier()  # the launcher ends all ranks as soon as one has exited
         log.warning("SIGTERM: batch %d is saved, the same command goes on from it", state.timestamp.batch.value)
-        if self._before is not None:
-            # The launcher sends it to whoever has not left yet; as it ends, Python gives back any handler but this.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._before = None
+        ignore_sigterm()
         raise SystemExit(PREEMPTED)

@@ -30,7 +30,7 @@ def reshard(root: nn.Module) -> None:
     """
     if isinstance(root, FSDPModule):
         root.reshard()
-    elif isinstance(root, FullyShardedDataParallel) and root._handle is not None:
+    elif isinstance(root, FullyShardedDataParallel) and root._handle is not None and root._handle.uses_sharded_strategy:
         _reshard(root, root._handle, free_unsharded_flat_param=True)
 
 
