@@ -139,7 +139,7 @@ def existing(folder: str) -> list[str]:
 def clean(folder: Path, batch: int) -> None:
     """Of a run that begins at a batch: what a killed one left half written goes, and later checkpoints are set aside.
 
-    Where they are valid, the run was told to start anew: it must not be resumed from what it replaces.
+    They are broken, or the run was told to start anew and must not be resumed from what it replaces.
     """
     for path in folder.rglob(f"*{PARTIAL}"):
         checkpoint = Path(str(path).removesuffix(UNFINISHED))
@@ -153,7 +153,7 @@ def clean(folder: Path, batch: int) -> None:
         if manifest.batch > batch:
             path = folder / manifest_of(name, manifest.sharded)
             path.replace(f"{path}{REPLACED}")
-            log.warning("checkpoint %s is set aside: the run starts anew from batch %d", folder / name, batch)
+            log.warning("checkpoint %s is set aside: the run begins before it, at batch %d", folder / name, batch)
 
 
 def has_manifest(place: LocalFolder | StoreFolder, name: str) -> bool:

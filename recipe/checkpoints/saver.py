@@ -15,7 +15,7 @@ from composer.loggers import Logger
 from composer.utils import checkpoint, create_symlink_file, dist, format_name_with_dist, parse_uri
 
 from recipe.algorithms.snapshot import weights_are_finite
-from recipe.checkpoints.find import LocalFolder, clean, has_manifest, open_folder, read_manifests
+from recipe.checkpoints.find import REPLACED, LocalFolder, clean, has_manifest, open_folder, read_manifests
 from recipe.checkpoints.manifest import (
     PARTIAL,
     UNFINISHED,
@@ -253,7 +253,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             check_space(target.parent, num_bytes(content) * num_writers * copies)
         if rank == 0:
             Path(f"{target}{UNFINISHED}").touch()
-            Path(manifest_of(str(target), sharded)).unlink(missing_ok=True)
+            manifest = manifest_of(str(target), sharded)
+            for path in (manifest, manifest + REPLACED):
+                Path(path).unlink(missing_ok=True)
         if sharded and target.exists() and (rank == 0 or is_remote):
             shutil.rmtree(target)
 
