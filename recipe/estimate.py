@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from recipe.build import build_network
-from recipe.config import ConfigError, RecipeConfig
+from recipe.config import RecipeConfig
 from recipe.config_file import load_config
 from recipe.data.image import ImageSpec
 from recipe.models.sizes import model_config
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> None:
     try:
         config = load_config(args.yaml, args.overrides)
         network = build_on_meta(config)
-    except (ConfigError, ValueError) as error:
+    except ValueError as error:  # ConfigError among them
         print(f"configuration error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print(table(config, network, args.world_size))

@@ -7,60 +7,24 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from recipe.build import build_network
 from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.data.image import ImageSpec
 from recipe.joint import JointModel
+from recipe.models.sizes import model_config
 from recipe.optim import build_optimizer, group_of, group_parameters, lr_scale
 from recipe.schema import Example
 from tests.tiny_cases import collator, make_model
 
 IMAGE_SPEC = ImageSpec(14, 2, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-# As published in the checkpoints' config.json; transformers' own defaults are the 72B's.
-VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "num_heads": 16,
-    "intermediate_size": 3420,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-}
-TEXT = {
-    "3B": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "intermediate_size": 11008,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "7B": {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-}
-SIZES = {"3B": 3_754_622_976, "7B": 8_292_166_656}
+SIZES = {"3B": (2048, 3_754_622_976), "7B": (3584, 8_292_166_656)}  # hidden size, parameters of the language model
 
 
 def real_model(size: str) -> nn.Module:
     """The joint model at its real shapes, without memory for its weights."""
-    text: dict[str, Any] = TEXT[size]
-    hf_config = Qwen2_5_VLConfig(
-        text_config={**text, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
-        vision_config={**VISION, "out_hidden_size": text["hidden_size"]},
-        tie_word_embeddings=text["tie_word_embeddings"],
-    )
+    hf_config = model_config(f"Qwen/Qwen2.5-VL-{size}-Instruct")
     with torch.device("meta"):
         hf_model = Qwen2_5_VLForConditionalGeneration(hf_config)
         hf_model.tie_weights()
@@ -72,13 +36,13 @@ def real_model(size: str) -> nn.Module:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_parameter_of_the_real_models_has_one_group(size: str):
+    hidden, num_parameters = SIZES[size]
     model = real_model(size)
     groups = group_parameters(model)
     counts = {group: sum(p.numel() for _, p in members) for group, members in groups.items()}
-    assert counts["vision"] + counts["merger"] + counts["llm"] == SIZES[size]
+    assert counts["vision"] + counts["merger"] + counts["llm"] == num_parameters
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
     assert all(counts.values()) and sum(map(len, groups.values())) == len(list(model.parameters()))
-    hidden = TEXT[size]["hidden_size"]
     assert counts["merger"] == 1280 + (5120 + 1) * 5120 + (5120 + 1) * hidden
     # Language and vision adapter: norm, bottleneck of an eighth, no projection where the head is as wide.
     assert counts["adapter"] == 2 * (2 * hidden + 2 * hidden * (hidden // 8) + hidden // 8 + hidden)

@@ -102,3 +102,8 @@ def test_a_frozen_group_is_told_once(
     memory, _ = fit(tiny_config(), [tiny_examples["text"]], [LossGradients("1ba")], rates)
     assert not any(name.startswith("loss_gradient") for name in memory.data)
     assert sum("merger is frozen" in record.message for record in caplog.records) == 1
+
+
+def test_an_unknown_group_is_refused():
+    with pytest.raises(ValueError, match=r"loss_gradients\.group is 'mergers': it must be one of vision, merger"):
+        LossGradients("1ba", "mergers")

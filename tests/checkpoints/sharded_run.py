@@ -6,6 +6,7 @@ It goes on from the newest valid checkpoint in OUT/checkpoints; whole weights go
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from composer import Callback, Logger, State, Trainer
@@ -42,7 +43,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = TinyModel()
     samples = [torch.full((4,), float(i)) for i in range(8)]
-    loader = DataLoader(samples, batch_size=4 // dist.get_world_size(), sampler=dist.get_sampler(samples))  # pyright: ignore
+    dataset: Any = samples  # any sequence will do
+    loader = DataLoader(dataset, batch_size=4 // dist.get_world_size(), sampler=dist.get_sampler(dataset))
     saver = make_saver(folder, metric="eval/score", num_checkpoints_to_keep=3)
     with safe_loading():
         trainer = Trainer(

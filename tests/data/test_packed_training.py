@@ -159,6 +159,15 @@ def test_skipped_samples_are_counted_and_listed(
     assert all("cannot decode a picture" in row["reason"] and row["reason"] in caplog.text for row in rows)
 
 
+def test_a_list_that_cannot_be_written_stops_no_rank(
+    tmp_path: Path, with_bad_pictures: RecipeConfig, encoder: Encoder, caplog
+):
+    (tmp_path / "skipped_samples.jsonl").mkdir()
+    trainer, _ = train(with_bad_pictures, encoder, tmp_path, "1ep")
+    assert logged(trainer)["data/skipped_samples"][-1] == 3
+    assert "skipped_samples.jsonl could not be written" in caplog.text and "Training goes on" in caplog.text
+
+
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path, with_bad_pictures: RecipeConfig, encoder: Encoder):
     with_bad_pictures.train_loader.max_bad_samples = 2
     with pytest.raises(
