@@ -22,7 +22,7 @@ YAML = "yamls/quickstart.yaml"
 SPLITS = {"train": (6000, 1), "val": (128, 2), "pool": (400, 3)}  # name: (scenes, seed)
 LAUNCH = ("composer", "-n", "2")  # on small tensors two processes are faster than two threads
 NUM_TEACHERS_POOL = 128
-NUM_PICTURES = 6
+NUM_PICTURES = 20
 SMOOTHING = 20  # steps that a "first" or "last" loss is averaged over
 
 
@@ -56,7 +56,11 @@ def predict_pictures(checkpoint: str) -> None:
         path = pictures / f"{rows[index]['id']}.png"
         path.write_bytes(rows[index]["image"])
         paths.append(str(path.relative_to(ROOT)))
-    run("python", "recipe/predict.py", "--checkpoint", checkpoint, "--out", str(FOLDER / "predictions"), *paths)
+    out = FOLDER / "predictions"
+    run("python", "recipe/predict.py", "--checkpoint", checkpoint, "--out", str(out), *paths)
+    truth = ["--data", str(FOLDER / "data"), "--split", "val"]
+    rows, page = str(out / "predictions.json"), str(out / "gallery.html")
+    run("python", "-m", "recipe.gallery", "--predictions", rows, *truth, "--out", page)
 
 
 def read_metrics() -> list[dict[str, float]]:
