@@ -36,7 +36,7 @@ class DecoderLayer(nn.Module):
         self.self_norm = nn.LayerNorm(width)
         self.self_attention = Attention(width, num_heads, positional=True)
         self.cross_norm = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, num_heads, positional=True)
+        self.cross_attention = Attention(width, num_heads, positional=True, local=True)
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn = FeedForward(width, ffn_factor, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -99,7 +99,7 @@ class DetectionHead(nn.Module):
         self.query_boxes = nn.Parameter(initial_boxes(num_queries).repeat(num_query_groups, 1))
         self.denoising_content = nn.Parameter(torch.zeros(width))
         self.box_position = MLP(width, width, width, 2)
-        self.center_scale = MLP(width, width, width, 2)
+        self.center_scale = _center_scale(width)
         self.layers = nn.ModuleList(DecoderLayer(width, num_heads, ffn_factor, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.objectness = _objectness(width)
@@ -212,6 +212,14 @@ def _objectness(width: int) -> nn.Linear:
     layer = nn.Linear(width, 1)
     nn.init.constant_(layer.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
     return layer
+
+
+def _center_scale(width: int) -> MLP:
+    """Starts as 1: the centre as it is."""
+    mlp = MLP(width, width, width, 2)
+    nn.init.zeros_(mlp[-1].weight)  # type: ignore[arg-type]
+    nn.init.ones_(mlp[-1].bias)  # type: ignore[arg-type]
+    return mlp
 
 
 def _box_delta(width: int) -> MLP:

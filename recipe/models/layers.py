@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LOCALITY = 4.0
+
 
 class Attention(nn.Module):
     """Multi-head attention over `F.scaled_dot_product_attention`, with keys that can be cached.
@@ -17,9 +19,11 @@ class Attention(nn.Module):
         width: Of queries, keys and values; a multiple of `num_heads`.
         num_heads: Heads.
         positional: Queries and keys come with positions.
+        local: With sine embeddings as positions, a query starts with looking around its own place: both projections
+            begin as one, large enough that an equal position is worth about `LOCALITY` in the softmax.
     """
 
-    def __init__(self, width: int, num_heads: int, positional: bool = False):
+    def __init__(self, width: int, num_heads: int, positional: bool = False, local: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.query = nn.Linear(width, width)
@@ -28,6 +32,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
         self.query_position = nn.Linear(width, width) if positional else None
         self.key_position = nn.Linear(width, width, bias=False) if positional else None
+        if self.query_position is not None and self.key_position is not None and local:
+            # Of a head d wide: d rows of entries of variance 1 / 3W, times W / 2 waves, over the softmax's sqrt(2d).
+            gain = (LOCALITY * 6 * (2 / (width // num_heads)) ** 0.5) ** 0.5
+            with torch.no_grad():
+                self.key_position.weight.copy_(self.query_position.weight.mul_(gain))
+                self.query_position.bias.zero_()
 
     def keys_values(self, states: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(N, M, W) → keys and values (N, heads, M, ·), to be passed to `forward`."""
