@@ -140,7 +140,8 @@ class DetectionHead(nn.Module):
                 mask = (group[:, None] == group)[None, None]
         boxes, logits = [], []
         for layer in self.layers:
-            queries = layer(queries, *self._positions(queries, references), memory, mask)
+            box_positions, center_positions = self._positions(queries, references)
+            queries = layer(queries + box_positions, box_positions, center_positions, memory, mask)
             features = self.norm(queries)
             raw = references + self.box_delta(features)
             boxes.append(raw)

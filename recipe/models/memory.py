@@ -115,6 +115,7 @@ class MemoryBuilder(nn.Module):
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
             positions = sine_embedding(cells[..., :2], self.width) * (cells[..., 2:3] > 0)
+            tokens = tokens + positions  # what is read there tells where it is
         return Memory(tokens, positions, masks, cells)
 
 
