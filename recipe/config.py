@@ -43,7 +43,7 @@ class DetectionHeadConfig:
     refine_boxes: bool = True  # each layer refines the reference boxes of the layer before
     aux_loss: bool = True  # the losses also after every earlier layer
     num_denoising_groups: int = 4  # copies of the noised ground truth in training; 0: no denoising queries
-    box_noise: float = 0.4  # of the denoising queries, in half box sizes
+    box_noise: float = 1.0  # of the denoising queries, in half box sizes (as in DINO)
 
 
 @dataclass

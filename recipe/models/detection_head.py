@@ -100,6 +100,7 @@ class DetectionHead(nn.Module):
         self.denoising_content = nn.Parameter(torch.zeros(width))
         self.box_position = MLP(width, width, width, 2)
         self.center_scale = _center_scale(width)
+        self.directions = nn.Parameter(directions(num_heads))
         self.layers = nn.ModuleList(DecoderLayer(width, num_heads, ffn_factor, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.objectness = _objectness(width)
@@ -158,8 +159,8 @@ class DetectionHead(nn.Module):
         """Embeddings of the reference boxes and of their centres, (N, Q, W) each (DAB-DETR, section 4.3)."""
         boxes = references.sigmoid()
         box_positions = self.box_position(sine_embedding(boxes, self.width))
-        centers = sine_embedding(boxes[..., :2], self.width) * self.center_scale(queries)
-        return box_positions, centers
+        places = boxes[:, None, :, :2] + self.directions[:, None] * boxes[:, None, :, 2:] / 2  # (N, heads, Q, 2)
+        return box_positions, sine_embedding(places, self.width) * self.center_scale(queries)[:, None]
 
 
 class QuerySelection(nn.Module):
@@ -213,6 +214,13 @@ def _objectness(width: int) -> nn.Linear:
     layer = nn.Linear(width, 1)
     nn.init.constant_(layer.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
     return layer
+
+
+def directions(num_heads: int) -> Tensor:
+    """Where each head looks at first, in half box sizes from the centre: around the box's edge (Deformable DETR)."""
+    angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
+    points = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return points / points.abs().amax(-1, keepdim=True)
 
 
 def _center_scale(width: int) -> MLP:

@@ -67,10 +67,18 @@ class Attention(nn.Module):
         queries = self._split(self.query(states))
         if self.query_position is not None:
             assert positions is not None
-            queries = torch.cat([queries, self._split(self.query_position(positions))], dim=-1)
+            queries = torch.cat([queries, self._query_positions(positions)], dim=-1)
         keys, values = keys_values
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
         return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _query_positions(self, positions: Tensor) -> Tensor:
+        """(N, Q, W), or of each head its own (N, heads, Q, W) → (N, heads, Q, ·)."""
+        assert self.query_position is not None
+        if positions.dim() == 3:
+            return self._split(self.query_position(positions))
+        weight = self.query_position.weight.unflatten(0, (self.num_heads, -1))  # (heads, ·, W)
+        return positions @ weight.mT + self.query_position.bias.view(self.num_heads, 1, -1)
 
     def _split(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, ·, W / heads)
