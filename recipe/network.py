@@ -18,7 +18,7 @@ from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.denoising import DenoisingQueries, make_denoising_queries
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import Memory, MemoryBuilder
-from recipe.models.sharding import Sealed, reshard
+from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
 from recipe.schema import Batch, DetectionOutputs, Target
 
@@ -243,11 +243,15 @@ class JointNetwork(nn.Module):
         queries = torch.zeros(num_images, num_slots, dtype=torch.int64, device=labels.device)
         queries[matches.image, matches.target] = matches.query
         rows = torch.arange(num_images, device=labels.device)[:, None]
+        image, slot, token = (labels != -100).nonzero(as_tuple=True)
+        if not (len(image) or self.training or is_sharded(self)):
+            # A prediction has no captions to learn from, and no rank that waits for this one.
+            hidden = detection.query_features.new_zeros(0, self.vlm.text_config.hidden_size)
+            return self.vlm.logits(hidden), labels[image, slot, token], image
         embeds = self.vlm.embed_tokens(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
         hidden = self.caption_decoder(
             detection.query_features[rows, queries], detection.pred_boxes[rows, queries], memory, embeds
         )
-        image, slot, token = (labels != -100).nonzero(as_tuple=True)
         return self.vlm.logits(hidden[image, slot, token]), labels[image, slot, token], image
 
 
