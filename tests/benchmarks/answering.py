@@ -1,6 +1,6 @@
 """Boxes and captions per second of the head, beside the same checkpoint writing its boxes as text.
 
-    python tests/benchmarks/answering.py [--checkpoint CKPT] [--images 64] [--repeats 3]
+    python tests/benchmarks/answering.py [--checkpoint CKPT] [--images 64] [--repeats 5]
 
 The first pictures of the evaluation stream, prompted as `predict.py` does, in batches of 1 and of 8. Both ways answer
 from the picture's patches to objects with boxes in pixels and captions in words, so what both need, the vision tower
@@ -12,9 +12,9 @@ head   the network's forward pass, then captions for the queries above the run's
 text   greedy generation alone, with its key/value cache, until the last answer of the batch has ended (at most the
        run's `evaluation.max_new_tokens`), then parsing. The counted boxes are those parsed.
 
-In turns, after a pass of each that is not counted; the median of the repeats. On the CPU everything runs on one thread,
-and its CPU time is taken, which other work on the machine does not lengthen much. F1 at IoU .5 of both
-is that of `AnswerBoxes`: of the head's boxes at the run's score threshold. The last line is JSON: `boxes_per_s_head
+In turns, batch by batch, after a pass that is not counted; the median of the passes. On the CPU everything runs on one
+thread, and its CPU time is taken, which other work on the machine does not lengthen much. F1 at IoU .5 of both is that
+of `AnswerBoxes`: of the head's boxes at the run's score threshold. The last line is JSON: `boxes_per_s_head
 boxes_per_s_text ratio f1_head f1_text` of the batch size with the lesser ratio, and `batch_size`.
 """
 
@@ -25,7 +25,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from statistics import median
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a .pt file of a run, or an exported folder")
     parser.add_argument("--config", help="default: what was saved with the checkpoint")
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 
 
@@ -128,7 +128,7 @@ def by_text(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Predi
 
 
 class Stopwatch:
-    """Seconds of a module's first forward pass in each batch."""
+    """Seconds of a module's first forward pass."""
 
     def __init__(self, module: nn.Module):
         self.seconds = 0.0
@@ -166,25 +166,22 @@ def now() -> float:
     return time.perf_counter()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
     """Seconds of one pass over all pictures, those of the shared pass in it, and what was answered."""
 
-    seconds: float
-    shared: float
-    predictions: list[Prediction]
+    seconds: float = 0.0
+    shared: float = 0.0
+    predictions: list[Prediction] = field(default_factory=list[Prediction])
 
 
-def answer(way: Way, shared: nn.Module, model: JointModel, batches: Sequence[Batch], config: RecipeConfig) -> Timing:
-    """Answers all batches; `shared` is the module whose first forward pass is what both ways need."""
-    watch, predictions = Stopwatch(shared), []
-    precision = config.trainer.get("precision") or "fp32"
-    start = now()
-    with torch.inference_mode(), get_precision_context(precision):
-        for batch in batches:
-            with watch.running():
-                predictions += way(model, batch, config)
-    return Timing(now() - start, watch.seconds, predictions)
+def answer(timing: Timing, way: Way, shared: nn.Module, model: JointModel, batch: Batch, config: RecipeConfig) -> None:
+    """Answers one batch; `shared` is the module whose first forward pass is what both ways need."""
+    watch, start = Stopwatch(shared), now()
+    with torch.inference_mode(), get_precision_context(config.trainer.get("precision") or "fp32"), watch.running():
+        timing.predictions += way(model, batch, config)
+    timing.seconds += now() - start
+    timing.shared += watch.seconds
 
 
 @dataclass(frozen=True)
@@ -217,12 +214,13 @@ def measure(
     """Head and text in turns, and what the head answered."""
     hf_model: Any = model.model.vlm.hf_model
     ways: dict[str, tuple[Way, nn.Module]] = {"head": (by_head, model.model.vlm), "text": (by_text, hf_model.model)}
-    timings: dict[str, list[Timing]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, (way, shared) in ways.items():
-            timing = answer(way, shared, model, batches, config)
-            if repeat:  # the first warms up
-                timings[name].append(timing)
+    passes: list[dict[str, Timing]] = []
+    for _ in range(repeats + 1):
+        passes.append({name: Timing() for name in ways})
+        for batch in batches:
+            for name, (way, shared) in ways.items():
+                answer(passes[-1][name], way, shared, model, batch, config)
+    timings = {name: [timing[name] for timing in passes[1:]] for name in ways}  # the first pass warms up
     head, text = (row_of(name, timings[name], samples) for name in ways)
     return head, text, timings["head"][0].predictions
 
