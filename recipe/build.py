@@ -46,7 +46,7 @@ def build_encoder(config: RecipeConfig, processor: Any, keep_image: bool = False
 
 
 def build_model(config: RecipeConfig, processor: Any) -> JointModel:
-    """The joint model, its language model loaded from the checkpoint."""
+    """The joint model, its language model loaded from the checkpoint; with averages where `ema` asks for them."""
     vlm = load_vlm(
         config.model.pretrained_model_name_or_path,
         config.model.attn_implementation,
@@ -54,6 +54,8 @@ def build_model(config: RecipeConfig, processor: Any) -> JointModel:
         config.model.gradient_checkpointing,
     )
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image))
+    if config.ema is not None:
+        network.add_average()
     return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
 
 

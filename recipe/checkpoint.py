@@ -30,6 +30,7 @@ from recipe.config_file import load_config, save_config
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.models.vlm import resolve_attention
+from recipe.network import AVERAGE
 from recipe.redact import redact
 
 HEAD_FILE = "detection_head.safetensors"
@@ -76,6 +77,18 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return dict(weights)
 
 
+def answering_weights(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The weights that answers are made with: of those that have an average, the average, under their names.
+
+    Args:
+        weights: By their names in a model.
+        prefix: Of the names in a `JointNetwork`.
+    """
+    start = prefix + AVERAGE
+    averages = {prefix + name.removeprefix(start): value for name, value in weights.items() if name.startswith(start)}
+    return {name: averages.get(name, value) for name, value in weights.items() if not name.startswith(start)}
+
+
 def refuse_code(path: Path) -> None:
     """Looks at what a file of `torch.save` would need to be unpickled, without unpickling it.
 
@@ -116,7 +129,7 @@ def find_config(checkpoint: str | Path) -> RecipeConfig:
 
 
 def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointModel, Any, RecipeConfig]:
-    """Loads a trained model, its processor and its configuration.
+    """Loads a trained model, its processor and its configuration; where it has averaged weights, those.
 
     Args:
         checkpoint: A Composer .pt file, also in an object store, or a folder from `export_model`.
@@ -139,12 +152,14 @@ def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tu
     processor = load_processor(config)
     network = build_network(config, _unread_vlm(config.model), image_spec(processor.image_processor, config.image))
     model = JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
-    _load_weights(model, weights, path)
+    _load_weights(model, answering_weights(weights, "model."), path)
     return model, processor, config
 
 
 def export_model(model: JointModel, processor: Any, config: RecipeConfig, folder: str | Path) -> None:
     """Writes a model as a folder that transformers loads, the head's weights and the configuration beside it.
+
+    Of a model with averaged weights those are written.
 
     The image processor gets the run's pixel budget, so that transformers shows the model pictures as training did.
 
@@ -157,9 +172,8 @@ def export_model(model: JointModel, processor: Any, config: RecipeConfig, folder
     network = model.model
     network.vlm.hf_model.save_pretrained(folder)
     _with_pixel_budget(processor, config).save_pretrained(folder)
-    head = {
-        name: value.contiguous() for name, value in network.state_dict().items() if not name.startswith(_LANGUAGE_MODEL)
-    }
+    weights = answering_weights(network.state_dict())
+    head = {name: value.contiguous() for name, value in weights.items() if not name.startswith(_LANGUAGE_MODEL)}
     save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
     save_config(config, folder / CONFIG_FILE)  # last: only a whole export has one
 
@@ -171,7 +185,8 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointMode
         remedy = f"give one of its checkpoints, such as {found[-1]}" if found else "make one with recipe/export.py"
         raise ValueError(f"{folder} is no exported model, it lacks {' and '.join(missing)}: {remedy}")
     config = config or load_config(str(folder / CONFIG_FILE))
-    config = replace(config, model=replace(config.model, pretrained_model_name_or_path=str(folder)))
+    # What is exported are the averages.
+    config = replace(config, model=replace(config.model, pretrained_model_name_or_path=str(folder)), ema=None)
     processor = load_processor(config)
     model = build_model(config, processor)
     head = nn.ModuleDict({name: part for name, part in model.model.named_children() if f"{name}." != _LANGUAGE_MODEL})

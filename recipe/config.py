@@ -189,6 +189,15 @@ class StagedFreezingConfig:
 
 
 @dataclass
+class EmaConfig:
+    """An exponential moving average of adapter and head, as `composer.algorithms.EMA`; see `algorithms/head_ema.py`."""
+
+    half_life: str | None = "100ba"  # steps after which a weight counts half; null where `smoothing` is given
+    smoothing: float | None = None  # share of the old average that an update keeps, such as 0.99
+    update_interval: str = "1ba"  # steps between updates
+
+
+@dataclass
 class RunWatchConfig:
     """So many batches in a row."""
 
@@ -287,6 +296,7 @@ class RecipeConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     staged_freezing: StagedFreezingConfig = field(default_factory=StagedFreezingConfig)
+    ema: EmaConfig | None = None  # {}: evaluation, checkpoints' readers and export use averaged weights of the head
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     save_best: SaveBestConfig = field(default_factory=SaveBestConfig)
     fsdp_version: int = 2  # 1 | 2, where `trainer.parallelism_config.fsdp` is set; see recipe/parallel.py

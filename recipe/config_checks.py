@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from recipe.algorithms.watch import Action
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.checkpoints.saver import save_folder
-from recipe.config import GROUPS, ConfigError, NaNRollbackConfig, RecipeConfig
+from recipe.config import GROUPS, ConfigError, EmaConfig, NaNRollbackConfig, RecipeConfig
 from recipe.config_file import load_config
 from recipe.keyword_checks import check_choice, check_loader, check_stream, check_table, check_time, check_trainer
 from recipe.parallel import check_parallelism
@@ -131,6 +131,8 @@ def check_config(config: RecipeConfig) -> None:
     _check_head(config)
     _check_images_and_checkpoint(config)
     _check_optimization(config)
+    if config.ema is not None:
+        _check_ema(config.ema)
     _check_nan_rollback(config.nan_rollback)
     _check_teachers(config)
     check_loader("train_loader", config.train_loader)
@@ -177,6 +179,19 @@ def _check_optimization(config: RecipeConfig) -> None:
     check_time("scheduler.t_warmup", config.scheduler.t_warmup)
     if not any(value for name, value in vars(config.loss).items() if name.startswith("weight_")):
         raise ConfigError("loss.weight_*: all are 0, so nothing would train; set at least one above 0")
+
+
+def _check_ema(config: EmaConfig) -> None:
+    if (config.half_life is None) == (config.smoothing is None):
+        raise ConfigError(
+            f"ema.half_life is {config.half_life} and ema.smoothing is {config.smoothing}: set one of them, and the "
+            "other to null"
+        )
+    if config.smoothing is not None and not 0 < config.smoothing < 1:
+        raise ConfigError(f"ema.smoothing is {config.smoothing}: it must be above 0 and below 1, such as 0.99")
+    for name, time in (("half_life", config.half_life), ("update_interval", config.update_interval)):
+        if time is not None and not re.fullmatch(r"0*[1-9]\d*ba", time):
+            raise ConfigError(f"ema.{name} is {time!r}: it must be one batch or more, such as 100ba")
 
 
 def _check_nan_rollback(config: NaNRollbackConfig) -> None:

@@ -39,7 +39,7 @@ class Memory:
     """Bytes of one GPU, and of one process in the host's memory.
 
     Attributes:
-        weights: As the optimizer moves them.
+        weights: As the optimizer moves them, and their averages.
         gradients: Of what is trained; twice where DDP has buckets too.
         moments: AdamW's two.
         compute_copies: Weights in the precision of the computation, or not sharded for as long as they are used.
@@ -75,7 +75,10 @@ def build_on_meta(config: RecipeConfig) -> JointNetwork:
     )
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(hf_config).to(getattr(torch, config.model.dtype))
-        return build_network(config, vlm, spec)
+        network = build_network(config, vlm, spec)
+        if config.ema is not None:
+            network.add_average()
+        return network
 
 
 def microbatch_shape(config: RecipeConfig, merge_size: int) -> tuple[int, int]:
@@ -104,6 +107,7 @@ def estimate(config: RecipeConfig, network: JointNetwork, world_size: int) -> Me
         elements += sum(parameter.numel() for _, parameter in members)
         weights += size
         trained += size if getattr(config.optimizer, f"lr_{group}") else 0
+    weights += sum(average.numel() * average.element_size() for _, average in network.averaged_parameters())
     gradients = trained * (2 if world_size > 1 and not sharded else 1)
     width = 2 if amp else torch.empty(0, dtype=getattr(torch, config.model.dtype)).element_size()
     copies = elements * 2 if amp else 0

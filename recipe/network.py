@@ -1,11 +1,14 @@
 """The joint network: language model, detection memory, detection head and caption decoder in one forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
@@ -15,11 +18,13 @@ from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.denoising import DenoisingQueries, make_denoising_queries
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import Memory, MemoryBuilder
-from recipe.models.sharding import Sealed
+from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
 from recipe.schema import Batch, DetectionOutputs, Target
 
 Result = TypeVar("Result")
+
+AVERAGE = "average."  # begins the names of averaged weights in a network: average.memory.* is that of memory.*
 
 
 @dataclass
@@ -64,6 +69,10 @@ class JointNetwork(nn.Module):
     losses are still told, but teach nothing, as a head that is not trained yet would lead the vision tower astray.
     A trainable memory under a frozen head passes gradients on.
 
+    Attributes:
+        average: Averages of memory, detection head and caption decoder, with which evaluation computes in their places;
+            None: there are none.
+
     Args:
         vlm: The language model.
         memory: Builds an image's memory.
@@ -98,6 +107,25 @@ class JointNetwork(nn.Module):
         self.num_denoising_groups = num_denoising_groups
         self.box_noise = box_noise
         self.aux_loss = aux_loss
+        self.average: nn.ModuleDict | None = None
+
+    def add_average(self) -> None:
+        """Makes `average`, of the weights as they are; `recipe.algorithms.head_ema` moves it.
+
+        It is frozen parameters of this network, so that whatever holds weights holds it too: checkpoints of all kinds,
+        the snapshot of the NaN rollback, the shards of FSDP.
+        """
+        parts = {name: deepcopy(getattr(self, name)) for name in ("memory", "detection_head", "caption_decoder")}
+        self.average = nn.ModuleDict(parts).requires_grad_(False)
+
+    def averaged_parameters(self) -> list[tuple[Parameter, Parameter]]:
+        """Each averaged parameter: as it is trained, and its average."""
+        parts = {} if self.average is None else self.average
+        return [
+            pair
+            for name, part in parts.items()
+            for pair in zip(getattr(self, name).parameters(), part.parameters(), strict=True)
+        ]
 
     @overload
     def forward(self, batch: Sealed[Batch]) -> JointOutputs: ...
@@ -114,8 +142,26 @@ class JointNetwork(nn.Module):
             then: Goes on with the outputs, and is given back with its result. Whatever uses the network's parameters
                 once more must run here: outside, they are sharded under FSDP.
         """
-        outputs = self._outputs(batch.content)
-        return outputs if then is None else (outputs, then(outputs))
+        with self._average_in_evaluation():
+            outputs = self._outputs(batch.content)
+            return outputs if then is None else (outputs, then(outputs))
+
+    @contextmanager
+    def _average_in_evaluation(self) -> Iterator[None]:
+        """Within it, in evaluation mode, the averages are in the places of what is trained."""
+        if self.training or self.average is None:
+            yield
+            return
+        trained = {name: getattr(self, name) for name in self.average}
+        try:
+            for name, part in self.average.items():
+                setattr(self, name, part)
+            yield
+        finally:
+            for name, part in trained.items():
+                setattr(self, name, part)
+            for part in self.average.modules():
+                reshard(part)  # no backward pass follows that would
 
     def _outputs(self, batch: Batch) -> JointOutputs:
         states = self.vlm(
@@ -197,11 +243,15 @@ class JointNetwork(nn.Module):
         queries = torch.zeros(num_images, num_slots, dtype=torch.int64, device=labels.device)
         queries[matches.image, matches.target] = matches.query
         rows = torch.arange(num_images, device=labels.device)[:, None]
+        image, slot, token = (labels != -100).nonzero(as_tuple=True)
+        if not (len(image) or self.training or is_sharded(self)):
+            # A prediction has no captions to learn from, and no rank that waits for this one.
+            hidden = detection.query_features.new_zeros(0, self.vlm.text_config.hidden_size)
+            return self.vlm.logits(hidden), labels[image, slot, token], image
         embeds = self.vlm.embed_tokens(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
         hidden = self.caption_decoder(
             detection.query_features[rows, queries], detection.pred_boxes[rows, queries], memory, embeds
         )
-        image, slot, token = (labels != -100).nonzero(as_tuple=True)
         return self.vlm.logits(hidden[image, slot, token]), labels[image, slot, token], image
 
 

@@ -9,9 +9,11 @@ from composer import Algorithm
 from torch import nn
 from torch.optim import AdamW
 
+from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
 from recipe.config import OptimizerConfig, RecipeConfig
+from recipe.network import AVERAGE
 from recipe.schedule import build_schedule
 
 log = logging.getLogger(__name__)
@@ -40,14 +42,15 @@ def group_of(name: str, patterns: Mapping[str, str] = GROUP_PATTERNS) -> str:
 
 
 def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every parameter of the model under its group, tied ones once; each group in the model's order.
+    """Every parameter of the model but averages under its group, tied ones once; each group in the model's order.
 
     Raises:
         KeyError: A parameter belongs to no group or to several.
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUP_PATTERNS}
     for name, parameter in model.named_parameters():
-        groups[group_of(name)].append((name, parameter))
+        if not name.removeprefix("model.").startswith(AVERAGE):
+            groups[group_of(name)].append((name, parameter))
     return groups
 
 
@@ -121,8 +124,12 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch:
 
 
 def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
-    """Stages and learning rates; then the guard that also clips: Composer calls it first after the backward pass."""
+    """Stages and learning rates; the average of the weights; then the guard that also clips.
+
+    Composer calls the last one first after the backward pass, and last at the end of a batch.
+    """
     return [
         StagedFreezing(build_schedule(config)),
+        *([] if config.ema is None else [HeadEMA(config.ema)]),
         NaNRollback(config.nan_rollback, config.optimizer.clip_norm, config.run_folder),
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe.config import RecipeConfig
+from recipe.config import EmaConfig, RecipeConfig
 from recipe.config_file import load_config
 from recipe.estimate import CAPTION_TOKENS, block_bytes, build_on_meta, estimate, main, microbatch_shape, table
 from recipe.optim import build_optimizer, group_parameters
@@ -39,8 +39,8 @@ def num_bytes(tensors: list[Tensor]) -> int:
 def test_static_part_is_that_of_real_tensors(
     tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]
 ) -> None:
-    """Vision frozen, and a language model in bfloat16 under a head in float32."""
-    config = tiny_config(model={"dtype": "bfloat16"}, optimizer={"lr_vision": 0.0})
+    """Vision frozen, a language model in bfloat16 under a head in float32, and averages of the head."""
+    config = tiny_config(model={"dtype": "bfloat16"}, optimizer={"lr_vision": 0.0}, ema=EmaConfig())
     model = make_model(config)
     losses_and_gradients(model, make_batches([tiny_examples["one"]], "packed", 1))
     optimizer = build_optimizer(model, config.optimizer)

@@ -1,12 +1,14 @@
 """The joint network's precision, and what its captions are trained on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed
+from recipe.joint import JointModel
 from recipe.losses.matcher import Matches
 from recipe.network import padded_captions
 from recipe.schema import Example, Target
@@ -24,6 +26,19 @@ def test_the_head_is_float32_at_least(
     assert outputs.detection.pred_boxes.dtype == torch.float32
     model.loss(outputs, batch)["total"].backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_prediction_writes_no_captions_of_nothing(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """What the loss terms of an evaluation need, they still get."""
+    calls: list[int] = []
+    hook = tiny_model.model.caption_decoder.register_forward_hook(lambda *_: calls.append(1))
+    examples = [tiny_examples["two"], replace(tiny_examples["two"], target=None)]
+    with torch.no_grad():
+        judged, predicted = (tiny_model.eval()(collate_packed([example])) for example in examples)
+    hook.remove()
+    assert len(calls) == 1
+    assert torch.equal(judged.detection.pred_boxes, predicted.detection.pred_boxes)
+    assert len(judged.caption_logits) and predicted.caption_logits.shape == (0, judged.caption_logits.shape[1])
 
 
 def test_only_matched_captions_are_trained_each_in_its_objects_slot() -> None:

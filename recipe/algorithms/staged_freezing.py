@@ -167,5 +167,5 @@ def _table(state: State, factors: dict[str, float | None], rates: dict[str, floa
         stage = "frozen" if factor is None else f"{factor:g}"
         lines.append(f"{name:<10} {count:>14,} {0 if factor is None else count:>14,} {stage:>8} {rates[name]:>10.3g}")
     if num_rest:
-        lines.append(f"{'(lr 0)':<10} {num_rest:>14,} {0:>14,} {'frozen':>8} {0:>10}")
+        lines.append(f"{'(no group)':<10} {num_rest:>14,} {0:>14,} {'frozen':>8} {0:>10}")
     return "\n".join(lines)

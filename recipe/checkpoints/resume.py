@@ -170,9 +170,15 @@ def _check_fit(config: RecipeConfig, origin: Origin, found: Found) -> None:
     """Logs how the configuration differs from the checkpoint's.
 
     Raises:
-        ValueError: The checkpoint is of another model or tokenizer, or of another layout.
+        ValueError: The checkpoint is of another model or tokenizer, or of another layout, or only one of the two has
+            averages.
     """
     manifest, path = found.manifest, redact(found.path)
+    saved_ema, ema = manifest.origin.config.get("ema"), origin.config.get("ema")
+    if saved_ema is not None and ema is None:
+        raise ValueError(f"{path} has averages of the head's weights and this run keeps none: set ema to {saved_ema}")
+    if saved_ema is None and ema is not None:
+        raise ValueError(f"{path} has no averages of the head's weights, which this run keeps: set ema: null")
     changed = differences(manifest.origin.config, origin.config)
     for change in changed:
         log.info("the configuration differs from that of %s in %s", PurePosixPath(path).name, change)

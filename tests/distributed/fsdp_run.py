@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recipe.algorithms.stage_checks import plain_name
 from recipe.callbacks import table
-from recipe.config import EvaluationConfig, LoaderConfig, OptimizerConfig, RecipeConfig, SchedulerConfig
+from recipe.config import EmaConfig, EvaluationConfig, LoaderConfig, OptimizerConfig, RecipeConfig, SchedulerConfig
 from recipe.joint import EvalOutputs
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
@@ -39,6 +39,8 @@ class Leg:
         steps: To train in all.
         sharded: Checkpoints of a file a rank.
         begin_with: Run folder that is copied first, to go on from; empty: none.
+        ema: Whether evaluation uses averages of the head's weights.
+        kept: Whether FSDP keeps gathered weights from the forward pass to the backward pass.
     """
 
     checkpoint: str
@@ -48,6 +50,8 @@ class Leg:
     steps: int = 5
     sharded: bool = False
     begin_with: str = ""
+    ema: bool = False
+    kept: bool = False
 
 
 class Recorder(Callback):
@@ -100,7 +104,9 @@ def config_of(leg: Leg) -> RecipeConfig:
         "progress_bar": False,
     }
     if leg.mode != "ddp":
-        fsdp = {"mixed_precision": "FULL", "state_dict_type": "sharded" if leg.sharded else "full"}
+        fsdp: dict[str, Any] = {"mixed_precision": "FULL", "state_dict_type": "sharded" if leg.sharded else "full"}
+        if leg.kept:
+            fsdp |= {"reshard_after_forward": False} if leg.mode == "fsdp2" else {"sharding_strategy": "SHARD_GRAD_OP"}
         trainer["parallelism_config"] = {"fsdp": fsdp}
         if leg.mode == "fsdp1" and not leg.sharded:
             trainer["save_folder"] = None  # FSDP1 on the CPU ends with SIGSEGV there (torch 2.7)
@@ -114,6 +120,7 @@ def config_of(leg: Leg) -> RecipeConfig:
         evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6),
         optimizer=OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
         scheduler=SchedulerConfig("constant"),
+        ema=EmaConfig(half_life="2ba") if leg.ema else None,
         callbacks={"recorder": {}},
         trainer=trainer,
     )
