@@ -177,8 +177,9 @@ class JointNetwork(nn.Module):
 
     @torch.no_grad()
     def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
-        """What each query thinks of how each object's caption begins: (layers, N, Q, T), 0 for proposals."""
-        first = pad_sequence([_first_tokens(target, memory.mask.device) for target in targets], batch_first=True)
+        """What each query thinks of how each object's caption begins: (layers, N, Q, T); 0 of proposals and padding."""
+        parts = [_first_tokens(target, memory.mask.device) for target in targets]
+        first = pad_sequence(parts, batch_first=True, padding_value=-100)  # (N, T)
         branches = [*detection.groups, detection]
         features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
         boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
@@ -187,8 +188,8 @@ class JointNetwork(nn.Module):
         tokens = first.clamp(min=0)[:, None].expand(-1, features.shape[1], -1)
         nll = logits.logsumexp(-1, keepdim=True) - logits.gather(2, tokens)  # (N, G * Q, T)
         costs = self.matcher.cost_caption * nll * (first >= 0)[:, None]
-        parts = costs.split(detection.pred_boxes.shape[1], dim=1)
-        rows = [part for part, branch in zip(parts, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
+        shares = costs.split(detection.pred_boxes.shape[1], dim=1)
+        rows = [share for share, branch in zip(shares, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
         return torch.stack(rows if detection.selection is None else [torch.zeros_like(rows[0]), *rows])
 
     def _caption_logits(
