@@ -145,6 +145,16 @@ def test_images_without_annotation_or_objects(kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_logits_in_bfloat16_lose_nothing_more(kind: str):
+    """As autocast gives them: the loss is that of the same numbers in float32."""
+    whole, targets = random_outputs(2, 6, seed=2), random_targets([3, 2], seed=2)
+    boxes, logits = whole.pred_boxes.detach().float(), whole.pred_objectness.detach().bfloat16()
+    (matches,) = match([whole], targets, 5, 2, 2)
+    rounded, same = (make_outputs(boxes, numbers) for numbers in (logits, logits.float()))
+    assert torch.equal(from_boxes(kind, rounded, matches, targets, 1), from_boxes(kind, same, matches, targets, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_boxes_that_are_not_finite_leave_objectness_finite(kind: str):
     """Their own terms say so; a target that is no number would spoil every weight."""
     boxes = torch.tensor([[[math.nan] * 4, [math.inf] * 4, [0.5, 0.5, 0.0, 0.0]]], dtype=torch.float64)
