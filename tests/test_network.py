@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe.config import MatcherConfig, RecipeConfig
+from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed
-from recipe.joint import JointModel
 from recipe.losses.matcher import Matches
 from recipe.models.memory import Memory
 from recipe.models.sharding import Sealed
@@ -45,12 +44,11 @@ def caption_target(boxes: Tensor, *first_tokens: int) -> Target:
     return Target(boxes=boxes, caption_ids=torch.tensor([[token, 2] for token in first_tokens]))
 
 
-def test_caption_costs_by_hand(tiny_model: JointModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caption_costs_by_hand(tiny_config: Callable[..., RecipeConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """A vocabulary of two: a query's number x gives the logits (0, x); the costs are log(1 + e^x) and that - x."""
-    network = tiny_model.model
-    monkeypatch.setattr(network, "caption_decoder", LookedUp())
+    network = make_model(tiny_config(matcher={"cost_caption": 0.5})).model
+    network.caption_decoder = LookedUp()  # type: ignore[assignment]
     monkeypatch.setattr(network.vlm, "logits", lambda hidden: torch.cat([torch.zeros_like(hidden), hidden], -1))
-    monkeypatch.setattr(network, "matcher", MatcherConfig(cost_caption=0.5))
     features = torch.tensor([[[0.0], [math.log(3)]], [[7.0], [8.0]]])
     boxes = torch.full((2, 2, 4), 0.5)
     layer = DetectionOutputs(boxes, boxes, torch.zeros(2, 2), features)
