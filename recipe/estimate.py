@@ -155,26 +155,38 @@ def _activations(config: RecipeConfig, network: JointNetwork, width: int) -> int
         kept = inputs * width + max(vision_block, text_block)
     else:
         kept = vision_config.depth * vision_block + text.num_hidden_layers * text_block
-    return kept + _head_activations(config, network, tokens, width)
+    return kept + _head_activations(config, network, tokens, patches, width)
 
 
-def _head_activations(config: RecipeConfig, network: JointNetwork, tokens: int, width: int) -> int:
-    """A layer keeps about 20 rows of its width a query or caption token, the feed-forward's, and 4 a memory token."""
+def _head_activations(config: RecipeConfig, network: JointNetwork, tokens: int, patches: int, width: int) -> int:
+    """A layer keeps about 20 rows of its width a query or caption token, the feed-forward's, and 4 a memory token.
+
+    The adapter of the patches keeps 5 rows of the tower's width a patch, the selection of queries 3 a memory token.
+    """
     head, captions = config.detection_head, config.caption_decoder
-    images = _num_images(config)
-    queries = images * (head.num_queries + 2 * head.num_denoising_groups * OBJECTS)
+    images, memory = _num_images(config), tokens + (patches if head.patch_features else 0)
+    queries = images * (head.num_query_groups * head.num_queries + 2 * head.num_denoising_groups * OBJECTS)
     words = images * OBJECTS * CAPTION_TOKENS
     a_query, a_word = (20 + 2 * part.ffn_factor for part in (head, captions))
-    rows = head.num_layers * (queries * a_query + tokens * 4) + captions.num_layers * (words * a_word + tokens * 4)
-    return rows * network.memory.width * max(width, 4)
+    rows = head.num_layers * (queries * a_query + memory * 4) + captions.num_layers * (words * a_word + memory * 4)
+    rows += 3 * memory if head.select_queries else 0
+    adapter = 5 * (memory - tokens) * network.vlm.hf_model.config.vision_config.hidden_size
+    return (rows * network.memory.width + adapter) * max(width, 4)
 
 
 def _logits(config: RecipeConfig, network: JointNetwork, width: int) -> int:
-    """Of each logit: itself, in float32, its log-probability and its gradient."""
+    """Of each logit in the losses: itself, in float32, its log-probability and its gradient.
+
+    Or, if that is more, what the matching has for a moment where captions count in it: beside the labels' logits one a
+    query and word of the vocabulary, in float32 and exponentiated.
+    """
     tokens, _ = microbatch_shape(config, 1)
-    words = _num_images(config) * OBJECTS * CAPTION_TOKENS
-    positions = round(tokens * SUPERVISED) + words
-    return positions * network.vlm.text_config.vocab_size * (width + 12)
+    images, labels = _num_images(config), round(tokens * SUPERVISED)
+    numbers = (labels + images * OBJECTS * CAPTION_TOKENS) * (width + 12)
+    if config.matcher.cost_caption:
+        queries = images * config.detection_head.num_query_groups * config.detection_head.num_queries
+        numbers = max(numbers, labels * width + queries * (width + 8))
+    return numbers * network.vlm.text_config.vocab_size
 
 
 def _num_images(config: RecipeConfig) -> int:

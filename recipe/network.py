@@ -171,6 +171,7 @@ class JointNetwork(nn.Module):
             batch["segment_lengths"],
             batch["pixel_patches"],
             batch["image_grid_thw"],
+            with_patches=self.memory.patch_adapter is not None,
         )
         label_logits = self.vlm.logits(states.last_hidden_state[batch["label_index"]])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._head_trains()):
@@ -217,21 +218,24 @@ class JointNetwork(nn.Module):
             [tuple(sizes[image]) for image in solved],
             hidden[prompt_index.clamp(min=0)],
             prompt_index >= 0,
-            [states.patch_features[image] for image in solved],
+            [states.patch_features[image] for image in solved] if states.patch_features else (),
         )
 
     @torch.no_grad()
     def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
-        """What each query thinks of how each object's caption begins: (layers, N, Q, T), 0 for proposals."""
-        first = pad_sequence([_first_tokens(target, memory.mask.device) for target in targets], batch_first=True)
+        """What each query thinks of how each object's caption begins: (layers, N, Q, T); 0 of proposals and padding."""
+        parts = [_first_tokens(target, memory.mask.device) for target in targets]
+        first = pad_sequence(parts, batch_first=True, padding_value=-100)  # (N, T)
         branches = [*detection.groups, detection]
         features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
         boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
         hidden = self.caption_decoder(features, boxes, memory, None)[:, :, 0]
-        nll = -self.vlm.logits(hidden).float().log_softmax(-1)  # (N, G * Q, V)
-        costs = nll.gather(2, first[:, None].expand(-1, features.shape[1], -1)) * self.matcher.cost_caption
-        parts = costs.split(detection.pred_boxes.shape[1], dim=1)
-        rows = [part for part, branch in zip(parts, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
+        logits = self.vlm.logits(hidden).float()  # (N, G * Q, V)
+        tokens = first.clamp(min=0)[:, None].expand(-1, features.shape[1], -1)
+        nll = logits.logsumexp(-1, keepdim=True) - logits.gather(2, tokens)  # (N, G * Q, T)
+        costs = self.matcher.cost_caption * nll * (first >= 0)[:, None]
+        shares = costs.split(detection.pred_boxes.shape[1], dim=1)
+        rows = [share for share, branch in zip(shares, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
         return torch.stack(rows if detection.selection is None else [torch.zeros_like(rows[0]), *rows])
 
     def _caption_logits(
@@ -256,10 +260,8 @@ class JointNetwork(nn.Module):
 
 
 def _first_tokens(target: Target | None, device: torch.device) -> Tensor:
-    """(T,) int64: with what the captions of an image's objects begin."""
-    return (
-        torch.empty(0, dtype=torch.int64, device=device) if target is None else target["caption_ids"][:, 0].clamp(min=0)
-    )
+    """(T,) int64: with what the captions of an image's objects begin; -100 where one has no token."""
+    return torch.empty(0, dtype=torch.int64, device=device) if target is None else target["caption_ids"][:, 0]
 
 
 def padded_captions(targets: Sequence[Target | None], matches: Matches, device: torch.device) -> Tensor:

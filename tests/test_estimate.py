@@ -14,7 +14,7 @@ from recipe.config_file import load_config
 from recipe.estimate import CAPTION_TOKENS, block_bytes, build_on_meta, estimate, main, microbatch_shape, table
 from recipe.optim import build_optimizer, group_parameters
 from recipe.schema import Example
-from tests.tiny_cases import losses_and_gradients, make_batches, make_model
+from tests.tiny_cases import ALL_SWITCHES, losses_and_gradients, make_batches, make_model
 
 YAML = str(Path(__file__).resolve().parents[1] / "yamls" / "joint.yaml")
 SIZES = {"Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976, "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656}
@@ -36,11 +36,13 @@ def num_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@pytest.mark.parametrize("switches", [{}, ALL_SWITCHES], ids=["plain", "all_switches"])
 def test_static_part_is_that_of_real_tensors(
-    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], switches: dict[str, Any]
 ) -> None:
     """Vision frozen, a language model in bfloat16 under a head in float32, and averages of the head."""
-    config = tiny_config(model={"dtype": "bfloat16"}, optimizer={"lr_vision": 0.0}, ema=EmaConfig())
+    settings = {"model": {"dtype": "bfloat16"}, "optimizer": {"lr_vision": 0.0}, "ema": EmaConfig()}
+    config = tiny_config(**settings, **switches)
     model = make_model(config)
     losses_and_gradients(model, make_batches([tiny_examples["one"]], "packed", 1))
     optimizer = build_optimizer(model, config.optimizer)
@@ -122,6 +124,37 @@ def test_checkpointing_and_sharding_need_less() -> None:
     assert half.logits == pytest.approx(checkpointed.logits / 2, rel=1e-6)
     assert microbatch_shape(config, 2) == (4096, 4 * 4096)
     assert microbatch_shape(config_of(name, "train_loader.packing.max_patches=5000"), 2) == (4096, 5000)
+
+
+def test_the_heads_switches_need_more() -> None:
+    """3B, 4,096 tokens: 16 pictures of 4 x 256 patches; a head of 2 layers and 4 of captions, 256 wide, in float32."""
+    plain = {
+        "num_queries": 100,
+        "width": 256,
+        "num_layers": 2,
+        "ffn_factor": 4,
+        "patch_features": "false",
+        "select_queries": "false",
+        "num_query_groups": 1,
+    }
+
+    def need(cost_caption: float = 0.0, **switches: object) -> tuple[int, int]:
+        overrides = [f"detection_head.{key}={value}" for key, value in {**plain, **switches}.items()]
+        config = config_of(
+            "Qwen/Qwen2.5-VL-3B-Instruct", "trainer.precision=fp32", f"matcher.cost_caption={cost_caption}", *overrides
+        )
+        found = estimate(config, build_on_meta(config), 1)
+        return found.activations, found.logits
+
+    activations, logits = need()
+    patches, queries = 16 * 4 * 256, 16 * 100
+    assert need(num_query_groups=3) == (activations + 2 * 2 * queries * 28 * 256 * 4, logits)
+    assert need(select_queries="true") == (activations + 3 * 4096 * 256 * 4, logits)
+    more = patches * (5 * 1280 + (2 + 4) * 4 * 256) * 4
+    assert need(patch_features="true") == (activations + more, logits)
+    assert need(cost_caption=0.5) == (activations, logits)
+    transient = (1024 * 4 + 3 * queries * (4 + 8)) * 151936
+    assert need(cost_caption=0.5, num_query_groups=3)[1] == transient > logits
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:

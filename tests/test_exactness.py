@@ -14,7 +14,15 @@ from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.network import JointOutputs
 from recipe.schema import DetectionOutputs, Example, Role
-from tests.tiny_cases import collator, gradient_error, loss_error, losses_and_gradients, make_batches, make_model
+from tests.tiny_cases import (
+    ALL_SWITCHES,
+    collator,
+    gradient_error,
+    loss_error,
+    losses_and_gradients,
+    make_batches,
+    make_model,
+)
 
 FIRST_SPECIAL_TOKEN = 320
 LAYOUTS = pytest.mark.parametrize("layout", ["standard", "packed"])
@@ -22,7 +30,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["standard", "packed"])
 
 def detection_tensors(outputs: DetectionOutputs) -> dict[str, Tensor]:
     tensors = {}
-    for layer, item in enumerate([*outputs.aux_outputs, outputs]):
+    for layer, (_, item) in enumerate(outputs.layers()):
         for name in ("pred_boxes", "pred_boxes_raw", "pred_objectness", "query_features"):
             tensors[f"{name} {layer}"] = getattr(item, name)
     return tensors
@@ -78,15 +86,26 @@ def mixed(tiny_examples: dict[str, Example]) -> list[Example]:
     return list(tiny_examples.values())
 
 
+@pytest.fixture(scope="module")
+def all_switches(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    return make_model(tiny_config(**ALL_SWITCHES))
+
+
+@pytest.fixture(params=["plain", "all_switches"])
+def either(request: pytest.FixtureRequest, tiny_model: JointModel, all_switches: JointModel) -> JointModel:
+    """The model as it is by default, and with every ingredient of the head."""
+    return tiny_model if request.param == "plain" else all_switches.train()
+
+
 @LAYOUTS
 @pytest.mark.parametrize("train", [True, False])
 def test_the_answer_tokens_change_no_detection_output(
-    tiny_model: JointModel, mixed: list[Example], layout: str, train: bool
+    either: JointModel, mixed: list[Example], layout: str, train: bool
 ):
-    tiny_model.train(train)
+    either.train(train)
     with torch.no_grad():
-        before = tiny_model(collator(layout)(mixed))
-        after = tiny_model(collator(layout)([with_other_answer(example) for example in mixed]))
+        before = either(collator(layout)(mixed))
+        after = either(collator(layout)([with_other_answer(example) for example in mixed]))
     assert largest_change(everything_but_answers(before), everything_but_answers(after)) == 0.0
     assert float((before.label_logits - after.label_logits).abs().max()) > 0.1
 
@@ -105,13 +124,13 @@ def test_the_length_of_the_answer_changes_no_detection_output(
 
 
 @LAYOUTS
-def test_one_sample_never_changes_another(tiny_model: JointModel, tiny_examples: dict[str, Example], layout: str):
+def test_one_sample_never_changes_another(either: JointModel, tiny_examples: dict[str, Example], layout: str):
     # Which of its too many objects are captioned depends on the content, and with it the shapes of all captions.
     examples = {name: example for name, example in tiny_examples.items() if name != "crowded"}
     with torch.no_grad():
-        before = by_sample(tiny_model, examples, layout)
+        before = by_sample(either, examples, layout)
         for changed in examples:
-            after = by_sample(tiny_model, {**examples, changed: with_other_content(examples[changed])}, layout)
+            after = by_sample(either, {**examples, changed: with_other_content(examples[changed])}, layout)
             for name in examples:
                 if name != changed:
                     assert largest_change(before[name], after[name]) == 0.0, f"{changed} leaks into {name}"
@@ -137,14 +156,14 @@ def by_sample(model: JointModel, examples: dict[str, Example], layout: str) -> d
     return found
 
 
-def test_padded_packed_and_microbatched_are_each_sample_alone(tiny_model: JointModel, mixed: list[Example]):
+def test_padded_packed_and_microbatched_are_each_sample_alone(either: JointModel, mixed: list[Example]):
     """Every loss term and every gradient, denoising queries active."""
-    losses, gradients = losses_and_gradients(tiny_model, make_batches(mixed, "standard", 1))
+    losses, gradients = losses_and_gradients(either, make_batches(mixed, "standard", 1))
     assert all(float(value) > 0.1 for value in losses.values())
     assert {"loss_bbox_dn", "loss_bbox_aux", "loss_caption", "loss_lm_teacher"} < losses.keys()
     for layout in ("standard", "packed"):
         for microbatch_size in (6, 3, 2, 1):
-            found, found_gradients = losses_and_gradients(tiny_model, make_batches(mixed, layout, microbatch_size))
+            found, found_gradients = losses_and_gradients(either, make_batches(mixed, layout, microbatch_size))
             case = f"{layout}, microbatches of {microbatch_size}"
             # measured: 7.5e-16 and 7.6e-16
             assert loss_error(found, losses) <= 1e-9, case
@@ -182,8 +201,12 @@ def test_a_batch_without_objects_trains(
         {"aux_loss": False},
         {"num_denoising_groups": 0},
         {"width": None},
+        {"patch_features": True},
+        {"select_queries": True},
+        {"num_query_groups": 3},
+        {"num_query_groups": 2, "select_queries": True, "num_denoising_groups": 0, "aux_loss": False},
     ],
-    ids=lambda head: next(iter(head)),
+    ids="-".join,
 )
 def test_every_switch_stays_exact(
     tiny_config: Callable[..., RecipeConfig], mixed: list[Example], head: dict[str, object]

@@ -67,7 +67,8 @@ def build_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) ->
     ]
     loader = config.train_loader
     max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
-    callbacks.append(TrainingData(max_tokens, loader.max_bad_samples, config.run_folder))
+    num_queries = config.detection_head.num_queries
+    callbacks.append(TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, num_queries))
     callbacks.append(LogFirstSample(tokenizer, config.run_folder))
     if config.evaluation.num_logged_images:
         pictures = Path(config.run_folder) / "pictures"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,19 @@ class TrainingData(Callback):
     Packs differ in number between epochs, and the Trainer would cut off an epoch that is longer than it believes.
 
     Logged at each step, over all ranks: `data/samples` and `data/packs` of the step, `data/samples_seen` since the
-    start, `data/packing_fill` (tokens of the packs' budget), `data/skipped_samples` since the start, each once.
+    start, `data/packing_fill` (tokens of the packs' budget), `data/skipped_samples` since the start, each once;
+    `train/unmatched_objects` of the step: those of a picture beyond the queries, which therefore teach nothing.
 
     Args:
         max_tokens: Of a pack; None: not packed.
         max_bad_samples: Different skipped samples, over all ranks, after which the run stops.
         folder: Gets the id and reason of every skipped sample.
+        num_queries: Objects that the head finds in a picture, at most.
     """
 
-    def __init__(self, max_tokens: int | None, max_bad_samples: int, folder: str | Path):
+    def __init__(self, max_tokens: int | None, max_bad_samples: int, folder: str | Path, num_queries: int):
         self.max_tokens = max_tokens
+        self.num_queries = num_queries
         self.max_bad_samples = max_bad_samples
         self.path = Path(folder) / SKIPPED_FILE
         self.num_samples = 0
@@ -59,12 +63,12 @@ class TrainingData(Callback):
         skipped = {name: reason for batch in batches for name, reason in batch["skipped"].items()}
         sums = torch.tensor(
             [sum(batch[name] for batch in batches) for name in ("num_samples", "num_packs", "num_tokens")]
-            + [len(skipped)],
+            + [len(skipped), num_unmatched(batches, self.num_queries)],
             dtype=torch.float64,
         )
         sums = state.device.tensor_to_device(sums)
         dist.all_reduce(sums)
-        samples, packs, tokens, num_skipped = (int(value) for value in sums.tolist())
+        samples, packs, tokens, num_skipped, unmatched = (int(value) for value in sums.tolist())
         self.num_samples += samples
         if num_skipped:
             self._report(skipped)
@@ -73,6 +77,7 @@ class TrainingData(Callback):
             "data/packs": packs,
             "data/samples_seen": self.num_samples,
             "data/skipped_samples": len(self.skipped),
+            "train/unmatched_objects": unmatched,
         }
         if self.max_tokens is not None and packs:
             metrics["data/packing_fill"] = tokens / (packs * self.max_tokens)
@@ -116,3 +121,9 @@ class TrainingData(Callback):
                 f"{self.max_bad_samples}; the last: {'; '.join(told.values())}. They are listed in {self.path}: "
                 "mend the data set, or raise the bound"
             )
+
+
+def num_unmatched(batches: Iterable[Batch], num_queries: int) -> int:
+    """Objects that the matching leaves without a query: it gives each of a picture's queries one at most."""
+    objects = [len(target["boxes"]) for batch in batches for target in batch["targets"] if target is not None]
+    return sum(max(0, count - num_queries) for count in objects)

@@ -69,7 +69,7 @@ def detection_losses(
     """
     suffixes, layers = zip(*outputs.layers(), strict=True)
     boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
-    logits = torch.stack([layer.pred_objectness for layer in layers])
+    logits = _logits(layers)  # (layers, N, Q)
     annotated = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
     image, query, target = (
         torch.cat([getattr(match, key) for match in matches]) for key in ("image", "query", "target")
@@ -113,7 +113,7 @@ def denoising_losses(
         return {"loss_bbox_dn": zero, "loss_giou_dn": zero, "loss_objectness_dn": zero}
     queries, outputs = denoising
     layers = [*outputs.aux_outputs, outputs]
-    logits = torch.stack([layer.pred_objectness for layer in layers])  # (layers, N, R)
+    logits = _logits(layers)  # (layers, N, R)
     mended = queries.valid & queries.positive
     predicted = torch.stack([layer.pred_boxes for layer in layers])[:, mended]  # (layers, n, 4)
     true = queries.target_boxes[mended].to(predicted).expand_as(predicted)
@@ -187,6 +187,12 @@ def _quality(predicted: Tensor, true: Tensor, config: LossConfig) -> Tensor:
     overlap = (high - low).clamp(min=0).prod(-1)
     union = predicted[..., 2:].prod(-1) + true[..., 2:].prod(-1) - overlap
     return (overlap / union.clamp(min=1e-7)).nan_to_num(0.0)
+
+
+def _logits(layers: Sequence[DetectionOutputs]) -> Tensor:
+    """In float32 at least: a target IoU in bfloat16 would be off by up to 0.002."""
+    logits = torch.stack([layer.pred_objectness for layer in layers])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _padded_boxes(targets: Sequence[Target | None], like: Tensor) -> Tensor:

@@ -190,16 +190,16 @@ class QuerySelection(nn.Module):
         features = self.norm(self.inputs(memory.tokens))
         logits = self.objectness(features).squeeze(-1)  # (N, M)
         is_proposal = memory.cells[..., 2] > 0
-        missing = spare.shape[1] - logits.shape[1]
+        missing = max(0, spare.shape[1] - logits.shape[1])
         ranked = logits.detach().masked_fill(~is_proposal, -math.inf)
         best = ranked.topk(min(spare.shape[1], logits.shape[1]), dim=1).indices  # (N, k)
         start = torch.cat([memory.cells[..., :2], PROPOSAL_CELLS * memory.cells[..., 2:]], dim=-1).clamp(max=1)
         rows = torch.arange(len(best), device=best.device)[:, None]
         raw = torch.logit(start[rows, best], eps=1e-3) + self.box_delta(features[rows, best])
-        kept = F.pad(is_proposal[rows, best], (0, max(0, missing)))
-        raw = torch.where(kept[..., None], F.pad(raw, (0, 0, 0, max(0, missing))), spare)
-        logits = torch.where(kept, F.pad(logits[rows, best], (0, max(0, missing))), NO_PROPOSAL)
-        return DetectionOutputs(raw.sigmoid(), raw, logits, features[rows, best])
+        kept = F.pad(is_proposal[rows, best], (0, missing))
+        raw = torch.where(kept[..., None], F.pad(raw, (0, 0, 0, missing)), spare)
+        logits = torch.where(kept, F.pad(logits[rows, best], (0, missing)), NO_PROPOSAL)
+        return DetectionOutputs(raw.sigmoid(), raw, logits, F.pad(features[rows, best], (0, 0, 0, missing)))
 
 
 def initial_boxes(num_queries: int) -> Tensor:

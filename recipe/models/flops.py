@@ -7,7 +7,7 @@ where something below is.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def _count(network: Any, batch: Batch, trained: frozenset[str], flops: Flops) ->
     hf_model = network.vlm.hf_model
     grids: list[list[int]] = batch["image_grid_thw"].tolist()
     side = hf_model.config.vision_config.spatial_merge_size
-    features = _vision(hf_model.model.visual, grids or [[1, side, side]], trained, flops)
+    patches, features = _vision(hf_model.model.visual, grids or [[1, side, side]], trained, flops)
     hidden = _language_model(hf_model, batch, features, trained, flops)
     Walk(flops, "llm", "llm" in trained).linear(hf_model.lm_head, len(batch["labels"]), hidden)
     solved = [grids[image] for image in batch["student_images"].tolist()]
@@ -100,19 +100,30 @@ def _count(network: Any, batch: Batch, trained: frozenset[str], flops: Flops) ->
     num_vision = max((t * h * w // side**2 for t, h, w in solved), default=1)
     num_words = batch["prompt_index"].shape[1] if solved else 1
     if not trained & {"adapter", "detection"}:
-        features = hidden = False  # the whole head runs without autograd
+        patches = features = hidden = False  # the whole head runs without autograd
     elif not solved:
-        features = hidden  # the blank memory is made of hidden states
+        patches, features = False, hidden  # the blank memory is made of hidden states
     adapter = Walk(flops, "detection", "adapter" in trained)
     _adapter(adapter, network.memory.vision_adapter, num_images * num_vision, features)
     _adapter(adapter, network.memory.language_adapter, num_images * num_words, hidden)
-    memory = Tokens(num_images, num_vision + num_words, features or hidden or "adapter" in trained)
+    num_patches = 0
+    if network.memory.patch_adapter is not None:
+        num_patches = num_vision * side**2
+        _adapter(adapter, network.memory.patch_adapter, num_images * num_patches, patches)
+    has_gradient = patches or features or hidden or "adapter" in trained
+    memory = Tokens(num_images, num_vision + num_patches + num_words, has_gradient)
     objects = [0 if target is None else len(target["boxes"]) for target in batch["targets"]] or [0]
-    queries = _head(network, memory, objects, "detection" in trained, flops)
-    ids = [None if target is None else target["caption_ids"] for target in batch["targets"]]
-    written = _captions(network, memory, ids, "detection" in trained, queries, flops)
+    walk = Walk(flops, "detection", "detection" in trained)
+    queries = _head(network, memory, objects, walk)
+    if network.matcher.cost_caption:
+        untrained, num_slots = Walk(flops, "detection", False), network.detection_head.query_content.num_embeddings
+        _captions(untrained, network.caption_decoder, replace(memory, has_gradient=False), num_slots, 1, False)
+        untrained.linear(hf_model.lm_head, num_images * num_slots, False)
+    ids = [target["caption_ids"] for target in batch["targets"] if target is not None and len(target["caption_ids"])]
+    num_slots, length = (max((part.shape[axis] for part in ids), default=1) for axis in (0, 1))
+    written = _captions(walk, network.caption_decoder, memory, num_slots, length, queries)
     output = Walk(flops, "detection", "llm" in trained and bool(trained & {"adapter", "detection"}))
-    output.linear(hf_model.lm_head, _caption_tokens(ids, network.detection_head.query_content.num_embeddings), written)
+    output.linear(hf_model.lm_head, _caption_tokens(ids, network.detection_head.num_queries), written)
 
 
 def window_lengths(grid: Sequence[int], side: int) -> list[int]:
@@ -128,8 +139,8 @@ def window_lengths(grid: Sequence[int], side: int) -> list[int]:
     return [height * width for height in heights for width in widths] * frames
 
 
-def _vision(visual: Any, grids: Sequence[Sequence[int]], trained: frozenset[str], flops: Flops) -> bool:
-    """Patch embedding, blocks and merger; whether the features have a gradient."""
+def _vision(visual: Any, grids: Sequence[Sequence[int]], trained: frozenset[str], flops: Flops) -> tuple[bool, bool]:
+    """Patch embedding, blocks and merger; whether the features before and after the merger have a gradient."""
     walk = Walk(flops, "vision", "vision" in trained)
     unit = visual.spatial_merge_unit
     patches = sum(t * h * w for t, h, w in grids)
@@ -151,8 +162,8 @@ def _vision(visual: Any, grids: Sequence[Sequence[int]], trained: frozenset[str]
         gradient = _gated(walk, block, patches, gradient, before)
     merge = Walk(flops, "merger", "merger" in trained)
     first, _, second = visual.merger.mlp
-    gradient = merge.linear(first, patches // unit, gradient or merge.trained)
-    return merge.linear(second, patches // unit, gradient)
+    merged = merge.linear(first, patches // unit, gradient or merge.trained)
+    return gradient, merge.linear(second, patches // unit, merged)
 
 
 def _language_model(hf_model: Any, batch: Batch, features: bool, trained: frozenset[str], flops: Flops) -> bool:
@@ -235,9 +246,11 @@ def _layers(walk: Walk, layers: Any, rows: int, gradient: bool) -> bool:
     return gradient
 
 
-def _head(network: Any, memory: Tokens, objects: Sequence[int], trained: bool, flops: Flops) -> bool:
+def _head(network: Any, memory: Tokens, objects: Sequence[int], walk: Walk) -> bool:
     """The decoder over object and denoising queries; whether the queries' features have a gradient."""
-    head, walk = network.detection_head, Walk(flops, "detection", trained)
+    head, trained = network.detection_head, walk.trained
+    if head.selection is not None:
+        _selection(walk, head.selection, memory, head.num_queries)
     denoising = 2 * network.num_denoising_groups * max(objects)
     total = head.query_content.num_embeddings + denoising
     gradient = boxes = trained
@@ -253,22 +266,32 @@ def _head(network: Any, memory: Tokens, objects: Sequence[int], trained: bool, f
         gradient = _attend(walk, layer.cross_attention, states, memory, pairs, boxes or scale) or gradient
         gradient = _layers(walk, layer.ffn, queries.total, gradient or trained) or gradient
         judged = network.aux_loss or denoising > 0 or number == len(head.layers) - 1
-        outputs = Walk(flops, "detection", trained and judged)
+        outputs = Walk(walk.flops, "detection", trained and judged)
         _layers(outputs, head.box_delta, queries.total, judged and (gradient or trained))
         outputs.linear(head.objectness, queries.total, judged and (gradient or trained))
         boxes = trained and not head.refine_boxes  # a layer's boxes are handed on without their gradient
     return gradient or trained
 
 
-def _captions(
-    network: Any, memory: Tokens, ids: Sequence[Tensor | None], trained: bool, features: bool, flops: Flops
-) -> bool:
-    """The caption decoder up to the output matrix; whether its states have a gradient."""
-    decoder, walk = network.caption_decoder, Walk(flops, "detection", trained)
-    captions = [part for part in ids if part is not None and len(part)]
-    num_slots = max((len(part) for part in captions), default=1)
-    length = max((part.shape[1] for part in captions), default=1)
-    slots = memory.num_images * num_slots
+def _selection(walk: Walk, selection: Any, memory: Tokens, num_queries: int) -> None:
+    """Judges every token of the memory; boxes of the best alone."""
+    gradient = walk.linear(selection.inputs, memory.total, memory.has_gradient)
+    walk.linear(selection.objectness, memory.total, gradient)
+    _layers(walk, selection.box_delta, memory.num_images * min(num_queries, memory.length), gradient)
+
+
+def _captions(walk: Walk, decoder: Any, memory: Tokens, num_slots: int, length: int, features: bool) -> bool:
+    """The caption decoder up to the output matrix; whether its states have a gradient.
+
+    Args:
+        walk: Adds up.
+        decoder: The `CaptionDecoder`.
+        memory: What it reads.
+        num_slots: Captions of an image.
+        length: Of a caption.
+        features: Whether the queries' features have a gradient.
+    """
+    trained, slots = walk.trained, memory.num_images * num_slots
     gradient = walk.linear(decoder.start, slots, features)
     if isinstance(decoder.token_in, nn.Linear):
         gradient = walk.linear(decoder.token_in, slots * (length - 1), trained) or gradient
@@ -285,7 +308,7 @@ def _captions(
     return gradient
 
 
-def _caption_tokens(ids: Sequence[Tensor | None], num_queries: int) -> int:
+def _caption_tokens(ids: Sequence[Tensor], num_queries: int) -> int:
     """Tokens of the captions that find a query."""
-    counts = [(len(part), int((part != -100).sum())) for part in ids if part is not None and len(part)]
+    counts = [(len(part), int((part != -100).sum())) for part in ids]
     return sum(round(tokens * min(1.0, num_queries / objects)) for objects, tokens in counts)

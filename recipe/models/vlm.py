@@ -20,7 +20,7 @@ class VlmOutputs:
         last_hidden_state: (B * L, D), after the final norm.
         image_features: I tensors of (tokens of the image, D), raster order, after the merger.
         patch_features: I tensors of (tokens of the image, merge², C), before it: of each token its patches in raster
-            order, C wide as the vision tower.
+            order, C wide as the vision tower; none where they were not asked for.
     """
 
     last_hidden_state: Tensor
@@ -79,13 +79,14 @@ class VisionLanguageModel(nn.Module):
         return self.hf_model.get_input_embeddings()
 
     def image_features(
-        self, pixel_patches: Tensor, image_grid_thw: Tensor
+        self, pixel_patches: Tensor, image_grid_thw: Tensor, with_patches: bool = False
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Vision features of every image: after the merger (tokens, D), and before it (tokens, merge², C).
 
         Args:
             pixel_patches: (P, 3 * patch * patch) uint8.
             image_grid_thw: (I, 3).
+            with_patches: False: none of the second kind.
         """
         pixel_values = self.normalizer(pixel_patches).to(self.hf_model.dtype)
         visual = self.hf_model.model.visual
@@ -96,9 +97,11 @@ class VisionLanguageModel(nn.Module):
         finally:
             hook.remove()
         features = tuple(getattr(features, "pooler_output", features))
+        if not with_patches:
+            return features, ()
         # The tower orders tokens by attention windows.
-        patches = merged[0].unflatten(0, (-1, visual.spatial_merge_unit))
-        patches = patches[torch.as_tensor(visual.get_window_index(image_grid_thw)[0], device=patches.device).argsort()]
+        raster = visual.get_window_index(image_grid_thw.cpu())[0].argsort().to(merged[0].device)
+        patches = merged[0].unflatten(0, (-1, visual.spatial_merge_unit))[raster]
         return features, patches.split([len(tokens) for tokens in features])
 
     def forward(
@@ -109,6 +112,7 @@ class VisionLanguageModel(nn.Module):
         segment_lengths: list[int] | None,
         pixel_patches: Tensor,
         image_grid_thw: Tensor,
+        with_patches: bool = False,
     ) -> VlmOutputs:
         """Runs the vision tower once and the language model over its features.
 
@@ -119,6 +123,7 @@ class VisionLanguageModel(nn.Module):
             segment_lengths: Tokens of each sample of a packed row; None for padded rows.
             pixel_patches: (P, 3 * patch * patch) uint8.
             image_grid_thw: (I, 3).
+            with_patches: Give the vision features before the merger too.
 
         Raises:
             ValueError: The image placeholders of `input_ids` are not as many as the vision tokens.
@@ -126,7 +131,7 @@ class VisionLanguageModel(nn.Module):
         check_packing_contract(input_ids, attention_mask, position_ids, segment_lengths)
         inputs_embeds = self.embed_tokens(input_ids)
         if len(image_grid_thw):
-            features, patch_features = self.image_features(pixel_patches, image_grid_thw)
+            features, patch_features = self.image_features(pixel_patches, image_grid_thw, with_patches)
             flat = torch.cat(features).to(inputs_embeds.dtype)
             inputs_embeds = scatter_features(inputs_embeds, input_ids == self.hf_model.config.image_token_id, flat)
         else:

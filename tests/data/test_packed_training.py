@@ -63,7 +63,7 @@ def train(
     loader = config.train_loader
     spec = build_train_loader(config, encoder, read_teachers(config.teachers, config.seed), microbatch_size=1)
     budget = loader.packing.max_tokens if loader.packing else None
-    callbacks: list[Callback] = [TrainingData(budget, loader.max_bad_samples, folder)]
+    callbacks: list[Callback] = [TrainingData(budget, loader.max_bad_samples, folder, num_queries=9)]
     trainer = Trainer(
         model=model,
         train_dataloader=spec,

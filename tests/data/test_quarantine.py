@@ -60,7 +60,7 @@ def train(config: RecipeConfig, encoder: Encoder, folder: Path, **trainer: Any) 
         train_dataloader=build_train_loader(config, encoder, None, microbatch_size=1),
         optimizers=torch.optim.SGD([{"params": [model.weight], "name": "all"}], lr=0.1),
         algorithms=[guard],
-        callbacks=[TrainingData(None, 0, folder)],
+        callbacks=[TrainingData(None, 0, folder, num_queries=9)],
         max_duration="4ep",
         device="cpu",
         device_train_microbatch_size=1,

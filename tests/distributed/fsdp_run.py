@@ -24,7 +24,7 @@ from recipe.joint import EvalOutputs
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters
-from tests.tiny_cases import make_config
+from tests.tiny_cases import ALL_SWITCHES, make_config
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Leg:
         begin_with: Run folder that is copied first, to go on from; empty: none.
         ema: Whether evaluation uses averages of the head's weights.
         kept: Whether FSDP keeps gathered weights from the forward pass to the backward pass.
+        switched: Every ingredient of the head is on.
     """
 
     checkpoint: str
@@ -52,6 +53,7 @@ class Leg:
     begin_with: str = ""
     ema: bool = False
     kept: bool = False
+    switched: bool = False
 
 
 class Recorder(Callback):
@@ -112,7 +114,7 @@ def config_of(leg: Leg) -> RecipeConfig:
             trainer["save_folder"] = None  # FSDP1 on the CPU ends with SIGSEGV there (torch 2.7)
     stream = {"main": {"local": leg.data, "split": "train"}}
     return replace(
-        make_config(leg.checkpoint),
+        make_config(leg.checkpoint, **(ALL_SWITCHES if leg.switched else {})),
         run_folder=leg.out,
         fsdp_version=1 if leg.mode == "fsdp1" else 2,
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),

@@ -34,7 +34,7 @@ from recipe.optim import build_optimizer
 from recipe.parallel import build_parallelism
 from recipe.schema import Batch
 from tests.distributed.fsdp_shim import install
-from tests.tiny_cases import collator, make_config, make_examples, make_model
+from tests.tiny_cases import ALL_SWITCHES, collator, make_config, make_examples, make_model
 
 MIXED = (["two", "text", "crowded"], ["unannotated", "empty", "one"])
 TEXT_ONLY_RANK = (["text", "text"], ["two", "one"])
@@ -49,6 +49,7 @@ class Case:
         layout: Of the collator.
         microbatch_size: Samples.
         model: Changed keys of the section `model`.
+        sections: Changed keys of other sections.
         untied: The output matrix is not the token embedding.
         optimizer: Rates of 0 freeze.
         only_ddp: DDP waits for other ranks after the last microbatch; FSDP gathers weights in each.
@@ -58,6 +59,7 @@ class Case:
     layout: str = "standard"
     microbatch_size: int = 1
     model: dict[str, Any] = field(default_factory=dict[str, Any])
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     untied: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     only_ddp: bool = False
@@ -68,6 +70,9 @@ CASES = {
     "packed": Case(MIXED, "packed", 2),
     "text_only_rank": Case(TEXT_ONLY_RANK),
     "checkpointed": Case(TEXT_ONLY_RANK, model={"gradient_checkpointing": True}),
+    "all_switches": Case(MIXED, "packed", 2, sections=ALL_SWITCHES),
+    "all_switches_text_only_rank": Case(TEXT_ONLY_RANK, sections=ALL_SWITCHES),
+    "all_switches_frozen_llm": Case(TEXT_ONLY_RANK, sections=ALL_SWITCHES, optimizer=OptimizerConfig(lr_llm=0.0)),
     "untied": Case(MIXED, "packed", 3, untied=True),
     "frozen_llm": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_llm=0.0)),
     "frozen_vision": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_vision=0.0, lr_merger=0.0)),
@@ -85,7 +90,7 @@ CASES = {
 
 def make_case_model(case: Case, checkpoint: str) -> JointModel:
     """The case's model in float64, the same in every process."""
-    model = make_model(make_config(checkpoint, model=case.model))
+    model = make_model(make_config(checkpoint, model=case.model, **case.sections))
     if case.untied:
         head: Any = model.model.vlm.hf_model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().flip(0).clone())

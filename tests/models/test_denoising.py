@@ -42,6 +42,13 @@ def test_attention_mask_by_hand():
     assert queries.attention_mask(2).shape == (2, 1, 6, 6)
 
 
+def test_attention_mask_with_groups_of_object_queries_by_hand():
+    """A denoising group of a positive and a negative, then two groups of two object queries."""
+    rows = ["111100", "111100", "001100", "001100", "000011", "000011"]
+    mask = make_queries([make_target(1)], [1], num_groups=1).attention_mask(4, 2)
+    assert mask[0, 0].int().tolist() == [[int(c) for c in row] for row in rows]
+
+
 def test_positives_move_less_than_the_noise_and_negatives_more():
     target = make_target(40)
     queries = make_queries([target], [5], num_groups=10)

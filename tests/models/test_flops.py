@@ -11,7 +11,7 @@ from recipe.joint import JointModel
 from recipe.models.flops import PARTS, Flops, step_flops, window_lengths
 from recipe.optim import group_parameters
 from recipe.schema import Batch, Example
-from tests.tiny_cases import make_batches, make_model
+from tests.tiny_cases import ALL_SWITCHES, make_batches, make_model
 
 GROUPS = ("vision", "merger", "llm", "adapter", "detection")
 NAMES = ["one", "text"]
@@ -51,6 +51,12 @@ def freeze_but(model: JointModel, trained: Iterable[str]) -> None:
 def model(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
     """A model of its own, to freeze."""
     return make_model(tiny_config(detection_head={"num_layers": 3}))
+
+
+@pytest.fixture(scope="module")
+def switched(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    """A model of its own with every switch on, to freeze."""
+    return make_model(tiny_config(**ALL_SWITCHES))
 
 
 @pytest.mark.parametrize("layout", ["standard", "packed"])
@@ -123,6 +129,9 @@ def test_recomputed_flops_are_told_apart(
         {"refine_boxes": False},
         {"width": None},
         {"num_denoising_groups": 0, "aux_loss": False, "refine_boxes": False},
+        {"num_denoising_groups": 0, "aux_loss": False, **ALL_SWITCHES["detection_head"]},
+        {"width": None, **ALL_SWITCHES["detection_head"]},
+        {"num_queries": 400, "select_queries": True},
     ],
     ids=str,
 )
@@ -135,10 +144,72 @@ def test_other_heads(
     assert (total(flops.forward), total(flops.backward)) == counted(other, batches)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"detection_head": {"patch_features": True}},
+        {"detection_head": {"select_queries": True}},
+        {"detection_head": {"num_query_groups": 3}},
+        {"matcher": {"cost_caption": 0.5}},
+        {"loss": {"objectness": "varifocal"}},
+        ALL_SWITCHES,
+    ],
+    ids=lambda changes: "-".join(key for section in changes.values() for key in section),
+)
+def test_each_switch_is_counted(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], changes: dict[str, dict[str, object]]
+) -> None:
+    switched = make_model(tiny_config(**changes))
+    for names in (["two", "one"], ["text"], ["empty", "unannotated"]):
+        batches = make_batches([tiny_examples[name] for name in names], "packed", 2)
+        flops = step_flops(switched.model, batches, GROUPS)
+        assert (total(flops.forward), total(flops.backward)) == counted(switched, batches)
+
+
 @pytest.mark.slow
-def test_more_objects_than_queries(model: JointModel, tiny_examples: dict[str, Example]) -> None:
+@pytest.mark.parametrize(
+    "trained",
+    [("vision",), ("merger",), ("llm",), ("adapter",), ("detection",), ("merger", "detection"), ("vision", "adapter")],
+    ids="-".join,
+)
+def test_all_switches_with_frozen_groups(
+    switched: JointModel, tiny_examples: dict[str, Example], trained: tuple[str, ...]
+) -> None:
+    freeze_but(switched, trained)
+    batches = make_batches([tiny_examples[name] for name in ("two", "text", "one")], "standard", 2)
+    flops = step_flops(switched.model, batches, trained)
+    assert (total(flops.forward), total(flops.backward)) == counted(switched, batches)
+
+
+def test_what_switches_add_by_hand(tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]) -> None:
+    """To the text-only sample, whose memory is a blank token and a blank word, and with the first switch 4 patches."""
+    (batch,) = make_batches([tiny_examples["text"]], "packed", 1)
+
+    def forward(**changes: object) -> int:
+        return step_flops(make_model(tiny_config(**changes)).model, [batch], GROUPS).forward["detection"]
+
+    width, queries, memory = 32, 5, 2
+    plain = forward()
+    adapter = 2 * 4 * width * width  # tower and head are 32 wide
+    # Keys, their positions and values in two layers of the head, two of captions; of a query scores of twice the width.
+    read = 4 * 4 * (3 * width * width) + 2 * 4 * queries * 3 * width + 2 * 4 * 3 * width
+    assert forward(detection_head={"patch_features": True}) - plain == 2 * (adapter + read)
+    proposals = memory * (width * width + width) + min(queries, memory) * (2 * width * width + 4 * width)
+    assert forward(detection_head={"select_queries": True}) - plain == 2 * proposals
+    # Its first word takes 15 matrices a query and layer, and 3 a memory token; it sees itself and the memory.
+    layer = queries * 15 * width**2 + queries * 2 * width + memory * 3 * width**2 + queries * memory * 3 * width
+    text = make_model(tiny_config()).model.vlm.text_config
+    words = queries * (width**2 + width * text.hidden_size + text.hidden_size * text.vocab_size)
+    assert forward(matcher={"cost_caption": 0.5}) - plain == 2 * (words + 2 * layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, ALL_SWITCHES], ids=["plain", "all_switches"])
+def test_more_objects_than_queries(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], changes: dict[str, dict[str, object]]
+) -> None:
     """Which captions are written is the matching's choice: they may be longer or shorter than the mean."""
-    freeze_but(model, GROUPS)
+    model = make_model(tiny_config(**changes))
     batches = make_batches([tiny_examples["crowded"]], "packed", 1)
     flops = step_flops(model.model, batches, GROUPS)
     forward, backward = counted(model, batches)
