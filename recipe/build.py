@@ -96,6 +96,7 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
             ffn_factor=decoder.ffn_factor,
             dropout=decoder.dropout,
             max_caption_tokens=decoder.max_caption_tokens,
+            own_vocab_size=None if decoder.tie_word_embeddings else vlm.config.get_text_config().vocab_size,
         ).to(dtype),
         matcher=config.matcher,
         loss=config.loss,

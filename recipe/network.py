@@ -174,6 +174,15 @@ class JointNetwork(nn.Module):
             [states.patch_features[image] for image in solved],
         )
 
+    @property
+    def caption_words(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """How captions read and write tokens: ids (...) → embeddings (..., D), and states (..., D) → logits (..., V).
+
+        Both are the language model's, or both the caption decoder's own.
+        """
+        own = self.caption_decoder.vocabulary
+        return (self.vlm.embed_tokens, self.vlm.logits) if own is None else (own, own)
+
     @torch.no_grad()
     def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
         """What each query thinks of how each object's caption begins: (layers, N, Q, T), 0 for proposals."""
@@ -182,7 +191,8 @@ class JointNetwork(nn.Module):
         features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
         boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
         hidden = self.caption_decoder(features, boxes, memory, None)[:, :, 0]
-        nll = -self.vlm.logits(hidden).float().log_softmax(-1)  # (N, G * Q, V)
+        _, logits = self.caption_words
+        nll = -logits(hidden).float().log_softmax(-1)  # (N, G * Q, V)
         costs = nll.gather(2, first[:, None].expand(-1, features.shape[1], -1)) * self.matcher.cost_caption
         parts = costs.split(detection.pred_boxes.shape[1], dim=1)
         rows = [part for part, branch in zip(parts, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
@@ -197,12 +207,13 @@ class JointNetwork(nn.Module):
         queries = torch.zeros(num_images, num_slots, dtype=torch.int64, device=labels.device)
         queries[matches.image, matches.target] = matches.query
         rows = torch.arange(num_images, device=labels.device)[:, None]
-        embeds = self.vlm.embed_tokens(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
+        embed, logits = self.caption_words
+        embeds = embed(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
         hidden = self.caption_decoder(
             detection.query_features[rows, queries], detection.pred_boxes[rows, queries], memory, embeds
         )
         image, slot, token = (labels != -100).nonzero(as_tuple=True)
-        return self.vlm.logits(hidden[image, slot, token]), labels[image, slot, token], image
+        return logits(hidden[image, slot, token]), labels[image, slot, token], image
 
 
 def _first_tokens(target: Target | None, device: torch.device) -> Tensor:
