@@ -54,7 +54,7 @@ class CaptionDecoderConfig:
     num_heads: int = 8
     ffn_factor: int = 4
     dropout: float = 0.0
-    max_caption_tokens: int = 32  # longest caption trained on and generated, end-of-sequence counted
+    max_caption_tokens: int | None = 32  # longest caption, end-of-sequence counted; null: of the longest in the data
     tie_word_embeddings: bool = True  # read and write tokens by the language model's; false: by one matrix of its own
 
 

@@ -11,6 +11,7 @@ from composer.utils import dist, get_device, reproducibility
 from recipe.build import build_encoder, build_model, load_processor
 from recipe.calibrate import CALIBRATION_FILE, calibration_text, find_calibration, write_calibration
 from recipe.callbacks.table import build_callbacks, build_loggers
+from recipe.checkpoint import with_trained_caption_length
 from recipe.checkpoints.loading import safe_loading
 from recipe.checkpoints.manifest import describe
 from recipe.checkpoints.resume import weights_keywords
@@ -36,6 +37,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
+    config = with_trained_caption_length(config, config.load_path)
     processor = load_processor(config)
     teachers = read_teachers(config.teachers, config.seed)
     eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)

@@ -1,18 +1,20 @@
 """The joint network's precision, and what its captions are trained on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from recipe.build import build_encoder, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed
 from recipe.joint import JointModel
 from recipe.losses.matcher import Matches
 from recipe.network import padded_captions
 from recipe.optim import build_optimizer, group_parameters
-from recipe.schema import Example, Target
-from tests.tiny_cases import losses_and_gradients, make_batches, make_model
+from recipe.schema import Example, Object, Target
+from tests.tiny_cases import losses_and_gradients, make_batches, make_model, make_samples
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -98,3 +100,18 @@ def test_the_captions_own_matrix_learns_beside_a_frozen_language_model(
     model.loss(model(batch), batch)["total"].backward()
     optimizer.step()
     assert not torch.equal(own.weight, before[0]) and torch.equal(output.weight, before[1])
+
+
+def test_labels_of_captions_in_any_language(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]
+) -> None:
+    """What the decoder is taught to write, token after token, reads as the captions, each ended once."""
+    captions = ["红色的自行车", "نجمة حمراء", "👩‍🚀 in orbit"]
+    config = tiny_config(caption_decoder={"max_caption_tokens": 40})
+    processor = load_processor(config)
+    objects = [Object((10.0 * i, 5.0, 10.0 * i + 30, 50.0), caption) for i, caption in enumerate(captions)]
+    sample = replace(make_samples()["two"], objects=tuple(objects))
+    outputs = make_model(config)(collate_packed([build_encoder(config, processor)(sample), tiny_examples["one"]]))
+    text = processor.tokenizer.decode(outputs.caption_labels[outputs.caption_images == 0])
+    end = processor.tokenizer.eos_token
+    assert text.split(end) == [*captions, ""]
