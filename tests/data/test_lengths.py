@@ -193,8 +193,8 @@ def test_the_longest_caption_is_the_longest_that_is_encoded(
     """Of all streams, once for a tokenizer; crowd regions, which are never captioned, left out."""
     caplog.set_level(logging.INFO)
     crowd = Object((1.0, 1.0, 9.0, 9.0), "a crowd of very many people that nobody has counted so far", iscrowd=True)
-    boxed = samples[8].objects or ()
-    longer = replace(samples[8], objects=(*boxed, crowd, replace(boxed[0], caption="the large 红色 star behind it")))
+    described = Object((1.0, 1.0, 9.0, 9.0), "the large 红色 star behind it")
+    longer = replace(samples[8], objects=(*(samples[8].objects or ()), crowd, described))
     kept = [*samples[:8], longer, *samples[9:]]
     streams = open_streams({"a": write_shards(tmp_path / "a", kept[:7]), "b": write_shards(tmp_path / "b", kept[7:])})
     targets = [target for sample in kept if (target := encoder(sample).target) is not None]

@@ -39,6 +39,7 @@ class Leg:
         steps: To train in all.
         sharded: Checkpoints of a file a rank.
         begin_with: Run folder that is copied first, to go on from; empty: none.
+        own_words: Captions are read and written with a matrix of their own, by beam search.
     """
 
     checkpoint: str
@@ -48,6 +49,7 @@ class Leg:
     steps: int = 5
     sharded: bool = False
     begin_with: str = ""
+    own_words: bool = False
 
 
 class Recorder(Callback):
@@ -106,12 +108,14 @@ def config_of(leg: Leg) -> RecipeConfig:
             trainer["save_folder"] = None  # FSDP1 on the CPU ends with SIGSEGV there (torch 2.7)
     stream = {"main": {"local": leg.data, "split": "train"}}
     return replace(
-        make_config(leg.checkpoint),
+        make_config(leg.checkpoint, caption_decoder={"tie_word_embeddings": not leg.own_words}),
         run_folder=leg.out,
         fsdp_version=1 if leg.mode == "fsdp1" else 2,
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
-        evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6),
+        evaluation=EvaluationConfig(
+            score_threshold=0.0, max_captions=3, max_new_tokens=6, num_beams=3 if leg.own_words else 1
+        ),
         optimizer=OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
         scheduler=SchedulerConfig("constant"),
         callbacks={"recorder": {}},

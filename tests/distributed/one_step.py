@@ -49,6 +49,7 @@ class Case:
         layout: Of the collator.
         microbatch_size: Samples.
         model: Changed keys of the section `model`.
+        caption_decoder: Changed keys of the section `caption_decoder`.
         untied: The output matrix is not the token embedding.
         optimizer: Rates of 0 freeze.
         only_ddp: DDP waits for other ranks after the last microbatch; FSDP gathers weights in each.
@@ -58,6 +59,7 @@ class Case:
     layout: str = "standard"
     microbatch_size: int = 1
     model: dict[str, Any] = field(default_factory=dict[str, Any])
+    caption_decoder: dict[str, Any] = field(default_factory=dict[str, Any])
     untied: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     only_ddp: bool = False
@@ -69,6 +71,7 @@ CASES = {
     "text_only_rank": Case(TEXT_ONLY_RANK),
     "checkpointed": Case(TEXT_ONLY_RANK, model={"gradient_checkpointing": True}),
     "untied": Case(MIXED, "packed", 3, untied=True),
+    "own_vocabulary": Case(TEXT_ONLY_RANK, caption_decoder={"tie_word_embeddings": False}),
     "frozen_llm": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_llm=0.0)),
     "frozen_vision": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_vision=0.0, lr_merger=0.0)),
     "frozen_backbone": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_vision=0.0, lr_merger=0.0, lr_llm=0.0)),
@@ -85,7 +88,7 @@ CASES = {
 
 def make_case_model(case: Case, checkpoint: str) -> JointModel:
     """The case's model in float64, the same in every process."""
-    model = make_model(make_config(checkpoint, model=case.model))
+    model = make_model(make_config(checkpoint, model=case.model, caption_decoder=case.caption_decoder))
     if case.untied:
         head: Any = model.model.vlm.hf_model.get_output_embeddings()
         head.weight = nn.Parameter(head.weight.detach().flip(0).clone())
