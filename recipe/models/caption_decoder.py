@@ -55,6 +55,8 @@ class Vocabulary(nn.Module):
 
     def __init__(self, vocab_size: int, width: int):
         super().__init__()
+        self.vocab_size = vocab_size
+        self.width = width
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         nn.init.normal_(self.weight, std=0.02)  # transformers' initializer_range: logits start near 0
 

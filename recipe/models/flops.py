@@ -111,8 +111,12 @@ def _count(network: Any, batch: Batch, trained: frozenset[str], flops: Flops) ->
     queries = _head(network, memory, objects, "detection" in trained, flops)
     ids = [None if target is None else target["caption_ids"] for target in batch["targets"]]
     written = _captions(network, memory, ids, "detection" in trained, queries, flops)
-    output = Walk(flops, "detection", "llm" in trained and bool(trained & {"adapter", "detection"}))
-    output.linear(hf_model.lm_head, _caption_tokens(ids, network.detection_head.query_content.num_embeddings), written)
+    num_tokens = _caption_tokens(ids, network.detection_head.query_content.num_embeddings)
+    own = network.caption_decoder.vocabulary
+    group = "llm" if own is None else "detection"
+    output = Walk(flops, "detection", group in trained and bool(trained & {"adapter", "detection"}))
+    size = hf_model.lm_head.in_features * hf_model.lm_head.out_features if own is None else own.vocab_size * own.width
+    output.product(num_tokens * size, written, output.trained)
 
 
 def window_lengths(grid: Sequence[int], side: int) -> list[int]:

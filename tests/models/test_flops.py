@@ -135,6 +135,21 @@ def test_other_heads(
     assert (total(flops.forward), total(flops.backward)) == counted(other, batches)
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [GROUPS, *(pytest.param(groups, marks=pytest.mark.slow) for groups in (("llm",), ("adapter",), ("detection",)))],
+    ids="-".join,
+)
+def test_captions_with_a_matrix_of_their_own(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], trained: tuple[str, ...]
+) -> None:
+    other = make_model(tiny_config(caption_decoder={"tie_word_embeddings": False}))
+    freeze_but(other, trained)
+    batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
+    flops = step_flops(other.model, batches, trained)
+    assert (total(flops.forward), total(flops.backward)) == counted(other, batches)
+
+
 @pytest.mark.slow
 def test_more_objects_than_queries(model: JointModel, tiny_examples: dict[str, Example]) -> None:
     """Which captions are written is the matching's choice: they may be longer or shorter than the mean."""
