@@ -59,9 +59,12 @@ def test_worked_by_hand():
 
 
 def test_calibrating_once_more_stands_in_the_place_of_the_first():
-    """sigmoid(1 * (2 * logit + 1) - log 2), in one."""
-    found = find(HALF, evaluation=EvaluationConfig(score_scale=2.0, score_shift=1.0)).evaluation
-    assert (found["score_scale"], found["score_shift"]) == (pytest.approx(2.0), pytest.approx(1 - log(2)))
+    """sigmoid(scale * (2 * logit + 1) + shift), in one; .6 and .8 are to become 1/3 and 2/3."""
+    half = detections([0.6] * 4 + [0.8] * 4, [1, 0, 0, 0, 1, 1, 1, 0])
+    found = find(half, evaluation=EvaluationConfig(score_scale=2.0, score_shift=1.0)).evaluation
+    scale = 2 * log(2) / log(4 / 1.5)
+    shift = log(2) - scale * log(4)
+    assert (found["score_scale"], found["score_shift"]) == (pytest.approx(2 * scale), pytest.approx(scale + shift))
 
 
 def test_platt_is_what_scipy_finds():
