@@ -1,19 +1,25 @@
 """Configuration → model, processor and encoder."""
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.config import RecipeConfig
 from recipe.data.encode import Encoder
 from recipe.data.image import ImageSpec, image_spec
+from recipe.data.lengths import read_longest_caption
+from recipe.data.storage import open_streams
 from recipe.joint import JointModel
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import MemoryBuilder
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm
 from recipe.network import JointNetwork
+
+log = logging.getLogger(__name__)
 
 
 def load_processor(config: RecipeConfig) -> Any:
@@ -32,6 +38,33 @@ def load_processor(config: RecipeConfig) -> Any:
         ) from error
 
 
+def with_caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> RecipeConfig:
+    """The configuration with `max_caption_tokens` as the data ask for, where it is null; called by all ranks.
+
+    The captions of the evaluation set count too: one that is too long would end the first evaluation.
+
+    Raises:
+        ValueError: A stream cannot be opened, or has no records.
+    """
+    decoder = config.caption_decoder
+    if decoder.max_caption_tokens is not None:
+        return config
+    streams = [*open_streams(config.train_loader.streams), *open_streams(config.eval_loader.streams)]
+    longest = max(read_longest_caption(streams, tokenizer), 2)
+    log.info("caption_decoder.max_caption_tokens: %d, as long as the longest caption of the data", longest)
+    return replace(config, caption_decoder=replace(decoder, max_caption_tokens=longest))
+
+
+def _caption_length(config: RecipeConfig) -> int:
+    length = config.caption_decoder.max_caption_tokens
+    if length is None:
+        raise ValueError(
+            "caption_decoder.max_caption_tokens is null, for which only training looks into the data: give the number, "
+            "of a run the one in its config.yaml"
+        )
+    return length
+
+
 def build_encoder(config: RecipeConfig, processor: Any, keep_image: bool = False) -> Encoder:
     """What turns samples into examples; `keep_image` for evaluation, which draws them."""
     return Encoder(
@@ -39,7 +72,7 @@ def build_encoder(config: RecipeConfig, processor: Any, keep_image: bool = False
         hf_config=AutoConfig.from_pretrained(config.model.pretrained_model_name_or_path),
         image_spec=image_spec(processor.image_processor, config.image),
         prompt=config.prompt,
-        max_caption_tokens=config.caption_decoder.max_caption_tokens,
+        max_caption_tokens=_caption_length(config),
         max_seq_len=config.max_seq_len,
         keep_image=keep_image,
     )
@@ -97,7 +130,8 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
             num_layers=decoder.num_layers,
             ffn_factor=decoder.ffn_factor,
             dropout=decoder.dropout,
-            max_caption_tokens=decoder.max_caption_tokens,
+            max_caption_tokens=_caption_length(config),
+            own_vocab_size=None if decoder.tie_word_embeddings else vlm.config.get_text_config().vocab_size,
         ).to(dtype),
         matcher=config.matcher,
         loss=config.loss,

@@ -128,6 +128,28 @@ def find_config(checkpoint: str | Path) -> RecipeConfig:
     )
 
 
+def with_trained_caption_length(config: RecipeConfig, checkpoint: str | Path | None) -> RecipeConfig:
+    """The configuration with the `max_caption_tokens` of the run that wrote a checkpoint, where it is null.
+
+    Raises:
+        ValueError: The run's configuration is not there.
+    """
+    decoder = config.caption_decoder
+    if decoder.max_caption_tokens is not None or checkpoint is None:
+        return config
+    exported = Path(checkpoint, CONFIG_FILE)
+    try:
+        trained = load_config(str(exported)) if exported.is_file() else find_config(checkpoint)
+    except ValueError as error:
+        raise ValueError(
+            f"caption_decoder.max_caption_tokens is null, and what {redact(str(checkpoint))} was trained with is not "
+            f"known ({error}): give the number"
+        ) from error
+    return replace(
+        config, caption_decoder=replace(decoder, max_caption_tokens=trained.caption_decoder.max_caption_tokens)
+    )
+
+
 def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointModel, Any, RecipeConfig]:
     """Loads a trained model, its processor and its configuration; where it has averaged weights, those.
 
@@ -140,6 +162,8 @@ def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tu
         ValueError: The checkpoint is missing, is neither of the two, or does not fit the configuration.
     """
     path = Path(checkpoint)
+    if config is not None:
+        config = with_trained_caption_length(config, checkpoint)
     if path.is_dir():
         return _load_exported(path, config)
     if "://" in str(checkpoint):

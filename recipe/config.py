@@ -54,7 +54,8 @@ class CaptionDecoderConfig:
     num_heads: int = 8
     ffn_factor: int = 4
     dropout: float = 0.0
-    max_caption_tokens: int = 32  # longest caption trained on and generated, end-of-sequence counted
+    max_caption_tokens: int | None = 32  # longest caption, end-of-sequence counted; null: of the longest in the data
+    tie_word_embeddings: bool = True  # read and write tokens by the language model's; false: by one matrix of its own
 
 
 @dataclass
@@ -113,7 +114,12 @@ class EvaluationConfig:
     """How predictions are made for the metrics, the logged pictures and `predict.py`."""
 
     score_threshold: float = 0.3  # objects below it are neither captioned nor drawn; AP counts all queries
+    score_scale: float = 1.0  # score = sigmoid(score_scale * logit + score_shift): what eval.py finds and writes to
+    score_shift: float = 0.0  # calibration.yaml, so that of the objects scored 0.8 eight of ten are right
+    nms_iou: float | None = None  # of two boxes that overlap more only the better is an object; null: all are
     max_captions: int = 100  # captions generated per image at most, best scores first
+    num_beams: int = 1  # of captions: 1: each token is the likeliest; more: beam search, so many times the work
+    length_penalty: float = 1.0  # of beam search: captions compete by log-probability / tokens ** length_penalty
     generate_answer: bool = True  # let the language model write its answer too
     max_new_tokens: int = 512
     num_logged_images: int = 8

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from recipe.algorithms.watch import Action
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.checkpoints.saver import save_folder
-from recipe.config import GROUPS, ConfigError, EmaConfig, NaNRollbackConfig, RecipeConfig
+from recipe.config import GROUPS, ConfigError, EmaConfig, EvaluationConfig, NaNRollbackConfig, RecipeConfig
 from recipe.config_file import load_config
 from recipe.keyword_checks import check_choice, check_loader, check_stream, check_table, check_time, check_trainer
 from recipe.parallel import check_parallelism
@@ -60,6 +60,9 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "evaluation.score_threshold": (0, 1),
     "evaluation.max_captions": (0, inf),
     "evaluation.max_new_tokens": (1, inf),
+    "evaluation.nms_iou": (0, 1),
+    "evaluation.num_beams": (1, inf),
+    "evaluation.length_penalty": (0, inf),
     "evaluation.num_logged_images": (0, inf),
     "loss.weight_lm_teacher": (0, inf),
     "loss.weight_lm_student": (0, inf),
@@ -133,6 +136,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_optimization(config)
     if config.ema is not None:
         _check_ema(config.ema)
+    _check_scores(config.evaluation)
     _check_nan_rollback(config.nan_rollback)
     _check_teachers(config)
     check_loader("train_loader", config.train_loader)
@@ -192,6 +196,13 @@ def _check_ema(config: EmaConfig) -> None:
     for name, time in (("half_life", config.half_life), ("update_interval", config.update_interval)):
         if time is not None and not re.fullmatch(r"0*[1-9]\d*ba", time):
             raise ConfigError(f"ema.{name} is {time!r}: it must be one batch or more, such as 100ba")
+
+
+def _check_scores(config: EvaluationConfig) -> None:
+    if not 0 < config.score_scale < inf:
+        raise ConfigError(f"evaluation.score_scale is {config.score_scale}: it must be above 0, or ranks would turn")
+    if not -inf < config.score_shift < inf:
+        raise ConfigError(f"evaluation.score_shift is {config.score_shift}: it must be a number")
 
 
 def _check_nan_rollback(config: NaNRollbackConfig) -> None:

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: `composer recipe/eval.py YAML load_path=CHECKPOINT [key.sub=value ...]`."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from composer import Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
 from recipe.build import build_encoder, build_model, load_processor
+from recipe.calibrate import CALIBRATION_FILE, calibration_text, find_calibration, write_calibration
 from recipe.callbacks.table import build_callbacks, build_loggers
+from recipe.checkpoint import with_trained_caption_length
 from recipe.checkpoints.loading import safe_loading
 from recipe.checkpoints.manifest import describe
 from recipe.checkpoints.resume import weights_keywords
@@ -18,16 +21,23 @@ from recipe.data.agreement import DIST_TIMEOUT
 from recipe.data.loader import build_eval_loader
 from recipe.data.stream import read_teachers
 from recipe.logging_setup import setup_logging
+from recipe.metrics.calibration import Calibration
 from recipe.parallel import build_parallelism
 from recipe.shared_memory import clean_dead_shared_memory
 
+log = logging.getLogger("recipe.eval")  # its __name__ is __main__
+
 
 def main(config: RecipeConfig) -> dict[str, float]:
-    """Scores `load_path` on the evaluation set; the scores also go to `{run_folder}/eval.json`."""
+    """Scores `load_path` on the evaluation set; the scores also go to `{run_folder}/eval.json`.
+
+    How scores are to be calibrated, and from which up objects are to be taken, goes to `{run_folder}/calibration.yaml`.
+    """
     dist.initialize_dist(get_device(), config.trainer.get("dist_timeout", DIST_TIMEOUT))
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
+    config = with_trained_caption_length(config, config.load_path)
     processor = load_processor(config)
     teachers = read_teachers(config.teachers, config.seed)
     eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
@@ -51,7 +61,23 @@ def main(config: RecipeConfig) -> dict[str, float]:
         Path(config.run_folder, "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
         for name, value in scores.items():
             print(f"{name:24} {value:.4f}")
+        calibrate(trainer, config)
     return scores
+
+
+def calibrate(trainer: Trainer, config: RecipeConfig) -> None:
+    """Writes and prints the calibration of the scores that were just evaluated; a warning where there is none."""
+    path = Path(config.run_folder, CALIBRATION_FILE)
+    path.unlink(missing_ok=True)  # an earlier one may be of other weights
+    sources = [getattr(metric, "source", None) for metric in trainer.state.eval_metrics["eval"].values()]
+    metric = next(source for source in sources if isinstance(source, Calibration))
+    try:
+        found = find_calibration(*metric.halves(), config.evaluation, metric.floor, metric.num_bins)
+    except ValueError as error:
+        log.warning("no %s is written: %s", CALIBRATION_FILE, error)
+        return
+    write_calibration(found, path)
+    print(f"{path}:\n{calibration_text(found)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Outputs → Predictions: boxes in original pixels, scores, captions, and the language model's answer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torchvision.ops import nms
 from transformers import PreTrainedTokenizerBase
 
 from recipe.boxes import normalized_to_pixels
@@ -28,13 +30,14 @@ def predict_batch(
 ) -> list[Prediction]:
     """One prediction a sample, in the order of `batch["samples"]`.
 
-    Every query gives an object, by falling score; those under the score threshold have no caption. A sample without
-    a picture has no objects.
+    Every query gives an object, by falling score, but for those that NMS removes where the yaml asks for it; those
+    under the score threshold have no caption. A sample without a picture has no objects.
     """
     lockstep = is_sharded(network)
+    ranking = rank_queries(detection, evaluation)
     captions, answers = [], {}
     if batch["student_samples"] or lockstep:
-        captions = _captions(network, detection, memory, tokenizer, evaluation, lockstep)
+        captions = _captions(network, detection, memory, ranking, tokenizer, evaluation, lockstep)
         answers = _answers(network, batch, tokenizer, evaluation, lockstep) if evaluation.generate_answer else {}
     rows = {sample: row for row, sample in enumerate(batch["student_samples"])}
     predictions = []
@@ -43,7 +46,7 @@ def predict_batch(
         answer, answer_objects = answers.get(position), None
         if position in rows:
             row = rows[position]
-            objects = _objects(detection, row, captions[row], sample)
+            objects = _objects(detection, ranking, row, captions[row], sample)
             if answer is not None:
                 grid = batch["image_grid_thw"][batch["student_images"][row]]
                 answer_objects = _answer_objects(answer, sample, grid, network, prompt)
@@ -51,15 +54,60 @@ def predict_batch(
     return predictions
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """The queries of N images, best first.
+
+    Attributes:
+        queries: (N, Q) int64, the objects by falling score, then what is none.
+        scores: (N, Q) in [0, 1], of `queries`.
+        num_objects: (N,) int64.
+    """
+
+    queries: Tensor
+    scores: Tensor
+    num_objects: Tensor
+
+
+def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> Ranking:
+    """Scores all queries; with `nms_iou`, those that overlap a better one by more than that are no objects."""
+    scores = calibrated_scores(detection.pred_objectness, evaluation)
+    scores, queries = scores.sort(dim=1, descending=True, stable=True)
+    num_objects = torch.full_like(queries[:, 0], queries.shape[1])
+    if evaluation.nms_iou is not None:
+        # IoU is the same in any unit of x and of y.
+        boxes = normalized_to_pixels(detection.pred_boxes.float(), 1, 1)
+        rows = torch.arange(len(queries), device=queries.device)[:, None]
+        removed = torch.stack([_doubles(row, evaluation.nms_iou) for row in boxes[rows, queries]])  # (N, Q)
+        order = removed.int().argsort(dim=1, stable=True)
+        scores, queries = scores.gather(1, order), queries.gather(1, order)
+        num_objects = (~removed).sum(1)
+    return Ranking(queries, scores, num_objects)
+
+
+def calibrated_scores(logits: Tensor, evaluation: EvaluationConfig) -> Tensor:
+    """Objectness logits → scores; in double precision where calibrated, as a steep scale would make the best equal."""
+    scale, shift = evaluation.score_scale, evaluation.score_shift
+    return (logits.float() if (scale, shift) == (1.0, 0.0) else logits.double() * scale + shift).sigmoid()
+
+
+def _doubles(boxes: Tensor, nms_iou: float) -> Tensor:
+    """(Q,) bool: which of (Q, 4) boxes by falling score NMS removes."""
+    falling = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype, device=boxes.device)  # equal scores keep their order
+    removed = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    removed[nms(boxes, falling, nms_iou)] = False
+    return removed
+
+
 def _objects(
-    detection: DetectionOutputs, row: int, captions: dict[int, str], sample: Sample
+    detection: DetectionOutputs, ranking: Ranking, row: int, captions: dict[int, str], sample: Sample
 ) -> tuple[DetectedObject, ...]:
-    """All queries of one image, by falling score; `captions` by query."""
-    scores, order = detection.pred_objectness[row].float().sigmoid().sort(descending=True, stable=True)
-    boxes = normalized_to_pixels(detection.pred_boxes[row].float(), sample.width, sample.height)[order]
+    """The objects of one image, by falling score; `captions` by query."""
+    queries = ranking.queries[row, : ranking.num_objects[row]]
+    boxes = normalized_to_pixels(detection.pred_boxes[row].float(), sample.width, sample.height)[queries]
     return tuple(
         DetectedObject((box[0], box[1], box[2], box[3]), score, captions.get(query, ""))
-        for box, score, query in zip(boxes.tolist(), scores.tolist(), order.tolist(), strict=True)
+        for box, score, query in zip(boxes.tolist(), ranking.scores[row].tolist(), queries.tolist(), strict=False)
     )
 
 
@@ -67,29 +115,32 @@ def _captions(
     network: JointNetwork,
     detection: DetectionOutputs,
     memory: Memory,
+    ranking: Ranking,
     tokenizer: PreTrainedTokenizerBase,
     evaluation: EvaluationConfig,
     lockstep: bool,
 ) -> list[dict[int, str]]:
-    """The captions of the best queries of each image, by query."""
-    scores, queries = detection.pred_objectness.float().sigmoid().sort(dim=1, descending=True, stable=True)
-    kept = (scores >= evaluation.score_threshold).sum(1).clamp(max=evaluation.max_captions)  # (N,)
+    """The captions of the best objects of each image, by query."""
+    places = torch.arange(ranking.queries.shape[1], device=ranking.queries.device)
+    is_good = (ranking.scores >= evaluation.score_threshold) & (places < ranking.num_objects[:, None])
+    kept = is_good.sum(1).clamp(max=evaluation.max_captions)  # (N,)
     longest = int(kept.max())
     if lockstep:
         longest = max(longest, 1)
     elif longest == 0:
         return [{} for _ in range(len(kept))]
-    queries = queries[:, :longest]
+    queries = ranking.queries[:, :longest]
     rows = torch.arange(len(queries), device=queries.device)[:, None]
     ids = generate_captions(
         network.caption_decoder,
         detection.query_features[rows, queries],
         detection.pred_boxes[rows, queries],
         memory,
-        network.vlm.embed_tokens,
-        network.vlm.logits,
+        *network.caption_words,
         eos_token_id(tokenizer),
         lockstep,
+        evaluation.num_beams,
+        evaluation.length_penalty,
     )
     return [
         {

@@ -221,6 +221,15 @@ class JointNetwork(nn.Module):
             [states.patch_features[image] for image in solved] if states.patch_features else (),
         )
 
+    @property
+    def caption_words(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """How captions read and write tokens: ids (...) → embeddings (..., D), and states (..., D) → logits (..., V).
+
+        Both are the language model's, or both the caption decoder's own.
+        """
+        own = self.caption_decoder.vocabulary
+        return (self.vlm.embed_tokens, self.vlm.logits) if own is None else (own, own)
+
     @torch.no_grad()
     def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
         """What each query thinks of how each object's caption begins: (layers, N, Q, T); 0 of proposals and padding."""
@@ -230,7 +239,8 @@ class JointNetwork(nn.Module):
         features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
         boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
         hidden = self.caption_decoder(features, boxes, memory, None)[:, :, 0]
-        logits = self.vlm.logits(hidden).float()  # (N, G * Q, V)
+        _, to_logits = self.caption_words
+        logits = to_logits(hidden).float()  # (N, G * Q, V)
         tokens = first.clamp(min=0)[:, None].expand(-1, features.shape[1], -1)
         nll = logits.logsumexp(-1, keepdim=True) - logits.gather(2, tokens)  # (N, G * Q, T)
         costs = self.matcher.cost_caption * nll * (first >= 0)[:, None]
@@ -248,15 +258,16 @@ class JointNetwork(nn.Module):
         queries[matches.image, matches.target] = matches.query
         rows = torch.arange(num_images, device=labels.device)[:, None]
         image, slot, token = (labels != -100).nonzero(as_tuple=True)
+        embed, logits = self.caption_words
         if not (len(image) or self.training or is_sharded(self)):
             # A prediction has no captions to learn from, and no rank that waits for this one.
-            hidden = detection.query_features.new_zeros(0, self.vlm.text_config.hidden_size)
-            return self.vlm.logits(hidden), labels[image, slot, token], image
-        embeds = self.vlm.embed_tokens(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
+            hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
+            return logits(hidden), labels[image, slot, token], image
+        embeds = embed(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
         hidden = self.caption_decoder(
             detection.query_features[rows, queries], detection.pred_boxes[rows, queries], memory, embeds
         )
-        return self.vlm.logits(hidden[image, slot, token]), labels[image, slot, token], image
+        return logits(hidden[image, slot, token]), labels[image, slot, token], image
 
 
 def _first_tokens(target: Target | None, device: torch.device) -> Tensor:

@@ -12,13 +12,20 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 
 from recipe.config import ConfigError, nearest
 from recipe.joint import JointModel
-from recipe.models.caption_decoder import CaptionDecoder, CaptionLayer
+from recipe.models.caption_decoder import CaptionDecoder, CaptionLayer, Vocabulary
 from recipe.models.detection_head import DecoderLayer, DetectionHead
 from recipe.models.memory import MemoryBuilder
 
 # The root holds the rest: token embedding, output matrix, patch embedding, merger, norms.
 BACKBONE_UNITS: tuple[type[nn.Module], ...] = (Qwen2_5_VLVisionBlock, Qwen2_5_VLDecoderLayer)
-HEAD_UNITS: tuple[type[nn.Module], ...] = (MemoryBuilder, DetectionHead, DecoderLayer, CaptionDecoder, CaptionLayer)
+HEAD_UNITS: tuple[type[nn.Module], ...] = (
+    MemoryBuilder,
+    DetectionHead,
+    DecoderLayer,
+    CaptionDecoder,
+    CaptionLayer,
+    Vocabulary,
+)
 
 _CHECKPOINTING = "set model.gradient_checkpointing, which also works without FSDP"
 _ONE_MESH = "leave it out: the parameters are sharded over all ranks, and norms are summed over them"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from recipe.annotated import read_annotated_folder, read_image_ids
 from recipe.build import build_encoder
+from recipe.calibrate import read_calibration
 from recipe.checkpoint import load_model
 from recipe.config import EvaluationConfig, PromptConfig, RecipeConfig
 from recipe.config_file import load_config
@@ -58,6 +59,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="text: the language model's, boxes: the head's; default: the run's",
     )
     parser.add_argument("--score-threshold", type=float, metavar="F", help="least score; default: the run's")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores and their threshold"
+    )
+    parser.add_argument("--num-beams", type=int, metavar="N", help="beam search of captions; default: the run's")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
@@ -82,7 +87,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
-    for name in ("batch_size", "max_new_tokens", "num_teachers"):
+    for name in ("batch_size", "max_new_tokens", "num_teachers", "num_beams"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
@@ -182,10 +187,15 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
 
 
 def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The run's way to predict, with what the command line says otherwise."""
-    changes: dict[str, Any] = {
-        name: value for name in ("score_threshold", "max_new_tokens") if (value := getattr(args, name)) is not None
-    }
+    """The run's way to predict, with what the command line says otherwise.
+
+    Raises:
+        ValueError: The calibration cannot be used.
+    """
+    if args.calibration is not None:
+        evaluation = read_calibration(args.calibration, evaluation)
+    names = ("score_threshold", "max_new_tokens", "num_beams")
+    changes: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.answer is not None:
         changes["generate_answer"] = args.answer != "boxes"
     if args.answer == "text":

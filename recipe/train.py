@@ -8,7 +8,7 @@ from composer import Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
 from recipe.algorithms.nan_rollback import TrainingDiverged
-from recipe.build import build_encoder, build_model, load_processor
+from recipe.build import build_encoder, build_model, load_processor, with_caption_length
 from recipe.callbacks.preemption import exit_on_sigterm, ignore_sigterm
 from recipe.callbacks.table import build_callbacks, build_loggers, build_savers
 from recipe.checkpoints.loading import safe_loading
@@ -38,6 +38,7 @@ def main(config: RecipeConfig) -> Trainer:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
     processor = load_processor(config)
+    config = with_caption_length(config, processor.tokenizer)
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor)
     origin = describe(config, processor.tokenizer, model)

@@ -1,20 +1,32 @@
 """Predictions of a batch are each sample's alone: boxes, scores, captions and answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torchvision.ops import box_iou
 
-from recipe.inference import predict_batch
+from recipe.config import EvaluationConfig
+from recipe.inference import predict_batch, rank_queries
 from recipe.joint import JointModel
-from recipe.schema import Example, Prediction
+from recipe.schema import DetectionOutputs, Example, Prediction
 from tests.tiny_cases import NUM_QUERIES, collator
 
 
 @torch.no_grad()
-def predict(model: JointModel, examples: list[Example], layout: str) -> list[Prediction]:
+def predict(
+    model: JointModel, examples: list[Example], layout: str, evaluation: EvaluationConfig | None = None
+) -> list[Prediction]:
     batch = collator(layout)(examples)
     outputs = model.eval()(batch)
     return predict_batch(
-        model.model, batch, outputs.detection, outputs.memory, model.tokenizer, model.evaluation, model.prompt
+        model.model,
+        batch,
+        outputs.detection,
+        outputs.memory,
+        model.tokenizer,
+        evaluation or model.evaluation,
+        model.prompt,
     )
 
 
@@ -39,3 +51,73 @@ def test_objects_fall_in_score_and_stay_in_the_picture(tiny_model: JointModel, t
     for item in found.objects:
         x1, y1, x2, y2 = item.box
         assert 0 <= x1 <= x2 <= found.width and 0 <= y1 <= y2 <= found.height
+
+
+def detected(boxes: list[list[list[float]]], logits: list[list[float]]) -> DetectionOutputs:
+    """`boxes` as xywh of the upper left corner, in tenths of the picture."""
+    corners = torch.tensor(boxes) / 10
+    centers = torch.cat([corners[..., :2] + corners[..., 2:] / 2, corners[..., 2:]], -1)
+    return DetectionOutputs(centers, centers.logit(), torch.tensor(logits), centers)
+
+
+def test_nms_by_hand() -> None:
+    """Image 0: 2 is the best and 0 has an IoU of 2/3 with it; 1 and 3 are one box. Image 1: no two overlap."""
+    doubled = [[0.0, 0.0, 4.0, 5.0], [6.0, 6.0, 2.0, 2.0], [0.0, 0.0, 6.0, 5.0], [6.0, 6.0, 2.0, 2.0]]
+    apart = [[0.0, 0.0, 2.0, 2.0], [2.0, 0.0, 2.0, 2.0], [0.0, 4.0, 2.0, 2.0], [5.0, 5.0, 4.0, 4.0]]
+    detection = detected([doubled, apart], [[1.0, -1.0, 2.0, -2.0], [0.0, 1.0, 1.0, 3.0]])
+    plain = rank_queries(detection, EvaluationConfig())
+    assert plain.queries.tolist() == [[2, 0, 1, 3], [3, 1, 2, 0]]
+    assert plain.num_objects.tolist() == [4, 4]
+    for nms_iou, expected in ((0.6, [2, 1]), (0.7, [2, 0, 1])):
+        ranking = rank_queries(detection, EvaluationConfig(nms_iou=nms_iou))
+        assert ranking.num_objects.tolist() == [len(expected), 4]
+        assert ranking.queries[0, : len(expected)].tolist() == expected
+        assert ranking.queries[1].tolist() == [3, 1, 2, 0]
+        scores = detection.pred_objectness.sigmoid()
+        assert torch.equal(ranking.scores, scores.gather(1, ranking.queries))
+
+
+def test_of_equal_scores_nms_keeps_the_first() -> None:
+    detection = detected([[[1.0, 1.0, 3.0, 3.0]] * 3], [[0.5, 0.5, 0.5]])
+    ranking = rank_queries(detection, EvaluationConfig(nms_iou=0.5))
+    assert ranking.num_objects.tolist() == [1] and ranking.queries[0, 0] == 0
+
+
+def test_what_nms_removes_is_no_object_and_changes_no_other(
+    tiny_model: JointModel, tiny_examples: dict[str, Example]
+) -> None:
+    """With captions written for the best two only, the third best moves up where the second is a double."""
+    examples = [tiny_examples[name] for name in ("two", "text", "one", "empty")]
+    evaluation = replace(tiny_model.evaluation, generate_answer=False)
+    everything = predict(tiny_model, examples, "packed", evaluation)
+    boxes = torch.tensor([item.box for item in everything[0].objects])
+    nms_iou = float(box_iou(boxes, boxes).triu(diagonal=1).max()) - 1e-3  # so that it removes at least one
+    pruned = predict(tiny_model, examples, "packed", replace(evaluation, nms_iou=nms_iou, max_captions=2))
+    removed = 0
+    for before, after in zip(everything, pruned, strict=True):
+        removed += len(before.objects) - len(after.objects)
+        kept = {item.box: item for item in before.objects}
+        for place, item in enumerate(after.objects):
+            expected = kept[item.box]
+            assert item.score == expected.score
+            assert item.caption == (expected.caption if place < 2 else "")
+    assert 0 < removed < 3 * (NUM_QUERIES - 1)
+    unpruned = predict(tiny_model, examples, "packed", replace(evaluation, nms_iou=1.0))
+    assert unpruned == everything
+
+
+def test_beams_and_calibration_at_prediction(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """Boxes stay, scores are the sigmoid of what the yaml says, some captions are others than greedy ones."""
+    examples = [tiny_examples["two"], tiny_examples["one"]]
+    evaluation = replace(tiny_model.evaluation, generate_answer=False)
+    plain = predict(tiny_model, examples, "standard", evaluation)
+    changed = replace(evaluation, num_beams=3, score_scale=0.5, score_shift=1.0)
+    found = predict(tiny_model, examples, "standard", changed)
+    captions = []
+    for before, after in zip(plain, found, strict=True):
+        assert [item.box for item in before.objects] == [item.box for item in after.objects]
+        scores = torch.tensor([item.score for item in before.objects], dtype=torch.float64)
+        expected = (0.5 * scores.logit() + 1).sigmoid().tolist()
+        assert [item.score for item in after.objects] == pytest.approx(expected, abs=1e-6)
+        captions += [(one.caption, other.caption) for one, other in zip(before.objects, after.objects, strict=True)]
+    assert any(one != other for one, other in captions)

@@ -16,7 +16,7 @@ LEVELS: list[set[str]] = [
     {"schema", "boxes", "pictures", "draw", "draw_labels", "redact", "config", "config_file", "logging_setup"}
     | {"sidecar", "shared_memory", "exit_codes", "environment", "picture_files", "prediction_files"},
     {"data", "models", "losses", "metrics"},
-    {"network", "inference", "joint", "build", "annotated"},
+    {"network", "inference", "joint", "build", "annotated", "calibrate"},
     {"optim", "schedule", "checkpoint", "checkpoints", "callbacks", "algorithms", "parallel", "loggers"},
     {"config_checks", "keyword_checks"},
     {"train", "eval", "predict", "export", "estimate", "gallery"},

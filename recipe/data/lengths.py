@@ -1,4 +1,4 @@
-"""How long every sample is, known without its picture: tokens of the conversation and vision patches.
+"""How long every sample is, known without its picture: tokens of conversation and captions, vision patches.
 
 Texts and picture sizes lie beside the index (`recipe/sidecar.py`); they are counted once for each tokenizer, prompt and
 pixel budget, and the counts are kept beside the index too, under a name that holds the fingerprint of all these.
@@ -6,31 +6,24 @@ pixel budget, and the counts are kept beside the index too, under a name that ho
 
 import hashlib
 import json
-import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from composer.utils import dist
 from numpy.typing import NDArray
 from streaming import Stream
-from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from recipe.data.agreement import agree
-from recipe.data.arrays import read_arrays, write_arrays
 from recipe.data.chat import IMAGE, Segment
+from recipe.data.counts import KeptCount, count_on_rank_0, index_of
 from recipe.data.encode import Encoder
 from recipe.data.image import resized_size
-from recipe.data.storage import INDEX_FILE, fetch_beside_index
+from recipe.data.storage import fetch_beside_index
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.schema import Object, Sample
-from recipe.sidecar import RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
-
-log = logging.getLogger(__name__)
+from recipe.sidecar import RECORDS_FILE, read_records
 
 _CHUNK = 1024  # samples whose texts are tokenized in one call
 _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))
@@ -54,6 +47,17 @@ class Lengths:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class CaptionLengths:
+    """Of the captions of a data set.
+
+    Attributes:
+        longest: (1,) int64, tokens of the longest, end-of-sequence counted; 0 where no object has a caption.
+    """
+
+    longest: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,18 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
     return Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
 
+def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> CaptionLengths:
+    """Counts the tokens of what the head is to say of each object, as `Encoder` does."""
+    longest = 0
+    for chunk in _chunks(samples):
+        objects = [item for sample in chunk for item in sample.objects or () if not item.iscrowd]
+        captions = list(dict.fromkeys(item.caption for item in objects))
+        if captions:
+            rows: Any = tokenizer(captions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            longest = max(longest, 1 + max(map(len, rows)))
+    return CaptionLengths(np.array([longest]))
+
+
 def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(tokens, patches) that each teacher of the pool adds to a conversation."""
     return _count_chunk(pool.samples, [encoder.teacher_segments(teacher) for teacher in pool.samples], encoder)
@@ -156,76 +172,40 @@ def read_lengths(streams: Sequence[Stream], encoder: Encoder) -> Lengths:
     Raises:
         ValueError: A stream has no records beside its index, or a sample cannot be used.
     """
-    found: list[Lengths] = []
-    error = None
-    if dist.get_global_rank() == 0:
-        try:
-            found = [_read_stream(stream, encoder) for stream in streams]
-        except Exception as raised:  # raised by all ranks
-            error = raised
-    agree(error)
-    told = [found]
-    dist.broadcast_object_list(told, src=0)
-    parts = told[0]
+    what = "this tokenizer, prompt and pixel budget"
+    remedy = "train without train_loader.packing"
+    kept = KeptCount(
+        Lengths, "lengths", fingerprint(encoder), what, remedy, lambda samples: count_lengths(samples, encoder)
+    )
+    parts = count_on_rank_0(streams, kept)
     return Lengths(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(Lengths)))
+
+
+def read_longest_caption(streams: Sequence[Stream], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest caption of all streams, end-of-sequence counted; counted and told as `read_lengths`.
+
+    Raises:
+        ValueError: A stream has no records beside its index.
+    """
+    backend: Any = tokenizer
+    of_tokenizer = hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    what, remedy = "the longest caption", "set caption_decoder.max_caption_tokens"
+    kept = KeptCount(
+        CaptionLengths, "captions", of_tokenizer, what, remedy, lambda samples: count_captions(samples, tokenizer)
+    )
+    return max(int(part.longest[0]) for part in count_on_rank_0(streams, kept))
 
 
 def sample_id(streams: Sequence[Stream], position: int) -> str:
     """The id of the sample at a position in all streams, for an error message; read from the records."""
     for stream in streams:
-        index = _index_of(stream)
+        index = index_of(stream)
         num_samples = sum(shard["samples"] for shard in index["shards"])
         if position < num_samples:
             path = fetch_beside_index(stream, RECORDS_FILE)
             return "" if path is None else next(islice(read_records(path, index), position, None)).id
         position -= num_samples
     raise IndexError(position)
-
-
-def _read_stream(stream: Stream, encoder: Encoder) -> Lengths:
-    index, folder = _index_of(stream), Path(stream.local, stream.split)
-    name = f"lengths-{shards_sha256(index)[:16]}-{fingerprint(encoder)}.npz"
-    kept = fetch_beside_index(stream, name)
-    lengths = None if kept is None else read_arrays(kept, Lengths)
-    if lengths is not None:
-        return lengths
-    begin = time.monotonic()
-    try:
-        lengths = _count_stream(stream, encoder)
-    except DamagedRecordsError as error:
-        if not stream.remote:
-            raise
-        log.warning("%s: fetching it again", error)
-        (folder / RECORDS_FILE).unlink()
-        lengths = _count_stream(stream, encoder)
-    seconds = time.monotonic() - begin
-    log.info(
-        "%s: counted %d samples for this tokenizer, prompt and pixel budget in %.0f s", folder, len(lengths), seconds
-    )
-    _keep(lengths, folder / name)
-    return lengths
-
-
-def _count_stream(stream: Stream, encoder: Encoder) -> Lengths:
-    records = fetch_beside_index(stream, RECORDS_FILE)
-    if records is None:
-        raise ValueError(
-            f"{Path(stream.local, stream.split)} has no {RECORDS_FILE} beside its {INDEX_FILE}, so its lengths are "
-            "unknown: convert the data set anew, or train without train_loader.packing"
-        )
-    samples = read_records(records, _index_of(stream))
-    return count_lengths(tqdm(samples, unit=" samples", desc="count", disable=None), encoder)
-
-
-def _keep(lengths: Lengths, path: Path) -> None:
-    try:
-        write_arrays(path, lengths)
-    except OSError as error:
-        log.warning("%s cannot be written (%s): the next run counts again", path, error.strerror)
-
-
-def _index_of(stream: Stream) -> dict[str, Any]:
-    return json.loads(Path(stream.local, stream.split, INDEX_FILE).read_text(encoding="utf-8"))
 
 
 def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:

@@ -37,6 +37,23 @@ class ReliabilityBin:
     precision: float
 
 
+@dataclass(frozen=True)
+class Detections:
+    """What was detected on some images.
+
+    Attributes:
+        scores: (D,) float64, in no order.
+        is_true: (D,) bool.
+        num_images: That were annotated.
+        num_truths: Objects on them.
+    """
+
+    scores: Tensor
+    is_true: Tensor
+    num_images: int
+    num_truths: int
+
+
 class Calibration(RowsPerSampleMetric):
     """Scores of the detections against how many of them are true.
 
@@ -56,6 +73,7 @@ class Calibration(RowsPerSampleMetric):
         self.floor = floor
         self.num_bins = num_bins
         self._bins: list[ReliabilityBin] = []
+        self._halves: tuple[Detections, Detections] | None = None
 
     def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
         """Adds images.
@@ -80,9 +98,16 @@ class Calibration(RowsPerSampleMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """The scores, over all ranks."""
-        rows, num_truths = self.gathered()
+        keys, truths, parts = self.gathered_samples()
+        rows = torch.cat(parts)
+        is_odd = keys % 2 > 0
+        of_odd = is_odd.repeat_interleave(torch.tensor([len(part) for part in parts[:-1]], dtype=torch.int64))
+        self._halves = (
+            Detections(*_columns(rows[~of_odd]), int((~is_odd).sum()), int(truths[~is_odd].sum())),
+            Detections(*_columns(rows[of_odd]), int(is_odd.sum()), int(truths[is_odd].sum())),
+        )
         self._bins = reliability_bins(rows, self.floor, self.num_bins)
-        threshold, f1 = best_threshold(rows[:, 0], rows[:, 1] > 0, num_truths)
+        threshold, f1 = best_threshold(*_columns(rows), int(truths.sum()))
         return {
             "ece": torch.tensor(expected_calibration_error(self._bins)),
             "best_score_threshold": torch.tensor(threshold),
@@ -92,6 +117,18 @@ class Calibration(RowsPerSampleMetric):
     def reliability(self) -> list[ReliabilityBin]:
         """The curve, over all ranks, as of the last `compute`; empty before the first."""
         return self._bins
+
+    def halves(self) -> tuple[Detections, Detections]:
+        """The detections on one half of the images and on the other, over all ranks, as of the last `compute`.
+
+        Which half a sample is in depends on the sample alone.
+        """
+        assert self._halves is not None, "halves() before compute()"
+        return self._halves
+
+
+def _columns(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return rows[:, 0], rows[:, 1] > 0
 
 
 def reliability_bins(rows: Tensor, floor: float, num_bins: int) -> list[ReliabilityBin]:
@@ -136,6 +173,13 @@ def best_threshold(scores: Tensor, is_true: Tensor, num_truths: int) -> tuple[fl
     candidates = torch.where(ends_a_tie, f1, -1.0)
     best = int(candidates.numpy().argmax())  # of equal ones the first, which torch does not promise
     return (float(ordered[best]), float(f1[best])) if hits[-1] else (UNDEFINED, 0.0)
+
+
+def f1_from(detections: Detections, threshold: float) -> float:
+    """F1 of the detections scored `threshold` or more; -1 where there are neither such nor objects."""
+    kept = detections.is_true[detections.scores >= threshold]
+    total = len(kept) + detections.num_truths
+    return 2 * float(kept.sum()) / total if total else UNDEFINED
 
 
 def fit_platt(score_logits: Tensor, is_true: Tensor, max_steps: int = 100) -> tuple[float, float]:

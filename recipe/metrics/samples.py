@@ -72,10 +72,18 @@ class RowsPerSampleMetric(Metric):
 
     def gathered(self) -> tuple[Tensor, int]:
         """The rows of all samples of all ranks, in an order that no rank or batch changes, and the number of truths."""
+        _, truths, rows = self.gathered_samples()
+        return torch.cat(rows), int(truths.sum())
+
+    def gathered_samples(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Keys (n,), truths (n,) and the rows of each of the n samples of all ranks, in the same order.
+
+        One more than n in the list: an empty one, so that it can always be concatenated.
+        """
         samples, rows = joined(self.samples), joined(self.rows)
         parts = rows.split(samples[:, 1].tolist())
         order = first_of_each(samples[:, 0])
-        return torch.cat([rows[:0], *(parts[index] for index in order.tolist())]), int(samples[order, 2].sum())
+        return samples[order, 0], samples[order, 2], [*(parts[index] for index in order.tolist()), rows[:0]]
 
 
 def joined(state: list[Tensor] | Tensor) -> Tensor:

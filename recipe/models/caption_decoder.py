@@ -2,7 +2,7 @@
 
 A caption's sequence begins with its query's features in the place of a start token, so every later token attends to
 them in every layer; cross-attention reads the image's memory, all captions of an image in one row, so that the memory
-is never copied per caption. Token embedding and output matrix are the language model's.
+is never copied per caption. Token embedding and output matrix are the language model's, or one matrix of its own.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recipe.models.layers import Attention, FeedForward
 from recipe.models.memory import Memory, sine_embedding
@@ -33,6 +34,38 @@ class CaptionCache:
     layers: list[LayerCache] = field(default_factory=list)
     length: int = 0
 
+    def reorder(self, rows: Tensor) -> None:
+        """Goes on with other captions than before, as beam search does: caption i with the past of `rows[i]`.
+
+        Args:
+            rows: (N * T,) int64, in the flattened captions.
+        """
+        self.layers = [LayerCache(layer.memory, (layer.past[0][rows], layer.past[1][rows])) for layer in self.layers]
+
+
+class Vocabulary(nn.Module):
+    """One matrix that is read as a token embedding and written through as an output matrix.
+
+    One `forward` for both, since a unit of FSDP has its weights only there.
+
+    Args:
+        vocab_size: V, of the language model's tokenizer.
+        width: W, of a token's vector.
+    """
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        nn.init.normal_(self.weight, std=0.02)  # transformers' initializer_range: logits start near 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Token ids int64 (...) → embeddings (..., W); states (..., W) → logits (..., V)."""
+        if inputs.is_floating_point():
+            return F.linear(inputs, self.weight)
+        return F.embedding(inputs, self.weight)
+
 
 class CaptionLayer(nn.Module):
     """Causal self-attention along a caption, cross-attention to the image's memory, feed-forward; pre-norm.
@@ -49,7 +82,7 @@ class CaptionLayer(nn.Module):
         self.self_norm = nn.LayerNorm(width)
         self.self_attention = Attention(width, num_heads)
         self.cross_norm = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, num_heads, positional=True)
+        self.cross_attention = Attention(width, num_heads, positional=True, local=True)
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn = FeedForward(width, ffn_factor, dropout)
         self.dropout = nn.Dropout(dropout)
@@ -89,13 +122,15 @@ class CaptionDecoder(nn.Module):
     """Captions of N images with T queries each (padded; rows of padding are computed and thrown away).
 
     Args:
-        hidden_size: Of the language model's token embedding.
+        hidden_size: D, of the language model's token embedding.
         width: Of the head.
         num_heads: Heads of each attention.
         num_layers: Layers.
         ffn_factor: Width of the feed-forward blocks in widths.
         dropout: Of each block's result.
         max_caption_tokens: Longest caption, end-of-sequence counted.
+        own_vocab_size: Tokens of a `vocabulary` of its own, as wide as the head, which then stands for D; None: there
+            is none, and embeddings and output matrix are the language model's.
     """
 
     def __init__(
@@ -107,9 +142,12 @@ class CaptionDecoder(nn.Module):
         ffn_factor: int,
         dropout: float,
         max_caption_tokens: int,
+        own_vocab_size: int | None = None,
     ):
         super().__init__()
         self.width = width
+        self.vocabulary = None if own_vocab_size is None else Vocabulary(own_vocab_size, width)
+        hidden_size = hidden_size if own_vocab_size is None else width
         self.max_caption_tokens = max_caption_tokens
         self.start = nn.Linear(width, width)
         self.token_norm = nn.LayerNorm(hidden_size)
@@ -143,7 +181,7 @@ class CaptionDecoder(nn.Module):
             cache: Advanced in place; a new one to begin with.
 
         Returns:
-            (N, T, C, D), ready for the language model's output matrix; with a cache C = 1.
+            (N, T, C, D), ready for the output matrix; with a cache C = 1.
         """
         parts = []
         if cache is None or not cache.layers:

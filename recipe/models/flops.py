@@ -115,15 +115,18 @@ def _count(network: Any, batch: Batch, trained: frozenset[str], flops: Flops) ->
     objects = [0 if target is None else len(target["boxes"]) for target in batch["targets"]] or [0]
     walk = Walk(flops, "detection", "detection" in trained)
     queries = _head(network, memory, objects, walk)
+    own = network.caption_decoder.vocabulary
+    matrix = hf_model.lm_head.in_features * hf_model.lm_head.out_features if own is None else own.vocab_size * own.width
     if network.matcher.cost_caption:
         untrained, num_slots = Walk(flops, "detection", False), network.detection_head.query_content.num_embeddings
         _captions(untrained, network.caption_decoder, replace(memory, has_gradient=False), num_slots, 1, False)
-        untrained.linear(hf_model.lm_head, num_images * num_slots, False)
+        untrained.product(num_images * num_slots * matrix, False, False)
     ids = [target["caption_ids"] for target in batch["targets"] if target is not None and len(target["caption_ids"])]
     num_slots, length = (max((part.shape[axis] for part in ids), default=1) for axis in (0, 1))
     written = _captions(walk, network.caption_decoder, memory, num_slots, length, queries)
-    output = Walk(flops, "detection", "llm" in trained and bool(trained & {"adapter", "detection"}))
-    output.linear(hf_model.lm_head, _caption_tokens(ids, network.detection_head.num_queries), written)
+    group = "llm" if own is None else "detection"
+    output = Walk(flops, "detection", group in trained and bool(trained & {"adapter", "detection"}))
+    output.product(_caption_tokens(ids, network.detection_head.num_queries) * matrix, written, output.trained)
 
 
 def window_lengths(grid: Sequence[int], side: int) -> list[int]:

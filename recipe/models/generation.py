@@ -1,4 +1,4 @@
-"""Greedy generation: captions of kept queries with a key/value cache, and the language model's own answer."""
+"""Generation: captions of kept queries with a key/value cache, and the language model's own answer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from recipe.models.beam_search import beam_search
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.memory import Memory
 from recipe.models.sharding import on_all_ranks
@@ -23,6 +24,8 @@ def generate_captions(
     logits: Callable[[Tensor], Tensor],
     eos_token_id: int,
     lockstep: bool = False,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> Tensor:
     """Writes the captions of N images with T queries each, all at once.
 
@@ -35,21 +38,56 @@ def generate_captions(
         logits: (..., D) → (..., V).
         eos_token_id: Ends a caption.
         lockstep: Go on until every rank's captions have ended, as sharded parameters need.
+        num_beams: 1: greedy, each token the likeliest. More: beam search.
+        length_penalty: Of beam search.
 
     Returns:
         (N, T, C) int64: after its end a caption goes on with `eos_token_id`.
     """
+    num_images, num_queries = query_features.shape[:2]
+    if num_beams > 1:
+        # The beams of an image are captions beside one another, so that its memory is not copied for them.
+        query_features, boxes = (rows.repeat_interleave(num_beams, dim=1) for rows in (query_features, boxes))
     cache = CaptionCache()
+
+    def next_logits(tokens: Tensor | None) -> Tensor:
+        """The tokens just chosen, (N, T * K) → (N, T * K, V)."""
+        embeds = None if tokens is None else embed(tokens[..., None])
+        return logits(decoder(query_features, boxes, memory, embeds, cache)[:, :, 0])
+
+    def next_of_beams(parents: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """See `recipe.models.beam_search.BeamStep`."""
+        if parents is not None and tokens is not None:
+            first = torch.arange(num_images * num_queries, device=parents.device) * num_beams
+            cache.reorder((first[:, None] + parents.flatten(0, 1)).flatten())
+            tokens = tokens.flatten(1)
+        return next_logits(tokens).unflatten(1, (num_queries, num_beams))
+
+    shape, device = (num_images, num_queries), query_features.device
+    if num_beams == 1:
+        return _greedy_search(next_logits, shape, decoder.max_caption_tokens, eos_token_id, device, lockstep)
+    return beam_search(
+        next_of_beams, shape, num_beams, decoder.max_caption_tokens, eos_token_id, length_penalty, device, lockstep
+    )
+
+
+def _greedy_search(
+    next_logits: Callable[[Tensor | None], Tensor],
+    shape: tuple[int, int],
+    max_tokens: int,
+    eos_token_id: int,
+    device: torch.device,
+    lockstep: bool,
+) -> Tensor:
+    """(N, T, C) int64: every token the likeliest after those before it."""
     tokens: list[Tensor] = []
-    finished = torch.zeros(query_features.shape[:2], dtype=torch.bool, device=query_features.device)
-    for _ in range(decoder.max_caption_tokens):
-        embeds = embed(tokens[-1][..., None]) if tokens else None
-        hidden = decoder(query_features, boxes, memory, embeds, cache)  # (N, T, 1, D)
-        chosen = logits(hidden[:, :, 0]).argmax(-1).masked_fill(finished, eos_token_id)  # (N, T)
+    finished = torch.zeros(shape, dtype=torch.bool, device=device)
+    for _ in range(max_tokens):
+        chosen = next_logits(tokens[-1] if tokens else None).argmax(-1).masked_fill(finished, eos_token_id)  # (N, T)
         tokens.append(chosen)
         finished |= chosen == eos_token_id
         ended = bool(finished.all())
-        if on_all_ranks(ended, finished.device) if lockstep else ended:
+        if on_all_ranks(ended, device) if lockstep else ended:
             break
     return torch.stack(tokens, dim=-1)
 

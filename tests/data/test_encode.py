@@ -2,6 +2,7 @@
 
 import base64
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,39 @@ def test_segments_tokenised_alone_equal_qwens_own_ids(shared_data: Path, encoder
         f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in CHAT
     )
     assert example.input_ids.tolist() == tokenizer(text)["input_ids"]
+
+
+CAPTIONS = (
+    "靠在墙边的红色自行车",
+    "دراجة حمراء بجانب الجدار",
+    "👩‍🚀 beside a 🚀, 100% ∑",
+    "ein grüner Stern, naïve",
+    "e\u0301 in two code points",
+    "लाल तारा\nस्टार",
+)
+
+
+def assert_captions_come_back(encoder: Encoder, sample: Sample) -> None:
+    """Each target is the caption's own ids and the end; Qwen's tokenizer puts texts in the normal form C."""
+    objects = tuple(Object((5.0, 3.0 * i, 30.0, 3.0 * i + 20), caption) for i, caption in enumerate(CAPTIONS))
+    example = encoder(replace(sample, objects=objects))
+    assert example.target is not None
+    ends = encoder.tokenizer.eos_token_id
+    for caption, row in zip(CAPTIONS, example.target["caption_ids"], strict=True):
+        ids = row[row != -100]
+        assert ids[-1] == ends and ends not in ids[:-1].tolist()
+        normal = unicodedata.normalize("NFC", caption)
+        assert encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == normal
+
+
+def test_captions_in_any_language(encoder: Encoder, make_sample):
+    assert_captions_come_back(replace(encoder, max_caption_tokens=80), make_sample(0))
+
+
+@pytest.mark.shared_data
+def test_captions_in_any_language_with_qwens_vocabulary(shared_data: Path, encoder: Encoder, make_sample):
+    tokenizer = real_tokenizer(shared_data / "tokenizer" / "qwen.tiktoken")
+    assert_captions_come_back(replace(encoder, tokenizer=tokenizer), make_sample(0))
 
 
 def real_tokenizer(tiktoken_file: Path) -> Qwen2TokenizerFast:

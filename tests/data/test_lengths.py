@@ -14,11 +14,19 @@ from recipe.config import ImageConfig, PromptConfig, TeacherConfig
 from recipe.data import lengths as lengths_module
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
-from recipe.data.lengths import LengthTable, count_lengths, count_teachers, fingerprint, read_lengths, sample_id
+from recipe.data.lengths import (
+    LengthTable,
+    count_lengths,
+    count_teachers,
+    fingerprint,
+    read_lengths,
+    read_longest_caption,
+    sample_id,
+)
 from recipe.data.storage import open_streams
 from recipe.data.stream import ExampleMaker
 from recipe.data.teachers import TeacherPool
-from recipe.schema import Sample
+from recipe.schema import Object, Sample
 from recipe.sidecar import RECORDS_FILE
 
 CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
@@ -177,3 +185,35 @@ def test_the_longest_teachers_bound_every_epoch(samples: list[Sample], encoder: 
     table = LengthTable(count_lengths(without_bytes(samples), encoder), pool, *count_teachers(pool, encoder))
     drawn = np.stack([np.stack(table.of_epoch(epoch, np.arange(len(samples)))) for epoch in range(200)])
     assert np.array_equal(drawn.max(axis=0), np.stack(table.longest()))  # 15 pairs: each is shown to each
+
+
+def test_the_longest_caption_is_the_longest_that_is_encoded(
+    tmp_path: Path, samples: list[Sample], encoder: Encoder, write_shards, monkeypatch, caplog
+):
+    """Of all streams, once for a tokenizer; crowd regions, which are never captioned, left out."""
+    caplog.set_level(logging.INFO)
+    crowd = Object((1.0, 1.0, 9.0, 9.0), "a crowd of very many people that nobody has counted so far", iscrowd=True)
+    described = Object((1.0, 1.0, 9.0, 9.0), "the large 红色 star behind it")
+    longer = replace(samples[8], objects=(*(samples[8].objects or ()), crowd, described))
+    kept = [*samples[:8], longer, *samples[9:]]
+    streams = open_streams({"a": write_shards(tmp_path / "a", kept[:7]), "b": write_shards(tmp_path / "b", kept[7:])})
+    targets = [target for sample in kept if (target := encoder(sample).target) is not None]
+    expected = max(target["caption_ids"].shape[1] for target in targets if len(target["boxes"]))
+    assert read_longest_caption(streams, encoder.tokenizer) == expected
+    assert read_longest_caption(streams[:1], encoder.tokenizer) < expected
+    assert "counted 7 samples for the longest caption" in caplog.text
+    monkeypatch.setattr(lengths_module, "count_captions", None)
+    assert read_longest_caption(streams, encoder.tokenizer) == expected
+    assert replace(encoder, max_caption_tokens=expected)(longer).target is not None
+    with pytest.raises(ValueError, match=f"is {expected} tokens long .* above {expected - 1}"):
+        replace(encoder, max_caption_tokens=expected - 1)(longer)
+
+
+def test_data_without_captions_or_records(tmp_path: Path, samples: list[Sample], encoder: Encoder, write_shards):
+    nothing = [replace(sample, objects=None) for sample in samples if sample.messages]
+    assert read_longest_caption(open_streams({"a": write_shards(tmp_path / "a", nothing)}), encoder.tokenizer) == 0
+    (tmp_path / "a" / RECORDS_FILE).unlink()
+    for path in tmp_path.glob("a/captions-*.npz"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has no records.jsonl.gz .* or set caption_decoder.max_caption_tokens"):
+        read_longest_caption(open_streams({"a": {"local": str(tmp_path / "a")}}), encoder.tokenizer)

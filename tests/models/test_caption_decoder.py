@@ -1,21 +1,32 @@
 """The caption decoder: cached steps are teacher forcing, nothing sees the future, captions do not see one another."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from recipe.config import RecipeConfig
 from recipe.joint import JointModel
+from recipe.models.beam_search import beam_search
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.generation import generate_captions
 from recipe.models.memory import Memory
+from tests.tiny_cases import make_model
 
 LENGTH = 10
 NUM_TOKENS = 320
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "own"])
+def model(request: pytest.FixtureRequest, tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    """With the language model's token embedding and output matrix, and with a matrix of the decoder's own."""
+    return make_model(tiny_config(caption_decoder={"tie_word_embeddings": request.param})).eval()
+
+
 @pytest.fixture
-def decoder(tiny_model: JointModel) -> CaptionDecoder:
-    return tiny_model.eval().model.caption_decoder
+def decoder(model: JointModel) -> CaptionDecoder:
+    return model.model.caption_decoder
 
 
 class Inputs:
@@ -30,20 +41,17 @@ class Inputs:
         tokens, positions = torch.randn(2, 3, 12, width, generator=generator, dtype=torch.float64)
         self.memory = Memory(tokens, positions, mask, torch.zeros(*mask.shape, 4))
         self.ids = torch.randint(0, NUM_TOKENS, (3, 2, LENGTH), generator=generator)
-        self.vlm = model.model.vlm
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.vlm.embed_tokens(ids)
+        self.embed, self.logits = model.model.caption_words
 
 
 @pytest.fixture
-def inputs(tiny_model: JointModel) -> Inputs:
-    return Inputs(tiny_model)
+def inputs(model: JointModel) -> Inputs:
+    return Inputs(model)
 
 
 def teacher_forced(decoder: CaptionDecoder, inputs: Inputs, ids: Tensor) -> Tensor:
     hidden = decoder(inputs.features, inputs.boxes, inputs.memory, inputs.embed(ids))
-    return inputs.vlm.logits(hidden)  # (N, T, C, V)
+    return inputs.logits(hidden)  # (N, T, C, V)
 
 
 @torch.no_grad()
@@ -54,7 +62,7 @@ def test_cached_logits_are_teacher_forced_logits(decoder: CaptionDecoder, inputs
     for step in range(LENGTH):
         embeds = inputs.embed(inputs.ids[..., step : step + 1])
         steps.append(decoder(inputs.features, inputs.boxes, inputs.memory, embeds, cache))
-    found = inputs.vlm.logits(torch.cat(steps, dim=2))
+    found = inputs.logits(torch.cat(steps, dim=2))
     assert found.shape == expected.shape == (3, 2, LENGTH + 1, expected.shape[-1])
     assert float(expected.std()) > 0.1
     # measured: 7.8e-16 of logits around 1
@@ -103,15 +111,25 @@ def test_captions_send_no_gradient_into_the_boxes(decoder: CaptionDecoder, input
     assert gradients[0] is None and gradients[1] is not None and gradients[1].any()
 
 
-def generate(decoder: CaptionDecoder, inputs: Inputs, rows: slice, memory: Memory, eos_token_id: int) -> Tensor:
+def generate(
+    decoder: CaptionDecoder,
+    inputs: Inputs,
+    rows: slice,
+    memory: Memory,
+    eos_token_id: int,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+) -> Tensor:
     return generate_captions(
         decoder,
         inputs.features[rows],
         inputs.boxes[rows],
         memory,
         inputs.embed,
-        inputs.vlm.logits,
+        inputs.logits,
         eos_token_id,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
     )
 
 
@@ -130,10 +148,35 @@ def test_generation_is_greedy_teacher_forcing(decoder: CaptionDecoder, inputs: I
 
 
 @torch.no_grad()
-def test_generation_together_is_each_image_alone(decoder: CaptionDecoder, inputs: Inputs):
+def test_beams_with_a_cache_are_beams_without(decoder: CaptionDecoder, inputs: Inputs):
+    """Every step computed anew from the whole prefixes of all beams."""
+    num_beams = 3
+    eos = int(generate(decoder, inputs, slice(None), inputs.memory, 319)[0, 0, 4])  # comes early in some captions
+    prefixes = torch.empty(3, 2, num_beams, 0, dtype=torch.int64)
+    features, boxes = (rows.repeat_interleave(num_beams, dim=1) for rows in (inputs.features, inputs.boxes))
+
+    def step(parents: Tensor | None, tokens: Tensor | None) -> Tensor:
+        nonlocal prefixes
+        if parents is not None and tokens is not None:
+            gone_on = prefixes.gather(2, parents[..., None].expand(-1, -1, -1, prefixes.shape[-1]))
+            prefixes = torch.cat([gone_on, tokens[..., None]], dim=-1)
+        hidden = decoder(features, boxes, inputs.memory, inputs.embed(prefixes.flatten(1, 2)))
+        return inputs.logits(hidden[:, :, -1]).unflatten(1, (2, num_beams))
+
+    expected = beam_search(step, (3, 2), num_beams, decoder.max_caption_tokens, eos, 0.0, torch.device("cpu"))
+    found = generate(decoder, inputs, slice(None), inputs.memory, eos, num_beams, 0.0)
+    assert torch.equal(found, expected)
+    ended = (found == eos).any(-1)
+    assert ended.any() and not ended.all()
+    assert not torch.equal(found, generate(decoder, inputs, slice(None), inputs.memory, eos)[..., : found.shape[-1]])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@torch.no_grad()
+def test_generation_together_is_each_image_alone(decoder: CaptionDecoder, inputs: Inputs, num_beams: int):
     """Also without the padding of the memory."""
     eos = 319
-    together = generate(decoder, inputs, slice(None), inputs.memory, eos)
+    together = generate(decoder, inputs, slice(None), inputs.memory, eos, num_beams)
     for row in range(3):
         real = inputs.memory.mask[row]
         memory = Memory(
@@ -142,7 +185,7 @@ def test_generation_together_is_each_image_alone(decoder: CaptionDecoder, inputs
             inputs.memory.mask[row : row + 1, real],
             inputs.memory.cells[row : row + 1, real],
         )
-        alone = generate(decoder, inputs, slice(row, row + 1), memory, eos)
+        alone = generate(decoder, inputs, slice(row, row + 1), memory, eos, num_beams)
         length = alone.shape[-1]
         assert torch.equal(together[row, :, :length], alone[0])
         assert (together[row, :, length:] == eos).all()

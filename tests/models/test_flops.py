@@ -166,6 +166,21 @@ def test_each_switch_is_counted(
         assert (total(flops.forward), total(flops.backward)) == counted(switched, batches)
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [GROUPS, *(pytest.param(groups, marks=pytest.mark.slow) for groups in (("llm",), ("adapter",), ("detection",)))],
+    ids="-".join,
+)
+def test_captions_with_a_matrix_of_their_own(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], trained: tuple[str, ...]
+) -> None:
+    other = make_model(tiny_config(caption_decoder={"tie_word_embeddings": False}))
+    freeze_but(other, trained)
+    batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
+    flops = step_flops(other.model, batches, trained)
+    assert (total(flops.forward), total(flops.backward)) == counted(other, batches)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "trained",
