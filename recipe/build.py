@@ -120,6 +120,7 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
             ffn_factor=head.ffn_factor,
             dropout=head.dropout,
             refine_boxes=head.refine_boxes,
+            local_attention=head.local_attention,
             select_queries=head.select_queries,
             num_query_groups=head.num_query_groups,
         ).to(dtype),

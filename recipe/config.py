@@ -37,6 +37,7 @@ class DetectionHeadConfig:
     dropout: float = 0.0
     adapter_ratio: int = 8  # the bottleneck of the memory adapters is hidden_size / adapter_ratio
     memory_positions: bool = True  # 2-D positions on the vision part of the memory
+    local_attention: bool = True  # at first each head of the cross-attention looks at its own place around the box
     patch_features: bool = False  # the vision tower's features before the merger (stride 14) beside the merged ones
     select_queries: bool = False  # the first reference boxes are the best proposals of the vision tokens (two-stage)
     num_query_groups: int = 1  # groups of queries in training, each matched apart: one object teaches many (Group DETR)

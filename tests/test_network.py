@@ -57,6 +57,8 @@ def test_a_prediction_writes_no_captions_of_nothing(tiny_model: JointModel, tiny
 class LookedUp(nn.Module):
     """A caption decoder by hand: of query features (N, Q, 1) the hidden states are these numbers."""
 
+    vocabulary = None
+
     def forward(self, features: Tensor, boxes: Tensor, memory: Memory, tokens: None) -> Tensor:
         """(N, Q, 1) → (N, Q, 1, 1)."""
         del boxes, memory, tokens

@@ -29,37 +29,39 @@ class DecoderLayer(nn.Module):
         num_heads: Heads.
         ffn_factor: Width of the feed-forward block in widths.
         dropout: Of each block's result.
+        local_attention: See `DetectionHead`.
     """
 
-    def __init__(self, width: int, num_heads: int, ffn_factor: int, dropout: float):
+    def __init__(self, width: int, num_heads: int, ffn_factor: int, dropout: float, local_attention: bool):
         super().__init__()
         self.self_norm = nn.LayerNorm(width)
         self.self_attention = Attention(width, num_heads, positional=True)
         self.cross_norm = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, num_heads, positional=True, local=True)
+        self.cross_attention = Attention(width, num_heads, positional=True, local=local_attention)
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn = FeedForward(width, ffn_factor, dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, queries: Tensor, box_positions: Tensor, center_positions: Tensor, memory: Memory, mask: Tensor | None
+        self, queries: Tensor, box_positions: Tensor, place_positions: Tensor, memory: Memory, mask: Tensor | None
     ) -> Tensor:
         """(N, Q, W) → (N, Q, W).
 
         Args:
             queries: (N, Q, W).
-            box_positions: (N, Q, W) embedding of the reference boxes, for self-attention.
-            center_positions: (N, Q, W) embedding of their centres, comparable to `memory.positions`.
+            box_positions: (N, Q, W) embedding of the reference boxes.
+            place_positions: (N, heads, Q, W) embedding of where each head looks, comparable to `memory.positions`.
             memory: Of the N images.
             mask: (N, 1, Q, Q) bool for self-attention, or None.
         """
+        queries = queries + box_positions
         states = self.self_norm(queries)
         keys_values = self.self_attention.keys_values(states, box_positions)
         queries = queries + self.dropout(self.self_attention(states, keys_values, box_positions, mask))
         states = self.cross_norm(queries)
         keys_values = self.cross_attention.keys_values(memory.tokens, memory.positions)
         memory_mask = memory.mask[:, None, None, :]
-        queries = queries + self.dropout(self.cross_attention(states, keys_values, center_positions, memory_mask))
+        queries = queries + self.dropout(self.cross_attention(states, keys_values, place_positions, memory_mask))
         return queries + self.dropout(self.ffn(self.ffn_norm(queries)))
 
 
@@ -74,6 +76,8 @@ class DetectionHead(nn.Module):
         ffn_factor: Width of the feed-forward blocks in widths.
         dropout: Of each block's result.
         refine_boxes: Each layer's boxes are the next one's references; else all layers share the first.
+        local_attention: Queries first look around their reference boxes, each head at a place of its own; else it takes
+            them long to find out what their positions have to do with the memory's.
         select_queries: The first references are the best proposals of the vision tokens; else they are learned.
         num_query_groups: Groups of queries in training, each matched apart (Group DETR); the first one answers.
     """
@@ -87,6 +91,7 @@ class DetectionHead(nn.Module):
         ffn_factor: int,
         dropout: float,
         refine_boxes: bool,
+        local_attention: bool = True,
         select_queries: bool = False,
         num_query_groups: int = 1,
     ):
@@ -99,9 +104,11 @@ class DetectionHead(nn.Module):
         self.query_boxes = nn.Parameter(initial_boxes(num_queries).repeat(num_query_groups, 1))
         self.denoising_content = nn.Parameter(torch.zeros(width))
         self.box_position = MLP(width, width, width, 2)
-        self.center_scale = _center_scale(width)
-        self.directions = nn.Parameter(directions(num_heads))
-        self.layers = nn.ModuleList(DecoderLayer(width, num_heads, ffn_factor, dropout) for _ in range(num_layers))
+        self.place_scale = _place_scale(width)
+        self.places = nn.Parameter(compass(num_heads) * local_attention)
+        self.layers = nn.ModuleList(
+            DecoderLayer(width, num_heads, ffn_factor, dropout, local_attention) for _ in range(num_layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.objectness = _objectness(width)
         self.box_delta = _box_delta(width)
@@ -141,8 +148,7 @@ class DetectionHead(nn.Module):
                 mask = (group[:, None] == group)[None, None]
         boxes, logits = [], []
         for layer in self.layers:
-            box_positions, center_positions = self._positions(queries, references)
-            queries = layer(queries + box_positions, box_positions, center_positions, memory, mask)
+            queries = layer(queries, *self._positions(queries, references), memory, mask)
             features = self.norm(queries)
             raw = references + self.box_delta(features)
             boxes.append(raw)
@@ -156,11 +162,15 @@ class DetectionHead(nn.Module):
         return first, None if denoising is None else _outputs(boxes, logits, features, slice(0, num_denoising))
 
     def _positions(self, queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of the reference boxes and of their centres, (N, Q, W) each (DAB-DETR, section 4.3)."""
+        """Embeddings of the reference boxes (N, Q, W) and of where each head looks (N, heads, Q, W).
+
+        As in DAB-DETR, section 4.3, but that each head looks at a learned place of its own, in half box sizes from
+        the centre, as the sampling points of Deformable DETR.
+        """
         boxes = references.sigmoid()
         box_positions = self.box_position(sine_embedding(boxes, self.width))
-        places = boxes[:, None, :, :2] + self.directions[:, None] * boxes[:, None, :, 2:] / 2  # (N, heads, Q, 2)
-        return box_positions, sine_embedding(places, self.width) * self.center_scale(queries)[:, None]
+        places = boxes[:, None, :, :2] + self.places[:, None] * boxes[:, None, :, 2:] / 2  # (N, heads, Q, 2)
+        return box_positions, sine_embedding(places, self.width) * self.place_scale(queries)[:, None]
 
 
 class QuerySelection(nn.Module):
@@ -216,15 +226,15 @@ def _objectness(width: int) -> nn.Linear:
     return layer
 
 
-def directions(num_heads: int) -> Tensor:
-    """Where each head looks at first, in half box sizes from the centre: around the box's edge (Deformable DETR)."""
+def compass(num_heads: int) -> Tensor:
+    """(heads, 2) points on the edge of the square [-1, 1]²: the first sampling points of Deformable DETR."""
     angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
     points = torch.stack([angles.cos(), angles.sin()], dim=-1)
     return points / points.abs().amax(-1, keepdim=True)
 
 
-def _center_scale(width: int) -> MLP:
-    """Starts as 1: the centre as it is."""
+def _place_scale(width: int) -> MLP:
+    """Starts as 1: places as they are."""
     mlp = MLP(width, width, width, 2)
     nn.init.zeros_(mlp[-1].weight)  # type: ignore[arg-type]
     nn.init.ones_(mlp[-1].bias)  # type: ignore[arg-type]

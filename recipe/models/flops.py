@@ -260,7 +260,7 @@ def _head(network: Any, memory: Tokens, objects: Sequence[int], walk: Walk) -> b
     for number, layer in enumerate(head.layers):
         queries = Tokens(memory.num_images, total, gradient)
         box = _layers(walk, head.box_position, queries.total, boxes)
-        scale = _layers(walk, head.center_scale, queries.total, gradient)
+        scale = _layers(walk, head.place_scale, queries.total, gradient)
         states = Tokens(memory.num_images, total, gradient or trained)
         pairs = memory.num_images * total**2
         gradient = _attend(walk, layer.self_attention, states, states, pairs, box, box) or gradient

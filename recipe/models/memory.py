@@ -18,7 +18,8 @@ class Memory:
     """Letters as in `recipe.schema`.
 
     Attributes:
-        tokens: (N, M, W).
+        tokens: (N, M, W), `positions` added: Qwen2.5-VL's features do not tell where they are, as its rotary
+            positions are relative, and what a query attends to must.
         positions: (N, M, W) sine embedding of the token's centre; zero for words.
         mask: (N, M) bool, True at real tokens.
         cells: (N, M, 4) cxcywh in [0, 1], the part of the picture that a vision token stands for; zero for words.

@@ -52,7 +52,7 @@ def test_without_positions_the_memory_is_the_same_but_for_them(builder: MemoryBu
     with_positions = builder(*arguments)
     builder.memory_positions = False
     without = builder(*arguments)
-    assert torch.equal(without.tokens, with_positions.tokens)
+    assert torch.equal(without.tokens + with_positions.positions, with_positions.tokens)
     assert with_positions.positions.any() and not without.positions.any()
 
 
