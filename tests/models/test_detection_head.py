@@ -1,4 +1,4 @@
-"""Queries chosen from vision tokens, and groups of queries: by hand, apart from one another, alone as in a batch."""
+"""Where queries look first, queries chosen from vision tokens, groups of queries: by hand, alone as in a batch."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from recipe.joint import JointModel
 from recipe.losses.detection import detection_losses
 from recipe.losses.matcher import match
 from recipe.models.denoising import make_denoising_queries
-from recipe.models.detection_head import NO_PROPOSAL, DetectionHead, QuerySelection
+from recipe.models.detection_head import NO_PROPOSAL, DetectionHead, QuerySelection, compass
+from recipe.models.layers import LOCALITY, Attention
 from recipe.models.memory import Memory, grid_cells, sine_embedding
 from recipe.schema import DetectionOutputs, Example, LossCounts, Target
 from tests.tiny_cases import ALL_SWITCHES, NUM_QUERIES, collator, losses_and_gradients, make_batches, make_model
@@ -45,7 +46,8 @@ def make_memory(grids: list[tuple[int, int]], num_words: int, seed: int = 0) -> 
 def make_head(select_queries: bool = False, num_query_groups: int = 1, fresh: bool = False) -> DetectionHead:
     """In training mode; a fresh one's boxes are its reference boxes."""
     torch.manual_seed(0)
-    head = DetectionHead(WIDTH, QUERIES, 2, 2, 2, 0.0, True, select_queries, num_query_groups).double()
+    switches = {"select_queries": select_queries, "num_query_groups": num_query_groups}
+    head = DetectionHead(WIDTH, QUERIES, 2, 2, 2, 0.0, refine_boxes=True, **switches).double()
     if not fresh:
         with torch.no_grad():
             for parameter in head.parameters():
@@ -62,6 +64,60 @@ def assert_same(found: DetectionOutputs, expected: DetectionOutputs, tolerance: 
 def assert_all_differ(found: DetectionOutputs, expected: DetectionOutputs) -> None:
     for ours, theirs in zip([*found.aux_outputs, found], [*expected.aux_outputs, expected], strict=True):
         assert all(bool((getattr(ours, name) != getattr(theirs, name)).all()) for name in NAMES)
+
+
+def test_the_places_of_heads_by_hand():
+    assert torch.allclose(compass(4), torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), atol=1e-6)
+    eight = [[1.0, 0], [1, 1], [0, 1], [-1, 1], [-1, 0], [-1, -1], [0, -1], [1, -1]]
+    assert torch.allclose(compass(8), torch.tensor(eight), atol=1e-6)
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize(("width", "num_heads", "worst"), [(128, 4, 0.27), (2048, 8, 0.06)])
+def test_an_equal_position_is_worth_so_much(local: bool, width: int, num_heads: int, worst: float):
+    """`worst` of twenty seeds. Of positions along a line, queried from its middle: the softmax's argument, contents left out, mean of heads."""
+    torch.manual_seed(0)
+    attention = Attention(width, num_heads, positional=True, local=local)
+    line = torch.stack([torch.linspace(0, 1, 11), torch.full((11,), 0.5)], dim=-1)
+    positions = sine_embedding(line, width)[None]
+    keys, _ = attention.keys_values(torch.zeros(1, 11, width), positions)
+    assert attention.query_position is not None
+    queries = attention._query_positions(positions[:, 5:6])
+    scores = (queries @ keys[..., width // num_heads :].mT / (2 * width // num_heads) ** 0.5).mean(1).flatten()
+    if local:
+        assert scores.argmax() == 5 and float(scores[5]) == pytest.approx(LOCALITY, rel=worst)
+        assert scores[[0, 10]].max() < 0.55 * LOCALITY  # half of it, as the height is equal
+    else:
+        assert float(scores.abs().max()) < 0.25 * LOCALITY
+
+
+def test_every_head_looks_from_its_own_place():
+    """Positions of each head apart are what the head's rows of the projection make of them."""
+    torch.manual_seed(0)
+    attention = Attention(8, 2, positional=True).double()
+    states, memory = torch.randn(1, 3, 8).double(), torch.randn(1, 5, 8).double()
+    places, positions = torch.randn(1, 2, 3, 8).double(), torch.randn(1, 5, 8).double()
+    keys_values = attention.keys_values(memory, positions)
+    found = attention(states, keys_values, places)
+    nn.init.eye_(attention.out.weight)
+    nn.init.zeros_(attention.out.bias)
+    apart = attention(states, keys_values, places)
+    for head in range(2):
+        rows = slice(4 * head, 4 * head + 4)
+        assert torch.allclose(apart[..., rows], attention(states, keys_values, places[:, head])[..., rows], atol=1e-12)
+    assert found.shape == apart.shape and not torch.allclose(apart, attention(states, keys_values, places[:, 0]))
+
+
+def test_at_first_a_query_sees_the_edge_of_its_box():
+    """One head to each side: the scores of a grid's cells are highest where the head's side of the reference box is."""
+    torch.manual_seed(0)
+    head = DetectionHead(128, 1, 4, 1, 1, 0.0, refine_boxes=True)
+    box = torch.logit(torch.tensor([[[0.5, 0.5, 0.4, 0.2]]]))
+    _, places = head._positions(torch.zeros(1, 1, 128), box)
+    cells = grid_cells(10, 10)
+    scores = (sine_embedding(cells[:, :2], 128) @ places[0, :, 0].T).T  # (heads, cells)
+    seen = cells[scores.argmax(1), :2]
+    assert torch.allclose(seen, torch.tensor([[0.7, 0.5], [0.5, 0.6], [0.3, 0.5], [0.5, 0.4]]), atol=0.051)
 
 
 class Judged(QuerySelection):
