@@ -101,6 +101,8 @@ class DetectionHead(nn.Module):
         self.refine_boxes = refine_boxes
         self.num_query_groups = num_query_groups
         self.query_content = nn.Embedding(num_query_groups * num_queries, width)
+        # Small beside what is read from the memory: else slots learn where objects often are before how they look.
+        nn.init.normal_(self.query_content.weight, std=0.1)
         self.query_boxes = nn.Parameter(initial_boxes(num_queries).repeat(num_query_groups, 1))
         self.denoising_content = nn.Parameter(torch.zeros(width))
         self.box_position = MLP(width, width, width, 2)
