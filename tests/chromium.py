@@ -32,6 +32,8 @@ class Page:
 
     def __init__(self, write: int, read: int):
         self._write, self._read, self._number = write, read, 0
+        self._poll = select.poll()  # unlike select() it takes file numbers above 1023
+        self._poll.register(read, select.POLLIN)
         self._received = b""
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
@@ -77,7 +79,7 @@ class Page:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._received:
-            ready, _, _ = select.select([self._read], [], [], PATIENCE)
+            ready = self._poll.poll(PATIENCE * 1000)
             part = os.read(self._read, 1 << 16) if ready else b""
             assert part, "the browser has ended" if ready else f"the browser says nothing for {PATIENCE:.0f} s"
             self._received += part

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.distributed
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
@@ -14,6 +15,14 @@ from tests.tiny_cases import build_checkpoint, make_config, make_examples, make_
 from tests.tiny_run import train_tiny_run
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Entries that ran in this process begin one, which would be the next tests' too."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
