@@ -3,6 +3,7 @@
 import base64
 import json
 import unicodedata
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,10 @@ def test_captions_in_any_language(encoder: Encoder, make_sample):
 @pytest.mark.shared_data
 def test_captions_in_any_language_with_qwens_vocabulary(shared_data: Path, encoder: Encoder, make_sample):
     tokenizer = real_tokenizer(shared_data / "tokenizer" / "qwen.tiktoken")
-    assert_captions_come_back(replace(encoder, tokenizer=tokenizer), make_sample(0))
+    hf_config = deepcopy(encoder.hf_config)
+    for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
+        setattr(hf_config, f"{name.removesuffix('_pad')}_token_id", tokenizer.convert_tokens_to_ids(f"<|{name}|>"))
+    assert_captions_come_back(replace(encoder, tokenizer=tokenizer, hf_config=hf_config), make_sample(0))
 
 
 def real_tokenizer(tiktoken_file: Path) -> Qwen2TokenizerFast:
