@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOCALITY = 4.0
+LOCALITY = 4.0  # what an equal position adds to the argument of the softmax at first
 
 
 class Attention(nn.Module):
@@ -20,7 +20,7 @@ class Attention(nn.Module):
         num_heads: Heads.
         positional: Queries and keys come with positions.
         local: With sine embeddings as positions, a query starts with looking around its own place: both projections
-            begin as one, large enough that an equal position is worth about `LOCALITY` in the softmax.
+            begin as one, large enough that an equal position is worth about `LOCALITY`.
     """
 
     def __init__(self, width: int, num_heads: int, positional: bool = False, local: bool = False):

@@ -77,7 +77,7 @@ REAL = {
     "eval_loader.global_batch_size": 8,
 }
 REAL_SETS = ("chess_train", "bccd_trainval")
-PEERS = {"deformable": 3e-4, "conditional": 3e-4}  # the best of 1e-4, 3e-4 and 1e-3 for each
+PEERS = {"deformable": 3e-4, "conditional": 3e-4}  # learning rates, not tuned yet
 
 
 class Curve(Callback):

@@ -13,7 +13,7 @@ from recipe.joint import JointModel
 from recipe.losses.detection import detection_losses
 from recipe.losses.matcher import match
 from recipe.models.denoising import make_denoising_queries
-from recipe.models.detection_head import NO_PROPOSAL, DetectionHead, QuerySelection, compass
+from recipe.models.detection_head import NO_PROPOSAL, DecoderLayer, DetectionHead, QuerySelection, compass
 from recipe.models.layers import LOCALITY, Attention
 from recipe.models.memory import Memory, grid_cells, sine_embedding
 from recipe.schema import DetectionOutputs, Example, LossCounts, Target
@@ -121,6 +121,22 @@ def test_at_first_a_query_sees_the_edge_of_its_box():
     scores = (sine_embedding(cells[:, :2], 128) @ places[0, :, 0].T).T  # (heads, cells)
     seen = cells[scores.argmax(1), :2]
     assert torch.allclose(seen, torch.tensor([[0.7, 0.5], [0.5, 0.6], [0.3, 0.5], [0.5, 0.4]]), atol=0.051)
+
+
+@torch.no_grad()
+def test_a_layer_hands_on_where_its_boxes_are():
+    """With every block silent a query gains the embedding of its box, and nothing else."""
+    head, memory = make_head(), make_memory([(2, 3)], 1)
+    layer = head.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    for block in (layer.self_attention.out, layer.cross_attention.out, layer.ffn[-1]):
+        assert isinstance(block, nn.Linear)
+        nn.init.zeros_(block.weight)
+        nn.init.zeros_(block.bias)
+    queries, references = torch.randn(1, QUERIES, WIDTH).double(), torch.randn(1, QUERIES, 4).double()
+    boxes, places = head._positions(queries, references)
+    assert boxes.abs().max() > 0.01
+    assert torch.equal(layer(queries, boxes, places, memory, None), queries + boxes)
 
 
 class Judged(QuerySelection):
