@@ -72,7 +72,6 @@ class Calibration(RowsPerSampleMetric):
         self.iou_threshold = iou_threshold
         self.floor = floor
         self.num_bins = num_bins
-        self._bins: list[ReliabilityBin] = []
         self._halves: tuple[Detections, Detections] | None = None
 
     def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
@@ -106,17 +105,12 @@ class Calibration(RowsPerSampleMetric):
             Detections(*_columns(rows[~of_odd]), int((~is_odd).sum()), int(truths[~is_odd].sum())),
             Detections(*_columns(rows[of_odd]), int(is_odd.sum()), int(truths[is_odd].sum())),
         )
-        self._bins = reliability_bins(rows, self.floor, self.num_bins)
         threshold, f1 = best_threshold(*_columns(rows), int(truths.sum()))
         return {
-            "ece": torch.tensor(expected_calibration_error(self._bins)),
+            "ece": torch.tensor(expected_calibration_error(reliability_bins(rows, self.floor, self.num_bins))),
             "best_score_threshold": torch.tensor(threshold),
             "best_f1": torch.tensor(f1),
         }
-
-    def reliability(self) -> list[ReliabilityBin]:
-        """The curve, over all ranks, as of the last `compute`; empty before the first."""
-        return self._bins
 
     def halves(self) -> tuple[Detections, Detections]:
         """The detections on one half of the images and on the other, over all ranks, as of the last `compute`.
