@@ -252,17 +252,17 @@ class JointNetwork(nn.Module):
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced logits of the captions of matched queries: (k, V), labels (k,), images (k,)."""
+        embed, logits = self.caption_words
+        if not (any(targets) or self.training or is_sharded(self)):
+            # A prediction has no captions to learn from, and no rank that waits for this one.
+            hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
+            return logits(hidden), matches.image[:0], matches.image[:0]
         labels = padded_captions(targets, matches, detection.pred_boxes.device)  # (N, T, C)
         num_images, num_slots = labels.shape[:2]
         queries = torch.zeros(num_images, num_slots, dtype=torch.int64, device=labels.device)
         queries[matches.image, matches.target] = matches.query
         rows = torch.arange(num_images, device=labels.device)[:, None]
         image, slot, token = (labels != -100).nonzero(as_tuple=True)
-        embed, logits = self.caption_words
-        if not (len(image) or self.training or is_sharded(self)):
-            # A prediction has no captions to learn from, and no rank that waits for this one.
-            hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
-            return logits(hidden), labels[image, slot, token], image
         embeds = embed(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
         hidden = self.caption_decoder(
             detection.query_features[rows, queries], detection.pred_boxes[rows, queries], memory, embeds

@@ -6,7 +6,7 @@ is never copied per caption. Token embedding and output matrix are the language 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -21,9 +21,16 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What generation keeps of one layer between tokens: keys and values of the memory and of the tokens so far."""
+    """What generation keeps of one layer between tokens.
+
+    Attributes:
+        memory: Keys and values of the memory.
+        places: (N, heads, T, ·), where each caption looks.
+        past: Keys and values of the tokens so far.
+    """
 
     memory: KeysValues
+    places: Tensor
     past: KeysValues
 
 
@@ -40,7 +47,7 @@ class CaptionCache:
         Args:
             rows: (N * T,) int64, in the flattened captions.
         """
-        self.layers = [LayerCache(layer.memory, (layer.past[0][rows], layer.past[1][rows])) for layer in self.layers]
+        self.layers = [replace(layer, past=(layer.past[0][rows], layer.past[1][rows])) for layer in self.layers]
 
 
 class Vocabulary(nn.Module):
@@ -88,14 +95,14 @@ class CaptionLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, states: Tensor, memory: Memory, positions: Tensor, cache: LayerCache | None
+        self, states: Tensor, memory: Memory, centers: Tensor | None, cache: LayerCache | None
     ) -> tuple[Tensor, LayerCache]:
         """Advances all captions by `C` tokens.
 
         Args:
             states: (N, T, C, W).
             memory: Of the N images.
-            positions: (N, T * C, W) embedding of the box centres.
+            centers: (N, T, W) embedding of the box centres; read at the first token alone.
             cache: Of the tokens before; None at the first.
 
         Returns:
@@ -106,16 +113,20 @@ class CaptionLayer(nn.Module):
         keys, values = self.self_attention.keys_values(rows)
         if cache is None:
             memory_keys_values = self.cross_attention.keys_values(memory.tokens, memory.positions)
+            assert centers is not None, "a caption begins at its box"
+            places = self.cross_attention.query_positions(centers)
         else:
             assert length == 1, "with a cache, one token at a time"
-            memory_keys_values = cache.memory
+            memory_keys_values, places = cache.memory, cache.places
             keys, values = torch.cat([cache.past[0], keys], dim=2), torch.cat([cache.past[1], values], dim=2)
         attended = self.self_attention(rows, (keys, values), is_causal=cache is None)
         states = states + self.dropout(attended).view_as(states)
         queries = self.cross_norm(states).flatten(1, 2)  # (N, T * C, W)
+        positions = places.repeat_interleave(length, dim=2) if length > 1 else places
         attended = self.cross_attention(queries, memory_keys_values, positions, memory.mask[:, None, None, :])
         states = states + self.dropout(attended).view_as(states)
-        return states + self.dropout(self.ffn(self.ffn_norm(states))), LayerCache(memory_keys_values, (keys, values))
+        states = states + self.dropout(self.ffn(self.ffn_norm(states)))
+        return states, LayerCache(memory_keys_values, places, (keys, values))
 
 
 class CaptionDecoder(nn.Module):
@@ -183,19 +194,18 @@ class CaptionDecoder(nn.Module):
         Returns:
             (N, T, C, D), ready for the output matrix; with a cache C = 1.
         """
-        parts = []
+        parts, centers = [], None
         if cache is None or not cache.layers:
             parts.append(self.start(query_features)[:, :, None])
+            centers = sine_embedding(boxes[..., :2].detach(), self.width)
         if token_embeds is not None:
             parts.append(self.token_in(self.token_norm(token_embeds.to(self.start.weight.dtype))))
         states = torch.cat(parts, dim=2)  # (N, T, C, W)
         first, length = (0 if cache is None else cache.length), states.shape[2]
         states = states + self.token_positions.weight[first : first + length]
-        centers = sine_embedding(boxes[..., :2].detach(), self.width).to(states.dtype)
-        positions = centers[:, :, None].expand(-1, -1, length, -1).flatten(1, 2)  # (N, T * C, W)
         kept = []
         for i, layer in enumerate(self.layers):
-            states, layer_cache = layer(states, memory, positions, cache.layers[i] if cache and cache.layers else None)
+            states, layer_cache = layer(states, memory, centers, cache.layers[i] if cache and cache.layers else None)
             kept.append(layer_cache)
         if cache is not None:
             cache.layers, cache.length = kept, first + length

@@ -57,11 +57,13 @@ class DecoderLayer(nn.Module):
         queries = queries + box_positions
         states = self.self_norm(queries)
         keys_values = self.self_attention.keys_values(states, box_positions)
-        queries = queries + self.dropout(self.self_attention(states, keys_values, box_positions, mask))
+        positions = self.self_attention.query_positions(box_positions)
+        queries = queries + self.dropout(self.self_attention(states, keys_values, positions, mask))
         states = self.cross_norm(queries)
         keys_values = self.cross_attention.keys_values(memory.tokens, memory.positions)
+        positions = self.cross_attention.query_positions(place_positions)
         memory_mask = memory.mask[:, None, None, :]
-        queries = queries + self.dropout(self.cross_attention(states, keys_values, place_positions, memory_mask))
+        queries = queries + self.dropout(self.cross_attention(states, keys_values, positions, memory_mask))
         return queries + self.dropout(self.ffn(self.ffn_norm(queries)))
 
 

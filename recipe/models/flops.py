@@ -228,14 +228,27 @@ def _attend(
     pairs: int,
     query_position: bool = False,
     key_position: bool = False,
+    num_places: int | None = None,
 ) -> bool:
-    """One `recipe.models.layers.Attention`; the positions' flags: whether they have a gradient."""
+    """One `recipe.models.layers.Attention`.
+
+    Args:
+        walk: Adds up.
+        attention: The attention.
+        queries: What attends.
+        keys: What it attends to.
+        pairs: Of both.
+        query_position: Whether the queries' positions have a gradient.
+        key_position: Whether the keys' have.
+        num_places: Positions of the queries, where several share one.
+    """
     width, score_width = attention.out.in_features, attention.query.out_features
     query = walk.linear(attention.query, queries.total, queries.has_gradient)
     key = walk.linear(attention.key, keys.total, keys.has_gradient)
     value = walk.linear(attention.value, keys.total, keys.has_gradient)
     if attention.query_position is not None:
-        query = walk.linear(attention.query_position, queries.total, query_position) or query
+        places = queries.total if num_places is None else num_places
+        query = walk.linear(attention.query_position, places, query_position) or query
         key = walk.linear(attention.key_position, keys.total, key_position) or key
         score_width *= 2
     attended = walk.attention(pairs, score_width, width, query, key, value)
@@ -303,7 +316,8 @@ def _captions(walk: Walk, decoder: Any, memory: Tokens, num_slots: int, length: 
     for layer in decoder.layers:
         gradient = _attend(walk, layer.self_attention, rows, rows, slots * length**2) or gradient
         rows = Tokens(memory.num_images, rows.length, gradient or trained)
-        gradient = _attend(walk, layer.cross_attention, rows, memory, memory.total * rows.length) or gradient
+        pairs = memory.total * rows.length
+        gradient = _attend(walk, layer.cross_attention, rows, memory, pairs, num_places=slots) or gradient
         gradient = _layers(walk, layer.ffn, rows.total, gradient or trained)
         rows = Tokens(memory.num_images, rows.length, gradient or trained)
     if isinstance(decoder.token_out, nn.Linear):

@@ -47,6 +47,14 @@ class Attention(nn.Module):
             keys = torch.cat([keys, self._split(self.key_position(positions))], dim=-1)
         return keys, self._split(self.value(states))
 
+    def query_positions(self, positions: Tensor) -> Tensor:
+        """(N, Q, W), or of each head its own (N, heads, Q, W) → (N, heads, Q, ·), to be passed to `forward`."""
+        assert self.query_position is not None
+        if positions.dim() == 3:
+            return self._split(self.query_position(positions))
+        weight = self.query_position.weight.unflatten(0, (self.num_heads, -1))  # (heads, ·, W)
+        return positions @ weight.mT + self.query_position.bias.view(self.num_heads, 1, -1)
+
     def forward(
         self,
         states: Tensor,
@@ -60,25 +68,16 @@ class Attention(nn.Module):
         Args:
             states: (N, Q, W).
             keys_values: From `keys_values`.
-            positions: (N, Q, W), where the module is positional.
+            positions: From `query_positions`, where the module is positional.
             mask: Bool, broadcastable to (N, heads, Q, M); True where a query may look.
             is_causal: Query i sees keys 0 to i.
         """
         queries = self._split(self.query(states))
-        if self.query_position is not None:
-            assert positions is not None
-            queries = torch.cat([queries, self._query_positions(positions)], dim=-1)
+        if positions is not None:
+            queries = torch.cat([queries, positions], dim=-1)
         keys, values = keys_values
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=is_causal)
         return self.out(attended.transpose(1, 2).flatten(2))
-
-    def _query_positions(self, positions: Tensor) -> Tensor:
-        """(N, Q, W), or of each head its own (N, heads, Q, W) → (N, heads, Q, ·)."""
-        assert self.query_position is not None
-        if positions.dim() == 3:
-            return self._split(self.query_position(positions))
-        weight = self.query_position.weight.unflatten(0, (self.num_heads, -1))  # (heads, ·, W)
-        return positions @ weight.mT + self.query_position.bias.view(self.num_heads, 1, -1)
 
     def _split(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, ·, W / heads)

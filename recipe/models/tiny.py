@@ -9,7 +9,7 @@ takes an id from anywhere but the config or the tokenizer fails on it.
 
 import argparse
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -159,6 +159,8 @@ def build_tiny_checkpoint(
     vocab_size: int = 512,
     seed: int = 0,
     tie_word_embeddings: bool = True,
+    image_mean: Sequence[float] = OPENAI_MEAN,
+    image_std: Sequence[float] = OPENAI_STD,
 ) -> None:
     """Writes a checkpoint folder that `AutoProcessor` and `from_pretrained` load.
 
@@ -171,6 +173,8 @@ def build_tiny_checkpoint(
         vocab_size: Of the tokenizer, special tokens not counted.
         seed: Of the random weights.
         tie_word_embeddings: The output matrix is the token embedding, as in the 3B; not so in the 7B.
+        image_mean: Of each channel, of values in [0, 1]: what the model sees as 0; Qwen's own by default.
+        image_std: Of each channel: what it sees as 1.
     """
     tokenizer = build_tiny_tokenizer(tokenizer_corpus(), vocab_size)
     image_processor = Qwen2VLImageProcessorFast(
@@ -179,8 +183,8 @@ def build_tiny_checkpoint(
         patch_size=14,
         temporal_patch_size=2,
         merge_size=2,
-        image_mean=OPENAI_MEAN,
-        image_std=OPENAI_STD,
+        image_mean=list(image_mean),
+        image_std=list(image_std),
     )
     processor = Qwen2_5_VLProcessor(
         image_processor=image_processor,

@@ -1,8 +1,9 @@
 """The peers of the convergence benchmark: Hugging Face's Deformable and Conditional DETR, trained from scratch.
 
 Both get what helps them: trainable batch norm (Hugging Face freezes it, which suits pretrained backbones only), box
-refinement and two stages where they have them, pictures decoded once and kept in memory, a warm-up and a cosine over
-the CPU time they are given, the last weights judged.
+refinement and two stages where they have them, pictures decoded once and kept in memory, pixels normalised by the
+training pictures' own mean and deviation, a warm-up and a cosine over the CPU time they are given, the last weights
+judged.
 """
 
 import math
@@ -28,7 +29,6 @@ from recipe.pictures import open_image
 from recipe.schema import DetectedObject, Prediction, Sample
 
 CLIP_NORM = 1.0  # DETR's own 0.1 is for fine-tuning a pretrained backbone
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,17 @@ def read_pictures(samples: Sequence[Sample], size: tuple[int, int]) -> Tensor:
     return torch.stack([F.resize(F.pil_to_tensor(open_image(s.image)), list(size), antialias=True) for s in samples])
 
 
+def pixel_statistics(samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of values in [0, 1], over all pictures."""
+    thumbnails = read_pictures(samples, (96, 128)).double().div(255).transpose(0, 1).flatten(1)  # (3, pixels)
+    return thumbnails.mean(1).tolist(), thumbnails.std(1).tolist()
+
+
 def train_peer(
     model: nn.Module, train: Sequence[Sample], val: Sequence[Sample], size: tuple[int, int], budget: Budget, seed: int
 ) -> tuple[float, int]:
     """Trains for a CPU time; class-agnostic AP50 on `val` at its end, and the steps made."""
+    statistics = pixel_statistics(train)
     names = sorted({item.caption for sample in [*train, *val] for item in sample.objects or ()})
     labels = [_labels(sample, names) for sample in train]
     pictures, held_out = read_pictures(train, size), read_pictures(val, size)
@@ -119,23 +126,25 @@ def train_peer(
         if len(order) < budget.batch_size:
             order = torch.randperm(len(train), generator=generator).tolist()
         rows, order = order[: budget.batch_size], order[budget.batch_size :]
-        outputs = model(pixel_values=_normalized(pictures[rows]), labels=[labels[row] for row in rows])
+        outputs = model(
+            pixel_values=F.normalize(pictures[rows].float() / 255, *statistics), labels=[labels[row] for row in rows]
+        )
         optimizer.zero_grad()
         outputs.loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         steps += 1
-    return evaluate_peer(model, val, held_out), steps
+    return evaluate_peer(model, val, F.normalize(held_out.float() / 255, *statistics)), steps
 
 
 @torch.no_grad()
 def evaluate_peer(model: nn.Module, samples: Sequence[Sample], pictures: Tensor) -> float:
-    """AP50 without classes: a query's score is that of its likeliest class."""
+    """AP50 without classes, on normalised pictures: a query's score is that of its likeliest class."""
     model.eval()
     metric = BoxAveragePrecision()
     for first in range(0, len(samples), 8):
         part = samples[first : first + 8]
-        outputs = model(pixel_values=_normalized(pictures[first : first + 8]))
+        outputs = model(pixel_values=pictures[first : first + 8])
         scores = outputs.logits.sigmoid().amax(-1)
         boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
         metric.update([_prediction(*row) for row in zip(part, boxes, scores, strict=True)], list(part))
@@ -157,10 +166,6 @@ def _labels(sample: Sample, names: Sequence[str]) -> dict[str, Tensor]:
     boxes = torch.tensor([item.box for item in objects]).reshape(-1, 4) / scale
     classes = torch.tensor([names.index(item.caption) for item in objects], dtype=torch.int64)
     return {"class_labels": classes, "boxes": box_convert(boxes, "xyxy", "cxcywh")}
-
-
-def _normalized(pictures: Tensor) -> Tensor:
-    return F.normalize(pictures.float() / 255, MEAN, STD)
 
 
 def _factor(progress: float, warmup: float) -> float:

@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
 
 from recipe.build import load_processor
@@ -18,6 +19,7 @@ from recipe.data.positions import rope_positions
 from recipe.joint import JointModel
 from recipe.models.generation import generate_answers
 from recipe.models.vlm import (
+    PatchProjection,
     PixelNormalizer,
     VisionLanguageModel,
     check_packing_contract,
@@ -105,6 +107,22 @@ def test_attention_implementations_and_layouts_agree(
             # measured: 0.0; 9.5e-7 of states around 1 with eager, whose softmax is transformers' float32
             tolerance = 1e-5 if implementation == "eager" else 1e-12
             assert float((found - expected).abs().max()) <= tolerance, (implementation, layout)
+
+
+def test_the_patch_embedding_is_the_convolution_it_replaces():
+    """Output and gradient, measured: 6.9e-16 of 1.6, and 1.1e-14 of 19."""
+    torch.manual_seed(0)
+    convolution = nn.Conv3d(3, 8, (2, 14, 14), stride=(2, 14, 14), bias=False).double()
+    projection = deepcopy(convolution)
+    projection.__class__ = PatchProjection
+    patches = torch.randn(20, 3, 2, 14, 14, dtype=torch.float64)
+    outputs = [module(patches).view(-1, 8) for module in (convolution, projection)]
+    assert torch.allclose(*outputs, rtol=0, atol=5e-15)
+    gradients = [
+        torch.autograd.grad(output.pow(2).sum(), module.weight)[0]
+        for module, output in zip((convolution, projection), outputs, strict=True)
+    ]
+    assert torch.allclose(*gradients, rtol=0, atol=5e-14)
 
 
 def test_auto_is_the_packed_attention_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
