@@ -151,9 +151,7 @@ def _vision(visual: Any, grids: Sequence[Sequence[int]], trained: frozenset[str]
     merged = [(t, h // visual.spatial_merge_size, w // visual.spatial_merge_size) for t, h, w in grids]
     window = visual.window_size // visual.spatial_merge_size // visual.patch_size
     windowed = sum((unit * length) ** 2 for grid in merged for length in window_lengths(grid, window))
-    embed = visual.patch_embed.proj
-    kernel = embed.in_channels * visual.patch_embed.temporal_patch_size * visual.patch_size**2
-    gradient = walk.product(patches * kernel * embed.out_channels, False, walk.trained)
+    gradient = walk.product(patches * visual.patch_embed.proj.weight.numel(), False, walk.trained)
     for number, block in enumerate(visual.blocks):
         before = flops.forward["vision"]
         gradient = gradient or walk.trained  # by the norm before the products

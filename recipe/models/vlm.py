@@ -56,25 +56,34 @@ class PixelNormalizer(nn.Module):
         return pixels.reshape(num_patches, -1)
 
 
-class PatchProjection(nn.Conv3d):
-    """Qwen's patch embedding as the one matrix product it is: a convolution whose stride is its kernel is slower."""
+class PatchProjection(nn.Module):
+    """Qwen's patch embedding as the one matrix product it is: a convolution whose stride is its kernel is slower.
 
-    def forward(self, input: Tensor) -> Tensor:
+    Args:
+        convolution: Whose weight (C, 3, temporal, patch, patch) this has under the same name.
+    """
+
+    def __init__(self, convolution: nn.Module):
+        super().__init__()
+        self.weight = convolution.get_parameter("weight")
+
+    def forward(self, patches: Tensor) -> Tensor:
         """(P, 3, temporal, patch, patch) → (P, C)."""
-        return F.linear(input.flatten(1), self.weight.flatten(1))
+        return F.linear(patches.flatten(1), self.weight.flatten(1))
 
 
 class VisionLanguageModel(nn.Module):
     """Wraps `Qwen2_5_VLForConditionalGeneration`: one pass gives hidden states and the image features they read.
 
     Args:
-        hf_model: The loaded model; its patch embedding becomes a `PatchProjection`.
+        hf_model: The loaded model; its patch embedding is replaced by a `PatchProjection`.
         normalizer: Turns the batch's uint8 patches into `pixel_values`.
     """
 
     def __init__(self, hf_model: PreTrainedModel, normalizer: PixelNormalizer):
         super().__init__()
-        hf_model.model.visual.patch_embed.proj.__class__ = PatchProjection
+        embed = hf_model.model.visual.patch_embed
+        embed.proj = PatchProjection(embed.proj)
         self.hf_model = hf_model
         self.normalizer = normalizer
 
