@@ -49,8 +49,10 @@ def with_attention(config: RecipeConfig, attn_implementation: str) -> RecipeConf
 
 
 def test_transformers_computes_what_the_checkpoint_does(exported: Path, trained_checkpoint: Path):
-    """Plain `from_pretrained`, which takes sdpa: so the checkpoint's model does too. The same weights, to the bit; the
-    patch embedding is a convolution there and a matrix product here, so logits are the same but for rounding."""
+    """Plain `from_pretrained`, which takes sdpa: so the checkpoint's model does too.
+
+    The same weights, to the bit; logits may differ by rounding, as the patch embedding is a convolution there.
+    """
     config = with_attention(find_config(trained_checkpoint), "sdpa")
     model, processor, _ = load_model(trained_checkpoint, config)
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(exported)
