@@ -67,6 +67,7 @@ class PromptConfig:
     detect: str = "Locate every object in the image and report bounding boxes as JSON."
     candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect` where given
     box_coordinates: str = "absolute"  # absolute: pixels of the resized image | normalized_1000: 0 to 1000
+    student_answer: bool = True  # false: objects give no answer to learn, for the head alone: sequences are far shorter
 
 
 @dataclass

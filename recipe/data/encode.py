@@ -129,7 +129,7 @@ class Encoder:
         if not sample.has_image:
             raise ValueError("it has neither a picture nor messages: nothing can be asked")
         segments = [Segment(detection_question(self.prompt))]
-        if sample.objects is not None:
+        if sample.objects is not None and self.prompt.student_answer:
             segments += answer_segments(self._answer(sample, sample.objects), Role.STUDENT)
         return segments
 

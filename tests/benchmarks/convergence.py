@@ -130,6 +130,7 @@ def train_head(changes: dict[str, Any], data: Path, steps: int, every: int, seed
         "run_folder": FOLDER / "run",
         "model.pretrained_model_name_or_path": FOLDER / "tiny",
         "teachers": "{stream: null, num_teachers: 0}",
+        "prompt.student_answer": False,
         "train_loader.streams.shapes.local": data,
         "eval_loader.streams.shapes.local": data,
         "evaluation": "{generate_answer: false, max_captions: 0, num_logged_images: 0}",

@@ -88,6 +88,20 @@ def test_answers_and_their_ends_are_supervised_by_role(encoder: Encoder, make_sa
     assert decode(encoder, example.input_ids[-2:]) == "<|im_end|>\n"
 
 
+def test_a_student_without_its_answer_is_its_prompt_with_a_target(encoder: Encoder, make_sample):
+    """`prompt.student_answer: false`; that the head's outputs do not change: `tests/test_exactness.py`."""
+    sample, teacher = make_sample(0, 2), make_sample(1, 1)
+    whole = encoder(sample, [teacher])
+    bare = replace(encoder, prompt=PromptConfig(student_answer=False))(sample, [teacher])
+    assert torch.equal(bare.input_ids, whole.input_ids[: whole.prompt_length])
+    assert bare.prompt_length == len(bare.input_ids) < len(whole.input_ids)
+    assert supervised(encoder, bare, Role.TEACHER) == supervised(encoder, whole, Role.TEACHER) != ""
+    assert supervised(encoder, bare, Role.STUDENT) == ""
+    assert bare.target is not None and whole.target is not None
+    assert torch.equal(bare.target["boxes"], whole.target["boxes"])
+    assert torch.equal(bare.target["caption_ids"], whole.target["caption_ids"])
+
+
 def test_the_target_is_normalised_without_crowds(encoder: Encoder, make_sample):
     objects = (
         Object((8, 6, 24, 18), "red"),
