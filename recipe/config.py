@@ -115,7 +115,7 @@ class LoaderConfig:
 class EvaluationConfig:
     """How predictions are made for the metrics, the logged pictures and `predict.py`."""
 
-    score_threshold: float = 0.3  # objects below it are neither captioned nor drawn; AP counts all queries
+    score_threshold: float = 0.3  # objects below it are no predictions and are not drawn; AP counts all queries
     score_scale: float = 1.0  # score = sigmoid(score_scale * logit + score_shift): what eval.py finds and writes to
     score_shift: float = 0.0  # calibration.yaml, so that of the objects scored 0.8 eight of ten are right
     nms_iou: float | None = None  # of two boxes that overlap more only the better is an object; null: all are

@@ -1,6 +1,6 @@
 """The joint model for Composer's Trainer: where the network, the losses and the metrics meet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,10 +100,12 @@ class JointModel(ComposerModel):
 
     def eval_forward(self, batch: Batch, outputs: JointOutputs | None = None) -> EvalOutputs:
         """Loss sums and predictions of one evaluation batch; `outputs` are made anew, as generation needs the pass."""
+        # Average precision judges the captions of all objects; metrics that need a threshold have it themselves.
+        evaluation = replace(self.evaluation, score_threshold=0.0)
 
         def predict(outputs: JointOutputs) -> list[Prediction]:
             return predict_batch(
-                self.model, batch, outputs.detection, outputs.memory, self.tokenizer, self.evaluation, self.prompt
+                self.model, batch, outputs.detection, outputs.memory, self.tokenizer, evaluation, self.prompt
             )
 
         made, predictions = self.model(Sealed(batch), predict)

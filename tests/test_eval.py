@@ -51,7 +51,9 @@ def test_what_is_found_is_used(
     changed = load_config(str(saved), overrides)
     check_config(changed)
     calibrated = evaluate(changed)
-    names = [name for name in plain if name.startswith(("box_", "query_", "recall_", "loss_"))]
+    names = [
+        name for name in plain if name.startswith(("box_", "category_", "densecap_", "query_", "recall_", "loss_"))
+    ]
     assert len(names) > 5
     assert {name: calibrated[name] for name in names} == {name: plain[name] for name in names}
     assert calibrated["ece"] != plain["ece"]

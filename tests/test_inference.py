@@ -121,3 +121,17 @@ def test_beams_and_calibration_at_prediction(tiny_model: JointModel, tiny_exampl
         assert [item.score for item in after.objects] == pytest.approx(expected, abs=1e-6)
         captions += [(one.caption, other.caption) for one, other in zip(before.objects, after.objects, strict=True)]
     assert any(one != other for one, other in captions)
+
+
+@torch.no_grad()
+def test_metrics_see_the_captions_of_all_objects(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """Average precision ranks what lies under the score threshold of predictions too."""
+    batch = collator("standard")([tiny_examples["two"], tiny_examples["crowded"]])
+    found = []
+    for score_threshold in (0.0, 0.99):
+        tiny_model.evaluation = replace(tiny_model.evaluation, score_threshold=score_threshold, generate_answer=False)
+        found.append(tiny_model.eval_forward(batch).predictions)
+    assert found[0] == found[1]
+    objects = [item for prediction in found[1] for item in prediction.objects]
+    assert len(objects) == 2 * NUM_QUERIES and max(item.score for item in objects) < 0.99
+    assert any(item.caption for item in objects)

@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
+from recipe.boxes import elementwise_iou
 from recipe.config import LossConfig
 from recipe.losses.matcher import Matches
 from recipe.schema import DetectionOutputs, LossCounts, Target
@@ -114,24 +115,30 @@ def denoising_losses(
     queries, outputs = denoising
     layers = [*outputs.aux_outputs, outputs]
     logits = _logits(layers)  # (layers, N, R)
-    mended = queries.valid & queries.positive
-    predicted = torch.stack([layer.pred_boxes for layer in layers])[:, mended]  # (layers, n, 4)
-    true = queries.target_boxes[mended].to(predicted).expand_as(predicted)
-    quality = torch.zeros_like(logits)
-    quality[:, mended] = _quality(predicted, true, config).to(logits)
+    # Nothing is gathered by a mask: the number of its entries would be waited for on a GPU.
+    mended = (queries.valid & queries.positive).expand_as(logits)
+    predicted = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, R, 4)
+    true = queries.target_boxes.to(predicted)
+    quality = _quality(predicted, true, config).to(logits) * mended
     is_object = queries.positive.to(logits).expand_as(logits)
-    valid = queries.valid
-    objectness = objectness_loss(logits[:, valid], is_object[:, valid], quality[:, valid], config)
+    objectness = objectness_loss(logits, is_object, quality, config)
     num_objects, num_images = (max(counts[key], 1) * queries.num_groups for key in ("objects", "images"))
-    terms = {name: loss.sum() / num_objects for name, loss in box_losses(predicted, true).items()}
-    return {f"{name}_dn": term for name, term in terms.items()} | {"loss_objectness_dn": objectness.sum() / num_images}
+    terms = {name: _sum_of(loss, mended) / num_objects for name, loss in box_losses(predicted, true).items()}
+    return {
+        **{f"{name}_dn": term for name, term in terms.items()},
+        "loss_objectness_dn": _sum_of(objectness, queries.valid) / num_images,
+    }
+
+
+def _sum_of(losses: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, losses, 0.0).sum()
 
 
 def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
     """L1 and GIoU of pairs of boxes: (..., 4) cxcywh each → (...) each."""
     l1 = (predicted - true).abs().sum(-1)
-    giou = generalized_box_iou_loss(box_convert(predicted, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy"))
-    return {"loss_bbox": l1, "loss_giou": giou}
+    _, giou = elementwise_iou(predicted, true)
+    return {"loss_bbox": l1, "loss_giou": 1 - giou}
 
 
 def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: LossConfig) -> Tensor:
@@ -173,8 +180,8 @@ def caption_loss(logits: Tensor, labels: Tensor, images: Tensor, num_images: int
     """
     nll = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="none")
     sums = nll.new_zeros(num_images).index_add(0, images, nll)
-    tokens = torch.bincount(images, minlength=num_images).clamp(min=1)
-    return (sums / tokens).sum() / max(counts["images"], 1)
+    tokens = nll.new_zeros(num_images).index_add(0, images, torch.ones_like(nll))
+    return (sums / tokens.clamp(min=1)).sum() / max(counts["images"], 1)
 
 
 @torch.no_grad()
@@ -182,11 +189,8 @@ def _quality(predicted: Tensor, true: Tensor, config: LossConfig) -> Tensor:
     """The IoU of pairs of boxes, (..., 4) cxcywh each → (...); zeros where the objectness loss does not read it."""
     if config.objectness == "focal":
         return predicted.new_zeros(predicted.shape[:-1])
-    ours, theirs = box_convert(predicted, "cxcywh", "xyxy"), box_convert(true, "cxcywh", "xyxy")
-    low, high = torch.maximum(ours[..., :2], theirs[..., :2]), torch.minimum(ours[..., 2:], theirs[..., 2:])
-    overlap = (high - low).clamp(min=0).prod(-1)
-    union = predicted[..., 2:].prod(-1) + true[..., 2:].prod(-1) - overlap
-    return (overlap / union.clamp(min=1e-7)).nan_to_num(0.0)
+    iou, _ = elementwise_iou(predicted, true)
+    return iou.nan_to_num(0.0)
 
 
 def _logits(layers: Sequence[DetectionOutputs]) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert, generalized_box_iou_loss
 
+from recipe.boxes import elementwise_iou
 from recipe.schema import DetectionOutputs, Target
 
 UNUSABLE = 1e6  # the cost of a pair whose prediction is not finite: taken only when nothing else is left
@@ -113,13 +113,9 @@ def cost_matrix(
     queries = pred_boxes.float()[..., None, :]  # (layers, N, Q, 1, 4)
     objects = target_boxes.float()[:, None]  # (N, 1, T, 4)
     l1 = (queries - objects).abs().sum(-1)  # (layers, N, Q, T)
-    giou = generalized_box_iou_loss(*torch.broadcast_tensors(_xyxy(queries), _xyxy(objects)), reduction="none")
+    _, giou = elementwise_iou(queries, objects)
     probability = pred_objectness.float().sigmoid()[..., None]
     object_cost = focal_alpha * (1 - probability) ** focal_gamma * -(probability + 1e-8).log()
     empty_cost = (1 - focal_alpha) * probability**focal_gamma * -(1 - probability + 1e-8).log()
-    cost = cost_bbox * l1 + cost_giou * giou + cost_objectness * (object_cost - empty_cost)
+    cost = cost_bbox * l1 + cost_giou * (1 - giou) + cost_objectness * (object_cost - empty_cost)
     return cost.nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
-
-
-def _xyxy(boxes: Tensor) -> Tensor:
-    return box_convert(boxes, "cxcywh", "xyxy")

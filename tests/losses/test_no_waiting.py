@@ -1,0 +1,65 @@
+"""Matcher and losses never make a GPU wait for the host but for the one copy of the cost matrix."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from loss_cases import COUNTS, random_outputs, random_targets
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recipe.config import LossConfig
+from recipe.losses.detection import caption_loss, denoising_losses, detection_losses
+from recipe.losses.matcher import match
+from recipe.models.denoising import make_denoising_queries
+
+WAITS = {"nonzero", "_local_scalar_dense", "bincount", "masked_select", "_unique2", "equal", "is_nonzero"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations after which a GPU's host must know a value before it can go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name.startswith(("index", "_index")) and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        if name in WAITS or masks:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_sees_masks_and_items():
+    with Waits() as waits:
+        values = torch.arange(4.0)
+        _ = values[values > 1], values[0].item(), (values > 1).nonzero()
+    assert {"index", "_local_scalar_dense", "nonzero"} <= waits.seen.keys()
+
+
+@pytest.mark.parametrize("objectness", ["focal", "varifocal", "mal"])
+def test_one_copy_a_step(objectness: str, monkeypatch: pytest.MonkeyPatch):
+    """Forward and backward, with images without objects, without annotation, and with more objects than queries."""
+    copies: list[torch.Size] = []
+    to_host = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: copies.append(self.shape) or to_host(self))
+    outputs, config = random_outputs(4, 5, seed=0, num_layers=2), LossConfig(objectness=objectness)
+    targets = random_targets([3, 0, None, 7], seed=1)
+    queries = make_denoising_queries(targets, [1, 2, 3, 4], 2, 1.0)
+    assert queries is not None
+    denoised = random_outputs(4, len(queries), seed=2, num_layers=2)
+    logits = torch.randn(6, 9, requires_grad=True)
+    labels, images = torch.arange(6), torch.tensor([0, 0, 0, 3, 3, 3])
+    with Waits() as waits:
+        matches = match([layer for _, layer in outputs.layers()], targets, 5.0, 2.0, 2.0)
+        terms = detection_losses(outputs, matches, targets, COUNTS, config)
+        terms |= denoising_losses((queries, denoised), outputs, COUNTS, config)
+        terms["loss_caption"] = caption_loss(logits, labels, images, 4, COUNTS)
+        torch.stack([term.double() for term in terms.values()]).sum().backward()
+    assert not waits.seen, waits.seen
+    assert copies == [(2, 4, 5, 7)]

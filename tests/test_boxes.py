@@ -1,0 +1,55 @@
+"""IoU and GIoU one by one: by hand, against torchvision, and where boxes have no area."""
+
+import pytest
+import torch
+from torchvision.ops import box_convert, box_iou, generalized_box_iou, generalized_box_iou_loss
+
+from recipe.boxes import elementwise_iou
+
+
+def random_boxes(*shape: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(*shape, 4, generator=generator, dtype=torch.float64) * 0.5 + 0.05
+
+
+def test_by_hand():
+    """Two of 2 x 2, half over one another: IoU 2 / 6, a tight hull; two unit squares with one between: 0 and -1 / 3."""
+    iou, giou = elementwise_iou(
+        torch.tensor([[1.0, 1, 2, 2], [0.5, 0.5, 1, 1]]), torch.tensor([[2.0, 1, 2, 2], [2.5, 0.5, 1, 1]])
+    )
+    assert iou.tolist() == pytest.approx([1 / 3, 0])
+    assert giou.tolist() == pytest.approx([1 / 3, -1 / 3])
+
+
+def test_all_pairs_are_torchvisions():
+    boxes, others = random_boxes(30, seed=0), random_boxes(20, seed=1)
+    iou, giou = elementwise_iou(boxes[:, None], others)
+    corners = [box_convert(part, "cxcywh", "xyxy") for part in (boxes, others)]
+    assert torch.allclose(iou, box_iou(*corners), rtol=0, atol=1e-15)  # measured: 0.0
+    assert torch.allclose(giou, generalized_box_iou(*corners), rtol=0, atol=1e-15)  # measured: 0.0
+
+
+def test_gradients_are_torchvisions():
+    """Of the loss with an epsilon; measured: 1.9e-5 of 6.6."""
+    boxes, others = random_boxes(200, seed=2).requires_grad_(), random_boxes(200, seed=3)
+    _, giou = elementwise_iou(boxes, others)
+    (found,) = torch.autograd.grad((1 - giou).sum(), boxes)
+    loss = generalized_box_iou_loss(*(box_convert(part, "cxcywh", "xyxy") for part in (boxes, others)))
+    (expected,) = torch.autograd.grad(loss.sum(), boxes)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("boxes", [[0.5, 0.5, 0.0, 0.0], [0.5, 0.5, 0.2, 0.0], [0.5, 0.5, 0.2, 0.2]])
+def test_boxes_without_an_area_have_numbers_and_gradients(boxes: list[float]):
+    row = torch.tensor([boxes], requires_grad=True)
+    for other in (row.detach(), torch.tensor([[0.1, 0.1, 0.0, 0.0]])):
+        iou, giou = elementwise_iou(row, other)
+        (gradient,) = torch.autograd.grad((iou + giou).sum(), row)
+        assert torch.isfinite(iou) and torch.isfinite(giou) and torch.isfinite(gradient).all()
+
+
+def test_half_precision_is_computed_in_float32():
+    boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2]]).bfloat16()
+    iou, giou = elementwise_iou(boxes, boxes)
+    assert iou.dtype == giou.dtype == torch.float32
+    assert iou.item() == giou.item() == pytest.approx(1)
