@@ -34,7 +34,8 @@ def test_gradients_are_torchvisions():
     boxes, others = random_boxes(200, seed=2).requires_grad_(), random_boxes(200, seed=3)
     _, giou = elementwise_iou(boxes, others)
     (found,) = torch.autograd.grad((1 - giou).sum(), boxes)
-    loss = generalized_box_iou_loss(*(box_convert(part, "cxcywh", "xyxy") for part in (boxes, others)))
+    ours, theirs = (box_convert(part, "cxcywh", "xyxy") for part in (boxes, others))
+    loss = generalized_box_iou_loss(ours, theirs)
     (expected,) = torch.autograd.grad(loss.sum(), boxes)
     assert torch.allclose(found, expected, rtol=0, atol=1e-4)
 
