@@ -125,7 +125,7 @@ class JointModel(ComposerModel):
             dense_captions: dense_captions.names,
             captions: captions.names,
             CaptionCider(threshold): ("caption_cider_d",),
-            QueryRecall(): ("recall_ceiling", "query_recall50"),
+            QueryRecall(self.model.detection_head.num_queries): ("recall_ceiling", "query_recall50"),
             ExpressionAccuracy(): ("refcoco_acc", "refcoco_samples"),
             Calibration(): ("ece", "best_score_threshold", "best_f1"),
             LossAverage(): tuple(LossAverage.denominators),

@@ -7,6 +7,7 @@ from torchvision.ops import box_iou
 from recipe.metrics.samples import (
     UNDEFINED,
     PerSampleMetric,
+    asks_for_boxes,
     boxes_of,
     inside_crowd,
     match_by_overlap,
@@ -24,8 +25,8 @@ class AnswerBoxes(PerSampleMetric):
     Boxes and truths are paired one to one for the largest total overlap. `compute` returns `text_f1` and `text_f1_95`,
     over the boxes of all images at an IoU of at least .5 and .95; `text_miou`, over ground truths the mean IoU of the
     box each is paired with, 0 where none; and `text_parse_failure_rate`. An answer that does not parse counts as no
-    boxes, a sample without an answer does not count. A box in a crowd region is no false positive. Values without
-    anything to count are -1.
+    boxes; a sample without an answer, or whose chat asks for something else, does not count. A box in a crowd region is
+    no false positive. Values without anything to count are -1.
     """
 
     def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
@@ -36,7 +37,7 @@ class AnswerBoxes(PerSampleMetric):
         """
         keys, rows = [], []
         for prediction, sample, objects in scored_pairs(predictions, samples):
-            if prediction.answer is None:
+            if prediction.answer is None or not asks_for_boxes(sample):
                 continue
             boxes = boxes_of(prediction.answer_objects or ())
             truths = boxes_of([item for item in objects if not item.iscrowd])

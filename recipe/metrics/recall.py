@@ -5,7 +5,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from recipe.metrics.samples import UNDEFINED, PerSampleMetric, boxes_of, sample_key, scored_pairs
+from recipe.metrics.samples import UNDEFINED, PerSampleMetric, asks_for_boxes, boxes_of, sample_key, scored_pairs
 from recipe.schema import Prediction, Sample
 
 
@@ -13,13 +13,19 @@ class QueryRecall(PerSampleMetric):
     """How many ground truths the queries reach, whatever their scores.
 
     `compute` returns `recall_ceiling`, the share of ground truths for which there is a query at all, min(Q, T) of the
-    T of each image (every query gives a predicted object), and `query_recall50`, the share that some assignment of
-    queries, one each, finds at an IoU of at least .5. What lies between that and `recall` is lost by the scores, not
-    by the boxes. Without ground truth both are -1.
+    T of each image, and `query_recall50`, the share that some assignment of predicted objects, one each, finds at an
+    IoU of at least .5. Every query gives a predicted object, but for those that NMS removes where it is on: so the
+    ceiling counts all queries, `query_recall50` those that NMS leaves. What lies between that and `recall` is lost by
+    the scores, not by the boxes. Without ground truth both are -1.
+
+    Args:
+        num_queries: Q, the head's queries of an image.
+        iou_threshold: Least overlap of a query that finds a truth.
     """
 
-    def __init__(self, iou_threshold: float = 0.5):
+    def __init__(self, num_queries: int, iou_threshold: float = 0.5):
         super().__init__()
+        self.num_queries = num_queries
         self.iou_threshold = iou_threshold
 
     def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
@@ -34,7 +40,7 @@ class QueryRecall(PerSampleMetric):
             is_near = (box_iou(boxes_of(prediction.objects), truths) >= self.iou_threshold).numpy()
             found = is_near[linear_sum_assignment(is_near, maximize=True)].sum()
             keys.append(sample_key(sample))
-            rows.append([found, min(len(prediction.objects), len(truths)), len(truths)])
+            rows.append([found, min(self.num_queries, len(truths)), len(truths)])
         self.append(keys, rows, width=3)
 
     def compute(self) -> dict[str, Tensor]:
@@ -50,9 +56,9 @@ class ExpressionAccuracy(PerSampleMetric):
     """RefCOCO's accuracy: is the best-scored box on the one object that an expression names?
 
     A sample counts where its `messages` ask something (the expression stands in a user turn; the detection chat,
-    which is the same for all, is no expression) and it has exactly one object. `compute` returns `refcoco_acc`, the
-    share whose best-scored box overlaps that object at an IoU of at least `iou_threshold`, and
-    `refcoco_samples`, how many counted; without any, `refcoco_acc` is -1.
+    which is the same for all, is no expression), boxes are asked for and not, say, a colour, and it has exactly one
+    object. `compute` returns `refcoco_acc`, the share whose best-scored box overlaps that object at an IoU of at least
+    `iou_threshold`, and `refcoco_samples`, how many counted; without any, `refcoco_acc` is -1.
     """
 
     def __init__(self, iou_threshold: float = 0.5):
@@ -68,7 +74,8 @@ class ExpressionAccuracy(PerSampleMetric):
         keys, rows = [], []
         for prediction, sample, objects in scored_pairs(predictions, samples):
             truths = [item for item in objects if not item.iscrowd]
-            if len(truths) != 1 or not any(turn.get("role") == "user" for turn in sample.messages or ()):
+            is_asked = any(turn["role"] == "user" for turn in sample.messages or ()) and asks_for_boxes(sample)
+            if len(truths) != 1 or not is_asked:
                 continue
             best = sorted(prediction.objects, key=lambda item: -item.score)[:1]
             is_right = bool((box_iou(boxes_of(best), boxes_of(truths)) >= self.iou_threshold).any())

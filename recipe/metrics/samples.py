@@ -1,5 +1,6 @@
 """What every metric shares: which samples count, each of them once, and how two sets of boxes are matched."""
 
+import re
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
@@ -13,6 +14,8 @@ from recipe.schema import DetectedObject, Object, Prediction, Sample
 
 UNDEFINED = -1.0
 """A ratio over nothing, as COCO writes it: finite, so that every logger takes it, and no possible score."""
+# What `recipe.data.chat` reads boxes from: a JSON object with this key, or an empty list.
+_TEXT_OF_BOXES = re.compile(r'"bbox_2d"\s*:|\[\s*\]')
 
 
 class PerSampleMetric(Metric):
@@ -114,7 +117,19 @@ def stable_hash(text: str) -> int:
 
 def sample_key(sample: Sample) -> int:
     """Tells samples apart, also those of two data sets that use the same ids."""
-    return stable_hash(repr((sample.id, sample.width, sample.height, sample.objects)))
+    return stable_hash(repr((sample.id, sample.width, sample.height, sample.objects, sample.messages)))
+
+
+def asks_for_boxes(sample: Sample) -> bool:
+    """Whether boxes are the answer: by the first answer of its chat, which is what evaluation generates.
+
+    The detection chat asks for boxes, and so may a chat without an answer.
+    """
+    answer = next((turn["content"] for turn in sample.messages or () if turn["role"] == "assistant"), None)
+    if answer is None:
+        return True
+    text = answer if isinstance(answer, str) else "".join(part.get("text", "") for part in answer)
+    return _TEXT_OF_BOXES.search(text) is not None
 
 
 def normalized_caption(caption: str) -> str:

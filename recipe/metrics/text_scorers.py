@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from composer.utils import dist
+
 from recipe.metrics.meteor import MeteorLite
 
 
@@ -62,9 +64,12 @@ class Meteor15:
 
 
 def default_text_scorer() -> TextScorer:
-    """METEOR 1.5 where Java and `pycocoevalcap` are installed, else `MeteorLite`."""
-    can_run = shutil.which("java") and importlib.util.find_spec("pycocoevalcap")
-    return Meteor15() if can_run else MeteorLite()
+    """METEOR 1.5 where Java and `pycocoevalcap` are installed for every rank, else `MeteorLite`.
+
+    All ranks call it together and get the same: what they score is gathered under one name.
+    """
+    can_run = shutil.which("java") is not None and importlib.util.find_spec("pycocoevalcap") is not None
+    return Meteor15() if all(dist.all_gather_object(can_run)) else MeteorLite()
 
 
 def _one_line(text: str) -> str:

@@ -66,6 +66,20 @@ def test_boxes_are_compared_in_the_frame_of_720_pixels():
     assert float(metric.gathered()[0][0, 1]) == pytest.approx(110 / 132)
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "truth", "found", "expected"),
+    [
+        (3600, 7200, (0.0, 0.0, 100.0, 100.0), (10.0, 0.0, 110.0, 100.0), 110 / 132),  # as above
+        (72, 36, (0.0, 0.0, 10.0, 10.0), (1.0, 0.0, 11.0, 10.0), 91 / 111),  # 91 of twice 101 columns shared
+    ],
+)
+def test_the_frame_is_of_the_longer_side_and_enlarges(width: int, height: int, truth: Box, found: Box, expected: float):
+    metric = DenseCaptioningMAP(Told())
+    sample = Sample("a", b"", width, height, (Object(truth, "x"),))
+    metric.update([Prediction("a", width, height, (DetectedObject(found, 0.9, "1"),))], [sample])
+    assert float(metric.gathered()[0][0, 1]) == pytest.approx(expected)
+
+
 def merged(boxes: list[Box]) -> list[tuple[list[float], list[str]]]:
     truths = [Object(box, str(index)) for index, box in enumerate(boxes)]
     return [(truth.box.tolist(), truth.references) for truth in merge_truths(truths, 1.0)]
@@ -75,6 +89,20 @@ def test_truths_merge_from_an_iou_of_70_percent():
     # 100 x 100 against 70 x 100 inside it is exactly .7; one pixel less is under
     assert len(merged([A, (0, 0, 69, 99)])) == 1
     assert len(merged([A, (0, 0, 68, 99)])) == 2
+
+
+def num_merged(size: int, boxes: list[Box]) -> int:
+    metric = DenseCaptioningMAP(Told())
+    sample = Sample("a", b"", size, size, tuple(Object(box, "x") for box in boxes))
+    metric.update([Prediction("a", size, size, ())], [sample])
+    return metric.gathered()[1]
+
+
+def test_truths_merge_by_their_overlap_in_the_frame():
+    # In a picture of 72 pixels 7 of 10 columns are .7; in the frame 61 of 91 are .67.
+    assert num_merged(72, [(0, 0, 9, 9), (0, 0, 6, 9)]) == 2
+    # In a picture of 7200 pixels 69 of 100 columns are .69; in the frame 7.8 of 10.9 are .72.
+    assert num_merged(7200, [(0, 0, 99, 99), (0, 0, 68, 99)]) == 1
 
 
 def test_a_merged_truth_is_the_mean_box_with_all_captions():
@@ -113,6 +141,12 @@ def test_the_first_detection_takes_its_truth_even_if_it_then_fails():
     assert mean_ap([wrong, right], truth) == 0.0
     far_off = ((50.0, 0.0, 149.0, 99.0), 0.9, "1")  # IoU 1/3: true at .3 only, and it has taken the truth at all
     assert mean_ap([far_off, right], truth) == pytest.approx(1 / 5)
+
+
+def test_detections_need_not_be_sorted():
+    truth = in_frame("a", [(A, "x")])
+    assert mean_ap([(A, 0.8, "0"), (A, 0.9, "1")], truth) == 1.0
+    assert mean_ap([(A, 0.8, "1"), (A, 0.9, "0")], truth) == 0.0
 
 
 def test_a_second_detection_is_wrong_also_without_regard_to_text():
@@ -213,6 +247,14 @@ def test_what_lies_in_a_crowd_is_ignored():
     assert mean_ap(found, in_frame("a", [(A, "x")], [(560.0, 400.0, 699.0, 699.0)])) == pytest.approx(
         (1 + 1 + 3 / 2) / 5
     )
+
+
+def test_a_crowd_is_scaled_to_the_frame():
+    # In a picture of 1440 pixels: 1000 to 1199 lies in the crowd, and would not in the frame if only it were scaled.
+    objects = (Object((0.0, 0.0, 199.0, 199.0), "x"), Object((800.0, 800.0, 1399.0, 1399.0), "", iscrowd=True))
+    sample = Sample("a", b"", 1440, 1440, objects)
+    found = [((1000.0, 1000.0, 1199.0, 1199.0), 0.9, "1"), ((0.0, 0.0, 199.0, 199.0), 0.8, "1")]
+    assert mean_ap(found, sample) == 1.0
 
 
 def test_names_tell_the_scorer():

@@ -85,3 +85,11 @@ def test_boxes_a_model_may_write_but_should_not():
     boxes = [(5.0, 5.0, 5.0, 5.0), (10.0, 10.0, 0.0, 0.0), (-50.0, -50.0, 500.0, 500.0), A]
     sample = make_sample("a", [(A, "x")], crowds=[B])
     assert scores([answered("a", boxes)], [sample])["text_f1"] == pytest.approx(2 / 5)
+
+
+def test_a_chat_about_something_else_does_not_count():
+    chat = make_sample("a", [(A, "x")], expression="What colour is it?", answers=["Brown."])
+    assert set(scores([unparsed("a")], [chat]).values()) == {-1.0}
+    asked = make_sample("b", [(A, "x")], expression="Where?", answers=['[{"bbox_2d": [0, 0, 10, 10], "label": "x"}]'])
+    both = scores([unparsed("a"), answered("b", [A])], [chat, asked])
+    assert both == {"text_f1": 1.0, "text_f1_95": 1.0, "text_miou": 1.0, "text_parse_failure_rate": 0.0}

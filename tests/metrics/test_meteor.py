@@ -120,6 +120,23 @@ def test_without_java_or_its_package_the_lite_scorer_is_taken(monkeypatch: pytes
     assert default_text_scorer().name == "meteor15"
 
 
+def test_all_ranks_take_the_same_scorer(monkeypatch: pytest.MonkeyPatch):
+    can_run: dict[str, bool] = {"here": True, "there": True}
+
+    def gathered(own: bool) -> list[bool]:
+        assert own is can_run["here"]
+        return [own, can_run["there"]]
+
+    monkeypatch.setattr("recipe.metrics.text_scorers.dist.all_gather_object", gathered)
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
+    monkeypatch.setattr(shutil, "which", lambda program: "java" if can_run["here"] else None)
+    assert default_text_scorer().name == "meteor15"
+    can_run["there"] = False
+    assert default_text_scorer().name == "meteor_lite"
+    can_run.update(here=False, there=True)
+    assert default_text_scorer().name == "meteor_lite"
+
+
 def test_meteor_15_that_does_not_answer_is_told():
     class Dead:
         def compute_score(self, references: dict, candidates: dict) -> None:

@@ -35,3 +35,12 @@ def test_all_entries_are_computed(tiny_model: JointModel, monkeypatch: pytest.Mo
         assert math.isfinite(value), name
         if name.endswith(("ap50", "ap", "recall50", "recall", "acc", "f1", "match", "meteor_lite", "boxes", "ceiling")):
             assert value == 1.0, name
+
+
+def test_the_ceiling_is_of_the_heads_queries(tiny_model: JointModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recipe.joint.default_text_scorer", MeteorLite)
+    entry = tiny_model.get_metrics(is_train=False)["recall_ceiling"]
+    num_queries = tiny_model.model.detection_head.num_queries
+    truths = [((float(index), 0.0, float(index + 1), 10.0), "a cup") for index in range(num_queries + 1)]
+    entry.update([make_prediction("a", [])], [make_sample("a", truths)])
+    assert float(entry.compute()) == pytest.approx(num_queries / (num_queries + 1))

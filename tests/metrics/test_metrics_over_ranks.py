@@ -1,6 +1,8 @@
 """Two gloo processes score as one, with unequal shares and a sample that both saw."""
 
+import importlib.util
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from recipe.metrics.dense_captioning import DenseCaptioningMAP
 from recipe.metrics.language import AnswerBoxes
 from recipe.metrics.meteor import MeteorLite
 from recipe.metrics.recall import ExpressionAccuracy, QueryRecall
+from recipe.metrics.text_scorers import default_text_scorer
 from recipe.schema import Box, Prediction, Sample
 
 CAPTIONS = ["a black cat", "a dog that runs", "the bird"]
@@ -54,13 +57,36 @@ def metrics() -> list[Metric]:
         DenseCaptioningMAP(MeteorLite()),
         CaptionCider(0.3),
         Calibration(),
-        QueryRecall(),
+        QueryRecall(4),
         ExpressionAccuracy(),
     ]
 
 
 def feed(metric: Metric, pairs: list[tuple[Prediction, Sample]]) -> None:
     metric.update([prediction for prediction, _ in pairs], [sample for _, sample in pairs])
+
+
+def chosen_scorers(rank: int) -> list[str]:
+    """Where both ranks have Java, then where the second lacks it."""
+    importlib.util.find_spec = lambda name, package=None: object()  # pyright: ignore[reportAttributeAccessIssue]
+    names = []
+    for lacking in (None, 1):
+        shutil.which = lambda program, lacking=lacking: None if rank == lacking else program
+        names.append(default_text_scorer().name)
+    return names
+
+
+def scorers_of_rank(rank: int, port: int, folder: str) -> None:
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    Path(folder, f"{rank}.txt").write_text(" ".join(chosen_scorers(rank)))
+    distributed.barrier()
+    os._exit(0)  # as below
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def one_rank(rank: int, port: int, folder: str) -> None:
@@ -86,10 +112,7 @@ def test_two_ranks_score_as_one(tmp_path: Path):
     for metric in metrics():
         feed(metric, scenes())
         expected.append({name: float(value) for name, value in metric.compute().items()})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(one_rank, (port, str(tmp_path)), nprocs=2)
+    spawn(one_rank, (free_port(), str(tmp_path)), nprocs=2)
     assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt") == expected
     assert 0 < expected[0]["box_ap"] < 1
     assert 0 < expected[1]["category_ap50"] < 1
@@ -100,6 +123,13 @@ def test_two_ranks_score_as_one(tmp_path: Path):
     assert 0 < expected[6]["ece"] < 1 and 0 < expected[6]["best_f1"] < 1
     assert 0 < expected[7]["query_recall50"] < expected[7]["recall_ceiling"] <= 1
     assert 0 < expected[8]["refcoco_acc"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_two_ranks_take_one_text_scorer(tmp_path: Path):
+    spawn(scorers_of_rank, (free_port(), str(tmp_path)), nprocs=2)
+    assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {"meteor15 meteor_lite"}
 
 
 def test_batches_score_as_a_whole_and_reset_forgets():

@@ -19,31 +19,37 @@ def test_query_recall_worked_by_hand():
     # image a: two queries for three truths, one of them found at a score near 0; image b: both found
     predictions = [
         make_prediction("a", [(A, 0.001, ""), ((70.0, 70.0, 80.0, 80.0), 0.9, "")]),
-        make_prediction("b", [(B, 0.9, ""), (A, 0.1, ""), (C, 0.1, "")]),
+        make_prediction("b", [(B, 0.9, ""), (A, 0.1, "")]),
     ]
     samples = [make_sample("a", [(A, "x"), (B, "x"), (C, "x")]), make_sample("b", [(A, "x"), (B, "x")], crowds=[C])]
-    assert scores(QueryRecall(), predictions, samples) == pytest.approx(
+    assert scores(QueryRecall(2), predictions, samples) == pytest.approx(
         {"recall_ceiling": (2 + 2) / 5, "query_recall50": (1 + 2) / 5}
     )
+
+
+def test_the_ceiling_counts_queries_that_nms_removed():
+    left = make_prediction("a", [(A, 0.9, "")])  # of three queries
+    sample = make_sample("a", [(A, "x"), (B, "x"), (C, "x"), ((70.0, 70.0, 80.0, 80.0), "x")])
+    assert scores(QueryRecall(3), [left], [sample]) == {"recall_ceiling": 0.75, "query_recall50": 0.25}
 
 
 def test_queries_are_dealt_for_the_most_truths():
     # the first query reaches both truths, the second one only the first
     truths = [((0.0, 0.0, 10.0, 10.0), "x"), ((3.0, 0.0, 13.0, 10.0), "x")]
     found = [((1.0, 0.0, 11.0, 10.0), 0.9, ""), ((-3.0, 0.0, 7.0, 10.0), 0.1, "")]
-    assert scores(QueryRecall(), [make_prediction("a", found)], [make_sample("a", truths)])["query_recall50"] == 1.0
+    assert scores(QueryRecall(2), [make_prediction("a", found)], [make_sample("a", truths)])["query_recall50"] == 1.0
     twice = [make_prediction("a", [(A, 0.9, ""), (A, 0.8, "")])]
-    assert scores(QueryRecall(), twice, [make_sample("a", [(A, "x")])])["query_recall50"] == 1.0
+    assert scores(QueryRecall(2), twice, [make_sample("a", [(A, "x")])])["query_recall50"] == 1.0
 
 
 def test_query_recall_of_nothing():
     undefined = {"recall_ceiling": -1.0, "query_recall50": -1.0}
-    assert scores(QueryRecall(), [], []) == undefined
+    assert scores(QueryRecall(2), [], []) == undefined
     found = [(A, 0.9, "")]
-    assert scores(QueryRecall(), [make_prediction("a", found)], [make_sample("a", [])]) == undefined
-    assert scores(QueryRecall(), [make_prediction("a", found)], [make_sample("a", None)]) == undefined
-    missed = scores(QueryRecall(), [make_prediction("a", [])], [make_sample("a", [(A, "x")])])
-    assert missed == {"recall_ceiling": 0.0, "query_recall50": 0.0}
+    assert scores(QueryRecall(2), [make_prediction("a", found)], [make_sample("a", [])]) == undefined
+    assert scores(QueryRecall(2), [make_prediction("a", found)], [make_sample("a", None)]) == undefined
+    missed = scores(QueryRecall(2), [make_prediction("a", [])], [make_sample("a", [(A, "x")])])
+    assert missed == {"recall_ceiling": 1.0, "query_recall50": 0.0}
 
 
 def test_the_best_scored_box_answers_an_expression():
@@ -78,3 +84,19 @@ def test_what_is_no_expression():
     predictions = [make_prediction(name, found) for name in "abcde"]
     assert scores(ExpressionAccuracy(), predictions, samples) == {"refcoco_acc": 1.0, "refcoco_samples": 1.0}
     assert scores(ExpressionAccuracy(), [], []) == {"refcoco_acc": -1.0, "refcoco_samples": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("answers", "counted"),
+    [([], 1), (['[{"bbox_2d": [0, 0, 10, 10], "label": "x"}]'], 1), (["Brown."], 0), (["[]", "Brown."], 1)],
+)
+def test_an_expression_asks_for_boxes(answers: list[str], counted: int):
+    sample = make_sample("a", [(A, "x")], expression="the left one", answers=answers)
+    found = make_prediction("a", [(A, 0.9, "")])
+    assert scores(ExpressionAccuracy(), [found], [sample])["refcoco_samples"] == counted
+
+
+def test_two_expressions_of_one_object_are_two_samples():
+    samples = [make_sample("a", [(A, "x")], expression=text) for text in ("the left one", "the red one", "the red one")]
+    found = [make_prediction("a", [(box, 0.9, "")]) for box in (A, B, B)]
+    assert scores(ExpressionAccuracy(), found, samples) == {"refcoco_acc": 0.5, "refcoco_samples": 2.0}
