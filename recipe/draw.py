@@ -202,17 +202,24 @@ def _teacher_column(
 
 
 def _with_legend(sheet: Image.Image, kinds: Sequence[str]) -> Image.Image:
-    """The sheet above a line that tells the lines of the boxes apart."""
-    whole = Image.new("RGB", (sheet.width, sheet.height + _HEADER), _PAPER)
-    whole.paste(sheet, (0, 0))
-    draw, x, y = ImageDraw.Draw(whole), _GAP + 4, sheet.height + _HEADER // 2 - 4
+    """The sheet above what tells the lines of the boxes apart: one row, more where the sheet is narrow."""
     font = legible("", 15)[1]
-    for text, style in [*((_LEGEND[kind], _STYLES[kind]) for kind in kinds), ("equal captions have equal colours", "")]:
+    entries = [*((_LEGEND[kind], _STYLES[kind]) for kind in kinds), ("equal captions have equal colours", "")]
+    left, places = _GAP + 4, list[tuple[int, int]]()
+    x, y = left, sheet.height + _HEADER // 2 - 4
+    for text, style in entries:
+        width = (40 if style else 0) + math.ceil(font.getlength(text))
+        if x > left and x + width > sheet.width - _GAP:
+            x, y = left, y + _HEADER
+        places.append((x, y))
+        x += width + 28
+    whole = Image.new("RGB", (sheet.width, y + _HEADER // 2 + 4), _PAPER)
+    whole.paste(sheet, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    for (x, y), (text, style) in zip(places, entries, strict=True):
         if style:
             _draw_box(draw, (x, y - 9, x + 30, y + 9), "#ffffff", 2, style)
-            x += 40
-        draw.text((x, y), text, fill=_INK, font=font, anchor="lm")
-        x += round(font.getlength(text)) + 28
+        draw.text((x + 40 if style else x, y), text, fill=_INK, font=font, anchor="lm")
     return whole
 
 

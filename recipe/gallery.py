@@ -2,7 +2,8 @@
 
 The truth is a COCO instances file (`--truth instances.json`) or a converted data set (`--data FOLDER --split val`). The
 page is one file that any browser opens, also from disk: small pictures are in it, nothing is loaded from elsewhere.
-Pictures with the most missed and false boxes come first, at the threshold that its slider is set to.
+Pictures with the most missed and false boxes come first, at the threshold that its slider is set to. It goes down to
+the threshold that the pictures were predicted with: what scored less is not in the file.
 """
 
 import argparse
@@ -25,11 +26,12 @@ from recipe.logging_setup import setup_logging
 from recipe.metrics.samples import boxes_of, inside_crowd, match_by_score
 from recipe.picture_files import entry_of, names_by_file
 from recipe.pictures import open_image
-from recipe.prediction_files import read_rows
+from recipe.prediction_files import least_score, read_rows, rounded_score
 from recipe.schema import Object, Sample
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
 IOU = 0.5  # from which on a prediction is at the right place
+SCORE_THRESHOLD = 0.3  # where none is given
 FALSE, IGNORED = -1, -2  # instead of a truth's position
 JPEG_QUALITY = 82
 
@@ -47,7 +49,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     truth.add_argument("--data", type=Path, metavar="FOLDER", help="data set written by convert/")
     parser.add_argument("--split", metavar="NAME", help="of --data")
     parser.add_argument(
-        "--score-threshold", type=float, default=0.3, metavar="F", help="of the slider at first; default %(default)s"
+        "--score-threshold",
+        type=float,
+        metavar="F",
+        help=f"of the slider at first; default {SCORE_THRESHOLD}, or the predictions' own where that is higher",
     )
     parser.add_argument(
         "--max-pictures", type=int, default=200, metavar="N", help="those with most errors; default %(default)s"
@@ -56,7 +61,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--picture-size", type=int, default=720, metavar="PIXELS", help="longest side in the page; default %(default)s"
     )
     args = parser.parse_args(arguments)
-    if not 0 <= args.score_threshold <= 1:
+    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
     for name in ("max_pictures", "picture_size"):
         if getattr(args, name) < 1:
@@ -75,15 +80,33 @@ def main(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists: give another --out, or --overwrite")
     rows = read_rows(args.predictions)
+    threshold = threshold_of(rows, args.score_threshold)
     if args.data is not None:
         truths = truths_of_mds(rows, read_mds(args.data, args.split))
     else:
         truths = {} if args.truth is None else truths_of_coco(rows, read_coco(args.truth))
-    page = page_data(rows, truths, args.score_threshold, args.max_pictures, args.picture_size)
+    page = page_data(rows, truths, threshold, args.max_pictures, args.picture_size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(render(page), encoding="utf-8")
     print(f"{len(page['pictures'])} of {len(rows)} pictures: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
     return report(rows, truths, page, args.truth or args.data)
+
+
+def threshold_of(rows: Sequence[Row], wanted: float | None) -> float:
+    """Where the slider is at first.
+
+    Raises:
+        ValueError: The rows lack objects of the score that is wanted.
+    """
+    least = least_score(rows)
+    if wanted is None:
+        return max(SCORE_THRESHOLD, least)
+    if rounded_score(wanted) < least:
+        raise ValueError(
+            f"--score-threshold {wanted}: the predictions hold only what scored {least} or more; give at least that, "
+            f"or predict again with --score-threshold {wanted}"
+        )
+    return rounded_score(wanted)
 
 
 def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: Path | None) -> int:
@@ -140,6 +163,7 @@ def page_data(
         pictures[index]["image"] = thumbnail(data, picture_size)
     return {
         "threshold": score_threshold,
+        "least": least_score(rows),
         "iou": IOU,
         "left_out": len(rows) - len(kept),
         "pictures": [pictures[index] for index in kept],

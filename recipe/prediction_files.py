@@ -3,12 +3,12 @@
 `predictions.json`, a list of one entry a picture:
 
     {"id": "a", "file": "pictures/a.jpg", "image_id": 1, "width": 640, "height": 480,
-     "objects": [{"box": [x1, y1, x2, y2], "score": 0.93, "caption": "a cat"}, ...],
+     "score_threshold": 0.3, "objects": [{"box": [x1, y1, x2, y2], "score": 0.93, "caption": "a cat"}, ...],
      "answer": "[...]", "answer_objects": [{"box": [...], "caption": "a cat"}, ...], "error": null}
 
-Boxes are xyxy in pixels of the displayed picture. `objects`, by falling score, is null where the head was not asked,
-`answer` where the language model was not, `answer_objects` also where its answer could not be parsed. Of a picture
-that could not be used everything but `error`, its name and its number is null.
+Boxes are xyxy in pixels of the displayed picture. `objects`, by falling score, are all from `score_threshold` up; both
+are null where the head was not asked, `answer` where the language model was not, `answer_objects` also where its answer
+could not be parsed. Of a picture that could not be used everything but `error`, its name and its number is null.
 """
 
 import json
@@ -37,6 +37,7 @@ def prediction_row(
         "image_id": image_id,
         "width": prediction.width,
         "height": prediction.height,
+        "score_threshold": rounded_score(score_threshold) if with_head else None,
         "objects": objects if with_head else None,
         "answer": prediction.answer,
         "answer_objects": None if answer is None else [_object_row(item, False) for item in answer],
@@ -46,7 +47,7 @@ def prediction_row(
 
 def failed_row(name: str, path: Path, image_id: ImageId, error: ValueError) -> dict[str, Any]:
     """The entry of a picture of which nothing is known."""
-    unknown = dict.fromkeys(("width", "height", "objects", "answer", "answer_objects"))
+    unknown = dict.fromkeys(("width", "height", "score_threshold", "objects", "answer", "answer_objects"))
     return {"id": name, "file": str(path), "image_id": image_id, **unknown, "error": str(error)}
 
 
@@ -69,6 +70,16 @@ def coco_results(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return results
+
+
+def least_score(rows: Iterable[Mapping[str, Any]]) -> float:
+    """The score from which on every entry holds its objects; 0 for files that do not tell, which older ones do not."""
+    return max((row.get("score_threshold") or 0.0 for row in rows), default=0.0)
+
+
+def rounded_score(score: float) -> float:
+    """As scores are written: six digits from the first that is not 0, so that small ones keep their order too."""
+    return float(f"{score:.6g}")
 
 
 def refuse_to_overwrite(out: Path, names: Sequence[str]) -> None:
@@ -112,5 +123,5 @@ def _refuse_number(name: str) -> None:
 
 
 def _object_row(item: DetectedObject, with_score: bool) -> dict[str, Any]:
-    score = {"score": round(item.score, 4)} if with_score else {}
+    score = {"score": rounded_score(item.score)} if with_score else {}
     return {"box": [round(value, 2) for value in item.box], **score, "caption": item.caption}

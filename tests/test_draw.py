@@ -68,6 +68,27 @@ def test_teachers_stand_at_the_left_above_a_legend():
     assert many.size == draw_prediction(GRAY, prediction, teachers=[teacher] * 5).size  # four are drawn
 
 
+@pytest.mark.parametrize("num_teachers", [0, 1])
+def test_the_legend_of_a_narrow_sheet_is_whole(num_teachers: int):
+    """Below a narrow sheet it has more rows, and as many pixels of ink as in the one row below a wide sheet."""
+
+    def legend(width: int) -> np.ndarray:
+        image, data = Image.new("RGB", (width, 1600)), BytesIO()
+        image.save(data, "PNG")
+        answer = None if num_teachers else ()
+        prediction = Prediction("a", *image.size, (), None if answer is None else "[]", answer)
+        teachers = [Sample("teacher", data.getvalue(), *image.size, ())] * num_teachers
+        drawn = draw_prediction(image, prediction, None, 0.3, teachers)
+        below_panels = drawn.crop((0, 34 + 1600 + 10, *drawn.size))
+        return (np.asarray(below_panels) != np.asarray((24, 26, 30))).any(2)
+
+    wide, narrow = legend(1600), legend(200)
+    assert (len(wide), len(narrow)) == (34, 68)
+    assert narrow.sum() == wide.sum()
+    assert not narrow[:, -10:].any()
+    assert not narrow[[0, 33, 34, 67]].any()
+
+
 def test_the_head_is_left_out_where_it_was_not_asked():
     both = predicted(((20, 30, 60, 50), 0.9, "cat"), answer_boxes=[(0, 0, 10, 10)])
     text = draw_prediction(GRAY, both, with_head=False)

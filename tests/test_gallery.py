@@ -10,7 +10,18 @@ import pytest
 from PIL import Image
 
 from convert.writer import write_split
-from recipe.gallery import FALSE, IGNORED, main, matches_of, num_errors, page_data, parse, render, thumbnail
+from recipe.gallery import (
+    FALSE,
+    IGNORED,
+    main,
+    matches_of,
+    num_errors,
+    page_data,
+    parse,
+    render,
+    threshold_of,
+    thumbnail,
+)
 from recipe.schema import Object, Sample
 from tests.chromium import Page, find_chromium, open_page
 
@@ -84,6 +95,15 @@ def test_errors_at_a_threshold_and_which_pictures_are_kept() -> None:
     assert kept["left_out"] == 3
 
 
+def test_the_slider_begins_where_the_predictions_do() -> None:
+    older, rows = [row("a", [])], [row("a", [], score_threshold=0.2), row("b", [], score_threshold=0.45)]
+    assert (threshold_of(older, None), threshold_of(older, 0.0)) == (0.3, 0)
+    assert (threshold_of(rows[:1], None), threshold_of(rows, None), threshold_of(rows, 0.45)) == (0.3, 0.45, 0.45)
+    with pytest.raises(ValueError, match=r"threshold 0.3: .* what scored 0.45 or more; give at least that, or predict"):
+        threshold_of(rows, 0.3)
+    assert threshold_of([row("a", [], score_threshold=0.123457)], 0.12345678) == 0.123457  # the threshold, as written
+
+
 def test_pictures_are_small_and_text_stays_text() -> None:
     data = BytesIO()
     Image.effect_noise((2000, 500), 50).save(data, "PNG")
@@ -147,6 +167,9 @@ def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None
     (gallery / "predictions.json").write_text('[{"id": NaN}]')
     with pytest.raises(ValueError, match="a number in it is NaN"):
         main(parse([*arguments, "--overwrite"]))
+    (gallery / "predictions.json").write_text(json.dumps([{**rows[0], "score_threshold": 0.5}]))
+    with pytest.raises(ValueError, match=r"threshold 0.4: the predictions hold only what scored 0.5 or more"):
+        main(parse([*arguments, "--overwrite", "--score-threshold", "0.4"]))
 
 
 def test_truth_of_a_converted_data_set(gallery: Path) -> None:
@@ -221,6 +244,23 @@ def test_page_in_a_browser(gallery: Path, browser: Page) -> None:
     assert dict(lowest["cards"])["good"] == "0 missed, 1 false, 1 in other words"
     text = choose("source", "text")
     assert dict(text["cards"])["worst"] == "2 missed, 0 false"
+
+
+def test_the_slider_promises_nothing_that_is_not_there(gallery: Path, browser: Page) -> None:
+    """Of pictures predicted from 0.37284 on, the page cannot be asked for less; older files are taken to hold all."""
+    slider = "[Number(byId('threshold').min), Number(byId('threshold').value), byId('shown').textContent]"
+    to_the_left = "(byId('threshold').value = 0, byId('threshold').dispatchEvent(new Event('input')))"
+    main(parse(options(gallery)))
+    browser.open(gallery / "page.html")
+    assert browser.evaluate(slider) == [0, 0.3, "0.300"]
+    rows = json.loads((gallery / "predictions.json").read_text())
+    (gallery / "predictions.json").write_text(json.dumps([{**item, "score_threshold": 0.37284} for item in rows]))
+    for more, first in ([], 0.37284), (["--score-threshold", "0.5"], 0.5):
+        main(parse(options(gallery, "--overwrite", *more)))
+        browser.open(gallery / "page.html")
+        assert browser.evaluate(slider) == [0.37284, first, f"{first:.3f}"]
+        browser.evaluate(to_the_left)
+        assert browser.evaluate(slider) == [0.37284, 0.37284, "0.373"]
 
 
 def test_page_is_harmless_and_shows_what_it_says(gallery: Path, browser: Page, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`recipe/predict.py`: what is written is right, in pixels of the displayed picture, and nothing is dropped."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from recipe.data.collate import collate_standard
 from recipe.export import main as export
 from recipe.export import parse as parse_export
 from recipe.predict import encode_picture, main, parse, prompt_of
-from recipe.schema import Example, Object, Sample
+from recipe.prediction_files import failed_row, least_score, prediction_row, read_rows, write_rows
+from recipe.schema import DetectedObject, Example, Object, Prediction, Sample
 from tests.launch import REPOSITORY
 
 HEADER = 34  # pixels above a drawing, which name the picture
@@ -134,6 +136,7 @@ def test_batches_change_nothing(trained_checkpoint: Path, scene: Image.Image, tm
 def test_options_are_obeyed(trained_checkpoint: Path, picture: Path, tmp_path: Path):
     everything = predict(trained_checkpoint, tmp_path / "out", picture, options="--answer boxes")[0]
     assert everything["answer"] is None and everything["answer_objects"] is None
+    assert everything["score_threshold"] == 0
     scores = [item["score"] for item in everything["objects"]]
     assert len(scores) == 5 and scores == sorted(scores, reverse=True)
     middle = (scores[1] + scores[2]) / 2
@@ -141,6 +144,7 @@ def test_options_are_obeyed(trained_checkpoint: Path, picture: Path, tmp_path: P
     options = f"--answer boxes --overwrite --score-threshold {middle}"
     kept = predict(trained_checkpoint, tmp_path / "out", picture, options=options)[0]
     assert kept["objects"] == everything["objects"][:2]
+    assert kept["score_threshold"] == pytest.approx(middle, rel=1e-5)
 
 
 def test_unusable_pictures_are_told_and_the_others_done(
@@ -164,7 +168,7 @@ def test_unusable_pictures_are_told_and_the_others_done(
             assert row["error"] is None and len(row["objects"]) == 5
             continue
         assert reasons[image] in row["error"]
-        assert row["objects"] is None and row["width"] is None
+        assert row["objects"] is None and row["width"] is None and row["score_threshold"] is None
         assert f"failed: {image}: {row['error']}" in printed.err
     assert "1 pictures, 5 objects" in printed.out
 
@@ -214,6 +218,31 @@ def test_coco_results(trained_checkpoint: Path, scene: Image.Image, tmp_path: Pa
         main(parse(["--checkpoint", "c", "--out", str(tmp_path / "o"), "--image-ids", str(instances), "scene.png"]))
 
 
+def test_low_scores_keep_their_digits(tmp_path: Path):
+    """So that AP of the file is that of the scores: none becomes 0, and no two become equal."""
+    scores = [0.123456789, 0.12341, 1.23456e-6, 1.23455e-6, 1e-9]
+    box = (0.0, 0.0, 1.0, 1.0)
+    prediction = Prediction("a", 4, 4, tuple(DetectedObject(box, score, "cat") for score in scores))
+    write_rows(tmp_path, [prediction_row(Path("a.png"), 1, prediction, 0.0)])
+    expected = [0.123457, 0.12341, 1.23456e-6, 1.23455e-6, 1e-9]
+    (row,) = read_rows(tmp_path / "predictions.json")
+    assert [item["score"] for item in row["objects"]] == expected
+    results = json.loads((tmp_path / "coco_results.json").read_text())
+    assert [item["score"] for item in results] == expected
+
+
+def test_the_least_score_of_a_file():
+    """Of what is written: a score as good as the threshold is never below it."""
+    threshold = 0.37284567
+    prediction = Prediction("a", 4, 4, (DetectedObject((0.0, 0.0, 1.0, 1.0), threshold, "cat"),))
+    row = prediction_row(Path("a.png"), 1, prediction, threshold)
+    assert row["score_threshold"] == row["objects"][0]["score"] == 0.372846
+    failed = failed_row("b", Path("b.png"), 2, ValueError("no picture"))
+    older = {key: value for key, value in row.items() if key != "score_threshold"}
+    assert least_score([failed, row, {**row, "score_threshold": 0.2}, older]) == 0.372846
+    assert least_score([failed, older]) == least_score([]) == 0
+
+
 def test_only_the_text_is_asked(
     trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -223,7 +252,7 @@ def test_only_the_text_is_asked(
     monkeypatch.setattr("recipe.inference.generate_answers", lambda *arguments: [ids])
     monkeypatch.delattr("recipe.inference.generate_captions")
     row = predict(trained_checkpoint, tmp_path / "out", picture, options="--answer text")[0]
-    assert row["objects"] is None
+    assert row["objects"] is None and row["score_threshold"] is None
     assert row["answer_objects"] == [{"box": [0, 0, 300, 200], "caption": "all"}]
     (result,) = json.loads((tmp_path / "out" / "coco_results.json").read_text())
     assert result == {"image_id": 1, "category_id": 1, "bbox": [0, 0, 300, 200], "score": 1.0, "caption": "all"}
@@ -330,8 +359,9 @@ def test_senseless_options_are_refused(option: str, capsys: pytest.CaptureFixtur
 )
 def test_exit_status(checkpoint: str | None, message: str, trained_checkpoint: Path, picture: Path):
     command = [sys.executable, "recipe/predict.py", "--checkpoint", checkpoint or str(trained_checkpoint)]
-    command += ["--out", str(picture.parent / "out"), "--answer boxes", str(picture), "no.png"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    command += ["--out", str(picture.parent / "out"), "--answer", "boxes", str(picture), "no.png"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert message in done.stderr
     assert (picture.parent / "out" / "scene.png").is_file() == (checkpoint is None)

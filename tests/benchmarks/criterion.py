@@ -25,6 +25,7 @@ from recipe.schema import DetectionOutputs, LossCounts, Target
 
 FEWEST, MOST = 5, 60  # objects of an image
 LOSS, MATCHER = LossConfig(), MatcherConfig()
+SIZES = ((16, 100), (64, 100), (256, 100), (16, 300), (16, 900))  # images and queries; the first are compared
 COSTS = (MATCHER.cost_bbox, MATCHER.cost_giou, MATCHER.cost_objectness)
 WEIGHTS = {"loss_bbox": LOSS.weight_bbox, "loss_giou": LOSS.weight_giou, "loss_objectness": LOSS.weight_objectness}
 
@@ -118,14 +119,15 @@ def run(criterion: Callable[..., tuple[Tensor, Callable[[], Pairs]]], case: Case
     return seconds, torch.cat([gradient.flatten() for gradient in gradients]), pairs()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compares, then scales."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--num-layers", type=int, default=6)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    case = Case(16, 100, args.num_layers)
+    (num_images, num_queries), *_ = SIZES
+    case = Case(num_images, num_queries, args.num_layers)
     results = {criterion: [run(criterion, case) for _ in range(3)] for criterion in (ours, theirs)}  # warm-up
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
     for _ in range(args.repeats):
@@ -133,9 +135,10 @@ def main() -> None:
         seconds["theirs"].append(run(theirs, case)[0])
     (_, our_gradient, our_pairs), (_, their_gradient, their_pairs) = results[ours][0], results[theirs][0]
     middle = {name: median(values) for name, values in seconds.items()}
-    print(f"16 images, 100 queries, {case.num_objects} objects, {args.num_layers} layers, forward and backward:")
+    size = f"{num_images} images, {num_queries} queries, {case.num_objects} objects, {args.num_layers} layers"
+    print(f"{size}, forward and backward:")
     print(f"  ours {1e3 * middle['ours']:.1f} ms, Hugging Face {1e3 * middle['theirs']:.1f} ms")
-    for num_images, num_queries in ((16, 100), (64, 100), (256, 100), (16, 300), (16, 900)):
+    for num_images, num_queries in SIZES:
         larger = Case(num_images, num_queries, args.num_layers)
         middle_one = median(run(ours, larger)[0] for _ in range(3))
         print(f"  ours, {num_images} images x {num_queries} queries: {1e3 * middle_one:.1f} ms")
