@@ -1,9 +1,10 @@
 """The peers of the convergence benchmark: Hugging Face's Deformable and Conditional DETR, trained from scratch.
 
-Both get what helps them: trainable batch norm (Hugging Face freezes it, which suits pretrained backbones only), box
-refinement and two stages where they have them, pictures decoded once and kept in memory, pixels normalised by the
-training pictures' own mean and deviation, a warm-up and a cosine over the CPU time they are given, the last weights
-judged.
+Both get what helps them: a backbone that learns (Hugging Face freezes its batch norm, and under version 4.57 all of a
+ResNet's convolutions, which suits pretrained ones only), box refinement in Deformable DETR, pictures decoded once and
+kept in memory, pixels normalised by the training pictures' own mean and deviation, a warm-up and a cosine over the CPU
+time they are given, the last weights judged. Deformable DETR has one stage: for the proposals of two, Hugging Face has no
+loss.
 """
 
 import math
@@ -77,14 +78,12 @@ def build_peer(kind: str, num_labels: int, num_queries: int, width: int, num_lay
         "auxiliary_loss": True,
     }
     if kind == "deformable":
-        config = DeformableDetrConfig(
-            **shared, with_box_refine=True, two_stage=True, two_stage_num_proposals=num_queries, num_feature_levels=3
-        )
+        config = DeformableDetrConfig(**shared, with_box_refine=True, num_feature_levels=3)
         model: nn.Module = DeformableDetrForObjectDetection(config)
     else:
         model = ConditionalDetrForObjectDetection(ConditionalDetrConfig(**shared))
     thaw_batch_norm(model)
-    return model
+    return model.requires_grad_(True)
 
 
 def thaw_batch_norm(module: nn.Module) -> None:
