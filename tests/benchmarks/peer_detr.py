@@ -3,8 +3,8 @@
 Both get what helps them: a backbone that learns (Hugging Face freezes its batch norm, and under version 4.57 all of a
 ResNet's convolutions, which suits pretrained ones only), box refinement in Deformable DETR, pictures decoded once and
 kept in memory, pixels normalised by the training pictures' own mean and deviation, a warm-up and a cosine over the CPU
-time they are given, the last weights judged. Deformable DETR has one stage: for the proposals of two, Hugging Face has no
-loss.
+time they are given, the last weights judged. Deformable DETR has one stage, as Hugging Face has no loss for the proposals
+of two.
 """
 
 import math
