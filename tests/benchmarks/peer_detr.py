@@ -1,10 +1,9 @@
 """The peers of the convergence benchmark: Hugging Face's Deformable and Conditional DETR, trained from scratch.
 
 Both get what helps them: a backbone that learns (Hugging Face freezes its batch norm, and under version 4.57 all of a
-ResNet's convolutions, which suits pretrained ones only), box refinement in Deformable DETR, pictures decoded once and
-kept in memory, pixels normalised by the training pictures' own mean and deviation, a warm-up and a cosine over the CPU
-time they are given, the last weights judged. Deformable DETR has one stage, as Hugging Face has no loss for the proposals
-of two.
+ResNet's convolutions, which suits pretrained ones only), box refinement in Deformable DETR (in one stage: Hugging Face
+has no loss for the proposals of two), pictures decoded once and kept in memory, pixels normalised by the training
+pictures' own mean and deviation, a warm-up and a cosine over the CPU time they are given, the last weights judged.
 """
 
 import math
