@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from convert.shapes import draw_scene, iter_samples
+from convert.shapes import draw_scene
 from recipe.callbacks import table
 from recipe.schema import Sample
 from tests.benchmarks import convergence, peer_detr
@@ -28,20 +27,15 @@ from tests.benchmarks.peer_detr import (
     train_peer,
 )
 
-NUM_SCENES = 32
 PICTURE = (96, 128)  # rows and columns at which `pixel_statistics` looks at pictures
 
 
 @pytest.fixture
 def small_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Few scenes in a folder of its own; what the benchmark changes in this process is put back."""
-
-    def few_samples(num_samples: int, seed: int, **options: Any) -> Iterator[Sample]:
-        return iter_samples(min(num_samples, NUM_SCENES), seed, **options)
-
     monkeypatch.setattr(convergence, "FOLDER", tmp_path)
     monkeypatch.setattr(convergence, "EVERY", 1)
-    monkeypatch.setattr(convergence, "iter_samples", few_samples)
+    monkeypatch.setattr(convergence, "SCENES", {"train": (32, 1), "val": (32, 2)})
     monkeypatch.setattr(table, "CALLBACKS", table.CALLBACKS)
     threads, level = torch.get_num_threads(), logging.root.manager.disable
     yield

@@ -45,6 +45,7 @@ from tests.benchmarks.real_sets import read_samples
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "convergence"
 EVERY = 25  # steps between evaluations
+SCENES = {"train": (6000, 1), "val": (128, 2)}  # number and seed
 PLAIN = {
     "memory_positions": False,
     "local_attention": False,
@@ -116,7 +117,7 @@ class Curve(Callback):
 
 def make_data() -> None:
     """Scenes and the tiny checkpoint, where they are not there yet."""
-    for split, (num_samples, seed) in {"train": (6000, 1), "val": (128, 2)}.items():
+    for split, (num_samples, seed) in SCENES.items():
         if not (FOLDER / "data" / split / "index.json").exists():
             scenes = iter_samples(num_samples, seed, image_size=112, max_objects=3)
             write_split(scenes, str(FOLDER / "data"), split)
