@@ -106,7 +106,7 @@ def test_caption_costs_are_those_of_one_query_after_the_other(
     branches = [branch for branch in [*outputs.detection.groups, outputs.detection] for _ in range(2)]
     for found, branch in zip(costs[1:], branches, strict=True):
         for row, target in enumerate(outputs.targets):
-            memory = outputs.memory.repeat_rows(torch.tensor([row]))
+            memory = Memory(*(part[row : row + 1] for part in vars(outputs.memory).values()))
             for query in range(NUM_QUERIES):
                 one = (slice(row, row + 1), slice(query, query + 1))
                 hidden = network.caption_decoder(branch.query_features[one], branch.pred_boxes[one], memory, None)

@@ -30,10 +30,6 @@ class Memory:
     mask: Tensor
     cells: Tensor
 
-    def repeat_rows(self, index: Tensor) -> "Memory":
-        """The rows `index` (n,) as a new memory."""
-        return Memory(self.tokens[index], self.positions[index], self.mask[index], self.cells[index])
-
 
 class Adapter(nn.Module):
     """Residual bottleneck MLP from the language model's width to the head's.

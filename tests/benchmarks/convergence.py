@@ -11,7 +11,7 @@ encoder has positions, so there is also `plain with positions`. The others are `
 
 With `--real`, the default head also learns two sets of real pictures, split 80/20 by picture, from a tiny random
 checkpoint that normalises pixels by the training pictures' own mean and deviation, as one does from scratch (pale blood
-cells differ from their ground by a fifth of what Qwen's constants call one). Hugging Face's Deformable and Conditional
+cells vary by 0.2 to 0.4 of what Qwen's constants call one). Hugging Face's Deformable and Conditional
 DETR learn them from scratch (`peer_detr.py`), normalised alike, at the same size of picture, each for the CPU time of
 training that ours took: AP50 without classes on the held-out fifth at the end.
 

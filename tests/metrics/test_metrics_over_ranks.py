@@ -1,10 +1,9 @@
 """Two gloo processes score as one, with unequal shares and a sample that both saw."""
 
-import importlib.util
 import os
-import shutil
 import socket
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -68,11 +67,11 @@ def feed(metric: Metric, pairs: list[tuple[Prediction, Sample]]) -> None:
 
 def chosen_scorers(rank: int) -> list[str]:
     """Where both ranks have Java, then where the second lacks it."""
-    importlib.util.find_spec = lambda name, package=None: object()  # pyright: ignore[reportAttributeAccessIssue]
     names = []
     for lacking in (None, 1):
-        shutil.which = lambda program, lacking=lacking: None if rank == lacking else program
-        names.append(default_text_scorer().name)
+        java = None if rank == lacking else "java"
+        with mock.patch("shutil.which", return_value=java), mock.patch("importlib.util.find_spec"):
+            names.append(default_text_scorer().name)
     return names
 
 
