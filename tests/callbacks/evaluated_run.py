@@ -1,7 +1,6 @@
 """A whole training with or without evaluations, for tests and for the launcher: `evaluated_run.py SETTINGS_JSON`."""
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from composer.utils import dist
 from recipe.callbacks import table
 from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
 from recipe.train import main
+from tests.launch import leave
 from tests.tiny_cases import make_config
 
 STEPS = 5
@@ -89,5 +89,4 @@ if __name__ == "__main__":
     result = train(**settings)
     if dist.get_global_rank() == 0:
         torch.save(result, Path(settings["folder"], "result.pt"))
-    dist.barrier()
-    os._exit(0)
+    leave()

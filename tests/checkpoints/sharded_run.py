@@ -3,7 +3,6 @@
 It goes on from the newest valid checkpoint in OUT/checkpoints; whole weights go to OUT/weights.pt.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from recipe.checkpoints.find import newest_valid
 from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS, safe_loading
 from tests.checkpoints.checkpoint_cases import TinyModel, make_saver
 from tests.distributed.fsdp_shim import install
+from tests.launch import leave
 
 
 class Measure(Callback):
@@ -63,9 +63,8 @@ def main() -> None:
     weights = {name: value.full_tensor() for name, value in trainer.state.model.state_dict().items()}
     if dist.get_global_rank() == 0:
         torch.save(weights, out / "weights.pt")
-    dist.barrier()
     trainer.close()
-    os._exit(0)  # gloo of torch 2.7 can wait for ever in its destructor
+    leave()
 
 
 if __name__ == "__main__":

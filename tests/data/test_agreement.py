@@ -10,6 +10,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.data import Dataset
 
 from recipe.data.agreement import LockstepLoader, agree
+from tests.launch import leave
 from tests.s3_server import free_port
 
 
@@ -43,8 +44,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
     outcome = outcome_of_loop()
     agree(None)  # the ranks are still in step
     torch.save(outcome, Path(folder) / f"{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    leave()
 
 
 @pytest.mark.world_size(2)

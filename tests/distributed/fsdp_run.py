@@ -5,7 +5,6 @@ evaluation, the whole weights at the end.
 """
 
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -24,6 +23,8 @@ from recipe.joint import EvalOutputs
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters
+from tests.float64 import compute_in_float64
+from tests.launch import leave
 from tests.tiny_cases import ALL_SWITCHES, make_config
 
 
@@ -152,6 +153,7 @@ def run(leg: Leg) -> None:
 if __name__ == "__main__":
     dist.initialize_dist("cpu")
     install()
+    compute_in_float64()
     table.CALLBACKS = {**table.CALLBACKS, "recorder": Recorder}
     for entry in json.loads(Path(sys.argv[1]).read_text()):
         if dist.get_global_rank() == 0 and entry["begin_with"]:
@@ -159,6 +161,4 @@ if __name__ == "__main__":
         dist.barrier()
         run(Leg(**entry))
     if dist.get_world_size() > 1:
-        dist.barrier()
-        # Gloo of torch 2.7 can wait for ever in its destructor.
-        os._exit(0)
+        leave()

@@ -3,7 +3,6 @@
 MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-RANK.pt: what was logged, and the true norms from whole weights.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from recipe.optim import build_optimizer, group_of
 from recipe.parallel import build_parallelism
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import CASES, whole, whole_parameters
+from tests.float64 import compute_in_float64
+from tests.launch import leave
 from tests.tiny_cases import collator, make_config, make_examples, make_model
 
 RATES = OptimizerConfig(lr_vision=1e-3, lr_merger=2e-3, lr_llm=0.0, lr_adapter=3e-3, lr_detection=4e-3)
@@ -62,6 +63,7 @@ def main() -> None:
     checkpoint, out, mode = sys.argv[1:]
     dist.initialize_dist("cpu")
     install()
+    compute_in_float64()
     config = make_config(checkpoint)
     case = CASES["padded"]
     examples = make_examples(config)
@@ -98,8 +100,7 @@ def main() -> None:
     kinds = ("weight_norm", "update_ratio", "loss_gradient")
     logged = {key: [float(value) for _, value in rows] for key, rows in memory.data.items() if key.startswith(kinds)}
     torch.save({"logged": logged, "truth": truth.norms}, Path(out, f"{mode}-{dist.get_global_rank()}.pt"))
-    dist.barrier()
-    os._exit(0)  # gloo of torch 2.7 can wait for ever in its destructor
+    leave()
 
 
 if __name__ == "__main__":

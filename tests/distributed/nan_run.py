@@ -4,7 +4,6 @@ MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-CASE-RANK.pt: its part o
 state, what the guard counted, and whether the run gave up; the audit goes to OUT/MODE-CASE/quarantine.jsonl.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, g
 from recipe.optim import build_optimizer
 from recipe.parallel import build_parallelism
 from tests.distributed.fsdp_shim import install
+from tests.launch import leave
 from tests.tiny_cases import collator, make_config, make_examples, make_model
 
 NAN = float("nan")
@@ -183,9 +183,7 @@ def main() -> None:
     install()
     for name in ("clean", "clean_cut", *CASES):
         torch.save(run_case(name, checkpoint, Path(out), mode), Path(out, f"{mode}-{name}-{dist.get_global_rank()}.pt"))
-    dist.barrier()
-    # Gloo of torch 2.7 can wait for ever in its destructor.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-CASE-RANK.pt: gradients,
 logged terms.
 """
 
-import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -34,6 +33,8 @@ from recipe.optim import build_optimizer
 from recipe.parallel import build_parallelism
 from recipe.schema import Batch
 from tests.distributed.fsdp_shim import install
+from tests.float64 import compute_in_float64
+from tests.launch import leave
 from tests.tiny_cases import ALL_SWITCHES, collator, make_config, make_examples, make_model
 
 MIXED = (["two", "text", "crowded"], ["unannotated", "empty", "one"])
@@ -221,11 +222,10 @@ def main() -> None:
     checkpoint, out, mode = sys.argv[1:]
     dist.initialize_dist("cpu")
     install()
+    compute_in_float64()
     for name, case in cases_of(mode).items():
         torch.save(run_case(case, checkpoint, mode), Path(out, f"{mode}-{name}-{dist.get_global_rank()}.pt"))
-    dist.barrier()
-    # Gloo of torch 2.7 can wait for ever in its destructor.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

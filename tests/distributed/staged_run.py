@@ -4,7 +4,6 @@ Every rank writes OUT/MODE-RANK.json: of each comparison of two runs, the parame
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from composer.utils import dist
 from recipe.config import SchedulerConfig
 from recipe.joint import JointModel
 from tests.distributed.fsdp_shim import install
+from tests.launch import leave
 from tests.staged_cases import (
     MANY_STAGES,
     TWO_STAGES,
@@ -58,9 +58,7 @@ def main() -> None:
         resumed = finish(train(model(), steps, "2ep", stages, mode=mode, load_path=path))
         found[f"resumed at {batch}"] = differing(resumed, whole)
     Path(out, f"{mode}-{dist.get_global_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    # Gloo of torch 2.7 can wait for ever in its destructor.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":

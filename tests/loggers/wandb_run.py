@@ -21,6 +21,7 @@ from recipe.config import RecipeConfig
 from recipe.loggers import wandb as our_wandb
 from recipe.logging_setup import setup_logging
 from tests.callbacks.test_table import ToyModel
+from tests.launch import leave
 
 PROBE_SECONDS, START_SECONDS, FINISH_SECONDS = 3.0, 8.0, 5.0
 NUM_BATCHES = 60
@@ -77,5 +78,4 @@ if __name__ == "__main__":
     setup_logging()
     run(sys.argv[1], int(sys.argv[2]))
     if dist.get_world_size() > 1:
-        dist.barrier()
-        os._exit(0)
+        leave()

@@ -1,7 +1,5 @@
 """Two gloo processes score as one, with unequal shares and a sample that both saw."""
 
-import os
-import socket
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +20,7 @@ from recipe.metrics.meteor import MeteorLite
 from recipe.metrics.recall import ExpressionAccuracy, QueryRecall
 from recipe.metrics.text_scorers import default_text_scorer
 from recipe.schema import Box, Prediction, Sample
+from tests.launch import leave
 
 CAPTIONS = ["a black cat", "a dog that runs", "the bird"]
 
@@ -75,22 +74,20 @@ def chosen_scorers(rank: int) -> list[str]:
     return names
 
 
-def scorers_of_rank(rank: int, port: int, folder: str) -> None:
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def scorers_of_rank(rank: int, folder: str) -> None:
+    begin(rank, folder)
     Path(folder, f"{rank}.txt").write_text(" ".join(chosen_scorers(rank)))
-    distributed.barrier()
-    os._exit(0)  # as below
+    leave()
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def one_rank(rank: int, port: int, folder: str) -> None:
+def begin(rank: int, folder: str) -> None:
+    """The ranks meet in a file: a free port may be taken by the time they come."""
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    distributed.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=2)
+
+
+def one_rank(rank: int, folder: str) -> None:
+    begin(rank, folder)
     pairs = scenes()
     results = []
     for metric in metrics():
@@ -100,8 +97,7 @@ def one_rank(rank: int, port: int, folder: str) -> None:
         results.append({name: float(value) for name, value in metric.compute().items()})
         feed(metric, pairs[:1])  # after a reduction each rank goes on with its own share
     torch.save(results, Path(folder) / f"{rank}.pt")
-    # torch 2.7: destroying a gloo group may deadlock: it holds the GIL and joins a thread that frees gathered tensors
-    os._exit(0)
+    leave()
 
 
 @pytest.mark.slow
@@ -111,7 +107,7 @@ def test_two_ranks_score_as_one(tmp_path: Path):
     for metric in metrics():
         feed(metric, scenes())
         expected.append({name: float(value) for name, value in metric.compute().items()})
-    spawn(one_rank, (free_port(), str(tmp_path)), nprocs=2)
+    spawn(one_rank, (str(tmp_path),), nprocs=2)
     assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt") == expected
     assert 0 < expected[0]["box_ap"] < 1
     assert 0 < expected[1]["category_ap50"] < 1
@@ -127,7 +123,7 @@ def test_two_ranks_score_as_one(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_two_ranks_take_one_text_scorer(tmp_path: Path):
-    spawn(scorers_of_rank, (free_port(), str(tmp_path)), nprocs=2)
+    spawn(scorers_of_rank, (str(tmp_path),), nprocs=2)
     assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {"meteor15 meteor_lite"}
 
 
