@@ -92,7 +92,8 @@ class MemoryBuilder(nn.Module):
             patch_features: N of (tokens, merge², C), before the merger; read where they become tokens too.
         """
         device, dtype = prompt_states.device, self.vision_adapter.norm.weight.dtype
-        grids = [grid_cells(*size, device=device) for size in grid_sizes]
+        cells_of = {size: grid_cells(*size, device=device) for size in set(grid_sizes)}
+        grids = [cells_of[size] for size in grid_sizes]
         parts = [(self.vision_adapter, image_features, grids)]
         if self.patch_adapter is not None:
             # Of each token the patches stand together.

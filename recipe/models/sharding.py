@@ -4,7 +4,7 @@ from typing import Generic, TypeVar
 
 import torch
 from composer.utils import dist
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 
@@ -20,7 +20,9 @@ class Sealed(Generic[Content]):
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether parts of a module's parameters lie on other ranks."""
-    return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules())
+    return distributed.is_initialized() and any(
+        isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules()
+    )
 
 
 def reshard(root: nn.Module) -> None:

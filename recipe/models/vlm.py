@@ -50,8 +50,9 @@ class PixelNormalizer(nn.Module):
     def forward(self, pixel_patches: Tensor) -> Tensor:
         """(P, 3 * patch * patch) uint8 → (P, 3 * temporal * patch * patch) float32."""
         num_patches = pixel_patches.shape[0]
-        channels = pixel_patches.view(num_patches, self.mean.shape[1], -1).to(self.mean.dtype)  # (P, 3, patch²)
-        pixels = (channels - self.mean) / self.std
+        channels = pixel_patches.view(num_patches, self.mean.shape[1], -1)  # (P, 3, patch²)
+        # In place: fresh memory costs a CPU more than the arithmetic.
+        pixels = channels.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std)
         pixels = pixels[:, :, None].expand(-1, -1, self.temporal_patch_size, -1)  # (P, 3, temporal, patch²)
         return pixels.reshape(num_patches, -1)
 
