@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,24 +75,8 @@ def run_composer(
 
 
 def leave() -> NoReturn:
-    """Ends this rank with 0 when all ranks have come here; what was written stays.
-
-    Gloo of torch 2.7 can wait for ever when a group is destroyed, so nothing is: the process just ends. A rank that
-    ends while another is still within a collective, be it a barrier, breaks that one's connection; so they agree
-    through the store, and rank 0, which keeps the store, goes last.
-    """
-    store = distributed.distributed_c10d._get_default_store()
-
-    def wait_for(name: str, ranks: int) -> None:
-        while store.add(name, 0) < ranks:
-            time.sleep(0.01)
-
-    store.add("done", 1)
-    wait_for("done", distributed.get_world_size())
-    if distributed.get_rank() > 0:
-        store.add("gone", 1)
-    else:
-        wait_for("gone", distributed.get_world_size() - 1)
+    """Ends this rank with 0 once all ranks are here, destroying nothing: gloo of torch 2.7 can wait for ever then."""
+    distributed.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

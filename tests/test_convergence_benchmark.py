@@ -8,17 +8,11 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import convergence
+import peer_detr
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from torchvision.ops import box_convert
-
-from convert.shapes import draw_scene
-from recipe.callbacks import table
-from recipe.schema import Sample
-from tests.benchmarks import convergence, peer_detr
-from tests.benchmarks.peer_detr import (
+from peer_detr import (
     Budget,
     build_peer,
     evaluate_peer,
@@ -26,6 +20,13 @@ from tests.benchmarks.peer_detr import (
     read_pictures,
     train_peer,
 )
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+from convert.shapes import draw_scene
+from recipe.callbacks import table
+from recipe.schema import Sample
 
 PICTURE = (96, 128)  # rows and columns at which `pixel_statistics` looks at pictures
 

@@ -23,7 +23,6 @@ variant) and `real` (by data set: `ours`, `peer`, the better of the two, and bot
 import argparse
 import json
 import logging
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,8 @@ from typing import Any
 
 import torch
 from composer import Callback, Logger, State
+from peer_detr import Budget, build_peer, train_peer
+from real_sets import REAL, make_real_set
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from convert.shapes import iter_samples
@@ -39,8 +40,6 @@ from recipe.callbacks import table
 from recipe.config_file import load_config
 from recipe.models.tiny import build_tiny_checkpoint
 from recipe.train import main as train
-from tests.benchmarks.peer_detr import Budget, build_peer, pixel_statistics, train_peer
-from tests.benchmarks.real_sets import read_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "convergence"
@@ -70,15 +69,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mal": {"loss.objectness": "mal", "loss.focal_gamma": 1.5},
     "caption cost": {"matcher.cost_caption": 0.5, "loss.weight_caption": 1.0},
     "ema": {"ema": "{half_life: 20ba}"},
-}
-REAL = {
-    "image.min_pixels": 80 * 28**2,
-    "image.max_pixels": 128 * 28**2,
-    "max_seq_len": 4096,
-    "detection_head.num_queries": 60,
-    "detection_head.num_denoising_groups": 2,  # of ten objects and more a picture
-    "train_loader.global_batch_size": 8,
-    "eval_loader.global_batch_size": 8,
 }
 REAL_SETS = ("chess_train", "bccd_trainval")
 PEERS = {"deformable": 1e-3, "conditional": 1e-3}  # learning rates: better on chess_train than 3e-4
@@ -133,6 +123,8 @@ def train_head(changes: dict[str, Any], data: Path, steps: int, every: int, seed
         "model.pretrained_model_name_or_path": FOLDER / "tiny",
         "teachers": "{stream: null, num_teachers: 0}",
         "prompt.student_answer": False,
+        "detection_head.num_queries": 20,
+        "caption_decoder.num_layers": 2,
         "train_loader.streams.shapes.local": data,
         "eval_loader.streams.shapes.local": data,
         "evaluation": "{generate_answer: false, max_captions: 0, num_logged_images: 0}",
@@ -152,17 +144,9 @@ def train_head(changes: dict[str, Any], data: Path, steps: int, every: int, seed
 
 def compare_on_real(source: Path, steps: int, seed: int) -> dict[str, Any]:
     """Ours and the peers on one set of real pictures, in AP50."""
-    samples = read_samples(source)
-    random.Random(seed).shuffle(samples)
-    part = len(samples) * 4 // 5
-    train_part, val_part = samples[:part], samples[part:]
     data = FOLDER / source.name / str(seed)
-    for split, rows in {"train": train_part, "val": val_part}.items():
-        if not (data / split / "index.json").exists():
-            write_split(rows, str(data), split)
-    if not (data / "tiny").exists():
-        mean, std = pixel_statistics(train_part)
-        build_tiny_checkpoint(str(data / "tiny"), image_mean=mean, image_std=std)
+    train_part, val_part = make_real_set(source, data, seed)
+    samples = [*train_part, *val_part]
     changes = {"model.pretrained_model_name_or_path": data / "tiny", **REAL}
     curve = train_head(changes, data, steps, every=max(1, steps // 4), seed=seed)
     _, ap50, seconds = curve.points[-1]

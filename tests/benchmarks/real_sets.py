@@ -1,15 +1,30 @@
-"""Helpers of the benchmarks: real COCO-form sets as samples, and the true Qwen2.5 tokenizer built offline."""
+"""Helpers of the benchmarks: real COCO-form sets as samples and shards, and the true Qwen2.5 tokenizer, offline."""
 
 import json
+import random
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from peer_detr import pixel_statistics
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
+from convert.writer import write_split
+from recipe.models.tiny import build_tiny_checkpoint
 from recipe.schema import Object, Sample
+
+# What the sets of real pictures change in yamls/quickstart.yaml.
+REAL: dict[str, Any] = {
+    "image.min_pixels": 80 * 28**2,
+    "image.max_pixels": 128 * 28**2,
+    "max_seq_len": 4096,
+    "detection_head.num_queries": 60,
+    "detection_head.num_denoising_groups": 2,  # of ten objects and more a picture
+    "train_loader.global_batch_size": 8,
+    "eval_loader.global_batch_size": 8,
+}
 
 
 def read_samples(folder: Path) -> list[Sample]:
@@ -31,6 +46,24 @@ def read_samples(folder: Path) -> list[Sample]:
         )
         for image in coco["images"]
     ]
+
+
+def make_real_set(source: Path, data: Path, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """A set split 80/20 by picture: as samples, and as `data/train` and `data/val` where they are not there yet.
+
+    `data/tiny` becomes a random checkpoint that normalises pixels as the training pictures ask for.
+    """
+    samples = read_samples(source)
+    random.Random(seed).shuffle(samples)
+    part = len(samples) * 4 // 5
+    train_part, val_part = samples[:part], samples[part:]
+    for split, rows in {"train": train_part, "val": val_part}.items():
+        if not (data / split / "index.json").exists():
+            write_split(rows, str(data), split)
+    if not (data / "tiny").exists():
+        mean, std = pixel_statistics(train_part)
+        build_tiny_checkpoint(str(data / "tiny"), image_mean=mean, image_std=std)
+    return train_part, val_part
 
 
 def build_qwen_tokenizer(source: Path, out: Path) -> PreTrainedTokenizerBase:

@@ -1,5 +1,6 @@
 """Two gloo processes score as one, with unequal shares and a sample that both saw."""
 
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -81,8 +82,10 @@ def scorers_of_rank(rank: int, folder: str) -> None:
 
 
 def begin(rank: int, folder: str) -> None:
-    """The ranks meet in a file: a free port may be taken by the time they come."""
+    """Composer reads the variables too; training in the tests before leaves its own."""
     torch.set_num_threads(1)
+    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "NODE_RANK": 0}
+    os.environ.update({name: str(value) for name, value in names.items()})
     distributed.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=2)
 
 
