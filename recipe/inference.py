@@ -39,6 +39,7 @@ def predict_batch(
     if batch["student_samples"] or lockstep:
         captions = _captions(network, detection, memory, ranking, tokenizer, evaluation, lockstep)
         answers = _answers(network, batch, tokenizer, evaluation, lockstep) if evaluation.generate_answer else {}
+    on_host = ranking.to_host()
     rows = {sample: row for row, sample in enumerate(batch["student_samples"])}
     predictions = []
     for position, sample in enumerate(batch["samples"]):
@@ -46,7 +47,7 @@ def predict_batch(
         answer, answer_objects = answers.get(position), None
         if position in rows:
             row = rows[position]
-            objects = _objects(detection, ranking, row, captions[row], sample)
+            objects = _objects(on_host, row, captions[row], sample)
             if answer is not None:
                 grid = batch["image_grid_thw"][batch["student_images"][row]]
                 answer_objects = _answer_objects(answer, sample, grid, network, prompt)
@@ -61,28 +62,34 @@ class Ranking:
     Attributes:
         queries: (N, Q) int64, the objects by falling score, then what is none.
         scores: (N, Q) in [0, 1], of `queries`.
+        boxes: (N, Q, 4) cxcywh in [0, 1], float32, of `queries`.
         num_objects: (N,) int64.
     """
 
     queries: Tensor
     scores: Tensor
+    boxes: Tensor
     num_objects: Tensor
+
+    def to_host(self) -> "Ranking":
+        """In one copy each: a GPU would be waited for at every image otherwise."""
+        return Ranking(self.queries.cpu(), self.scores.cpu(), self.boxes.cpu(), self.num_objects.cpu())
 
 
 def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> Ranking:
     """Scores all queries; with `nms_iou`, those that overlap a better one by more than that are no objects."""
     scores = calibrated_scores(detection.pred_objectness, evaluation)
     scores, queries = scores.sort(dim=1, descending=True, stable=True)
+    rows = torch.arange(len(queries), device=queries.device)[:, None]
+    boxes = detection.pred_boxes.float()[rows, queries]
     num_objects = torch.full_like(queries[:, 0], queries.shape[1])
     if evaluation.nms_iou is not None:
-        # IoU is the same in any unit of x and of y.
-        boxes = normalized_to_pixels(detection.pred_boxes.float(), 1, 1)
-        rows = torch.arange(len(queries), device=queries.device)[:, None]
-        removed = torch.stack([_doubles(row, evaluation.nms_iou) for row in boxes[rows, queries]])  # (N, Q)
+        corners = normalized_to_pixels(boxes, 1, 1)  # IoU is the same in any unit of x and of y
+        removed = torch.stack([_doubles(row, evaluation.nms_iou) for row in corners])  # (N, Q)
         order = removed.int().argsort(dim=1, stable=True)
-        scores, queries = scores.gather(1, order), queries.gather(1, order)
+        scores, queries, boxes = scores.gather(1, order), queries.gather(1, order), boxes[rows, order]
         num_objects = (~removed).sum(1)
-    return Ranking(queries, scores, num_objects)
+    return Ranking(queries, scores, boxes, num_objects)
 
 
 def calibrated_scores(logits: Tensor, evaluation: EvaluationConfig) -> Tensor:
@@ -99,15 +106,14 @@ def _doubles(boxes: Tensor, nms_iou: float) -> Tensor:
     return removed
 
 
-def _objects(
-    detection: DetectionOutputs, ranking: Ranking, row: int, captions: dict[int, str], sample: Sample
-) -> tuple[DetectedObject, ...]:
+def _objects(ranking: Ranking, row: int, captions: dict[int, str], sample: Sample) -> tuple[DetectedObject, ...]:
     """The objects of one image, by falling score; `captions` by query."""
-    queries = ranking.queries[row, : ranking.num_objects[row]]
-    boxes = normalized_to_pixels(detection.pred_boxes[row].float(), sample.width, sample.height)[queries]
+    kept = slice(int(ranking.num_objects[row]))
+    boxes = normalized_to_pixels(ranking.boxes[row, kept], sample.width, sample.height).tolist()
+    scores, queries = ranking.scores[row, kept].tolist(), ranking.queries[row, kept].tolist()
     return tuple(
         DetectedObject((box[0], box[1], box[2], box[3]), score, captions.get(query, ""))
-        for box, score, query in zip(boxes.tolist(), ranking.scores[row].tolist(), queries.tolist(), strict=False)
+        for box, score, query in zip(boxes, scores, queries, strict=True)
     )
 
 

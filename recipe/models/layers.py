@@ -53,7 +53,8 @@ class Attention(nn.Module):
         if positions.dim() == 3:
             return self._split(self.query_position(positions))
         weight = self.query_position.weight.unflatten(0, (self.num_heads, -1))  # (heads, ·, W)
-        return positions @ weight.mT + self.query_position.bias.view(self.num_heads, 1, -1)
+        bias = self.query_position.bias.view(self.num_heads, 1, -1)
+        return torch.einsum("nhqw,hdw->nhqd", positions, weight) + bias
 
     def forward(
         self,

@@ -42,19 +42,19 @@ class PixelNormalizer(nn.Module):
         super().__init__()
         self.temporal_patch_size = temporal_patch_size
         # Rescaling is folded in as the fast processor does: (x - 255 mean) / (255 std), in float32.
-        self.register_buffer("mean", torch.tensor(image_mean).mul(255.0).view(1, -1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).mul(255.0).view(1, -1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(image_mean).mul(255.0).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(image_std).mul(255.0).view(1, -1, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
     def forward(self, pixel_patches: Tensor) -> Tensor:
         """(P, 3 * patch * patch) uint8 → (P, 3 * temporal * patch * patch) float32."""
-        num_patches = pixel_patches.shape[0]
-        channels = pixel_patches.view(num_patches, self.mean.shape[1], -1)  # (P, 3, patch²)
+        num_patches, num_channels = pixel_patches.shape[0], self.mean.shape[1]
+        frames = pixel_patches.view(num_patches, num_channels, 1, -1).expand(-1, -1, self.temporal_patch_size, -1)
+        # (P, 3, temporal, patch²)
+        pixels = frames.to(self.mean.dtype, copy=True, memory_format=torch.contiguous_format)
         # In place: fresh memory costs a CPU more than the arithmetic.
-        pixels = channels.to(self.mean.dtype, copy=True).sub_(self.mean).div_(self.std)
-        pixels = pixels[:, :, None].expand(-1, -1, self.temporal_patch_size, -1)  # (P, 3, temporal, patch²)
-        return pixels.reshape(num_patches, -1)
+        return pixels.sub_(self.mean).div_(self.std).view(num_patches, -1)
 
 
 class PatchProjection(nn.Module):
