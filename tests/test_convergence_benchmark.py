@@ -8,10 +8,15 @@ from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
-import convergence
-import peer_detr
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+
+import convergence
+import peer_detr
+from convert.shapes import draw_scene
 from peer_detr import (
     Budget,
     build_peer,
@@ -20,11 +25,6 @@ from peer_detr import (
     read_pictures,
     train_peer,
 )
-from PIL import Image
-from torch import Tensor, nn
-from torchvision.ops import box_convert
-
-from convert.shapes import draw_scene
 from recipe.callbacks import table
 from recipe.schema import Sample
 

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterator
 
-import criterion
 import pytest
 import torch
+
+import criterion
 from criterion import Case, main, ours, run, theirs
 
 LARGEST_DIFFERENCE = 1e-7  # of the largest entry; 3.5e-9 was the most of 40 cases

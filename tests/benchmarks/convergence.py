@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 from composer import Callback, Logger, State
-from peer_detr import Budget, build_peer, train_peer
-from real_sets import REAL, make_real_set
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from convert.shapes import iter_samples
 from convert.writer import write_split
+from peer_detr import Budget, build_peer, train_peer
+from real_sets import REAL, make_real_set
 from recipe.callbacks import table
 from recipe.config_file import load_config
 from recipe.models.tiny import build_tiny_checkpoint

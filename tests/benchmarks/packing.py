@@ -23,12 +23,12 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from numpy.typing import NDArray
+
 from fill_bound import fill_bound
 from llm_foundry import foundry_fill, load_packing
-from numpy.typing import NDArray
 from plan_cost import MAX_TOKENS, WINDOW, lognormal_mix
 from real_sets import build_qwen_tokenizer, read_samples
-
 from recipe.config import PromptConfig, TeacherConfig
 from recipe.data.encode import Encoder
 from recipe.data.image import ImageSpec

@@ -14,9 +14,8 @@ import json
 import shutil
 from pathlib import Path
 
-from real_sets import REAL, make_real_set
-
 from quickstart import ROOT, YAML, run
+from real_sets import REAL, make_real_set
 
 FOLDER = Path("bench", "photos")
 SCORES = ("box_ap50", "category_ap50", "caption_match", "densecap_map_meteor_lite", "ece", "best_f1")

@@ -8,10 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from peer_detr import pixel_statistics
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
 from convert.writer import write_split
+from peer_detr import pixel_statistics
 from recipe.models.tiny import build_tiny_checkpoint
 from recipe.schema import Object, Sample
 

@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from loader_speed import loader_rates
 from real_sets import read_samples
-from step_speed import make_examples, padding_waste, step_seconds
-
 from recipe.config import ModelConfig, RecipeConfig
 from recipe.models.tiny import build_tiny_checkpoint
+from step_speed import make_examples, padding_waste, step_seconds
 
 SETS = ("chess_train", "bccd_trainval", "wagon_train", "coco_cc_train")
 PICTURES_OF_A_SET = 40
