@@ -7,21 +7,20 @@ from torchvision.ops import box_convert
 SMALLEST_AREA = 1e-7  # so that boxes without one give a number
 
 
-def clip_boxes(boxes: Tensor, width: float, height: float) -> Tensor:
+def clip_boxes(boxes: Tensor, width: float | Tensor, height: float | Tensor) -> Tensor:
     """Cuts boxes to the picture.
 
     Args:
         boxes: (..., 4) xyxy, pixels.
-        width: Of the picture, pixels.
-        height: Of the picture, pixels.
+        width: Of the picture, pixels; a tensor where the boxes are of several, broadcastable to (...).
+        height: Of the picture, pixels, likewise.
     """
-    limit = boxes.new_tensor([width, height, width, height])
-    return torch.minimum(boxes.clamp(min=0), limit)
+    return torch.minimum(boxes.clamp(min=0), _x_y_x_y(boxes, width, height))
 
 
-def scale_boxes(boxes: Tensor, scale_x: float, scale_y: float) -> Tensor:
+def scale_boxes(boxes: Tensor, scale_x: float | Tensor, scale_y: float | Tensor) -> Tensor:
     """Scales boxes of any format: x and widths by `scale_x`, y and heights by `scale_y`. `boxes`: (..., 4)."""
-    return boxes * boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+    return boxes * _x_y_x_y(boxes, scale_x, scale_y)
 
 
 def flip_boxes(boxes: Tensor, width: float) -> Tensor:
@@ -35,8 +34,11 @@ def pixels_to_normalized(boxes: Tensor, width: float, height: float) -> Tensor:
     return box_convert(scale_boxes(boxes, 1 / width, 1 / height), "xyxy", "cxcywh")
 
 
-def normalized_to_pixels(boxes: Tensor, width: float, height: float) -> Tensor:
-    """(..., 4) cxcywh in [0, 1] → xyxy pixels, cut to the picture. Inverse of `pixels_to_normalized` inside it."""
+def normalized_to_pixels(boxes: Tensor, width: float | Tensor, height: float | Tensor) -> Tensor:
+    """(..., 4) cxcywh in [0, 1] → xyxy pixels, cut to the picture. Inverse of `pixels_to_normalized` inside it.
+
+    Width and height: see `clip_boxes`.
+    """
     return clip_boxes(scale_boxes(box_convert(boxes, "cxcywh", "xyxy"), width, height), width, height)
 
 
@@ -62,6 +64,12 @@ def elementwise_iou(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     hull = (torch.maximum(x2, u2) - torch.minimum(x1, u1)) * (torch.maximum(y2, v2) - torch.minimum(y1, v1))
     iou = overlap / union.clamp(min=SMALLEST_AREA)
     return iou, iou - (hull - union) / hull.clamp(min=SMALLEST_AREA)
+
+
+def _x_y_x_y(boxes: Tensor, x: float | Tensor, y: float | Tensor) -> Tensor:
+    """What is said of x and of y, for the four numbers of a box: (..., 4)."""
+    x, y = (torch.as_tensor(value, dtype=boxes.dtype, device=boxes.device) for value in (x, y))
+    return torch.stack([x, y, x, y], dim=-1)
 
 
 def _corners(boxes: Tensor) -> tuple[Tensor, ...]:

@@ -102,9 +102,7 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
     head, decoder = config.detection_head, config.caption_decoder
     width = hidden_size if head.width is None else head.width
     return JointNetwork(
-        vlm=VisionLanguageModel(
-            vlm, PixelNormalizer(list(spec.image_mean), list(spec.image_std), spec.temporal_patch_size)
-        ),
+        vlm=VisionLanguageModel(vlm, PixelNormalizer(spec.image_mean, spec.image_std)),
         memory=MemoryBuilder(
             hidden_size,
             width,

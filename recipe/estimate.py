@@ -70,9 +70,7 @@ def build_on_meta(config: RecipeConfig) -> JointNetwork:
     """
     hf_config = model_config(config.model.pretrained_model_name_or_path)
     vision = hf_config.vision_config
-    spec = ImageSpec(
-        vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, 1, 1, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    )
+    spec = ImageSpec(vision.patch_size, vision.spatial_merge_size, 1, 1, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(hf_config).to(getattr(torch, config.model.dtype))
         network = build_network(config, vlm, spec)

@@ -39,15 +39,15 @@ def predict_batch(
     if batch["student_samples"] or lockstep:
         captions = _captions(network, detection, memory, ranking, tokenizer, evaluation, lockstep)
         answers = _answers(network, batch, tokenizer, evaluation, lockstep) if evaluation.generate_answer else {}
-    on_host = ranking.to_host()
     rows = {sample: row for row, sample in enumerate(batch["student_samples"])}
+    objects_of = _objects(ranking, captions, [batch["samples"][position] for position in rows])
     predictions = []
     for position, sample in enumerate(batch["samples"]):
         objects: tuple[DetectedObject, ...] = ()
         answer, answer_objects = answers.get(position), None
         if position in rows:
             row = rows[position]
-            objects = _objects(on_host, row, captions[row], sample)
+            objects = objects_of[row]
             if answer is not None:
                 grid = batch["image_grid_thw"][batch["student_images"][row]]
                 answer_objects = _answer_objects(answer, sample, grid, network, prompt)
@@ -70,10 +70,6 @@ class Ranking:
     scores: Tensor
     boxes: Tensor
     num_objects: Tensor
-
-    def to_host(self) -> "Ranking":
-        """In one copy each: a GPU would be waited for at every image otherwise."""
-        return Ranking(self.queries.cpu(), self.scores.cpu(), self.boxes.cpu(), self.num_objects.cpu())
 
 
 def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> Ranking:
@@ -106,15 +102,22 @@ def _doubles(boxes: Tensor, nms_iou: float) -> Tensor:
     return removed
 
 
-def _objects(ranking: Ranking, row: int, captions: dict[int, str], sample: Sample) -> tuple[DetectedObject, ...]:
-    """The objects of one image, by falling score; `captions` by query."""
-    kept = slice(int(ranking.num_objects[row]))
-    boxes = normalized_to_pixels(ranking.boxes[row, kept], sample.width, sample.height).tolist()
-    scores, queries = ranking.scores[row, kept].tolist(), ranking.queries[row, kept].tolist()
-    return tuple(
-        DetectedObject((box[0], box[1], box[2], box[3]), score, captions.get(query, ""))
-        for box, score, query in zip(boxes, scores, queries, strict=True)
-    )
+def _objects(
+    ranking: Ranking, captions: Sequence[dict[int, str]], samples: Sequence[Sample]
+) -> list[tuple[DetectedObject, ...]]:
+    """The objects of each image, by falling score; `captions` by query. One copy each leaves the device."""
+    if not samples:
+        return []
+    sizes = torch.tensor([(sample.width, sample.height) for sample in samples])
+    boxes = normalized_to_pixels(ranking.boxes.cpu(), sizes[:, :1], sizes[:, 1:]).tolist()
+    rows = zip(boxes, ranking.scores.tolist(), ranking.queries.tolist(), strict=True)
+    return [
+        tuple(
+            DetectedObject((box[0], box[1], box[2], box[3]), score, texts.get(query, ""))
+            for box, score, query in zip(*(column[:count] for column in row), strict=True)
+        )
+        for row, texts, count in zip(rows, captions, ranking.num_objects.tolist(), strict=True)
+    ]
 
 
 def _captions(
@@ -148,13 +151,8 @@ def _captions(
         evaluation.num_beams,
         evaluation.length_penalty,
     )
-    return [
-        {
-            int(query): text
-            for query, text in zip(queries[row, :count], _texts(tokenizer, ids[row, :count]), strict=True)
-        }
-        for row, count in enumerate(kept.tolist())
-    ]
+    rows = zip(queries.tolist(), ids.tolist(), kept.tolist(), strict=True)
+    return [dict(zip(row[:count], _texts(tokenizer, tokens[:count]), strict=True)) for row, tokens, count in rows]
 
 
 def _answers(
@@ -173,7 +171,7 @@ def _answers(
         patches, grids = network.vlm.blank_image(tokens.device)
         prompts = [tokens.new_tensor([network.vlm.hf_model.config.image_token_id])]
     new = generate_answers(network.vlm, prompts, patches, grids, evaluation.max_new_tokens, lockstep)
-    return dict(zip(batch["student_samples"], _texts(tokenizer, new), strict=False))
+    return dict(zip(batch["student_samples"], _texts(tokenizer, [row.tolist() for row in new]), strict=False))
 
 
 def _answer_objects(
@@ -193,5 +191,5 @@ def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Tensor] | Tensor) -> list[str]:
-    return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in ids]
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list[str]:
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]

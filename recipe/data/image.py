@@ -29,7 +29,6 @@ class ImageSpec:
     Attributes:
         patch_size: Pixels along one side of a vision patch.
         merge_size: Patches along one side of a vision token.
-        temporal_patch_size: How often the device repeats a still picture along time.
         min_pixels: Smaller pictures are enlarged to it.
         max_pixels: Larger pictures are reduced to it.
         image_mean: Per channel, of pixels in [0, 1].
@@ -38,7 +37,6 @@ class ImageSpec:
 
     patch_size: int
     merge_size: int
-    temporal_patch_size: int
     min_pixels: int
     max_pixels: int
     image_mean: tuple[float, ...]
@@ -74,7 +72,6 @@ def image_spec(image_processor: Any, image_config: ImageConfig) -> ImageSpec:
     return ImageSpec(
         patch_size=image_processor.patch_size,
         merge_size=image_processor.merge_size,
-        temporal_patch_size=image_processor.temporal_patch_size,
         image_mean=tuple(image_processor.image_mean),
         image_std=tuple(image_processor.image_std),
         **limits,

@@ -150,7 +150,7 @@ class DetectionHead(nn.Module):
             if num_groups > 1:
                 group = group_numbers(num_queries, num_groups, queries.device)
                 mask = (group[:, None] == group)[None, None]
-        boxes, logits = [], []
+        boxes, logits, features = [], [], queries
         for layer in self.layers:
             queries = layer(queries, *self._positions(queries, references), memory, mask)
             features = self.norm(queries)
@@ -159,7 +159,6 @@ class DetectionHead(nn.Module):
             logits.append(self.objectness(features).squeeze(-1))
             if self.refine_boxes:
                 references = raw.detach()
-        features = self.norm(queries)
         starts = range(num_denoising, num_denoising + num_queries, self.num_queries)
         first, *others = (_outputs(boxes, logits, features, slice(start, start + self.num_queries)) for start in starts)
         first.groups, first.selection = others, selection

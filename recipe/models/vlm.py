@@ -1,5 +1,6 @@
 """The language model: Qwen2.5-VL through `from_pretrained`, vision features computed once and shared with the head."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -30,61 +31,60 @@ class VlmOutputs:
 
 
 class PixelNormalizer(nn.Module):
-    """uint8 patches → the `pixel_values` of Hugging Face's image processor, on the device.
+    """uint8 patches → the `pixel_values` of Hugging Face's image processor, on the device, one frame of the equal ones.
 
     Args:
         image_mean: Of each channel, of values in [0, 1].
         image_std: Of each channel, of values in [0, 1].
-        temporal_patch_size: Frames a patch spans; a still picture is repeated.
     """
 
-    def __init__(self, image_mean: list[float], image_std: list[float], temporal_patch_size: int):
+    def __init__(self, image_mean: Sequence[float], image_std: Sequence[float]):
         super().__init__()
-        self.temporal_patch_size = temporal_patch_size
         # Rescaling is folded in as the fast processor does: (x - 255 mean) / (255 std), in float32.
-        self.register_buffer("mean", torch.tensor(image_mean).mul(255.0).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).mul(255.0).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(image_mean).mul(255.0).view(1, -1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(image_std).mul(255.0).view(1, -1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
     def forward(self, pixel_patches: Tensor) -> Tensor:
-        """(P, 3 * patch * patch) uint8 → (P, 3 * temporal * patch * patch) float32."""
-        num_patches, num_channels = pixel_patches.shape[0], self.mean.shape[1]
-        frames = pixel_patches.view(num_patches, num_channels, 1, -1).expand(-1, -1, self.temporal_patch_size, -1)
-        # (P, 3, temporal, patch²)
-        pixels = frames.to(self.mean.dtype, copy=True, memory_format=torch.contiguous_format)
+        """(P, 3 * patch * patch) uint8 → (P, 3 * patch * patch) float32."""
+        pixels = pixel_patches.view(len(pixel_patches), self.mean.shape[1], -1).to(self.mean.dtype, copy=True)
         # In place: fresh memory costs a CPU more than the arithmetic.
-        return pixels.sub_(self.mean).div_(self.std).view(num_patches, -1)
+        return pixels.sub_(self.mean).div_(self.std).flatten(1)
 
 
-class PatchProjection(nn.Module):
-    """Qwen's patch embedding as the one matrix product it is: a convolution whose stride is its kernel is slower.
+class PictureEmbedding(nn.Module):
+    """Qwen's patch embedding of pictures: one matrix product with the sum of the frames' weights.
+
+    Qwen's is a convolution over the frames of a film, to which a picture is a film of equal frames. The sum gives the
+    same at half the cost; and a convolution whose stride is its kernel is slower than the product that it is.
 
     Args:
-        convolution: Whose weight (C, 3, temporal, patch, patch) this has under the same name.
+        patch_embed: Hugging Face's; its weights stay where they are under the same name.
     """
 
-    def __init__(self, convolution: nn.Module):
+    def __init__(self, patch_embed: nn.Module):
         super().__init__()
-        self.weight = convolution.get_parameter("weight")
+        self.proj = patch_embed.get_submodule("proj")
 
-    def forward(self, patches: Tensor) -> Tensor:
-        """(P, 3, temporal, patch, patch) → (P, C)."""
-        return F.linear(patches.flatten(1), self.weight.flatten(1))
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(P, 3 * patch * patch), of one frame → (P, C)."""
+        weight = self.proj.get_parameter("weight").sum(2)  # (C, 3, frames, patch, patch) → (C, 3, patch, patch)
+        return F.linear(pixel_values.to(weight.dtype), weight.flatten(1))
 
 
 class VisionLanguageModel(nn.Module):
     """Wraps `Qwen2_5_VLForConditionalGeneration`: one pass gives hidden states and the image features they read.
 
     Args:
-        hf_model: The loaded model; its patch embedding is replaced by a `PatchProjection`.
+        hf_model: The loaded model; its patch embedding is replaced by a `PictureEmbedding`.
         normalizer: Turns the batch's uint8 patches into `pixel_values`.
     """
 
     def __init__(self, hf_model: PreTrainedModel, normalizer: PixelNormalizer):
         super().__init__()
-        embed = hf_model.model.visual.patch_embed
-        embed.proj = PatchProjection(embed.proj)
+        visual: Any = hf_model.model.visual
+        visual.patch_embed = PictureEmbedding(visual.patch_embed)
         self.hf_model = hf_model
         self.normalizer = normalizer
 

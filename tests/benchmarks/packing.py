@@ -92,7 +92,7 @@ def all_lengths(data: Path, num_samples: int, trimmed: dict[str, float]) -> Iter
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_qwen_tokenizer(data / "tokenizer", Path(folder))
-    spec = ImageSpec(14, 2, 2, 4 * 28 * 28, 1280 * 28 * 28, (0.5,) * 3, (0.5,) * 3)
+    spec = ImageSpec(14, 2, 4 * 28 * 28, 1280 * 28 * 28, (0.5,) * 3, (0.5,) * 3)
     encoder = Encoder(tokenizer, None, spec, PromptConfig(), max_caption_tokens=32, max_seq_len=MAX_TOKENS)
     streams: dict[str, list[Lengths]] = {"no teachers": [], "0-3 teachers": []}
     for name in SETS:

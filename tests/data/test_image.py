@@ -56,13 +56,13 @@ def test_normalised_patches_equal_the_fast_processors_bit_for_bit(size: tuple[in
     mean = torch.tensor(spec.image_mean)[:, None] * (1 / (1 / 255))
     std = torch.tensor(spec.image_std)[:, None] * (1 / (1 / 255))
     normalised = (patches.view(len(patches), 3, -1).float() - mean) / std
-    repeated = normalised[:, :, None].expand(-1, -1, spec.temporal_patch_size, -1).reshape(len(patches), -1)
+    repeated = normalised[:, :, None].expand(-1, -1, processor.temporal_patch_size, -1).reshape(len(patches), -1)
     # Measured: worst difference 0.
     assert torch.equal(repeated, expected)
 
 
 def test_four_patches_of_a_hand_made_picture_stand_in_merge_order():
-    spec = ImageSpec(1, 2, 2, 4, 64, (0.5,) * 3, (0.5,) * 3)
+    spec = ImageSpec(1, 2, 4, 64, (0.5,) * 3, (0.5,) * 3)
     values = np.arange(8, dtype=np.uint8).reshape(2, 4)
     patches, grid = patchify(Image.fromarray(np.stack([values, values + 100, values + 200], -1)), spec)
     assert grid == (1, 2, 4)
@@ -132,7 +132,7 @@ def test_a_huge_picture_is_reduced_to_the_budget(spec: ImageSpec):
 def test_both_spellings_of_the_budget_are_read(processor: Qwen2VLImageProcessor | Qwen2VLImageProcessorFast):
     spec = image_spec(processor, ImageConfig())
     assert (spec.min_pixels, spec.max_pixels) == (5000, 90000)
-    assert (spec.patch_size, spec.merge_size, spec.temporal_patch_size) == (14, 2, 2)
+    assert (spec.patch_size, spec.merge_size) == (14, 2)
 
 
 def test_the_yaml_wins_over_the_processor_one_limit_at_a_time():

@@ -124,7 +124,7 @@ def test_the_real_models_have_groups_stages_and_units(
     config = load_config(str(YAMLS / name))
     check_config(config)
     assert build_schedule(config).stages.keys() == {"llm", "adapter", "detection"}
-    spec = ImageSpec(14, 2, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+    spec = ImageSpec(14, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(model_config(config.model.pretrained_model_name_or_path))
         vlm.tie_weights()

@@ -246,7 +246,7 @@ def test_parts_of_a_hand_worked_step(model: JointModel, tiny_examples: dict[str,
     layers = text.num_hidden_layers * (tokens * a_token + 2 * tokens**2 * width)
     assert flops.forward["llm"] == 2 * (layers + head)
     side = vision.hidden_size
-    patch = 3 * 2 * 14**2 * side
+    patch = 3 * 14**2 * side  # the sum of both frames' weights
     block = 4 * (4 * side * side + 3 * side * vision.intermediate_size) + 2 * 4**2 * side
     assert flops.forward["vision"] == 2 * (4 * patch + vision.depth * block)
     assert flops.forward["merger"] == 2 * ((4 * side) ** 2 + 4 * side * width)

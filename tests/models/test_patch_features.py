@@ -25,7 +25,7 @@ def spec(tiny_checkpoint: str) -> ImageSpec:
 
 @pytest.fixture
 def vlm(tiny_checkpoint: str, spec: ImageSpec) -> VisionLanguageModel:
-    normalizer = PixelNormalizer(list(spec.image_mean), list(spec.image_std), spec.temporal_patch_size)
+    normalizer = PixelNormalizer(spec.image_mean, spec.image_std)
     return VisionLanguageModel(load_vlm(tiny_checkpoint, "auto", "float64").eval(), normalizer)
 
 
