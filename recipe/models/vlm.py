@@ -65,11 +65,11 @@ class PictureEmbedding(nn.Module):
 
     def __init__(self, patch_embed: nn.Module):
         super().__init__()
-        self.proj = patch_embed.get_submodule("proj")
+        self.proj: Any = patch_embed.proj
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(P, 3 * patch * patch), of one frame → (P, C)."""
-        weight = self.proj.get_parameter("weight").sum(2)  # (C, 3, frames, patch, patch) → (C, 3, patch, patch)
+        weight: Tensor = self.proj.weight.sum(2)  # (C, 3, frames, patch, patch) → (C, 3, patch, patch)
         return F.linear(pixel_values.to(weight.dtype), weight.flatten(1))
 
 
