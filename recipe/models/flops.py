@@ -151,7 +151,10 @@ def _vision(visual: Any, grids: Sequence[Sequence[int]], trained: frozenset[str]
     merged = [(t, h // visual.spatial_merge_size, w // visual.spatial_merge_size) for t, h, w in grids]
     window = visual.window_size // visual.spatial_merge_size // visual.patch_size
     windowed = sum((unit * length) ** 2 for grid in merged for length in window_lengths(grid, window))
-    gradient = walk.product(patches * visual.patch_embed.proj.weight[:, :, 0].numel(), False, walk.trained)
+    embed = visual.patch_embed.proj
+    _, height, width = embed.kernel_size  # not the weight's: FSDP may have taken it apart
+    products = patches * embed.out_channels * embed.in_channels * height * width
+    gradient = walk.product(products, False, walk.trained)
     for number, block in enumerate(visual.blocks):
         before = flops.forward["vision"]
         gradient = gradient or walk.trained  # by the norm before the products
