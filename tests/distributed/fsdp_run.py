@@ -1,6 +1,6 @@
 """Runs of recipe.train in float64, one after the other: `composer -n N tests/distributed/fsdp_run.py LEGS.json`.
 
-In each, every rank writes OUT/RANK.pt: its share of the loss terms of each step, the scores and texts of each
+In each, every rank writes OUT/RANK.pt: its share of the loss terms and FLOPs of each step, the scores and texts of each
 evaluation, the whole weights at the end.
 """
 
@@ -18,8 +18,18 @@ from torch import Tensor
 
 from recipe.algorithms.stage_checks import plain_name
 from recipe.callbacks import table
-from recipe.config import EmaConfig, EvaluationConfig, LoaderConfig, OptimizerConfig, RecipeConfig, SchedulerConfig
+from recipe.callbacks.loss_terms import joint_model
+from recipe.config import (
+    GROUPS,
+    EmaConfig,
+    EvaluationConfig,
+    LoaderConfig,
+    OptimizerConfig,
+    RecipeConfig,
+    SchedulerConfig,
+)
 from recipe.joint import EvalOutputs
+from recipe.models.flops import PARTS, step_flops
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters
@@ -60,17 +70,20 @@ class Leg:
 
 
 class Recorder(Callback):
-    """Loss terms of each step; scores and predicted texts of each evaluation."""
+    """Loss terms and FLOPs of each step; scores and predicted texts of each evaluation."""
 
     def __init__(self):
         self.losses: list[dict[str, Tensor]] = []
+        self.flops: list[dict[str, int]] = []
         self.scores: list[dict[str, float]] = []
         self.texts: list[dict[str, list[str | None]]] = []
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """A new step."""
-        del state, logger
+        del logger
         self.losses.append({})
+        flops = step_flops(joint_model(state).model, state.batch, frozenset(GROUPS))
+        self.flops.append({part: flops.model(part) for part in PARTS})
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Composer logs in float32: keep the terms themselves."""
@@ -145,7 +158,8 @@ def run(leg: Leg) -> None:
         weights = {
             plain_name(name): whole(value.detach()).clone() for name, value in trainer.state.model.named_parameters()
         }
-    record = {"losses": recorder.losses, "scores": recorder.scores, "texts": recorder.texts, "weights": weights}
+    names = ("losses", "flops", "scores", "texts")
+    record = {"weights": weights, **{name: getattr(recorder, name) for name in names}}
     torch.save(record, Path(leg.out, f"{dist.get_global_rank()}.pt"))
     trainer.close()
 

@@ -56,12 +56,14 @@ class Run:
 
     Attributes:
         losses: Of each step, the mean over all microbatches of all ranks.
+        flops: Of each step, by rank and part of the model.
         scores: Of each evaluation.
         texts: Of each evaluation, answer and captions by sample.
         weights: At the end.
     """
 
     losses: list[dict[str, Tensor]]
+    flops: list[tuple[dict[str, int], ...]]
     scores: list[dict[str, float]]
     texts: list[dict[str, list[str | None]]]
     weights: dict[str, Tensor]
@@ -101,7 +103,8 @@ def read_run(folder: Path, world_size: int) -> Run:
     texts = []
     for parts in zip(*(rank["texts"] for rank in ranks), strict=True):
         texts.append({name: text for part in parts for name, text in part.items()})
-    return Run(losses, ranks[0]["scores"], texts, ranks[0]["weights"])
+    flops = list(zip(*(rank["flops"] for rank in ranks), strict=True))
+    return Run(losses, flops, ranks[0]["scores"], texts, ranks[0]["weights"])
 
 
 def assert_same(found: Run, expected: Run) -> None:
@@ -137,6 +140,14 @@ def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, 
     assert len(texts) == len(SAMPLES)
     assert all((text[0] is not None) == ("text" not in sample) for sample, text in texts.items())
     assert any(caption for text in texts.values() for caption in text[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "fsdp1_sharded", "fsdp2_sharded"])
+def test_flops_are_those_of_whole_weights(runs: Mapping[str, Run], name: str) -> None:
+    assert runs[name].flops == runs["ddp"].flops[-len(runs[name].flops) :]
+    assert all(min(parts.values()) > 0 for ranks in runs[name].flops for parts in ranks)
 
 
 @pytest.mark.slow
