@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import box_convert, box_iou, generalized_box_iou, generalized_box_iou_loss
 
-from recipe.boxes import elementwise_iou
+from recipe.boxes import elementwise_iou, normalized_to_pixels
 
 
 def random_boxes(*shape: int, seed: int) -> torch.Tensor:
@@ -54,3 +54,16 @@ def test_half_precision_is_computed_in_float32():
     iou, giou = elementwise_iou(boxes, boxes)
     assert iou.dtype == giou.dtype == torch.float32
     assert iou.item() == giou.item() == pytest.approx(1)
+
+
+def test_boxes_of_several_pictures_are_cut_each_to_its_own():
+    """By hand, and as one picture after the other: bit for bit."""
+    boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.9, 0.5, 0.4, 1.2]]]).repeat(2, 1, 1)
+    widths, heights = torch.tensor([[100], [40]]), torch.tensor([[60], [80]])  # integers, as pictures have
+    found = normalized_to_pixels(boxes, widths, heights)
+    assert found[0, 0].tolist() == [25, 15, 75, 45] and found[1, 0].tolist() == [10, 20, 30, 60]
+    assert found[0, 1].tolist() == pytest.approx([70, 0, 100, 60]) and found[1, 1].tolist() == pytest.approx(
+        [28, 0, 40, 80]
+    )
+    alone = [normalized_to_pixels(boxes[row], int(widths[row]), int(heights[row])) for row in range(2)]
+    assert torch.equal(found, torch.stack(alone))
