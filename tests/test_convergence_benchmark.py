@@ -47,17 +47,50 @@ def small_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_benchmark")
 def test_it_ends_with_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    convergence.main(["--variants", "full", "plain", "--steps", "2", "--plain-steps", "2"])
+    steps = ["--steps", "2", "--plain-steps", "2", "--seeds", "17", "18", "--real-sets"]
+    convergence.main(["--variants", "full", "plain", *steps])
     lines = capsys.readouterr().out.splitlines()
     figures = json.loads(lines[-1])
-    assert {"steps_to_ap50", "final"} <= figures.keys() <= {"steps_to_ap50", "final", "plain_over_full"}
+    assert figures.keys() - {"plain_over_full"} == {"steps_to_ap50", "final", "real"}
+    assert figures["real"] == {}
     assert figures["steps_to_ap50"].keys() == figures["final"].keys() == {"full", "plain"}
     assert all(0 <= ap50 < 0.5 for ap50 in figures["final"].values())
     assert figures["steps_to_ap50"]["full"] == {"0.5": None, "0.5 cpu_s": None, "0.8": None, "0.8 cpu_s": None}
-    curves = {line.split(":")[0]: line for line in lines if line.startswith(("full:", "plain:"))}
+    curves = {line.split(":")[0]: line for line in lines if line.startswith(("full, seed", "plain, seed"))}
     for name, ap50 in figures["final"].items():
-        steps, values = zip(*(point.split(":") for point in curves[name].split()[1:]), strict=True)
-        assert steps == ("1", "2") and float(values[-1]) == pytest.approx(ap50, abs=1e-3)
+        ends = []
+        for seed in (17, 18):
+            steps, values = zip(
+                *(point.split(":") for point in curves[f"{name}, seed {seed}"].split(": ")[1].split()), strict=True
+            )
+            assert steps == ("1", "2")
+            ends.append(float(values[-1]))
+        assert ap50 == pytest.approx(sum(ends) / 2, abs=1e-3)
+
+
+def curve_of(*points: tuple[int, float]) -> convergence.Curve:
+    """Ten CPU seconds a step."""
+    curve = convergence.Curve()
+    curve.points = [(step, ap50, 10.0 * step) for step, ap50 in points]
+    return curve
+
+
+def test_figures_of_several_seeds_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """The median over seeds, for which a seed that does not get there is slower than all that do."""
+    full = [curve_of((25, 0.6), (50, 0.9)), curve_of((25, 0.4), (50, 0.7)), curve_of((25, 0.5), (50, 0.8))]
+    plain = [curve_of((25, 0.1), (50, 0.5)), curve_of((25, 0.1), (50, 0.2)), curve_of((25, 0.1), (50, 0.3))]
+    figures = convergence.report({"full": full, "plain": plain})
+    assert figures["steps_to_ap50"]["full"] == {"0.5": 25, "0.5 cpu_s": 250, "0.8": 50, "0.8 cpu_s": 500}
+    assert figures["steps_to_ap50"]["plain"] == {"0.5": None, "0.5 cpu_s": None, "0.8": None, "0.8 cpu_s": None}
+    assert figures["final"] == {"full": 0.8, "plain": 0.3}
+    assert figures["plain_over_full"] == 2  # at least: plain was not there after 50 steps
+    assert "| full | 25 | 250 | 50 | 500 | 0.800 (0.70-0.90) | 50 |" in capsys.readouterr().out
+
+
+def test_real_sets_that_are_not_there_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        convergence.main(["--variants", "--real", str(tmp_path)])
+    assert "no chess_train and no bccd_trainval in" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """How many steps the head needs to find things: whole, plain, and with one ingredient changed.
 
-    python tests/benchmarks/convergence.py [--variants NAME ...] [--steps N] [--plain-steps N]
-        [--real SHARED_DATA] [--real-steps N]
+    python tests/benchmarks/convergence.py [--variants NAME ...] [--steps N] [--plain-steps N] [--seeds SEED ...]
+        [--real SHARED_DATA] [--real-sets NAME ...] [--real-steps N]
 
 Scenes of coloured shapes, 16 a step, from the tiny random checkpoint of the quickstart; detection alone is trained, at
 a constant rate after a warm-up, so that a curve does not depend on where it ends. AP50 is class-agnostic, over 128
@@ -17,7 +17,7 @@ training that ours took: AP50 without classes on the held-out fifth at the end.
 
 The last line is JSON: `steps_to_ap50` (by variant: steps to 0.5 and to 0.8, null where not reached, and CPU seconds to
 each), `plain_over_full` (of the steps to 0.5; a lower bound where plain did not reach it), `final` (last AP50 by
-variant) and `real` (by data set: `ours`, `peer`, the better of the two, and both by name).
+variant) and `real` (of the first seed, by data set: `ours`, `peer`, the better of the two, and both by name).
 """
 
 import argparse
@@ -25,7 +25,9 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
+from statistics import median, median_high
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from recipe.models.tiny import build_tiny_checkpoint
 from recipe.train import main as train
 
 ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
 FOLDER = ROOT / "bench" / "convergence"
 EVERY = 25  # steps between evaluations
 SCENES = {"train": (6000, 1), "val": (128, 2)}  # number and seed
@@ -165,26 +168,30 @@ def compare_on_real(source: Path, steps: int, seed: int) -> dict[str, Any]:
     return found | {"peer": max(found[kind] for kind in PEERS)}
 
 
-def report(curves: dict[str, Curve]) -> dict[str, Any]:
+def reached(curves: Sequence[Curve], ap50: float) -> tuple[int, float] | tuple[None, None]:
+    """Steps and CPU seconds to an AP50, of the seeds' median in steps; None where it did not get there."""
+    steps, seconds = median_high(curve.reaches(ap50) or (inf, inf) for curve in curves)
+    return (None, None) if steps == inf else (int(steps), round(seconds))
+
+
+def report(curves: dict[str, list[Curve]]) -> dict[str, Any]:
     """Prints the table; the figures of the last line."""
     print("| variant | steps to 0.5 | CPU s | steps to 0.8 | CPU s | AP50 at the end | of step |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    reached: dict[str, Any] = {}
-    for name, curve in curves.items():
-        step, ap50, _ = curve.points[-1]
-        row = reached[name] = {}
+    rows: dict[str, Any] = {}
+    final: dict[str, float] = {}
+    for name, seeds in curves.items():
+        row = rows[name] = {}
         for level in (0.5, 0.8):
-            row[str(level)], seconds = curve.reaches(level) or (None, None)
-            row[f"{level} cpu_s"] = seconds and round(seconds)
+            row[str(level)], row[f"{level} cpu_s"] = reached(seeds, level)
+        step, last = seeds[0].points[-1][0], sorted(curve.points[-1][1] for curve in seeds)
+        final[name] = round(median(last), 4)
+        spread = f" ({last[0]:.2f}-{last[-1]:.2f})" if len(last) > 1 else ""
         cells = ["-" if cell is None else str(cell) for cell in row.values()]
-        print(f"| {name} | {' | '.join(cells)} | {ap50:.3f} | {step} |")
-    figures: dict[str, Any] = {
-        "steps_to_ap50": reached,
-        "final": {name: round(curve.points[-1][1], 4) for name, curve in curves.items()},
-    }
-    if {"plain", "full"} <= curves.keys() and (full := curves["full"].reaches(0.5)):
-        plain = curves["plain"].reaches(0.5)
-        figures["plain_over_full"] = round((plain or curves["plain"].points[-1])[0] / full[0], 2)
+        print(f"| {name} | {' | '.join(cells)} | {final[name]:.3f}{spread} | {step} |")
+    figures: dict[str, Any] = {"steps_to_ap50": rows, "final": final}
+    if {"plain", "full"} <= curves.keys() and (full := rows["full"]["0.5"]):
+        figures["plain_over_full"] = round((rows["plain"]["0.5"] or curves["plain"][0].points[-1][0]) / full, 2)
     return figures
 
 
@@ -194,23 +201,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--plain-steps", type=int, default=1500)
-    parser.add_argument("--real", type=Path, metavar="SHARED_DATA", help="folder of chess_train and bccd_trainval")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[17], metavar="SEED")
+    parser.add_argument("--real", type=Path, default=DATA, metavar="SHARED_DATA", help="folder of the real sets")
+    parser.add_argument("--real-sets", nargs="*", choices=REAL_SETS, default=REAL_SETS, metavar="NAME")
     parser.add_argument("--real-steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=17)
     args = parser.parse_args(arguments)
+    missing = [name for name in args.real_sets if not (args.real / name).is_dir()]
+    if missing:
+        parser.error(f"no {' and no '.join(missing)} in {args.real}: give --real SHARED_DATA, or --real-sets for none")
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
     table.CALLBACKS = {**table.CALLBACKS, "curve": Curve}
     make_data()
-    curves: dict[str, Curve] = {}
-    for name in args.variants:
-        steps = args.plain_steps if name.startswith("plain") else args.steps
-        changes = {"scheduler.name": "constant", **VARIANTS[name]}
-        curves[name] = train_head(changes, FOLDER / "data", steps, EVERY, args.seed)
-        print(f"{name}: {curves[name].told()}", flush=True)
+    curves: dict[str, list[Curve]] = {name: [] for name in args.variants}
+    for seed in args.seeds:
+        for name in args.variants:
+            steps = args.plain_steps if name.startswith("plain") else args.steps
+            changes = {"scheduler.name": "constant", **VARIANTS[name]}
+            curves[name].append(train_head(changes, FOLDER / "data", steps, EVERY, seed))
+            print(f"{name}, seed {seed}: {curves[name][-1].told()}", flush=True)
     figures = report(curves)
-    if args.real is not None:
-        figures["real"] = {name: compare_on_real(args.real / name, args.real_steps, args.seed) for name in REAL_SETS}
+    figures["real"] = {
+        name: compare_on_real(args.real / name, args.real_steps, args.seeds[0]) for name in args.real_sets
+    }
     print(json.dumps(figures))
 
 
