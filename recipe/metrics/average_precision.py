@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.detection import MeanAveragePrecision
 
-from recipe.metrics.samples import first_of_each, joined, normalized_caption, sample_key, scored_pairs, stable_hash
+from recipe.metrics.samples import joined, normalized_caption, sample_key, scored_pairs, stable_hash
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
 # COCO's own. torchmetrics' defaults are these rounded to float32, which shifts AP: .5035 for .5046 on COCO's reference.
@@ -29,8 +29,7 @@ class BoxAveragePrecision(Metric):
     `box_ar10` and `box_ar100` with so many boxes an image at most; AP takes the 100 best. A value is -1 where no
     ground truth defines it, 0 where there is ground truth and no prediction.
 
-    Images without objects or without predictions count, crowd regions are ignored as COCO does, and a sample that
-    Streaming repeated to even out the ranks counts once.
+    Images without objects or without predictions count, and crowd regions are ignored as COCO does.
     """
 
     full_state_update = False
@@ -97,7 +96,7 @@ class BoxAveragePrecision(Metric):
             sync_on_compute=False,
         )
         coco.warn_on_many_detections = False  # that the 100 best of an image count is meant
-        for index in first_of_each(images[:, 0]).tolist():
+        for index in images[:, 0].argsort(stable=True).tolist():
             found, found_labels = detections[index]
             wanted, wanted_labels = truths[index]
             coco.update(
@@ -138,7 +137,7 @@ class CategoryAveragePrecision(BoxAveragePrecision):
 
 
 def _label(caption: str) -> int:
-    return stable_hash(normalized_caption(caption))
+    return stable_hash(normalized_caption(caption).encode())
 
 
 def _by_image(

@@ -6,18 +6,17 @@ from torchvision.ops import box_iou
 
 from recipe.metrics.samples import (
     UNDEFINED,
-    PerSampleMetric,
+    SumMetric,
     boxes_of,
     match_by_score,
     normalized_caption,
-    sample_key,
     scored_pairs,
 )
 from recipe.metrics.text_scorers import TextScorer
 from recipe.schema import Prediction, Sample
 
 
-class CaptionMatch(PerSampleMetric):
+class CaptionMatch(SumMetric):
     """Exact match of captions on matched boxes.
 
     Predictions from `score_threshold` up are matched by falling score, each to the free ground truth it overlaps
@@ -30,7 +29,7 @@ class CaptionMatch(PerSampleMetric):
     """
 
     def __init__(self, score_threshold: float, scorer: TextScorer, iou_threshold: float = 0.5):
-        super().__init__()
+        super().__init__(width=4)  # equal, alike, pairs, truths
         self.score_threshold = score_threshold
         self.scorer = scorer
         self.iou_threshold = iou_threshold
@@ -46,8 +45,8 @@ class CaptionMatch(PerSampleMetric):
         Raises:
             ValueError: The predictions do not belong to the samples.
         """
-        keys, rows = [], []
-        for prediction, sample, objects in scored_pairs(predictions, samples):
+        rows = []
+        for prediction, _, objects in scored_pairs(predictions, samples):
             kept = [item for item in prediction.objects if item.score >= self.score_threshold]
             kept.sort(key=lambda item: -item.score)
             truths = [item for item in objects if not item.iscrowd]
@@ -59,9 +58,8 @@ class CaptionMatch(PerSampleMetric):
                 for candidate, reference in zip(candidates, references, strict=True)
             )
             alike = sum(self.scorer(candidates, [[reference] for reference in references]))
-            keys.append(sample_key(sample))
             rows.append([equal, alike, len(pairs), len(truths)])
-        self.append(keys, rows, width=4)
+        self.add(rows)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores, over all ranks."""

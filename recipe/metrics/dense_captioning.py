@@ -33,6 +33,9 @@ class DenseCaptioningMAP(RowsPerSampleMetric):
     text score strictly above a text threshold. `compute` returns `densecap_map_{scorer's name}`, the mean AP of the
     30 pairs of thresholds, and `densecap_map_boxes`, the mean of the five IoU thresholds without regard to text.
 
+    Corners are taken as they are: `Sample`'s x2 is x1 + width, and an inclusive area is a pixel wider than that. The
+    original code's corners are last pixels, x1 + width - 1, so that its scores are a little lower.
+
     Beyond the definition: a detection that overlaps nothing takes no truth (the original code gives it the last one);
     crowd regions are no truths, and what lies in one is ignored as COCO does; equal scores keep an order that does
     not depend on batches or ranks. Both values are -1 without ground truth.

@@ -6,12 +6,11 @@ from torchvision.ops import box_iou
 
 from recipe.metrics.samples import (
     UNDEFINED,
-    PerSampleMetric,
+    SumMetric,
     asks_for_boxes,
     boxes_of,
     inside_crowd,
     match_by_overlap,
-    sample_key,
     scored_pairs,
 )
 from recipe.schema import Prediction, Sample
@@ -19,7 +18,7 @@ from recipe.schema import Prediction, Sample
 F1_THRESHOLDS = (0.5, 0.95)  # IoU
 
 
-class AnswerBoxes(PerSampleMetric):
+class AnswerBoxes(SumMetric):
     """Boxes parsed from the answer against the ground truth, without regard to captions.
 
     Boxes and truths are paired one to one for the largest total overlap. `compute` returns `text_f1` and `text_f1_95`,
@@ -29,13 +28,16 @@ class AnswerBoxes(PerSampleMetric):
     no false positive. Values without anything to count are -1.
     """
 
+    def __init__(self):
+        super().__init__(width=4 + 2 * len(F1_THRESHOLDS))
+
     def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
         """Adds answers.
 
         Raises:
             ValueError: The predictions do not belong to the samples.
         """
-        keys, rows = [], []
+        rows = []
         for prediction, sample, objects in scored_pairs(predictions, samples):
             if prediction.answer is None or not asks_for_boxes(sample):
                 continue
@@ -47,10 +49,9 @@ class AnswerBoxes(PerSampleMetric):
                 number for threshold in F1_THRESHOLDS for number in _hits_and_boxes(iou, boxes, crowds, threshold)
             ]
             total_iou = sum(float(iou[pair]) for pair in match_by_overlap(iou, 0.0))
-            keys.append(sample_key(sample))
             failed = prediction.answer_objects is None
             rows.append([1, failed, len(truths), total_iou, *counts])
-        self.append(keys, rows, width=4 + 2 * len(F1_THRESHOLDS))
+        self.add(rows)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores, over all ranks."""

@@ -55,9 +55,10 @@ class MeteorLite:
     """METEOR 1.5 for English with two of its four stages: exact words and stems.
 
     Missing are its synonyms (WordNet) and paraphrases (a table of 60 MB), so a caption in other words mostly scores
-    lower; punctuation is dropped, and the function words are our list. With METEOR's own function words and without
-    those two stages, scores are equal where no stem occurs twice in a sentence; where one does, METEOR drops stem
-    matches that compete, as it counts half a match as none, and we do not. In other languages equal words still count.
+    lower; punctuation is dropped, words keep their apostrophes, and the function words are our list. With METEOR's own
+    function words and without those two stages, scores are equal where no word has an apostrophe and no stem occurs
+    twice in a sentence; where one does, METEOR drops stem matches that compete, as it counts half a match as none, and
+    we do not. In other languages equal words still count.
 
     Args:
         function_words: Separated by blanks. They weigh 1 - `DELTA`, others `DELTA`.

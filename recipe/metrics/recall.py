@@ -5,11 +5,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from recipe.metrics.samples import UNDEFINED, PerSampleMetric, asks_for_boxes, boxes_of, sample_key, scored_pairs
+from recipe.metrics.samples import UNDEFINED, SumMetric, asks_for_boxes, boxes_of, scored_pairs
 from recipe.schema import Prediction, Sample
 
 
-class QueryRecall(PerSampleMetric):
+class QueryRecall(SumMetric):
     """How many ground truths the queries reach, whatever their scores.
 
     `compute` returns `recall_ceiling`, the share of ground truths for which there is a query at all, min(Q, T) of the
@@ -24,7 +24,7 @@ class QueryRecall(PerSampleMetric):
     """
 
     def __init__(self, num_queries: int, iou_threshold: float = 0.5):
-        super().__init__()
+        super().__init__(width=3)  # found, reachable, truths
         self.num_queries = num_queries
         self.iou_threshold = iou_threshold
 
@@ -34,14 +34,13 @@ class QueryRecall(PerSampleMetric):
         Raises:
             ValueError: The predictions do not belong to the samples.
         """
-        keys, rows = [], []
-        for prediction, sample, objects in scored_pairs(predictions, samples):
+        rows = []
+        for prediction, _, objects in scored_pairs(predictions, samples):
             truths = boxes_of([item for item in objects if not item.iscrowd])
             is_near = (box_iou(boxes_of(prediction.objects), truths) >= self.iou_threshold).numpy()
             found = is_near[linear_sum_assignment(is_near, maximize=True)].sum()
-            keys.append(sample_key(sample))
             rows.append([found, min(self.num_queries, len(truths)), len(truths)])
-        self.append(keys, rows, width=3)
+        self.add(rows)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores, over all ranks."""
@@ -52,7 +51,7 @@ class QueryRecall(PerSampleMetric):
         }
 
 
-class ExpressionAccuracy(PerSampleMetric):
+class ExpressionAccuracy(SumMetric):
     """RefCOCO's accuracy: is the best-scored box on the one object that an expression names?
 
     A sample counts where its `messages` ask something (the expression stands in a user turn; the detection chat,
@@ -62,7 +61,7 @@ class ExpressionAccuracy(PerSampleMetric):
     """
 
     def __init__(self, iou_threshold: float = 0.5):
-        super().__init__()
+        super().__init__(width=2)  # is right, counts
         self.iou_threshold = iou_threshold
 
     def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
@@ -71,7 +70,7 @@ class ExpressionAccuracy(PerSampleMetric):
         Raises:
             ValueError: The predictions do not belong to the samples.
         """
-        keys, rows = [], []
+        rows = []
         for prediction, sample, objects in scored_pairs(predictions, samples):
             truths = [item for item in objects if not item.iscrowd]
             is_asked = any(turn["role"] == "user" for turn in sample.messages or ()) and asks_for_boxes(sample)
@@ -79,9 +78,8 @@ class ExpressionAccuracy(PerSampleMetric):
                 continue
             best = sorted(prediction.objects, key=lambda item: -item.score)[:1]
             is_right = bool((box_iou(boxes_of(best), boxes_of(truths)) >= self.iou_threshold).any())
-            keys.append(sample_key(sample))
             rows.append([is_right, 1])
-        self.append(keys, rows, width=2)
+        self.add(rows)
 
     def compute(self) -> dict[str, Tensor]:
         """The scores, over all ranks."""

@@ -1,4 +1,4 @@
-"""What every metric shares: which samples count, each of them once, and how two sets of boxes are matched."""
+"""What every metric shares: which samples count, in which order, and how two sets of boxes are matched."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
-from torchvision.ops import box_area, box_iou
+from torchvision.ops import box_area
 
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
@@ -18,35 +18,32 @@ UNDEFINED = -1.0
 _TEXT_OF_BOXES = re.compile(r'"bbox_2d"\s*:|\[\s*\]')
 
 
-class PerSampleMetric(Metric):
-    """Sums a row of numbers over samples, each sample once however often the ranks saw it.
+class SumMetric(Metric):
+    """Sums rows of numbers over samples, batches and ranks.
 
-    Streaming repeats samples so that all ranks get equally many; plain sums would count those twice.
+    Args:
+        width: Numbers of a row.
     """
 
     full_state_update = False
 
-    keys: list[Tensor]
-    rows: list[Tensor]
+    sums: Tensor
 
-    def __init__(self):
+    def __init__(self, width: int):
         super().__init__()
-        self.add_state("keys", default=[], dist_reduce_fx="cat")
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.add_state("sums", default=torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def append(self, keys: list[int], rows: list[list[float]], width: int) -> None:
-        """Stores one row of `width` numbers a sample; every update must call it, if only with empty lists."""
-        self.keys.append(torch.tensor(keys, dtype=torch.int64, device=self.device))
-        self.rows.append(torch.tensor(rows, dtype=torch.float64, device=self.device).reshape(-1, width))
+    def add(self, rows: Sequence[Sequence[float]]) -> None:
+        """Adds a row a sample, if any."""
+        self.sums += torch.tensor(rows, dtype=torch.float64, device=self.device).reshape(-1, len(self.sums)).sum(0)
 
     def totals(self) -> list[float]:
         """The sum of each column, over all ranks."""
-        keys, rows = joined(self.keys), joined(self.rows)
-        return rows[first_of_each(keys)].sum(0).tolist()
+        return self.sums.tolist()
 
 
 class RowsPerSampleMetric(Metric):
-    """Keeps rows of numbers, any number of them a sample, and each sample once as `PerSampleMetric` does.
+    """Keeps rows of numbers, any number of them a sample.
 
     Args:
         width: Numbers of a row.
@@ -85,7 +82,7 @@ class RowsPerSampleMetric(Metric):
         """
         samples, rows = joined(self.samples), joined(self.rows)
         parts = rows.split(samples[:, 1].tolist())
-        order = first_of_each(samples[:, 0])
+        order = samples[:, 0].argsort(stable=True)
         return samples[order, 0], samples[order, 2], [*(parts[index] for index in order.tolist()), rows[:0]]
 
 
@@ -102,22 +99,15 @@ def joined(state: list[Tensor] | Tensor) -> Tensor:
     return state.cpu()
 
 
-def first_of_each(keys: Tensor) -> Tensor:
-    """Where each distinct key occurs first, by rising key: an order that does not depend on the ranks."""
-    order = torch.argsort(keys, stable=True)
-    is_first = torch.ones_like(order, dtype=torch.bool)
-    is_first[1:] = keys[order[1:]] != keys[order[:-1]]
-    return order[is_first]
-
-
-def stable_hash(text: str) -> int:
-    """63 bits of `text` that all processes agree on."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+def stable_hash(data: bytes) -> int:
+    """63 bits of `data` that all processes agree on."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 def sample_key(sample: Sample) -> int:
-    """Tells samples apart, also those of two data sets that use the same ids."""
-    return stable_hash(repr((sample.id, sample.width, sample.height, sample.objects, sample.messages)))
+    """By which samples are put in an order that neither ranks nor batches change: the same of equal samples alone."""
+    fields = (sample.id, sample.width, sample.height, sample.objects, sample.messages, stable_hash(sample.image))
+    return stable_hash(repr(fields).encode())
 
 
 def asks_for_boxes(sample: Sample) -> bool:
@@ -193,7 +183,6 @@ def inside_crowd(boxes: Tensor, crowds: Tensor, threshold: float) -> Tensor:
     """Which of (N, 4) boxes have at least `threshold` of their area in one of (C, 4) crowd regions, as COCO counts."""
     if not len(crowds):
         return torch.zeros(len(boxes), dtype=torch.bool)
-    iou = box_iou(boxes, crowds)  # (N, C)
-    areas = box_area(boxes)[:, None]
-    intersection = iou * (areas + box_area(crowds)) / (1 + iou)
-    return ((iou > 0) & (intersection >= threshold * areas)).any(1)
+    low, high = torch.maximum(boxes[:, None, :2], crowds[:, :2]), torch.minimum(boxes[:, None, 2:], crowds[:, 2:])
+    intersection = (high - low).clamp(min=0).prod(2)  # (N, C)
+    return ((intersection > 0) & (intersection >= threshold * box_area(boxes)[:, None])).any(1)

@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from composer.utils import dist
@@ -52,15 +53,28 @@ class Meteor15:
             from pycocoevalcap.meteor.meteor import Meteor  # pyright: ignore[reportMissingImports] - optional
 
             self._meteor = Meteor()
+        answers: list[float] = []
         try:
             _, answers = self._meteor.compute_score(
                 {index: others[index] for index in asked}, {index: [lines[index]] for index in asked}
             )
         except (OSError, ValueError) as error:
             raise RuntimeError("METEOR 1.5 did not answer: check that `java -version` runs, with 2 GB free") from error
+        finally:
+            if not answers:
+                self._stop()
         for index, score in zip(asked, answers, strict=True):
             scores[index] = score
         return scores
+
+    def _stop(self) -> None:
+        """Ends Java. A call that failed or was interrupted holds a lock, for which Python's end would wait for ever."""
+        meteor, self._meteor = self._meteor, None
+        meteor.meteor_p.kill()
+        with suppress(OSError):  # what it did not read
+            meteor.meteor_p.stdin.close()
+        if meteor.lock.locked():
+            meteor.lock.release()
 
 
 def default_text_scorer() -> TextScorer:

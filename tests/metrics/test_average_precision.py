@@ -1,6 +1,7 @@
 """`recipe.metrics.average_precision`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,12 +116,16 @@ def test_categories_are_averaged_and_captions_compared_without_case():
     assert (scores["category_ap"], scores["category_ap50"], scores["category_ar1"]) == (0.5, 0.5, 0.5)
 
 
-def test_a_sample_that_was_repeated_counts_once():
-    predictions = [make_prediction("a", [(LEFT, 0.9, "")]), make_prediction("b", [(FAR, 0.5, "")])]
-    samples = [make_sample("a", [(LEFT, "x")]), make_sample("b", [(LEFT, "x")])]
-    once = box_scores(predictions, samples)
-    assert box_scores([*predictions, predictions[1]], [*samples, samples[1]]) == once
-    assert once["box_ar100"] == 0.5
+def test_samples_of_two_sets_that_look_alike_both_count():
+    """Two pictures without objects, of one size and number: one is rightly left empty, the other is not."""
+    predictions = [
+        make_prediction("a", [(LEFT, 0.5, "")]),
+        make_prediction("b", []),
+        make_prediction("b", [(FAR, 1, "")]),
+    ]
+    samples = [make_sample("a", [(LEFT, "x")]), make_sample("b", []), replace(make_sample("b", []), image=b"another")]
+    assert box_scores(predictions, samples) == box_scores(predictions[::-1], samples[::-1])
+    assert box_scores(predictions, samples)["box_ap50"] == pytest.approx(0.5)
 
 
 def test_update_refuses_predictions_of_other_samples():

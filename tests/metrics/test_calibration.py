@@ -6,7 +6,15 @@ import pytest
 import torch
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.calibration import Calibration, ReliabilityBin, best_threshold, fit_platt, reliability_bins
+from recipe.metrics.calibration import (
+    Calibration,
+    Detections,
+    ReliabilityBin,
+    best_threshold,
+    f1_from,
+    fit_platt,
+    reliability_bins,
+)
 from recipe.schema import Prediction, Sample
 
 A, B, FAR = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (80.0, 80.0, 90.0, 90.0)
@@ -70,6 +78,17 @@ def test_boxes_in_a_crowd_do_not_count():
     sample = make_sample("a", [(A, "x")], crowds=[(70.0, 70.0, 99.0, 99.0)])
     values = measured([make_prediction("a", [(FAR, 0.95, ""), (A, 0.85, "")])], [sample])[1]
     assert values == pytest.approx({"ece": 0.15, "best_score_threshold": 0.85, "best_f1": 1.0})
+
+
+def test_what_finds_a_truth_in_a_crowd_counts():
+    sample = make_sample("a", [(A, "x"), (B, "x")], crowds=[(0.0, 0.0, 15.0, 15.0)])
+    values = measured([make_prediction("a", [(A, 0.9, "")])], [sample])[1]
+    assert values == pytest.approx({"ece": 0.1, "best_score_threshold": 0.9, "best_f1": 2 / 3})
+
+
+def test_a_score_of_exactly_the_threshold_is_above_it():
+    detections = Detections(torch.tensor([0.5, 0.4]).double(), torch.tensor([True, True]), 1, 2)
+    assert (f1_from(detections, 0.5), f1_from(detections, 0.4)) == (pytest.approx(2 / 3), 1.0)
 
 
 def test_equal_scores_are_kept_or_dropped_together():

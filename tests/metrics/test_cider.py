@@ -65,6 +65,19 @@ def test_the_metric_scores_matched_captions_in_the_corpus_of_all_truths():
     assert float(metric.compute()["caption_cider_d"]) == pytest.approx(sum(expected) / 2)
 
 
+def test_the_better_score_is_matched_first_from_the_threshold_on():
+    """Of two boxes on one truth; the one at the threshold is used where it is alone."""
+    truths = [(A, "a brown dog runs"), (B, "the red cup is empty")]
+    better, worse = (A, 0.9, "a brown dog runs"), (A, 0.3, "nothing")
+    for found in ([better, worse], [worse, better]):
+        metric = CaptionCider(score_threshold=0.3)
+        metric.update([make_prediction("a", found)], [make_sample("a", truths)])
+        assert float(metric.compute()["caption_cider_d"]) == pytest.approx(10.0)
+    metric = CaptionCider(score_threshold=0.3)
+    metric.update([make_prediction("a", [better, (B, 0.3, "nothing")])], [make_sample("a", truths)])
+    assert float(metric.compute()["caption_cider_d"]) == pytest.approx(5.0)
+
+
 def test_the_metric_without_pairs_or_truths():
     for found, truths, expected in [([], [(A, "x")], 0.0), ([(A, 0.9, "x")], [], -1.0), ([(A, 0.9, "x")], None, -1.0)]:
         metric = CaptionCider(score_threshold=0.3)

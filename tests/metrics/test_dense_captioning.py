@@ -106,8 +106,8 @@ def test_truths_merge_by_their_overlap_in_the_frame():
 
 
 def test_a_merged_truth_is_the_mean_box_with_all_captions():
-    assert merged([(0, 0, 99, 99), B, (0, 10, 99, 99), (0, 20, 99, 99)]) == [
-        ([0, 10, 99, 99], ["0", "2", "3"]),
+    assert merged([(0, 0, 99, 99), B, (0, 7, 99, 99), (0, 20, 99, 99)]) == [
+        ([0, 9, 99, 99], ["0", "2", "3"]),
         (list(B), ["1"]),
     ]
 
@@ -141,6 +141,8 @@ def test_the_first_detection_takes_its_truth_even_if_it_then_fails():
     assert mean_ap([wrong, right], truth) == 0.0
     far_off = ((50.0, 0.0, 149.0, 99.0), 0.9, "1")  # IoU 1/3: true at .3 only, and it has taken the truth at all
     assert mean_ap([far_off, right], truth) == pytest.approx(1 / 5)
+    # of five cells, not the best one, also without regard to text
+    assert scores([make_prediction("a", [far_off])], [truth])["densecap_map_boxes"] == pytest.approx(1 / 5)
 
 
 def test_detections_need_not_be_sorted():
@@ -247,6 +249,12 @@ def test_what_lies_in_a_crowd_is_ignored():
     assert mean_ap(found, in_frame("a", [(A, "x")], [(560.0, 400.0, 699.0, 699.0)])) == pytest.approx(
         (1 + 1 + 3 / 2) / 5
     )
+
+
+def test_what_finds_a_truth_in_a_crowd_counts():
+    crowd: Box = (0.0, 0.0, 399.0, 399.0)
+    assert mean_ap([(A, 0.9, "1"), (FAR, 0.8, "1")], in_frame("a", [(A, "x"), (FAR, "y")], [crowd])) == 1.0
+    assert mean_ap([(A, 0.9, "1")], in_frame("a", [(A, "x"), (FAR, "y")], [crowd])) == pytest.approx(51 / 100)
 
 
 def test_a_crowd_is_scaled_to_the_frame():

@@ -54,6 +54,12 @@ def test_pairs_are_one_to_one_and_best_in_sum():
     assert scores([answered("a", [A, A])], [make_sample("a", [(A, "x")])])["text_f1"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(("width", "expected"), [(9.2, 0.0), (9.5, 1.0)])
+def test_f1_at_95_percent(width: float, expected: float):
+    result = scores([answered("a", [(0.0, 0.0, width, 10.0)])], [make_sample("a", [(A, "x")])])
+    assert (result["text_f1"], result["text_f1_95"]) == (1.0, expected)
+
+
 def test_what_does_not_count():
     predictions = [make_prediction("a", []), answered("b", [A]), answered("c", [A])]
     samples = [make_sample("a", [(A, "x")]), make_sample("b", None), Sample("c", b"", 0, 0, ())]
@@ -77,6 +83,9 @@ def test_a_box_in_a_crowd_is_no_false_positive():
     # two thirds of a box in a crowd excuse it at an IoU of .5, not at .95
     mostly_in = scores([answered("a", [A, (50.0, 0.0, 65.0, 10.0)])], [sample])
     assert (mostly_in["text_f1"], mostly_in["text_f1_95"]) == pytest.approx((1.0, 2 / 3))
+    # a truth in a crowd is found there
+    inside = make_sample("a", [(A, "x"), (B, "x")], crowds=[(0.0, 0.0, 15.0, 15.0)])
+    assert scores([answered("a", [A])], [inside])["text_f1"] == pytest.approx(2 / 3)
     half_out = (50.0, 0.0, 71.0, 10.0)
     assert scores([answered("a", [A, half_out])], [sample])["text_f1"] == pytest.approx(2 / 3)
 

@@ -3,6 +3,9 @@
 import copy
 import pickle
 import shutil
+from subprocess import PIPE, Popen
+from threading import Lock
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,15 +141,31 @@ def test_all_ranks_take_the_same_scorer(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_meteor_15_that_does_not_answer_is_told():
-    class Dead:
-        def compute_score(self, references: dict, candidates: dict) -> None:
-            raise ValueError("could not convert string to float: ''")
-
-    scorer = Meteor15()
-    scorer._meteor = Dead()
-    with pytest.raises(RuntimeError, match="java -version"):
-        scorer(["dog"], [["dog"]])
+    """And its process ended, and its lock released: `Meteor` waits for both when Python ends."""
+    with Popen(["sleep", "60"], stdin=PIPE) as process:
+        dead = SimpleNamespace(
+            meteor_p=process, lock=Lock(), compute_score=lambda *_: dead.lock.acquire() and float("")
+        )
+        scorer = Meteor15()
+        scorer._meteor = dead
+        with pytest.raises(RuntimeError, match="java -version"):
+            scorer(["dog"], [["dog"]])
+        assert process.wait() < 0 and not dead.lock.locked() and scorer._meteor is None
     assert scorer(["", "dog"], [["dog"], []]) == [0.0, 0.0]
+
+
+def test_an_interrupted_meteor_15_is_ended():
+    def interrupted(*_: object) -> None:
+        busy.lock.acquire()
+        raise KeyboardInterrupt
+
+    with Popen(["sleep", "60"], stdin=PIPE) as process:
+        busy = SimpleNamespace(meteor_p=process, lock=Lock(), compute_score=interrupted)
+        scorer = Meteor15()
+        scorer._meteor = busy
+        with pytest.raises(KeyboardInterrupt):
+            scorer(["dog"], [["dog"]])
+        assert process.wait() < 0 and not busy.lock.locked()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Every entry that the model registers exists, is finite, and says which text scorer made it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from metric_cases import make_prediction, make_sample
@@ -17,15 +18,15 @@ NAMES = {
     "ece", "best_score_threshold", "best_f1", "text_f1", "text_f1_95", "text_miou", "text_parse_failure_rate",
     *LossAverage.denominators,
 }  # fmt: skip
+BOX, OTHER = (0.0, 0.0, 50.0, 50.0), (50.0, 50.0, 90.0, 90.0)
 
 
 def test_all_entries_are_computed(tiny_model: JointModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("recipe.joint.default_text_scorer", MeteorLite)
     entries = tiny_model.get_metrics(is_train=False)
     assert set(entries) == NAMES
-    box = (0.0, 0.0, 50.0, 50.0)
-    predictions = [make_prediction("a", [(box, 0.9, "a red cup")], [box]), make_prediction("b", [])]
-    samples = [make_sample("a", [(box, "a red cup")], expression="the cup"), make_sample("b", [])]
+    predictions = [make_prediction("a", [(BOX, 0.9, "a red cup")], [BOX]), make_prediction("b", [])]
+    samples = [make_sample("a", [(BOX, "a red cup")], expression="the cup"), make_sample("b", [])]
     for name, entry in entries.items():
         assert isinstance(entry, MetricEntry)
         if isinstance(entry.source, LossAverage):
@@ -44,3 +45,24 @@ def test_the_ceiling_is_of_the_heads_queries(tiny_model: JointModel, monkeypatch
     truths = [((float(index), 0.0, float(index + 1), 10.0), "a cup") for index in range(num_queries + 1)]
     entry.update([make_prediction("a", [])], [make_sample("a", truths)])
     assert float(entry.compute()) == pytest.approx(num_queries / (num_queries + 1))
+
+
+@pytest.mark.parametrize(("score", "expected"), [(0.39, 0), (0.4, 1)])
+def test_captions_are_judged_from_the_score_threshold_on(
+    score: float, expected: int, tiny_model: JointModel, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("recipe.joint.default_text_scorer", MeteorLite)
+    monkeypatch.setattr(tiny_model, "evaluation", replace(tiny_model.evaluation, score_threshold=0.4))
+    entries = tiny_model.get_metrics(is_train=False)
+    truth = make_sample("a", [(BOX, "a red cup is here"), (OTHER, "a blue cup is there")])
+    for name in ("caption_match", "caption_cider_d"):  # the first of each source takes the updates
+        entries[name].update([make_prediction("a", [(BOX, score, "a red cup is here")])], [truth])
+    assert float(entries["matched_boxes"].compute()) == expected
+    assert float(entries["caption_cider_d"].compute()) == pytest.approx(10 * expected)
+
+
+def test_without_answers_none_are_judged(tiny_model: JointModel, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recipe.joint.default_text_scorer", MeteorLite)
+    monkeypatch.setattr(tiny_model, "evaluation", replace(tiny_model.evaluation, generate_answer=False))
+    names = set(tiny_model.get_metrics(is_train=False))
+    assert names == {name for name in NAMES if not name.startswith("text_")}

@@ -97,6 +97,14 @@ def test_an_expression_asks_for_boxes(answers: list[str], counted: int):
 
 
 def test_two_expressions_of_one_object_are_two_samples():
-    samples = [make_sample("a", [(A, "x")], expression=text) for text in ("the left one", "the red one", "the red one")]
-    found = [make_prediction("a", [(box, 0.9, "")]) for box in (A, B, B)]
+    samples = [make_sample("a", [(A, "x")], expression=text) for text in ("the left one", "the red one")]
+    found = [make_prediction("a", [(box, 0.9, "")]) for box in (A, B)]
     assert scores(ExpressionAccuracy(), found, samples) == {"refcoco_acc": 0.5, "refcoco_samples": 2.0}
+
+
+def test_a_query_that_overlaps_half_a_truth_finds_it():
+    half = (0.0, 0.0, 5.0, 10.0)
+    assert scores(QueryRecall(1), [make_prediction("a", [(half, 0.1, "")])], [make_sample("a", [(A, "x")])]) == {
+        "recall_ceiling": 1.0,
+        "query_recall50": 1.0,
+    }

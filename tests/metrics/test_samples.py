@@ -1,12 +1,13 @@
-"""`recipe.metrics.samples`: which samples are one, and which ask for boxes."""
+"""`recipe.metrics.samples`: in which order samples are, which ask for boxes, and how boxes are paired."""
 
 from dataclasses import replace
 
 import pytest
+import torch
 from metric_cases import make_sample
 
 from recipe.data.chat import text_to_objects
-from recipe.metrics.samples import asks_for_boxes, sample_key
+from recipe.metrics.samples import asks_for_boxes, inside_crowd, match_by_overlap, match_by_score, sample_key
 from recipe.schema import Sample
 
 A = (0.0, 0.0, 10.0, 10.0)
@@ -21,12 +22,31 @@ def test_samples_of_one_picture_with_other_messages_are_two():
     assert sample_key(Sample.from_mds(asked.to_mds())) == keys[0]
 
 
-@pytest.mark.parametrize("field", ["id", "width", "height", "objects"])
-def test_samples_that_differ_in_anything_scored_are_two(field: str):
+@pytest.mark.parametrize("field", ["id", "image", "width", "height", "objects"])
+def test_samples_that_differ_in_anything_have_another_place(field: str):
+    """Two sets whose pictures have the same numbers and sizes: those without objects differ in the picture alone."""
     sample = make_sample("a", [(A, "x")])
-    value = {"id": "b", "objects": ()}.get(field, 200)
+    value = {"id": "b", "image": b"another", "objects": ()}.get(field, 200)
     assert sample_key(replace(sample, **{field: value})) != sample_key(sample)
-    assert sample_key(replace(sample, image=b"dropped")) == sample_key(sample)
+
+
+def test_an_overlap_of_exactly_the_threshold_is_enough():
+    iou = torch.tensor([[0.5]]).double()
+    assert match_by_score(iou, 0.5) == match_by_overlap(iou, 0.5) == [(0, 0)]
+    assert match_by_score(iou, 0.51) == match_by_overlap(iou, 0.51) == []
+
+
+def test_pairs_have_the_largest_total_overlap():
+    """.9 alone is more than .3 and .4 together, though these are two pairs."""
+    iou = torch.tensor([[0.9, 0.3], [0.4, 0.0]]).double()
+    assert match_by_overlap(iou, 0.0) == [(0, 0)]
+    assert match_by_overlap(iou - torch.tensor([[0.3, 0.0], [0.0, 0.0]]), 0.0) == [(0, 1), (1, 0)]
+
+
+def test_half_a_box_in_a_crowd_is_in_it():
+    crowd = torch.tensor([[5.0, 0.0, 50.0, 50.0]]).double()
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 9.0, 10.0]]).double()
+    assert inside_crowd(boxes, crowd, 0.5).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(
