@@ -9,6 +9,7 @@ from convert.coco import read_instances
 from convert.items import Rejected
 from convert.jsonl import find as find_jsonl
 from convert.records import FileRecord
+from convert.target import REJECTED_FILE
 from recipe.data.index import INDEX_FILE
 from recipe.data.storage import CheckedDataset, open_streams
 from recipe.schema import Sample
@@ -20,15 +21,17 @@ def read_annotated_folder(folder: Path) -> list[Sample]:
     Raises:
         ValueError: It is neither, or a picture of it cannot be used or is not annotated.
     """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give one of MDS shards, or of pictures and their annotations")
     if (folder / INDEX_FILE).is_file():
         samples = list(read_mds(folder))
     else:
-        files = sorted(folder.glob("*.jsonl"))
+        files = sorted(file for file in folder.glob("*.jsonl") if file.name != REJECTED_FILE)
         if len(files) != 1:
-            raise ValueError(
-                f"{folder} holds neither {INDEX_FILE} nor one file *.jsonl ({len(files)} found): give a folder of "
-                "MDS shards, or of pictures and their annotations as convert/jsonl.py reads them"
-            )
+            splits = sorted(str(index.parent) for index in folder.glob(f"*/{INDEX_FILE}"))
+            form = "give a folder of MDS shards, or of pictures and their annotations as convert/jsonl.py reads them"
+            remedy = f"give one of its splits, such as {splits[0]}" if splits else form
+            raise ValueError(f"{folder} holds neither {INDEX_FILE} nor one file *.jsonl ({len(files)} found): {remedy}")
         samples = _read_jsonl(files[0])
     if not samples:
         raise ValueError(f"{folder} holds no annotated picture")

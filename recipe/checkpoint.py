@@ -122,10 +122,19 @@ def find_config(checkpoint: str | Path) -> RecipeConfig:
     path = Path(checkpoint).absolute()
     for folder in list(path.parents)[:3]:
         if (folder / RUN_CONFIG_FILE).is_file():
-            return load_config(str(folder / RUN_CONFIG_FILE))
+            return _with_base_model(load_config(str(folder / RUN_CONFIG_FILE)), folder)
     raise ValueError(
         f"no {RUN_CONFIG_FILE} beside {checkpoint} or in the two folders above: give the run's with --config YAML"
     )
+
+
+def _with_base_model(config: RecipeConfig, folder: Path) -> RecipeConfig:
+    """With the base model found from wherever one is: the run may have named it relative to where it was started."""
+    name = config.model.pretrained_model_name_or_path
+    homes = [home / name for home in (folder, *folder.parents) if (home / name / "config.json").is_file()]
+    if Path(name).is_dir() or not homes:
+        return config
+    return replace(config, model=replace(config.model, pretrained_model_name_or_path=str(homes[0])))
 
 
 def with_trained_caption_length(config: RecipeConfig, checkpoint: str | Path | None) -> RecipeConfig:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,14 +45,15 @@ def predict_batch(
     predictions = []
     for position, sample in enumerate(batch["samples"]):
         objects: tuple[DetectedObject, ...] = ()
-        answer, answer_objects = answers.get(position), None
+        (answer, is_cut), answer_objects = answers.get(position, (None, False)), None
         if position in rows:
             row = rows[position]
             objects = objects_of[row]
             if answer is not None:
                 grid = batch["image_grid_thw"][batch["student_images"][row]]
                 answer_objects = _answer_objects(answer, sample, grid, network, prompt)
-        predictions.append(Prediction(sample.id, sample.width, sample.height, objects, answer, answer_objects))
+        size = (sample.width, sample.height)
+        predictions.append(Prediction(sample.id, *size, objects, answer, answer_objects, is_cut))
     return predictions
 
 
@@ -161,8 +163,8 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     evaluation: EvaluationConfig,
     lockstep: bool,
-) -> dict[int, str]:
-    """The language model's answers about the pictures, by position in `batch["samples"]`."""
+) -> dict[int, tuple[str, bool]]:
+    """The language model's answers about the pictures, and whether they lack their end, by position in the batch."""
     tokens = batch["input_ids"].flatten()
     prompts = [tokens[row[row >= 0]] for row in batch["prompt_index"]]
     patches, grids = batch["pixel_patches"], batch["image_grid_thw"]
@@ -171,7 +173,12 @@ def _answers(
         patches, grids = network.vlm.blank_image(tokens.device)
         prompts = [tokens.new_tensor([network.vlm.hf_model.config.image_token_id])]
     new = generate_answers(network.vlm, prompts, patches, grids, evaluation.max_new_tokens, lockstep)
-    return dict(zip(batch["student_samples"], _texts(tokenizer, [row.tolist() for row in new]), strict=False))
+    rows = [row.tolist() for row in new]
+    generation: Any = network.vlm.hf_model.generation_config
+    ends = generation.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    answers = zip(_texts(tokenizer, rows), (ends.isdisjoint(row) for row in rows), strict=True)
+    return dict(zip(batch["student_samples"], answers, strict=False))
 
 
 def _answer_objects(

@@ -2,13 +2,17 @@
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif",
+    ".tiff", ".webp",
+)  # fmt: skip
 
 
-def find_pictures(arguments: Iterable[str], left_out: Path) -> list[Path]:
+def find_pictures(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
     """The pictures that files, folders and globs name, in the order given, each once.
 
     A file is taken whatever it is called, and where it does not exist: reading it will tell. Of a folder all files
@@ -16,41 +20,54 @@ def find_pictures(arguments: Iterable[str], left_out: Path) -> list[Path]:
 
     Args:
         arguments: Of the command line.
-        left_out: Folder that is not searched, since the drawings go there.
+        left_out: Folder that neither folders nor globs search, since the drawings go there; unless it is named.
+
+    Returns:
+        The pictures, and of the files in folders that are none the number by suffix.
 
     Raises:
-        ValueError: A folder or a glob holds no picture.
+        ValueError: A folder or a glob holds no picture, or a folder cannot be read.
     """
     found: dict[Path, Path] = {}
+    others = Counter[str]()
     for argument in arguments:
-        paths = list(_expand(argument, left_out.resolve()))
+        paths = list(_expand(argument, left_out.resolve(), others))
         if not paths:
             raise ValueError(f"{argument} names no picture: give files, globs, or folders of {' '.join(SUFFIXES)}")
         for path in paths:
             found.setdefault(path.resolve(), path)
-    return list(found.values())
+    return list(found.values()), others
 
 
-def _expand(argument: str, left_out: Path) -> Iterator[Path]:
+def _expand(argument: str, left_out: Path, others: Counter[str]) -> Iterator[Path]:
     path = Path(argument)
     if path.is_dir():
-        yield from _below(path, left_out)
+        yield from _below(path, left_out, others)
     elif path.exists() or not glob.has_magic(argument):
         yield path
     else:
         for name in sorted(glob.glob(argument, recursive=True)):
-            if os.path.isfile(name):
+            if os.path.isfile(name) and left_out not in Path(name).resolve().parents:
                 yield Path(name)
 
 
-def _below(folder: Path, left_out: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
+def _below(folder: Path, left_out: Path, others: Counter[str]) -> Iterator[Path]:
+    """Through links too, each folder once; counts in `others` what is no picture."""
+    seen = {left_out} - {folder.resolve()}
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        seen.add(Path(root).resolve())
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and Path(root, name).resolve() != left_out
+            name for name in folders if not name.startswith(".") and Path(root, name).resolve() not in seen
         )
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
+        for name in sorted(name for name in names if not name.startswith(".")):
+            if name.lower().endswith(SUFFIXES):
                 yield Path(root, name)
+            else:
+                others[Path(name).suffix.lower()] += 1
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def unique_names(paths: Sequence[Path], out: Path) -> list[str]:

@@ -2,12 +2,15 @@
 
 Writes DIR/predictions.json (see `recipe/prediction_files.py`), DIR/coco_results.json and one drawn PNG a picture. A
 picture that cannot be used has its reason in the JSON and on the terminal, the others are still done, and the exit
-status is 1. `python -m recipe.gallery` makes a page of DIR, beside the truth where it is known.
+status is 1. Stopped or failed, it leaves in both files what was done until then. `python -m recipe.gallery` makes a
+page of DIR, beside the truth where it is known.
 """
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 from composer.core import get_precision_context
 from composer.devices import Device, DeviceGPU
 from composer.utils import get_device
+from PIL.Image import Image
 from tqdm import tqdm
 
 from recipe.annotated import read_annotated_folder, read_image_ids
@@ -52,6 +56,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .pt file, or a folder from export.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of predictions.json and the drawings")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in DIR")
+    parser.add_argument("--no-drawings", action="store_true", help="write the JSON files alone")
     parser.add_argument("--config", metavar="YAML", help="default: what was saved with the checkpoint")
     parser.add_argument(
         "--answer",
@@ -62,6 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores and their threshold"
     )
+    parser.add_argument("--nms-iou", type=float, metavar="F", help="of two boxes that overlap more, one goes")
     parser.add_argument("--num-beams", type=int, metavar="N", help="beam search of captions; default: the run's")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
@@ -87,6 +93,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
+    if args.nms_iou is not None and not 0 < args.nms_iou < 1:
+        parser.error(f"--nms-iou {args.nms_iou}: must be between 0 and 1")
+    for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
+        if any(text is not None and not text.strip() for text in texts):
+            parser.error(f"--{name}: asks nothing; give a text, or leave it out for the run's prompt")
     for name in ("batch_size", "max_new_tokens", "num_teachers", "num_beams"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -108,6 +119,7 @@ class Predictor:
         teachers: Solved examples shown before each picture, in order; one more than `num_teachers` where there are.
         num_teachers: How many each picture is shown: a picture is never its own teacher.
         with_head: The head's objects are wanted.
+        with_drawings: So are drawn pictures.
     """
 
     model: JointModel
@@ -117,6 +129,7 @@ class Predictor:
     teachers: Sequence[Sample]
     num_teachers: int
     with_head: bool
+    with_drawings: bool
 
     def teachers_of(self, picture: bytes) -> list[Sample]:
         """The solved examples that a picture is shown."""
@@ -128,42 +141,51 @@ def main(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: Nothing can be predicted: no pictures, no checkpoint, teachers or prompt that cannot be used, or
-            files that would be overwritten.
+            files that would be overwritten. Or the device's memory or the disk is full.
     """
     out = Path(args.out)
-    paths = find_pictures(args.images, left_out=out)
+    paths, left_out = find_pictures(args.images, left_out=out)
     names = unique_names(paths, out)
     image_ids = image_ids_of(paths, args.image_ids)
     if not args.overwrite:
         refuse_to_overwrite(out, names)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder --out {out}: {error.strerror}") from error
     predictor = build_predictor(args)
-    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(paths), unit=" pictures", disable=None) as progress:
-        for start in range(0, len(paths), args.batch_size):
-            part = slice(start, start + args.batch_size)
-            rows += _predict_files(predictor, paths[part], names[part], image_ids[part], out)
-            progress.update(len(paths[part]))
-    write_rows(out, rows)
-    return report(rows, out)
+    try:
+        with tqdm(total=len(paths), unit=" pictures", disable=None) as progress:
+            for start in range(0, len(paths), args.batch_size):
+                part = slice(start, start + args.batch_size)
+                rows += _predict_files(predictor, paths[part], names[part], image_ids[part], out)
+                progress.update(len(paths[part]))
+    finally:
+        if rows:
+            write_rows(out, rows)  # whatever ends it, what is done stays
+    return report(rows, out, left_out)
 
 
 def image_ids_of(paths: Sequence[Path], instances: Path | None) -> list[ImageId]:
     """The numbers of the pictures in COCO results: those of an instances file, else 1, 2, ...
 
     Raises:
-        ValueError: The instances file cannot be read, or a picture is not in it.
+        ValueError: The instances file cannot be read, a picture is not in it, or two are the same in it.
     """
     if instances is None:
         return list(range(1, len(paths) + 1))
     known = read_image_ids(instances)
-    by_file, ids = names_by_file(known), []
+    by_file = names_by_file(known)
+    files: dict[str, Path] = {}
     for path in paths:
         name = entry_of(path, by_file)
         if name is None:
             raise ValueError(f"{path} is not among the {len(known)} images of {instances}: leave --image-ids out")
-        ids.append(known[name])
-    return ids
+        if name in files:
+            raise ValueError(f"{files[name]} and {path} are both {name} of {instances}: predict them apart")
+        files[name] = path
+    return [known[name] for name in files]
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
@@ -175,6 +197,10 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     num_teachers = args.num_teachers or config.teachers.num_teachers or len(teachers)
     if args.num_teachers is not None and args.num_teachers > len(teachers):
         raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated pictures")
+    if args.num_teachers is None and num_teachers < len(teachers):
+        print(
+            f"each picture is shown {num_teachers} of {len(teachers)} teachers, as in training: else --num-teachers N"
+        )
     return Predictor(
         model=device.module_to_device(model.eval()),
         encoder=build_encoder(config, processor, keep_image=True),
@@ -183,6 +209,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         teachers=teachers[: num_teachers + 1],
         num_teachers=num_teachers,
         with_head=args.answer != "text",
+        with_drawings=not args.no_drawings,
     )
 
 
@@ -194,7 +221,7 @@ def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> Eva
     """
     if args.calibration is not None:
         evaluation = read_calibration(args.calibration, evaluation)
-    names = ("score_threshold", "max_new_tokens", "num_beams")
+    names = ("score_threshold", "max_new_tokens", "num_beams", "nms_iou")
     changes: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.answer is not None:
         changes["generate_answer"] = args.answer != "boxes"
@@ -241,27 +268,40 @@ def encode_picture(data: bytes, name: str, encoder: Encoder, teachers: Sequence[
 def predict_examples(
     examples: Sequence[Example], model: JointModel, encoder: Encoder, config: RecipeConfig, device: Device
 ) -> list[Prediction]:
-    """One prediction an example, in the precision that the run was evaluated in."""
+    """One prediction an example, in the precision that the run was evaluated in.
+
+    Raises:
+        ValueError: They are too many for the device's memory.
+    """
     precision = config.trainer.get("precision") or ("amp_fp16" if isinstance(device, DeviceGPU) else "fp32")
     batch = device.batch_to_device(collate_standard(examples, encoder.pad_token_id))
-    with torch.inference_mode(), get_precision_context(precision):
-        outputs = model(batch)
-        return predict_batch(
-            model.model,
-            batch,
-            outputs.detection,
-            outputs.memory,
-            encoder.tokenizer,
-            config.evaluation,
-            config.prompt,
-        )
+    try:
+        with torch.inference_mode(), get_precision_context(precision):
+            outputs = model(batch)
+            return predict_batch(
+                model.model,
+                batch,
+                outputs.detection,
+                outputs.memory,
+                encoder.tokenizer,
+                config.evaluation,
+                config.prompt,
+            )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{len(examples)} pictures at once are too many for the GPU: lower --batch-size") from error
 
 
-def report(rows: Sequence[dict[str, Any]], out: Path) -> int:
-    """Prints what was done; the number of pictures that could not be."""
+def report(rows: Sequence[Mapping[str, Any]], out: Path, left_out: Counter[str]) -> int:
+    """Prints what was done and what was not; the number of pictures that could not be used."""
     failed = [row for row in rows if row["error"] is not None]
     num_objects = sum(len(row["objects"] or row["answer_objects"] or ()) for row in rows)
-    print(f"{len(rows) - len(failed)} pictures, {num_objects} objects: {out / PREDICTIONS_FILE} and a drawing of each")
+    print(f"{len(rows) - len(failed)} pictures, {num_objects} objects: {out / PREDICTIONS_FILE}")
+    cut = [row["file"] for row in rows if row["answer_is_cut"]]
+    if cut:
+        print(f"{len(cut)} answers lack their end, such as of {cut[0]}: raise --max-new-tokens", file=sys.stderr)
+    if left_out:
+        kinds = ", ".join(f"{suffix or 'no suffix'} {number}" for suffix, number in sorted(left_out.items()))
+        print(f"left out {left_out.total()} files of folders that are no pictures ({kinds})", file=sys.stderr)
     for row in failed:
         print(f"failed: {row['file']}: {row['error']}", file=sys.stderr)
     return len(failed)
@@ -286,9 +326,10 @@ def _predict_files(
     threshold, with_head = config.evaluation.score_threshold, predictor.with_head
     predictions = predict_examples(examples, predictor.model, encoder, config, predictor.device) if examples else []
     for example, teachers, prediction in zip(examples, shown, predictions, strict=True):
-        picture = open_image(example.sample.image)
-        drawing = draw_prediction(picture, prediction, None, threshold, teachers, with_head)
-        drawing.save(out / f"{prediction.id}.png")
+        if predictor.with_drawings:
+            picture = open_image(example.sample.image)
+            drawing = draw_prediction(picture, prediction, None, threshold, teachers, with_head)
+            _save(drawing, out / f"{prediction.id}.png")
     found = {prediction.id: prediction for prediction in predictions}
     return [
         prediction_row(path, number, found[name], threshold, with_head)
@@ -298,8 +339,16 @@ def _predict_files(
     ]
 
 
+def _save(drawing: Image, path: Path) -> None:
+    try:
+        drawing.save(path, compress_level=1)  # the default takes longer than the rest of the drawing
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}: give another --out") from error
+
+
 if __name__ == "__main__":
     setup_logging()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally`, as Ctrl-C
     try:
         sys.exit(1 if main(parse(sys.argv[1:])) else 0)
     except ValueError as error:

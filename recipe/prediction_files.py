@@ -4,11 +4,13 @@
 
     {"id": "a", "file": "pictures/a.jpg", "image_id": 1, "width": 640, "height": 480,
      "score_threshold": 0.3, "objects": [{"box": [x1, y1, x2, y2], "score": 0.93, "caption": "a cat"}, ...],
-     "answer": "[...]", "answer_objects": [{"box": [...], "caption": "a cat"}, ...], "error": null}
+     "answer": "[...]", "answer_objects": [{"box": [...], "caption": "a cat"}, ...],
+     "answer_is_cut": false, "error": null}
 
 Boxes are xyxy in pixels of the displayed picture. `objects`, by falling score, are all from `score_threshold` up; both
 are null where the head was not asked, `answer` where the language model was not, `answer_objects` also where its answer
-could not be parsed. Of a picture that could not be used everything but `error`, its name and its number is null.
+could not be parsed. `answer_is_cut`: it was longer than allowed, and what would come after is not known. Of a picture
+that could not be used everything but `error`, its name and its number is null.
 """
 
 import json
@@ -41,13 +43,15 @@ def prediction_row(
         "objects": objects if with_head else None,
         "answer": prediction.answer,
         "answer_objects": None if answer is None else [_object_row(item, False) for item in answer],
+        "answer_is_cut": prediction.answer_is_cut,
         "error": None,
     }
 
 
 def failed_row(name: str, path: Path, image_id: ImageId, error: ValueError) -> dict[str, Any]:
     """The entry of a picture of which nothing is known."""
-    unknown = dict.fromkeys(("width", "height", "score_threshold", "objects", "answer", "answer_objects"))
+    names = ("width", "height", "score_threshold", "objects", "answer", "answer_objects", "answer_is_cut")
+    unknown = dict.fromkeys(names)
     return {"id": name, "file": str(path), "image_id": image_id, **unknown, "error": str(error)}
 
 
@@ -99,7 +103,9 @@ def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes both files; each appears whole."""
     for name, value in ((PREDICTIONS_FILE, rows), (COCO_RESULTS_FILE, coco_results(rows))):
         part = out / f".{name}.part"
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        # Of a file name that is not UTF-8 Python makes lone surrogates, which JSON can write as escapes.
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
         part.replace(out / name)
 
 

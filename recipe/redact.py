@@ -18,6 +18,7 @@ _QUERY_VALUE = re.compile(
 _ASSIGNED = re.compile(
     r"(?<![\w-])(?!key\b)(?P<name>[\w.-]+)(?P<sign>=|[\"']\s?:\s?)(?:\"[^\"]*\"|'[^']*'|[^\s\"',;&{\[(]+)", re.ASCII
 )
+_WORKING_DIRECTORY = "PWD"  # of every shell; elsewhere the word stands for a password
 _SHORTEST_SECRET = 6  # an environment variable such as SSH_KEY=1 must not blank every 1
 
 _remembered: set[str] = set()
@@ -47,7 +48,11 @@ def redact(value: Any) -> Any:
     of addresses, and wherever they stand, the value of every environment variable with such a name and what
     `remember_secrets` was given.
     """
-    secrets = {text for name, text in os.environ.items() if is_secret(name) and len(text) >= _SHORTEST_SECRET}
+    secrets = {
+        text
+        for name, text in os.environ.items()
+        if is_secret(name) and name != _WORKING_DIRECTORY and len(text) >= _SHORTEST_SECRET
+    }
     return _redact(value, sorted(secrets | _remembered, key=len, reverse=True))
 
 

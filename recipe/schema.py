@@ -297,6 +297,7 @@ class Prediction:
         objects: By falling score.
         answer: The language model's text, or None where none was generated.
         answer_objects: The objects parsed from `answer` (score 1.0); None where it did not parse or was not generated.
+        answer_is_cut: The answer was longer than `evaluation.max_new_tokens`, so it lacks its end.
     """
 
     id: str
@@ -305,3 +306,4 @@ class Prediction:
     objects: tuple[DetectedObject, ...]
     answer: str | None = None
     answer_objects: tuple[DetectedObject, ...] | None = None
+    answer_is_cut: bool = False

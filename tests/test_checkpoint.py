@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from recipe.checkpoint import find_config, load_model, read_weights
-from recipe.config_file import load_config
+from recipe.config_file import load_config, save_config
 from recipe.joint import JointModel
 from tests.s3_server import S3Server
 
@@ -121,6 +121,24 @@ def test_configuration_is_found_or_asked_for(trained_checkpoint: Path, tmp_path:
         load_model(lonely)
     shutil.copy(trained_checkpoint.parents[1] / "config.yaml", tmp_path / "a")
     assert find_config(lonely) == find_config(trained_checkpoint)
+
+
+def test_the_base_model_is_found_from_another_folder(
+    trained_checkpoint: Path, tiny_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A run that named it relative to the folder it was started in."""
+    run = tmp_path / "work" / "runs" / "a"
+    run.mkdir(parents=True)
+    shutil.copytree(tiny_checkpoint, tmp_path / "work" / "base")
+    shutil.copy(trained_checkpoint, run / "it.pt")
+    config = find_config(trained_checkpoint)
+    relative = replace(config, model=replace(config.model, pretrained_model_name_or_path="base"))
+    save_config(relative, run / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert find_config(run / "it.pt").model.pretrained_model_name_or_path == str(tmp_path / "work" / "base")
+    load_model(run / "it.pt")
+    shutil.rmtree(tmp_path / "work" / "base")
+    assert find_config(run / "it.pt").model.pretrained_model_name_or_path == "base"
 
 
 def test_misfitting_names_are_told(trained_checkpoint: Path, tmp_path: Path):

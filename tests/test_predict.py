@@ -173,6 +173,89 @@ def test_unusable_pictures_are_told_and_the_others_done(
     assert "1 pictures, 5 objects" in printed.out
 
 
+def test_what_is_done_stays_when_it_is_stopped(
+    trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read = Path.read_bytes
+
+    def interrupted(path: Path) -> bytes:
+        if path.name == "never.png":
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(
+            trained_checkpoint, tmp_path / "out", picture, Path("never.png"), options="--answer boxes --batch-size 1"
+        )
+    assert [row["id"] for row in read_rows(tmp_path / "out" / "predictions.json")] == ["scene"]
+    with pytest.raises(KeyboardInterrupt):
+        predict(trained_checkpoint, tmp_path / "none", Path("never.png"), options="--answer boxes")
+    assert list((tmp_path / "none").iterdir()) == []  # nothing that the next run would have to overwrite
+
+
+def test_a_file_name_that_is_not_utf_8(trained_checkpoint: Path, picture: Path, tmp_path: Path):
+    odd = Path(os.fsdecode(bytes(tmp_path / "stra") + b"\xdfe.png"))
+    odd.write_bytes(picture.read_bytes())
+    (row,) = predict(trained_checkpoint, tmp_path / "out", odd, options="--answer boxes")
+    assert Path(row["file"]).read_bytes() == picture.read_bytes()
+    (tmp_path / "out" / "predictions.json").read_text(encoding="utf-8")
+
+
+def test_full_memory_and_disk_name_the_remedy(
+    trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"scene.png: No space left on device: give"):
+        patch.setattr(Image.Image, "save", full)
+        predict(trained_checkpoint, tmp_path / "a", picture, options="--answer boxes")
+
+    def too_many(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("recipe.predict.predict_batch", too_many)
+    with pytest.raises(ValueError, match="1 pictures at once are too many for the GPU: lower --batch-size"):
+        predict(trained_checkpoint, tmp_path / "b", picture, options="--answer boxes")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot make the folder --out"):
+        main(parse(["--checkpoint", "c", "--out", str(tmp_path / "file" / "out"), str(picture)]))
+
+
+def test_a_cut_answer_is_told(
+    trained_checkpoint: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+):
+    _, processor, _ = load_model(trained_checkpoint)
+    ids = processor.tokenizer('[{"bbox_2d": [0, 0, 3', return_tensors="pt")["input_ids"][0]
+    ended = torch.cat([ids, torch.tensor([processor.tokenizer.eos_token_id])])
+    monkeypatch.setattr("recipe.inference.generate_answers", lambda *arguments: [ids, ended])
+    other = picture.with_name("other.png")
+    other.write_bytes(picture.read_bytes())
+    rows = predict(trained_checkpoint, tmp_path / "out", picture, other)
+    assert [row["answer_is_cut"] for row in rows] == [True, False]
+    assert f"1 answers lack their end, such as of {picture}: raise --max-new-tokens" in capsys.readouterr().err
+
+
+def test_drawings_can_be_left_out_and_files_that_are_none_are_told(
+    trained_checkpoint: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "notes.txt").touch()
+    options = ["--checkpoint", str(trained_checkpoint), "--out", str(tmp_path / "out"), "--answer", "boxes"]
+    assert main(parse([*options, "--no-drawings", str(tmp_path)])) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.json", "coco_results.json"}
+    assert "left out 1 files of folders that are no pictures (.txt 1)" in capsys.readouterr().err
+
+
+def test_doubles_can_be_removed(trained_checkpoint: Path, picture: Path, tmp_path: Path):
+    everything = predict(trained_checkpoint, tmp_path / "a", picture, options="--answer boxes")[0]["objects"]
+    kept = predict(trained_checkpoint, tmp_path / "b", picture, options="--answer boxes --nms-iou 0.000001")[0][
+        "objects"
+    ]
+    assert 0 < len(kept) < len(everything)
+    assert all(item in everything for item in kept)
+
+
 def test_an_input_is_not_drawn_over(trained_checkpoint: Path, picture: Path):
     before = picture.read_bytes()
     other = picture.with_name("other.png")
@@ -214,6 +297,12 @@ def test_coco_results(trained_checkpoint: Path, scene: Image.Image, tmp_path: Pa
         x1, y1, x2, y2 = found["box"]
         assert item["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.01)
         assert (item["category_id"], item["score"], item["caption"]) == (1, found["score"], found["caption"])
+    twice = tmp_path / "elsewhere" / "b"
+    twice.mkdir(parents=True)
+    scene.save(twice / "x.png")
+    arguments = ["--checkpoint", "c", "--out", str(tmp_path / "o"), "--image-ids", str(instances)]
+    with pytest.raises(ValueError, match=r"b/x.png and .*elsewhere/b/x.png are both b/x.png of .*: predict them apart"):
+        main(parse([*arguments, str(tmp_path / "b" / "x.png"), str(twice / "x.png")]))
     with pytest.raises(ValueError, match=r"scene.png is not among the 2 images"):
         main(parse(["--checkpoint", "c", "--out", str(tmp_path / "o"), "--image-ids", str(instances), "scene.png"]))
 
@@ -272,6 +361,8 @@ def test_prompts_and_expressions():
     assert "<|vision_end|>Where is it?<|im_end|>" in asked("--prompt", "Where is it?")
     assert "Where? Candidates: a cat.<|im_end|>" in asked("--prompt", "Where?", "--expression", "a cat")
     for option in ("--prompt", "--expression"):
+        with pytest.raises(SystemExit):
+            asked(option, " ")
         with pytest.raises(ValueError, match="control token"):
             asked(option, "<|im_end|>")
 
@@ -331,8 +422,15 @@ def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
     write_split(found, str(tmp_path / "shards"), "pool")
     assert read_annotated_folder(tmp_path / "shards" / "pool") == found
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"neither index.json nor one file"):
-        read_annotated_folder(tmp_path / "empty")
+    for folder, message in (
+        ("empty", "neither index.json nor one file"),
+        ("shards", "give one of its splits, such as .*shards/pool"),
+        ("gone", "gone is no folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_annotated_folder(tmp_path / folder)
+    (teachers / "rejected.jsonl").write_text("{}")  # of a conversion: no annotations
+    assert read_annotated_folder(teachers) == found
     pool = teachers / "pool.jsonl"
     pool.write_text(json.dumps({"id": "a", "images": ["one.png"]}))
     with pytest.raises(ValueError, match=r"no annotated pictures: ..a"):
@@ -344,7 +442,15 @@ def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     "option",
-    ["--score-threshold 1.5", "--score-threshold nan", "--batch-size 0", "--max-new-tokens 0", "--num-teachers 0"],
+    [
+        "--score-threshold 1.5",
+        "--score-threshold nan",
+        "--nms-iou 0",
+        "--nms-iou 1.5",
+        "--batch-size 0",
+        "--max-new-tokens 0",
+        "--num-teachers 0",
+    ],
 )
 def test_senseless_options_are_refused(option: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):

@@ -57,7 +57,9 @@ def predict_pictures(checkpoint: str) -> None:
         path.write_bytes(rows[index]["image"])
         paths.append(str(path.relative_to(ROOT)))
     out = FOLDER / "predictions"
-    run("python", "recipe/predict.py", "--checkpoint", checkpoint, "--out", str(out), *paths)
+    fitted = FOLDER / "eval" / "calibration.yaml"
+    calibration = ["--calibration", str(fitted)] if (ROOT / fitted).exists() else []  # none where nothing was found
+    run("python", "recipe/predict.py", "--checkpoint", checkpoint, "--out", str(out), *calibration, *paths)
     truth = ["--data", str(FOLDER / "data"), "--split", "val"]
     rows, page = str(out / "predictions.json"), str(out / "gallery.html")
     run("python", "-m", "recipe.gallery", "--predictions", rows, *truth, "--out", page)
