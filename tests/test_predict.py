@@ -445,7 +445,7 @@ def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
     [
         "--score-threshold 1.5",
         "--score-threshold nan",
-        "--nms-iou 0",
+        "--nms-iou -0.5",
         "--nms-iou 1.5",
         "--batch-size 0",
         "--max-new-tokens 0",
