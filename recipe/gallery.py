@@ -119,23 +119,27 @@ def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: 
     return len(without_truth) + len(without_picture)
 
 
-def truths_of_coco(rows: Iterable[Row], samples: Mapping[str, Sample]) -> dict[str, Sample]:
+def truths_of_coco(rows: Sequence[Row], samples: Mapping[str, Sample]) -> dict[str, Sample]:
     """The truth of each prediction by its id, from samples by `file_name`.
 
     Raises:
-        ValueError: Several samples can be a picture's, or the truth is of a picture of another size.
+        ValueError: Several samples can be a picture's, or one several pictures', or it is of a picture of another size.
     """
     names = names_by_file(samples)
     found = {row["id"]: entry_of(Path(row["file"]), names) for row in rows}
-    truths = {row_id: samples[name] for row_id, name in found.items() if name is not None}
-    return _checked(rows, truths)
+    claims = {row_id: name for row_id, name in found.items() if name is not None}
+    _refuse_shared(rows, claims)
+    return _checked(rows, {row_id: samples[name] for row_id, name in claims.items()})
 
 
 def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, Sample]:
     """The truth of each prediction by its id: the sample of the same bytes, else the one that is called as its file.
 
+    A picture that was predicted twice has its truth twice. A name counts only where no prediction has the sample's
+    bytes.
+
     Raises:
-        ValueError: The truth is of a picture of another size.
+        ValueError: Several pictures are called as one sample, or the truth is of a picture of another size.
     """
     by_bytes, by_name = defaultdict[bytes, list[str]](list), defaultdict[str, list[str]](list)
     for row in rows:
@@ -145,8 +149,12 @@ def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, S
     same: dict[str, Sample] = {}
     alike: dict[str, Sample] = {}
     for sample in samples:
-        same |= dict.fromkeys(by_bytes.get(_digest(sample.image), ()), sample)
-        alike |= dict.fromkeys(by_name.get(sample.id, ()), sample)
+        owners = by_bytes.get(_digest(sample.image))
+        if owners:
+            same |= dict.fromkeys(owners, sample)
+        else:
+            alike |= dict.fromkeys(by_name.get(sample.id, ()), sample)
+    _refuse_shared(rows, {row_id: sample.id for row_id, sample in alike.items() if row_id not in same})
     return _checked(rows, alike | same)
 
 
@@ -241,6 +249,21 @@ def _picture(row: Row, truth: Sample | None) -> dict[str, Any]:
         if wanted is None
         else [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted],
     }
+
+
+def _refuse_shared(rows: Iterable[Row], claims: Mapping[str, str]) -> None:
+    """No truth is that of two pictures; `claims` holds the truth's name by the prediction's id."""
+    owners: dict[str, str] = {}
+    for row in rows:
+        name = claims.get(row["id"])
+        if name is None:
+            continue
+        if name in owners:
+            raise ValueError(
+                f"{owners[name]} and {row['file']} can both be {name} of the data set: predict the pictures of one "
+                "folder at a time, or give a truth whose names have their folders"
+            )
+        owners[name] = row["file"]
 
 
 def _checked(rows: Iterable[Row], truths: dict[str, Sample]) -> dict[str, Sample]:

@@ -21,6 +21,8 @@ from recipe.gallery import (
     render,
     threshold_of,
     thumbnail,
+    truths_of_coco,
+    truths_of_mds,
 )
 from recipe.schema import Object, Sample
 from tests.chromium import Page, find_chromium, open_page
@@ -186,6 +188,25 @@ def test_truth_of_a_converted_data_set(gallery: Path) -> None:
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert [len(item["truth"]) if item["truth"] else None for item in data["pictures"]] == [1, 2, None, None]
     assert data["pictures"][1]["image"].startswith("data:")  # of the data set
+
+
+def test_no_truth_is_that_of_two_pictures(tmp_path: Path) -> None:
+    rows = [row("x", [], "val/x.png"), row("x-2", [], "train/x.png")]
+    alone = truths_of_coco(rows, {"train/x.png": sample("train", true(0))})
+    assert {name: truth.id for name, truth in alone.items()} == {"x-2": "train"}
+    both = r"val/x.png and train/x.png can both be x(.png)? of the data set: predict the pictures of one folder at a"
+    with pytest.raises(ValueError, match=both):
+        truths_of_coco(rows, {"x.png": sample("plain", true(0))})
+    with pytest.raises(ValueError, match=both):
+        truths_of_mds(rows, [sample("x", true(0))])
+
+    # The same bytes are the same picture, of which the truth is the same; another of its name is not.
+    files = {"a/x.png": "x", "b/x.png": "x", "c/x.png": "other"}
+    for file, content in files.items():
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_bytes(sample(content).image)
+    rows = [row(file, [], str(tmp_path / file)) for file in files]
+    assert sorted(truths_of_mds(rows, [sample("x", true(0))])) == ["a/x.png", "b/x.png"]
 
 
 @pytest.fixture(scope="module")
