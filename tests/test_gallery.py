@@ -24,6 +24,7 @@ from recipe.gallery import (
     truths_of_coco,
     truths_of_mds,
 )
+from recipe.prediction_files import read_rows
 from recipe.schema import Object, Sample
 from tests.chromium import Page, find_chromium, open_page
 
@@ -172,6 +173,38 @@ def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None
     (gallery / "predictions.json").write_text(json.dumps([{**rows[0], "score_threshold": 0.5}]))
     with pytest.raises(ValueError, match=r"threshold 0.4: the predictions hold only what scored 0.5 or more"):
         main(parse([*arguments, "--overwrite", "--score-threshold", "0.4"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"objects": [{"score": 0.5, "caption": "cat"}]}, r"objects\[0\].box is None, not four numbers"),
+        ({"objects": [found(0, 0.9), {"box": [0, 0, 9], "score": 0.5, "caption": "cat"}]}, r"objects\[1\].box is \["),
+        ({"objects": [{"box": [0, 0, 5, 5], "score": 0.5}]}, r"objects\[0\].caption is None, not a text"),
+        ({"objects": [{**found(0, 0.9), "score": "high"}]}, r"objects\[0\].score is 'high', not a number"),
+        ({"objects": [{**found(0, 0.9), "score": True}]}, r"objects\[0\].score is True, not a number"),
+        ({"answer_objects": [{"caption": "cat"}]}, r"answer_objects\[0\].box is None"),
+        ({"objects": ["cat"]}, r"objects\[0\] is 'cat', not an object"),
+        ({"objects": "cat"}, "objects is 'cat', not a list"),
+        ({"score_threshold": "0.3"}, "score_threshold is '0.3', not a number"),
+        ({"width": None}, "width is None, not a number"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps([row("good", [found(0, 0.9)]), {**row("bad", []), **changes}]))
+    with pytest.raises(ValueError, match=rf"predictions.json: picture 'bad': {problem}.*: predict anew"):
+        read_rows(path)
+
+
+def test_rows_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.json"
+    path.write_text(json.dumps([row("a", []), row("a", [])]))
+    with pytest.raises(ValueError, match="several pictures are called 'a'"):
+        read_rows(path)
+    path.write_text("[" + json.dumps(row("a", [], score_threshold=0.5)).replace("0.5", "1e999") + "]")
+    with pytest.raises(ValueError, match="score_threshold is inf"):
+        read_rows(path)
 
 
 def test_truth_of_a_converted_data_set(gallery: Path) -> None:
