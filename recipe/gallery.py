@@ -77,19 +77,49 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: A file cannot be read, belongs to other pictures, or would be overwritten.
     """
-    if args.out.exists() and not args.overwrite:
-        raise ValueError(f"{args.out} exists: give another --out, or --overwrite")
-    rows = read_rows(args.predictions)
+    check_out(args.out, args.overwrite)
+    folder = args.predictions.parent
+    rows = [{**row, "file": found_file(row["file"], folder)} for row in read_rows(args.predictions)]
     threshold = threshold_of(rows, args.score_threshold)
     if args.data is not None:
         truths = truths_of_mds(rows, read_mds(args.data, args.split))
     else:
         truths = {} if args.truth is None else truths_of_coco(rows, read_coco(args.truth))
     page = page_data(rows, truths, threshold, args.max_pictures, args.picture_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(render(page), encoding="utf-8")
+    part_of(args.out).write_text(render(page), encoding="utf-8")
+    part_of(args.out).replace(args.out)
     print(f"{len(page['pictures'])} of {len(rows)} pictures: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
-    return report(rows, truths, page, args.truth or args.data)
+    return report(rows, truths, page, args.truth or args.data, folder)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Makes the page's folder and tries to write there, before any work.
+
+    Raises:
+        ValueError: The page would overwrite something, or cannot be written.
+    """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: give a file as --out, such as {out / 'gallery.html'}")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: give another --out, or --overwrite")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part_of(out).touch()
+        part_of(out).unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {out} ({error}): give another --out") from error
+
+
+def part_of(out: Path) -> Path:
+    """The file beside the page that becomes it, so that a page that is there is a whole one."""
+    return out.with_name(f".{out.name}.part")
+
+
+def found_file(file: str, folder: Path) -> str:
+    """Where a picture lies: as predict.py was told, else from the folder of the predictions; `file` where it is not."""
+    if not Path(file).exists() and (folder / file).exists():
+        return str(folder / file)
+    return file
 
 
 def threshold_of(rows: Sequence[Row], wanted: float | None) -> float:
@@ -109,11 +139,15 @@ def threshold_of(rows: Sequence[Row], wanted: float | None) -> float:
     return rounded_score(wanted)
 
 
-def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: Path | None) -> int:
+def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: Path | None, folder: Path) -> int:
     """Tells what is missing from the page; how much that is."""
     without_truth = [row["file"] for row in rows if truth is not None and row["id"] not in truths]
     without_picture = [item["file"] for item in page["pictures"] if not item["image"] and item["error"] is None]
-    for files, what in ((without_truth, f"not in {truth}"), (without_picture, "the picture cannot be read")):
+    unread = (
+        f"the picture cannot be read, neither from {Path.cwd()}, where this command runs, nor from {folder.resolve()}: "
+        "run it in the folder where predict.py ran"
+    )
+    for files, what in ((without_truth, f"not in {truth}"), (without_picture, unread)):
         if files:
             print(f"{len(files)} pictures: {what}: {', '.join(files[:5])}", file=sys.stderr)
     return len(without_truth) + len(without_picture)

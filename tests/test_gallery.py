@@ -175,6 +175,50 @@ def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(parse([*arguments, "--overwrite", "--score-threshold", "0.4"]))
 
 
+def test_a_page_that_cannot_be_written_is_told_before_the_work(gallery: Path) -> None:
+    (gallery / "file").touch()
+    (gallery / "predictions.json").unlink()  # nothing is read before
+    for out, problem in (
+        (gallery, r"is a folder: give a file as --out, such as .*gallery.html"),
+        (gallery / "file" / "page.html", r"cannot write .*page.html \(.*\): give another --out"),
+        (Path("/proc/page.html"), "cannot write /proc/page.html"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            main(parse(options(gallery, "--out", str(out), "--overwrite")))
+
+
+def test_a_page_appears_whole(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing fails, the former page is still there."""
+    (gallery / "page.html").write_text("former")
+    monkeypatch.setattr("recipe.gallery.render", lambda page: "cut short \ud800")  # not to be written as UTF-8
+    with pytest.raises(UnicodeEncodeError):
+        main(parse(options(gallery, "--overwrite")))
+    assert (gallery / "page.html").read_text() == "former"
+    monkeypatch.undo()
+    main(parse(options(gallery, "--overwrite")))
+    assert (gallery / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert not list(gallery.glob(".*"))
+
+
+def test_pictures_beside_the_predictions(
+    gallery: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Found from where the command runs, else from the folder of the predictions; else it is told where was looked."""
+    rows = [row(name, [], f"{name}.png") for name in ("good", "gone")]
+    (gallery / "predictions.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(elsewhere := tmp_path_factory.mktemp("elsewhere"))
+    assert main(parse(options(gallery))) == 1
+    page = (gallery / "page.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [bool(item["image"]) for item in data["pictures"]] == [True, False]
+    printed = capsys.readouterr().err
+    assert "1 pictures" in printed and f"neither from {elsewhere}" in printed and f"nor from {gallery}" in printed
+    assert "run it in the folder where predict.py ran: gone.png" in printed
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
