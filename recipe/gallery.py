@@ -286,18 +286,15 @@ def _picture(row: Row, truth: Sample | None) -> dict[str, Any]:
 
 
 def _refuse_shared(rows: Iterable[Row], claims: Mapping[str, str]) -> None:
-    """No truth is that of two pictures; `claims` holds the truth's name by the prediction's id."""
-    owners: dict[str, str] = {}
+    """No truth is that of two files; `claims` holds the truth's name by the prediction's id."""
+    files: dict[str, str] = {}
     for row in rows:
         name = claims.get(row["id"])
-        if name is None:
-            continue
-        if name in owners:
+        if name is not None and files.setdefault(name, row["file"]) != row["file"]:
             raise ValueError(
-                f"{owners[name]} and {row['file']} can both be {name} of the data set: predict the pictures of one "
+                f"{files[name]} and {row['file']} can both be {name} of the data set: predict the pictures of one "
                 "folder at a time, or give a truth whose names have their folders"
             )
-        owners[name] = row["file"]
 
 
 def _checked(rows: Iterable[Row], truths: dict[str, Sample]) -> dict[str, Sample]:

@@ -277,6 +277,9 @@ def test_no_truth_is_that_of_two_pictures(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=both):
         truths_of_mds(rows, [sample("x", true(0))])
 
+    twice = [row("x", [], "x.png"), row("x-2", [], "x.png")]
+    assert len(truths_of_coco(twice, {"x.png": sample("plain", true(0))})) == 2
+
     # The same bytes are the same picture, of which the truth is the same; another of its name is not.
     files = {"a/x.png": "x", "b/x.png": "x", "c/x.png": "other"}
     for file, content in files.items():
