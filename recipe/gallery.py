@@ -23,7 +23,7 @@ from torchvision.ops import box_iou
 
 from recipe.annotated import read_coco, read_mds
 from recipe.logging_setup import setup_logging
-from recipe.metrics.samples import boxes_of, inside_crowd, match_by_score
+from recipe.metrics.samples import boxes_of, inside_crowd, match_by_score, normalized_caption
 from recipe.picture_files import entry_of, names_by_file
 from recipe.pictures import open_image
 from recipe.prediction_files import least_score, read_rows, rounded_score
@@ -32,6 +32,7 @@ from recipe.schema import Object, Sample
 TEMPLATE = Path(__file__).with_name("gallery.html")
 IOU = 0.5  # from which on a prediction is at the right place
 SCORE_THRESHOLD = 0.3  # where none is given
+SOURCES = {"head": "objects", "text": "answer_objects"}  # of boxes, as the page and as an entry call them
 FALSE, IGNORED = -1, -2  # instead of a truth's position
 JPEG_QUALITY = 82
 
@@ -195,10 +196,19 @@ def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, S
 def page_data(
     rows: Sequence[Row], truths: Mapping[str, Sample], score_threshold: float, max_pictures: int, picture_size: int
 ) -> dict[str, Any]:
-    """All that the page shows, of the `max_pictures` pictures with the most errors at the threshold."""
+    """All that the page shows, of the `max_pictures` pictures with the most errors at the threshold.
+
+    Of the others it holds what the totals need. Among pictures with as many errors, those with more other words are
+    kept.
+    """
     pictures = [_picture(row, truths.get(row["id"])) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: -num_errors(pictures[index], score_threshold))
-    kept = sorted(order[:max_pictures])
+    source = next((name for name, key in SOURCES.items() if any(row[key] is not None for row in rows)), "head")
+
+    def worst_first(index: int) -> list[float]:
+        return [-num_errors(pictures[index], source, score_threshold, words_count) for words_count in (False, True)]
+
+    order = sorted(range(len(rows)), key=worst_first)
+    kept, left_out = sorted(order[:max_pictures]), sorted(order[max_pictures:])
     for index in kept:
         truth = truths.get(rows[index]["id"])
         data = _read(rows[index]["file"]) or (b"" if truth is None else truth.image)
@@ -207,8 +217,8 @@ def page_data(
         "threshold": score_threshold,
         "least": least_score(rows),
         "iou": IOU,
-        "left_out": len(rows) - len(kept),
         "pictures": [pictures[index] for index in kept],
+        "left_out": [_counted(pictures[index]) for index in left_out],
     }
 
 
@@ -231,19 +241,25 @@ def matches_of(objects: Sequence[Row], truth: Sequence[Object]) -> list[int]:
     return matches
 
 
-def num_errors(picture: Row, score_threshold: float) -> float:
-    """Missed and false boxes of the head, or of the text answer where the head was not asked; as the page counts them.
+def num_errors(picture: Row, source: str, score_threshold: float, words_count: bool = False) -> float:
+    """Missed and false boxes of one of `SOURCES`, as the page counts them.
 
     -1 where the truth is not known, infinite where the picture could not be used.
+
+    Args:
+        picture: Of `page_data`.
+        source: Whose boxes.
+        score_threshold: From which on they are shown; those of the text answer have no score, and always are.
+        words_count: A box at the right place in other words is an error too.
     """
     if picture["error"] is not None:
         return float("inf")
-    if picture["truth"] is None:
+    if picture["num_wanted"] is None:
         return -1
-    objects = picture["head"] if picture["head"] is not None else picture["text"] or ()
-    shown = [item["match"] for item in objects if item.get("score", 1.0) >= score_threshold]
-    num_wanted = sum(not item["iscrowd"] for item in picture["truth"])
-    return shown.count(FALSE) + num_wanted - sum(match >= 0 for match in shown)
+    shown = [item for item in picture[source] or () if item.get("score", 1.0) >= score_threshold]
+    num_false = sum(item["match"] == FALSE for item in shown)
+    num_missed = picture["num_wanted"] - sum(item["match"] >= 0 for item in shown)
+    return num_false + num_missed + (sum(item["other_words"] for item in shown) if words_count else 0)
 
 
 def thumbnail(data: bytes, size: int) -> str | None:
@@ -266,23 +282,37 @@ def render(page: Mapping[str, Any]) -> str:
 
 def _picture(row: Row, truth: Sample | None) -> dict[str, Any]:
     wanted = None if truth is None else truth.objects
-
-    def matched(objects: Sequence[Row] | None) -> list[dict[str, Any]] | None:
-        if objects is None:
-            return None
-        objects = sorted(objects, key=lambda item: -item.get("score", 1.0))
-        matches = [IGNORED] * len(objects) if wanted is None else matches_of(objects, wanted)
-        return [{**item, "match": match} for item, match in zip(objects, matches, strict=True)]
-
     return {
         **{key: row[key] for key in ("id", "file", "width", "height", "answer", "error")},
         "image": None,
-        "head": matched(row["objects"]),
-        "text": matched(row["answer_objects"]),
+        **{source: None if row[key] is None else _matched(row[key], wanted) for source, key in SOURCES.items()},
         "truth": None
         if wanted is None
         else [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted],
+        "num_wanted": None if wanted is None else sum(not item.iscrowd for item in wanted),
     }
+
+
+def _matched(objects: Iterable[Row], wanted: Sequence[Object] | None) -> list[dict[str, Any]]:
+    """Objects by falling score, with the truth that each finds, and whether that is called otherwise."""
+    objects = sorted(objects, key=lambda item: -item.get("score", 1.0))
+    if wanted is None:
+        return [{**item, "match": IGNORED, "other_words": False} for item in objects]
+    captions = [normalized_caption(item.caption) for item in wanted]
+    return [
+        {**item, "match": match, "other_words": match >= 0 and normalized_caption(item["caption"]) != captions[match]}
+        for item, match in zip(objects, matches_of(objects, wanted), strict=True)
+    ]
+
+
+def _counted(picture: Row) -> dict[str, Any]:
+    """What of a picture `num_errors` and the totals of the page need: no image, no boxes, no words."""
+    counted: dict[str, Any] = {key: picture[key] for key in ("error", "num_wanted", *SOURCES)}
+    for source in SOURCES:
+        if counted[source] is not None:
+            keys = ("match", "other_words", "score") if source == "head" else ("match", "other_words")
+            counted[source] = [{key: item[key] for key in keys} for item in counted[source]]
+    return counted
 
 
 def _refuse_shared(rows: Iterable[Row], claims: Mapping[str, str]) -> None:
