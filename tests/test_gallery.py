@@ -311,6 +311,11 @@ def test_no_truth_is_that_of_two_pictures(tmp_path: Path) -> None:
     rows = [row(file, [], str(tmp_path / file)) for file in files]
     assert sorted(truths_of_mds(rows, [sample("x", true(0))])) == ["a/x.png", "b/x.png"]
 
+    # One that its bytes tell claims no name.
+    by_bytes, by_name = Sample("1", sample("x").image, 100, 50, ()), Sample("x", sample("third").image, 100, 50, ())
+    truths = truths_of_mds(rows, [by_name, by_bytes])
+    assert {name: truth.id for name, truth in truths.items()} == {"a/x.png": "1", "b/x.png": "1", "c/x.png": "x"}
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Page]:
@@ -330,6 +335,16 @@ STATE = """({
     .map((box) => [box.title, KINDS.filter((kind) => box.classList.contains(kind)).join()])
     .map((pair) => pair.join(': ')),
 })"""
+
+
+def place_of(browser: Page, element: str) -> tuple[float, float]:
+    """Where the mouse hits an element, once that is in the window and laid out, which takes until the next frame."""
+    browser.evaluate(
+        f"({element}.scrollIntoView({{block: 'center'}}),"
+        "new Promise((done) => requestAnimationFrame(() => setTimeout(done))))"
+    )
+    left, top = browser.evaluate(f"(({{left, top}}) => [left, top])({element}.getBoundingClientRect())")
+    return left + 5, top + 5
 
 
 def set_control(browser: Page, field: str, value: str, *, let_go: bool = True) -> None:
@@ -495,11 +510,24 @@ def test_labels_lie_above_the_boxes_beside(gallery: Path, browser: Page) -> None
     truths = {"a": sample("a")}
     (gallery / "page.html").write_text(render(page_data(rows, truths, 0.3, 1, 64)), encoding="utf-8")
     browser.open(gallery / "page.html")
-    x, y = browser.evaluate(
-        "(() => { const label = document.querySelector('.box > .label'); label.style.pointerEvents = 'auto';"
-        "const place = label.getBoundingClientRect(); return [place.left + 4, place.top + 4]; })()"
-    )
+    label = "document.querySelector('.box > .label')"
+    browser.evaluate(f"{label}.style.pointerEvents = 'auto'")
+    x, y = place_of(browser, label)
     assert browser.evaluate(f"document.elementFromPoint({x}, {y}).textContent") == "cat 0.90"
+
+
+def test_labels_that_would_hide_the_picture_wait_for_the_mouse(gallery: Path, browser: Page) -> None:
+    rows = [row("a", [found(5 * place, 0.9 - 0.02 * place) for place in range(16)])]
+    page = page_data(rows, {"a": sample("a")}, 0.3, 1, 64)
+    (gallery / "page.html").write_text(render(page), encoding="utf-8")
+    browser.open(gallery / "page.html")
+    labels = "[...document.querySelectorAll('.label')].filter((label) => label.checkVisibility()).length"
+    assert browser.evaluate(labels) == 0
+    set_control(browser, "threshold", "0.65", let_go=False)
+    assert browser.evaluate(labels) == 13
+    set_control(browser, "threshold", "0.3")
+    set_control(browser, "all-labels", "true")
+    assert browser.evaluate(labels) == 16
 
 
 def test_keys_and_touch_light_boxes_up(gallery: Path, browser: Page) -> None:
@@ -518,10 +546,7 @@ def test_keys_and_touch_light_boxes_up(gallery: Path, browser: Page) -> None:
     assert lit() == pair
     browser.evaluate("document.activeElement.blur()")
     assert lit() == []
-    x, y = browser.evaluate(
-        "(() => { const box = document.querySelector('.box.words'); box.scrollIntoView({block: 'center'});"
-        "const place = box.getBoundingClientRect(); return [place.left + 5, place.top + 5]; })()"
-    )
+    x, y = place_of(browser, "document.querySelector('.box.words')")
     browser.mouse("mousePressed", x, y)
     browser.mouse("mouseReleased", x, y)
     browser.mouse("mouseMoved", 1, 1)
@@ -570,12 +595,7 @@ def test_page_is_harmless_and_shows_what_it_says(gallery: Path, browser: Page, t
     assert place == pytest.approx([0.45, 0, 0.55, 0.2], abs=0.01)
 
     # The mouse over a line of the list lights up its box.
-    x, y = browser.evaluate(
-        "(async () => { const lines = [...document.querySelectorAll('li.right')];"
-        "const line = lines.find((one) => one.checkVisibility()); line.scrollIntoView({block: 'center'});"
-        "await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));"  # what came into view is laid out
-        "const place = line.getBoundingClientRect(); return [place.left + 5, place.top + 5]; })()"
-    )
+    x, y = place_of(browser, "[...document.querySelectorAll('li.right')].find((line) => line.checkVisibility())")
     assert browser.evaluate("document.querySelectorAll('.box.lit').length") == 0
     browser.mouse("mouseMoved", x, y)
     assert browser.evaluate("document.querySelectorAll('.box.lit').length") == 1
