@@ -3,7 +3,9 @@
 The truth is a COCO instances file (`--truth instances.json`) or a converted data set (`--data FOLDER --split val`). The
 page is one file that any browser opens, also from disk: small pictures are in it, nothing is loaded from elsewhere.
 Pictures with the most missed and false boxes come first, at the threshold that its slider is set to. It goes down to
-the threshold that the pictures were predicted with: what scored less is not in the file.
+the threshold that the pictures were predicted with: what scored less is not in the file. Boxes at the right place in
+other words are marked, and are errors where one sets "words count". The totals are of all pictures, also of those that
+`--max-pictures` leaves out.
 """
 
 import argparse
@@ -148,7 +150,10 @@ def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: 
         f"the picture cannot be read, neither from {Path.cwd()}, where this command runs, nor from {folder.resolve()}: "
         "run it in the folder where predict.py ran"
     )
-    for files, what in ((without_truth, f"not in {truth}"), (without_picture, unread)):
+    for files, what in (
+        (without_truth, f"not in {truth} (folders count where its names have them)"),
+        (without_picture, unread),
+    ):
         if files:
             print(f"{len(files)} pictures: {what}: {', '.join(files[:5])}", file=sys.stderr)
     return len(without_truth) + len(without_picture)

@@ -183,7 +183,12 @@ def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None
     arguments = options(gallery, "--truth", str(gallery / "instances.json"))
     assert main(parse(arguments)) == 1
     printed = capsys.readouterr()
-    assert "4 of 4 pictures" in printed.out and "1 pictures: not in" in printed.err and "broken.png" in printed.err
+    assert (
+        "4 of 4 pictures" in printed.out
+        and "1 pictures: not in" in printed.err
+        and "folders count" in printed.err
+        and "broken.png" in printed.err
+    )
     with pytest.raises(ValueError, match="exists: give another --out, or --overwrite"):
         main(parse(arguments))
     rows = json.loads((gallery / "predictions.json").read_text())
