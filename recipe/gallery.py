@@ -3,7 +3,9 @@
 The truth is a COCO instances file (`--truth instances.json`) or a converted data set (`--data FOLDER --split val`). The
 page is one file that any browser opens, also from disk: small pictures are in it, nothing is loaded from elsewhere.
 Pictures with the most missed and false boxes come first, at the threshold that its slider is set to. It goes down to
-the threshold that the pictures were predicted with: what scored less is not in the file.
+the threshold that the pictures were predicted with: what scored less is not in the file. Boxes at the right place in
+other words are marked, and are errors where one sets "words count". The totals are of all pictures, also of those that
+`--max-pictures` leaves out.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from torchvision.ops import box_iou
 
 from recipe.annotated import read_coco, read_mds
 from recipe.logging_setup import setup_logging
-from recipe.metrics.samples import boxes_of, inside_crowd, match_by_score
+from recipe.metrics.samples import boxes_of, inside_crowd, match_by_score, normalized_caption
 from recipe.picture_files import entry_of, names_by_file
 from recipe.pictures import open_image
 from recipe.prediction_files import least_score, read_rows, rounded_score
@@ -32,6 +34,7 @@ from recipe.schema import Object, Sample
 TEMPLATE = Path(__file__).with_name("gallery.html")
 IOU = 0.5  # from which on a prediction is at the right place
 SCORE_THRESHOLD = 0.3  # where none is given
+SOURCES = {"head": "objects", "text": "answer_objects"}  # of boxes, as the page and as an entry call them
 FALSE, IGNORED = -1, -2  # instead of a truth's position
 JPEG_QUALITY = 82
 
@@ -77,19 +80,49 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: A file cannot be read, belongs to other pictures, or would be overwritten.
     """
-    if args.out.exists() and not args.overwrite:
-        raise ValueError(f"{args.out} exists: give another --out, or --overwrite")
-    rows = read_rows(args.predictions)
+    check_out(args.out, args.overwrite)
+    folder = args.predictions.parent
+    rows = [{**row, "file": found_file(row["file"], folder)} for row in read_rows(args.predictions)]
     threshold = threshold_of(rows, args.score_threshold)
     if args.data is not None:
         truths = truths_of_mds(rows, read_mds(args.data, args.split))
     else:
         truths = {} if args.truth is None else truths_of_coco(rows, read_coco(args.truth))
     page = page_data(rows, truths, threshold, args.max_pictures, args.picture_size)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(render(page), encoding="utf-8")
+    part_of(args.out).write_text(render(page), encoding="utf-8")
+    part_of(args.out).replace(args.out)
     print(f"{len(page['pictures'])} of {len(rows)} pictures: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
-    return report(rows, truths, page, args.truth or args.data)
+    return report(rows, truths, page, args.truth or args.data, folder)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Makes the page's folder and tries to write there, before any work.
+
+    Raises:
+        ValueError: The page would overwrite something, or cannot be written.
+    """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: give a file as --out, such as {out / 'gallery.html'}")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: give another --out, or --overwrite")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part_of(out).touch()
+        part_of(out).unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write {out} ({error}): give another --out") from error
+
+
+def part_of(out: Path) -> Path:
+    """The file beside the page that becomes it, so that a page that is there is a whole one."""
+    return out.with_name(f".{out.name}.part")
+
+
+def found_file(file: str, folder: Path) -> str:
+    """Where a picture lies: as predict.py was told, else from the folder of the predictions; `file` where it is not."""
+    if not Path(file).exists() and (folder / file).exists():
+        return str(folder / file)
+    return file
 
 
 def threshold_of(rows: Sequence[Row], wanted: float | None) -> float:
@@ -109,33 +142,44 @@ def threshold_of(rows: Sequence[Row], wanted: float | None) -> float:
     return rounded_score(wanted)
 
 
-def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: Path | None) -> int:
+def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: Path | None, folder: Path) -> int:
     """Tells what is missing from the page; how much that is."""
     without_truth = [row["file"] for row in rows if truth is not None and row["id"] not in truths]
     without_picture = [item["file"] for item in page["pictures"] if not item["image"] and item["error"] is None]
-    for files, what in ((without_truth, f"not in {truth}"), (without_picture, "the picture cannot be read")):
+    unread = (
+        f"the picture cannot be read, neither from {Path.cwd()}, where this command runs, nor from {folder.resolve()}: "
+        "run it in the folder where predict.py ran"
+    )
+    for files, what in (
+        (without_truth, f"not in {truth} (folders count where its names have them)"),
+        (without_picture, unread),
+    ):
         if files:
             print(f"{len(files)} pictures: {what}: {', '.join(files[:5])}", file=sys.stderr)
     return len(without_truth) + len(without_picture)
 
 
-def truths_of_coco(rows: Iterable[Row], samples: Mapping[str, Sample]) -> dict[str, Sample]:
+def truths_of_coco(rows: Sequence[Row], samples: Mapping[str, Sample]) -> dict[str, Sample]:
     """The truth of each prediction by its id, from samples by `file_name`.
 
     Raises:
-        ValueError: Several samples can be a picture's, or the truth is of a picture of another size.
+        ValueError: Several samples can be a picture's, or one several pictures', or it is of a picture of another size.
     """
     names = names_by_file(samples)
     found = {row["id"]: entry_of(Path(row["file"]), names) for row in rows}
-    truths = {row_id: samples[name] for row_id, name in found.items() if name is not None}
-    return _checked(rows, truths)
+    claims = {row_id: name for row_id, name in found.items() if name is not None}
+    _refuse_shared(rows, claims)
+    return _checked(rows, {row_id: samples[name] for row_id, name in claims.items()})
 
 
 def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, Sample]:
     """The truth of each prediction by its id: the sample of the same bytes, else the one that is called as its file.
 
+    A picture that was predicted twice has its truth twice. A name counts only where no prediction has the sample's
+    bytes.
+
     Raises:
-        ValueError: The truth is of a picture of another size.
+        ValueError: Several pictures are called as one sample, or the truth is of a picture of another size.
     """
     by_bytes, by_name = defaultdict[bytes, list[str]](list), defaultdict[str, list[str]](list)
     for row in rows:
@@ -145,18 +189,31 @@ def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, S
     same: dict[str, Sample] = {}
     alike: dict[str, Sample] = {}
     for sample in samples:
-        same |= dict.fromkeys(by_bytes.get(_digest(sample.image), ()), sample)
-        alike |= dict.fromkeys(by_name.get(sample.id, ()), sample)
+        owners = by_bytes.get(_digest(sample.image))
+        if owners:
+            same |= dict.fromkeys(owners, sample)
+        else:
+            alike |= dict.fromkeys(by_name.get(sample.id, ()), sample)
+    _refuse_shared(rows, {row_id: sample.id for row_id, sample in alike.items() if row_id not in same})
     return _checked(rows, alike | same)
 
 
 def page_data(
     rows: Sequence[Row], truths: Mapping[str, Sample], score_threshold: float, max_pictures: int, picture_size: int
 ) -> dict[str, Any]:
-    """All that the page shows, of the `max_pictures` pictures with the most errors at the threshold."""
+    """All that the page shows, of the `max_pictures` pictures with the most errors at the threshold.
+
+    Of the others it holds what the totals need. Among pictures with as many errors, those with more other words are
+    kept.
+    """
     pictures = [_picture(row, truths.get(row["id"])) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: -num_errors(pictures[index], score_threshold))
-    kept = sorted(order[:max_pictures])
+    source = next((name for name, key in SOURCES.items() if any(row[key] is not None for row in rows)), "head")
+
+    def worst_first(index: int) -> list[float]:
+        return [-num_errors(pictures[index], source, score_threshold, words_count) for words_count in (False, True)]
+
+    order = sorted(range(len(rows)), key=worst_first)
+    kept, left_out = sorted(order[:max_pictures]), sorted(order[max_pictures:])
     for index in kept:
         truth = truths.get(rows[index]["id"])
         data = _read(rows[index]["file"]) or (b"" if truth is None else truth.image)
@@ -165,8 +222,8 @@ def page_data(
         "threshold": score_threshold,
         "least": least_score(rows),
         "iou": IOU,
-        "left_out": len(rows) - len(kept),
         "pictures": [pictures[index] for index in kept],
+        "left_out": [_counted(pictures[index]) for index in left_out],
     }
 
 
@@ -189,19 +246,25 @@ def matches_of(objects: Sequence[Row], truth: Sequence[Object]) -> list[int]:
     return matches
 
 
-def num_errors(picture: Row, score_threshold: float) -> float:
-    """Missed and false boxes of the head, or of the text answer where the head was not asked; as the page counts them.
+def num_errors(picture: Row, source: str, score_threshold: float, words_count: bool = False) -> float:
+    """Missed and false boxes of one of `SOURCES`, as the page counts them.
 
     -1 where the truth is not known, infinite where the picture could not be used.
+
+    Args:
+        picture: Of `page_data`.
+        source: Whose boxes.
+        score_threshold: From which on they are shown; those of the text answer have no score, and always are.
+        words_count: A box at the right place in other words is an error too.
     """
     if picture["error"] is not None:
         return float("inf")
-    if picture["truth"] is None:
+    if picture["num_wanted"] is None:
         return -1
-    objects = picture["head"] if picture["head"] is not None else picture["text"] or ()
-    shown = [item["match"] for item in objects if item.get("score", 1.0) >= score_threshold]
-    num_wanted = sum(not item["iscrowd"] for item in picture["truth"])
-    return shown.count(FALSE) + num_wanted - sum(match >= 0 for match in shown)
+    shown = [item for item in picture[source] or () if item.get("score", 1.0) >= score_threshold]
+    num_false = sum(item["match"] == FALSE for item in shown)
+    num_missed = picture["num_wanted"] - sum(item["match"] >= 0 for item in shown)
+    return num_false + num_missed + (sum(item["other_words"] for item in shown) if words_count else 0)
 
 
 def thumbnail(data: bytes, size: int) -> str | None:
@@ -224,23 +287,49 @@ def render(page: Mapping[str, Any]) -> str:
 
 def _picture(row: Row, truth: Sample | None) -> dict[str, Any]:
     wanted = None if truth is None else truth.objects
-
-    def matched(objects: Sequence[Row] | None) -> list[dict[str, Any]] | None:
-        if objects is None:
-            return None
-        objects = sorted(objects, key=lambda item: -item.get("score", 1.0))
-        matches = [IGNORED] * len(objects) if wanted is None else matches_of(objects, wanted)
-        return [{**item, "match": match} for item, match in zip(objects, matches, strict=True)]
-
     return {
         **{key: row[key] for key in ("id", "file", "width", "height", "answer", "error")},
         "image": None,
-        "head": matched(row["objects"]),
-        "text": matched(row["answer_objects"]),
+        **{source: None if row[key] is None else _matched(row[key], wanted) for source, key in SOURCES.items()},
         "truth": None
         if wanted is None
         else [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted],
+        "num_wanted": None if wanted is None else sum(not item.iscrowd for item in wanted),
     }
+
+
+def _matched(objects: Iterable[Row], wanted: Sequence[Object] | None) -> list[dict[str, Any]]:
+    """Objects by falling score, with the truth that each finds, and whether that is called otherwise."""
+    objects = sorted(objects, key=lambda item: -item.get("score", 1.0))
+    if wanted is None:
+        return [{**item, "match": IGNORED, "other_words": False} for item in objects]
+    captions = [normalized_caption(item.caption) for item in wanted]
+    return [
+        {**item, "match": match, "other_words": match >= 0 and normalized_caption(item["caption"]) != captions[match]}
+        for item, match in zip(objects, matches_of(objects, wanted), strict=True)
+    ]
+
+
+def _counted(picture: Row) -> dict[str, Any]:
+    """What of a picture `num_errors` and the totals of the page need: no image, no boxes, no words."""
+    counted: dict[str, Any] = {key: picture[key] for key in ("error", "num_wanted", *SOURCES)}
+    for source in SOURCES:
+        if counted[source] is not None:
+            keys = ("match", "other_words", "score") if source == "head" else ("match", "other_words")
+            counted[source] = [{key: item[key] for key in keys} for item in counted[source]]
+    return counted
+
+
+def _refuse_shared(rows: Iterable[Row], claims: Mapping[str, str]) -> None:
+    """No truth is that of two files; `claims` holds the truth's name by the prediction's id."""
+    files: dict[str, str] = {}
+    for row in rows:
+        name = claims.get(row["id"])
+        if name is not None and files.setdefault(name, row["file"]) != row["file"]:
+            raise ValueError(
+                f"{files[name]} and {row['file']} can both be {name} of the data set: predict the pictures of one "
+                "folder at a time, or give a truth whose names have their folders"
+            )
 
 
 def _checked(rows: Iterable[Row], truths: dict[str, Sample]) -> dict[str, Sample]:

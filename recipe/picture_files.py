@@ -95,13 +95,18 @@ def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
 def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
     """The one of `names`, from `names_by_file`, that is the file; None where none is.
 
+    The folders that a name has are the last ones of the path, as it is given or with its links followed: `train/x.png`
+    is no name of `val/x.png`.
+
     Raises:
         ValueError: Several are.
     """
-    alike = list(names.get(path.name, ()))
-    if len(alike) > 1:
-        parts = path.resolve().parts
-        alike = [name for name in alike if parts[-len(Path(name).parts) :] == Path(name).parts]
+    places = (path.absolute().parts, path.resolve().parts)
+    alike = []
+    for name in names.get(path.name, ()):
+        parts = Path(name).parts
+        if any(place[-len(parts) :] == parts for place in places):
+            alike.append(name)
     if len(alike) > 1:
         raise ValueError(f"{path} can be any of {alike[:3]} of the data set: give files of different names")
     return alike[0] if alike else None

@@ -14,7 +14,8 @@ that could not be used everything but `error`, its name and its number is null.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads a `predictions.json`.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is none, or an entry of it cannot be used.
     """
     try:
         rows = json.loads(path.read_bytes(), parse_constant=_refuse_number)
@@ -121,7 +122,50 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _KEYS for row in rows):
         raise ValueError(f"{path} is not a {PREDICTIONS_FILE} of recipe/predict.py: a list of {sorted(_KEYS)}")
+    ids = set[str]()
+    for row in rows:
+        for name, value, kind in _fields(row):
+            if not _IS[kind](value):
+                raise ValueError(f"{path}: picture {row['id']!r}: {name} is {value!r}, not {kind}: predict anew")
+        if row["id"] in ids:
+            raise ValueError(f"{path}: several pictures are called {row['id']!r}: predict them in one run")
+        ids.add(row["id"])
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_IS: dict[str, Callable[[Any], bool]] = {
+    "a text": lambda value: isinstance(value, str),
+    "a number": _is_number,
+    "four numbers": lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)),
+    "a list": lambda value: isinstance(value, list),
+    "an object": lambda value: isinstance(value, dict),
+}
+
+
+def _fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """The fields of an entry that are not null where they may be: name, value, and what of `_IS` that must be."""
+    yield "id", row["id"], "a text"
+    yield "file", row["file"], "a text"
+    if row["error"] is None:
+        yield "width", row["width"], "a number"
+        yield "height", row["height"], "a number"
+    if row.get("score_threshold") is not None:
+        yield "score_threshold", row["score_threshold"], "a number"
+    for name in ("objects", "answer_objects"):
+        if row[name] is None:
+            continue
+        yield name, row[name], "a list"
+        for index, item in enumerate(row[name]):
+            where = f"{name}[{index}]"
+            yield where, item, "an object"
+            yield f"{where}.box", item.get("box"), "four numbers"
+            yield f"{where}.caption", item.get("caption"), "a text"
+            if name == "objects":
+                yield f"{where}.score", item.get("score"), "a number"
 
 
 def _refuse_number(name: str) -> None:

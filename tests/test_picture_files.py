@@ -62,8 +62,18 @@ def test_an_entry_of_several_files_of_one_name():
     assert entry_of(Path("data/val/x.png"), names) == "val/x.png"
     assert entry_of(Path("elsewhere/y.png"), names) == "y.png"
     assert entry_of(Path("z.png"), names) is None
+    assert entry_of(Path("val/x.png"), names_by_file(["train/x.png"])) is None
     with pytest.raises(ValueError, match="can be any of"):
         entry_of(Path("elsewhere/x.png"), names_by_file(["x.png", "elsewhere/x.png"]))
+
+
+def test_an_entry_of_a_folder_that_is_a_link(tmp_path: Path):
+    """Both its names are the folder's."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "today").symlink_to("train")
+    for name in ("train/x.png", "today/x.png"):
+        assert entry_of(tmp_path / "today" / "x.png", names_by_file([name])) == name
+    assert entry_of(tmp_path / "train" / "x.png", names_by_file(["today/x.png"])) is None
 
 
 def test_names_are_kept_apart(tmp_path: Path):
