@@ -1,6 +1,7 @@
 """`recipe.gallery`: the page's data worked by hand, and the page itself in a real browser."""
 
 import json
+import os
 from collections.abc import Iterator
 from io import BytesIO
 from itertools import product
@@ -26,7 +27,7 @@ from recipe.gallery import (
     truths_of_coco,
     truths_of_mds,
 )
-from recipe.prediction_files import read_rows
+from recipe.prediction_files import read_rows, write_rows
 from recipe.schema import Object, Sample
 from tests.chromium import Page, find_chromium, open_page
 
@@ -218,14 +219,27 @@ def test_a_page_that_cannot_be_written_is_told_before_the_work(gallery: Path) ->
 def test_a_page_appears_whole(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where writing fails, the former page is still there."""
     (gallery / "page.html").write_text("former")
-    monkeypatch.setattr("recipe.gallery.render", lambda page: "cut short \ud800")  # not to be written as UTF-8
-    with pytest.raises(UnicodeEncodeError):
+
+    def full(path: Path, text: str, **_: str) -> None:
+        path.write_bytes(text[:100].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
         main(parse(options(gallery, "--overwrite")))
     assert (gallery / "page.html").read_text() == "former"
     monkeypatch.undo()
     main(parse(options(gallery, "--overwrite")))
     assert (gallery / "page.html").read_text().startswith("<!DOCTYPE html>")
     assert not list(gallery.glob(".*"))
+
+
+def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    odd = os.fsdecode(bytes(tmp_path / "stra") + b"\xdfe.png")
+    Image.new("RGB", (60, 40)).save(odd)
+    write_rows(tmp_path, [row("a", [], file=odd, image_id=1)])
+    assert main(parse(options(tmp_path))) == 0
+    assert r"stra\udcdfe.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_pictures_beside_the_predictions(
