@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
+from hashlib import sha256
 
 from PIL import Image, ImageDraw, ImageOps
 
@@ -185,7 +185,7 @@ def caption_colours(*groups: Iterable[str]) -> dict[str, str]:
     for group in groups:
         for caption in sorted({_key(caption) for caption in group} - colours.keys()):
             free = free or set[str](_COLOURS)
-            colours[caption] = min(free, key=lambda colour: blake2b(f"{caption} {colour}".encode()).digest())
+            colours[caption] = min(free, key=lambda colour: sha256(f"{colour} {caption}".encode()).digest())
             free.remove(colours[caption])
     return colours
 
@@ -214,7 +214,9 @@ def _sheet(blocks: Sequence[_Block], columns: int) -> Image.Image:
     ]
     sheet = ImageOps.expand(grid(drawn, columns, _GAP), (_GAP, 0, _GAP, _GAP), PAPER)
     kinds = list(dict.fromkeys(panel.kind for panel in panels if panel.kind in STYLES and not panel.words))
-    return sheet if len(panels) == 1 else grid([sheet, _legend(kinds, sheet.width, title_size)], 1, 0)
+    if len(panels) == 1 or not kinds:
+        return sheet
+    return grid([sheet, _legend(kinds, sheet.width, title_size)], 1, 0)
 
 
 def _legend(kinds: Sequence[str], width: int, size: int) -> Image.Image:

@@ -58,11 +58,11 @@ def draw_panel(panel: Panel, title_size: int, label_size: int) -> Image.Image:
     The picture has margins where it is too small for a header and labels.
     """
     title, font = legible(panel.title, title_size)
-    width = max(panel.picture.width, math.ceil(font.getlength(title)) + 3 * title_size, 10 * label_size)
+    width = max(panel.picture.width, math.ceil(font.getlength(title)) + 3 * title_size, 12 * label_size)
     height = max(panel.picture.height, 6 * label_size)
     parts = [_header(panel, width, title_size)]
     if panel.words:
-        return grid([*parts, _words(panel.words, (width, height), title_size)], 1, 0)
+        return grid([*parts, _words(panel.words, width, height, title_size)], 1, 0)
     body = Image.new("RGB", (width, height), PAPER)
     left, top = (width - panel.picture.width) // 2, (height - panel.picture.height) // 2
     body.paste(panel.picture, (left, top))
@@ -73,7 +73,7 @@ def draw_panel(panel: Panel, title_size: int, label_size: int) -> Image.Image:
         draw_box(draw, mark.box, mark.colour, thickness, STYLES[panel.kind])
     parts.append(body)
     marks = [mark for mark in marks if mark.text or mark.score]
-    labels = [_Label.of(mark.text, mark.score, label_size, max(0.42 * width, 10 * label_size)) for mark in marks]
+    labels = [_Label.of(mark.text, mark.score, label_size, max(0.42 * width, 12 * label_size)) for mark in marks]
     area = math.prod(panel.picture.size)
     most_covered = area * (_MOST_COVERED if area > (_SMALL * label_size) ** 2 else _MOST_COVERED / 2)
     if sum(label.width * label.height for label in labels) > most_covered:
@@ -216,12 +216,12 @@ def _captions(marks: Sequence[Mark], width: int, size: int) -> Image.Image:
     return page
 
 
-def _words(text: str, size: tuple[int, int], font_size: int) -> Image.Image:
-    """`text` in as many lines as there is room for."""
-    page = Image.new("RGB", size, PAPER)
+def _words(text: str, width: int, highest: int, font_size: int) -> Image.Image:
+    """`text` in as many lines as `highest` pixels hold."""
     text, font = legible(text, font_size)
     height = round(1.2 * line_height(font))
-    lines = wrapped(text, font, size[0] - 2 * font_size, max(1, (size[1] - font_size) // height))
+    lines = wrapped(text, font, width - 2 * font_size, max(1, (highest - font_size) // height))
+    page = Image.new("RGB", (width, font_size + len(lines) * height), PAPER)
     draw = ImageDraw.Draw(page)
     for row, line in enumerate(lines):
         draw.text((font_size, font_size // 2 + row * height), line, fill=INK, font=font)

@@ -70,8 +70,9 @@ def test_an_answer_without_boxes_is_written_out():
     assert np.asarray(no)[second].max(2).mean() < 40  # paper with a word on it, not the gray picture
     assert answered("word " * 5000).size == yes.size
     assert answered("").size == yes.size
-    alone = np.asarray(answered("No.", with_head=False))  # beside the picture itself
-    assert (alone[60:500, 20:800] == 128).all()
+    alone = np.asarray(answered("No.", with_head=False))  # beside the picture itself, and nothing for a legend to tell
+    assert alone.shape == (34 + 480 + 10, 1630, 3)
+    assert (alone[34 : 34 + 480, 10 : 10 + 800] == 128).all()
 
 
 def test_teachers_stand_at_the_left_above_a_legend():

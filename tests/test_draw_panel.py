@@ -63,9 +63,9 @@ def test_a_label_reaches_into_the_margin_of_a_narrow_picture():
     panel = draw_panel(
         Panel(gray(50, 480), "prediction", "t", "", [Mark((5, 100, 45, 300), "bishop", "0.93", RED)]), 17, 15
     )
-    assert panel.width == 150
+    assert panel.width == 180
     ground = reds(panel)
-    assert ground[:, :50].any() or ground[:, 100:].any()
+    assert ground[:, :65].any() or ground[:, 115:].any()
     (rows,) = np.nonzero(ground.sum(1) > 60)  # of the label: broader than the picture
     assert len(rows) > 2
     whole = draw_panel(
