@@ -23,7 +23,7 @@ _WIDER_FONTS = (
     "msyh.ttc",
     "arial.ttf",
 )
-_MOST_LETTERS = 200  # of a line: more than any holds, and a language model may repeat itself for pages
+_MOST_LETTERS = 400  # of a line: more than any holds, and a language model may repeat itself for pages
 _NO_CHARACTER = "\uffff"  # never assigned: draws as the font's box for missing characters
 
 
@@ -83,7 +83,7 @@ def wrapped(text: str, font: Font, width: float, max_lines: int, tail: str = "")
             continue
         if line:
             lines.append(line)
-        while font.getlength(word) > width and len(word) > 1:
+        while len(word) > 1 and font.getlength(word[:_MOST_LETTERS]) > width:
             head = _fitting(word, font, width)
             lines.append(head)
             word = word[len(head) :]
@@ -106,7 +106,7 @@ def line_height(font: Font) -> int:
 
 def _fitting(word: str, font: Font, width: float) -> str:
     """The most letters of a word's beginning that fit, at least one."""
-    end = bisect_right(range(1, len(word) + 1), width, key=lambda end: font.getlength(word[:end]))
+    end = bisect_right(range(1, min(len(word), _MOST_LETTERS) + 1), width, key=lambda end: font.getlength(word[:end]))
     return word[: max(1, end)]
 
 

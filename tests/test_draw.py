@@ -260,6 +260,9 @@ def test_lines_fit_and_the_score_is_kept():
     assert len(lines) == 3
     assert max(font.getlength(line) for line in lines) <= 120
     assert lines[-1].endswith("... 0.93")
+    broken = wrapped("i" * 3000, font, 120, 5)
+    assert len(broken) == 5
+    assert 110 < font.getlength(broken[0]) <= 120
     assert wrapped("cat", font, 120, 3, tail="0.93") == ["cat 0.93"]
     assert wrapped("", font, 120, 3, tail="0.93") == ["0.93"]
 
