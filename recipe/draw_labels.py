@@ -1,6 +1,7 @@
 """The text of a label, in letters the fonts here have, and where it goes so that it hides least."""
 
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -22,7 +23,7 @@ _WIDER_FONTS = (
     "msyh.ttc",
     "arial.ttf",
 )
-_LONGEST_TEXT = 300  # letters: more than any label holds, and a language model may repeat itself for pages
+_MOST_LETTERS = 400  # of a line: more than any holds, and a language model may repeat itself for pages
 _NO_CHARACTER = "\uffff"  # never assigned: draws as the font's box for missing characters
 
 
@@ -73,7 +74,7 @@ def wrapped(text: str, font: Font, width: float, max_lines: int, tail: str = "")
 
     The tail is never cut: it is the score.
     """
-    text = text[:_LONGEST_TEXT]
+    text = text[: _MOST_LETTERS * max_lines]
     lines, line = [], ""
     for word in f"{text} {tail}".strip().split(" "):
         longer = f"{line} {word}".strip()
@@ -82,7 +83,7 @@ def wrapped(text: str, font: Font, width: float, max_lines: int, tail: str = "")
             continue
         if line:
             lines.append(line)
-        while font.getlength(word) > width and len(word) > 1:
+        while len(word) > 1 and font.getlength(word[:_MOST_LETTERS]) > width:
             head = _fitting(word, font, width)
             lines.append(head)
             word = word[len(head) :]
@@ -97,11 +98,16 @@ def wrapped(text: str, font: Font, width: float, max_lines: int, tail: str = "")
     return lines
 
 
+def line_height(font: Font) -> int:
+    """Pixels from one line to the next."""
+    ascent, descent = font.getmetrics()
+    return ascent + descent
+
+
 def _fitting(word: str, font: Font, width: float) -> str:
-    end = len(word)
-    while end > 1 and font.getlength(word[:end]) > width:
-        end -= 1
-    return word[:end]
+    """The most letters of a word's beginning that fit, at least one."""
+    end = bisect_right(range(1, min(len(word), _MOST_LETTERS) + 1), width, key=lambda end: font.getlength(word[:end]))
+    return word[: max(1, end)]
 
 
 def place_labels(

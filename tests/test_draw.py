@@ -1,13 +1,16 @@
 """`recipe.draw` and `recipe.draw_labels`."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image
 
-from recipe.draw import draw_gallery, draw_prediction
+from recipe.draw import caption_colours, draw_gallery, draw_prediction
 from recipe.draw_labels import legible, place_labels, wrapped
+from recipe.draw_panel import Panel, draw_panel
 from recipe.schema import Box, DetectedObject, Object, Prediction, Sample
 
 GRAY = Image.new("RGB", (100, 60), (128, 128, 128))
@@ -44,28 +47,77 @@ def test_panels():
     alone = draw_prediction(GRAY, prediction)
     beside = draw_prediction(GRAY, prediction, truth)
     with_answer = draw_prediction(GRAY, predicted(answer_boxes=[(0, 0, 10, 10)]), truth)
-    assert (beside.width, with_answer.width) == (2 * alone.width - 10, 3 * alone.width - 20)
+    assert beside.width == with_answer.width == 2 * alone.width - 10
+    assert with_answer.height > 2 * alone.height  # the answer in a second row
     not_annotated = Sample("sample", b"", 100, 60, None)
     assert draw_prediction(GRAY, prediction, not_annotated).size == alone.size
-    unparsed = Prediction("sample", 100, 60, (), "no json", None)
-    assert draw_prediction(GRAY, unparsed).width == beside.width
+
+
+def sample(image: Image.Image, *objects: Object) -> Sample:
+    data = BytesIO()
+    image.save(data, "PNG")
+    return Sample("sample", data.getvalue(), *image.size, objects)
+
+
+def test_an_answer_without_boxes_is_written_out():
+    def answered(words: str, with_head: bool = True) -> Image.Image:
+        return draw_prediction(GRAY, Prediction("sample", 100, 60, (), words), with_head=with_head)
+
+    yes, no = answered("Yes, two cats. " * 3), answered("No.")
+    assert yes.size == no.size == (1630, 558)
+    second = slice(34, 34 + 480), slice(820, 820 + 800)  # rows and columns of the second panel's picture
+    assert (np.asarray(yes)[second] != np.asarray(no)[second]).any()
+    assert np.asarray(no)[second].max(2).mean() < 40  # paper with a word on it, not the gray picture
+    assert answered("word " * 5000).size == yes.size
+    assert answered("").size == yes.size
+    alone = np.asarray(answered("No.", with_head=False))  # beside the picture itself, and nothing for a legend to tell
+    assert alone.shape == (34 + 480 + 10, 1630, 3)
+    assert (alone[34 : 34 + 480, 10 : 10 + 800] == 128).all()
 
 
 def test_teachers_stand_at_the_left_above_a_legend():
-    data = BytesIO()
-    GRAY.save(data, "PNG")
-    teacher = Sample("teacher", data.getvalue(), 100, 60, (Object((20, 30, 60, 50), "cat"),))
+    teacher = sample(GRAY, Object((20, 30, 60, 50), "cat"))
     prediction = predicted(((20, 30, 60, 50), 0.9, "cat"))
     alone, taught = draw_prediction(GRAY, prediction), draw_prediction(GRAY, prediction, teachers=[teacher])
     legend = 34
-    assert taught.height == alone.height + legend
-    column = np.asarray(taught.crop((10, 34, taught.width - alone.width, 34 + 300)))
+    assert (taught.width, taught.height) == (2 * alone.width - 10, alone.height + legend)
+    column = np.asarray(taught.crop((10, 34, 810, 34 + 480)))
     vivid = column.max(2).astype(int) - column.min(2) > 60
-    height, width = vivid.shape
-    assert vivid[round(0.35 * height) : round(0.95 * height), round(0.18 * width) : round(0.23 * width)].any()
-    many = draw_prediction(GRAY, prediction, teachers=[teacher] * 6)
-    assert many.height > draw_prediction(GRAY, prediction, teachers=[teacher] * 2).height
-    assert many.size == draw_prediction(GRAY, prediction, teachers=[teacher] * 5).size  # four are drawn
+    assert vivid[250:450, 155:165].any()
+    assert not vivid[:, 600:].any()
+    many = [draw_prediction(GRAY, prediction, teachers=[teacher] * number) for number in (4, 5, 6)]
+    assert many[0].tobytes() != many[1].tobytes() != many[2].tobytes()  # "teacher 4 of 6"
+    assert many[0].size == many[1].size == many[2].size  # four are drawn
+
+
+def test_the_sheet_comes_near_to_a_slide():
+    """Four panels of a broad picture in two rows, of a high one in one; letters grow with the sheet."""
+    for size, shape in (((768, 514), (2, 2)), ((300, 900), (4, 1))):
+        image = Image.new("RGB", size)
+        truth = sample(image, Object((20, 30, 60, 50), "cat"))
+        prediction = Prediction("sample", *size, (), "[]", ())
+        drawn = draw_prediction(image, prediction, truth, teachers=[truth])
+        scale = max(1, 480 / min(size))
+        assert (drawn.width // round(size[0] * scale), drawn.height // round(size[1] * scale)) == shape
+
+
+def test_letters_are_one_size_and_grow_with_the_sheet(monkeypatch: pytest.MonkeyPatch):
+    sizes: list[tuple[int, int]] = []
+
+    def recorded(panel: Panel, title_size: int, label_size: int) -> Image.Image:
+        sizes.append((title_size, label_size))
+        return draw_panel(panel, title_size, label_size)
+
+    monkeypatch.setattr("recipe.draw.draw_panel", recorded)
+    many = [((x, y, x + 8.0, y + 8.0), 0.9, "cat") for x in range(0, 90, 9) for y in (0, 20, 40)]
+    truth = sample(GRAY, Object((20, 30, 60, 50), "cat"))
+    drawn = draw_prediction(GRAY, predicted(*many, answer_boxes=[(9, 9, 90, 50)]), truth, teachers=[truth, truth])
+    assert len(sizes) == 5
+    assert len(set(sizes)) == 1
+    assert drawn.width / 120 < sizes[0][0] < drawn.width / 100
+    alone = sizes.pop()
+    draw_prediction(GRAY, predicted(many[0]))
+    assert sizes[-1][0] < alone[0]
 
 
 @pytest.mark.parametrize("num_teachers", [0, 1])
@@ -73,20 +125,21 @@ def test_the_legend_of_a_narrow_sheet_is_whole(num_teachers: int):
     """Below a narrow sheet it has more rows, and as many pixels of ink as in the one row below a wide sheet."""
 
     def legend(width: int) -> np.ndarray:
-        image, data = Image.new("RGB", (width, 1600)), BytesIO()
-        image.save(data, "PNG")
+        image = Image.new("RGB", (width, 1600))
         answer = None if num_teachers else ()
         prediction = Prediction("a", *image.size, (), None if answer is None else "[]", answer)
-        teachers = [Sample("teacher", data.getvalue(), *image.size, ())] * num_teachers
+        teachers = [sample(image)] * num_teachers
         drawn = draw_prediction(image, prediction, None, 0.3, teachers)
         below_panels = drawn.crop((0, 34 + 1600 + 10, *drawn.size))
         return (np.asarray(below_panels) != np.asarray((24, 26, 30))).any(2)
 
-    wide, narrow = legend(1600), legend(200)
-    assert (len(wide), len(narrow)) == (34, 68)
+    wide, narrow = legend(700), legend(200)
+    assert (len(wide), len(narrow) % 34) == (34, 0)
+    assert len(narrow) > 34
     assert narrow.sum() == wide.sum()
     assert not narrow[:, -10:].any()
-    assert not narrow[[0, 33, 34, 67]].any()
+    assert not narrow[::34].any()
+    assert not narrow[33::34].any()
 
 
 def test_the_head_is_left_out_where_it_was_not_asked():
@@ -116,6 +169,23 @@ def test_a_caption_keeps_its_colour():
     assert vivid(cat) == vivid((cat[0], 0.5, " CAT "))
     assert vivid(cat) | vivid(dog) == vivid(cat, dog)
     assert len(vivid(cat, dog)) == 2
+
+
+def test_nearly_every_caption_has_one_colour_in_all_pictures():
+    """Pictures with five captions of a hundred: no two captions of one share a colour, few ever change theirs."""
+    captions = [f"a {what} {how}" for what in "abcdefghij" for how in "0123456789"]
+    generator = np.random.default_rng(0)
+    same = []
+    for _ in range(200):
+        shown = generator.choice(captions, 5, replace=False).tolist()
+        colours = caption_colours(shown)
+        assert len(set(colours.values())) == 5
+        assert colours == caption_colours(reversed(shown))
+        same += [colours[caption] == caption_colours([caption])[caption] for caption in shown]
+        taught = caption_colours(shown[:2], shown)  # teachers change no colour of what the model says
+        assert taught.items() >= caption_colours(shown[:2]).items()
+    assert np.mean(same) > 0.9
+    assert len(caption_colours(captions)) == 100
 
 
 def test_drawing_is_deterministic_and_leaves_the_picture_alone():
@@ -190,6 +260,9 @@ def test_lines_fit_and_the_score_is_kept():
     assert len(lines) == 3
     assert max(font.getlength(line) for line in lines) <= 120
     assert lines[-1].endswith("... 0.93")
+    broken = wrapped("i" * 3000, font, 120, 5)
+    assert len(broken) == 5
+    assert 110 < font.getlength(broken[0]) <= 120
     assert wrapped("cat", font, 120, 3, tail="0.93") == ["cat 0.93"]
     assert wrapped("", font, 120, 3, tail="0.93") == ["0.93"]
 
@@ -201,15 +274,20 @@ def test_letters_no_font_has_are_written_out(monkeypatch: pytest.MonkeyPatch):
     assert font.getlength(text) > 0
 
 
-def test_gallery():
-    pictures = [Image.new("RGB", size, colour) for size, colour in [((30, 10), "red"), ((20, 40), "lime")]]
-    pictures.append(Image.new("RGB", (50, 5), "blue"))
-    sheet = draw_gallery(pictures, columns=2)
-    assert sheet.size == (20 + 50 + 20 + 20 + 20, 20 + 40 + 20 + 5 + 20)
-    assert sheet.getpixel((20, 20)) == ImageColor.getrgb("red")
-    assert sheet.getpixel((90, 20)) == ImageColor.getrgb("lime")
-    assert sheet.getpixel((20, 80)) == ImageColor.getrgb("blue")
-    assert draw_gallery(pictures[:1], columns=4).size == (70, 50)
-    for wrong in ([], 1), (pictures, 0):
-        with pytest.raises(ValueError, match="at least 1"):
-            draw_gallery(*wrong)
+@pytest.mark.parametrize("num_panels", [1, 2, 3])
+def test_a_gallery_has_one_legend_and_a_handy_shape(num_panels: int, monkeypatch: pytest.MonkeyPatch):
+    legends: list[Sequence[str]] = []
+
+    def recorded(kinds: Sequence[str], width: int, size: int) -> Image.Image:
+        legends.append(kinds)
+        return Image.new("RGB", (width, 10))
+
+    monkeypatch.setattr("recipe.draw._legend", recorded)
+    prediction = predicted(((20, 30, 60, 50), 0.9, "cat"), answer_boxes=[(0, 0, 10, 10)] if num_panels == 3 else None)
+    truth = sample(GRAY, Object((20, 30, 60, 50), "cat"))
+    if num_panels == 1:
+        truth = replace(truth, objects=None)
+    drawn = draw_gallery([(truth, prediction)] * 8, 0.3)
+    assert legends == [["prediction", "truth", "text answer"][:num_panels]]
+    assert 1 < drawn.width / drawn.height < 2.3
+    assert drawn.width < 3200

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from lower levels, its own package and, where allowed, modules beside it.
 LEVELS: list[set[str]] = [
-    {"schema", "boxes", "pictures", "draw", "draw_labels", "redact", "config", "config_file", "logging_setup"}
-    | {"sidecar", "shared_memory", "exit_codes", "environment", "picture_files", "prediction_files"},
+    {"schema", "boxes", "pictures", "redact", "config", "config_file", "logging_setup"}
+    | {"sidecar", "shared_memory", "exit_codes", "environment", "picture_files", "prediction_files"}
+    | {"draw", "draw_labels", "draw_layout", "draw_panel"},
     {"data", "models", "losses", "metrics"},
     {"network", "inference", "joint", "build", "annotated", "calibrate"},
     {"optim", "schedule", "checkpoint", "checkpoints", "callbacks", "algorithms", "parallel", "loggers"},

@@ -17,7 +17,6 @@ from recipe.draw import draw_gallery, draw_prediction
 from recipe.pictures import open_image
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
-GALLERY_COLUMNS = 4
 OVERLAY_SIZE = 1024  # longest side in pixels of a picture that W&B lays boxes over
 TABLE_COLUMNS = ["picture", "whose", "score", "caption", "x1", "y1", "x2", "y2"]
 
@@ -39,30 +38,28 @@ class LogPredictions(Callback):
         self.num_images = num_images
         self.folder = Path(folder)
         self.score_threshold = score_threshold
-        self._pictures: list[Image.Image] = []
         self._shown: list[tuple[Sample, Prediction]] = []
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Forgets the evaluation before."""
-        self._pictures, self._shown = [], []
+        self._shown = []
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
         """Draws this microbatch's pictures until there are enough."""
-        if dist.get_global_rank() != 0 or len(self._pictures) >= self.num_images:
+        if dist.get_global_rank() != 0 or len(self._shown) >= self.num_images:
             return
         outputs: Any = state.outputs  # recipe.joint's evaluation outputs
         for sample, prediction in zip(state.batch["samples"], outputs.predictions, strict=True):
-            if sample.image and len(self._pictures) < self.num_images:
+            if sample.image and len(self._shown) < self.num_images:
                 picture = draw_prediction(open_image(sample.image), prediction, sample, self.score_threshold)
-                self._save(picture, f"{len(self._pictures):02d}_{_file_name(sample.id)}.png", state)
-                self._pictures.append(picture)
+                self._save(picture, f"{len(self._shown):02d}_{_file_name(sample.id)}.png", state)
                 self._shown.append((sample, prediction))
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Saves and logs the gallery, and logs table and overlays."""
-        if not self._pictures:
+        if not self._shown:
             return
-        gallery = draw_gallery(self._pictures, columns=min(GALLERY_COLUMNS, len(self._pictures)))
+        gallery = draw_gallery(self._shown, self.score_threshold)
         self._save(gallery, "gallery.png", state)
         logger.log_images(np.asarray(gallery), name="predictions", channels_last=True, use_table=False)
         logger.log_table(TABLE_COLUMNS, table_rows(self._shown, self.score_threshold), name="predictions_table")
@@ -71,7 +68,7 @@ class LogPredictions(Callback):
                 # Through the logger's own method, which a guarded logger lets fail without ending the run.
                 images = wandb_images(self._shown, self.score_threshold)
                 destination.log_metrics({"predictions_boxes": images}, step=state.timestamp.batch.value)
-        self._pictures, self._shown = [], []
+        self._shown = []
 
     def _save(self, picture: Image.Image, name: str, state: State) -> None:
         folder = self.folder / f"{state.timestamp.batch.value:06d}"
