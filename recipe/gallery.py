@@ -89,9 +89,12 @@ def main(args: argparse.Namespace) -> int:
     else:
         truths = {} if args.truth is None else truths_of_coco(rows, read_coco(args.truth))
     page = page_data(rows, truths, threshold, args.max_pictures, args.picture_size)
-    # File names that are not UTF-8 become JSON's escapes, as in predictions.json.
-    part_of(args.out).write_text(render(page), encoding="utf-8", errors="backslashreplace")
-    part_of(args.out).replace(args.out)
+    try:
+        # File names that are not UTF-8 become JSON's escapes, as in predictions.json.
+        part_of(args.out).write_text(render(page), encoding="utf-8", errors="backslashreplace")
+        part_of(args.out).replace(args.out)
+    except OSError as error:
+        raise ValueError(f"cannot write {args.out} ({error}): give another --out") from error
     print(f"{len(page['pictures'])} of {len(rows)} pictures: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
     return report(rows, truths, page, args.truth or args.data, folder)
 
