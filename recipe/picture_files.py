@@ -110,3 +110,26 @@ def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
     if len(alike) > 1:
         raise ValueError(f"{path} can be any of {alike[:3]} of the data set: give files of different names")
     return alike[0] if alike else None
+
+
+def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list[str]:
+    """The entry of every file, each of another one.
+
+    Args:
+        paths: The files.
+        names: Relative paths, as data sets write them.
+        source: Of the names, as the command line says it.
+
+    Raises:
+        ValueError: A file has none, or two have the same.
+    """
+    by_file = names_by_file(names)
+    files: dict[str, Path] = {}
+    for path in paths:
+        name = entry_of(path, by_file)
+        if name is None:
+            raise ValueError(f"{path} is not among the images of {source}: leave one or the other out")
+        if name in files:
+            raise ValueError(f"{files[name]} and {path} are both {name} of {source}: predict them apart")
+        files[name] = path
+    return list(files)

@@ -22,21 +22,20 @@ from composer.utils import get_device
 from PIL.Image import Image
 from tqdm import tqdm
 
-from recipe.annotated import read_annotated_folder, read_image_ids
+from recipe.annotated import read_annotated_folder, read_coco, read_image_ids
 from recipe.build import build_encoder
-from recipe.calibrate import read_calibration
 from recipe.checkpoint import load_model
-from recipe.config import EvaluationConfig, PromptConfig, RecipeConfig
+from recipe.config import RecipeConfig
 from recipe.config_file import load_config
-from recipe.data.chat import checked
 from recipe.data.collate import collate_standard
 from recipe.data.encode import Encoder
 from recipe.draw import draw_prediction
 from recipe.inference import predict_batch
 from recipe.joint import JointModel
 from recipe.logging_setup import setup_logging
-from recipe.picture_files import entry_of, find_pictures, names_by_file, unique_names
+from recipe.picture_files import entries_of, find_pictures, unique_names
 from recipe.pictures import displayed_size, open_image
+from recipe.predict_options import evaluation_of, parse, prompt_of
 from recipe.prediction_files import (
     PREDICTIONS_FILE,
     ImageId,
@@ -49,62 +48,21 @@ from recipe.redact import redact_text
 from recipe.schema import Example, Prediction, Sample
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Find and describe the objects of pictures.")
-    parser.add_argument("images", nargs="+", metavar="PICTURE", help="a file, a folder to search, or a quoted glob")
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .pt file, or a folder from export.py")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of predictions.json and the drawings")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in DIR")
-    parser.add_argument("--no-drawings", action="store_true", help="write the JSON files alone")
-    parser.add_argument("--config", metavar="YAML", help="default: what was saved with the checkpoint")
-    parser.add_argument(
-        "--answer",
-        choices=("text", "boxes", "both"),
-        help="text: the language model's, boxes: the head's; default: the run's",
-    )
-    parser.add_argument("--score-threshold", type=float, metavar="F", help="least score; default: the run's")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores and their threshold"
-    )
-    parser.add_argument("--nms-iou", type=float, metavar="F", help="of two boxes that overlap more, one goes")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="beam search of captions; default: the run's")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once; default %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
-    parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
-    parser.add_argument(
-        "--expression", action="append", metavar="TEXT", help="look for this (candidate phrase); repeatable"
-    )
-    parser.add_argument(
-        "--teachers",
-        type=Path,
-        metavar="FOLDER",
-        help="solved examples: MDS shards, or a .jsonl and pictures",
-    )
-    parser.add_argument(
-        "--num-teachers",
-        type=int,
-        metavar="N",
-        help="first N of FOLDER; default: as in training, else all",
-    )
-    parser.add_argument(
-        "--image-ids", type=Path, metavar="JSON", help="COCO instances file with their ids; default: 1, 2, ..."
-    )
-    args = parser.parse_args(arguments)
-    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
-        parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
-    if args.nms_iou is not None and not 0 < args.nms_iou < 1:
-        parser.error(f"--nms-iou {args.nms_iou}: must be between 0 and 1")
-    for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
-        if any(text is not None and not text.strip() for text in texts):
-            parser.error(f"--{name}: asks nothing; give a text, or leave it out for the run's prompt")
-    for name in ("batch_size", "max_new_tokens", "num_teachers", "num_beams"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if args.num_teachers is not None and args.teachers is None:
-        parser.error("--num-teachers needs --teachers FOLDER")
-    return args
+@dataclass(frozen=True)
+class Picture:
+    """A file to predict.
+
+    Attributes:
+        path: As the command line names it.
+        name: Of its entry and its drawing.
+        image_id: In COCO results.
+        truth: What is on it, where that is known.
+    """
+
+    path: Path
+    name: str
+    image_id: ImageId
+    truth: Sample | None
 
 
 @dataclass(frozen=True)
@@ -146,7 +104,7 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out)
     paths, left_out = find_pictures(args.images, left_out=out)
     names = unique_names(paths, out)
-    image_ids = image_ids_of(paths, args.image_ids)
+    pictures = pictures_of(paths, names, args)
     if not args.overwrite:
         refuse_to_overwrite(out, names)
     try:
@@ -156,36 +114,32 @@ def main(args: argparse.Namespace) -> int:
     predictor = build_predictor(args)
     rows: list[dict[str, Any]] = []
     try:
-        with tqdm(total=len(paths), unit=" pictures", disable=None) as progress:
-            for start in range(0, len(paths), args.batch_size):
-                part = slice(start, start + args.batch_size)
-                rows += _predict_files(predictor, paths[part], names[part], image_ids[part], out)
-                progress.update(len(paths[part]))
+        with tqdm(total=len(pictures), unit=" pictures", disable=None) as progress:
+            for start in range(0, len(pictures), args.batch_size):
+                part = pictures[start : start + args.batch_size]
+                rows += _predict_files(predictor, part, out)
+                progress.update(len(part))
     finally:
         if rows:
             write_rows(out, rows)  # whatever ends it, what is done stays
     return report(rows, out, left_out)
 
 
-def image_ids_of(paths: Sequence[Path], instances: Path | None) -> list[ImageId]:
-    """The numbers of the pictures in COCO results: those of an instances file, else 1, 2, ...
+def pictures_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Namespace) -> list[Picture]:
+    """The pictures, with the numbers and the truth that instances files give them.
 
     Raises:
-        ValueError: The instances file cannot be read, a picture is not in it, or two are the same in it.
+        ValueError: Such a file cannot be read, a picture is not in it, or two are the same in it.
     """
-    if instances is None:
-        return list(range(1, len(paths) + 1))
-    known = read_image_ids(instances)
-    by_file = names_by_file(known)
-    files: dict[str, Path] = {}
-    for path in paths:
-        name = entry_of(path, by_file)
-        if name is None:
-            raise ValueError(f"{path} is not among the {len(known)} images of {instances}: leave --image-ids out")
-        if name in files:
-            raise ValueError(f"{files[name]} and {path} are both {name} of {instances}: predict them apart")
-        files[name] = path
-    return [known[name] for name in files]
+    ids: Sequence[ImageId] = range(1, len(paths) + 1)
+    if args.image_ids is not None:
+        known = read_image_ids(args.image_ids)
+        ids = [known[entry] for entry in entries_of(paths, known, f"--image-ids {args.image_ids}")]
+    truths: Sequence[Sample | None] = [None] * len(paths)
+    if args.truth is not None:
+        samples = read_coco(args.truth)
+        truths = [samples[entry] for entry in entries_of(paths, samples, f"--truth {args.truth}")]
+    return [Picture(*row) for row in zip(paths, names, ids, truths, strict=True)]
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
@@ -213,36 +167,6 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     )
 
 
-def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The run's way to predict, with what the command line says otherwise.
-
-    Raises:
-        ValueError: The calibration cannot be used.
-    """
-    if args.calibration is not None:
-        evaluation = read_calibration(args.calibration, evaluation)
-    names = ("score_threshold", "max_new_tokens", "num_beams", "nms_iou")
-    changes: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.answer is not None:
-        changes["generate_answer"] = args.answer != "boxes"
-    if args.answer == "text":
-        changes["max_captions"] = 0
-    return replace(evaluation, **changes)
-
-
-def prompt_of(args: argparse.Namespace, prompt: PromptConfig) -> PromptConfig:
-    """The run's prompt, with what the command line says otherwise.
-
-    Raises:
-        ValueError: A text cannot be asked.
-    """
-    if args.prompt is not None:
-        prompt = replace(prompt, detect=checked(args.prompt), candidate_phrases=[])
-    if args.expression is not None:
-        prompt = replace(prompt, candidate_phrases=[checked(text) for text in args.expression])
-    return prompt
-
-
 def read_picture(path: Path) -> bytes:
     """The bytes of a file.
 
@@ -263,6 +187,19 @@ def encode_picture(data: bytes, name: str, encoder: Encoder, teachers: Sequence[
     """
     width, height = displayed_size(data)
     return encoder(Sample(name, data, width, height, objects=None), teachers)
+
+
+def check_size(sample: Sample, truth: Sample | None) -> None:
+    """Refuses the truth of another picture.
+
+    Raises:
+        ValueError: It is of another size.
+    """
+    if truth is not None and (truth.width, truth.height) != (sample.width, sample.height):
+        raise ValueError(
+            f"its truth is of {truth.width} x {truth.height} pixels, it of {sample.width} x {sample.height}: give the "
+            "truth of these very pictures"
+        )
 
 
 def predict_examples(
@@ -307,35 +244,35 @@ def report(rows: Sequence[Mapping[str, Any]], out: Path, left_out: Counter[str])
     return len(failed)
 
 
-def _predict_files(
-    predictor: Predictor, paths: Sequence[Path], names: Sequence[str], image_ids: Sequence[ImageId], out: Path
-) -> list[dict[str, Any]]:
+def _predict_files(predictor: Predictor, pictures: Sequence[Picture], out: Path) -> list[dict[str, Any]]:
     """One row a picture, in order; draws those that could be read."""
     encoder, config = predictor.encoder, predictor.config
     examples: list[Example] = []
-    shown: list[list[Sample]] = []
+    shown: list[tuple[Sample | None, list[Sample]]] = []
     failures: dict[str, ValueError] = {}
-    for path, name in zip(paths, names, strict=True):
+    for picture in pictures:
         try:
-            data = read_picture(path)
+            data = read_picture(picture.path)
             teachers = predictor.teachers_of(data)
-            examples.append(encode_picture(data, name, encoder, teachers))
-            shown.append(teachers)
+            example = encode_picture(data, picture.name, encoder, teachers)
+            check_size(example.sample, picture.truth)
+            examples.append(example)
+            shown.append((picture.truth, teachers))
         except ValueError as error:
-            failures[name] = error
+            failures[picture.name] = error
     threshold, with_head = config.evaluation.score_threshold, predictor.with_head
     predictions = predict_examples(examples, predictor.model, encoder, config, predictor.device) if examples else []
-    for example, teachers, prediction in zip(examples, shown, predictions, strict=True):
+    for example, (truth, teachers), prediction in zip(examples, shown, predictions, strict=True):
         if predictor.with_drawings:
-            picture = open_image(example.sample.image)
-            drawing = draw_prediction(picture, prediction, None, threshold, teachers, with_head)
+            image = open_image(example.sample.image)
+            drawing = draw_prediction(image, prediction, truth, threshold, teachers, with_head)
             _save(drawing, out / f"{prediction.id}.png")
     found = {prediction.id: prediction for prediction in predictions}
     return [
-        prediction_row(path, number, found[name], threshold, with_head)
-        if name in found
-        else failed_row(name, path, number, failures[name])
-        for path, name, number in zip(paths, names, image_ids, strict=True)
+        prediction_row(picture.path, picture.image_id, found[picture.name], threshold, with_head)
+        if picture.name in found
+        else failed_row(picture.name, picture.path, picture.image_id, failures[picture.name])
+        for picture in pictures
     ]
 
 

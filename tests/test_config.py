@@ -255,7 +255,7 @@ def test_saved_config_loads_again(minimal: str, tmp_path: Path) -> None:
 def test_no_secret_is_saved(minimal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_STORE_SECRET", "hunter2hunter2")
     monkeypatch.setenv("RECIPE_FOLDER", "not-hidden")
-    monkeypatch.setenv("PWD", "/home/somebody")  # of every shell; no password
+    monkeypatch.setenv("PWD", "/data/somebody")  # of every shell; no password
     monkeypatch.setenv("MYSQL_PWD", "hunter2hunter2too")
     config = load_config(
         minimal,
@@ -264,7 +264,7 @@ def test_no_secret_is_saved(minimal: str, tmp_path: Path, monkeypatch: pytest.Mo
             "eval_loader.streams.main.remote=https://user:letmein@host/a?X-Amz-Signature=abcdef&part=2",
             "loggers.wandb.init_kwargs={settings: {api_key: sesame}, notes: hunter2hunter2}",
             "run_folder=${oc.env:RECIPE_FOLDER}",
-            "model.pretrained_model_name_or_path=/home/somebody/base",
+            "model.pretrained_model_name_or_path=/data/somebody/base",
             "load_path=hunter2hunter2too.pt",
         ],
     )
@@ -278,7 +278,7 @@ def test_no_secret_is_saved(minimal: str, tmp_path: Path, monkeypatch: pytest.Mo
         "https://<redacted>@host/a?X-Amz-Signature=<redacted>&part=2"
     )
     assert saved["run_folder"] == "not-hidden"
-    assert saved["model"]["pretrained_model_name_or_path"] == "/home/somebody/base"
+    assert saved["model"]["pretrained_model_name_or_path"] == "/data/somebody/base"
 
 
 def test_only_secret_names_are_redacted() -> None:

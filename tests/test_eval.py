@@ -17,7 +17,7 @@ from recipe.config_checks import check_config
 from recipe.config_file import load_config
 from recipe.eval import main as evaluate
 from recipe.predict import main as predict
-from recipe.predict import parse as parse_predict
+from recipe.predict_options import parse as parse_predict
 
 
 @pytest.fixture

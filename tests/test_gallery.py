@@ -225,7 +225,7 @@ def test_a_page_appears_whole(gallery: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(ValueError, match="cannot write .*No space left on device.: give another --out"):
+    with pytest.raises(ValueError, match=r"cannot write .*No space left on device.: give another --out"):
         main(parse(options(gallery, "--overwrite")))
     assert (gallery / "page.html").read_text() == "former"
     monkeypatch.undo()

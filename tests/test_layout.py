@@ -19,7 +19,7 @@ LEVELS: list[set[str]] = [
     {"data", "models", "losses", "metrics"},
     {"network", "inference", "joint", "build", "annotated", "calibrate"},
     {"optim", "schedule", "checkpoint", "checkpoints", "callbacks", "algorithms", "parallel", "loggers"},
-    {"config_checks", "keyword_checks"},
+    {"config_checks", "keyword_checks", "predict_options"},
     {"train", "eval", "predict", "export", "estimate", "gallery"},
 ]
 READS_RAW_DATA = {"annotated.py"}  # of recipe/: pictures given to predict.py and gallery.py in a converter's form

@@ -23,7 +23,8 @@ from recipe.data.chat import detection_question
 from recipe.data.collate import collate_standard
 from recipe.export import main as export
 from recipe.export import parse as parse_export
-from recipe.predict import encode_picture, main, parse, prompt_of
+from recipe.predict import encode_picture, main
+from recipe.predict_options import parse, prompt_of
 from recipe.prediction_files import failed_row, least_score, prediction_row, read_rows, write_rows
 from recipe.schema import DetectedObject, Example, Object, Prediction, Sample
 from tests.launch import REPOSITORY
@@ -303,8 +304,36 @@ def test_coco_results(trained_checkpoint: Path, scene: Image.Image, tmp_path: Pa
     arguments = ["--checkpoint", "c", "--out", str(tmp_path / "o"), "--image-ids", str(instances)]
     with pytest.raises(ValueError, match=r"b/x.png and .*elsewhere/b/x.png are both b/x.png of .*: predict them apart"):
         main(parse([*arguments, str(tmp_path / "b" / "x.png"), str(twice / "x.png")]))
-    with pytest.raises(ValueError, match=r"scene.png is not among the 2 images"):
+    with pytest.raises(ValueError, match=r"scene.png is not among the images of --image-ids .*instances.json: leave"):
         main(parse(["--checkpoint", "c", "--out", str(tmp_path / "o"), "--image-ids", str(instances), "scene.png"]))
+
+
+def test_the_truth_is_drawn_beside(
+    trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of pictures of its size alone."""
+    other = picture.with_name("other.png")
+    Image.open(picture).resize((60, 40)).save(other)
+    box = {"image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40]}
+    images = [
+        {"id": n, "file_name": name, "width": 300, "height": 200}
+        for n, name in enumerate(("scene.png", "other.png"), 1)
+    ]
+    truth = tmp_path / "instances.json"
+    truth.write_text(json.dumps({"images": images, "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}))
+    drawn: list[Sample] = []
+
+    def recorded(image: Image.Image, prediction: Prediction, truth: Sample, *_: object) -> Image.Image:
+        drawn.append(truth)
+        return image
+
+    monkeypatch.setattr("recipe.predict.draw_prediction", recorded)
+    rows = predict(trained_checkpoint, tmp_path / "out", picture, other, options=f"--answer boxes --truth {truth}")
+    assert [sample.objects for sample in drawn] == [(Object((10, 20, 40, 60), "cat"),)]
+    assert rows[0]["error"] is None
+    assert "its truth is of 300 x 200 pixels, it of 60 x 40" in rows[1]["error"]
+    with pytest.raises(ValueError, match=r"gone.png is not among the images of --truth"):
+        main(parse(["--checkpoint", "c", "--out", str(tmp_path / "o"), "--truth", str(truth), "gone.png"]))
 
 
 def test_low_scores_keep_their_digits(tmp_path: Path):
