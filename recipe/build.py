@@ -95,12 +95,21 @@ def build_model(config: RecipeConfig, processor: Any) -> JointModel:
 def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -> JointNetwork:
     """The head on top of a language model; every dimension of the latter is read from its config.
 
-    The head is kept in float32 at least: eight bits of a bfloat16 box are too few.
+    The head's weights are kept in float32 at least: eight bits of a bfloat16 box are too few.
+
+    Raises:
+        ValueError: The head's width does not fit its attention heads.
     """
     dtype = torch.promote_types(vlm.dtype, torch.float32)
     hidden_size = vlm.config.get_text_config().hidden_size
     head, decoder = config.detection_head, config.caption_decoder
     width = hidden_size if head.width is None else head.width
+    for section, num_heads in (("detection_head", head.num_heads), ("caption_decoder", decoder.num_heads)):
+        if width % num_heads or width % 8:
+            raise ValueError(
+                f"the head is {width} wide, by detection_head.width or as the language model: no multiple of 8 and of "
+                f"{section}.num_heads {num_heads}; set detection_head.width"
+            )
     return JointNetwork(
         vlm=VisionLanguageModel(vlm, PixelNormalizer(spec.image_mean, spec.image_std)),
         memory=MemoryBuilder(

@@ -149,7 +149,7 @@ class MatcherConfig:
     cost_bbox: float = 5.0
     cost_giou: float = 2.0
     cost_objectness: float = 2.0
-    cost_caption: float = 0.0  # of the unlikelihood, by the query's own words, of the first token of the caption
+    cost_caption: float = 0.0  # of the unlikelihood, by the query's own words, of the caption's first token, no further
 
 
 @dataclass

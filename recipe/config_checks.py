@@ -152,8 +152,14 @@ def check_config(config: RecipeConfig) -> None:
 
 def _check_head(config: RecipeConfig) -> None:
     head, decoder = config.detection_head, config.caption_decoder
+    if head.num_denoising_groups and head.box_noise <= 0:
+        raise ConfigError(
+            f"detection_head.box_noise is {head.box_noise}: denoising needs noise above 0, or num_denoising_groups: 0"
+        )
     if head.width is None:
         return
+    if head.width % 8:
+        raise ConfigError(f"detection_head.width {head.width} is no multiple of 8, which positions of boxes need")
     for section, num_heads in (("detection_head", head.num_heads), ("caption_decoder", decoder.num_heads)):
         if head.width % num_heads:
             raise ConfigError(f"detection_head.width {head.width} is no multiple of {section}.num_heads {num_heads}")

@@ -190,11 +190,13 @@ class JointNetwork(nn.Module):
             queries = make_denoising_queries(targets, noise_seeds, self.num_denoising_groups, self.box_noise)
         detection, denoised = self.detection_head(memory, queries)
         if not self.aux_loss:
-            for group in (detection, *detection.groups):
-                group.aux_outputs.clear()
+            for queried in (detection, *detection.groups, *([] if denoised is None else [denoised])):
+                queried.aux_outputs.clear()
         layers = [layer for _, layer in detection.layers()]
         costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
-        identity = self._caption_costs(detection, memory, targets) if self.matcher.cost_caption else None
+        identity = None
+        if self.matcher.cost_caption and (any(targets) or self.training or is_sharded(self)):
+            identity = self._caption_costs(detection, memory, targets)
         matches = match(layers, targets, *costs, *self.focal, identity)
         captions = self._caption_logits(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
@@ -241,6 +243,7 @@ class JointNetwork(nn.Module):
         hidden = self.caption_decoder(features, boxes, memory, None)[:, :, 0]
         _, to_logits = self.caption_words
         logits = to_logits(hidden).float()  # (N, G * Q, V)
+        torch.clear_autocast_cache()  # of weights that were rounded here, without a graph: captions would not learn
         tokens = first.clamp(min=0)[:, None].expand(-1, features.shape[1], -1)
         nll = logits.logsumexp(-1, keepdim=True) - logits.gather(2, tokens)  # (N, G * Q, T)
         costs = self.matcher.cost_caption * nll * (first >= 0)[:, None]

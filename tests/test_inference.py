@@ -124,12 +124,15 @@ def test_beams_and_calibration_at_prediction(tiny_model: JointModel, tiny_exampl
 
 
 @torch.no_grad()
-def test_metrics_see_the_captions_of_all_objects(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
+def test_metrics_see_the_captions_of_all_objects(
+    tiny_model: JointModel, tiny_examples: dict[str, Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Average precision ranks what lies under the score threshold of predictions too."""
     batch = collator("standard")([tiny_examples["two"], tiny_examples["crowded"]])
     found = []
     for score_threshold in (0.0, 0.99):
-        tiny_model.evaluation = replace(tiny_model.evaluation, score_threshold=score_threshold, generate_answer=False)
+        evaluation = replace(tiny_model.evaluation, score_threshold=score_threshold, generate_answer=False)
+        monkeypatch.setattr(tiny_model, "evaluation", evaluation)
         found.append(tiny_model.eval_forward(batch).predictions)
     assert found[0] == found[1]
     objects = [item for prediction in found[1] for item in prediction.objects]

@@ -76,11 +76,11 @@ def detection_losses(
         torch.cat([getattr(match, key) for match in matches]) for key in ("image", "query", "target")
     )
     lengths = torch.tensor([len(match) for match in matches])
-    layer = torch.arange(len(layers)).repeat_interleave(lengths).to(image.device)
+    layer = torch.arange(len(layers)).repeat_interleave(lengths).to(image.device, non_blocking=True)
     predicted, true = boxes[layer, image, query], _padded_boxes(targets, boxes)[image, target]
     quality = torch.zeros_like(logits).index_put((layer, image, query), _quality(predicted, true, config).to(logits))
     is_object = torch.zeros_like(logits).index_put((layer, image, query), torch.ones_like(logits[layer, image, query]))
-    annotated = annotated.to(logits.device)
+    annotated = annotated.to(logits.device, non_blocking=True)
     objectness = objectness_loss(logits[:, annotated], is_object[:, annotated], quality[:, annotated], config)
     terms = {
         **{
@@ -164,7 +164,7 @@ def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: 
     if config.objectness == "varifocal":
         target, weight = quality, (1 - alpha) * focus + quality
     else:
-        target, weight = quality**gamma, focus + is_object
+        target, weight = is_object * quality**gamma, focus + is_object
     return weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 

@@ -81,7 +81,7 @@ def match(
                 queries, objects = linear_sum_assignment(layer_cost[image, :, :count])
                 rows.append(np.stack([np.full_like(queries, image), queries, objects], axis=1))
     lengths = [sum(map(len, rows)) for rows in parts]
-    packed = torch.from_numpy(np.concatenate([row for rows in parts for row in rows])).to(device)
+    packed = torch.from_numpy(np.concatenate([row for rows in parts for row in rows])).to(device, non_blocking=True)
     return [Matches(*part.unbind(1)) for part in packed.split(lengths)]
 
 

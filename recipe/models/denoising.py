@@ -76,7 +76,8 @@ def make_denoising_queries(
         targets: N of them; None where not annotated.
         noise_seeds: N integers; the same seed and boxes give the same noise.
         num_groups: G.
-        box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times it.
+        box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times it; then
+            both are cut at the picture's edges, as in DINO.
 
     Returns:
         None where no image has an object or `num_groups` is 0.
@@ -94,7 +95,7 @@ def make_denoising_queries(
     references = pad_sequence(noised, batch_first=True, padding_value=0.5)  # (N, T, 2G, 4)
     target_boxes = pad_sequence(clean, batch_first=True, padding_value=0.5)  # (N, T, 4)
     num_images, longest = target_boxes.shape[:2]
-    valid = torch.arange(longest, device=device) < torch.tensor(counts, device=device)[:, None]
+    valid = torch.arange(longest, device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None]
     positive = (torch.arange(2 * num_groups, device=device) % 2 == 0).repeat_interleave(longest)
     return DenoisingQueries(
         boxes=references.transpose(1, 2).reshape(num_images, -1, 4),
@@ -112,7 +113,7 @@ def _noise(boxes: Tensor, seed: int, num_groups: int, box_noise: float) -> Tenso
     size = torch.rand(shape, generator=generator)
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     size[:, 1] += 1  # a negative is at least as far off as the farthest positive
-    shift = (size * sign * box_noise).to(boxes)
+    shift = (size * sign * box_noise).to(boxes, non_blocking=True)
     half = boxes[:, 2:] / 2
     corners = torch.cat([boxes[:, :2] - half, boxes[:, :2] + half], dim=-1)
     corners = (corners + shift * torch.cat([half, half], dim=-1)).clamp(0, 1)
