@@ -158,11 +158,11 @@ def _check_head(config: RecipeConfig) -> None:
         )
     if head.width is None:
         return
-    if head.width % 8:
-        raise ConfigError(f"detection_head.width {head.width} is no multiple of 8, which positions of boxes need")
     for section, num_heads in (("detection_head", head.num_heads), ("caption_decoder", decoder.num_heads)):
         if head.width % num_heads:
             raise ConfigError(f"detection_head.width {head.width} is no multiple of {section}.num_heads {num_heads}")
+    if head.width % 8:
+        raise ConfigError(f"detection_head.width {head.width} is no multiple of 8, as positions of boxes need")
 
 
 def _check_images_and_checkpoint(config: RecipeConfig) -> None:

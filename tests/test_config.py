@@ -173,6 +173,7 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("teachers.stream={local: x, spit: y}", "unknown key teachers.stream.spit: did you mean split"),
         ("optimizer.lr_scaling=linear", "optimizer.reference_tokens is missing"),
         ("detection_head.width=30", "detection_head.width 30 is no multiple of detection_head.num_heads 8"),
+        ("detection_head.box_noise=0", "detection_head.box_noise is 0.0: denoising needs noise above 0"),
         ("image={min_pixels: 9, max_pixels: 4}", "image.min_pixels 9 is above image.max_pixels 4: "),
         ("load_path=no/such.pt", "load_path no/such.pt does not exist"),
         ("train_loader.streams.b={split: x}", "train_loader.streams.b has neither local nor remote"),

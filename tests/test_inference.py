@@ -9,6 +9,8 @@ from torchvision.ops import box_iou
 from recipe.config import EvaluationConfig
 from recipe.inference import predict_batch, rank_queries
 from recipe.joint import JointModel
+from recipe.models.generation import generate_captions
+from recipe.models.memory import Memory
 from recipe.schema import DetectionOutputs, Example, Prediction
 from tests.tiny_cases import NUM_QUERIES, collator
 
@@ -42,6 +44,25 @@ def test_a_batch_is_each_sample_alone(tiny_model: JointModel, tiny_examples: dic
             assert one.score == pytest.approx(other.score, rel=1e-6)
             assert one.box == pytest.approx(other.box, rel=1e-6)
     assert len({item.caption for found in together for item in found.objects}) > 1
+
+
+@torch.no_grad()
+def test_a_caption_is_that_of_its_own_query(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """Written for one query alone, from its features and its box."""
+    names = ["two", "crowded"]
+    batch = collator("standard")([tiny_examples[name] for name in names])
+    network, outputs = tiny_model.model, tiny_model.eval()(batch)
+    predictions = predict(tiny_model, [tiny_examples[name] for name in names], "standard")
+    for row, prediction in enumerate(predictions):
+        memory = Memory(*(part[row : row + 1] for part in vars(outputs.memory).values()))
+        order = outputs.detection.pred_objectness[row].argsort(descending=True, stable=True).tolist()
+        for item, query in zip(prediction.objects, order, strict=True):
+            one = (slice(row, row + 1), slice(query, query + 1))
+            features, boxes = outputs.detection.query_features[one], outputs.detection.pred_boxes[one]
+            end = tiny_model.tokenizer.eos_token_id
+            ids = generate_captions(network.caption_decoder, features, boxes, memory, *network.caption_words, end)
+            assert item.caption == tiny_model.tokenizer.decode(ids[0, 0], skip_special_tokens=True).strip()
+    assert len({item.caption for prediction in predictions for item in prediction.objects}) > 2
 
 
 def test_objects_fall_in_score_and_stay_in_the_picture(tiny_model: JointModel, tiny_examples: dict[str, Example]):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,28 @@ def test_caption_costs_by_hand(tiny_config: Callable[..., RecipeConfig], monkeyp
     assert torch.equal(costs[2], costs[3])
     assert costs[1, 0, 0, 0] == pytest.approx(0.5 * math.log(1 + math.e))
     assert not costs[0].any() and not costs[:, 1].any()
+
+
+@pytest.mark.parametrize("switches", [{}, ALL_SWITCHES], ids=["plain", "all_switches"])
+def test_every_parameter_learns_in_bfloat16(
+    switches: dict[str, Any], tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]
+) -> None:
+    """Autocast keeps rounded weights for the next use, also those of a use without a graph."""
+    model = make_model(tiny_config(model={"dtype": "float32"}, **switches))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, _ = losses_and_gradients(model, make_batches(list(tiny_examples.values()), "packed", 8))
+    assert all(bool(loss.isfinite()) for loss in losses.values())
+
+
+def test_without_auxiliary_losses_the_last_layer_alone_is_taught(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]
+) -> None:
+    """Of the first group of queries, of the others and of the denoising queries."""
+    model = make_model(tiny_config(detection_head={"aux_loss": False, "num_query_groups": 2, "num_layers": 3}))
+    outputs = model(collate_packed([tiny_examples["two"]]))
+    assert outputs.denoising is not None
+    taught = (outputs.detection, *outputs.detection.groups, outputs.denoising[1])
+    assert len(taught) == 3 and not any(queried.aux_outputs for queried in taught)
 
 
 @torch.no_grad()

@@ -49,11 +49,20 @@ class Case:
         ("mal", Case(LN3, True, 0.25), 1.5, 0.125 * (LN4 - LN3) + 0.875 * LN4),
         ("mal", Case(LN3, False), 2.0, 0.75**2 * LN4),
         ("mal", Case(LN3, False), 1.5, 0.75**1.5 * LN4),
+        ("mal", Case(LN3, False), 0.0, LN4),  # 0 ** 0 is no target of an empty query
         ("focal", Case(LN3, True, 0.5), 2.0, 0.25 * 0.25**2 * (LN4 - LN3)),
+        ("focal", Case(LN3, True, 0.5), 1.0, 0.25 * 0.25 * (LN4 - LN3)),
     ],
 )
 def test_by_hand(kind: str, case: Case, gamma: float, expected: float):
     assert case.loss(kind, gamma)[0] == pytest.approx(expected, rel=1e-7)
+
+
+def test_the_share_of_objects_in_the_focal_loss():
+    config, logit = LossConfig(focal_alpha=0.6), torch.tensor(0.0).double()
+    one, zero = torch.ones(()).double(), torch.zeros(()).double()
+    assert float(objectness_loss(logit, one, zero, config)) == pytest.approx(0.6 * 0.25 * LN2)
+    assert float(objectness_loss(logit, zero, zero, config)) == pytest.approx(0.4 * 0.25 * LN2)
 
 
 def test_the_ends_of_the_iou():

@@ -153,6 +153,21 @@ class Judged(QuerySelection):
         self.double()
 
 
+def test_no_gradient_flows_through_a_reference(monkeypatch: pytest.MonkeyPatch):
+    """As in Deformable DETR: a layer learns to mend the boxes before it, not to make them."""
+    head = make_head()
+    seen: list[bool] = []
+    positions = head._positions
+
+    def recorded(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(references.requires_grad)
+        return positions(queries, references)
+
+    monkeypatch.setattr(head, "_positions", recorded)
+    head(make_memory([(2, 3)], 2))
+    assert seen == [True, *[False] * (len(head.layers) - 1)] and len(seen) > 1  # the first are learned
+
+
 def test_selection_by_hand():
     """Three queries; four tokens side by side, and two, with padding and two words that nothing may choose."""
     cells = torch.zeros(2, 6, 4, dtype=torch.float64)
