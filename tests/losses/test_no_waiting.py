@@ -48,6 +48,15 @@ def test_one_copy_a_step(objectness: str, monkeypatch: pytest.MonkeyPatch):
     copies: list[torch.Size] = []
     to_host = Tensor.cpu
     monkeypatch.setattr(Tensor, "cpu", lambda self: copies.append(self.shape) or to_host(self))
+    blocking: list[tuple[torch.Size, object]] = []
+    to = Tensor.to
+
+    def recorded(tensor: Tensor, *others: Any, **keywords: Any) -> Tensor:
+        if isinstance(others[0], torch.device) and not keywords.get("non_blocking"):
+            blocking.append((tensor.shape, others[0]))
+        return to(tensor, *others, **keywords)
+
+    monkeypatch.setattr(Tensor, "to", recorded)
     outputs, config = random_outputs(4, 5, seed=0, num_layers=2), LossConfig(objectness=objectness)
     targets = random_targets([3, 0, None, 7], seed=1)
     queries = make_denoising_queries(targets, [1, 2, 3, 4], 2, 1.0)
@@ -63,3 +72,4 @@ def test_one_copy_a_step(objectness: str, monkeypatch: pytest.MonkeyPatch):
         torch.stack([term.double() for term in terms.values()]).sum().backward()
     assert not waits.seen, waits.seen
     assert copies == [(2, 4, 5, 7)]
+    assert not blocking, blocking  # what is made on the host goes to the device without being waited for
