@@ -7,7 +7,7 @@ import torch
 from torchvision.ops import box_iou
 
 from recipe.config import EvaluationConfig
-from recipe.inference import predict_batch, rank_queries
+from recipe.inference import eos_token_id, predict_batch, rank_queries
 from recipe.joint import JointModel
 from recipe.models.generation import generate_captions
 from recipe.models.memory import Memory
@@ -59,7 +59,7 @@ def test_a_caption_is_that_of_its_own_query(tiny_model: JointModel, tiny_example
         for item, query in zip(prediction.objects, order, strict=True):
             one = (slice(row, row + 1), slice(query, query + 1))
             features, boxes = outputs.detection.query_features[one], outputs.detection.pred_boxes[one]
-            end = tiny_model.tokenizer.eos_token_id
+            end = eos_token_id(tiny_model.tokenizer)
             ids = generate_captions(network.caption_decoder, features, boxes, memory, *network.caption_words, end)
             assert item.caption == tiny_model.tokenizer.decode(ids[0, 0], skip_special_tokens=True).strip()
     assert len({item.caption for prediction in predictions for item in prediction.objects}) > 2
