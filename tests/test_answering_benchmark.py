@@ -19,6 +19,7 @@ def test_it_ends_with_its_figures(trained_checkpoint: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report.keys() == {"boxes_per_s_head", "boxes_per_s_text", "ratio", "f1_head", "f1_text", "batch_size"}
+    names = {"boxes_per_s_head", "boxes_per_s_text", "ratio", "f1_head", "f1_text", "batch_size", "ratio_images"}
+    assert report.keys() == names and report["ratio_images"] > 0
     assert report["boxes_per_s_head"] > 0 <= report["f1_head"] <= 1
     assert "3 pictures" in done.stdout and done.stdout.count("| head |") == 2
