@@ -102,12 +102,13 @@ def trained_peer(kind: str, scenes: list[Sample], seconds: int) -> tuple[nn.Modu
     """A peer after so many seconds of a clock that is read once a step; its first weights, its AP50 and its steps."""
     clock = iter(range(seconds + 2))
     torch.manual_seed(0)
-    peer = build_peer(kind, num_queries=10, width=32, num_layers=2, num_heads=2)
+    names = sorted({item.caption for scene in scenes for item in scene.objects or ()})
+    peer = build_peer(kind, len(names), num_queries=10, width=32, num_layers=2, num_heads=2)
     before = {name: weight.detach().clone() for name, weight in peer.named_parameters()}
     budget = Budget(seconds, batch_size=3, learning_rate=1e-3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peer_detr, "time", SimpleNamespace(process_time=lambda: next(clock)))
-        return peer, before, *train_peer(peer, scenes, scenes, (64, 64), budget, seed=0)
+        return peer, before, *train_peer(peer, scenes, scenes, (64, 64), budget, seed=0, names=names)
 
 
 @pytest.mark.slow
@@ -140,7 +141,7 @@ class Oracle(nn.Module):
         self.boxes = box_convert(boxes, "xyxy", "cxcywh")[:, None]  # (n, 1, 4)
 
     def forward(self, pixel_values: Tensor) -> SimpleNamespace:
-        logits = torch.tensor([2.0]).expand(len(pixel_values), 1, 1)
+        logits = torch.tensor([-4.0, 2.0]).expand(len(pixel_values), 1, 2)
         return SimpleNamespace(pred_boxes=self.boxes[: len(pixel_values)], logits=logits)
 
 

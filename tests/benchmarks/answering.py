@@ -14,8 +14,8 @@ text   greedy generation alone, with its key/value cache, until the last answer 
 
 In turns, batch by batch, after a pass that is not counted; the median of the passes. On the CPU everything runs on one
 thread, and its CPU time is taken, which other work on the machine does not lengthen much. F1 at IoU .5 of both is that
-of `AnswerBoxes`: of the head's boxes at the run's score threshold. Where the ways find unequally many boxes, the ratio of
-boxes a second is not that of pictures a second, so both are printed. The last line is JSON: `boxes_per_s_head
+of `AnswerBoxes`: of the head's boxes at the run's score threshold. Where the ways find unequally many boxes, boxes a
+second and pictures a second have different ratios, so both are printed. The last line is JSON: `boxes_per_s_head
 boxes_per_s_text ratio f1_head f1_text` of the batch size with the lesser ratio, and `batch_size`, `ratio_images`.
 """
 

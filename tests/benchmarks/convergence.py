@@ -1,7 +1,7 @@
 """How many steps the head needs to find things: whole, plain, and with one ingredient changed.
 
     python tests/benchmarks/convergence.py [--variants NAME ...] [--steps N] [--plain-steps N] [--seeds SEED ...]
-        [--real SHARED_DATA] [--real-sets NAME ...] [--real-steps N]
+        [--real SHARED_DATA] [--real-sets NAME ...] [--real-tasks NAME ...] [--real-steps N]
 
 Scenes of coloured shapes, 16 a step, from the tiny random checkpoint of the quickstart; detection alone is trained, at
 a constant rate after a warm-up, so that a curve does not depend on where it ends. AP50 is class-agnostic, over 128
@@ -12,12 +12,15 @@ encoder has positions, so there is also `plain with positions`. The others are `
 The default head also learns two sets of real pictures, split 80/20 by picture, from a tiny random
 checkpoint that normalises pixels by the training pictures' own mean and deviation, as one does from scratch (pale blood
 cells vary by 0.2 to 0.4 of what Qwen's constants call one). Hugging Face's Deformable and Conditional DETR learn them
-from scratch (`peer_detr.py`), one class as ours, normalised alike, at the same size of picture, each for the CPU time
-that training ours took: AP50 without classes on the held-out fifth at the end.
+from scratch (`peer_detr.py`), normalised alike, at the same size of picture, each for the CPU time that training ours
+took. There are two tasks: `captions`, where ours learns to write what each object is and the peers learn it as a class,
+and `boxes`, where ours learns no captions and the peers one class. Both are judged by AP50 without classes on the
+held-out fifth at the end.
 
 The last line is JSON: `steps_to_ap50` (by variant: steps to 0.5 and to 0.8, null where not reached, and CPU seconds to
 each), `plain_over_full` (of the steps to 0.5; a lower bound where plain did not reach it), `final` (last AP50 by
-variant) and `real` (of the first seed, by data set: `ours`, `peer`, the better of the two, and both by name).
+variant) and `real` (of the first seed, by data set: `ours`, `peer`, the better of the two, and both by name, of the
+task `captions`; those of `boxes` below `boxes`).
 """
 
 import argparse
@@ -76,6 +79,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema": {"ema": "{half_life: 20ba}"},
 }
 REAL_SETS = ("chess_train", "bccd_trainval")
+# What our head learns beside boxes.
+TASKS: dict[str, dict[str, Any]] = {
+    "captions": {"loss.weight_caption": 4.0, "caption_decoder.max_caption_tokens": "null"},
+    "boxes": {},
+}
 PEERS = {"deformable": 1e-3, "conditional": 1e-3}  # learning rates: better on chess_train than 3e-4
 
 
@@ -147,25 +155,30 @@ def train_head(changes: dict[str, Any], data: Path, steps: int, every: int, seed
     return curve
 
 
-def compare_on_real(source: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Ours and the peers on one set of real pictures, in AP50."""
+def compare_on_real(source: Path, task: str, steps: int, seed: int) -> dict[str, Any]:
+    """Ours and the peers on one set of real pictures and one of `TASKS`, in AP50."""
     data = FOLDER / source.name / str(seed)
     train_part, val_part = make_real_set(source, data, seed)
     samples = [*train_part, *val_part]
-    changes = {"model.pretrained_model_name_or_path": data / "tiny", **REAL}
+    changes = {"model.pretrained_model_name_or_path": data / "tiny", **REAL, **TASKS[task]}
     curve = train_head(changes, data, steps, every=max(1, steps // 4), seed=seed)
     _, ap50, seconds = curve.points[-1]
-    print(f"{source.name}, ours: {curve.told()}, {seconds:.0f} CPU s", flush=True)
+    print(f"{source.name}, {task}, ours: {curve.told()}, {seconds:.0f} CPU s", flush=True)
     sizes = {(sample.height, sample.width) for sample in samples}
     assert len(sizes) == 1, f"the peers' pictures are one batch of one size, but {source.name} has {sizes}"
     size = smart_resize(*sizes.pop(), min_pixels=REAL["image.min_pixels"], max_pixels=REAL["image.max_pixels"])
     found: dict[str, Any] = {"ours": round(ap50, 4), "cpu_s": round(seconds)}
     for kind, learning_rate in PEERS.items():
         torch.manual_seed(seed)
-        peer = build_peer(kind, REAL["detection_head.num_queries"], width=128, num_layers=2, num_heads=4)
+        names = (
+            sorted({item.caption for sample in samples for item in sample.objects or ()}) if task == "captions" else []
+        )
+        peer = build_peer(
+            kind, max(len(names), 1), REAL["detection_head.num_queries"], width=128, num_layers=2, num_heads=4
+        )
         budget = Budget(seconds, REAL["train_loader.global_batch_size"], learning_rate)
-        found[kind], peer_steps = train_peer(peer, train_part, val_part, size, budget, seed)
-        print(f"{source.name}, {kind}: {found[kind]:.3f} after {peer_steps} steps", flush=True)
+        found[kind], peer_steps = train_peer(peer, train_part, val_part, size, budget, seed, names)
+        print(f"{source.name}, {task}, {kind}: {found[kind]:.3f} after {peer_steps} steps", flush=True)
     return found | {"peer": max(found[kind] for kind in PEERS)}
 
 
@@ -205,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[17], metavar="SEED")
     parser.add_argument("--real", type=Path, default=DATA, metavar="SHARED_DATA", help="folder of the real sets")
     parser.add_argument("--real-sets", nargs="*", choices=REAL_SETS, default=REAL_SETS, metavar="NAME")
+    parser.add_argument("--real-tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
     parser.add_argument("--real-steps", type=int, default=400)
     args = parser.parse_args(arguments)
     missing = [name for name in args.real_sets if not (args.real / name).is_dir()]
@@ -222,9 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             curves[name].append(train_head(changes, FOLDER / "data", steps, EVERY, seed))
             print(f"{name}, seed {seed}: {curves[name][-1].told()}", flush=True)
     figures = report(curves)
-    figures["real"] = {
-        name: compare_on_real(args.real / name, args.real_steps, args.seeds[0]) for name in args.real_sets
-    }
+    figures["real"] = {}
+    for name in args.real_sets:
+        tasks = {
+            task: compare_on_real(args.real / name, task, args.real_steps, args.seeds[0]) for task in args.real_tasks
+        }
+        figures["real"][name] = {**tasks.pop("captions", {}), **tasks}
     print(json.dumps(figures))
 
 

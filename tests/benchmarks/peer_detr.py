@@ -3,8 +3,7 @@
 Both get what helps them: a backbone that learns (Hugging Face freezes its batch norm, and under version 4.57 all of a
 ResNet's convolutions, which suits pretrained ones only), box refinement in Deformable DETR (in one stage: Hugging Face
 has no loss for the proposals of two), pictures decoded once and kept in memory, pixels normalised by the training
-pictures' own mean and deviation, a warm-up and a cosine over the CPU time they are given, the last weights judged. Like
-our head they learn one class, that of objects.
+pictures' own mean and deviation, a warm-up and a cosine over the CPU time they are given, the last weights judged.
 """
 
 import math
@@ -51,7 +50,7 @@ class Budget:
     warmup: float = 0.05
 
 
-def build_peer(kind: str, num_queries: int, width: int, num_layers: int, num_heads: int) -> nn.Module:
+def build_peer(kind: str, num_labels: int, num_queries: int, width: int, num_layers: int, num_heads: int) -> nn.Module:
     """A random `deformable` or `conditional` DETR on a ResNet-18 of a quarter of its width (0.7 million parameters)."""
     backbone = ResNetConfig(
         embedding_size=16,
@@ -65,7 +64,7 @@ def build_peer(kind: str, num_queries: int, width: int, num_layers: int, num_hea
         "backbone": None,
         "use_pretrained_backbone": False,
         "backbone_config": backbone,
-        "num_labels": 1,
+        "num_labels": num_labels,
         "num_queries": num_queries,
         "d_model": width,
         "encoder_layers": num_layers,
@@ -107,11 +106,20 @@ def pixel_statistics(samples: Sequence[Sample]) -> tuple[list[float], list[float
 
 
 def train_peer(
-    model: nn.Module, train: Sequence[Sample], val: Sequence[Sample], size: tuple[int, int], budget: Budget, seed: int
+    model: nn.Module,
+    train: Sequence[Sample],
+    val: Sequence[Sample],
+    size: tuple[int, int],
+    budget: Budget,
+    seed: int,
+    names: Sequence[str] = (),
 ) -> tuple[float, int]:
-    """Trains for a CPU time; class-agnostic AP50 on `val` at its end, and the steps made."""
+    """Trains for a CPU time; class-agnostic AP50 on `val` at its end, and the steps made.
+
+    `names` are the captions that are its classes; none: all objects are of one.
+    """
     statistics = pixel_statistics(train)
-    labels = [_labels(sample) for sample in train]
+    labels = [_labels(sample, names) for sample in train]
     pictures, held_out = read_pictures(train, size), read_pictures(val, size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=budget.learning_rate, weight_decay=budget.weight_decay)
     generator = torch.Generator().manual_seed(seed)
@@ -137,13 +145,13 @@ def train_peer(
 
 @torch.no_grad()
 def evaluate_peer(model: nn.Module, samples: Sequence[Sample], pictures: Tensor) -> float:
-    """AP50 on normalised pictures."""
+    """AP50 without classes, on normalised pictures: a query's score is that of its likeliest class."""
     model.eval()
     metric = BoxAveragePrecision()
     for first in range(0, len(samples), 8):
         part = samples[first : first + 8]
         outputs = model(pixel_values=pictures[first : first + 8])
-        scores = outputs.logits.sigmoid().squeeze(-1)
+        scores = outputs.logits.sigmoid().amax(-1)
         boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
         metric.update([_prediction(*row) for row in zip(part, boxes, scores, strict=True)], list(part))
     model.train()
@@ -158,11 +166,12 @@ def _prediction(sample: Sample, boxes: Tensor, scores: Tensor) -> Prediction:
     return Prediction(sample.id, sample.width, sample.height, objects)
 
 
-def _labels(sample: Sample) -> dict[str, Tensor]:
+def _labels(sample: Sample, names: Sequence[str]) -> dict[str, Tensor]:
     objects = [item for item in sample.objects or () if not item.iscrowd]
     scale = torch.tensor([sample.width, sample.height] * 2)
     boxes = torch.tensor([item.box for item in objects]).reshape(-1, 4) / scale
-    return {"class_labels": torch.zeros(len(boxes), dtype=torch.int64), "boxes": box_convert(boxes, "xyxy", "cxcywh")}
+    classes = torch.tensor([names.index(item.caption) if names else 0 for item in objects], dtype=torch.int64)
+    return {"class_labels": classes, "boxes": box_convert(boxes, "xyxy", "cxcywh")}
 
 
 def _factor(progress: float, warmup: float) -> float:
