@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from recipe.config import RecipeConfig
+from recipe.config import ConfigError, RecipeConfig
 from recipe.data.encode import Encoder
 from recipe.data.image import ImageSpec, image_spec
 from recipe.data.lengths import read_longest_caption
@@ -92,24 +92,37 @@ def build_model(config: RecipeConfig, processor: Any) -> JointModel:
     return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
 
 
+def check_width(width: int, config: RecipeConfig) -> None:
+    """Whether a head can be so wide.
+
+    Raises:
+        ConfigError: It is no multiple of the attention heads, or of 8: sine and cosine of four coordinates.
+    """
+    divisors = {
+        f"detection_head.num_heads {config.detection_head.num_heads}": config.detection_head.num_heads,
+        f"caption_decoder.num_heads {config.caption_decoder.num_heads}": config.caption_decoder.num_heads,
+        "8, as the positions of boxes need": 8,
+    }
+    for name, divisor in divisors.items():
+        if width % divisor:
+            raise ConfigError(
+                f"detection_head.width {width} is no multiple of {name}; null is the language model's width"
+            )
+
+
 def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -> JointNetwork:
     """The head on top of a language model; every dimension of the latter is read from its config.
 
     The head's weights are kept in float32 at least: eight bits of a bfloat16 box are too few.
 
     Raises:
-        ValueError: The head's width does not fit its attention heads.
+        ConfigError: The language model's width, which is the head's where it has none, does not suit it.
     """
     dtype = torch.promote_types(vlm.dtype, torch.float32)
     hidden_size = vlm.config.get_text_config().hidden_size
     head, decoder = config.detection_head, config.caption_decoder
     width = hidden_size if head.width is None else head.width
-    for section, num_heads in (("detection_head", head.num_heads), ("caption_decoder", decoder.num_heads)):
-        if width % num_heads or width % 8:
-            raise ValueError(
-                f"the head is {width} wide, by detection_head.width or as the language model: no multiple of 8 and of "
-                f"{section}.num_heads {num_heads}; set detection_head.width"
-            )
+    check_width(width, config)
     return JointNetwork(
         vlm=VisionLanguageModel(vlm, PixelNormalizer(spec.image_mean, spec.image_std)),
         memory=MemoryBuilder(

@@ -10,6 +10,7 @@ from math import inf
 from typing import Any, NoReturn
 
 from recipe.algorithms.watch import Action
+from recipe.build import check_width
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.checkpoints.saver import save_folder
 from recipe.config import GROUPS, ConfigError, EmaConfig, EvaluationConfig, NaNRollbackConfig, RecipeConfig
@@ -151,18 +152,13 @@ def check_config(config: RecipeConfig) -> None:
 
 
 def _check_head(config: RecipeConfig) -> None:
-    head, decoder = config.detection_head, config.caption_decoder
+    head = config.detection_head
     if head.num_denoising_groups and head.box_noise <= 0:
         raise ConfigError(
             f"detection_head.box_noise is {head.box_noise}: denoising needs noise above 0, or num_denoising_groups: 0"
         )
-    if head.width is None:
-        return
-    for section, num_heads in (("detection_head", head.num_heads), ("caption_decoder", decoder.num_heads)):
-        if head.width % num_heads:
-            raise ConfigError(f"detection_head.width {head.width} is no multiple of {section}.num_heads {num_heads}")
-    if head.width % 8:
-        raise ConfigError(f"detection_head.width {head.width} is no multiple of 8, as positions of boxes need")
+    if head.width is not None:  # else the language model's, which is not known yet
+        check_width(head.width, config)
 
 
 def _check_images_and_checkpoint(config: RecipeConfig) -> None:

@@ -26,9 +26,9 @@ from torchvision.ops import box_iou
 from recipe.annotated import read_coco, read_mds
 from recipe.logging_setup import setup_logging
 from recipe.metrics.samples import boxes_of, inside_crowd, match_by_score, normalized_caption
-from recipe.picture_files import entry_of, names_by_file
+from recipe.picture_files import entry_of, names_by_file, refuse_shared
 from recipe.pictures import open_image
-from recipe.prediction_files import least_score, read_rows, rounded_score
+from recipe.prediction_files import least_score, part_of, read_rows, rounded_score, write_json_text
 from recipe.schema import Object, Sample
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
@@ -90,9 +90,7 @@ def main(args: argparse.Namespace) -> int:
         truths = {} if args.truth is None else truths_of_coco(rows, read_coco(args.truth))
     page = page_data(rows, truths, threshold, args.max_pictures, args.picture_size)
     try:
-        # File names that are not UTF-8 become JSON's escapes, as in predictions.json.
-        part_of(args.out).write_text(render(page), encoding="utf-8", errors="backslashreplace")
-        part_of(args.out).replace(args.out)
+        write_json_text(args.out, render(page))
     except OSError as error:
         raise ValueError(f"cannot write {args.out} ({error}): give another --out") from error
     print(f"{len(page['pictures'])} of {len(rows)} pictures: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
@@ -115,11 +113,6 @@ def check_out(out: Path, overwrite: bool) -> None:
         part_of(out).unlink()
     except OSError as error:
         raise ValueError(f"cannot write {out} ({error}): give another --out") from error
-
-
-def part_of(out: Path) -> Path:
-    """The file beside the page that becomes it, so that a page that is there is a whole one."""
-    return out.with_name(f".{out.name}.part")
 
 
 def found_file(file: str, folder: Path) -> str:
@@ -172,7 +165,7 @@ def truths_of_coco(rows: Sequence[Row], samples: Mapping[str, Sample]) -> dict[s
     names = names_by_file(samples)
     found = {row["id"]: entry_of(Path(row["file"]), names) for row in rows}
     claims = {row_id: name for row_id, name in found.items() if name is not None}
-    _refuse_shared(rows, claims)
+    refuse_shared((row["file"], claims[row["id"]]) for row in rows if row["id"] in claims)
     return _checked(rows, {row_id: samples[name] for row_id, name in claims.items()})
 
 
@@ -198,7 +191,8 @@ def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, S
             same |= dict.fromkeys(owners, sample)
         else:
             alike |= dict.fromkeys(by_name.get(sample.id, ()), sample)
-    _refuse_shared(rows, {row_id: sample.id for row_id, sample in alike.items() if row_id not in same})
+    named = alike.keys() - same.keys()
+    refuse_shared((row["file"], alike[row["id"]].id) for row in rows if row["id"] in named)
     return _checked(rows, alike | same)
 
 
@@ -322,18 +316,6 @@ def _counted(picture: Row) -> dict[str, Any]:
             keys = ("match", "other_words", "score") if source == "head" else ("match", "other_words")
             counted[source] = [{key: item[key] for key in keys} for item in counted[source]]
     return counted
-
-
-def _refuse_shared(rows: Iterable[Row], claims: Mapping[str, str]) -> None:
-    """No truth is that of two files; `claims` holds the truth's name by the prediction's id."""
-    files: dict[str, str] = {}
-    for row in rows:
-        name = claims.get(row["id"])
-        if name is not None and files.setdefault(name, row["file"]) != row["file"]:
-            raise ValueError(
-                f"{files[name]} and {row['file']} can both be {name} of the data set: predict the pictures of one "
-                "folder at a time, or give a truth whose names have their folders"
-            )
 
 
 def _checked(rows: Iterable[Row], truths: dict[str, Sample]) -> dict[str, Sample]:

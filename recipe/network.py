@@ -195,7 +195,7 @@ class JointNetwork(nn.Module):
         layers = [layer for _, layer in detection.layers()]
         costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
         identity = None
-        if self.matcher.cost_caption and (any(targets) or self.training or is_sharded(self)):
+        if self.matcher.cost_caption and self._has_captions(targets):
             identity = self._caption_costs(detection, memory, targets)
         matches = match(layers, targets, *costs, *self.focal, identity)
         captions = self._caption_logits(detection, memory, matches[-1], targets)
@@ -232,6 +232,10 @@ class JointNetwork(nn.Module):
         own = self.caption_decoder.vocabulary
         return (self.vlm.embed_tokens, self.vlm.logits) if own is None else (own, own)
 
+    def _has_captions(self, targets: Sequence[Target | None]) -> bool:
+        """False of a prediction: it has no captions to learn from, and no rank that waits for this one."""
+        return any(targets) or self.training or is_sharded(self)
+
     @torch.no_grad()
     def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
         """What each query thinks of how each object's caption begins: (layers, N, Q, T); 0 of proposals and padding."""
@@ -256,8 +260,7 @@ class JointNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced logits of the captions of matched queries: (k, V), labels (k,), images (k,)."""
         embed, logits = self.caption_words
-        if not (any(targets) or self.training or is_sharded(self)):
-            # A prediction has no captions to learn from, and no rank that waits for this one.
+        if not self._has_captions(targets):
             hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
             return logits(hidden), matches.image[:0], matches.image[:0]
         labels = padded_captions(targets, matches, detection.pred_boxes.device)  # (N, T, C)

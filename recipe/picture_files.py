@@ -124,12 +124,29 @@ def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list
         ValueError: A file has none, or two have the same.
     """
     by_file = names_by_file(names)
-    files: dict[str, Path] = {}
+    entries: list[str] = []
     for path in paths:
         name = entry_of(path, by_file)
         if name is None:
             raise ValueError(f"{path} is not among the images of {source}: leave one or the other out")
-        if name in files:
-            raise ValueError(f"{files[name]} and {path} are both {name} of {source}: predict them apart")
-        files[name] = path
-    return list(files)
+        entries.append(name)
+    refuse_shared(zip(map(str, paths), entries, strict=True))
+    return entries
+
+
+def refuse_shared(claims: Iterable[tuple[str, str]]) -> None:
+    """No entry of a data set is two files'.
+
+    Args:
+        claims: Files and their entries; a file may stand there twice.
+
+    Raises:
+        ValueError: It is.
+    """
+    files: dict[str, str] = {}
+    for file, name in claims:
+        if files.setdefault(name, file) != file:
+            raise ValueError(
+                f"{files[name]} and {file} can both be {name} of the data set: predict the pictures of one folder at a "
+                "time, or give a data set whose names have their folders"
+            )

@@ -103,11 +103,22 @@ def refuse_to_overwrite(out: Path, names: Sequence[str]) -> None:
 def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes both files; each appears whole."""
     for name, value in ((PREDICTIONS_FILE, rows), (COCO_RESULTS_FILE, coco_results(rows))):
-        part = out / f".{name}.part"
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        # Of a file name that is not UTF-8 Python makes lone surrogates, which JSON can write as escapes.
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
-        part.replace(out / name)
+        write_json_text(out / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_json_text(path: Path, text: str) -> None:
+    """Writes JSON, or what holds it: a file that is there is a whole one.
+
+    Of a file name that is not UTF-8 Python makes lone surrogates, which become JSON's escapes.
+    """
+    part = part_of(path)
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    part.replace(path)
+
+
+def part_of(path: Path) -> Path:
+    """The file beside `path` that becomes it."""
+    return path.with_name(f".{path.name}.part")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from recipe.build import build_model, load_processor
-from recipe.config import RecipeConfig
+from recipe.config import ConfigError, RecipeConfig
 from recipe.network import JointNetwork
 from recipe.schema import Example
 from tests.tiny_cases import collator, make_model
@@ -65,11 +65,14 @@ def test_the_matcher_is_given_the_focal_parameters(
     assert raised.value.args[0] == (1.0, 2.0, 3.0, 0.6, 1.5, None)
 
 
-@pytest.mark.parametrize(("width", "num_heads"), [(36, 4), (32, 6)])
+@pytest.mark.parametrize(
+    ("width", "num_heads", "named"),
+    [(36, 4, "8, as the positions of boxes need"), (32, 6, "detection_head.num_heads 6")],
+)
 def test_a_width_that_does_not_fit_is_told(
-    width: int, num_heads: int, tiny_config: Callable[..., RecipeConfig]
+    width: int, num_heads: int, named: str, tiny_config: Callable[..., RecipeConfig]
 ) -> None:
-    with pytest.raises(ValueError, match=f"the head is {width} wide, .* set detection_head.width"):
+    with pytest.raises(ConfigError, match=f"detection_head.width {width} is no multiple of {named}"):
         make_model(tiny_config(detection_head={"width": width, "num_heads": num_heads}))
 
 
