@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -174,3 +175,38 @@ def test_pixel_statistics_by_hand() -> None:
     halves = pixel_statistics([picture(one, one), picture(other, other)])  # the same pixels, each twice
     assert halves[0] == pytest.approx(mean)
     assert halves[1] == pytest.approx(std, rel=1e-4, abs=1e-9)
+
+
+def test_real_pictures_are_two_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Ours learns captions where the peers learn classes, and none where they learn one."""
+    sample = draw_scene(seed=3, index=0, image_size=64, min_objects=2, max_objects=2)
+    names = sorted({item.caption for item in sample.objects or ()})
+    weights: list[object] = []
+    classes: list[tuple[int, list[str]]] = []
+
+    def trained(changes: dict[str, Any], *_: object, **__: object) -> convergence.Curve:
+        weights.append(changes.get("loss.weight_caption", 0))
+        return curve_of((100, 0.7))
+
+    def peer(kind: str, num_labels: int, *_: object, **__: object) -> int:
+        return num_labels
+
+    def compared(num_labels: int, *others: Any) -> tuple[float, int]:
+        classes.append((num_labels, others[-1]))
+        return 0.1 * len(classes), 5
+
+    monkeypatch.setattr(convergence, "FOLDER", tmp_path / "bench")
+    monkeypatch.setattr(convergence, "make_data", lambda: None)
+    monkeypatch.setattr(convergence, "make_real_set", lambda *_: ([sample], [sample]))
+    for name, stub in (("train_head", trained), ("build_peer", peer), ("train_peer", compared)):
+        monkeypatch.setattr(convergence, name, stub)
+    monkeypatch.setattr(table, "CALLBACKS", table.CALLBACKS)
+    (tmp_path / "chess_train").mkdir()
+    level = logging.root.manager.disable
+    convergence.main(["--variants", "--real", str(tmp_path), "--real-sets", "chess_train"])
+    logging.disable(level)
+    assert weights == [4.0, 0] and len(names) == 2
+    assert classes == [(2, names), (2, names), (1, []), (1, [])]
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["real"]["chess_train"]
+    assert (figures["ours"], figures["peer"]) == (0.7, pytest.approx(0.2))
+    assert (figures["boxes"]["ours"], figures["boxes"]["peer"]) == (0.7, pytest.approx(0.4))
