@@ -11,6 +11,7 @@ from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import Example
 from tests.float64 import compute_in_float64
+from tests.gallery_cases import make_gallery_files
 from tests.s3_server import S3Server, find_juicefs, s3_server
 from tests.tiny_cases import build_checkpoint, make_config, make_examples, make_model
 from tests.tiny_run import train_tiny_run
@@ -34,6 +35,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA.name}: these tests need the folder beside the checkout")
     return SHARED_DATA
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Path:
+    """The folder of a small gallery's files."""
+    return make_gallery_files(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -18,18 +18,18 @@ from convert.writer import write_split
 from recipe.annotated import read_annotated_folder
 from recipe.build import build_encoder
 from recipe.checkpoint import load_model
-from recipe.config import PromptConfig
-from recipe.data.chat import detection_question
 from recipe.data.collate import collate_standard
 from recipe.export import main as export
 from recipe.export import parse as parse_export
 from recipe.predict import encode_picture, main
-from recipe.predict_options import parse, prompt_of
-from recipe.prediction_files import failed_row, least_score, prediction_row, read_rows, write_rows
-from recipe.schema import DetectedObject, Example, Object, Prediction, Sample
+from recipe.predict_options import parse
+from recipe.prediction_files import read_rows
+from recipe.schema import Example, Object, Prediction, Sample
 from tests.launch import REPOSITORY
 
 HEADER = 34  # pixels above a drawing, which name the picture
+
+
 ROTATE_TO_SHOW = 6  # EXIF: the stored picture is to be turned 90 degrees clockwise
 
 
@@ -338,31 +338,6 @@ def test_the_truth_is_drawn_beside(
         main(parse(["--checkpoint", "c", "--out", str(tmp_path / "o"), "--truth", str(truth), "gone.png"]))
 
 
-def test_low_scores_keep_their_digits(tmp_path: Path):
-    """So that AP of the file is that of the scores: none becomes 0, and no two become equal."""
-    scores = [0.123456789, 0.12341, 1.23456e-6, 1.23455e-6, 1e-9]
-    box = (0.0, 0.0, 1.0, 1.0)
-    prediction = Prediction("a", 4, 4, tuple(DetectedObject(box, score, "cat") for score in scores))
-    write_rows(tmp_path, [prediction_row(Path("a.png"), 1, prediction, 0.0)])
-    expected = [0.123457, 0.12341, 1.23456e-6, 1.23455e-6, 1e-9]
-    (row,) = read_rows(tmp_path / "predictions.json")
-    assert [item["score"] for item in row["objects"]] == expected
-    results = json.loads((tmp_path / "coco_results.json").read_text())
-    assert [item["score"] for item in results] == expected
-
-
-def test_the_least_score_of_a_file():
-    """Of what is written: a score as good as the threshold is never below it."""
-    threshold = 0.37284567
-    prediction = Prediction("a", 4, 4, (DetectedObject((0.0, 0.0, 1.0, 1.0), threshold, "cat"),))
-    row = prediction_row(Path("a.png"), 1, prediction, threshold)
-    assert row["score_threshold"] == row["objects"][0]["score"] == 0.372846
-    failed = failed_row("b", Path("b.png"), 2, ValueError("no picture"))
-    older = {key: value for key, value in row.items() if key != "score_threshold"}
-    assert least_score([failed, row, {**row, "score_threshold": 0.2}, older]) == 0.372846
-    assert least_score([failed, older]) == least_score([]) == 0
-
-
 def test_only_the_text_is_asked(
     trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -376,26 +351,6 @@ def test_only_the_text_is_asked(
     assert row["answer_objects"] == [{"box": [0, 0, 300, 200], "caption": "all"}]
     (result,) = json.loads((tmp_path / "out" / "coco_results.json").read_text())
     assert result == {"image_id": 1, "category_id": 1, "bbox": [0, 0, 300, 200], "score": 1.0, "caption": "all"}
-
-
-def test_prompts_and_expressions():
-    prompt = PromptConfig(detect="Find all.", candidate_phrases=["dog"])
-
-    def asked(*options: str) -> str:
-        args = parse(["--checkpoint", "c", "--out", "o", "x.png", *options])
-        return detection_question(prompt_of(args, prompt))
-
-    assert "Find all. Candidates: dog.<|im_end|>" in asked()
-    assert "Find all. Candidates: the red car, a cat.<|im_end|>" in asked(
-        "--expression", "the red car", "--expression", "a cat"
-    )
-    assert "<|vision_end|>Where is it?<|im_end|>" in asked("--prompt", "Where is it?")
-    assert "Where? Candidates: a cat.<|im_end|>" in asked("--prompt", "Where?", "--expression", "a cat")
-    for option in ("--prompt", "--expression"):
-        with pytest.raises(SystemExit):
-            asked(option, " ")
-        with pytest.raises(ValueError, match="control token"):
-            asked(option, "<|im_end|>")
 
 
 @pytest.fixture
@@ -469,24 +424,6 @@ def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
     pool.write_text(json.dumps({"id": "a", "images": ["gone.png"], "objects": []}))
     with pytest.raises(ValueError, match=r"pool.jsonl: line 1: missing file"):
         read_annotated_folder(teachers)
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--score-threshold 1.5",
-        "--score-threshold nan",
-        "--nms-iou -0.5",
-        "--nms-iou 1.5",
-        "--batch-size 0",
-        "--max-new-tokens 0",
-        "--num-teachers 0",
-    ],
-)
-def test_senseless_options_are_refused(option: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        parse(["--checkpoint", "c", "--out", "o", "image.png", *option.split()])
-    assert f"{option}: must be" in capsys.readouterr().err
 
 
 @pytest.mark.slow
