@@ -39,7 +39,7 @@ def main() -> None:
     folder = out / "checkpoints"
     found = newest_valid(str(folder))
     if dist.get_global_rank() == 0:
-        print("starts from", found and found.path)
+        print(f"starts from {found and found.path}")
     torch.manual_seed(0)
     model = TinyModel()
     samples = [torch.full((4,), float(i)) for i in range(8)]

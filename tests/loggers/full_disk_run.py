@@ -1,4 +1,7 @@
-"""A training on a disk that fills up: `full_disk_run.py FOLDER LARGEST_FILE_IN_BYTES` (0: no bound)."""
+"""A training on a disk that fills up: `full_disk_run.py FOLDER LARGEST_FILE_IN_BYTES` (0: no bound).
+
+Writes FOLDER/trained.json, since a thread's traceback can stand in the middle of a printed line.
+"""
 
 import json
 import resource
@@ -11,8 +14,11 @@ from tests.callbacks.test_table import make_config, train
 
 if __name__ == "__main__":
     setup_logging()
-    loggers = build_loggers(make_config(Path(sys.argv[1]), json_lines={}, tensorboard={}, file={}))
-    if int(sys.argv[2]):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+    folder = Path(sys.argv[1])
+    loggers = build_loggers(make_config(folder, json_lines={}, tensorboard={}, file={}))
+    _, unbounded = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]) or unbounded, unbounded))
     weights, next_numbers = train([], loggers)
-    print("result", json.dumps([{name: value.tolist() for name, value in weights.items()}, next_numbers]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (unbounded, unbounded))
+    trained = [{name: value.tolist() for name, value in weights.items()}, next_numbers]
+    (folder / "trained.json").write_text(json.dumps(trained))
