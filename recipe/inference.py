@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.boxes import normalized_to_pixels
 from recipe.config import EvaluationConfig, PromptConfig
 from recipe.data.chat import answer_frame, text_to_objects
+from recipe.models.caption_decoder import CaptionPlaces
 from recipe.models.generation import generate_answers, generate_captions
 from recipe.models.memory import Memory
 from recipe.models.sharding import is_sharded
@@ -132,20 +133,22 @@ def _captions(
     lockstep: bool,
 ) -> list[dict[int, str]]:
     """The captions of the best objects of each image, by query."""
-    places = torch.arange(ranking.queries.shape[1], device=ranking.queries.device)
-    is_good = (ranking.scores >= evaluation.score_threshold) & (places < ranking.num_objects[:, None])
-    kept = is_good.sum(1).clamp(max=evaluation.max_captions)  # (N,)
-    longest = int(kept.max())
-    if lockstep:
-        longest = max(longest, 1)
-    elif longest == 0:
-        return [{} for _ in range(len(kept))]
-    queries = ranking.queries[:, :longest]
-    rows = torch.arange(len(queries), device=queries.device)[:, None]
+    num_images, num_queries = ranking.queries.shape
+    ranks = torch.arange(num_queries, device=ranking.queries.device)
+    is_good = (ranking.scores >= evaluation.score_threshold) & (ranks < ranking.num_objects[:, None])
+    image, rank = (is_good & (ranks < evaluation.max_captions)).nonzero(as_tuple=True)
+    captions: list[dict[int, str]] = [{} for _ in range(num_images)]
+    is_blank = len(image) == 0
+    if is_blank and not lockstep:
+        return captions
+    if is_blank:  # one for nothing, since other ranks may have some to write
+        image = rank = ranks[:1]
+    queries = ranking.queries[image, rank]
     ids = generate_captions(
         network.caption_decoder,
-        detection.query_features[rows, queries],
-        detection.pred_boxes[rows, queries],
+        detection.query_features[image, queries],
+        detection.pred_boxes[image, queries],
+        CaptionPlaces(image, rank, num_images, int(rank.max()) + 1),
         memory,
         *network.caption_words,
         eos_token_id(tokenizer),
@@ -153,8 +156,10 @@ def _captions(
         evaluation.num_beams,
         evaluation.length_penalty,
     )
-    rows = zip(queries.tolist(), ids.tolist(), kept.tolist(), strict=True)
-    return [dict(zip(row[:count], _texts(tokenizer, tokens[:count]), strict=True)) for row, tokens, count in rows]
+    if not is_blank:
+        for row, query, text in zip(image.tolist(), queries.tolist(), _texts(tokenizer, ids.tolist()), strict=True):
+            captions[row][query] = text
+    return captions
 
 
 def _answers(

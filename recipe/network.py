@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.losses.matcher import Matches, match
-from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.caption_decoder import CaptionDecoder, CaptionPlaces
 from recipe.models.denoising import DenoisingQueries, make_denoising_queries
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import Memory, MemoryBuilder
@@ -244,9 +244,12 @@ class JointNetwork(nn.Module):
         branches = [*detection.groups, detection]
         features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
         boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
-        hidden = self.caption_decoder(features, boxes, memory, None)[:, :, 0]
+        num_images, num_queries = boxes.shape[:2]
+        image, query = torch.ones(num_images, num_queries, dtype=torch.bool, device=boxes.device).nonzero(as_tuple=True)
+        places = CaptionPlaces(image, query, num_images, num_queries)
+        hidden = self.caption_decoder(features.flatten(0, 1), boxes.flatten(0, 1), places, memory, None)[:, 0]
         _, to_logits = self.caption_words
-        logits = to_logits(hidden).float()  # (N, G * Q, V)
+        logits = to_logits(hidden).float().unflatten(0, (num_images, num_queries))  # (N, G * Q, V)
         torch.clear_autocast_cache()  # of weights that were rounded here, without a graph: captions would not learn
         tokens = first.clamp(min=0)[:, None].expand(-1, features.shape[1], -1)
         nll = logits.logsumexp(-1, keepdim=True) - logits.gather(2, tokens)  # (N, G * Q, T)
@@ -263,17 +266,20 @@ class JointNetwork(nn.Module):
         if not self._has_captions(targets):
             hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
             return logits(hidden), matches.image[:0], matches.image[:0]
-        labels = padded_captions(targets, matches, detection.pred_boxes.device)  # (N, T, C)
-        num_images, num_slots = labels.shape[:2]
-        queries = torch.zeros(num_images, num_slots, dtype=torch.int64, device=labels.device)
-        queries[matches.image, matches.target] = matches.query
-        rows = torch.arange(num_images, device=labels.device)[:, None]
-        image, slot, token = (labels != -100).nonzero(as_tuple=True)
-        embeds = embed(labels[..., :-1].clamp(min=0))  # (N, T, C - 1, D)
+        captions = padded_captions(targets, memory.mask.device)  # (N, T, C)
+        image, query, slot = matches.image, matches.query, matches.target
+        if len(matches) == 0:  # a caption without a word, so that the decoder takes part
+            image = query = slot = torch.zeros(1, dtype=torch.int64, device=captions.device)
+        labels = captions[image, slot]  # (R, C)
         hidden = self.caption_decoder(
-            detection.query_features[rows, queries], detection.pred_boxes[rows, queries], memory, embeds
+            detection.query_features[image, query],
+            detection.pred_boxes[image, query],
+            CaptionPlaces(image, slot, *captions.shape[:2]),
+            memory,
+            embed(labels[:, :-1].clamp(min=0)),  # (R, C - 1, D)
         )
-        return logits(hidden[image, slot, token]), labels[image, slot, token], image
+        row, token = (labels != -100).nonzero(as_tuple=True)
+        return logits(hidden[row, token]), labels[row, token], image[row]
 
 
 def _first_tokens(target: Target | None, device: torch.device) -> Tensor:
@@ -281,8 +287,8 @@ def _first_tokens(target: Target | None, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.int64, device=device) if target is None else target["caption_ids"][:, 0]
 
 
-def padded_captions(targets: Sequence[Target | None], matches: Matches, device: torch.device) -> Tensor:
-    """The captions of matched objects, each in its object's slot: (N, T, C) int64, -100 elsewhere; T, C at least 1."""
+def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:
+    """The captions of all objects: (N, T, C) int64, -100 elsewhere; T and C are at least 1."""
     captions = [torch.empty(0, 1, dtype=torch.int64) if t is None else t["caption_ids"] for t in targets]
     num_slots = max(1, *(len(ids) for ids in captions))
     length = max(1, *(ids.shape[1] for ids in captions if len(ids)), 1)
@@ -290,6 +296,4 @@ def padded_captions(targets: Sequence[Target | None], matches: Matches, device: 
     for row, ids in zip(labels, captions, strict=True):
         if len(ids):
             row[: len(ids), : ids.shape[1]] = ids
-    matched = torch.zeros(labels.shape[:2], dtype=torch.bool, device=device)
-    matched[matches.image, matches.target] = True
-    return labels.masked_fill(~matched[..., None], -100)
+    return labels

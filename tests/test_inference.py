@@ -9,6 +9,7 @@ from torchvision.ops import box_iou
 from recipe.config import EvaluationConfig
 from recipe.inference import eos_token_id, predict_batch, rank_queries
 from recipe.joint import JointModel
+from recipe.models.caption_decoder import CaptionPlaces
 from recipe.models.generation import generate_captions
 from recipe.models.memory import Memory
 from recipe.schema import DetectionOutputs, Example, Prediction
@@ -57,11 +58,12 @@ def test_a_caption_is_that_of_its_own_query(tiny_model: JointModel, tiny_example
         memory = Memory(*(part[row : row + 1] for part in vars(outputs.memory).values()))
         order = outputs.detection.pred_objectness[row].argsort(descending=True, stable=True).tolist()
         for item, query in zip(prediction.objects, order, strict=True):
-            one = (slice(row, row + 1), slice(query, query + 1))
-            features, boxes = outputs.detection.query_features[one], outputs.detection.pred_boxes[one]
+            one = (slice(row, row + 1), query)
+            found_by = (outputs.detection.query_features[one], outputs.detection.pred_boxes[one])
+            places = CaptionPlaces(torch.tensor([0]), torch.tensor([0]), 1, 1)
             end = eos_token_id(tiny_model.tokenizer)
-            ids = generate_captions(network.caption_decoder, features, boxes, memory, *network.caption_words, end)
-            assert item.caption == tiny_model.tokenizer.decode(ids[0, 0], skip_special_tokens=True).strip()
+            ids = generate_captions(network.caption_decoder, *found_by, places, memory, *network.caption_words, end)
+            assert item.caption == tiny_model.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
     assert len({item.caption for prediction in predictions for item in prediction.objects}) > 2
 
 

@@ -13,7 +13,7 @@ from recipe.build import build_encoder, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed
 from recipe.joint import JointModel
-from recipe.losses.matcher import Matches
+from recipe.models.caption_decoder import CaptionPlaces
 from recipe.models.memory import Memory
 from recipe.models.sharding import Sealed
 from recipe.network import padded_captions
@@ -56,14 +56,13 @@ def test_a_prediction_writes_no_captions_of_nothing(tiny_model: JointModel, tiny
 
 
 class LookedUp(nn.Module):
-    """A caption decoder by hand: of query features (N, Q, 1) the hidden states are these numbers."""
+    """A caption decoder by hand: of query features (R, 1) the hidden states are these numbers."""
 
     vocabulary = None
 
-    def forward(self, features: Tensor, boxes: Tensor, memory: Memory, tokens: None) -> Tensor:
-        """(N, Q, 1) → (N, Q, 1, 1)."""
-        del boxes, memory, tokens
-        return features[:, :, None]
+    def forward(self, features: Tensor, *others: Any) -> Tensor:
+        """(R, 1) → (R, 1, 1)."""
+        return features[:, None]
 
 
 def caption_target(boxes: Tensor, *first_tokens: int) -> Target:
@@ -131,9 +130,12 @@ def test_caption_costs_are_those_of_one_query_after_the_other(
         for row, target in enumerate(outputs.targets):
             memory = Memory(*(part[row : row + 1] for part in vars(outputs.memory).values()))
             for query in range(NUM_QUERIES):
-                one = (slice(row, row + 1), slice(query, query + 1))
-                hidden = network.caption_decoder(branch.query_features[one], branch.pred_boxes[one], memory, None)
-                likelihood = network.vlm.logits(hidden[0, 0, 0]).log_softmax(-1)
+                one = (slice(row, row + 1), query)
+                places = CaptionPlaces(torch.tensor([0]), torch.tensor([0]), 1, 1)
+                hidden = network.caption_decoder(
+                    branch.query_features[one], branch.pred_boxes[one], places, memory, None
+                )
+                likelihood = network.vlm.logits(hidden[0, 0]).log_softmax(-1)
                 tokens = torch.empty(0, dtype=torch.int64) if target is None else target["caption_ids"][:, 0]
                 # measured: 2.6e-7 of costs up to 3, in float32
                 expected = -0.5 * likelihood[tokens]
@@ -163,17 +165,15 @@ def test_equal_boxes_are_told_apart_by_their_captions(
         assert (before == after) == (cost_caption > 0)
 
 
-def test_only_matched_captions_are_trained_each_in_its_objects_slot() -> None:
-    """Two images: the second object of the first found no query; the second image is not annotated."""
+def test_captions_are_padded_each_in_its_objects_slot() -> None:
+    """The second image is not annotated."""
     target = Target(boxes=torch.rand(2, 4), caption_ids=torch.tensor([[7, 8, 2], [9, 2, -100]]))
-    matches = Matches(image=torch.tensor([0]), query=torch.tensor([4]), target=torch.tensor([0]))
-    labels = padded_captions([target, None], matches, torch.device("cpu"))
-    assert labels.tolist() == [[[7, 8, 2], [-100] * 3], [[-100] * 3] * 2]
+    labels = padded_captions([target, None], torch.device("cpu"))
+    assert labels.tolist() == [[[7, 8, 2], [9, 2, -100]], [[-100] * 3] * 2]
 
 
 def test_a_batch_without_objects_still_has_one_empty_slot() -> None:
-    none = Matches(*torch.zeros(3, 0, dtype=torch.int64))
-    assert padded_captions([None], none, torch.device("cpu")).tolist() == [[[-100]]]
+    assert padded_captions([None], torch.device("cpu")).tolist() == [[[-100]]]
 
 
 def test_only_matched_queries_are_captioned_in_training(

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from recipe.models.sharding import on_all_ranks
 
-# (parents, tokens), each (N, T, K), → logits (N, T, K, V): beam k goes on from beam `parents[k]` of the last step, with
+# (parents, tokens), each (R, K), → logits (R, K, V): beam k goes on from beam `parents[k]` of the last step, with
 # the token `tokens[k]`. Both are None in the first step, when all K beams are one and the same.
 BeamStep = Callable[[Tensor | None, Tensor | None], Tensor]
 
 
 def beam_search(
     step: BeamStep,
-    shape: tuple[int, int],
+    num_rows: int,
     num_beams: int,
     max_tokens: int,
     eos_token_id: int,
@@ -32,7 +32,7 @@ def beam_search(
 
     Args:
         step: Gives the logits.
-        shape: (N, T), the rows.
+        num_rows: R.
         num_beams: K.
         max_tokens: Longest sequence.
         eos_token_id: Ends a sequence.
@@ -41,56 +41,54 @@ def beam_search(
         lockstep: Go on until every rank is done, as sharded parameters need.
 
     Returns:
-        (N, T, C) int64: after its end a sequence goes on with `eos_token_id`.
+        (R, C) int64: after its end a sequence goes on with `eos_token_id`.
     """
-    scores = torch.full((*shape, num_beams), -torch.inf, device=device)
-    scores[..., 0] = 0.0  # of equal beams only one counts
-    prefixes = torch.empty(*shape, num_beams, 0, dtype=torch.int64, device=device)
-    best_score = torch.full(shape, -torch.inf, device=device)
-    best = torch.full((*shape, max_tokens), eos_token_id, device=device)
+    scores = torch.full((num_rows, num_beams), -torch.inf, device=device)
+    scores[:, 0] = 0.0  # of equal beams only one counts
+    prefixes = torch.empty(num_rows, num_beams, 0, dtype=torch.int64, device=device)
+    best_score = torch.full((num_rows,), -torch.inf, device=device)
+    best = torch.full((num_rows, max_tokens), eos_token_id, device=device)
     parents: Tensor | None = None
     tokens: Tensor | None = None
     length = 0
     for length in range(1, max_tokens + 1):
-        totals, origins, chosen = _continuations(scores, step(parents, tokens), 2 * num_beams)  # (N, T, 2 K)
-        grown = torch.cat([_take(prefixes, origins), chosen[..., None]], dim=-1)  # (N, T, 2 K, length)
+        totals, origins, chosen = _continuations(scores, step(parents, tokens), 2 * num_beams)  # (R, 2 K)
+        grown = torch.cat([_take(prefixes, origins), chosen[..., None]], dim=-1)  # (R, 2 K, length)
         ended = (chosen == eos_token_id) | (length == max_tokens)
 
-        finished = totals[..., :num_beams].masked_fill(~ended[..., :num_beams], -torch.inf) / length**length_penalty
-        score, place = finished.max(-1)  # (N, T)
+        finished = totals[:, :num_beams].masked_fill(~ended[:, :num_beams], -torch.inf) / length**length_penalty
+        score, place = finished.max(-1)  # (R,)
         is_better = score > best_score
-        best[..., :length] = torch.where(
-            is_better[..., None], _take(grown, place[..., None])[..., 0, :], best[..., :length]
-        )
+        best[:, :length] = torch.where(is_better[:, None], _take(grown, place[:, None])[:, 0], best[:, :length])
         best_score = torch.where(is_better, score, best_score)
 
-        scores, going_on = totals.masked_fill(ended, -torch.inf).topk(num_beams)  # (N, T, K)
-        prefixes, parents, tokens = _take(grown, going_on), origins.gather(2, going_on), chosen.gather(2, going_on)
+        scores, going_on = totals.masked_fill(ended, -torch.inf).topk(num_beams)  # (R, K)
+        prefixes, parents, tokens = _take(grown, going_on), origins.gather(1, going_on), chosen.gather(1, going_on)
         # A log-probability only falls, and is divided by the most at the greatest length.
-        is_done = bool((best_score >= scores[..., 0] / max_tokens**length_penalty).all())
+        is_done = bool((best_score >= scores[:, 0] / max_tokens**length_penalty).all())
         if on_all_ranks(is_done, device) if lockstep else is_done:
             break
-    return best[..., :length]
+    return best[:, :length]
 
 
 def _continuations(scores: Tensor, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The likeliest continuations of all beams of a row, best first.
 
     Args:
-        scores: (N, T, K) log-probabilities of the beams.
-        logits: (N, T, K, V).
+        scores: (R, K) log-probabilities of the beams.
+        logits: (R, K, V).
         count: Wanted.
 
     Returns:
-        Their log-probabilities, beams and tokens, each (N, T, count).
+        Their log-probabilities, beams and tokens, each (R, count).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    top, words = logits.topk(min(count, logits.shape[-1]))  # (N, T, K, ·)
+    top, words = logits.topk(min(count, logits.shape[-1]))  # (R, K, ·)
     log_probs = top - logits.logsumexp(-1, keepdim=True)
-    totals, places = (scores[..., None] + log_probs).flatten(2).topk(count)
-    return totals, places // top.shape[-1], words.flatten(2).gather(2, places)
+    totals, places = (scores[..., None] + log_probs).flatten(1).topk(count)
+    return totals, places // top.shape[-1], words.flatten(1).gather(1, places)
 
 
 def _take(sequences: Tensor, places: Tensor) -> Tensor:
-    """(N, T, K, C) → (N, T, k, C), those at `places` (N, T, k)."""
-    return sequences.gather(2, places[..., None].expand(*places.shape, sequences.shape[-1]))
+    """(R, K, C) → (R, k, C), those at `places` (R, k)."""
+    return sequences.gather(1, places[..., None].expand(*places.shape, sequences.shape[-1]))

@@ -1,8 +1,9 @@
 """The caption decoder: writes what a query found, token by token.
 
 A caption's sequence begins with its query's features in the place of a start token, so every later token attends to
-them in every layer; cross-attention reads the image's memory, all captions of an image in one row, so that the memory
-is never copied per caption. Token embedding and output matrix are the language model's, or one matrix of its own.
+them in every layer. A caption is a row of its own; only cross-attention lays all captions of an image side by side, so
+that the image's memory is never copied per caption. Token embedding and output matrix are the language model's, or one
+matrix of its own.
 """
 
 from collections.abc import Sequence
@@ -20,17 +21,43 @@ KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
+class CaptionPlaces:
+    """Of which of N images each of R captions is.
+
+    Attributes:
+        image: (R,) int64.
+        slot: (R,) int64, different for the captions of an image.
+        num_images: N.
+        num_slots: T, more than any slot.
+    """
+
+    image: Tensor
+    slot: Tensor
+    num_images: int
+    num_slots: int
+
+    def side_by_side(self, rows: Tensor) -> Tensor:
+        """(R, ...) → (N, T, ...), zero in slots without a caption."""
+        slots = rows.new_zeros(self.num_images, self.num_slots, *rows.shape[1:])
+        return slots.index_put((self.image, self.slot), rows)
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """(N, T, ...) → (R, ...)."""
+        return slots[self.image, self.slot]
+
+
+@dataclass(frozen=True)
 class LayerCache:
     """What generation keeps of one layer between tokens.
 
     Attributes:
         memory: Keys and values of the memory.
-        places: (N, heads, T, ·), where each caption looks.
+        positions: (N, heads, T, ·), where each caption looks.
         past: Keys and values of the tokens so far.
     """
 
     memory: KeysValues
-    places: Tensor
+    positions: Tensor
     past: KeysValues
 
 
@@ -45,7 +72,7 @@ class CaptionCache:
         """Goes on with other captions than before, as beam search does: caption i with the past of `rows[i]`.
 
         Args:
-            rows: (N * T,) int64, in the flattened captions.
+            rows: (R,) int64.
         """
         self.layers = [replace(layer, past=(layer.past[0][rows], layer.past[1][rows])) for layer in self.layers]
 
@@ -95,42 +122,48 @@ class CaptionLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, states: Tensor, memory: Memory, centers: Tensor | None, cache: LayerCache | None
+        self,
+        states: Tensor,
+        places: CaptionPlaces,
+        memory: Memory,
+        centers: Tensor | None,
+        cache: LayerCache | None,
     ) -> tuple[Tensor, LayerCache]:
         """Advances all captions by `C` tokens.
 
         Args:
-            states: (N, T, C, W).
+            states: (R, C, W).
+            places: Of the captions.
             memory: Of the N images.
             centers: (N, T, W) embedding of the box centres; read at the first token alone.
             cache: Of the tokens before; None at the first.
 
         Returns:
-            (N, T, C, W), and the cache with these tokens in it.
+            (R, C, W), and the cache with these tokens in it.
         """
-        length = states.shape[2]
-        rows = self.self_norm(states).flatten(0, 1)  # (N * T, C, W)
-        keys, values = self.self_attention.keys_values(rows)
+        length = states.shape[1]
+        normed = self.self_norm(states)
+        keys, values = self.self_attention.keys_values(normed)
         if cache is None:
             memory_keys_values = self.cross_attention.keys_values(memory.tokens, memory.positions)
             assert centers is not None, "a caption begins at its box"
-            places = self.cross_attention.query_positions(centers)
+            positions = self.cross_attention.query_positions(centers)
         else:
             assert length == 1, "with a cache, one token at a time"
-            memory_keys_values, places = cache.memory, cache.places
+            memory_keys_values, positions = cache.memory, cache.positions
             keys, values = torch.cat([cache.past[0], keys], dim=2), torch.cat([cache.past[1], values], dim=2)
-        attended = self.self_attention(rows, (keys, values), is_causal=cache is None)
-        states = states + self.dropout(attended).view_as(states)
-        queries = self.cross_norm(states).flatten(1, 2)  # (N, T * C, W)
-        positions = places.repeat_interleave(length, dim=2) if length > 1 else places
-        attended = self.cross_attention(queries, memory_keys_values, positions, memory.mask[:, None, None, :])
-        states = states + self.dropout(attended).view_as(states)
+        attended = self.self_attention(normed, (keys, values), is_causal=cache is None)
+        states = states + self.dropout(attended)
+        queries = places.side_by_side(self.cross_norm(states)).flatten(1, 2)  # (N, T * C, W)
+        of_tokens = positions.repeat_interleave(length, dim=2) if length > 1 else positions
+        attended = self.cross_attention(queries, memory_keys_values, of_tokens, memory.mask[:, None, None, :])
+        states = states + self.dropout(places.rows(attended.unflatten(1, (places.num_slots, length))))
         states = states + self.dropout(self.ffn(self.ffn_norm(states)))
-        return states, LayerCache(memory_keys_values, places, (keys, values))
+        return states, LayerCache(memory_keys_values, positions, (keys, values))
 
 
 class CaptionDecoder(nn.Module):
-    """Captions of N images with T queries each (padded; rows of padding are computed and thrown away).
+    """Captions of R queries of N images.
 
     Args:
         hidden_size: D, of the language model's token embedding.
@@ -175,6 +208,7 @@ class CaptionDecoder(nn.Module):
         self,
         query_features: Tensor,
         boxes: Tensor,
+        places: CaptionPlaces,
         memory: Memory,
         token_embeds: Tensor | None,
         cache: CaptionCache | None = None,
@@ -185,27 +219,29 @@ class CaptionDecoder(nn.Module):
         cache, one step at a time: first without `token_embeds`, then with the token just chosen.
 
         Args:
-            query_features: (N, T, W).
-            boxes: (N, T, 4) cxcywh in [0, 1] of the queries; no gradient flows into them.
+            query_features: (R, W).
+            boxes: (R, 4) cxcywh in [0, 1] of the queries; no gradient flows into them.
+            places: Of the captions.
             memory: Of the N images.
-            token_embeds: (N, T, C - 1, D), the embeddings of the tokens so far; None for none.
+            token_embeds: (R, C - 1, D), the embeddings of the tokens so far; None for none.
             cache: Advanced in place; a new one to begin with.
 
         Returns:
-            (N, T, C, D), ready for the output matrix; with a cache C = 1.
+            (R, C, D), ready for the output matrix; with a cache C = 1.
         """
         parts, centers = [], None
         if cache is None or not cache.layers:
-            parts.append(self.start(query_features)[:, :, None])
-            centers = sine_embedding(boxes[..., :2].detach(), self.width)
+            parts.append(self.start(query_features)[:, None])
+            centers = places.side_by_side(sine_embedding(boxes[..., :2].detach(), self.width))
         if token_embeds is not None:
             parts.append(self.token_in(self.token_norm(token_embeds.to(self.start.weight.dtype))))
-        states = torch.cat(parts, dim=2)  # (N, T, C, W)
-        first, length = (0 if cache is None else cache.length), states.shape[2]
+        states = torch.cat(parts, dim=1)  # (R, C, W)
+        first, length = (0 if cache is None else cache.length), states.shape[1]
         states = states + self.token_positions.weight[first : first + length]
         kept = []
         for i, layer in enumerate(self.layers):
-            states, layer_cache = layer(states, memory, centers, cache.layers[i] if cache and cache.layers else None)
+            layer_cache = cache.layers[i] if cache and cache.layers else None
+            states, layer_cache = layer(states, places, memory, centers, layer_cache)
             kept.append(layer_cache)
         if cache is not None:
             cache.layers, cache.length = kept, first + length

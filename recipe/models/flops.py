@@ -118,12 +118,14 @@ def _count(network: Any, batch: Batch, trained: frozenset[str], flops: Flops) ->
     own = network.caption_decoder.vocabulary
     matrix = hf_model.lm_head.in_features * hf_model.lm_head.out_features if own is None else own.vocab_size * own.width
     if network.matcher.cost_caption:
-        untrained, num_slots = Walk(flops, "detection", False), network.detection_head.query_content.num_embeddings
-        _captions(untrained, network.caption_decoder, replace(memory, has_gradient=False), num_slots, 1, False)
-        untrained.product(num_images * num_slots * matrix, False, False)
+        untrained, num_queries = Walk(flops, "detection", False), network.detection_head.query_content.num_embeddings
+        untaught, num_captions = replace(memory, has_gradient=False), num_images * num_queries
+        _captions(untrained, network.caption_decoder, untaught, num_captions, num_queries, 1, False)
+        untrained.product(num_captions * matrix, False, False)
     ids = [target["caption_ids"] for target in batch["targets"] if target is not None and len(target["caption_ids"])]
     num_slots, length = (max((part.shape[axis] for part in ids), default=1) for axis in (0, 1))
-    written = _captions(walk, network.caption_decoder, memory, num_slots, length, queries)
+    num_captions = sum(min(len(part), network.detection_head.num_queries) for part in ids) or 1
+    written = _captions(walk, network.caption_decoder, memory, num_captions, num_slots, length, queries)
     group = "llm" if own is None else "detection"
     output = Walk(flops, "detection", group in trained and bool(trained & {"adapter", "detection"}))
     output.product(_caption_tokens(ids, network.detection_head.num_queries) * matrix, written, output.trained)
@@ -297,30 +299,32 @@ def _selection(walk: Walk, selection: Any, memory: Tokens, num_queries: int) -> 
     _layers(walk, selection.box_delta, memory.num_images * min(num_queries, memory.length), gradient)
 
 
-def _captions(walk: Walk, decoder: Any, memory: Tokens, num_slots: int, length: int, features: bool) -> bool:
+def _captions(
+    walk: Walk, decoder: Any, memory: Tokens, num_captions: int, num_slots: int, length: int, features: bool
+) -> bool:
     """The caption decoder up to the output matrix; whether its states have a gradient.
 
     Args:
         walk: Adds up.
         decoder: The `CaptionDecoder`.
         memory: What it reads.
-        num_slots: Captions of an image.
+        num_captions: Of all images.
+        num_slots: The most captions that an image could have, which cross-attention has room for.
         length: Of a caption.
         features: Whether the queries' features have a gradient.
     """
     trained, slots = walk.trained, memory.num_images * num_slots
-    gradient = walk.linear(decoder.start, slots, features)
+    gradient = walk.linear(decoder.start, num_captions, features)
     if isinstance(decoder.token_in, nn.Linear):
-        gradient = walk.linear(decoder.token_in, slots * (length - 1), trained) or gradient
-    gradient = gradient or trained
-    rows = Tokens(memory.num_images, num_slots * length, gradient)
+        gradient = walk.linear(decoder.token_in, num_captions * (length - 1), trained) or gradient
+    rows = Tokens(num_captions, length, gradient or trained)
     for layer in decoder.layers:
-        gradient = _attend(walk, layer.self_attention, rows, rows, slots * length**2) or gradient
-        rows = Tokens(memory.num_images, rows.length, gradient or trained)
-        pairs = memory.total * rows.length
-        gradient = _attend(walk, layer.cross_attention, rows, memory, pairs, num_places=slots) or gradient
+        gradient = _attend(walk, layer.self_attention, rows, rows, num_captions * length**2) or gradient
+        padded = Tokens(memory.num_images, num_slots * length, gradient or trained)
+        pairs = memory.total * padded.length
+        gradient = _attend(walk, layer.cross_attention, padded, memory, pairs, num_places=slots) or gradient
         gradient = _layers(walk, layer.ffn, rows.total, gradient or trained)
-        rows = Tokens(memory.num_images, rows.length, gradient or trained)
+        rows = replace(rows, has_gradient=gradient or trained)
     if isinstance(decoder.token_out, nn.Linear):
         gradient = walk.linear(decoder.token_out, rows.total, rows.has_gradient)
     return gradient

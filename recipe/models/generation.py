@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from recipe.models.beam_search import beam_search
-from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
+from recipe.models.caption_decoder import CaptionCache, CaptionDecoder, CaptionPlaces
 from recipe.models.memory import Memory
 from recipe.models.sharding import on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
@@ -19,6 +19,7 @@ def generate_captions(
     decoder: CaptionDecoder,
     query_features: Tensor,
     boxes: Tensor,
+    places: CaptionPlaces,
     memory: Memory,
     embed: Callable[[Tensor], Tensor],
     logits: Callable[[Tensor], Tensor],
@@ -27,12 +28,13 @@ def generate_captions(
     num_beams: int = 1,
     length_penalty: float = 1.0,
 ) -> Tensor:
-    """Writes the captions of N images with T queries each, all at once.
+    """Writes the captions of R queries of N images, all at once.
 
     Args:
         decoder: The caption decoder.
-        query_features: (N, T, W).
-        boxes: (N, T, 4) cxcywh in [0, 1].
+        query_features: (R, W).
+        boxes: (R, 4) cxcywh in [0, 1].
+        places: Of the captions.
         memory: Of the N images.
         embed: Token ids → (..., D).
         logits: (..., D) → (..., V).
@@ -42,48 +44,55 @@ def generate_captions(
         length_penalty: Of beam search.
 
     Returns:
-        (N, T, C) int64: after its end a caption goes on with `eos_token_id`.
+        (R, C) int64: after its end a caption goes on with `eos_token_id`.
     """
-    num_images, num_queries = query_features.shape[:2]
+    num_captions, device = len(query_features), query_features.device
     if num_beams > 1:
-        # The beams of an image are captions beside one another, so that its memory is not copied for them.
-        query_features, boxes = (rows.repeat_interleave(num_beams, dim=1) for rows in (query_features, boxes))
+        query_features, boxes = (rows.repeat_interleave(num_beams, dim=0) for rows in (query_features, boxes))
+        places = _places_of_beams(places, num_beams)
     cache = CaptionCache()
 
     def next_logits(tokens: Tensor | None) -> Tensor:
-        """The tokens just chosen, (N, T * K) → (N, T * K, V)."""
-        embeds = None if tokens is None else embed(tokens[..., None])
-        return logits(decoder(query_features, boxes, memory, embeds, cache)[:, :, 0])
+        """The tokens just chosen, (R * K,) → (R * K, V)."""
+        embeds = None if tokens is None else embed(tokens[:, None])
+        return logits(decoder(query_features, boxes, places, memory, embeds, cache)[:, 0])
 
     def next_of_beams(parents: Tensor | None, tokens: Tensor | None) -> Tensor:
         """See `recipe.models.beam_search.BeamStep`."""
         if parents is not None and tokens is not None:
-            first = torch.arange(num_images * num_queries, device=parents.device) * num_beams
-            cache.reorder((first[:, None] + parents.flatten(0, 1)).flatten())
-            tokens = tokens.flatten(1)
-        return next_logits(tokens).unflatten(1, (num_queries, num_beams))
+            first = torch.arange(num_captions, device=device) * num_beams
+            cache.reorder((first[:, None] + parents).flatten())
+            tokens = tokens.flatten()
+        return next_logits(tokens).unflatten(0, (num_captions, num_beams))
 
-    shape, device = (num_images, num_queries), query_features.device
+    longest = decoder.max_caption_tokens
     if num_beams == 1:
-        return _greedy_search(next_logits, shape, decoder.max_caption_tokens, eos_token_id, device, lockstep)
-    return beam_search(
-        next_of_beams, shape, num_beams, decoder.max_caption_tokens, eos_token_id, length_penalty, device, lockstep
+        return _greedy_search(next_logits, num_captions, longest, eos_token_id, device, lockstep)
+    return beam_search(next_of_beams, num_captions, num_beams, longest, eos_token_id, length_penalty, device, lockstep)
+
+
+def _places_of_beams(places: CaptionPlaces, num_beams: int) -> CaptionPlaces:
+    """The beams of an image are captions beside one another, so that its memory is not copied for them."""
+    beams = torch.arange(num_beams, device=places.slot.device)
+    slots = (places.slot[:, None] * num_beams + beams).flatten()
+    return CaptionPlaces(
+        places.image.repeat_interleave(num_beams), slots, places.num_images, places.num_slots * num_beams
     )
 
 
 def _greedy_search(
     next_logits: Callable[[Tensor | None], Tensor],
-    shape: tuple[int, int],
+    num_captions: int,
     max_tokens: int,
     eos_token_id: int,
     device: torch.device,
     lockstep: bool,
 ) -> Tensor:
-    """(N, T, C) int64: every token the likeliest after those before it."""
+    """(R, C) int64: every token the likeliest after those before it."""
     tokens: list[Tensor] = []
-    finished = torch.zeros(shape, dtype=torch.bool, device=device)
+    finished = torch.zeros(num_captions, dtype=torch.bool, device=device)
     for _ in range(max_tokens):
-        chosen = next_logits(tokens[-1] if tokens else None).argmax(-1).masked_fill(finished, eos_token_id)  # (N, T)
+        chosen = next_logits(tokens[-1] if tokens else None).argmax(-1).masked_fill(finished, eos_token_id)  # (R,)
         tokens.append(chosen)
         finished |= chosen == eos_token_id
         ended = bool(finished.all())

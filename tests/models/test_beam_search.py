@@ -20,10 +20,10 @@ def stepper(models: Sequence[Callable[[Prefix], Tensor]], num_beams: int) -> Bea
 
     def step(parents: Tensor | None, tokens: Tensor | None) -> Tensor:
         if parents is not None and tokens is not None:
-            for row, (above, new) in enumerate(zip(parents[0].tolist(), tokens[0].tolist(), strict=True)):
+            for row, (above, new) in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True)):
                 prefixes[row] = [(*prefixes[row][parent], token) for parent, token in zip(above, new, strict=True)]
         rows = [torch.stack([model(p) for p in row]) for model, row in zip(models, prefixes, strict=True)]
-        return torch.stack(rows)[None]
+        return torch.stack(rows)
 
     return step
 
@@ -31,9 +31,8 @@ def stepper(models: Sequence[Callable[[Prefix], Tensor]], num_beams: int) -> Bea
 def search(
     models: Sequence[Callable[[Prefix], Tensor]], num_beams: int, max_tokens: int, length_penalty: float = 1.0
 ) -> list[list[int]]:
-    shape = (1, len(models))
     step = stepper(models, num_beams)
-    return beam_search(step, shape, num_beams, max_tokens, EOS, length_penalty, torch.device("cpu"))[0].tolist()
+    return beam_search(step, len(models), num_beams, max_tokens, EOS, length_penalty, torch.device("cpu")).tolist()
 
 
 def table(**shares: Sequence[float]) -> Callable[[Prefix], Tensor]:
