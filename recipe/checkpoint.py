@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.torch_version import TorchVersion
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
-from transformers.modeling_utils import no_init_weights
 
 from recipe.build import build_model, build_network, load_processor
 from recipe.config import ModelConfig, RecipeConfig
@@ -37,6 +36,11 @@ HEAD_FILE = "detection_head.safetensors"
 CONFIG_FILE = "recipe.yaml"
 RUN_CONFIG_FILE = "config.yaml"
 _LANGUAGE_MODEL = "vlm."
+
+try:
+    from transformers.initialization import no_init_weights  # type: ignore[import-not-found]  # since transformers 5
+except ImportError:
+    from transformers.modeling_utils import no_init_weights
 
 # What a genuine checkpoint of Composer holds beside tensors, after Composer's own list (mosaicml/composer#3937): random
 # generator states and times. numpy's `_reconstruct` is private, and was moved between numpy 1 and 2.

@@ -1,8 +1,9 @@
 """A tiny joint model, and a mixed batch that holds every kind of sample; for tests and for scripts of several ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ def build_checkpoint(folder: str) -> str:
         folder, hidden_size=64, num_layers=2, vision_hidden_size=32, vision_depth=2, vocab_size=320, seed=3
     )
     return folder
+
+
+def token_types(method: Callable[..., Any], input_ids: Tensor, image_token_id: int) -> dict[str, Tensor]:
+    """What methods of transformers 5 know the tokens of pictures by; those of 4 read the ids themselves."""
+    known = "mm_token_type_ids" in signature(method).parameters
+    return {"mm_token_type_ids": (input_ids == image_token_id).int()} if known else {}
 
 
 def make_config(checkpoint: str, **changes: Any) -> RecipeConfig:

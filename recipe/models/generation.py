@@ -1,6 +1,7 @@
 """Generation: captions of kept queries with a key/value cache, and the language model's own answer."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -133,6 +134,9 @@ def generate_answers(
     if len(image_grid_thw):
         pixel_values = vlm.normalizer(pixel_patches).to(hf_model.dtype)
         images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        if "mm_token_type_ids" in signature(hf_model.forward).parameters:
+            # Without them transformers 5 gives the tokens of a picture the positions of words.
+            images["mm_token_type_ids"] = (input_ids == hf_model.config.image_token_id).int()
     generated = hf_model.generate(
         input_ids=input_ids,
         attention_mask=(columns <= lengths[:, None]).long(),

@@ -119,8 +119,7 @@ class VisionLanguageModel(nn.Module):
         features = tuple(getattr(features, "pooler_output", features))
         if not with_patches:
             return features, ()
-        # The tower orders tokens by attention windows.
-        raster = visual.get_window_index(image_grid_thw.cpu())[0].argsort().to(merged[0].device)
+        raster = window_order(visual, image_grid_thw.cpu()).argsort().to(merged[0].device)
         patches = merged[0].unflatten(0, (-1, visual.spatial_merge_unit))[raster]
         return features, patches.split([len(tokens) for tokens in features])
 
@@ -180,6 +179,15 @@ class VisionLanguageModel(nn.Module):
 
     def _blank_features(self, device: torch.device) -> Tensor:
         return torch.cat(self.image_features(*self.blank_image(device))[0])
+
+
+def window_order(visual: Any, image_grid_thw: Tensor) -> Tensor:
+    """(vision tokens,) int64: the order in which the tower keeps the tokens of all images, by attention windows."""
+    if hasattr(visual, "get_window_index"):
+        return visual.get_window_index(image_grid_thw)[0]
+    from transformers.vision_utils import get_vision_window_index  # type: ignore[import-not-found]  # transformers 5
+
+    return get_vision_window_index(image_grid_thw, visual.spatial_merge_size, visual.window_size, visual.patch_size)[0]
 
 
 def scatter_features(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor) -> Tensor:

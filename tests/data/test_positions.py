@@ -1,9 +1,12 @@
 """Rotary positions of one sample."""
 
+from typing import Any
+
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from recipe.data.positions import rope_positions
+from tests.tiny_cases import token_types
 
 
 def test_positions_of_text_count_up(hf_config: Qwen2_5_VLConfig):
@@ -25,5 +28,7 @@ def test_positions_around_a_picture_worked_by_hand(hf_config: Qwen2_5_VLConfig):
 def test_positions_equal_those_of_a_real_model(hf_config: Qwen2_5_VLConfig, encoder, make_sample):
     example = encoder(make_sample(0, 2), [make_sample(1, 1, width=50, height=120)])
     model = Qwen2_5_VLModel(hf_config)
-    expected, _ = model.get_rope_index(example.input_ids[None], example.image_grid_thw)
+    ids: Any = example.input_ids[None]
+    types: Any = token_types(model.get_rope_index, ids, hf_config.image_token_id)
+    expected, _ = model.get_rope_index(input_ids=ids, image_grid_thw=example.image_grid_thw, **types)
     assert torch.equal(example.position_ids, expected[:, 0])

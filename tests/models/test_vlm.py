@@ -29,7 +29,7 @@ from recipe.models.vlm import (
     scatter_features,
 )
 from recipe.schema import Batch, Example
-from tests.tiny_cases import collator, make_samples
+from tests.tiny_cases import collator, make_samples, token_types
 
 PICTURED = ("two", "empty", "crowded")
 
@@ -88,6 +88,7 @@ def test_logits_are_those_of_transformers(
         attention_mask=mask,
         pixel_values=pictures["pixel_values"].double(),
         image_grid_thw=pictures["image_grid_thw"],
+        **token_types(reference.forward, batch["input_ids"], reference.config.image_token_id),
     ).logits[mask.bool()]
     vlm = load("auto")
     found = vlm.logits(hidden_states(vlm, batch))
