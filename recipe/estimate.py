@@ -76,7 +76,7 @@ def build_on_meta(config: RecipeConfig) -> JointNetwork:
         network = build_network(config, vlm, spec)
         if config.ema is not None:
             network.add_average()
-        return network
+        return network.to("meta")  # after a `from_pretrained` of transformers 5, linspace overlooks the device above
 
 
 def microbatch_shape(config: RecipeConfig, merge_size: int) -> tuple[int, int]:

@@ -301,6 +301,8 @@ def test_a_bad_weight_that_never_trains_is_put_back_too(tmp_path: Path):
     """Of a group with rate 0, which is not in the optimizer."""
     trainer, guard = make_trainer([make_batch(index) for index in range(4)], tmp_path)
     frozen = trainer.state.optimizers[0].param_groups.pop(0)["params"][0]
+    scheduler: Any = trainer.state.schedulers[0]
+    del scheduler.lr_lambdas[0], scheduler.base_lrs[0]
     before = frozen.detach().clone()
     trainer.state.callbacks.append(Do(Event.BATCH_START, [2], spoil_weight))
     trainer.fit()
