@@ -1,6 +1,6 @@
 """The joint network: language model, detection memory, detection head and caption decoder in one forward pass."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -164,6 +164,9 @@ class JointNetwork(nn.Module):
                 reshard(part)  # no backward pass follows that would
 
     def _outputs(self, batch: Batch) -> JointOutputs:
+        # Asked for here: once the language model's pass is queued, a GPU would finish it before it tells.
+        grids = batch["image_grid_thw"].tolist()
+        student_grids = {image: grids[image] for image in batch["student_images"].tolist()}
         states = self.vlm(
             batch["input_ids"],
             batch["attention_mask"],
@@ -175,14 +178,14 @@ class JointNetwork(nn.Module):
         )
         label_logits = self.vlm.logits(states.last_hidden_state[batch["label_index"]])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._head_trains()):
-            return self._head_outputs(batch, states, label_logits)
+            memory = self._build_memory(states, batch["prompt_index"], student_grids)
+            return self._head_outputs(batch, memory, label_logits)
 
     def _head_trains(self) -> bool:
         parts = (self.memory, self.detection_head, self.caption_decoder)
         return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
-    def _head_outputs(self, batch: Batch, states: VlmOutputs, label_logits: Tensor) -> JointOutputs:
-        memory = self.build_memory(states, batch)
+    def _head_outputs(self, batch: Batch, memory: Memory, label_logits: Tensor) -> JointOutputs:
         targets: Sequence[Target | None] = batch["targets"] or [None]
         noise_seeds = batch["noise_seeds"] or [0]
         queries = None
@@ -202,25 +205,30 @@ class JointNetwork(nn.Module):
         denoising = None if queries is None or denoised is None else (queries, denoised)
         return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
 
-    def build_memory(self, states: VlmOutputs, batch: Batch) -> Memory:
-        """The memory of the batch's N student images; of one blank image where there is none."""
+    def _build_memory(
+        self, states: VlmOutputs, prompt_index: Tensor, student_grids: Mapping[int, Sequence[int]]
+    ) -> Memory:
+        """The memory of the batch's N student images; of one blank image where there is none.
+
+        Args:
+            states: Of the language model.
+            prompt_index: (N, S) int64, -1 for padding.
+            student_grids: Of each student image, by its place among all: time, height and width in patches.
+        """
         hidden, vision = states.last_hidden_state, self.vlm.hf_model.config.vision_config
         merge = vision.spatial_merge_size
-        solved = batch["student_images"].tolist()
-        if not solved:
+        if not student_grids:
             # Needs a gradient where an image's row does: FSDP reduces a unit's gradients when those of its inputs come.
             blank = 0.0 * hidden[:1]
             patches = hidden.new_zeros(1, merge**2, vision.hidden_size)
             mask = torch.ones(1, 1, dtype=torch.bool, device=hidden.device)
             return self.memory([blank], [(1, 1)], blank[None], mask, [patches])
-        sizes = (batch["image_grid_thw"][:, 1:] // merge).tolist()
-        prompt_index = batch["prompt_index"]
         return self.memory(
-            [states.image_features[image] for image in solved],
-            [tuple(sizes[image]) for image in solved],
+            [states.image_features[image] for image in student_grids],
+            [(height // merge, width // merge) for _, height, width in student_grids.values()],
             hidden[prompt_index.clamp(min=0)],
             prompt_index >= 0,
-            [states.patch_features[image] for image in solved] if states.patch_features else (),
+            [states.patch_features[image] for image in student_grids] if states.patch_features else (),
         )
 
     @property
@@ -271,6 +279,7 @@ class JointNetwork(nn.Module):
         if len(matches) == 0:  # a caption without a word, so that the decoder takes part
             image = query = slot = torch.zeros(1, dtype=torch.int64, device=captions.device)
         labels = captions[image, slot]  # (R, C)
+        row, token = (labels != -100).nonzero(as_tuple=True)
         hidden = self.caption_decoder(
             detection.query_features[image, query],
             detection.pred_boxes[image, query],
@@ -278,7 +287,6 @@ class JointNetwork(nn.Module):
             memory,
             embed(labels[:, :-1].clamp(min=0)),  # (R, C - 1, D)
         )
-        row, token = (labels != -100).nonzero(as_tuple=True)
         return logits(hidden[row, token]), labels[row, token], image[row]
 
 

@@ -1,14 +1,17 @@
 """The joint network's precision, what its captions are trained on, and what captions cost in the matching."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import recipe.network
 from recipe.build import build_encoder, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed
@@ -27,6 +30,7 @@ from tests.tiny_cases import (
     make_model,
     make_samples,
 )
+from tests.waits import Waits
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -101,6 +105,40 @@ def test_every_parameter_learns_in_bfloat16(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses, _ = losses_and_gradients(model, make_batches(list(tiny_examples.values()), "packed", 8))
     assert all(bool(loss.isfinite()) for loss in losses.values())
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("names", [["two", "text", "crowded"], ["text"]], ids="-".join)
+def test_nothing_is_read_from_the_device_between_the_language_model_and_the_matching(
+    tiny_config: Callable[..., RecipeConfig],
+    tiny_examples: dict[str, Example],
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    is_training: bool,
+) -> None:
+    """A GPU would have to finish what is queued, and the host could not queue the head's pass meanwhile."""
+    network = make_model(tiny_config(**{**ALL_SWITCHES, "matcher": {}})).model.train(is_training)
+    batch = collate_packed([tiny_examples[name] for name in names])
+    waits = Waits()
+    for name in ("tolist", "cpu"):  # which the mode does not see on a CPU
+        method = getattr(Tensor, name)
+        counted = partial(_counted, waits, name, method)
+        monkeypatch.setattr(Tensor, name, lambda tensor, counted=counted: counted(tensor))
+    seen: list[Counter[str]] = []
+    network.vlm.register_forward_hook(lambda *arguments: waits.seen.clear())
+    matched = recipe.network.match
+    monkeypatch.setattr(
+        recipe.network, "match", lambda *arguments: seen.append(waits.seen.copy()) or matched(*arguments)
+    )
+    with waits:
+        network(Sealed(batch))
+    assert seen == [Counter()]
+    assert waits.seen["cpu"] == (names[0] != "text")  # it does count: the matching's one copy
+
+
+def _counted(waits: Waits, name: str, method: Callable[[Tensor], Any], tensor: Tensor) -> Any:
+    waits.seen[name] += 1
+    return method(tensor)
 
 
 def test_without_auxiliary_losses_the_last_layer_alone_is_taught(

@@ -110,6 +110,7 @@ class VisionLanguageModel(nn.Module):
         """
         pixel_values = self.normalizer(pixel_patches).to(self.hf_model.dtype)
         visual = self.hf_model.model.visual
+        order = window_order(visual, image_grid_thw.cpu()) if with_patches else None  # read before the tower is queued
         merged: list[Tensor] = []
         hook = visual.merger.register_forward_pre_hook(lambda _, inputs: merged.append(inputs[0]))
         try:
@@ -117,9 +118,9 @@ class VisionLanguageModel(nn.Module):
         finally:
             hook.remove()
         features = tuple(getattr(features, "pooler_output", features))
-        if not with_patches:
+        if order is None:
             return features, ()
-        raster = window_order(visual, image_grid_thw.cpu()).argsort().to(merged[0].device)
+        raster = order.argsort().to(merged[0].device)
         patches = merged[0].unflatten(0, (-1, visual.spatial_merge_unit))[raster]
         return features, patches.split([len(tokens) for tokens in features])
 

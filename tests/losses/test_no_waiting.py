@@ -1,38 +1,17 @@
 """Matcher and losses never make a GPU wait for the host but for the one copy of the cost matrix."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from loss_cases import COUNTS, random_outputs, random_targets
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.config import LossConfig
 from recipe.losses.detection import caption_loss, denoising_losses, detection_losses
 from recipe.losses.matcher import match
 from recipe.models.denoising import make_denoising_queries
-
-WAITS = {"nonzero", "_local_scalar_dense", "bincount", "masked_select", "_unique2", "equal", "is_nonzero"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations after which a GPU's host must know a value before it can go on."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = name.startswith(("index", "_index")) and any(
-            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
-            for index in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
-        )
-        if name in WAITS or masks:
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))
+from tests.waits import Waits
 
 
 def test_the_counter_sees_masks_and_items():
