@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
@@ -22,6 +23,7 @@ ANSWERED = (DetectedObject((24.0, 16.0, 48.0, 32.0), 1.0, "blue star"),)
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """All that was logged, from the run's own file."""
+    wandb.teardown()  # a finished run's file is still written to by wandb's process, for a moment
     (path,) = folder.glob("wandb/latest-run/*.wandb")
     store, rows = DataStore(), []
     store.open_for_scan(str(path))
