@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import psutil
 from torch import distributed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,7 +45,7 @@ def run_composer(
         script: The path of a Python file, relative to the repository or absolute.
         arguments: Of the script.
         env: Added to the environment.
-        timeout: Seconds; all processes are ended after it.
+        timeout: Seconds; all processes tell where they are and are ended after it.
         check: Fail the test, showing the output, when the script fails.
     """
     command = [sys.executable, "-m", "composer.cli.launcher", "-n", str(world_size), str(script), *arguments]
@@ -51,6 +54,7 @@ def run_composer(
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
     process = subprocess.Popen(
@@ -66,12 +70,32 @@ def run_composer(
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end_hung(process.pid)
         output, _ = process.communicate()
         raise AssertionError(f"{' '.join(command)} ran past {timeout} s:\n{output}") from None
     if check and process.returncode != 0:
         raise AssertionError(f"{' '.join(command)} ended with {process.returncode}:\n{output}")
     return Launch(process.returncode, output)
+
+
+def end_hung(group: int, patience: float = 15) -> None:
+    """Kills a process group after its processes have printed where they are, which `PYTHONFAULTHANDLER` makes them do.
+
+    Args:
+        group: The process that leads it, a launcher or the one rank: it comes last, since a launcher shows what its
+            ranks have printed once they have crashed.
+        patience: Seconds for that, each.
+    """
+    with suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(group)
+        for processes in (leader.children(recursive=True), [leader]):
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGABRT)
+                time.sleep(0.05)  # one tells after the other
+            time.sleep(patience)
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def leave() -> NoReturn:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.launch import REPOSITORY
+from tests.launch import REPOSITORY, end_hung
 
 SCRIPT = "recipe/train.py"
 SETTINGS = {
@@ -21,6 +21,7 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "PYTHONFAULTHANDLER": "1",
     "PYTHONUNBUFFERED": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 }
@@ -49,8 +50,8 @@ class Running:
             os.killpg(self.group, number)
 
     def wait(self, timeout: float = 300) -> int:
-        """Its exit status, as of `subprocess`; it is killed after `timeout` seconds."""
-        watchdog = threading.Timer(timeout, self.signal, [signal.SIGKILL])
+        """Its exit status, as of `subprocess`; after `timeout` seconds it tells where it hangs and is killed."""
+        watchdog = threading.Timer(timeout, end_hung, [self.group])
         watchdog.start()
         try:
             if self.is_forked:
