@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed
@@ -27,6 +28,16 @@ def no_process_group_is_left() -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def shared_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A data set holds its segments, and those of all others that it saw, until the process ends: thousands of files."""
+    cleanups: list[Callable[[], None]] = []
+    monkeypatch.setattr("streaming.base.shared.memory.atexit", SimpleNamespace(register=cleanups.append))
+    yield
+    for cleanup in cleanups:
+        cleanup()
 
 
 @pytest.fixture
