@@ -32,7 +32,7 @@ def no_process_group_is_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def shared_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A data set holds its segments, and those of all others that it saw, until the process ends: thousands of files."""
+    """A data set holds its segments, and those of all others that it saw, until the process ends: thousands of them."""
     cleanups: list[Callable[[], None]] = []
     monkeypatch.setattr("streaming.base.shared.memory.atexit", SimpleNamespace(register=cleanups.append))
     yield
