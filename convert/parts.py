@@ -19,8 +19,8 @@ from streaming import MDSWriter
 
 from convert.items import Entry, Rejected, Summary
 from convert.store import upload
+from recipe.records import to_record, write_part
 from recipe.schema import MDS_COLUMNS, Sample
-from recipe.sidecar import to_record, write_part
 
 PART_RECORDS = 1024  # never depends on the number of workers: it decides where shards end
 _VERSION = 1  # raise it when a converter makes something else of the same record

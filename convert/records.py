@@ -17,7 +17,7 @@ from PIL import Image
 
 from convert.items import Item, Note, Rejected
 from recipe.boxes import clip_boxes
-from recipe.pictures import describe_decode_error, displayed_size, open_image
+from recipe.images import describe_decode_error, displayed_size, open_image
 from recipe.schema import Box, Message, Object, Sample
 
 ROUNDING = 1.0  # a box may stick out of the picture by so many pixels: it is clipped, and counted

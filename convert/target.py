@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from convert import store
 from convert.items import Rejected
 from convert.parts import Job, sync, write_durably
+from recipe.records import RECORDS_FILE, join_parts
 from recipe.redact import redact
-from recipe.sidecar import RECORDS_FILE, join_parts
 
 INDEX_FILE = "index.json"
 REJECTED_FILE = "rejected.jsonl"

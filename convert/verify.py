@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from convert.cli import add_num_workers
 from convert.target import INDEX_FILE
-from recipe.pictures import open_image
+from recipe.images import open_image
+from recipe.records import RECORDS_FILE, read_records, to_record
 from recipe.schema import Sample
-from recipe.sidecar import RECORDS_FILE, read_records, to_record
 
 _ANEW = "convert the data set anew, or copy the file again from where it is whole"
 

@@ -1,23 +1,52 @@
 """Configuration → model, processor and encoder."""
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from composer import Algorithm
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from recipe.config import ConfigError, RecipeConfig
+from recipe.algorithms.head_ema import HeadEMA
+from recipe.algorithms.nan_rollback import NaNRollback
+from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.checkpoints.weights import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    LANGUAGE_MODEL,
+    RUN_CONFIG_FILE,
+    answering_weights,
+    fill,
+    find_config,
+    read_remote_weights,
+    read_weights,
+    with_trained_caption_length,
+)
+from recipe.config import ConfigError, ModelConfig, RecipeConfig
+from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import ImageSpec, image_spec
 from recipe.data.lengths import read_longest_caption
-from recipe.data.storage import open_streams
 from recipe.joint import JointModel
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import MemoryBuilder
-from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm
-from recipe.network import JointNetwork
+from recipe.models.network import JointNetwork
+from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, resolve_attention
+from recipe.optim.schedule import build_schedule
+from recipe.upstream.storage import open_streams
 
 log = logging.getLogger(__name__)
 
@@ -160,3 +189,82 @@ def build_network(config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec) -
         box_noise=head.box_noise,
         aux_loss=head.aux_loss,
     )
+
+
+def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
+    """Stages and learning rates; the average of the weights; then the guard that also clips.
+
+    Composer calls the last one first after the backward pass, and last at the end of a batch.
+    """
+    return [
+        StagedFreezing(build_schedule(config)),
+        *([] if config.ema is None else [HeadEMA(config.ema)]),
+        NaNRollback(config.nan_rollback, config.optimizer.clip_norm, config.run_folder),
+    ]
+
+
+def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointModel, Any, RecipeConfig]:
+    """Loads a trained model, its processor and its configuration; where it has averaged weights, those.
+
+    Args:
+        checkpoint: A Composer .pt file, also in an object store, or a folder from `export_model`.
+        config: Default: what was saved with the checkpoint. For a .pt file it names the folder or hub name of the base
+            model, of which the configuration and the processor are read, not the weights.
+
+    Raises:
+        ValueError: The checkpoint is missing, is neither of the two, or does not fit the configuration.
+    """
+    path = Path(checkpoint)
+    if config is not None:
+        config = with_trained_caption_length(config, checkpoint)
+    if path.is_dir():
+        return _load_exported(path, config)
+    if "://" in str(checkpoint):
+        if config is None:
+            raise ValueError(f"{checkpoint} lies in a store, its run's {RUN_CONFIG_FILE} does not: give --config YAML")
+        weights = read_remote_weights(str(checkpoint))
+    else:
+        weights = read_weights(path)
+        config = config or find_config(path)
+    processor = load_processor(config)
+    network = build_network(config, _unread_vlm(config.model), image_spec(processor.image_processor, config.image))
+    model = JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
+    fill(model, answering_weights(weights, "model."), path)
+    return model, processor, config
+
+
+def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointModel, Any, RecipeConfig]:
+    missing = [name for name in (CONFIG_FILE, HEAD_FILE) if not (folder / name).is_file()]
+    if missing:
+        found = sorted(str(path) for path in [*folder.glob("*.pt"), *folder.glob("checkpoints/*.pt")])
+        remedy = f"give one of its checkpoints, such as {found[-1]}" if found else "make one with recipe/export.py"
+        raise ValueError(f"{folder} is no exported model, it lacks {' and '.join(missing)}: {remedy}")
+    config = config or load_config(str(folder / CONFIG_FILE))
+    # What is exported are the averages.
+    config = replace(config, model=replace(config.model, pretrained_model_name_or_path=str(folder)), ema=None)
+    processor = load_processor(config)
+    model = build_model(config, processor)
+    head = nn.ModuleDict({name: part for name, part in model.model.named_children() if f"{name}." != LANGUAGE_MODEL})
+    fill(head, load_file(folder / HEAD_FILE), folder / HEAD_FILE)
+    return model, processor, config
+
+
+def _unread_vlm(config: ModelConfig) -> PreTrainedModel:
+    """The language model with the memory for its weights, but nothing read into it."""
+    name = config.pretrained_model_name_or_path
+    with no_init_weights():
+        vlm = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(name),
+            attn_implementation=resolve_attention(config.attn_implementation),
+            dtype=getattr(torch, config.dtype),
+        )
+    vlm.tie_weights()
+    with suppress(OSError):  # the file is optional
+        vlm.generation_config = GenerationConfig.from_pretrained(name)
+    return vlm
+
+
+try:
+    from transformers.initialization import no_init_weights  # type: ignore[import-not-found]  # since transformers 5
+except ImportError:
+    from transformers.modeling_utils import no_init_weights

@@ -1,8 +1,8 @@
 """The configuration: one dataclass a yaml section. Defaults live here and nowhere else.
 
 Sections that hold another library's keywords (`trainer`, `callbacks`, `loggers`, `streams`, `dataset`, `dataloader`)
-keep that library's spelling. `recipe.config_file` reads a configuration and checks keys, types and presence;
-`recipe.config_checks` checks values and combinations, `recipe.keyword_checks` other libraries' keywords.
+keep that library's spelling. `recipe.configure` reads a configuration and checks keys, types and presence;
+`recipe.checks` checks values and combinations, `recipe.checks` other libraries' keywords.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what is in each: recipe/optim.py
+GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what is in each: recipe/optim/groups.py
 
 
 @dataclass
@@ -187,7 +187,7 @@ class SchedulerConfig(CurveConfig):
 
 @dataclass
 class StagedFreezingConfig:
-    """Which groups are frozen, or learn at another rate, in which part of the run; see `recipe/schedule.py`.
+    """Which groups are frozen, or learn at another rate, in which part of the run; see `recipe/optim/schedule.py`.
 
     Of a group's list the last entry whose time (2ep, 500ba, 0.75dur) has come holds; before the first: `lr: 1.0`.
     """
@@ -307,7 +307,7 @@ class RecipeConfig:
     ema: EmaConfig | None = None  # {}: evaluation, checkpoints' readers and export use averaged weights of the head
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     save_best: SaveBestConfig = field(default_factory=SaveBestConfig)
-    fsdp_version: int = 2  # 1 | 2, where `trainer.parallelism_config.fsdp` is set; see recipe/parallel.py
+    fsdp_version: int = 2  # 1 | 2, where `trainer.parallelism_config.fsdp` is set; see recipe/optim/fsdp.py
     trainer: dict[str, Any] = field(default_factory=dict[str, Any])  # composer.Trainer keywords
     callbacks: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off
     loggers: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off

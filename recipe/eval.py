@@ -9,21 +9,25 @@ from composer import Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
 from recipe.build import build_encoder, build_model, load_processor
-from recipe.calibrate import CALIBRATION_FILE, calibration_text, find_calibration, write_calibration
 from recipe.callbacks.table import build_callbacks, build_loggers
-from recipe.checkpoint import with_trained_caption_length
-from recipe.checkpoints.loading import safe_loading
-from recipe.checkpoints.manifest import describe
-from recipe.checkpoints.resume import weights_keywords
+from recipe.checkpoints.check import describe
+from recipe.checkpoints.resume import safe_loading, weights_keywords
+from recipe.checkpoints.weights import with_trained_caption_length
+from recipe.checks import config_from_command_line
 from recipe.config import RecipeConfig
-from recipe.config_checks import config_from_command_line
-from recipe.data.agreement import DIST_TIMEOUT
+from recipe.console import setup_logging
 from recipe.data.loader import build_eval_loader
 from recipe.data.stream import read_teachers
-from recipe.logging_setup import setup_logging
-from recipe.metrics.calibration import Calibration
-from recipe.parallel import build_parallelism
-from recipe.shared_memory import clean_dead_shared_memory
+from recipe.metrics.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    calibration_text,
+    find_calibration,
+    write_calibration,
+)
+from recipe.optim.fsdp import build_parallelism
+from recipe.upstream.agreement import DIST_TIMEOUT
+from recipe.upstream.shared_memory import clean_dead_shared_memory
 
 log = logging.getLogger("recipe.eval")  # its __name__ is __main__
 

@@ -7,9 +7,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from recipe.checkpoint import export_model, load_model
-from recipe.config_file import load_config
-from recipe.logging_setup import setup_logging
+from recipe.build import load_model
+from recipe.checkpoints.weights import export_model
+from recipe.configure import load_config
+from recipe.console import setup_logging
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

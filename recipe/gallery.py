@@ -23,13 +23,14 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from recipe.annotated import read_coco, read_mds
-from recipe.logging_setup import setup_logging
-from recipe.metrics.samples import boxes_of, inside_crowd, match_by_score, normalized_caption
-from recipe.picture_files import entry_of, names_by_file, refuse_shared
-from recipe.pictures import open_image
-from recipe.prediction_files import least_score, part_of, read_rows, rounded_score, write_json_text
+from convert.annotated import read_coco
+from recipe.console import setup_logging
+from recipe.images import open_image
+from recipe.metrics.gather import boxes_of, inside_crowd, match_by_score, normalized_caption
+from recipe.prediction.files import least_score, part_of, read_rows, rounded_score, write_json_text
+from recipe.prediction.inputs import entry_of, names_by_file, refuse_shared
 from recipe.schema import Object, Sample
+from recipe.upstream.storage import read_mds
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
 IOU = 0.5  # from which on a prediction is at the right place

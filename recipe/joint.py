@@ -11,20 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.config import EvaluationConfig, LossConfig, PromptConfig
 from recipe.data.loader import count_losses
-from recipe.inference import predict_batch
 from recipe.losses.detection import base_term, caption_loss, denoising_losses, detection_losses
 from recipe.losses.language import language_losses
-from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAveragePrecision
+from recipe.metrics.answers import AnswerBoxes
+from recipe.metrics.boxes import BoxAveragePrecision, CategoryAveragePrecision, ExpressionAccuracy, QueryRecall
 from recipe.metrics.calibration import Calibration
-from recipe.metrics.cider import CaptionCider
-from recipe.metrics.dense_caption import CaptionMatch
-from recipe.metrics.dense_captioning import DenseCaptioningMAP
-from recipe.metrics.entries import LossAverage, MetricEntry, metric_entries
-from recipe.metrics.language import AnswerBoxes
-from recipe.metrics.recall import ExpressionAccuracy, QueryRecall
-from recipe.metrics.text_scorers import default_text_scorer
+from recipe.metrics.captions import CaptionCider, CaptionMatch, DenseCaptioningMAP
+from recipe.metrics.gather import LossAverage, MetricEntry, metric_entries
+from recipe.metrics.scorers import default_text_scorer
+from recipe.models.network import JointNetwork, JointOutputs
 from recipe.models.sharding import Sealed, reshard
-from recipe.network import JointNetwork, JointOutputs
+from recipe.prediction.decode import predict_batch
 from recipe.schema import Batch, LossCounts, Prediction
 
 UNIT_COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, microbatches=1)

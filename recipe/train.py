@@ -7,26 +7,24 @@ from pathlib import Path
 from composer import Evaluator, Trainer
 from composer.utils import dist, get_device, reproducibility
 
-from recipe.algorithms.nan_rollback import TrainingDiverged
-from recipe.build import build_encoder, build_model, load_processor, with_caption_length
-from recipe.callbacks.preemption import exit_on_sigterm, ignore_sigterm
+from recipe.algorithms.nan_rollback import DIVERGED, TrainingDiverged
+from recipe.build import build_algorithms, build_encoder, build_model, load_processor, with_caption_length
 from recipe.callbacks.table import build_callbacks, build_loggers, build_savers
-from recipe.checkpoints.loading import safe_loading
-from recipe.checkpoints.manifest import describe
-from recipe.checkpoints.resume import is_finished, load_keywords, restore_random_states
-from recipe.checkpoints.saver import without_saving
+from recipe.checkpoints.check import describe
+from recipe.checkpoints.resume import is_finished, load_keywords, restore_random_states, safe_loading
+from recipe.checkpoints.save import without_saving
+from recipe.checkpoints.sigterm import exit_on_sigterm, ignore_sigterm
+from recipe.checks import config_from_command_line
 from recipe.config import RecipeConfig
-from recipe.config_checks import config_from_command_line
-from recipe.config_file import save_config
-from recipe.data.agreement import DIST_TIMEOUT
+from recipe.configure import save_config
+from recipe.console import setup_logging
 from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
 from recipe.data.stream import read_teachers
-from recipe.exit_codes import DIVERGED
-from recipe.logging_setup import setup_logging
-from recipe.optim import build_algorithms, build_optimizer
-from recipe.parallel import build_parallelism
-from recipe.schedule import build_curve
-from recipe.shared_memory import clean_dead_shared_memory
+from recipe.optim.fsdp import build_parallelism
+from recipe.optim.groups import build_optimizer
+from recipe.optim.schedule import build_curve
+from recipe.upstream.agreement import DIST_TIMEOUT
+from recipe.upstream.shared_memory import clean_dead_shared_memory
 
 log = logging.getLogger("recipe.train")  # its __name__ is __main__
 

@@ -10,19 +10,13 @@ from composer.utils import dist
 from torch import Tensor
 
 from recipe.algorithms.norms import local
-from recipe.algorithms.stage_checks import plain_name
-from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.algorithms.staged_freezing import StagedFreezing, plain_name
 from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig, StagedFreezingConfig
-from recipe.data.loader import (
-    collate_microbatches,
-    get_num_samples_in_batch,
-    get_num_tokens_in_batch,
-    split_batch,
-)
+from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
 from recipe.joint import JointModel
-from recipe.optim import build_optimizer
-from recipe.parallel import build_parallelism
-from recipe.schedule import build_curve, build_schedule
+from recipe.optim.fsdp import build_parallelism
+from recipe.optim.groups import build_optimizer
+from recipe.optim.schedule import build_curve, build_schedule
 from recipe.schema import Batch, Example
 from tests.tiny_cases import collator
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from recipe.build import build_model, load_processor
 from recipe.config import ConfigError, RecipeConfig
-from recipe.network import JointNetwork
+from recipe.models.network import JointNetwork
 from recipe.schema import Example
 from tests.tiny_cases import collator, make_model
 
@@ -57,7 +57,7 @@ def test_the_matcher_is_given_the_focal_parameters(
     def told(layers: object, targets: object, *others: object) -> None:
         raise Told(others)
 
-    monkeypatch.setattr("recipe.network.match", told)
+    monkeypatch.setattr("recipe.models.network.match", told)
     changes = {"matcher": {"cost_bbox": 1.0, "cost_giou": 2.0, "cost_objectness": 3.0}}
     model = make_model(tiny_config(loss={"focal_alpha": 0.6, "focal_gamma": 1.5}, **changes))
     with pytest.raises(Told) as raised:

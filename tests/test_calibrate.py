@@ -1,4 +1,4 @@
-"""`recipe.calibrate`: what is found on one half of the images, what is written, and what predictions make of it."""
+"""`recipe.metrics.calibration`: what is found on one half of the images, what is written, and what predictions make of it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,11 +12,18 @@ import yaml
 from scipy.optimize import minimize
 from torch import Tensor
 
-from recipe.calibrate import calibration_text, find_calibration, read_calibration, write_calibration
 from recipe.config import EvaluationConfig
-from recipe.inference import calibrated_scores
-from recipe.metrics.average_precision import BoxAveragePrecision
-from recipe.metrics.calibration import Calibration, Detections, fit_platt
+from recipe.metrics.boxes import BoxAveragePrecision
+from recipe.metrics.calibration import (
+    Calibration,
+    Detections,
+    calibration_text,
+    find_calibration,
+    fit_platt,
+    read_calibration,
+    write_calibration,
+)
+from recipe.prediction.decode import calibrated_scores
 from recipe.schema import Box, DetectedObject, Object, Prediction, Sample
 
 AS_IT_IS = EvaluationConfig()

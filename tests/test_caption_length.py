@@ -9,8 +9,8 @@ import yaml
 
 from convert.shapes import iter_samples
 from convert.writer import write_split
-from recipe.build import build_encoder, build_network, load_processor
-from recipe.checkpoint import load_model, read_weights
+from recipe.build import build_encoder, build_network, load_model, load_processor
+from recipe.checkpoints.weights import read_weights
 from recipe.config import LoaderConfig, RecipeConfig
 from recipe.data.image import image_spec
 from recipe.eval import main as evaluate

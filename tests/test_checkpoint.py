@@ -1,4 +1,4 @@
-"""`recipe.checkpoint`: a genuine Composer checkpoint is read, anything else is refused and never run."""
+"""`recipe.checkpoints.weights`: a genuine Composer checkpoint is read, anything else is refused and never run."""
 
 import os
 import pickle
@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from recipe.checkpoint import find_config, load_model, read_weights
-from recipe.config_file import load_config, save_config
+from recipe.build import load_model
+from recipe.checkpoints.weights import find_config, read_weights
+from recipe.configure import load_config, save_config
 from recipe.joint import JointModel
 from tests.s3_server import S3Server
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from recipe.checks import BOUNDS, CHOICES, check_config, config_from_command_line
 from recipe.config import ConfigError, RecipeConfig
-from recipe.config_checks import BOUNDS, CHOICES, check_config, config_from_command_line
-from recipe.config_file import load_config, save_config
+from recipe.configure import load_config, save_config
 from recipe.redact import redact
 
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"

@@ -1,4 +1,4 @@
-"""`recipe.draw` and `recipe.draw_labels`."""
+"""`recipe.prediction.draw` and `recipe.prediction.draw_labels`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipe.draw import caption_colours, draw_gallery, draw_prediction
-from recipe.draw_labels import legible, place_labels, wrapped
-from recipe.draw_panel import Panel, draw_panel
+from recipe.prediction.draw import caption_colours, draw_gallery, draw_prediction
+from recipe.prediction.draw_labels import legible, place_labels, wrapped
+from recipe.prediction.draw_panel import Panel, draw_panel
 from recipe.schema import Box, DetectedObject, Object, Prediction, Sample
 
 GRAY = Image.new("RGB", (100, 60), (128, 128, 128))
@@ -108,7 +108,7 @@ def test_letters_are_one_size_and_grow_with_the_sheet(monkeypatch: pytest.Monkey
         sizes.append((title_size, label_size))
         return draw_panel(panel, title_size, label_size)
 
-    monkeypatch.setattr("recipe.draw.draw_panel", recorded)
+    monkeypatch.setattr("recipe.prediction.draw.draw_panel", recorded)
     many = [((x, y, x + 8.0, y + 8.0), 0.9, "cat") for x in range(0, 90, 9) for y in (0, 20, 40)]
     truth = sample(GRAY, Object((20, 30, 60, 50), "cat"))
     drawn = draw_prediction(GRAY, predicted(*many, answer_boxes=[(9, 9, 90, 50)]), truth, teachers=[truth, truth])
@@ -268,7 +268,7 @@ def test_lines_fit_and_the_score_is_kept():
 
 
 def test_letters_no_font_has_are_written_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("recipe.draw_labels._WIDER_FONTS", ())
+    monkeypatch.setattr("recipe.prediction.draw_labels._WIDER_FONTS", ())
     text, font = legible("é\u200d 猫", 19)  # a size no other test has cached fonts for
     assert text == "e u732b "
     assert font.getlength(text) > 0
@@ -282,7 +282,7 @@ def test_a_gallery_has_one_legend_and_a_handy_shape(num_panels: int, monkeypatch
         legends.append(kinds)
         return Image.new("RGB", (width, 10))
 
-    monkeypatch.setattr("recipe.draw._legend", recorded)
+    monkeypatch.setattr("recipe.prediction.draw._legend", recorded)
     prediction = predicted(((20, 30, 60, 50), 0.9, "cat"), answer_boxes=[(0, 0, 10, 10)] if num_panels == 3 else None)
     truth = sample(GRAY, Object((20, 30, 60, 50), "cat"))
     if num_panels == 1:

@@ -1,9 +1,9 @@
-"""`recipe.draw_layout`."""
+"""`recipe.prediction.draw_layout`."""
 
 import pytest
 from PIL import Image, ImageColor
 
-from recipe.draw_layout import best_columns, flow, grid
+from recipe.prediction.draw_layout import best_columns, flow, grid
 
 
 def test_grid():

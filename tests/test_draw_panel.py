@@ -1,4 +1,4 @@
-"""`recipe.draw_panel`."""
+"""`recipe.prediction.draw_panel`."""
 
 from itertools import combinations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor, ImageDraw
 
-from recipe.draw_panel import STYLES, Mark, Panel, draw_box, draw_panel
+from recipe.prediction.draw_panel import STYLES, Mark, Panel, draw_box, draw_panel
 
 RED = "#ff0000"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from recipe.config import ConfigError, RecipeConfig
-from recipe.config_file import load_config
+from recipe.configure import load_config
 from recipe.redact import redact_text
 
 SECRET = "hunter2hunter2"

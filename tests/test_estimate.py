@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from recipe.config import EmaConfig, RecipeConfig
-from recipe.config_file import load_config
+from recipe.configure import load_config
 from recipe.estimate import CAPTION_TOKENS, block_bytes, build_on_meta, estimate, main, microbatch_shape, table
-from recipe.optim import build_optimizer, group_parameters
+from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Example
 from tests.tiny_cases import ALL_SWITCHES, losses_and_gradients, make_batches, make_model
 

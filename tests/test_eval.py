@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from convert.shapes import draw_scene
-from recipe.calibrate import KEYS
-from recipe.checkpoint import find_config
+from recipe.checkpoints.weights import find_config
+from recipe.checks import check_config
 from recipe.config import RecipeConfig
-from recipe.config_checks import check_config
-from recipe.config_file import load_config
+from recipe.configure import load_config
 from recipe.eval import main as evaluate
+from recipe.metrics.calibration import KEYS
 from recipe.predict import main as predict
-from recipe.predict_options import parse as parse_predict
+from recipe.predict import parse as parse_predict
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.network import JointOutputs
+from recipe.models.network import JointOutputs
 from recipe.schema import DetectionOutputs, Example, Role
 from tests.tiny_cases import (
     ALL_SWITCHES,

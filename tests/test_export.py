@@ -1,4 +1,4 @@
-"""`recipe.checkpoint.export_model` and `recipe/export.py`: transformers and the recipe load what was written."""
+"""`recipe.checkpoints.weights.export_model` and `recipe/export.py`: transformers and the recipe load what was written."""
 
 import json
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from convert.shapes import draw_scene
-from recipe.build import load_processor
-from recipe.checkpoint import HEAD_FILE, export_model, find_config, load_model, read_weights
+from recipe.build import load_model, load_processor
+from recipe.checkpoints.weights import HEAD_FILE, export_model, find_config, read_weights
 from recipe.config import ImageConfig, RecipeConfig
-from recipe.config_file import load_config
+from recipe.configure import load_config
 from recipe.data.image import image_spec, patchify
 from recipe.export import main, parse
-from recipe.models.tiny import build_tiny_checkpoint
 from recipe.models.vlm import PictureEmbedding
+from recipe.tiny import build_tiny_checkpoint
 from tests.tiny_cases import make_model
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Locate every object."}]}]

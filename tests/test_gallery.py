@@ -23,7 +23,7 @@ from recipe.gallery import (
     truths_of_coco,
     truths_of_mds,
 )
-from recipe.prediction_files import write_rows
+from recipe.prediction.files import write_rows
 from recipe.schema import Sample
 from tests.gallery_cases import NASTY, found, options, row, sample, true
 

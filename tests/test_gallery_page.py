@@ -10,13 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from recipe.gallery import (
-    main,
-    num_errors,
-    page_data,
-    parse,
-    render,
-)
+from recipe.gallery import main, num_errors, page_data, parse, render
 from tests.chromium import Page, find_chromium, open_page
 from tests.gallery_cases import NASTY, found, options, row, sample, true
 

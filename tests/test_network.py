@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recipe.network
+import recipe.models.network
 from recipe.build import build_encoder, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed
 from recipe.joint import JointModel
 from recipe.models.caption_decoder import CaptionPlaces
 from recipe.models.memory import Memory
+from recipe.models.network import padded_captions
 from recipe.models.sharding import Sealed
-from recipe.network import padded_captions
-from recipe.optim import build_optimizer, group_parameters
+from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import DetectionOutputs, Example, Object, Target
 from tests.tiny_cases import (
     ALL_SWITCHES,
@@ -126,9 +126,9 @@ def test_nothing_is_read_from_the_device_between_the_language_model_and_the_matc
         monkeypatch.setattr(Tensor, name, lambda tensor, counted=counted: counted(tensor))
     seen: list[Counter[str]] = []
     network.vlm.register_forward_hook(lambda *arguments: waits.seen.clear())
-    matched = recipe.network.match
+    matched = recipe.models.network.match
     monkeypatch.setattr(
-        recipe.network, "match", lambda *arguments: seen.append(waits.seen.copy()) or matched(*arguments)
+        recipe.models.network, "match", lambda *arguments: seen.append(waits.seen.copy()) or matched(*arguments)
     )
     with waits:
         network(Sealed(batch))

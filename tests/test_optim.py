@@ -12,9 +12,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from recipe.build import build_network
 from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.data.image import ImageSpec
+from recipe.estimate import model_config
 from recipe.joint import JointModel
-from recipe.models.sizes import model_config
-from recipe.optim import build_optimizer, group_of, group_parameters, lr_scale
+from recipe.optim.groups import build_optimizer, group_of, group_parameters, lr_scale
 from recipe.schema import Example
 from tests.tiny_cases import collator, make_model
 

@@ -1,4 +1,4 @@
-"""`recipe.pictures`."""
+"""`recipe.images`."""
 
 from io import BytesIO
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipe.pictures import displayed_size, is_plain_jpeg, open_image
+from recipe.images import displayed_size, is_plain_jpeg, open_image
 
 WIDTH, HEIGHT = 31, 20
 

@@ -15,15 +15,13 @@ from PIL import Image
 
 from convert.shapes import draw_scene
 from convert.writer import write_split
-from recipe.annotated import read_annotated_folder
-from recipe.build import build_encoder
-from recipe.checkpoint import load_model
+from recipe.build import build_encoder, load_model
 from recipe.data.collate import collate_standard
 from recipe.export import main as export
 from recipe.export import parse as parse_export
-from recipe.predict import encode_picture, main
-from recipe.predict_options import parse
-from recipe.prediction_files import read_rows
+from recipe.predict import encode_picture, main, parse
+from recipe.prediction.files import read_rows
+from recipe.prediction.inputs import read_annotated_folder
 from recipe.schema import Example, Object, Prediction, Sample
 from tests.launch import REPOSITORY
 
@@ -83,7 +81,7 @@ def test_answer_is_read_back_in_pixels_of_the_original(
     answer = '[{"bbox_2d": [0, 0, 308, 196], "label": "all"}, {"bbox_2d": [77, 98, 154, 196], "label": "part"}]'
     _, processor, _ = load_model(trained_checkpoint)
     ids = processor.tokenizer(answer, return_tensors="pt")["input_ids"][0]
-    monkeypatch.setattr("recipe.inference.generate_answers", lambda *arguments: [ids])
+    monkeypatch.setattr("recipe.prediction.decode.generate_answers", lambda *arguments: [ids])
     row = predict(trained_checkpoint, tmp_path / "out", picture)[0]
     assert row["answer"] == answer
     assert row["answer_objects"] == [
@@ -230,7 +228,7 @@ def test_a_cut_answer_is_told(
     _, processor, _ = load_model(trained_checkpoint)
     ids = processor.tokenizer('[{"bbox_2d": [0, 0, 3', return_tensors="pt")["input_ids"][0]
     ended = torch.cat([ids, torch.tensor([processor.tokenizer.eos_token_id])])
-    monkeypatch.setattr("recipe.inference.generate_answers", lambda *arguments: [ids, ended])
+    monkeypatch.setattr("recipe.prediction.decode.generate_answers", lambda *arguments: [ids, ended])
     other = picture.with_name("other.png")
     other.write_bytes(picture.read_bytes())
     rows = predict(trained_checkpoint, tmp_path / "out", picture, other)
@@ -344,8 +342,8 @@ def test_only_the_text_is_asked(
     _, processor, _ = load_model(trained_checkpoint)
     answer = '[{"bbox_2d": [0, 0, 308, 196], "label": "all"}]'
     ids = processor.tokenizer(answer, return_tensors="pt")["input_ids"][0]
-    monkeypatch.setattr("recipe.inference.generate_answers", lambda *arguments: [ids])
-    monkeypatch.delattr("recipe.inference.generate_captions")
+    monkeypatch.setattr("recipe.prediction.decode.generate_answers", lambda *arguments: [ids])
+    monkeypatch.delattr("recipe.prediction.decode.generate_captions")
     row = predict(trained_checkpoint, tmp_path / "out", picture, options="--answer text")[0]
     assert row["objects"] is None and row["score_threshold"] is None
     assert row["answer_objects"] == [{"box": [0, 0, 300, 200], "caption": "all"}]

@@ -1,10 +1,10 @@
-"""`recipe.predict_options`: what the command line asks."""
+"""`recipe.predict`: what the command line asks."""
 
 import pytest
 
 from recipe.config import PromptConfig
 from recipe.data.chat import detection_question
-from recipe.predict_options import parse, prompt_of
+from recipe.predict import parse, prompt_of
 
 
 def test_prompts_and_expressions():

@@ -1,4 +1,4 @@
-"""`recipe.prediction_files`: what is written about predictions, and what is read back."""
+"""`recipe.prediction.files`: what is written about predictions, and what is read back."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recipe.prediction_files import failed_row, least_score, prediction_row, read_rows, write_rows
+from recipe.prediction.files import failed_row, least_score, prediction_row, read_rows, write_rows
 from recipe.schema import DetectedObject, Prediction
 from tests.gallery_cases import found, row
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from composer import Time, Timestamp
 
+from recipe.checks import check_config
 from recipe.config import (
     GROUPS,
     ConfigError,
@@ -18,10 +19,9 @@ from recipe.config import (
     SchedulerConfig,
     StagedFreezingConfig,
 )
-from recipe.config_checks import check_config
-from recipe.config_file import load_config
-from recipe.optim import GROUP_PATTERNS
-from recipe.schedule import build_schedule, lr_factor, parse_stages, stage_factor
+from recipe.configure import load_config
+from recipe.optim.groups import GROUP_PATTERNS
+from recipe.optim.schedule import build_schedule, lr_factor, parse_stages, stage_factor
 
 JOINT = str(Path(__file__).resolve().parents[1] / "yamls" / "joint.yaml")
 SEED_SCHEDULE = {

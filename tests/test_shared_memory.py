@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from streaming import MDSWriter
 
-import recipe.shared_memory as shared_memory
-from recipe.shared_memory import SEGMENTS, clean_dead_shared_memory
+import recipe.upstream.shared_memory as shared_memory
+from recipe.upstream.shared_memory import SEGMENTS, clean_dead_shared_memory
 
 pytestmark = pytest.mark.skipif(not SEGMENTS.is_dir(), reason="this system has no /dev/shm")
 

@@ -11,11 +11,11 @@ import torch
 
 from convert.shapes import iter_samples
 from convert.writer import write_split
-from recipe.checkpoint import read_weights
+from recipe.checkpoints.weights import read_weights
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
-from recipe.data.agreement import DIST_TIMEOUT
 from recipe.eval import main as evaluate
 from recipe.train import main as train
+from recipe.upstream.agreement import DIST_TIMEOUT
 from tests.launch import run_composer
 
 

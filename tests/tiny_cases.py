@@ -15,8 +15,8 @@ from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, collate_standard
 from recipe.data.loader import Collator, split_batch
 from recipe.joint import JointModel
-from recipe.models.tiny import build_tiny_checkpoint
 from recipe.schema import Batch, Example, Sample
+from recipe.tiny import build_tiny_checkpoint
 
 NUM_QUERIES = 5
 ALL_SWITCHES: dict[str, dict[str, Any]] = {

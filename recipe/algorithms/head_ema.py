@@ -8,7 +8,7 @@ from composer.algorithms import EMA
 
 from recipe.algorithms.norms import local
 from recipe.config import EmaConfig
-from recipe.network import JointNetwork
+from recipe.models.network import JointNetwork
 
 
 class HeadEMA(Algorithm):

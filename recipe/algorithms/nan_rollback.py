@@ -5,6 +5,7 @@ One small all-reduce a step tells every rank the same numbers, so all do the sam
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from composer import Algorithm, Event, Logger, State, Time
 from composer.utils import dist
 from torch import Tensor
 
-from recipe.algorithms.flags import MicrobatchFlags, head_outputs
 from recipe.algorithms.norms import is_sharded, local, named_groups, square_sums
 from recipe.algorithms.quarantine import AuditEntry, Quarantine
 from recipe.algorithms.snapshot import Snapshot, weights_are_finite
-from recipe.algorithms.watch import Action, Reading, Watch
+from recipe.algorithms.watch import Action, MicrobatchFlags, Reading, Watch, head_outputs
 from recipe.config import NaNRollbackConfig
 
 log = logging.getLogger(__name__)
@@ -293,3 +293,6 @@ class NaNRollback(Algorithm):
             self.config.lr_factor,
             self.config.clip_factor,
         )
+
+
+DIVERGED = os.EX_DATAERR  # 65: too many rollbacks; the log and the audit file say of which batches

@@ -13,8 +13,8 @@ from composer.loggers import Logger, WandBLogger
 from composer.utils import dist
 from PIL import Image
 
-from recipe.draw import draw_gallery, draw_prediction
-from recipe.pictures import open_image
+from recipe.images import open_image
+from recipe.prediction.draw import draw_gallery, draw_prediction
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
 OVERLAY_SIZE = 1024  # longest side in pixels of a picture that W&B lays boxes over

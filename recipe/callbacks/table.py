@@ -24,15 +24,15 @@ from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.group_metrics import GroupMetrics
 from recipe.callbacks.log_first_sample import LogFirstSample
 from recipe.callbacks.log_predictions import LogPredictions
+from recipe.callbacks.loggers import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
 from recipe.callbacks.loss_terms import LossGradients, LossShares
-from recipe.callbacks.preemption import Preemption
 from recipe.callbacks.throughput import Throughput
 from recipe.callbacks.training_data import TrainingData
-from recipe.checkpoints.manifest import Origin
-from recipe.checkpoints.saver import build_saver
+from recipe.checkpoints.check import Origin
+from recipe.checkpoints.save import build_saver
+from recipe.checkpoints.sigterm import Preemption
 from recipe.config import RecipeConfig
-from recipe.loggers.files import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
-from recipe.loggers.wandb import SafeWandBLogger
+from recipe.upstream.loggers import SafeWandBLogger
 
 CALLBACKS: Mapping[str, type[Callback]] = {
     "early_stopper": EarlyStopper,

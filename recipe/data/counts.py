@@ -2,23 +2,57 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from composer.utils import dist
 from streaming import Stream
 from tqdm import tqdm
 
-from recipe.data.agreement import agree
-from recipe.data.arrays import read_arrays, write_arrays
-from recipe.data.storage import INDEX_FILE, fetch_beside_index
+from recipe.records import RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
 from recipe.schema import Sample
-from recipe.sidecar import RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
+from recipe.upstream.agreement import agree
+from recipe.upstream.storage import INDEX_FILE, fetch_beside_index
 
 log = logging.getLogger(__name__)
+
+Arrays = TypeVar("Arrays")
+
+
+def read_arrays(path: Path, kind: type[Arrays]) -> Arrays | None:
+    """The dataclass kept in a file; None where there is no file, or a damaged one, which is removed."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as arrays:
+            return kind(**{entry.name: arrays[entry.name] for entry in fields(kind)})  # pyright: ignore[reportArgumentType]
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        log.warning("%s is damaged (%r): it is made anew", path, error)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def write_arrays(path: Path, value: Any) -> None:
+    """Keeps a dataclass of arrays.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, **vars(value))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
 
 Counts = TypeVar("Counts")
 

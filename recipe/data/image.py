@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from recipe.config import ImageConfig
-from recipe.pictures import is_plain_jpeg, open_image
+from recipe.images import is_plain_jpeg, open_image
 
 MAX_ASPECT_RATIO = 200
 

@@ -1,6 +1,6 @@
 """How long every sample is, known without its picture: tokens of conversation and captions, vision patches.
 
-Texts and picture sizes lie beside the index (`recipe/sidecar.py`); they are counted once for each tokenizer, prompt and
+Texts and picture sizes lie beside the index (`recipe/records.py`); they are counted once for each tokenizer, prompt and
 pixel budget, and the counts are kept beside the index too, under a name that holds the fingerprint of all these.
 """
 
@@ -20,10 +20,10 @@ from recipe.data.chat import IMAGE, Segment
 from recipe.data.counts import KeptCount, count_on_rank_0, index_of
 from recipe.data.encode import Encoder
 from recipe.data.image import resized_size
-from recipe.data.storage import fetch_beside_index
 from recipe.data.teachers import TeacherPool, id_hash
+from recipe.records import RECORDS_FILE, read_records
 from recipe.schema import Object, Sample
-from recipe.sidecar import RECORDS_FILE, read_records
+from recipe.upstream.storage import fetch_beside_index
 
 _CHUNK = 1024  # samples whose texts are tokenized in one call
 _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))

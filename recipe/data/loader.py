@@ -4,7 +4,10 @@ The examples of a device batch are cut into microbatches in the worker, before t
 padded to its own longest row, and nobody has to slice images apart again.
 """
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,17 +19,15 @@ from streaming import Stream
 from torch.utils.data import DataLoader
 
 from recipe.config import LoaderConfig, RecipeConfig
-from recipe.data.agreement import LockstepLoader
 from recipe.data.collate import collate_packed, collate_standard
 from recipe.data.encode import Encoder
-from recipe.data.evaluation import EvalSampler, EvalSamples
 from recipe.data.lengths import read_length_table
 from recipe.data.plan import Budget
-from recipe.data.storage import open_streams
-from recipe.data.stream import ExampleMaker, Packing, PackStream
+from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, Packing, PackStream
 from recipe.data.teachers import TeacherPool
-from recipe.data.workers import obey_only_parent
 from recipe.schema import Batch, Example, LossCounts, Pack, Role
+from recipe.upstream.agreement import LockstepLoader
+from recipe.upstream.storage import open_streams
 
 Collator = Callable[[Sequence[Example]], Batch]
 
@@ -269,3 +270,21 @@ def _dataloader(
         generator=torch.Generator(),  # of the workers' seeds: an epoch that begins or goes on draws none of training's
         **{"pin_memory": torch.cuda.is_available(), **keywords, **loader.dataloader},
     )
+
+
+def obey_only_parent(worker_id: int) -> None:
+    """Lets a worker end on a SIGTERM of the process that made it, and on no other; a DataLoader's `worker_init_fn`.
+
+    Schedulers send SIGTERM to all processes at once. torch's workers would end at once, and the run with an error,
+    before the batch it is at can be finished and saved.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_wait_for, args=(parent.pid,), daemon=True).start()
+
+
+def _wait_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,17 +1,23 @@
-"""The plan of an epoch: which samples share a pack, and in which order packs are dealt.
-
-A pure function of (data, seed, epoch, packing): no rank, worker or position has a part in it. So a run resumes at any
-world size with one number, that of the packs dealt, and nothing is read, repeated or lost on the way.
-"""
+"""The plan of an epoch: which samples share a pack, in which order packs are dealt; kept on this node's disk."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
+from recipe.data.counts import read_arrays, write_arrays
 from recipe.data.pack import pack_ordered
 
 _PURPOSE = 2  # keeps the generators of packs apart from those of Streaming's shuffle, which are seeded alike
@@ -178,3 +184,47 @@ def _assemble(
     occurrences = order[positions]
     offsets = np.cumsum([0, *map(len, packs)], dtype=np.int64)
     return Plan(occurrences, samples[occurrences], tokens[occurrences], offsets, left_out)
+
+
+_SECONDS_KEPT = 24 * 3600
+
+
+def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
+    """The plan kept under `key`, made by the first process that asks.
+
+    Where making it fails, it fails in every process: nobody waits for a plan that will never be.
+
+    A plan that other code made is never read: it may be another one.
+
+    Args:
+        key: All data and settings that the plan depends on, as a file name.
+        make: Makes it.
+    """
+    folder = Path(gettempdir(), f"recipe-plans-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user: remove it, or set TMPDIR to a folder of your own")
+    path = folder / f"{key}-{_code_digest()}.npz"
+    with FileLock(f"{path}.lock"):
+        plan = read_arrays(path, Plan)
+        if plan is None:
+            _remove_old(folder)
+            plan = make()
+            write_arrays(path, plan)
+        return plan
+
+
+@cache
+def _code_digest() -> str:
+    """Of this package's source and of the libraries that shuffle and draw."""
+    digest = sha256(f"numpy {version('numpy')}, streaming {version('mosaicml-streaming')}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _remove_old(folder: Path) -> None:
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # a process that makes the plan of another key may be quicker
+            if time.time() - path.stat().st_mtime > _SECONDS_KEPT:
+                path.unlink()

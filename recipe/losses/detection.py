@@ -20,7 +20,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from recipe.boxes import elementwise_iou
 from recipe.config import LossConfig
-from recipe.losses.matcher import Matches
+from recipe.models.matcher import Matches
 from recipe.schema import DetectionOutputs, LossCounts, Target
 
 REPEATS = ("_aux", "_selection", "_group", "_dn")

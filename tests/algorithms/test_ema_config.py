@@ -7,8 +7,8 @@ import pytest
 from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.build import build_algorithms
 from recipe.config import ConfigError, EmaConfig
-from recipe.optim import build_algorithms
 from tests.algorithms.test_rollback_config import load
 
 

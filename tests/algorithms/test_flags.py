@@ -5,7 +5,7 @@ from math import inf, nan
 import pytest
 import torch
 
-from recipe.algorithms.flags import MicrobatchFlags
+from recipe.algorithms.watch import MicrobatchFlags
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -18,7 +18,7 @@ from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
 from recipe.config import EmaConfig, NaNRollbackConfig, RecipeConfig
 from recipe.joint import JointModel
-from recipe.schedule import build_schedule
+from recipe.optim.schedule import build_schedule
 from recipe.schema import Batch, Example
 from tests.staged_cases import MANY_STAGES, config_with, make_steps, train
 from tests.tiny_cases import collator, make_model

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from convert.shapes import iter_samples
 from convert.writer import write_split
-from recipe.checkpoint import answering_weights, export_model, load_model, read_weights
+from recipe.build import load_model
+from recipe.checkpoints.weights import answering_weights, export_model, read_weights
 from recipe.config import EmaConfig, LoaderConfig, OptimizerConfig, RecipeConfig
 from recipe.eval import main as evaluate
 from recipe.train import main as train

@@ -13,7 +13,7 @@ from torch import Tensor
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
 from recipe.config import NaNRollbackConfig, SchedulerConfig
-from recipe.schedule import build_curve, build_schedule
+from recipe.optim.schedule import build_curve, build_schedule
 from tests.algorithms.test_staged_freezing import Recorder, Toy, toy_optimizer
 from tests.staged_cases import MANY_STAGES, config_with, differing
 

@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from recipe.algorithms.nan_rollback import NaNRollback
+from recipe.build import build_algorithms
+from recipe.checks import check_config
 from recipe.config import ConfigError, RecipeConfig
-from recipe.config_checks import check_config
-from recipe.config_file import load_config
-from recipe.optim import build_algorithms
+from recipe.configure import load_config
 
 LOADER = {"streams": {"main": {"local": "data"}}, "global_batch_size": 8}
 MINIMAL = {

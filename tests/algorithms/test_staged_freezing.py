@@ -14,10 +14,9 @@ from composer.loggers import InMemoryLogger
 from composer.models import ComposerModel
 from torch import Tensor, nn
 
-from recipe.algorithms.stage_checks import bit_sums, check_membership
-from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.algorithms.staged_freezing import StagedFreezing, bit_sums, check_membership
 from recipe.config import GROUPS, OptimizerConfig, RecipeConfig, SchedulerConfig
-from recipe.schedule import build_curve, build_schedule
+from recipe.optim.schedule import build_curve, build_schedule
 from tests.staged_cases import (
     MANY_STAGES,
     TWO_STAGES,

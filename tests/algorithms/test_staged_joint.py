@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig
 from recipe.joint import JointModel
-from recipe.optim import build_optimizer, group_of
+from recipe.optim.groups import build_optimizer, group_of
 from recipe.schema import Example
 from tests.staged_cases import MANY_STAGES, TWO_STAGES, by_hand, config_with, differing, make_steps, parts_of, train
 from tests.tiny_cases import collator, make_model

@@ -15,13 +15,7 @@ from recipe.algorithms.watch import (
     nan_ratio,
     robust_z_score,
 )
-from recipe.config import (
-    ExplosionWatchConfig,
-    NaNRollbackConfig,
-    RatioWatchConfig,
-    RunWatchConfig,
-    SpikeWatchConfig,
-)
+from recipe.config import ExplosionWatchConfig, NaNRollbackConfig, RatioWatchConfig, RunWatchConfig, SpikeWatchConfig
 
 GOOD, BAD = Reading(True, 1.0, 1.0), Reading(False, float("nan"), float("inf"))
 SILENT = NaNRollbackConfig(

@@ -38,21 +38,20 @@ from composer.devices import Device
 from composer.utils import get_device
 from torch import nn
 
-from recipe.build import build_encoder
-from recipe.checkpoint import load_model
+from recipe.build import build_encoder, load_model
 from recipe.config import RecipeConfig
-from recipe.config_file import load_config
+from recipe.configure import load_config
 from recipe.data.chat import answer_frame, text_to_objects
 from recipe.data.collate import collate_standard
 from recipe.data.encode import Encoder
-from recipe.data.storage import CheckedDataset, open_streams
-from recipe.inference import predict_batch
 from recipe.joint import JointModel
+from recipe.metrics.answers import AnswerBoxes
 from recipe.metrics.calibration import Calibration
-from recipe.metrics.language import AnswerBoxes
-from recipe.models.generation import generate_answers
 from recipe.predict import encode_picture
+from recipe.prediction.decode import predict_batch
+from recipe.prediction.generate import generate_answers
 from recipe.schema import Batch, Prediction, Sample
+from recipe.upstream.storage import CheckedDataset, open_streams
 
 CHECKPOINT = "quickstart/run/checkpoints/latest-rank0.pt"
 BATCH_SIZES = (1, 8)

@@ -42,8 +42,8 @@ from convert.writer import write_split
 from peer_detr import Budget, build_peer, train_peer
 from real_sets import REAL, make_real_set
 from recipe.callbacks import table
-from recipe.config_file import load_config
-from recipe.models.tiny import build_tiny_checkpoint
+from recipe.configure import load_config
+from recipe.tiny import build_tiny_checkpoint
 from recipe.train import main as train
 
 ROOT = Path(__file__).resolve().parents[2]

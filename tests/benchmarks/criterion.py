@@ -20,7 +20,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.losses.detection import detection_losses
-from recipe.losses.matcher import match
+from recipe.models.matcher import match
 from recipe.schema import DetectionOutputs, LossCounts, Target
 
 FEWEST, MOST = 5, 60  # objects of an image

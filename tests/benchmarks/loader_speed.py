@@ -12,8 +12,7 @@ from torch import Tensor
 
 from recipe.build import build_encoder, load_processor
 from recipe.config import RecipeConfig
-from recipe.data.encode import Encoder
-from recipe.data.positions import rope_positions
+from recipe.data.encode import Encoder, rope_positions
 from recipe.models.vlm import PixelNormalizer
 from recipe.schema import Sample
 

@@ -49,7 +49,7 @@ def main() -> None:
     images = str(Path(args.images).resolve())
     run("python", "-m", "convert.coco", "--annotations", photos, "--images", images, "--out", "overfit/data",
         "--split", "train")  # fmt: skip
-    run("python", "-m", "recipe.models.tiny", "--out", "overfit/tiny")
+    run("python", "-m", "recipe.tiny", "--out", "overfit/tiny")
     start = time.monotonic()
     run("composer", "-n", "2", "recipe/train.py", "yamls/overfit.yaml", *overrides)
     train_seconds = time.monotonic() - start

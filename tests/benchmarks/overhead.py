@@ -51,24 +51,17 @@ from composer.optim import DecoupledAdamW
 
 from convert.shapes import iter_samples
 from convert.writer import write_split
-from recipe.algorithms.flags import MicrobatchFlags
 from recipe.algorithms.nan_rollback import NaNRollback
-from recipe.build import build_encoder, build_model, load_processor
+from recipe.algorithms.watch import MicrobatchFlags
+from recipe.build import build_algorithms, build_encoder, build_model, load_processor
 from recipe.callbacks.group_metrics import GroupMetrics, every_batches
 from recipe.callbacks.loss_terms import LossShares
 from recipe.callbacks.throughput import Throughput
-from recipe.config import (
-    DetectionHeadConfig,
-    LoaderConfig,
-    ModelConfig,
-    NaNRollbackConfig,
-    PackingConfig,
-    RecipeConfig,
-)
+from recipe.config import DetectionHeadConfig, LoaderConfig, ModelConfig, NaNRollbackConfig, PackingConfig, RecipeConfig
 from recipe.data.loader import build_train_loader, get_num_tokens_in_batch
-from recipe.models.tiny import build_tiny_checkpoint
-from recipe.optim import build_algorithms, build_optimizer
-from recipe.schedule import build_curve
+from recipe.optim.groups import build_optimizer
+from recipe.optim.schedule import build_curve
+from recipe.tiny import build_tiny_checkpoint
 
 PACKS, PACK_TOKENS = 3, 512  # of a step
 WARM_UP = 4  # steps

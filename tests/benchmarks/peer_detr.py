@@ -24,8 +24,8 @@ from transformers import (
     ResNetConfig,
 )
 
-from recipe.metrics.average_precision import BoxAveragePrecision
-from recipe.pictures import open_image
+from recipe.images import open_image
+from recipe.metrics.boxes import BoxAveragePrecision
 from recipe.schema import DetectedObject, Prediction, Sample
 
 CLIP_NORM = 1.0  # DETR's own 0.1 is for fine-tuning a pretrained backbone

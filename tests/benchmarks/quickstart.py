@@ -43,7 +43,7 @@ def make_data() -> None:
         run("python", "-m", "convert.shapes", "--out", data, "--split", split, *scenes)
     pool = ["--num-samples", str(NUM_TEACHERS_POOL)]
     run("python", "-m", "convert.teachers", "--local", data, "--split", "pool", "--out", f"{data}/teachers", *pool)
-    run("python", "-m", "recipe.models.tiny", "--out", str(FOLDER / "tiny"))
+    run("python", "-m", "recipe.tiny", "--out", str(FOLDER / "tiny"))
 
 
 def predict_pictures(checkpoint: str) -> None:

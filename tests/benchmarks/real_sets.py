@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
 from convert.writer import write_split
 from peer_detr import pixel_statistics
-from recipe.models.tiny import build_tiny_checkpoint
 from recipe.schema import Object, Sample
+from recipe.tiny import build_tiny_checkpoint
 
 # What the sets of real pictures change in yamls/quickstart.yaml.
 REAL: dict[str, Any] = {

@@ -19,7 +19,7 @@ from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, collate_standard
 from recipe.joint import JointModel
 from recipe.models.attention import packed_mask
-from recipe.optim import build_optimizer
+from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example, Sample
 
 DENSE = "dense_sdpa"

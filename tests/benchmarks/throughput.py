@@ -19,7 +19,7 @@ import torch
 from loader_speed import loader_rates
 from real_sets import read_samples
 from recipe.config import ModelConfig, RecipeConfig
-from recipe.models.tiny import build_tiny_checkpoint
+from recipe.tiny import build_tiny_checkpoint
 from step_speed import make_examples, padding_waste, step_seconds
 
 SETS = ("chess_train", "bccd_trainval", "wagon_train", "coco_cc_train")

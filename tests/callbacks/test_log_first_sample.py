@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.callbacks.log_first_sample import LogFirstSample, describe_first_sample
 from recipe.data.collate import collate_packed, collate_standard
-from recipe.models.tiny import build_tiny_tokenizer, tokenizer_corpus
 from recipe.schema import Example, Role, Sample, Target
+from recipe.tiny import build_tiny_tokenizer, tokenizer_corpus
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from recipe.callbacks.loss_terms import LANGUAGE, LossGradients, LossShares, ter
 from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
 from recipe.joint import JointModel
-from recipe.optim import build_optimizer, group_parameters
+from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Batch, Example
 from tests.tiny_cases import collator, make_batches, make_model
 

@@ -20,8 +20,8 @@ from recipe.callbacks.log_first_sample import LogFirstSample
 from recipe.callbacks.log_predictions import LogPredictions
 from recipe.callbacks.table import build_callbacks, build_loggers
 from recipe.config import ModelConfig, RecipeConfig
-from recipe.models.tiny import build_tiny_tokenizer, tokenizer_corpus
 from recipe.schema import DetectedObject, Object, Prediction, Sample
+from recipe.tiny import build_tiny_tokenizer, tokenizer_corpus
 
 
 class ToyModel(ComposerModel):

@@ -8,11 +8,11 @@ from composer import Callback, DataSpec, Trainer
 from composer.core import State
 from composer.loggers import InMemoryLogger, Logger
 
+from recipe.callbacks.flops import PARTS, step_flops
 from recipe.callbacks.throughput import Throughput
 from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
-from recipe.models.flops import PARTS, step_flops
-from recipe.optim import build_optimizer
+from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example
 from tests.tiny_cases import collator, make_model
 

@@ -13,9 +13,9 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 from torch.utils.data import DataLoader
 
-from recipe.callbacks.preemption import Preemption
-from recipe.checkpoints.find import newest_valid
-from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS, safe_loading
+from recipe.checkpoints.check import newest_valid
+from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, safe_loading
+from recipe.checkpoints.sigterm import Preemption
 from tests.checkpoints.checkpoint_cases import TinyModel, make_saver
 from tests.distributed.fsdp_shim import install
 from tests.launch import leave

@@ -1,4 +1,4 @@
-"""`recipe.checkpoints.find`: the newest checkpoint that is as it was written; the others are told."""
+"""`recipe.checkpoints.check`: the newest checkpoint that is as it was written; the others are told."""
 
 import shutil
 from collections.abc import Callable
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.checkpoints.find import existing, newest_valid
-from recipe.checkpoints.manifest import differences
+from recipe.checkpoints.check import differences, existing, newest_valid
 from tests.checkpoints.checkpoint_cases import flip, train, truncate
 from tests.s3_server import S3Server
 

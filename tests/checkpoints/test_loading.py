@@ -1,4 +1,4 @@
-"""`recipe.checkpoints.loading`: nothing in a checkpoint is run, on any of the ways that Composer loads one."""
+"""`recipe.checkpoints.resume`: nothing in a checkpoint is run, on any of the ways that Composer loads one."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import load, save  # pyright: ignore[reportPrivateImportUsage]
 
-from recipe.checkpoints.loading import check_file, safe_loading
+from recipe.checkpoints.resume import check_file, safe_loading
 from tests.checkpoints.checkpoint_cases import make_saver, make_trainer, train
 
 

@@ -1,4 +1,4 @@
-"""`recipe.callbacks.preemption` in one process; over processes: `test_survival.py`."""
+"""`recipe.checkpoints.sigterm` in one process; over processes: `test_survival.py`."""
 
 import os
 import signal
@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from composer import Callback, State
 
-from recipe.callbacks.preemption import Preemption
-from recipe.checkpoints.find import newest_valid
-from recipe.exit_codes import PREEMPTED
+from recipe.checkpoints.check import newest_valid
+from recipe.checkpoints.sigterm import PREEMPTED, Preemption
 from tests.checkpoints.checkpoint_cases import AtBatch, make_saver, make_trainer
 
 
@@ -73,7 +72,7 @@ def test_one_checkpoint_where_one_is_due_anyway(tmp_path: Path) -> None:
 
 
 def test_without_a_checkpoint_it_does_not_say_preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipe.checkpoints.saver.num_bytes", lambda content: 10**18)
+    monkeypatch.setattr("recipe.checkpoints.save.num_bytes", lambda content: 10**18)
     saver = make_saver(tmp_path, save_interval="100ba")
     trainer = make_trainer(saver, 9, None, (AtBatch(1, terminate), Preemption(saver)))
     with pytest.raises(RuntimeError, match=r"no checkpoint of batch 2 could be written: .* bytes free"):

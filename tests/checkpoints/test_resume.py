@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipe.checkpoints.loading import EXCLUDED_ALGORITHMS
-from recipe.checkpoints.resume import load_keywords, weights_keywords
+from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, load_keywords, weights_keywords
 from recipe.config import RecipeConfig
 from tests.checkpoints.checkpoint_cases import ORIGIN, flip, train, truncate
 

@@ -1,4 +1,4 @@
-"""`recipe.checkpoints.saver`: whole, described, rotated, the best kept; a full disk stops nothing but the end."""
+"""`recipe.checkpoints.save`: whole, described, rotated, the best kept; a full disk stops nothing but the end."""
 
 import hashlib
 import json
@@ -15,10 +15,9 @@ import pytest
 import torch
 from composer import Callback, State
 
-from recipe.checkpoints import saver
-from recipe.checkpoints.find import LocalFolder, existing, newest_valid
-from recipe.checkpoints.manifest import FileEntry, parse_manifest, verify
-from recipe.checkpoints.writing import upload_executor, write_file
+from recipe.checkpoints import save as saver
+from recipe.checkpoints.check import FileEntry, LocalFolder, existing, newest_valid, parse_manifest, verify
+from recipe.checkpoints.write import upload_executor, write_file
 from tests.checkpoints.checkpoint_cases import ORIGIN, AtBatch, make_saver, make_trainer, train, truncate
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.checkpoints.find import newest_valid
-from recipe.checkpoints.manifest import parse_manifest, verify
-from recipe.exit_codes import PREEMPTED
+from recipe.checkpoints.check import newest_valid, parse_manifest, verify
+from recipe.checkpoints.sigterm import PREEMPTED
 from tests.checkpoints.checkpoint_cases import flip, truncate
 from tests.distributed.packed_run import Settings
 from tests.distributed.test_exact_resume import SCRIPT, data

@@ -19,8 +19,8 @@ from convert.jsonl import find
 from convert.shapes import Scene
 from convert.target import staging_folder
 from convert.writer import convert_split
+from recipe.records import RECORDS_FILE, read_records
 from recipe.schema import Sample
-from recipe.sidecar import RECORDS_FILE, read_records
 
 BAD = (2, 8, 9, 10, 11)  # the third part of four records has none that is good
 NUM_RECORDS = 18

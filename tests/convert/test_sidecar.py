@@ -1,4 +1,4 @@
-"""`recipe.sidecar`: what is written comes back, and nothing else does."""
+"""`recipe.records`: what is written comes back, and nothing else does."""
 
 import gzip
 from contextlib import suppress
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from recipe.records import RECORDS_FILE, join_parts, read_records, shards_sha256, to_record, write_part
 from recipe.schema import Object, Sample
-from recipe.sidecar import RECORDS_FILE, join_parts, read_records, shards_sha256, to_record, write_part
 
 SAMPLES = [
     Sample("a", b"picture", 20, 10, (Object((0.1, 1.5, 4.0, 5.0), "été"), Object((0, 0, 9, 9), "", True, 7.5))),

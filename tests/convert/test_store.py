@@ -18,7 +18,7 @@ from convert.shapes import Scene, draw_scene
 from convert.target import save_rejected
 from convert.verify import verify
 from convert.writer import convert_split, write_split
-from recipe.sidecar import RECORDS_FILE
+from recipe.records import RECORDS_FILE
 
 ADDRESS = "s3://bucket/set"
 SCENES = Found([Scene(1, index, 56) for index in range(6)])

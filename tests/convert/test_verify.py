@@ -11,8 +11,8 @@ from convert_helpers import picture, run_main
 from convert.shapes import draw_scene
 from convert.verify import verify
 from convert.writer import write_split
+from recipe.records import RECORDS_FILE, join_parts, to_record, write_part
 from recipe.schema import Sample
-from recipe.sidecar import RECORDS_FILE, join_parts, to_record, write_part
 
 CHAT = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
 SAMPLES = [*(draw_scene(1, index, 56) for index in range(5)), Sample("chat", b"", 0, 0, None, CHAT)]

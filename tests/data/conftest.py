@@ -18,9 +18,9 @@ from transformers import AutoProcessor, Qwen2_5_VLConfig
 from recipe.config import ImageConfig, PromptConfig
 from recipe.data.encode import Encoder
 from recipe.data.image import ImageSpec, image_spec
-from recipe.models.tiny import build_tiny_checkpoint
+from recipe.records import RECORDS_FILE, join_parts, to_record, write_part
 from recipe.schema import MDS_COLUMNS, Object, Sample
-from recipe.sidecar import RECORDS_FILE, join_parts, to_record, write_part
+from recipe.tiny import build_tiny_checkpoint
 from tests.data.storage_cases import write_rows
 from tests.s3_server import FaultProxy, S3Server
 
@@ -49,13 +49,13 @@ def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No plan of an earlier run of the tests is read."""
-    monkeypatch.setattr("recipe.data.plan_cache.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("recipe.data.plan.gettempdir", lambda: str(tmp_path))
 
 
 @pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short waits before a second attempt, and for the workers of a DataLoader that has failed (torch: 5 s each)."""
-    monkeypatch.setattr("recipe.data.fetch.FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr("recipe.upstream.fetch.FIRST_BACKOFF", 0.01)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.3)
 
 

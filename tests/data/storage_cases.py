@@ -8,7 +8,7 @@ from typing import Any
 from streaming import MDSWriter
 from torch.utils.data import DataLoader
 
-from recipe.data.storage import CheckedDataset, open_streams
+from recipe.upstream.storage import CheckedDataset, open_streams
 
 NUM_ROWS = 40
 NUM_SHARDS = 10

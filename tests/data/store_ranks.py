@@ -5,7 +5,7 @@ from pathlib import Path
 
 from composer.utils import dist, get_device
 
-from recipe.data import fetch
+from recipe.upstream import fetch
 from tests.data.storage_cases import open_rows, read_numbers
 
 

@@ -9,7 +9,7 @@ from composer.utils import dist
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import Dataset
 
-from recipe.data.agreement import LockstepLoader, agree
+from recipe.upstream.agreement import LockstepLoader, agree
 from tests.launch import leave
 from tests.s3_server import free_port
 
@@ -67,9 +67,9 @@ def test_what_began_it_is_told_where_the_others_never_come(monkeypatch: pytest.M
     def time_out(*arguments: object, **keywords: object) -> None:
         raise RuntimeError("[gloo] timed out")
 
-    monkeypatch.setattr("recipe.data.agreement.dist.get_world_size", lambda: 2)
-    monkeypatch.setattr("recipe.data.agreement.torch.distributed.get_backend", lambda: "gloo")
-    monkeypatch.setattr("recipe.data.agreement.dist.all_reduce", time_out)
+    monkeypatch.setattr("recipe.upstream.agreement.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("recipe.upstream.agreement.torch.distributed.get_backend", lambda: "gloo")
+    monkeypatch.setattr("recipe.upstream.agreement.dist.all_reduce", time_out)
     with pytest.raises(ValueError, match="worker was killed") as raised:
         agree(ValueError("worker was killed"))
     assert "timed out" in str(raised.value.__cause__)

@@ -17,9 +17,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from recipe.config import PromptConfig
 from recipe.data.encode import Encoder
 from recipe.data.image import resized_size
-from recipe.models.tiny import SPECIAL_TOKENS, build_tiny_tokenizer
-from recipe.pictures import open_image
+from recipe.images import open_image
 from recipe.schema import Example, Object, Role, Sample
+from recipe.tiny import SPECIAL_TOKENS, build_tiny_tokenizer
 
 CHAT = (
     {"role": "user", "content": "What is it?"},

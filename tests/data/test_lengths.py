@@ -23,11 +23,11 @@ from recipe.data.lengths import (
     read_longest_caption,
     sample_id,
 )
-from recipe.data.storage import open_streams
 from recipe.data.stream import ExampleMaker
 from recipe.data.teachers import TeacherPool
+from recipe.records import RECORDS_FILE
 from recipe.schema import Object, Sample
-from recipe.sidecar import RECORDS_FILE
+from recipe.upstream.storage import open_streams
 
 CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
 IMAGE_CHAT = ({"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "blue"})

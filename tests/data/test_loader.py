@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.data import loader as loader_module
 from recipe.data.encode import Encoder
-from recipe.data.evaluation import EvalSampler, EvalSamples
 from recipe.data.loader import (
     build_eval_loader,
     build_train_loader,
@@ -23,7 +22,7 @@ from recipe.data.loader import (
     make_collator,
     split_batch,
 )
-from recipe.data.stream import ExampleMaker, read_teachers
+from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, read_teachers
 from recipe.schema import Batch
 
 NUM_SAMPLES = 10
@@ -181,8 +180,8 @@ def test_ranks_take_equal_steps_and_no_sample_counts_twice(
     dataset = EvalSamples(maker, streams=loader_module.open_streams(config.eval_loader.streams), batch_size=1)
     scored, steps = [], []
     for rank in range(world_size):
-        monkeypatch.setattr("recipe.data.evaluation.dist.get_world_size", lambda: world_size)
-        monkeypatch.setattr("recipe.data.evaluation.dist.get_global_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("recipe.data.stream.dist.get_world_size", lambda: world_size)
+        monkeypatch.setattr("recipe.data.stream.dist.get_global_rank", lambda rank=rank: rank)
         indices = list(EvalSampler(dataset))
         steps.append(len(indices))
         scored += [index for index in indices if index >= 0]

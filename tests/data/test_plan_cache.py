@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipe.data import plan_cache
-from recipe.data.plan import Plan, plan_samples
-from recipe.data.plan_cache import cached_plan
+from recipe.data import plan as plan_cache
+from recipe.data.plan import Plan, cached_plan, plan_samples
 
 
 def make() -> Plan:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-from recipe.data.positions import rope_positions
+from recipe.data.encode import rope_positions
 from tests.tiny_cases import token_types
 
 

@@ -13,8 +13,8 @@ from filelock import FileLock
 from streaming import Stream, StreamingDataset
 from streaming.base.storage.download import LocalDownloader
 
-from recipe.data.index import parse_index
-from recipe.data.storage import CheckedDataset, open_streams
+from recipe.records import parse_index
+from recipe.upstream.storage import CheckedDataset, open_streams
 from tests.data.storage_cases import (
     BATCH_SIZE,
     NUM_ROWS,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from streaming import Stream, StreamingDataset
 
-from recipe.data.checked_stream import CheckedStream
-from recipe.data.fetch import RemoteFolder
-from recipe.data.storage import fetch_beside_index, open_streams
+from recipe.upstream.checked_stream import CheckedStream
+from recipe.upstream.fetch import RemoteFolder
+from recipe.upstream.storage import fetch_beside_index, open_streams
 from tests.data.storage_cases import NUM_ROWS, NUM_SHARDS, open_rows, read_numbers
 from tests.launch import run_composer
 from tests.s3_server import SECRET_KEY, FaultProxy, S3Server
@@ -181,7 +181,7 @@ def test_a_store_that_goes_down_ends_the_epoch_with_an_error(tmp_path: Path, sto
 
 @pytest.mark.slow
 def test_a_store_that_comes_back_is_waited_for(tmp_path: Path, store: FaultProxy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("recipe.data.fetch.FIRST_BACKOFF", 1.0)
+    monkeypatch.setattr("recipe.upstream.fetch.FIRST_BACKOFF", 1.0)
     dataset = open_rows({**stream_into(tmp_path / "cache"), "download_retry": 4})
     rows = iter(dataset)
     next(rows)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from recipe.config import TeacherConfig
-from recipe.data.draws import Purpose, noise_seed, random_words
-from recipe.data.teachers import TeacherPool, draw_distinct
+from recipe.data.teachers import Purpose, TeacherPool, draw_distinct, noise_seed, random_words
 from recipe.schema import Sample
 
 

@@ -1,4 +1,4 @@
-"""`recipe.data.workers`: a real worker of a DataLoader, and SIGTERM from others and from its parent."""
+"""`recipe.data.loader`: a real worker of a DataLoader, and SIGTERM from others and from its parent."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader
 
-from recipe.data.workers import obey_only_parent
+from recipe.data.loader import obey_only_parent
 
 
 class Pids:

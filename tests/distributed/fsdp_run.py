@@ -16,8 +16,9 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor
 
-from recipe.algorithms.stage_checks import plain_name
+from recipe.algorithms.staged_freezing import plain_name
 from recipe.callbacks import table
+from recipe.callbacks.flops import PARTS, step_flops
 from recipe.callbacks.loss_terms import joint_model
 from recipe.config import (
     GROUPS,
@@ -29,7 +30,6 @@ from recipe.config import (
     SchedulerConfig,
 )
 from recipe.joint import EvalOutputs
-from recipe.models.flops import PARTS, step_flops
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters

@@ -7,7 +7,7 @@ import torch
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as collectives
 from torch import nn
 
-from recipe import parallel
+from recipe.optim import fsdp as parallel
 
 
 def install() -> None:

@@ -13,13 +13,13 @@ from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from torch import Tensor
 
-from recipe.algorithms.stage_checks import plain_name
+from recipe.algorithms.staged_freezing import plain_name
 from recipe.callbacks.group_metrics import GroupMetrics
 from recipe.callbacks.loss_terms import LossGradients
 from recipe.config import OptimizerConfig
 from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
-from recipe.optim import build_optimizer, group_of
-from recipe.parallel import build_parallelism
+from recipe.optim.fsdp import build_parallelism
+from recipe.optim.groups import build_optimizer, group_of
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import CASES, whole, whole_parameters
 from tests.float64 import compute_in_float64

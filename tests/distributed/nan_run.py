@@ -20,8 +20,8 @@ from recipe.algorithms.nan_rollback import NaNRollback, TrainingDiverged
 from recipe.algorithms.norms import local
 from recipe.config import NaNRollbackConfig, OptimizerConfig
 from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
-from recipe.optim import build_optimizer
-from recipe.parallel import build_parallelism
+from recipe.optim.fsdp import build_parallelism
+from recipe.optim.groups import build_optimizer
 from tests.distributed.fsdp_shim import install
 from tests.launch import leave
 from tests.tiny_cases import collator, make_config, make_examples, make_model

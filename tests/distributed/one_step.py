@@ -20,17 +20,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from recipe.algorithms.norms import local
-from recipe.algorithms.stage_checks import plain_name
+from recipe.algorithms.staged_freezing import plain_name
 from recipe.config import OptimizerConfig
-from recipe.data.loader import (
-    collate_microbatches,
-    get_num_samples_in_batch,
-    get_num_tokens_in_batch,
-    split_batch,
-)
+from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
 from recipe.joint import JointModel
-from recipe.optim import build_optimizer
-from recipe.parallel import build_parallelism
+from recipe.optim.fsdp import build_parallelism
+from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch
 from tests.distributed.fsdp_shim import install
 from tests.float64 import compute_in_float64

@@ -20,7 +20,7 @@ from composer.utils import dist, maybe_create_object_store_from_uri
 
 from recipe.callbacks import table
 from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
-from recipe.logging_setup import setup_logging
+from recipe.console import setup_logging
 from recipe.train import main
 from tests.launch import leave
 from tests.tiny_cases import make_config

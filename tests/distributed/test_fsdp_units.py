@@ -20,18 +20,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from recipe import parallel
 from recipe.build import build_network
+from recipe.checks import check_config
 from recipe.config import ConfigError, RecipeConfig
-from recipe.config_checks import check_config
-from recipe.config_file import load_config
+from recipe.configure import load_config
 from recipe.data import loader
 from recipe.data.image import ImageSpec
+from recipe.estimate import model_config
 from recipe.joint import JointModel
-from recipe.models.sizes import model_config
-from recipe.optim import group_parameters
-from recipe.parallel import build_parallelism, check_parallelism
-from recipe.schedule import build_schedule
+from recipe.optim import fsdp as parallel
+from recipe.optim.fsdp import build_parallelism, check_parallelism
+from recipe.optim.groups import group_parameters
+from recipe.optim.schedule import build_schedule
 from recipe.schema import Example
 from tests.distributed import fsdp_shim
 from tests.tiny_cases import make_batches, make_model

@@ -9,7 +9,7 @@ import torch
 
 from convert.shapes import iter_samples
 from convert.writer import write_split
-from recipe.exit_codes import DIVERGED
+from recipe.algorithms.nan_rollback import DIVERGED
 from tests.distributed.nan_run import CASES, HIT
 from tests.launch import run_composer
 

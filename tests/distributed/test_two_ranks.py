@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipe.optim import build_optimizer
+from recipe.optim.groups import build_optimizer
 from recipe.schema import Example
 from tests.distributed.one_step import CASES, cases_of, make_case_model
 from tests.launch import run_composer

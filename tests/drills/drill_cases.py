@@ -19,7 +19,7 @@ from recipe.config import (
     StagedFreezingConfig,
     TeacherConfig,
 )
-from recipe.config_file import save_config
+from recipe.configure import save_config
 from tests.tiny_cases import make_config
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 24, 2, 3  # batches

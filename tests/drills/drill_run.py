@@ -6,7 +6,7 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipe.checkpoints.find import newest_valid
+from recipe.checkpoints.check import newest_valid
 from tests.drills.drill_cases import STEPS, assert_same_training
 from tests.drills.launches import Running
 from tests.drills.moments import START, File, Moment, first_step, losses, moment_of, unfinished
@@ -83,7 +83,7 @@ def wait_for(wanted: Moment, folder: Path, running: Running, leftovers: Set[File
     until = time.monotonic() + PATIENCE
     while True:
         moment = moment_of(folder, running.started, leftovers)
-        if wanted.phase == START and "recipe.optim" in running.output():  # the script has begun
+        if wanted.phase == START and "recipe.optim.groups" in running.output():  # the script has begun
             return
         if moment.phase == wanted.phase != START and moment.batch >= wanted.batch:
             return

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.exit_codes import PREEMPTED
+from recipe.checkpoints.sigterm import PREEMPTED
 from tests.drills.drill_cases import write_yaml
 from tests.drills.drill_run import Run, assert_same_end
 from tests.drills.launches import ForkServer, launch

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from recipe.callbacks.table import build_loggers
-from recipe.logging_setup import setup_logging
+from recipe.console import setup_logging
 from tests.callbacks.test_table import make_config, train
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import pytest
 from composer.core import Event
 from composer.loggers import LoggerDestination
 
-from recipe.loggers import guarded
-from recipe.loggers.files import GuardedJsonLinesLogger, TextLogger
-from recipe.loggers.guarded import GuardedLogger
+from recipe.callbacks.loggers import GuardedJsonLinesLogger, TextLogger
+from recipe.upstream import loggers as guarded
+from recipe.upstream.loggers import GuardedLogger
 from tests.launch import run_composer
 
 NOTHING = cast(Any, None)

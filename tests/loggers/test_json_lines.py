@@ -12,7 +12,7 @@ import torch
 from composer.core import Timestamp
 from composer.utils import dist
 
-from recipe.loggers.json_lines import JsonLinesLogger
+from recipe.callbacks.loggers import JsonLinesLogger
 
 
 def read(path: Path) -> list[dict[str, Any]]:

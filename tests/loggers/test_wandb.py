@@ -11,7 +11,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
-from recipe.loggers.wandb import ask_server, within
+from recipe.upstream.loggers import ask_server, within
 from tests.launch import run_composer
 from tests.loggers.wandb_run import FINISH_SECONDS, NUM_BATCHES, PROBE_SECONDS, START_SECONDS
 from tests.loggers.wandb_server import ILLS, wandb_server
@@ -50,7 +50,7 @@ def test_a_call_is_waited_for_so_long() -> None:
 @pytest.mark.parametrize("ill", [None, "refused", "401", "500", "silent"])
 def test_the_server_is_asked_first(ill: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr("recipe.loggers.wandb.PROBE_SECONDS", 0.5)
+    monkeypatch.setattr("recipe.upstream.loggers.PROBE_SECONDS", 0.5)
     with wandb_server(ill) as address:
         monkeypatch.setattr(wandb.api, "settings", lambda name: address)
         if ill is None:

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from recipe.callbacks.table import build_loggers
 from recipe.config import RecipeConfig
-from recipe.loggers import wandb as our_wandb
-from recipe.logging_setup import setup_logging
+from recipe.console import setup_logging
+from recipe.upstream import loggers as our_wandb
 from tests.callbacks.test_table import ToyModel
 from tests.launch import leave
 

@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
-from recipe.losses.matcher import UNUSABLE, Matches, cost_matrix, match
+from recipe.models.matcher import UNUSABLE, Matches, cost_matrix, match
 from recipe.schema import DetectionOutputs, Target
 
 COSTS = (5.0, 2.0, 2.0)

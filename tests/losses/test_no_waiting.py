@@ -9,8 +9,8 @@ from torch import Tensor
 
 from recipe.config import LossConfig
 from recipe.losses.detection import caption_loss, denoising_losses, detection_losses
-from recipe.losses.matcher import match
 from recipe.models.denoising import make_denoising_queries
+from recipe.models.matcher import match
 from tests.waits import Waits
 
 

@@ -1,4 +1,4 @@
-"""`recipe.metrics.average_precision`."""
+"""`recipe.metrics.boxes`."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 from faster_coco_eval import COCO, COCOeval_faster
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAveragePrecision
+from recipe.metrics.boxes import BoxAveragePrecision, CategoryAveragePrecision
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
 TIES = 2e-6  # equal scores are broken by the order of the images: measured 1.0e-6
@@ -180,7 +180,7 @@ def test_parity_with_the_published_coco_evaluation(shared_data: Path):
 @pytest.mark.shared_data
 def test_class_agnostic_parity_with_faster_coco_eval(shared_data: Path, monkeypatch: pytest.MonkeyPatch):
     """With the images in COCO's own order, as equal scores are broken by it."""
-    monkeypatch.setattr("recipe.metrics.average_precision.sample_key", lambda sample: int(sample.id))
+    monkeypatch.setattr("recipe.metrics.boxes.sample_key", lambda sample: int(sample.id))
     folder = shared_data / "eval_reference"
     truth = COCO(str(folder / "gt_instances_val2014_100.json"))
     found = truth.loadRes(str(folder / "instances_val2014_fakebbox100_results.json"))

@@ -1,11 +1,11 @@
-"""`recipe.metrics.cider`."""
+"""`recipe.metrics.captions`."""
 
 import math
 
 import pytest
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.cider import CaptionCider, cider_d
+from recipe.metrics.captions import CaptionCider, cider_d
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)
 

@@ -1,11 +1,11 @@
-"""`recipe.metrics.dense_caption`."""
+"""`recipe.metrics.captions`."""
 
 from collections.abc import Sequence
 
 import pytest
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.dense_caption import CaptionMatch
+from recipe.metrics.captions import CaptionMatch
 from recipe.schema import Box, Prediction, Sample
 
 

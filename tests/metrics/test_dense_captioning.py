@@ -1,4 +1,4 @@
-"""`recipe.metrics.dense_captioning`: each rule of the definition by a case worked by hand."""
+"""`recipe.metrics.captions`: each rule of the definition by a case worked by hand."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,8 @@ import pytest
 import torch
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.dense_captioning import (
-    DenseCaptioningMAP,
-    assign,
-    average_precision,
-    inclusive_iou,
-    merge_truths,
-)
-from recipe.metrics.meteor import MeteorLite
+from recipe.metrics.captions import DenseCaptioningMAP, assign, average_precision, inclusive_iou, merge_truths
+from recipe.metrics.scorers import MeteorLite
 from recipe.schema import Box, DetectedObject, Object, Prediction, Sample
 
 A, B, FAR = (0.0, 0.0, 99.0, 99.0), (200.0, 0.0, 299.0, 99.0), (500.0, 500.0, 599.0, 599.0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from recipe.metrics.entries import LossAverage, metric_entries
+from recipe.metrics.gather import LossAverage, metric_entries
 from recipe.schema import LossCounts
 
 

@@ -1,9 +1,9 @@
-"""`recipe.metrics.language`."""
+"""`recipe.metrics.answers`."""
 
 import pytest
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.language import AnswerBoxes
+from recipe.metrics.answers import AnswerBoxes
 from recipe.schema import Box, Prediction, Sample
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)

@@ -1,4 +1,4 @@
-"""`recipe.metrics.meteor`, its stemmer and words, and METEOR 1.5 where it can run."""
+"""`recipe.metrics.scorers`, its stemmer and words, and METEOR 1.5 where it can run."""
 
 import copy
 import pickle
@@ -9,10 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipe.metrics.meteor import MeteorLite, align
+from recipe.metrics.scorers import Meteor15, MeteorLite, align, default_text_scorer, words_of
 from recipe.metrics.stemmer import stem
-from recipe.metrics.text_scorers import Meteor15, default_text_scorer
-from recipe.metrics.words import words_of
 
 
 def score(candidate: str, *references: str) -> float:
@@ -130,7 +128,7 @@ def test_all_ranks_take_the_same_scorer(monkeypatch: pytest.MonkeyPatch):
         assert own is can_run["here"]
         return [own, can_run["there"]]
 
-    monkeypatch.setattr("recipe.metrics.text_scorers.dist.all_gather_object", gathered)
+    monkeypatch.setattr("recipe.metrics.scorers.dist.all_gather_object", gathered)
     monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
     monkeypatch.setattr(shutil, "which", lambda program: "java" if can_run["here"] else None)
     assert default_text_scorer().name == "meteor15"

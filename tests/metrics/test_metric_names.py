@@ -7,8 +7,8 @@ import pytest
 from metric_cases import make_prediction, make_sample
 
 from recipe.joint import JointModel
-from recipe.metrics.entries import LossAverage, MetricEntry
-from recipe.metrics.meteor import MeteorLite
+from recipe.metrics.gather import LossAverage, MetricEntry
+from recipe.metrics.scorers import MeteorLite
 
 NAMES = {
     *(f"{kind}_{name}" for kind in ("box", "category") for name in ("ap", "ap50", "ap75", "ar1", "ar10", "ar100")),

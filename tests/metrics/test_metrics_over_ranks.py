@@ -11,15 +11,11 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from torchmetrics import Metric
 
-from recipe.metrics.average_precision import BoxAveragePrecision, CategoryAveragePrecision
+from recipe.metrics.answers import AnswerBoxes
+from recipe.metrics.boxes import BoxAveragePrecision, CategoryAveragePrecision, ExpressionAccuracy, QueryRecall
 from recipe.metrics.calibration import Calibration
-from recipe.metrics.cider import CaptionCider
-from recipe.metrics.dense_caption import CaptionMatch
-from recipe.metrics.dense_captioning import DenseCaptioningMAP
-from recipe.metrics.language import AnswerBoxes
-from recipe.metrics.meteor import MeteorLite
-from recipe.metrics.recall import ExpressionAccuracy, QueryRecall
-from recipe.metrics.text_scorers import default_text_scorer
+from recipe.metrics.captions import CaptionCider, CaptionMatch, DenseCaptioningMAP
+from recipe.metrics.scorers import MeteorLite, default_text_scorer
 from recipe.schema import Box, Prediction, Sample
 from tests.launch import leave
 

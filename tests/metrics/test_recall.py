@@ -1,10 +1,10 @@
-"""`recipe.metrics.recall`."""
+"""`recipe.metrics.boxes`."""
 
 import pytest
 from metric_cases import make_prediction, make_sample
 from torchmetrics import Metric
 
-from recipe.metrics.recall import ExpressionAccuracy, QueryRecall
+from recipe.metrics.boxes import ExpressionAccuracy, QueryRecall
 from recipe.schema import Prediction, Sample
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)

@@ -1,4 +1,4 @@
-"""`recipe.metrics.samples`: in which order samples are, which ask for boxes, and how boxes are paired."""
+"""`recipe.metrics.gather`: in which order samples are, which ask for boxes, and how boxes are paired."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from metric_cases import make_sample
 
 from recipe.data.chat import text_to_objects
-from recipe.metrics.samples import asks_for_boxes, inside_crowd, match_by_overlap, match_by_score, sample_key
+from recipe.metrics.gather import asks_for_boxes, inside_crowd, match_by_overlap, match_by_score, sample_key
 from recipe.schema import Sample
 
 A = (0.0, 0.0, 10.0, 10.0)

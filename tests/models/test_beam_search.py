@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from recipe.models.beam_search import BeamStep, beam_search
+from recipe.prediction.generate import BeamStep, beam_search
 
 EOS = 0
 Prefix = tuple[int, ...]

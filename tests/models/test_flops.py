@@ -6,10 +6,10 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from recipe.callbacks.flops import PARTS, Flops, step_flops, window_lengths
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.models.flops import PARTS, Flops, step_flops, window_lengths
-from recipe.optim import group_parameters
+from recipe.optim.groups import group_parameters
 from recipe.schema import Batch, Example
 from tests.tiny_cases import ALL_SWITCHES, make_batches, make_model
 

@@ -15,10 +15,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPat
 
 from recipe.build import load_processor
 from recipe.config import ImageConfig, RecipeConfig
+from recipe.data.encode import rope_positions
 from recipe.data.image import image_spec, patchify
-from recipe.data.positions import rope_positions
 from recipe.joint import JointModel
-from recipe.models.generation import generate_answers
 from recipe.models.vlm import (
     PictureEmbedding,
     PixelNormalizer,
@@ -28,6 +27,7 @@ from recipe.models.vlm import (
     resolve_attention,
     scatter_features,
 )
+from recipe.prediction.generate import generate_answers
 from recipe.schema import Batch, Example
 from tests.tiny_cases import collator, make_samples, token_types
 

@@ -1,0 +1,147 @@
+"""Loggers that write files: JSON lines, TensorBoard, text."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from composer.core import State
+from composer.loggers import FileLogger, Logger, LoggerDestination, TensorboardLogger
+from composer.utils import dist
+
+from recipe.redact import redact_text
+from recipe.upstream.loggers import GuardedLogger
+
+log = logging.getLogger(__name__)
+
+REPLACED_SUFFIX = ".replaced"
+
+
+class JsonLinesLogger(LoggerDestination):
+    """Appends `{"step", "epoch", "time", "in_batch", "metrics"}` to a file at every logging call, on rank 0 only.
+
+    A step may have several lines: Composer logs the loss, the rates and the clock in separate calls. Step n counts the
+    batches that are done: with `in_batch` the line belongs to the batch that comes next, else to what follows the
+    batch before, such as an evaluation. Numbers that JSON does not know are the texts "nan", "inf" and "-inf", which
+    Python's `float` reads.
+
+    A run that goes on from a checkpoint does some batches again: their first lines are moved to `PATH.replaced`, so
+    that the file holds every batch once.
+
+    Args:
+        path: The file; folders are made.
+    """
+
+    def __init__(self, path: str = "metrics.jsonl"):
+        self.path = Path(path)
+        self._state: State | None = None
+        self._file: TextIO | None = None
+        self._begun: int | None = None  # the batch that was begun last
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Keeps the state, to know the epoch."""
+        self._state = state
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Sets aside what will be logged again."""
+        if dist.get_global_rank() == 0 and self.path.exists():
+            self._close_file()
+            set_aside(self.path, int(state.timestamp.batch))
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """A batch begins."""
+        self._begun = int(state.timestamp.batch)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Writes one line and flushes it."""
+        if dist.get_global_rank() != 0 or not metrics:
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        timestamp = None if self._state is None else self._state.timestamp
+        line = {
+            "step": step,
+            "epoch": None if timestamp is None else timestamp.epoch.value,
+            "time": time.time(),
+            "in_batch": timestamp is not None and self._begun == timestamp.batch.value,
+            "metrics": {name: _plain(value) for name, value in metrics.items()},
+        }
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Closes the file."""
+        self._close_file()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def set_aside(path: Path, step: int) -> None:
+    """Moves the lines of `path` that a run which goes on from `step` logs again to the end of `PATH.replaced`.
+
+    Lines that are no JSON, such as half of one that was written when a disk was full, are moved too.
+    """
+    kept, replaced = [], []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            (kept if _precedes(line, step) else replaced).append(line)
+    if not replaced:
+        return
+    with path.with_name(path.name + REPLACED_SUFFIX).open("a", encoding="utf-8") as file:
+        file.writelines(line.rstrip("\n") + "\n" for line in replaced)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
+    log.info("%s: the %d lines after step %d are in %s%s", path, len(replaced), step, path.name, REPLACED_SUFFIX)
+
+
+def _precedes(line: str, step: int) -> bool:
+    try:
+        entry = json.loads(line)
+        return entry["step"] < step or (entry["step"] == step and not entry["in_batch"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return _plain(value[0]) if len(value) == 1 else [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if isinstance(value, bool | int | None) else str(value)
+
+
+class GuardedJsonLinesLogger(GuardedLogger, JsonLinesLogger):
+    """One JSON object a line; see `recipe/callbacks/loggers.py`."""
+
+
+class GuardedTensorboardLogger(GuardedLogger, TensorboardLogger):
+    """Composer's. A resumed run of the same name adds event files, of which TensorBoard shows each step's last value.
+
+    After a write that failed it stays silent until the run is started again: its writer does not recover.
+    """
+
+
+class TextLogger(GuardedLogger, FileLogger):
+    """Composer's text log of metrics and of all that is printed; a resumed run appends, where Composer's overwrites."""
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Opens the file."""
+        self._run_name = state.run_name
+        path = Path(self.filename)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a", buffering=self.buffer_size, encoding="utf-8")
+        self._flush_queue()
+
+    def write(self, prefix: str, s: str) -> None:
+        """One text; also called at every `print`, which must not fail where the disk is full."""
+        self._attempt(super().write, prefix, redact_text(s))

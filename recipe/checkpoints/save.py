@@ -1,0 +1,368 @@
+"""Save checkpoints that are whole or recognisably not, keep the best one, and outlive a full disk."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from composer import callbacks
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import checkpoint, create_symlink_file, dist, format_name_with_dist, parse_uri
+
+from recipe.algorithms.snapshot import weights_are_finite
+from recipe.checkpoints.check import (
+    PARTIAL,
+    REPLACED,
+    UNFINISHED,
+    FileEntry,
+    LocalFolder,
+    Manifest,
+    Origin,
+    clean,
+    has_manifest,
+    manifest_of,
+    open_folder,
+    read_manifests,
+    rename,
+    write_manifest,
+)
+from recipe.checkpoints.write import (
+    WriteError,
+    check_space,
+    failed_uploads,
+    link,
+    num_bytes,
+    state_of_training,
+    together,
+    upload_executor,
+    write_file,
+    write_shards,
+)
+from recipe.config import RecipeConfig
+from recipe.redact import redact
+
+log = logging.getLogger(__name__)
+
+BEST_FILE, BEST_FOLDER = "best-rank0.pt", "best"
+# Keywords of the Trainer, and the saver's own.
+KEYWORDS: Mapping[str, str] = {
+    "save_folder": "folder",
+    "save_filename": "filename",
+    "save_latest_filename": "latest_filename",
+    "save_interval": "save_interval",
+    "save_overwrite": "overwrite",
+    "save_num_checkpoints_to_keep": "num_checkpoints_to_keep",
+    "save_weights_only": "weights_only",
+    "save_ignore_keys": "ignore_keys",
+}
+
+
+def save_folder(config: RecipeConfig) -> str | None:
+    """Where the run's checkpoints go; None: nowhere."""
+    return config.trainer.get("save_folder", f"{config.run_folder}/checkpoints")
+
+
+def without_saving(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """The Trainer's keywords without those that the saver takes."""
+    return {name: value for name, value in trainer.items() if name not in KEYWORDS}
+
+
+def build_saver(config: RecipeConfig, origin: Origin) -> "CheckpointSaver | None":
+    """The saver that the yaml's `trainer.save_*` keywords ask for; None where `save_folder` is null."""
+    folder = save_folder(config)
+    if folder is None:
+        return None
+    keywords = {KEYWORDS[name]: value for name, value in config.trainer.items() if name in KEYWORDS}
+    # What lies in the folder was judged before the run began: what is overwritten is broken, or meant to be.
+    keywords |= {"folder": folder, "overwrite": True}
+    return CheckpointSaver(origin, config.save_best.metric, config.save_best.mode, **keywords)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A checkpoint on the disk, and the names of the files that this rank wrote."""
+
+    target: Path
+    manifest: Manifest
+    own: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.target if self.manifest.sharded else self.target.parent
+
+
+class CheckpointSaver(callbacks.CheckpointSaver):
+    """Composer's saver, its names and its uploads, with checkpoints that can be trusted.
+
+    A file is written under another name, flushed and renamed; a sharded folder is whole when its manifest, the last
+    file, is there. A checkpoint that cannot be written, or whose weights are not finite, is told as an error and
+    training goes on; only that the last one of the run could not be written ends it with an error.
+
+    Args:
+        origin: Of the run, for the manifest.
+        metric: Keep the checkpoint of the best evaluation by this metric, such as `eval/box_ap50`.
+        mode: Whether its greatest (`max`) or its least (`min`) value is the best.
+        keywords: Of Composer's saver.
+    """
+
+    def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
+        super().__init__(**keywords)
+        if self.remote_uploader is not None:
+            self.remote_uploader.upload_executor = upload_executor(self.num_concurrent_uploads)
+        self.origin = origin
+        self.metric = metric
+        self.mode = mode
+        self.best: float | None = None
+        self.failure: str | None = None
+        self._given_folder = str(keywords["folder"])
+        self._last: _Saved | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Removes what a killed process left half written."""
+        if dist.get_global_rank() == 0:
+            clean(self._local_folder(state), state.timestamp.batch.value)
+        super().fit_start(state, logger)
+        if self.metric is not None and not together(lambda: self._has_best(state)):
+            self.best = None  # of another run that this one started from
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Keeps the checkpoint of the best evaluation; the state is that of the batch just finished."""
+        value = self._metric_value(state)
+        if value is None or not self._is_better(value):
+            return
+        self.best = value
+        last = self._last
+        if self.last_checkpoint_batch != state.timestamp.batch:
+            self._save_checkpoint(state, logger, is_best=True)
+        elif last is not None and last.manifest.batch == state.timestamp.batch.value:
+            self._attempt(state, lambda: self._keep_best(state, logger, last, value))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Tells of uploads that failed meanwhile, where Composer's own would end this rank."""
+        for problem in failed_uploads(self.remote_uploader, wait=False):
+            log.error("an upload to %s failed: %s. Training goes on", redact(self._given_folder), problem)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Waits for uploads.
+
+        Raises:
+            RuntimeError: The last checkpoint could not be written.
+        """
+        self._await_uploads(state)
+        if self.failure is not None:
+            raise RuntimeError(
+                f"training has ended, but its last checkpoint could not be written: {self.failure}. Where "
+                f"{self._given_folder} is full, make room; then run the same command again: it goes on from the newest "
+                "checkpoint there"
+            )
+
+    def save_now(self, state: State, logger: Logger) -> None:
+        """Saves a checkpoint of the batch just finished, unless there is one, and waits until it is uploaded.
+
+        Raises:
+            RuntimeError: It could not be written.
+        """
+        if self.last_checkpoint_batch != state.timestamp.batch:
+            self._save_checkpoint(state, logger)
+        self._await_uploads(state)
+        if self.failure is not None:
+            raise RuntimeError(f"no checkpoint of batch {state.timestamp.batch.value} could be written: {self.failure}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best metric so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on comparing with the best so far."""
+        self.best = state.get("best")
+
+    def _save_checkpoint(self, state: State, logger: Logger, is_best: bool = False) -> None:
+        self.last_checkpoint_batch = state.timestamp.batch
+        if weights_are_finite(state):
+            self.failure = self._attempt(state, lambda: self._save(state, logger, is_best))
+            return
+        # A run could not go on from it, nor would it look at older ones.
+        self.failure = "its weights are not finite"
+        if dist.get_global_rank() == 0:
+            log.error("no checkpoint of batch %d is written: %s", state.timestamp.batch.value, self.failure)
+
+    def _await_uploads(self, state: State) -> None:
+        def wait() -> None:
+            if problems := failed_uploads(self.remote_uploader, wait=True):
+                raise OSError("; ".join(problems))
+
+        self.failure = self._attempt(state, lambda: together(wait)) or self.failure
+
+    def _attempt(self, state: State, action: Callable[[], None]) -> str | None:
+        """Why it failed, on every rank; None where it did not."""
+        try:
+            action()
+        except WriteError as error:
+            if dist.get_global_rank() == 0:
+                log.error(
+                    "no checkpoint of batch %d could be written in %s: %s. Training goes on, older checkpoints are "
+                    "untouched: make room",
+                    state.timestamp.batch.value,
+                    self._given_folder,
+                    error,
+                )
+            return str(error)
+        return None
+
+    def _save(self, state: State, logger: Logger, is_best: bool) -> None:
+        sharded = state.fsdp_sharded_state_dict_enabled
+        own_file = Path(checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
+        target = own_file.parent if sharded else own_file
+        content = state_of_training(state, self.weights_only, self.ignore_keys)
+        together(lambda: self._prepare(target, content, sharded))
+        written = together(lambda: self._write(content, target, state))
+        files = {name: entry for part in dist.all_gather_object(written) for name, entry in part.items()}
+        manifest = Manifest(
+            files=files,
+            timestamp={name: int(getattr(state.timestamp, name)) for name in ("epoch", "batch", "sample", "token")},
+            origin=self.origin,
+            world_size=dist.get_world_size(),
+            sharded=sharded,
+            weights_only=self.weights_only,
+            metric={},
+        )
+        self._last = last = _Saved(target, manifest, list(written))
+        if is_best and self.best is not None:
+            # Before the checkpoint is whole: who resumes from it does not measure again, as it is past the evaluation.
+            best = self.best
+            self._attempt(state, lambda: self._keep_best(state, logger, last, best))
+        together(lambda: self._publish(state, logger, last))
+        together(lambda: self._point_latest(state, logger, target))
+        if written:
+            self.saved_checkpoints.append(str(own_file))
+        if self.num_checkpoints_to_keep >= 0:
+            together(lambda: self._rotate(state))
+
+    def _prepare(self, target: Path, content: Mapping[str, Any], sharded: bool) -> None:
+        """A checkpoint of this name is broken, or its run was told to overwrite it: it is no checkpoint any more."""
+        rank = dist.get_global_rank()
+        is_remote = self.remote_uploader is not None
+        if rank == 0 or is_remote:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        if sharded:
+            num_writers = dist.get_local_world_size() if is_remote else dist.get_world_size()
+        else:
+            num_writers = int(rank == 0)
+        copies = 2 if is_remote else 1  # the uploader stages a copy
+        if num_writers:
+            check_space(target.parent, num_bytes(content) * num_writers * copies)
+        if rank == 0:
+            Path(f"{target}{UNFINISHED}").touch()
+            manifest = manifest_of(str(target), sharded)
+            for path in (manifest, manifest + REPLACED):
+                Path(path).unlink(missing_ok=True)
+        if sharded and target.exists() and (rank == 0 or is_remote):
+            shutil.rmtree(target)
+
+    def _write(self, content: dict[str, Any], target: Path, state: State) -> dict[str, FileEntry]:
+        if state.fsdp_sharded_state_dict_enabled:
+            assert state.fsdp_config is not None
+            return write_shards(content, target, state.fsdp_config.save_planner)
+        return write_file(content, target) if dist.get_global_rank() == 0 else {}
+
+    def _publish(self, state: State, logger: Logger, saved: "_Saved") -> None:
+        """The manifest, and the uploads: the manifest after what it describes."""
+        paths = [saved.folder / name for name in saved.own]
+        if dist.get_global_rank() == 0:
+            for name in saved.manifest.files if self.remote_uploader is None else ():
+                if not (saved.folder / name).is_file():
+                    raise OSError(f"{name} of another rank is not in {saved.folder}: all nodes must share the folder")
+            path = Path(manifest_of(str(saved.target), saved.manifest.sharded))
+            write_manifest(saved.manifest, path)
+            Path(f"{saved.target}{UNFINISHED}").unlink()
+            paths.append(path)
+        for path in paths:
+            self._upload_checkpoint(self._remote_name(state, path), str(path), [], logger)
+
+    def _point_latest(self, state: State, logger: Logger, target: Path) -> None:
+        """The link to the latest checkpoint, which is never absent once it is there."""
+        if dist.get_global_rank() > 0 or self.latest_filename is None or self.num_checkpoints_to_keep == 0:
+            return
+        link = Path(self.latest_filename.format(state))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        new = link.with_name(link.name + PARTIAL)
+        new.unlink(missing_ok=True)
+        new.symlink_to(os.path.relpath(target, link.parent))
+        rename(new, link)
+        self.symlink_count += 1
+        told = Path(self.tmp_dir_for_symlink.name, f"latest.{self.symlink_count}.symlink")
+        create_symlink_file(self._remote_name(state, target), str(told))
+        self._upload_checkpoint(f"{self._remote_name(state, link)}.symlink", str(told), [], logger)
+
+    def _keep_best(self, state: State, logger: Logger, last: "_Saved", value: float) -> None:
+        """A second name of the checkpoint, which rotation leaves alone, with the metric in its manifest."""
+        assert self.metric is not None
+        sharded = last.manifest.sharded
+        target = self._local_folder(state) / (BEST_FOLDER if sharded else BEST_FILE)
+        renamed = {name: name if sharded else target.name for name in last.manifest.files}
+        files = {renamed[name]: entry for name, entry in last.manifest.files.items()}
+        manifest = replace(last.manifest, files=files, metric={self.metric: value})
+        best = _Saved(target, manifest, [renamed[name] for name in last.own])
+
+        def rename_all() -> None:
+            if dist.get_global_rank() == 0:
+                Path(f"{target}{UNFINISHED}").touch()
+                Path(manifest_of(str(target), sharded)).unlink(missing_ok=True)
+            best.folder.mkdir(parents=True, exist_ok=True)
+            for name in last.own:
+                link(last.folder / name, best.folder / renamed[name])
+
+        together(rename_all)
+        together(lambda: self._publish(state, logger, best))
+        if dist.get_global_rank() == 0:
+            log.info("best checkpoint so far: batch %d, %s %g", manifest.batch, self.metric, value)
+
+    def _metric_value(self, state: State) -> float | None:
+        if self.metric is None:
+            return None
+        name = self.metric.removeprefix("eval/")
+        if name not in state.eval_metric_values:
+            known = ", ".join(f"eval/{known}" for known in state.eval_metric_values)
+            raise ValueError(f"save_best.metric {self.metric} is measured by no evaluation: choose one of {known}")
+        value = dist.all_gather_object(float(state.eval_metric_values[name]))[0]
+        return None if isnan(value) else value
+
+    def _is_better(self, value: float) -> bool:
+        return self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+
+    def _rotate(self, state: State) -> None:
+        """Removes the oldest local checkpoints, also of earlier launches, down to `num_checkpoints_to_keep`."""
+        if dist.get_global_rank() > 0:
+            # With a store, each rank has a local folder of its own.
+            while self.remote_uploader is not None and len(self.saved_checkpoints) > self.num_checkpoints_to_keep:
+                shutil.rmtree(Path(self.saved_checkpoints.pop(0)).parent)
+            return
+        folder = self._local_folder(state)
+        found, _ = read_manifests(LocalFolder(folder))
+        # Broken ones of later batches must not make valid ones look old.
+        ours = {name: one for name, one in found.items() if not one.metric and one.batch <= state.timestamp.batch.value}
+        newest_first = sorted(ours, key=lambda name: ours[name].progress, reverse=True)
+        for name in newest_first[self.num_checkpoints_to_keep :]:
+            (folder / manifest_of(name, ours[name].sharded)).unlink()
+            if ours[name].sharded:
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+    def _has_best(self, state: State) -> bool:
+        """On every rank, what rank 0 finds."""
+        name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
+        is_there = dist.get_global_rank() == 0 and has_manifest(open_folder(self._given_folder), name)
+        return dist.all_gather_object(is_there)[0]
+
+    def _local_folder(self, state: State) -> Path:
+        return Path(format_name_with_dist(self.folder, state.run_name))
+
+    def _remote_name(self, state: State, path: Path) -> str:
+        prefix = format_name_with_dist(parse_uri(self._given_folder)[2], state.run_name)
+        return f"{prefix}/{path.relative_to(self._local_folder(state)).as_posix()}".lstrip("/")

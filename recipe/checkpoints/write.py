@@ -1,0 +1,203 @@
+"""Write the state of training to files, on all ranks at once: either every rank has written, or all know why not."""
+
+import hashlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import torch
+from composer.core import State
+from composer.utils import RemoteUploader, dist, reproducibility
+from composer.utils.checkpoint import glob_filter
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.utils._pytree import tree_leaves
+
+from recipe.algorithms.norms import local
+from recipe.checkpoints.check import PARTIAL, FileEntry, describe_file, rename
+from recipe.redact import redact_text
+
+Value = TypeVar("Value")
+IgnoreKeys = list[str] | Callable[[dict[str, Any]], None]
+
+
+class WriteError(OSError):
+    """A checkpoint could not be written; raised on every rank."""
+
+
+def together(action: Callable[[], Value]) -> Value:
+    """Does something on every rank, and waits for all.
+
+    Raises:
+        WriteError: On every rank: it failed on one, as told.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except (OSError, RuntimeError, CheckpointException) as error:
+        problem = f"rank {dist.get_global_rank()}: {_brief(error)}"
+    problems = [text for text in dist.all_gather_object(problem) if text]
+    if problems:
+        raise WriteError("; ".join(problems))
+    return result  # pyright: ignore[reportReturnType]
+
+
+def state_of_training(state: State, weights_only: bool, ignore_keys: IgnoreKeys | None) -> dict[str, Any]:
+    """What Composer puts into a checkpoint; called by all ranks.
+
+    Args:
+        state: Of the Trainer.
+        weights_only: Leave out all but the weights and what tells of the run.
+        ignore_keys: As `trainer.save_ignore_keys`.
+    """
+    content: dict[str, Any] = {}
+    if weights_only:
+        content["state"] = {
+            "model": state.get_model_state_dict(),
+            "integrations": state._get_integrations_state_dict(),
+            "metadata": state._get_state_metadata(),
+        }
+    else:
+        content["state"] = state.state_dict()
+        rng = reproducibility.get_rng_state()  # of all ranks
+        if not (state.fsdp_sharded_state_dict_enabled and dist.get_global_rank() > 0):
+            content["rng"] = rng
+    if ignore_keys:
+        (ignore_keys if callable(ignore_keys) else glob_filter(ignore_keys))(content)
+        content.setdefault("state", {})
+    return content
+
+
+def num_bytes(content: Mapping[str, Any]) -> int:
+    """Bytes of this rank's tensors, those that share memory counted once."""
+    tensors = [local(leaf) for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises where a folder's disk has too few free bytes.
+
+    Raises:
+        OSError: Naming both numbers.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{folder} has {free} bytes free, the checkpoint needs {needed}")
+
+
+class HashingFile:
+    """A file for `torch.save` to write to, which takes the checksum of all that should have reached the disk."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        """Keeps the disk's error: torch tells only that a position is not as expected."""
+        try:
+            self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(content)
+        self.size += len(content)
+        return len(content)
+
+    def flush(self) -> None:
+        """Hands all to the system."""
+        self.file.flush()
+
+
+def write_file(content: Mapping[str, Any], path: Path) -> dict[str, FileEntry]:
+    """Writes a checkpoint of one file under another name, flushes it to the disk, then renames it.
+
+    Raises:
+        OSError: The disk is full or broken; nothing is left of what was written.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            hashing = HashingFile(file)
+            try:
+                torch.save(content, hashing)  # pyright: ignore[reportArgumentType]
+            except RuntimeError as error:
+                raise hashing.error or error from error
+            file.flush()
+            os.fsync(file.fileno())
+        if partial.stat().st_size != hashing.size:
+            raise OSError(f"{path} got {partial.stat().st_size} of {hashing.size} bytes")
+        rename(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise _told_with_space(error, path.parent) from error
+    return {path.name: FileEntry(hashing.size, hashing.sha256.hexdigest())}
+
+
+def write_shards(content: dict[str, Any], folder: Path, planner: Any) -> dict[str, FileEntry]:
+    """Writes this rank's part of a sharded checkpoint; called by all ranks.
+
+    Returns:
+        What this rank wrote. A shard is hashed as it can be read back: torch writes it by itself.
+
+    Raises:
+        OSError: On every rank.
+    """
+    try:
+        save(
+            state_dict=content,
+            storage_writer=FileSystemWriter(folder),
+            planner=planner or DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+        )
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise _told_with_space(error, folder.parent) from error
+    names = [path.name for path in folder.glob(f"__{dist.get_global_rank()}_*.distcp")]
+    if dist.get_global_rank() == 0:
+        names.append(".metadata")
+    return {name: describe_file(folder / name) for name in names}
+
+
+def upload_executor(num_processes: int) -> ProcessPoolExecutor:
+    """Processes that upload on: SIGTERM may come to all of a job, and the last checkpoint is saved after it."""
+    return ProcessPoolExecutor(num_processes, get_context("spawn"), signal.signal, (signal.SIGTERM, signal.SIG_IGN))
+
+
+def failed_uploads(uploader: RemoteUploader | None, wait: bool) -> list[str]:
+    """Why uploads of this rank failed, each told once; with `wait`, of all that were begun."""
+    if uploader is None:
+        return []
+    ended = [future for future in uploader.futures if wait or future.done()]
+    errors = [error for future in ended if (error := future.exception()) is not None]
+    uploader.futures = [future for future in uploader.futures if future not in ended]
+    return [redact_text(f"{type(error).__name__}: {error}") for error in errors]
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the disk has none, that replaces `target` at once."""
+    new = target.with_name(target.name + PARTIAL)
+    new.unlink(missing_ok=True)
+    try:
+        new.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, new)
+    rename(new, target)
+
+
+def _told_with_space(error: BaseException, folder: Path) -> OSError:
+    return OSError(f"{_brief(error)} ({folder} has {shutil.disk_usage(folder).free} bytes free)")
+
+
+def _brief(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        return "; ".join(_brief(failure) for failure, _ in error.failures.values())
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,370 @@
+"""Captions against the truth: matched boxes (equal, METEOR, CIDEr-D) and dense-captioning mAP.
+
+- Dense-captioning mAP: Johnson, Karpathy and Fei-Fei, "DenseCap", 2016, section 4.2.
+- CIDEr-D: Vedantam, Zitnick and Parikh, 2015: rare words count more.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from recipe.metrics.gather import (
+    UNDEFINED,
+    RowsPerSampleMetric,
+    SumMetric,
+    boxes_of,
+    match_by_score,
+    normalized_caption,
+    sample_key,
+    scored_pairs,
+)
+from recipe.metrics.scorers import TextScorer, words_of
+from recipe.schema import Object, Prediction, Sample
+
+
+class CaptionMatch(SumMetric):
+    """Exact match of captions on matched boxes.
+
+    Predictions from `score_threshold` up are matched by falling score, each to the free ground truth it overlaps
+    most, at an IoU of at least `iou_threshold`; crowd regions take no part.
+
+    `compute` returns `caption_match`, the share of matched pairs with equal captions (without case and outer blanks),
+    `caption_{scorer's name}`, the mean score of the pairs' captions, `matched_boxes`, how many pairs there are, and
+    `recall`, the share of ground truths that were matched. Without a matched pair the first two are 0; without ground
+    truth they and `recall` are -1.
+    """
+
+    def __init__(self, score_threshold: float, scorer: TextScorer, iou_threshold: float = 0.5):
+        super().__init__(width=4)  # equal, alike, pairs, truths
+        self.score_threshold = score_threshold
+        self.scorer = scorer
+        self.iou_threshold = iou_threshold
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `compute` returns."""
+        return "caption_match", f"caption_{self.scorer.name}", "matched_boxes", "recall"
+
+    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
+        """Adds images.
+
+        Raises:
+            ValueError: The predictions do not belong to the samples.
+        """
+        rows = []
+        for prediction, _, objects in scored_pairs(predictions, samples):
+            kept = [item for item in prediction.objects if item.score >= self.score_threshold]
+            kept.sort(key=lambda item: -item.score)
+            truths = [item for item in objects if not item.iscrowd]
+            pairs = match_by_score(box_iou(boxes_of(kept), boxes_of(truths)), self.iou_threshold)
+            candidates = [kept[row].caption for row, _ in pairs]
+            references = [truths[column].caption for _, column in pairs]
+            equal = sum(
+                normalized_caption(candidate) == normalized_caption(reference)
+                for candidate, reference in zip(candidates, references, strict=True)
+            )
+            alike = sum(self.scorer(candidates, [[reference] for reference in references]))
+            rows.append([equal, alike, len(pairs), len(truths)])
+        self.add(rows)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores, over all ranks."""
+        equal, alike, matched, truths = self.totals()
+        match, likeness = ((total / max(matched, 1) if truths else UNDEFINED) for total in (equal, alike))
+        values = (match, likeness, matched, matched / truths if truths else UNDEFINED)
+        return {name: torch.tensor(value) for name, value in zip(self.names, values, strict=True)}
+
+
+FRAME = 720  # pixels of the longer side of the picture in which boxes are compared
+MERGE_IOU = 0.7
+IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
+TEXT_THRESHOLDS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)
+RECALLS = torch.arange(100, dtype=torch.float64) / 100
+
+
+@dataclass(frozen=True)
+class MergedTruth:
+    """Ground truths that name one region: their mean box, in the frame, and all their captions."""
+
+    box: Tensor
+    references: list[str]
+
+
+class DenseCaptioningMAP(RowsPerSampleMetric):
+    """Average precision of boxes with captions, over thresholds of both.
+
+    Ground truths that overlap are merged. Detections go by falling score to the merged truth they overlap most; the
+    first one there takes it, even if it then fails a threshold. A detection is true from an IoU threshold up, with a
+    text score strictly above a text threshold. `compute` returns `densecap_map_{scorer's name}`, the mean AP of the
+    30 pairs of thresholds, and `densecap_map_boxes`, the mean of the five IoU thresholds without regard to text.
+
+    Corners are taken as they are: `Sample`'s x2 is x1 + width, and an inclusive area is a pixel wider than that. The
+    original code's corners are last pixels, x1 + width - 1, so that its scores are a little lower.
+
+    Beyond the definition: a detection that overlaps nothing takes no truth (the original code gives it the last one);
+    crowd regions are no truths, and what lies in one is ignored as COCO does; equal scores keep an order that does
+    not depend on batches or ranks. Both values are -1 without ground truth.
+
+    Args:
+        scorer: Compares captions. Where the picture is, so that only numbers are gathered over ranks.
+    """
+
+    def __init__(self, scorer: TextScorer):
+        super().__init__(width=5)  # score, IoU, is first, text score, share in a crowd
+        self.scorer = scorer
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What `compute` returns."""
+        return f"densecap_map_{self.scorer.name}", "densecap_map_boxes"
+
+    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
+        """Adds images.
+
+        Raises:
+            ValueError: The predictions do not belong to the samples.
+        """
+        keys: list[int] = []
+        counts: list[int] = []
+        rows: list[Tensor] = []
+        asked: list[tuple[Tensor, str, list[str]]] = []  # the row that wants the score, candidate, references
+        for prediction, sample, objects in scored_pairs(predictions, samples):
+            scale = FRAME / max(sample.width, sample.height)
+            found = sorted(prediction.objects, key=lambda item: -item.score)
+            boxes = boxes_of(found) * scale
+            truths = merge_truths([item for item in objects if not item.iscrowd], scale)
+            overlaps, owners, is_first = assign(inclusive_iou(boxes, _stacked([truth.box for truth in truths])))
+            crowds = boxes_of([item for item in objects if item.iscrowd]) * scale
+            row = torch.zeros(len(found), self.width, dtype=torch.float64)
+            row[:, 0] = torch.tensor([item.score for item in found], dtype=torch.float64)
+            row[:, 1], row[:, 2], row[:, 4] = overlaps, is_first.double(), share_inside(boxes, crowds)
+            for index in torch.nonzero(is_first & (overlaps >= min(IOU_THRESHOLDS))).flatten().tolist():
+                asked.append((row[index], found[index].caption, truths[int(owners[index])].references))
+            keys.append(sample_key(sample))
+            counts.append(len(truths))
+            rows.append(row)
+        scores = self.scorer([candidate for _, candidate, _ in asked], [references for _, _, references in asked])
+        for (row, _, _), score in zip(asked, scores, strict=True):
+            row[3] = score
+        self.append(keys, counts, rows)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores, over all ranks."""
+        rows, num_truths = self.gathered()
+        if not num_truths:
+            return {name: torch.tensor(UNDEFINED) for name in self.names}
+        rows = rows[rows[:, 0].argsort(descending=True, stable=True)]
+        overlap, is_first, text, crowd = rows[:, 1:].unbind(1)
+        cells, box_cells = [], []
+        for threshold in IOU_THRESHOLDS:
+            assigned = (is_first > 0) & (overlap >= threshold)
+            counted = assigned | (crowd < threshold)
+            box_cells.append(average_precision(assigned[counted], num_truths))
+            for text_threshold in TEXT_THRESHOLDS:
+                cells.append(average_precision((assigned & (text > text_threshold))[counted], num_truths))
+        means = (sum(cells) / len(cells), sum(box_cells) / len(box_cells))
+        return {name: torch.tensor(mean) for name, mean in zip(self.names, means, strict=True)}
+
+
+def merge_truths(truths: list[Object], scale: float) -> list[MergedTruth]:
+    """Greedily merges truths with an IoU of at least `MERGE_IOU`, the largest cluster first, the first among equals.
+
+    Args:
+        truths: With boxes in pixels.
+        scale: From pixels to the frame.
+    """
+    boxes = boxes_of(truths) * scale
+    is_near = inclusive_iou(boxes, boxes).numpy() >= MERGE_IOU
+    merged = []
+    while is_near.any():
+        members = np.flatnonzero(is_near[is_near.sum(1).argmax()])
+        merged.append(MergedTruth(boxes[members].mean(0), [truths[index].caption for index in members]))
+        is_near[members] = False
+        is_near[:, members] = False
+    return merged
+
+
+def assign(iou: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives each detection the truth that it overlaps most, whether or not another has it.
+
+    Args:
+        iou: (D, T), detections by falling score.
+
+    Returns:
+        (D,) the overlap; (D,) the truth, -1 where none is overlapped; (D,) whether it is the first with this truth.
+    """
+    if not iou.numel():
+        nothing = torch.zeros(len(iou), dtype=torch.float64)
+        return nothing, nothing.long() - 1, nothing.bool()
+    truth = iou.numpy().argmax(1)  # of equal ones the first, which torch does not promise
+    overlap = iou.numpy().max(1)
+    truth[overlap <= 0] = -1
+    is_first = np.zeros(len(truth), dtype=bool)
+    is_first[np.unique(truth, return_index=True)[1]] = True
+    return torch.from_numpy(overlap), torch.from_numpy(truth), torch.from_numpy(is_first & (truth >= 0))
+
+
+def average_precision(is_true: Tensor, num_truths: int) -> float:
+    """Mean over `RECALLS` of the best precision at such a recall or above.
+
+    Args:
+        is_true: (D,) bool, by falling score.
+        num_truths: At least 1.
+    """
+    if not len(is_true):
+        return 0.0
+    hits = is_true.double().cumsum(0)
+    precision = hits / torch.arange(1, len(hits) + 1)
+    best = precision.flip(0).cummax(0).values.flip(0)
+    place = torch.searchsorted(hits / num_truths, RECALLS)  # the first detection at which the recall is reached
+    return float(torch.cat([best, best.new_zeros(1)])[place].mean())
+
+
+def inclusive_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """(N, M) of (N, 4) and (M, 4) xyxy, whose last pixel belongs to them: a box from 0 to 9 is 10 pixels wide."""
+    shared = _inclusive_intersection(boxes, others)
+    return shared / (_inclusive_area(boxes)[:, None] + _inclusive_area(others) - shared)
+
+
+def share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
+    """(N,) of each box the largest share that lies in one of (C, 4) regions, with inclusive areas; 0 without any."""
+    if not len(regions):
+        return boxes.new_zeros(len(boxes))
+    return (_inclusive_intersection(boxes, regions) / _inclusive_area(boxes)[:, None]).amax(1)
+
+
+def _inclusive_intersection(boxes: Tensor, others: Tensor) -> Tensor:
+    low = torch.maximum(boxes[:, None, :2], others[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], others[:, 2:])
+    return (high - low + 1).clamp(min=0).prod(2)
+
+
+def _inclusive_area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
+
+
+def _stacked(boxes: list[Tensor]) -> Tensor:
+    return torch.stack(boxes) if boxes else torch.empty(0, 4, dtype=torch.float64)
+
+
+MAX_NGRAM = 4
+SIGMA = 6.0  # of the penalty on a difference in length, in words
+SCALE = 10.0
+
+NGram = tuple[str, ...]
+
+
+class CaptionCider(RowsPerSampleMetric):
+    """Mean CIDEr-D of the captions on matched boxes, matched as `recipe.metrics.captions.CaptionMatch` does.
+
+    The document frequencies are those of all ground-truth captions of the evaluation set, matched or not, so that the
+    scale does not move with what a model finds. `compute` returns `caption_cider_d`: 0 without a matched pair, -1
+    without ground truth. Captions of fewer than four words cannot reach 10: each of the four n-gram lengths that a
+    caption lacks counts 0.
+    """
+
+    def __init__(self, score_threshold: float, iou_threshold: float = 0.5):
+        super().__init__(width=1, dtype=torch.uint8)  # one line of JSON a sample: text is gathered as bytes
+        self.score_threshold = score_threshold
+        self.iou_threshold = iou_threshold
+
+    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
+        """Adds images.
+
+        Raises:
+            ValueError: The predictions do not belong to the samples.
+        """
+        keys, counts, rows = [], [], []
+        for prediction, sample, objects in scored_pairs(predictions, samples):
+            kept = [item for item in prediction.objects if item.score >= self.score_threshold]
+            kept.sort(key=lambda item: -item.score)
+            truths = [item for item in objects if not item.iscrowd]
+            pairs = match_by_score(box_iou(boxes_of(kept), boxes_of(truths)), self.iou_threshold)
+            captions = [item.caption for item in truths]
+            line = json.dumps([captions, [[kept[row].caption, captions[column]] for row, column in pairs]]) + "\n"
+            keys.append(sample_key(sample))
+            counts.append(len(truths))
+            rows.append(torch.tensor(list(line.encode()), dtype=torch.uint8)[:, None])
+        self.append(keys, counts, rows)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The score, over all ranks."""
+        rows, num_truths = self.gathered()
+        if not num_truths:
+            return {"caption_cider_d": torch.tensor(UNDEFINED)}
+        images = [json.loads(line) for line in rows.numpy().tobytes().splitlines()]
+        corpus = [[caption] for captions, _ in images for caption in captions]
+        pairs = [pair for _, own in images for pair in own]
+        scores = cider_d([found for found, _ in pairs], [[wanted] for _, wanted in pairs], corpus)
+        return {"caption_cider_d": torch.tensor(sum(scores) / max(len(scores), 1))}
+
+
+def cider_d(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], corpus: Sequence[Sequence[str]] | None = None
+) -> list[float]:
+    """CIDEr-D of each candidate, mean over its references, from 0 to 10.
+
+    Args:
+        candidates: One caption each.
+        references: At least one caption each.
+        corpus: Documents, each the captions of one thing, from which the rarity of n-grams is counted; default:
+            `references`. A corpus of one document makes every score 0: nothing in it is rare.
+
+    Raises:
+        ValueError: A candidate has no reference.
+    """
+    missing = [index for index, own in enumerate(references) if not own]
+    if missing:
+        raise ValueError(f"candidates {missing[:5]} have no reference: leave them out")
+    documents = references if corpus is None else corpus
+    rarity = _rarity(documents)
+    unseen = math.log(max(len(documents), 1))
+    scores = []
+    for candidate, own in zip(candidates, references, strict=True):
+        found = _Vector(candidate, rarity, unseen)
+        scores.append(SCALE * sum(found.similarity(_Vector(text, rarity, unseen)) for text in own) / len(own))
+    return scores
+
+
+class _Vector:
+    """The n-grams of a caption, each weighted by its count and rarity."""
+
+    def __init__(self, text: str, rarity: Mapping[NGram, float], unseen: float):
+        words = words_of(text)
+        self.num_words = len(words)
+        self.weights = {ngram: count * rarity.get(ngram, unseen) for ngram, count in _ngrams(words).items()}
+        self.norms = [0.0] * MAX_NGRAM
+        for ngram, weight in self.weights.items():
+            self.norms[len(ngram) - 1] += weight**2
+        self.norms = [math.sqrt(norm) for norm in self.norms]
+
+    def similarity(self, other: "_Vector") -> float:
+        """Mean over n of the clipped cosine, less for another length; in [0, 1]."""
+        products = [0.0] * MAX_NGRAM
+        for ngram, weight in self.weights.items():
+            wanted = other.weights.get(ngram, 0.0)
+            products[len(ngram) - 1] += min(weight, wanted) * wanted
+        lengths = [own * others for own, others in zip(self.norms, other.norms, strict=True)]
+        cosines = [product / length for product, length in zip(products, lengths, strict=True) if length]
+        return sum(cosines) / MAX_NGRAM * math.exp(-((self.num_words - other.num_words) ** 2) / (2 * SIGMA**2))
+
+
+def _ngrams(words: Sequence[str]) -> Counter[NGram]:
+    return Counter(
+        tuple(words[start : start + size]) for size in range(1, MAX_NGRAM + 1) for start in range(len(words) - size + 1)
+    )
+
+
+def _rarity(documents: Sequence[Sequence[str]]) -> dict[NGram, float]:
+    """The logarithm of all documents over those with the n-gram."""
+    holders: Counter[NGram] = Counter()
+    for texts in documents:
+        holders.update({ngram for text in texts for ngram in _ngrams(words_of(text))})
+    return {ngram: math.log(len(documents) / count) for ngram, count in holders.items()}

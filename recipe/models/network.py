@@ -1,0 +1,307 @@
+"""The joint network: language model, detection memory, detection head and caption decoder in one forward pass."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils import _pytree as pytree
+
+from recipe.config import LossConfig, MatcherConfig
+from recipe.models.caption_decoder import CaptionDecoder, CaptionPlaces
+from recipe.models.denoising import DenoisingQueries, make_denoising_queries
+from recipe.models.detection_head import DetectionHead
+from recipe.models.matcher import Matches, match
+from recipe.models.memory import Memory, MemoryBuilder
+from recipe.models.sharding import Sealed, is_sharded, reshard
+from recipe.models.vlm import VisionLanguageModel, VlmOutputs
+from recipe.schema import Batch, DetectionOutputs, Target
+
+Result = TypeVar("Result")
+
+AVERAGE = "average."  # begins the names of averaged weights in a network: average.memory.* is that of memory.*
+
+
+@dataclass
+class JointOutputs:
+    """What one forward pass gives; letters as in `recipe.schema`.
+
+    Attributes:
+        label_logits: (K, V), of the supervised positions.
+        memory: Of the N images.
+        detection: Of the object queries.
+        denoising: The queries and their outputs; None outside training.
+        matches: One for each of `detection.layers()`.
+        targets: N of them.
+        caption_logits: (k, V), of the tokens of all matched captions.
+        caption_labels: (k,) int64.
+        caption_images: (k,) int64, each token's image.
+    """
+
+    label_logits: Tensor
+    memory: Memory
+    detection: DetectionOutputs
+    denoising: tuple[DenoisingQueries, DetectionOutputs] | None
+    matches: list[Matches]
+    targets: Sequence[Target | None]
+    caption_logits: Tensor
+    caption_labels: Tensor
+    caption_images: Tensor
+
+
+# FSDP2 finds the tensors that pass in and out of its units only in structures that it knows.
+for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
+    pytree.register_dataclass(kind)
+
+
+class JointNetwork(nn.Module):
+    """One forward pass from a batch to everything the losses and predictions need.
+
+    Every parameter takes part in every step, also where a batch has no picture, no object or no text: otherwise
+    ranks wait for one another for ever. Such parts run on a blank row that no loss term counts.
+
+    While no parameter of memory, detection head and caption decoder is trainable, they run without autograd: their
+    losses are still told, but teach nothing, as a head that is not trained yet would lead the vision tower astray.
+    A trainable memory under a frozen head passes gradients on.
+
+    Attributes:
+        average: Averages of memory, detection head and caption decoder, with which evaluation computes in their places;
+            None: there are none.
+
+    Args:
+        vlm: The language model.
+        memory: Builds an image's memory.
+        detection_head: Reads it.
+        caption_decoder: Writes what the queries found.
+        matcher: Weights of the matching costs.
+        loss: For the focal parameters of the matching cost.
+        num_denoising_groups: 0: no denoising queries.
+        box_noise: Of the denoising queries.
+        aux_loss: False: earlier layers' outputs are dropped.
+    """
+
+    def __init__(
+        self,
+        vlm: VisionLanguageModel,
+        memory: MemoryBuilder,
+        detection_head: DetectionHead,
+        caption_decoder: CaptionDecoder,
+        matcher: MatcherConfig,
+        loss: LossConfig,
+        num_denoising_groups: int,
+        box_noise: float,
+        aux_loss: bool,
+    ):
+        super().__init__()
+        self.vlm = vlm
+        self.memory = memory
+        self.detection_head = detection_head
+        self.caption_decoder = caption_decoder
+        self.matcher = matcher
+        self.focal = (loss.focal_alpha, loss.focal_gamma)
+        self.num_denoising_groups = num_denoising_groups
+        self.box_noise = box_noise
+        self.aux_loss = aux_loss
+        self.average: nn.ModuleDict | None = None
+
+    def add_average(self) -> None:
+        """Makes `average`, of the weights as they are; `recipe.algorithms.head_ema` moves it.
+
+        It is frozen parameters of this network, so that whatever holds weights holds it too: checkpoints of all kinds,
+        the snapshot of the NaN rollback, the shards of FSDP.
+        """
+        parts = {name: deepcopy(getattr(self, name)) for name in ("memory", "detection_head", "caption_decoder")}
+        self.average = nn.ModuleDict(parts).requires_grad_(False)
+
+    def averaged_parameters(self) -> list[tuple[Parameter, Parameter]]:
+        """Each averaged parameter: as it is trained, and its average."""
+        parts = {} if self.average is None else self.average
+        return [
+            pair
+            for name, part in parts.items()
+            for pair in zip(getattr(self, name).parameters(), part.parameters(), strict=True)
+        ]
+
+    @overload
+    def forward(self, batch: Sealed[Batch]) -> JointOutputs: ...
+    @overload
+    def forward(self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
+
+    def forward(
+        self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result] | None = None
+    ) -> JointOutputs | tuple[JointOutputs, Result]:
+        """One pass over a collated microbatch.
+
+        Args:
+            batch: The microbatch.
+            then: Goes on with the outputs, and is given back with its result. Whatever uses the network's parameters
+                once more must run here: outside, they are sharded under FSDP.
+        """
+        with self._average_in_evaluation():
+            outputs = self._outputs(batch.content)
+            return outputs if then is None else (outputs, then(outputs))
+
+    @contextmanager
+    def _average_in_evaluation(self) -> Iterator[None]:
+        """Within it, in evaluation mode, the averages are in the places of what is trained."""
+        if self.training or self.average is None:
+            yield
+            return
+        trained = {name: getattr(self, name) for name in self.average}
+        try:
+            for name, part in self.average.items():
+                setattr(self, name, part)
+            yield
+        finally:
+            for name, part in trained.items():
+                setattr(self, name, part)
+            for part in self.average.modules():
+                reshard(part)  # no backward pass follows that would
+
+    def _outputs(self, batch: Batch) -> JointOutputs:
+        # Asked for here: once the language model's pass is queued, a GPU would finish it before it tells.
+        grids = batch["image_grid_thw"].tolist()
+        student_grids = {image: grids[image] for image in batch["student_images"].tolist()}
+        states = self.vlm(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["position_ids"],
+            batch["segment_lengths"],
+            batch["pixel_patches"],
+            batch["image_grid_thw"],
+            with_patches=self.memory.patch_adapter is not None,
+        )
+        label_logits = self.vlm.logits(states.last_hidden_state[batch["label_index"]])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._head_trains()):
+            memory = self._build_memory(states, batch["prompt_index"], student_grids)
+            return self._head_outputs(batch, memory, label_logits)
+
+    def _head_trains(self) -> bool:
+        parts = (self.memory, self.detection_head, self.caption_decoder)
+        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+    def _head_outputs(self, batch: Batch, memory: Memory, label_logits: Tensor) -> JointOutputs:
+        targets: Sequence[Target | None] = batch["targets"] or [None]
+        noise_seeds = batch["noise_seeds"] or [0]
+        queries = None
+        if self.training:
+            queries = make_denoising_queries(targets, noise_seeds, self.num_denoising_groups, self.box_noise)
+        detection, denoised = self.detection_head(memory, queries)
+        if not self.aux_loss:
+            for queried in (detection, *detection.groups, *([] if denoised is None else [denoised])):
+                queried.aux_outputs.clear()
+        layers = [layer for _, layer in detection.layers()]
+        costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
+        identity = None
+        if self.matcher.cost_caption and self._has_captions(targets):
+            identity = self._caption_costs(detection, memory, targets)
+        matches = match(layers, targets, *costs, *self.focal, identity)
+        captions = self._caption_logits(detection, memory, matches[-1], targets)
+        denoising = None if queries is None or denoised is None else (queries, denoised)
+        return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
+
+    def _build_memory(
+        self, states: VlmOutputs, prompt_index: Tensor, student_grids: Mapping[int, Sequence[int]]
+    ) -> Memory:
+        """The memory of the batch's N student images; of one blank image where there is none.
+
+        Args:
+            states: Of the language model.
+            prompt_index: (N, S) int64, -1 for padding.
+            student_grids: Of each student image, by its place among all: time, height and width in patches.
+        """
+        hidden, vision = states.last_hidden_state, self.vlm.hf_model.config.vision_config
+        merge = vision.spatial_merge_size
+        if not student_grids:
+            # Needs a gradient where an image's row does: FSDP reduces a unit's gradients when those of its inputs come.
+            blank = 0.0 * hidden[:1]
+            patches = hidden.new_zeros(1, merge**2, vision.hidden_size)
+            mask = torch.ones(1, 1, dtype=torch.bool, device=hidden.device)
+            return self.memory([blank], [(1, 1)], blank[None], mask, [patches])
+        return self.memory(
+            [states.image_features[image] for image in student_grids],
+            [(height // merge, width // merge) for _, height, width in student_grids.values()],
+            hidden[prompt_index.clamp(min=0)],
+            prompt_index >= 0,
+            [states.patch_features[image] for image in student_grids] if states.patch_features else (),
+        )
+
+    @property
+    def caption_words(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """How captions read and write tokens: ids (...) → embeddings (..., D), and states (..., D) → logits (..., V).
+
+        Both are the language model's, or both the caption decoder's own.
+        """
+        own = self.caption_decoder.vocabulary
+        return (self.vlm.embed_tokens, self.vlm.logits) if own is None else (own, own)
+
+    def _has_captions(self, targets: Sequence[Target | None]) -> bool:
+        """False of a prediction: it has no captions to learn from, and no rank that waits for this one."""
+        return any(targets) or self.training or is_sharded(self)
+
+    @torch.no_grad()
+    def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
+        """What each query thinks of how each object's caption begins: (layers, N, Q, T); 0 of proposals and padding."""
+        parts = [_first_tokens(target, memory.mask.device) for target in targets]
+        first = pad_sequence(parts, batch_first=True, padding_value=-100)  # (N, T)
+        branches = [*detection.groups, detection]
+        features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
+        boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
+        num_images, num_queries = boxes.shape[:2]
+        image, query = torch.ones(num_images, num_queries, dtype=torch.bool, device=boxes.device).nonzero(as_tuple=True)
+        places = CaptionPlaces(image, query, num_images, num_queries)
+        hidden = self.caption_decoder(features.flatten(0, 1), boxes.flatten(0, 1), places, memory, None)[:, 0]
+        _, to_logits = self.caption_words
+        logits = to_logits(hidden).float().unflatten(0, (num_images, num_queries))  # (N, G * Q, V)
+        torch.clear_autocast_cache()  # of weights that were rounded here, without a graph: captions would not learn
+        tokens = first.clamp(min=0)[:, None].expand(-1, features.shape[1], -1)
+        nll = logits.logsumexp(-1, keepdim=True) - logits.gather(2, tokens)  # (N, G * Q, T)
+        costs = self.matcher.cost_caption * nll * (first >= 0)[:, None]
+        shares = costs.split(detection.pred_boxes.shape[1], dim=1)
+        rows = [share for share, branch in zip(shares, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
+        return torch.stack(rows if detection.selection is None else [torch.zeros_like(rows[0]), *rows])
+
+    def _caption_logits(
+        self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher-forced logits of the captions of matched queries: (k, V), labels (k,), images (k,)."""
+        embed, logits = self.caption_words
+        if not self._has_captions(targets):
+            hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
+            return logits(hidden), matches.image[:0], matches.image[:0]
+        captions = padded_captions(targets, memory.mask.device)  # (N, T, C)
+        image, query, slot = matches.image, matches.query, matches.target
+        if len(matches) == 0:  # a caption without a word, so that the decoder takes part
+            image = query = slot = torch.zeros(1, dtype=torch.int64, device=captions.device)
+        labels = captions[image, slot]  # (R, C)
+        row, token = (labels != -100).nonzero(as_tuple=True)
+        hidden = self.caption_decoder(
+            detection.query_features[image, query],
+            detection.pred_boxes[image, query],
+            CaptionPlaces(image, slot, *captions.shape[:2]),
+            memory,
+            embed(labels[:, :-1].clamp(min=0)),  # (R, C - 1, D)
+        )
+        return logits(hidden[row, token]), labels[row, token], image[row]
+
+
+def _first_tokens(target: Target | None, device: torch.device) -> Tensor:
+    """(T,) int64: with what the captions of an image's objects begin; -100 where one has no token."""
+    return torch.empty(0, dtype=torch.int64, device=device) if target is None else target["caption_ids"][:, 0]
+
+
+def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:
+    """The captions of all objects: (N, T, C) int64, -100 elsewhere; T and C are at least 1."""
+    captions = [torch.empty(0, 1, dtype=torch.int64) if t is None else t["caption_ids"] for t in targets]
+    num_slots = max(1, *(len(ids) for ids in captions))
+    length = max(1, *(ids.shape[1] for ids in captions if len(ids)), 1)
+    labels = torch.full((len(captions), num_slots, length), -100, device=device)
+    for row, ids in zip(labels, captions, strict=True):
+        if len(ids):
+            row[: len(ids), : ids.shape[1]] = ids
+    return labels

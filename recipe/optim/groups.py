@@ -1,0 +1,118 @@
+"""Parameter groups by name, AdamW with a learning rate a group, and the algorithms that go with it."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import AdamW
+
+from recipe.config import OptimizerConfig
+from recipe.models.network import AVERAGE
+
+log = logging.getLogger(__name__)
+
+# A parameter belongs to the one group whose pattern is found in its name. The vision pattern leaves the merger out.
+GROUP_PATTERNS: Mapping[str, str] = {
+    "vision": r"\bhf_model\.model\.visual\.(?!merger\.)",
+    "merger": r"\bhf_model\.model\.visual\.merger\.",
+    "llm": r"\bhf_model\.(model\.language_model|lm_head)\.",
+    "adapter": r"^(model\.)?memory\.",
+    "detection": r"^(model\.)?(detection_head|caption_decoder)\.",
+}
+
+
+def group_of(name: str, patterns: Mapping[str, str] = GROUP_PATTERNS) -> str:
+    """The group of a parameter.
+
+    Raises:
+        KeyError: No pattern, or more than one, claims it.
+    """
+    claims = [group for group, pattern in patterns.items() if re.search(pattern, name)]
+    if len(claims) != 1:
+        found = f"claimed by {claims}" if claims else "claimed by none"
+        raise KeyError(f"parameter {name} is {found} of the groups {list(patterns)}: mend GROUP_PATTERNS")
+    return claims[0]
+
+
+def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Every parameter of the model but averages under its group, tied ones once; each group in the model's order.
+
+    Raises:
+        KeyError: A parameter belongs to no group or to several.
+    """
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUP_PATTERNS}
+    for name, parameter in model.named_parameters():
+        if not name.removeprefix("model.").startswith(AVERAGE):
+            groups[group_of(name)].append((name, parameter))
+    return groups
+
+
+@dataclass(frozen=True)
+class LrScale:
+    """The factor on all learning rates, and what it was made from."""
+
+    factor: float
+    rule: str
+    tokens: float
+    reference_tokens: int | None
+
+
+def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> LrScale:
+    """The factor that the batch's tokens put on the learning rates.
+
+    Args:
+        config: `lr_scaling`: none; linear: in proportion to tokens; sqrt: to their root.
+        tokens_per_batch: Real tokens of one optimizer step over all ranks; NaN where not counted.
+
+    Raises:
+        ValueError: The rule needs a number that is missing.
+    """
+    if config.lr_scaling == "none":
+        return LrScale(1.0, "none", tokens_per_batch, config.reference_tokens)
+    if not config.reference_tokens or not tokens_per_batch > 0:
+        raise ValueError(
+            f"optimizer.lr_scaling={config.lr_scaling} needs optimizer.reference_tokens (is {config.reference_tokens}) "
+            f"and the tokens of a batch (are {tokens_per_batch}): set reference_tokens, or lr_scaling=none"
+        )
+    ratio = tokens_per_batch / config.reference_tokens
+    return LrScale(
+        ratio if config.lr_scaling == "linear" else ratio**0.5,
+        config.lr_scaling,
+        tokens_per_batch,
+        config.reference_tokens,
+    )
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch: float = float("nan")) -> AdamW:
+    """AdamW over the groups whose rate is not 0; the others are frozen with `requires_grad_(False)`.
+
+    Matrices decay, vectors (biases, norms) do not, so a group may come as two optimizer groups; both carry its `name`.
+
+    Raises:
+        KeyError: A parameter belongs to no group or to several.
+    """
+    scale = lr_scale(config, tokens_per_batch)
+    optimizer_groups = []
+    for group, members in group_parameters(model).items():
+        lr = getattr(config, f"lr_{group}") * scale.factor
+        for _, parameter in members:
+            parameter.requires_grad_(lr > 0)
+        count = sum(parameter.numel() for _, parameter in members)
+        log.info("group %s: %d parameters, %s", group, count, f"lr {lr:g}" if lr else "frozen")
+        if lr == 0:
+            continue
+        for decays in (True, False):
+            parameters = [parameter for _, parameter in members if (parameter.ndim > 1) == decays]
+            if parameters:
+                weight_decay = config.weight_decay if decays else 0.0
+                optimizer_groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": group})
+    log.info(
+        "learning rates x %g: lr_scaling %s, %g tokens a batch, reference %s",
+        scale.factor,
+        scale.rule,
+        scale.tokens,
+        scale.reference_tokens,
+    )
+    return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)

@@ -1,0 +1,207 @@
+"""Outputs → Predictions: boxes in original pixels, scores, captions, and the language model's answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+from transformers import PreTrainedTokenizerBase
+
+from recipe.boxes import normalized_to_pixels
+from recipe.config import EvaluationConfig, PromptConfig
+from recipe.data.chat import answer_frame, text_to_objects
+from recipe.models.caption_decoder import CaptionPlaces
+from recipe.models.memory import Memory
+from recipe.models.network import JointNetwork
+from recipe.models.sharding import is_sharded
+from recipe.prediction.generate import generate_answers, generate_captions
+from recipe.schema import Batch, DetectedObject, DetectionOutputs, Prediction, Sample
+
+
+@torch.no_grad()
+def predict_batch(
+    network: JointNetwork,
+    batch: Batch,
+    detection: DetectionOutputs,
+    memory: Memory,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: EvaluationConfig,
+    prompt: PromptConfig,
+) -> list[Prediction]:
+    """One prediction a sample, in the order of `batch["samples"]`.
+
+    Every query gives an object, by falling score, but for those that NMS removes where the yaml asks for it; those
+    under the score threshold have no caption. A sample without a picture has no objects.
+    """
+    lockstep = is_sharded(network)
+    ranking = rank_queries(detection, evaluation)
+    captions, answers = [], {}
+    if batch["student_samples"] or lockstep:
+        captions = _captions(network, detection, memory, ranking, tokenizer, evaluation, lockstep)
+        answers = _answers(network, batch, tokenizer, evaluation, lockstep) if evaluation.generate_answer else {}
+    rows = {sample: row for row, sample in enumerate(batch["student_samples"])}
+    objects_of = _objects(ranking, captions, [batch["samples"][position] for position in rows])
+    predictions = []
+    for position, sample in enumerate(batch["samples"]):
+        objects: tuple[DetectedObject, ...] = ()
+        (answer, is_cut), answer_objects = answers.get(position, (None, False)), None
+        if position in rows:
+            row = rows[position]
+            objects = objects_of[row]
+            if answer is not None:
+                grid = batch["image_grid_thw"][batch["student_images"][row]]
+                answer_objects = _answer_objects(answer, sample, grid, network, prompt)
+        size = (sample.width, sample.height)
+        predictions.append(Prediction(sample.id, *size, objects, answer, answer_objects, is_cut))
+    return predictions
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The queries of N images, best first.
+
+    Attributes:
+        queries: (N, Q) int64, the objects by falling score, then what is none.
+        scores: (N, Q) in [0, 1], of `queries`.
+        boxes: (N, Q, 4) cxcywh in [0, 1], float32, of `queries`.
+        num_objects: (N,) int64.
+    """
+
+    queries: Tensor
+    scores: Tensor
+    boxes: Tensor
+    num_objects: Tensor
+
+
+def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> Ranking:
+    """Scores all queries; with `nms_iou`, those that overlap a better one by more than that are no objects."""
+    scores = calibrated_scores(detection.pred_objectness, evaluation)
+    scores, queries = scores.sort(dim=1, descending=True, stable=True)
+    rows = torch.arange(len(queries), device=queries.device)[:, None]
+    boxes = detection.pred_boxes.float()[rows, queries]
+    num_objects = torch.full_like(queries[:, 0], queries.shape[1])
+    if evaluation.nms_iou is not None:
+        corners = normalized_to_pixels(boxes, 1, 1)  # IoU is the same in any unit of x and of y
+        removed = torch.stack([_doubles(row, evaluation.nms_iou) for row in corners])  # (N, Q)
+        order = removed.int().argsort(dim=1, stable=True)
+        scores, queries, boxes = scores.gather(1, order), queries.gather(1, order), boxes[rows, order]
+        num_objects = (~removed).sum(1)
+    return Ranking(queries, scores, boxes, num_objects)
+
+
+def calibrated_scores(logits: Tensor, evaluation: EvaluationConfig) -> Tensor:
+    """Objectness logits → scores; in double precision where calibrated, as a steep scale would make the best equal."""
+    scale, shift = evaluation.score_scale, evaluation.score_shift
+    return (logits.float() if (scale, shift) == (1.0, 0.0) else logits.double() * scale + shift).sigmoid()
+
+
+def _doubles(boxes: Tensor, nms_iou: float) -> Tensor:
+    """(Q,) bool: which of (Q, 4) boxes by falling score NMS removes."""
+    falling = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype, device=boxes.device)  # equal scores keep their order
+    removed = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    removed[nms(boxes, falling, nms_iou)] = False
+    return removed
+
+
+def _objects(
+    ranking: Ranking, captions: Sequence[dict[int, str]], samples: Sequence[Sample]
+) -> list[tuple[DetectedObject, ...]]:
+    """The objects of each image, by falling score; `captions` by query. One copy each leaves the device."""
+    if not samples:
+        return []
+    sizes = torch.tensor([(sample.width, sample.height) for sample in samples])
+    boxes = normalized_to_pixels(ranking.boxes.cpu(), sizes[:, :1], sizes[:, 1:]).tolist()
+    rows = zip(boxes, ranking.scores.tolist(), ranking.queries.tolist(), strict=True)
+    return [
+        tuple(
+            DetectedObject((box[0], box[1], box[2], box[3]), score, texts.get(query, ""))
+            for box, score, query in zip(*(column[:count] for column in row), strict=True)
+        )
+        for row, texts, count in zip(rows, captions, ranking.num_objects.tolist(), strict=True)
+    ]
+
+
+def _captions(
+    network: JointNetwork,
+    detection: DetectionOutputs,
+    memory: Memory,
+    ranking: Ranking,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: EvaluationConfig,
+    lockstep: bool,
+) -> list[dict[int, str]]:
+    """The captions of the best objects of each image, by query."""
+    num_images, num_queries = ranking.queries.shape
+    ranks = torch.arange(num_queries, device=ranking.queries.device)
+    is_good = (ranking.scores >= evaluation.score_threshold) & (ranks < ranking.num_objects[:, None])
+    image, rank = (is_good & (ranks < evaluation.max_captions)).nonzero(as_tuple=True)
+    captions: list[dict[int, str]] = [{} for _ in range(num_images)]
+    is_blank = len(image) == 0
+    if is_blank and not lockstep:
+        return captions
+    if is_blank:  # one for nothing, since other ranks may have some to write
+        image = rank = ranks[:1]
+    queries = ranking.queries[image, rank]
+    ids = generate_captions(
+        network.caption_decoder,
+        detection.query_features[image, queries],
+        detection.pred_boxes[image, queries],
+        CaptionPlaces(image, rank, num_images, int(rank.max()) + 1),
+        memory,
+        *network.caption_words,
+        eos_token_id(tokenizer),
+        lockstep,
+        evaluation.num_beams,
+        evaluation.length_penalty,
+    )
+    if not is_blank:
+        for row, query, text in zip(image.tolist(), queries.tolist(), _texts(tokenizer, ids.tolist()), strict=True):
+            captions[row][query] = text
+    return captions
+
+
+def _answers(
+    network: JointNetwork,
+    batch: Batch,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: EvaluationConfig,
+    lockstep: bool,
+) -> dict[int, tuple[str, bool]]:
+    """The language model's answers about the pictures, and whether they lack their end, by position in the batch."""
+    tokens = batch["input_ids"].flatten()
+    prompts = [tokens[row[row >= 0]] for row in batch["prompt_index"]]
+    patches, grids = batch["pixel_patches"], batch["image_grid_thw"]
+    if not batch["student_samples"]:
+        # Another rank has pictures, and its vision tower is sharded over this one too.
+        patches, grids = network.vlm.blank_image(tokens.device)
+        prompts = [tokens.new_tensor([network.vlm.hf_model.config.image_token_id])]
+    new = generate_answers(network.vlm, prompts, patches, grids, evaluation.max_new_tokens, lockstep)
+    rows = [row.tolist() for row in new]
+    generation: Any = network.vlm.hf_model.generation_config
+    ends = generation.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    answers = zip(_texts(tokenizer, rows), (ends.isdisjoint(row) for row in rows), strict=True)
+    return dict(zip(batch["student_samples"], answers, strict=False))
+
+
+def _answer_objects(
+    answer: str, sample: Sample, grid: Tensor, network: JointNetwork, prompt: PromptConfig
+) -> tuple[DetectedObject, ...] | None:
+    """The boxes of an answer, or None where it does not parse; `grid`: (3,) of the student image."""
+    patch = network.vlm.hf_model.config.vision_config.patch_size
+    _, rows, columns = grid.tolist()
+    frame = answer_frame(prompt.box_coordinates, (columns * patch, rows * patch))
+    objects = text_to_objects(answer, (sample.width, sample.height), frame)
+    return None if objects is None else tuple(objects)
+
+
+def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a caption and an answer."""
+    assert isinstance(tokenizer.eos_token_id, int), "the checkpoint's tokenizer has an end-of-sequence token"
+    return tokenizer.eos_token_id
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list[str]:
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]

@@ -1,0 +1,184 @@
+"""Which picture files a command line names, and names for what is written about each."""
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from convert.annotated import read_jsonl
+from convert.target import REJECTED_FILE
+from recipe.records import INDEX_FILE
+from recipe.schema import Sample
+from recipe.upstream.storage import read_mds
+
+SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif",
+    ".tiff", ".webp",
+)  # fmt: skip
+
+
+def find_pictures(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
+    """The pictures that files, folders and globs name, in the order given, each once.
+
+    A file is taken whatever it is called, and where it does not exist: reading it will tell. Of a folder all files
+    below it with a picture's suffix are taken, by name, hidden ones left out. `**` in a glob stands for any folders.
+
+    Args:
+        arguments: Of the command line.
+        left_out: Folder that neither folders nor globs search, since the drawings go there; unless it is named.
+
+    Returns:
+        The pictures, and of the files in folders that are none the number by suffix.
+
+    Raises:
+        ValueError: A folder or a glob holds no picture, or a folder cannot be read.
+    """
+    found: dict[Path, Path] = {}
+    others = Counter[str]()
+    for argument in arguments:
+        paths = list(_expand(argument, left_out.resolve(), others))
+        if not paths:
+            raise ValueError(f"{argument} names no picture: give files, globs, or folders of {' '.join(SUFFIXES)}")
+        for path in paths:
+            found.setdefault(path.resolve(), path)
+    return list(found.values()), others
+
+
+def _expand(argument: str, left_out: Path, others: Counter[str]) -> Iterator[Path]:
+    path = Path(argument)
+    if path.is_dir():
+        yield from _below(path, left_out, others)
+    elif path.exists() or not glob.has_magic(argument):
+        yield path
+    else:
+        for name in sorted(glob.glob(argument, recursive=True)):
+            if os.path.isfile(name) and left_out not in Path(name).resolve().parents:
+                yield Path(name)
+
+
+def _below(folder: Path, left_out: Path, others: Counter[str]) -> Iterator[Path]:
+    """Through links too, each folder once; counts in `others` what is no picture."""
+    seen = {left_out} - {folder.resolve()}
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        seen.add(Path(root).resolve())
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(root, name).resolve() not in seen
+        )
+        for name in sorted(name for name in names if not name.startswith(".")):
+            if name.lower().endswith(SUFFIXES):
+                yield Path(root, name)
+            else:
+                others[Path(name).suffix.lower()] += 1
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
+    """A name a picture, its stem where that is free; no drawing `{out}/{name}.png` overwrites another or an input."""
+    taken = {str(path.resolve()).casefold() for path in paths}
+    names = []
+    for path in paths:
+        name, number = path.stem, 1
+        while (drawing := str((out / f"{name}.png").resolve()).casefold()) in taken:
+            number += 1
+            name = f"{path.stem}-{number}"
+        taken.add(drawing)
+        names.append(name)
+    return names
+
+
+def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
+    """Relative paths, as data sets write them, by the file's own name: what `entry_of` looks into."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(Path(name).name, []).append(name)
+    return found
+
+
+def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
+    """The one of `names`, from `names_by_file`, that is the file; None where none is.
+
+    The folders that a name has are the last ones of the path, as it is given or with its links followed: `train/x.png`
+    is no name of `val/x.png`.
+
+    Raises:
+        ValueError: Several are.
+    """
+    places = (path.absolute().parts, path.resolve().parts)
+    alike = []
+    for name in names.get(path.name, ()):
+        parts = Path(name).parts
+        if any(place[-len(parts) :] == parts for place in places):
+            alike.append(name)
+    if len(alike) > 1:
+        raise ValueError(f"{path} can be any of {alike[:3]} of the data set: give files of different names")
+    return alike[0] if alike else None
+
+
+def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list[str]:
+    """The entry of every file, each of another one.
+
+    Args:
+        paths: The files.
+        names: Relative paths, as data sets write them.
+        source: Of the names, as the command line says it.
+
+    Raises:
+        ValueError: A file has none, or two have the same.
+    """
+    by_file = names_by_file(names)
+    entries: list[str] = []
+    for path in paths:
+        name = entry_of(path, by_file)
+        if name is None:
+            raise ValueError(f"{path} is not among the images of {source}: leave one or the other out")
+        entries.append(name)
+    refuse_shared(zip(map(str, paths), entries, strict=True))
+    return entries
+
+
+def refuse_shared(claims: Iterable[tuple[str, str]]) -> None:
+    """No entry of a data set is two files'.
+
+    Args:
+        claims: Files and their entries; a file may stand there twice.
+
+    Raises:
+        ValueError: It is.
+    """
+    files: dict[str, str] = {}
+    for file, name in claims:
+        if files.setdefault(name, file) != file:
+            raise ValueError(
+                f"{files[name]} and {file} can both be {name} of the data set: predict the pictures of one folder at a "
+                "time, or give a data set whose names have their folders"
+            )
+
+
+def read_annotated_folder(folder: Path) -> list[Sample]:
+    """The annotated pictures of a folder: MDS shards, or one file of JSON lines and the pictures it names.
+
+    Raises:
+        ValueError: It is neither, or a picture of it cannot be used or is not annotated.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give one of MDS shards, or of pictures and their annotations")
+    if (folder / INDEX_FILE).is_file():
+        samples = list(read_mds(folder))
+    else:
+        files = sorted(file for file in folder.glob("*.jsonl") if file.name != REJECTED_FILE)
+        if len(files) != 1:
+            splits = sorted(str(index.parent) for index in folder.glob(f"*/{INDEX_FILE}"))
+            form = "give a folder of MDS shards, or of pictures and their annotations as convert/jsonl.py reads them"
+            remedy = f"give one of its splits, such as {splits[0]}" if splits else form
+            raise ValueError(f"{folder} holds neither {INDEX_FILE} nor one file *.jsonl ({len(files)} found): {remedy}")
+        samples = read_jsonl(files[0])
+    if not samples:
+        raise ValueError(f"{folder} holds no annotated picture")
+    unusable = [sample.id for sample in samples if sample.objects is None or not sample.image]
+    if unusable:
+        raise ValueError(f"{folder} holds samples that are no annotated pictures: {unusable[:5]}")
+    return samples

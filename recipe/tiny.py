@@ -1,0 +1,222 @@
+"""A tiny, random Qwen2.5-VL checkpoint folder that loads through the same code as the real 3B and 7B.
+
+    python -m recipe.tiny --out DIR
+
+Everything is made offline: a byte-level BPE tokenizer with all of Qwen's special tokens and its chat template, the
+image processor, and a random model of 1.5 million parameters. Its ids differ from the real ones, so code that
+takes an id from anywhere but the config or the tokenizer fails on it.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2TokenizerFast,
+    Qwen2VLImageProcessorFast,
+)
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
+# Qwen2's own pre-tokenizer: every digit is a token of its own.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
+OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+def tokenizer_corpus() -> Iterator[str]:
+    """Text like the recipe's own: detection answers and prompts, colours, shapes and everyday words."""
+    colours = ["red", "green", "blue", "yellow", "orange", "purple", "cyan", "white", "black", "gray", "brown", "pink"]
+    shapes = ["circle", "square", "triangle", "rectangle", "star", "diamond", "cross", "ellipse", "hexagon"]
+    chess = ["pawn", "knight", "bishop", "rook", "queen", "king"]
+    for size, colour, shape in itertools.product(["small", "large"], colours, shapes):
+        yield f'[{{"bbox_2d": [1, 2, 3, 4], "label": "{size} {colour} {shape}"}}, {{"bbox_2d": [5, 6, 7, 8], '
+    for colour, piece in itertools.product(["white", "black"], chess):
+        yield from [f'"label": "{colour}-{piece}"}}]'] * 4
+    yield from ["Locate every object in the image and report bounding boxes as JSON.\n"] * 50
+    yield from ["system\nYou are a helpful assistant.\nuser\nassistant\n[]\n"] * 50
+    yield from ["the quick brown fox jumps over the lazy dog. a person on a bicycle beside a car and a truck. "] * 20
+
+
+def build_tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> Qwen2TokenizerFast:
+    """A byte-level BPE tokenizer of Qwen2's kind, trained on `corpus`; any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return Qwen2TokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,  # pyright: ignore[reportArgumentType] - Qwen's tokenizer has none
+        bos_token=None,
+        model_max_length=131072,
+        additional_special_tokens=SPECIAL_TOKENS[1:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_config(
+    tokenizer: Qwen2TokenizerFast,
+    hidden_size: int,
+    num_layers: int,
+    vision_hidden_size: int,
+    vision_depth: int,
+    tie_word_embeddings: bool,
+) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL's architecture at a small size; every id is the tokenizer's own."""
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    num_heads = max(2, hidden_size // 32)
+    head_pairs = hidden_size // num_heads // 2
+    side = head_pairs * 3 // 8
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": (len(tokenizer) + 63) // 64 * 64,
+            "hidden_size": hidden_size,
+            "intermediate_size": hidden_size * 3,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": max(1, num_heads // 2),
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": 0.08,
+            "tie_word_embeddings": tie_word_embeddings,
+            # Height and width turn the slow pairs of a head: at the real base of 1e6, 16 pairs would not turn at all.
+            "rope_theta": 20.0,
+            "rope_scaling": {"type": "mrope", "mrope_section": [head_pairs - 2 * side, side, side]},
+            "use_sliding_window": False,
+            "eos_token_id": ids["<|im_end|>"],
+            "bos_token_id": ids["<|endoftext|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": vision_depth,
+            "hidden_size": vision_hidden_size,
+            "out_hidden_size": hidden_size,
+            "intermediate_size": vision_hidden_size * 3,
+            "num_heads": max(2, vision_hidden_size // 32),
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [vision_depth - 1],
+            "tokens_per_second": 2,
+            "initializer_range": 0.08,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tie_word_embeddings,
+    )
+
+
+def build_tiny_checkpoint(
+    folder: str,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    vision_hidden_size: int = 96,
+    vision_depth: int = 3,
+    vocab_size: int = 512,
+    seed: int = 0,
+    tie_word_embeddings: bool = True,
+    image_mean: Sequence[float] = OPENAI_MEAN,
+    image_std: Sequence[float] = OPENAI_STD,
+) -> None:
+    """Writes a checkpoint folder that `AutoProcessor` and `from_pretrained` load.
+
+    Args:
+        folder: Made if absent.
+        hidden_size: Of the language model; a multiple of 64.
+        num_layers: Of the language model.
+        vision_hidden_size: Of the vision tower; a multiple of 32.
+        vision_depth: Blocks of the vision tower; the last attends over the whole picture, the others in windows.
+        vocab_size: Of the tokenizer, special tokens not counted.
+        seed: Of the random weights.
+        tie_word_embeddings: The output matrix is the token embedding, as in the 3B; not so in the 7B.
+        image_mean: Of each channel, of values in [0, 1]: what the model sees as 0; Qwen's own by default.
+        image_std: Of each channel: what it sees as 1.
+    """
+    tokenizer = build_tiny_tokenizer(tokenizer_corpus(), vocab_size)
+    image_processor = Qwen2VLImageProcessorFast(
+        min_pixels=4 * 28 * 28,
+        max_pixels=1280 * 28 * 28,
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+        image_mean=list(image_mean),
+        image_std=list(image_std),
+    )
+    processor = Qwen2_5_VLProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),  # pyright: ignore[reportCallIssue] - all have defaults
+        chat_template=CHAT_TEMPLATE,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(
+            tiny_config(tokenizer, hidden_size, num_layers, vision_hidden_size, vision_depth, tie_word_embeddings)
+        )
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+    )
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def main() -> None:
+    """Command line: `python -m recipe.tiny --out DIR`."""
+    parser = argparse.ArgumentParser(description="Write a tiny random Qwen2.5-VL checkpoint folder.")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--num-layers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    build_tiny_checkpoint(args.out, hidden_size=args.hidden_size, num_layers=args.num_layers, seed=args.seed)
+    print(f"wrote a tiny random Qwen2.5-VL checkpoint to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

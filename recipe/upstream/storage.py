@@ -1,0 +1,304 @@
+"""Shards, in a local folder or fetched into one: every file is what its index says, or an error names it.
+
+Streaming's own classes end an epoch early when a file cannot be had, let sibling workers wait for it for ever, and
+check no file that is already there. These do not.
+"""
+
+import os
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import numpy as np
+from composer.utils import dist
+from filelock import BaseFileLock, FileLock, Timeout
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataset
+from streaming.base.dataset import (
+    _Iterator,  # pyright: ignore[reportPrivateUsage]
+    _ShardState,  # pyright: ignore[reportPrivateUsage]
+)
+from streaming.base.shared import (
+    SharedArray,
+    _get_path,  # pyright: ignore[reportPrivateUsage]
+)
+
+from recipe.records import INDEX_FILE
+from recipe.schema import Sample
+from recipe.upstream.agreement import agree
+from recipe.upstream.checked_stream import DOWNLOAD_RETRY, DOWNLOAD_TIMEOUT, CheckedStream
+from recipe.upstream.shared_memory import FAILURE_SEGMENT
+
+FAILED = _ShardState.INVALID  # a state that Streaming gives to no shard
+_WATCH_INTERVAL = 0.25  # seconds
+_LONGEST_REASON = 4096  # bytes
+_MOST_NAMED = 5  # shards
+_SECONDS_FOR_ANOTHER_RUN = 60.0  # to open its shards
+
+
+class CheckedDataset(StreamingDataset):
+    """A StreamingDataset that never ends early in silence, never hangs its siblings, never reads unchecked bytes.
+
+    A shard that cannot be had ends the iteration of every worker of the node with an error that names it; the data set
+    is of no use afterwards.
+    """
+
+    def __init__(
+        self,
+        *,
+        streams: Sequence[Stream],
+        cache_limit: int | str | None = None,
+        download_retry: int = DOWNLOAD_RETRY,
+        download_timeout: float = DOWNLOAD_TIMEOUT,
+        **keywords: Any,
+    ):
+        """Opens the shards.
+
+        Args:
+            streams: From `open_streams`.
+            cache_limit: Bytes of shards to keep; for streams with a remote only.
+            download_retry: Attempts for a file.
+            download_timeout: Seconds of an attempt.
+            **keywords: Of `streaming.StreamingDataset`.
+
+        Raises:
+            ValueError: `cache_limit` would delete the only copy of the data.
+        """
+        for stream in streams:
+            assert isinstance(stream, CheckedStream), "streams come from open_streams"
+            if cache_limit and stream.source is None:
+                raise ValueError(
+                    f"cache_limit is {cache_limit}, but {stream.folder} has no `remote` to fetch its shards from "
+                    "again: they would be deleted for good. Remove cache_limit"
+                )
+            stream.checks_all_at_start = bool(cache_limit)
+        self._num_expected = 0
+        self._thread_error: BaseException | None = None
+        with _only_run_that_starts():
+            super().__init__(
+                streams=streams,
+                cache_limit=cache_limit,
+                download_retry=download_retry,
+                download_timeout=download_timeout,
+                **keywords,
+            )
+        # Why a shard failed, for all ranks and workers of the node.
+        self._reason = SharedArray(_LONGEST_REASON, np.uint8, _get_path(self._shm_prefix_int, FAILURE_SEGMENT))
+        if dist.get_local_rank() == 0:
+            self._reason[:] = 0
+
+    def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        """This worker's sample ids (-1: skip), in order; a subclass may override it."""
+        return super()._get_work(epoch, sample_in_epoch)
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        ids = self._find_work(epoch, sample_in_epoch)
+        self._num_expected = int((ids != -1).sum())
+        return ids
+
+    def __iter__(self) -> Iterator[Any]:
+        """This worker's rows.
+
+        Raises:
+            RuntimeError: A shard cannot be had, or fewer rows came than there are; names the shards and the counts.
+        """
+        self._raise_failure()
+        num_found, self._num_expected = 0, 0
+        expected: int | None = None
+        iterator: _Iterator | None = None
+        try:
+            for row in super().__iter__():
+                # Of this iteration: a later one replaces both.
+                expected, iterator = self._num_expected, self._iterator
+                num_found += 1
+                yield row
+        except Exception as error:
+            self._raise_failure(error, num_found, expected)
+            raise
+        finally:
+            if iterator is not None:
+                iterator.non_blocking_exit()
+        expected = self._num_expected if expected is None else expected
+        if num_found != expected:
+            self._raise_failure(None, num_found, expected)
+            raise RuntimeError(
+                f"the data ended after {num_found} of {expected} samples of this worker: another iteration of the "
+                "same data set was begun meanwhile"
+            )
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """The row at a position, its shard fetched and checked first."""
+        shard_id, _ = self.spanner[sample_id]
+        if self._shard_states[shard_id] != _ShardState.LOCAL:
+            self.prepare_shard(shard_id)
+        return super().get_item(sample_id, retry)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Makes a shard be there, checked.
+
+        Raises:
+            RuntimeError: It cannot be had.
+        """
+        if self._shard_states[shard_id] != FAILED:
+            try:
+                super().prepare_shard(shard_id, blocking)
+            except BaseException as error:
+                self._note_failure(shard_id, error)
+                if not isinstance(error, Exception):
+                    raise
+        if self._shard_states[shard_id] == FAILED:
+            self._raise_failure()
+
+    def _prepare_thread(self, it: _Iterator) -> None:
+        try:
+            super()._prepare_thread(it)
+        except BaseException:
+            it.on_exit()  # else whoever ends the iteration waits for this thread for ever
+            raise
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        # It waits for the shards that siblings fetch; nothing but the event makes it give one up.
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(it, done), name="watch shards", daemon=True).start()
+        try:
+            super()._ready_thread(it)
+        except BaseException:
+            it.on_exit()
+            raise
+        finally:
+            done.set()
+
+    def on_exception(self, future: "Future[None]") -> None:
+        """Notes what ended a background thread; the iteration raises it."""
+        error = future.exception()
+        if error is not None:
+            self._thread_error = error
+            self._event.set()
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Streaming's state, mended: at an epoch's end the next epoch begins, instead of the finished one anew."""
+        state = super().state_dict(num_samples, from_beginning)
+        if num_samples == 0 and from_beginning:
+            state["epoch"] = max(state["epoch"], self.next_epoch)
+        return state
+
+    def _note_failure(self, shard_id: int, error: BaseException) -> None:
+        """Tells all workers of the node; Streaming would leave them waiting for the shard, or for the lock."""
+        if self._shard_states[shard_id] != FAILED:
+            text = f"{type(error).__name__}: {error}".encode()[: _LONGEST_REASON - 1]
+            if not self._reason[0]:
+                self._reason[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+            self._shard_states[shard_id] = FAILED
+        # Each call has a lock object of its own, which only its frame still knows.
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            lock = frame.f_locals.get("lock")
+            if isinstance(lock, BaseFileLock):
+                lock.release(force=True)
+
+    def _watch(self, it: _Iterator, done: threading.Event) -> None:
+        """Ends this worker's threads as soon as a shard has failed in any worker of the node.
+
+        Where fewer shards fit into `cache_limit` than `predownload` asks for, one is evicted before it was read, and
+        the thread that waits for it would wait for ever: it is fetched again.
+        """
+        while not done.wait(_WATCH_INTERVAL):
+            if (self._shard_states.numpy() == FAILED).any():
+                self._event.set()
+                return
+            sample = it.sample_ids[it.ready_index] if it.ready_index < it.total else -1
+            if sample != -1:
+                shard_id, _ = self.spanner[int(sample)]
+                if self._shard_states[shard_id] == _ShardState.REMOTE:
+                    with suppress(RuntimeError):  # of a shard that has failed: seen above the next time
+                        self.prepare_shard(shard_id, blocking=False)
+
+    def _raise_failure(self, cause: BaseException | None = None, found: int = 0, expected: int | None = None) -> None:
+        """Raises what made the data set useless, if anything did."""
+        counts = "" if expected is None else f"the data ended after {found} of {expected} samples of this worker: "
+        failed = np.flatnonzero(self._shard_states.numpy() == FAILED)
+        if len(failed):
+            shards = [self.shards[number] for number in failed[:_MOST_NAMED]]
+            names = [os.path.join(shard.dirname, shard.split, shard.file_pairs[0][0].basename) for shard in shards]
+            reason = bytes(self._reason.numpy()).rstrip(b"\0").decode(errors="replace")
+            raise RuntimeError(f"{counts}cannot read {', '.join(names)}: {reason}") from cause
+        if self._thread_error is not None:
+            raise RuntimeError(f"{counts}a background thread failed: {self._thread_error}") from self._thread_error
+
+
+@contextmanager
+def _only_run_that_starts() -> Iterator[None]:
+    """One run after the other: Streaming looks for a free number of shared memory, then takes it, without a lock.
+
+    A bounded wait: two runs over the same machines could each hold the lock that the other waits for.
+    """
+    lock = FileLock(os.path.join(gettempdir(), f"checked_dataset_{os.getuid()}.lock"))
+    if dist.get_local_rank() == 0:
+        with suppress(Timeout):
+            lock.acquire(timeout=_SECONDS_FOR_ANOTHER_RUN)
+    try:
+        dist.barrier()
+        yield
+    finally:
+        lock.release()
+
+
+def open_streams(streams: Mapping[str, Mapping[str, Any]]) -> list[Stream]:
+    """Makes the streams of a yaml's section, each from `streaming.Stream` keywords, and fetches their indexes.
+
+    Called by all ranks; each node's first one fetches, and its error is raised by all.
+
+    Raises:
+        ValueError: There is none, or a folder holds no converted data set, or a file of it is bad.
+        RuntimeError: An index cannot be fetched.
+    """
+    opened: list[CheckedStream] = []
+    error = None
+    try:
+        if not streams:
+            raise ValueError("no stream is given: name at least one under `streams`")
+        opened = [_open_stream(name, keywords) for name, keywords in streams.items()]
+        if dist.get_local_rank() == 0:
+            for stream in opened:
+                stream.set_up_folder()
+    except Exception as raised:  # raised by all ranks
+        error = raised
+    agree(error)
+    return list(opened)
+
+
+def _open_stream(name: str, keywords: Mapping[str, Any]) -> CheckedStream:
+    source = keywords.get("remote") or keywords.get("local")
+    if not source:
+        raise ValueError(f"stream {name!r} has neither `local` nor `remote`: give the folder that convert/ wrote")
+    if not keywords.get("local"):
+        raise ValueError(f"stream {name!r} has a `remote` but no `local`: name a folder to keep its shards in")
+    folder = Path(source, keywords.get("split") or "")
+    if "://" not in source and not (folder / INDEX_FILE).is_file():
+        state = f"holds no {INDEX_FILE}" if folder.is_dir() else "does not exist"
+        raise ValueError(
+            f"stream {name!r}: the folder {folder} {state}: convert a data set into it first, "
+            "with `python -m convert.coco|voc|jsonl|shapes --out DIR --split SPLIT`"
+        )
+    return CheckedStream(**keywords)
+
+
+def fetch_beside_index(stream: Stream, name: str) -> Path | None:
+    """See `CheckedStream.fetch_beside_index`."""
+    assert isinstance(stream, CheckedStream), "streams come from open_streams"
+    return stream.fetch_beside_index(name)
+
+
+def read_mds(folder: Path, split: str | None = None) -> Iterator[Sample]:
+    """All samples of a converted data set, in stored order.
+
+    Raises:
+        ValueError: It is none, or damaged.
+    """
+    rows = CheckedDataset(streams=open_streams({"annotated": {"local": str(folder), "split": split}}), batch_size=1)
+    for index in range(rows.num_samples):
+        yield Sample.from_mds(rows[index])
