@@ -14,7 +14,7 @@ Box formats
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any, TypedDict
 
@@ -307,3 +307,23 @@ class Prediction:
     answer: str | None = None
     answer_objects: tuple[DetectedObject, ...] | None = None
     answer_is_cut: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads back, without loss."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Prediction":
+        """Read what `to_json` wrote."""
+        answered = row["answer_objects"]
+        return cls(
+            **{
+                **row,
+                "objects": tuple(
+                    DetectedObject(tuple(item["box"]), item["score"], item["caption"]) for item in row["objects"]
+                ),
+                "answer_objects": None
+                if answered is None
+                else tuple(DetectedObject(tuple(item["box"]), item["score"], item["caption"]) for item in answered),
+            }
+        )
