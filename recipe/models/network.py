@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils import _pytree as pytree
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.models.caption_decoder import CaptionDecoder, CaptionPlaces
@@ -21,6 +20,7 @@ from recipe.models.memory import Memory, MemoryBuilder
 from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
 from recipe.schema import Batch, DetectionOutputs, Target
+from recipe.upstream.torch_private import register_dataclass
 
 Result = TypeVar("Result")
 
@@ -56,7 +56,7 @@ class JointOutputs:
 
 # FSDP2 finds the tensors that pass in and out of its units only in structures that it knows.
 for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
-    pytree.register_dataclass(kind)
+    register_dataclass(kind)
 
 
 class JointNetwork(nn.Module):
