@@ -1,7 +1,7 @@
 """What torch 2.6 to 2.11 offers under private names only. Delete an entry once torch has a public one.
 
-- `torch._foreach_*`: operations over lists of tensors, one launch instead of one per tensor. torch's documentation calls
-  them beta.
+- `torch._foreach_*`: operations over lists of tensors, one launch instead of one per tensor; beta, says its
+  documentation.
 - `torch.utils._pytree`: how FSDP2 finds tensors in nested structures; it knows no dataclass unless one is registered.
 - FSDP1 keeps a root unit's gathered weights after a forward pass without a backward pass, and has no public `reshard`.
 - A DataLoader with persistent workers has no way to start new ones.
