@@ -263,7 +263,24 @@ def test_a_parameter_without_gradient_is_named():
 
     with messages_of("recipe") as messages:
         train_toy(config_with({}), model=Spare())
-    assert "batch 0 left 1 parameters of the group llm as they were: model.llm.spare" in messages
+    assert "batch 0 did not move 1 parameters of the group llm: model.llm.spare" in "\n".join(messages)
+
+
+def test_a_gradient_of_zeros_is_not_reported():
+    """A layer that starts at zero passes none on in the first step."""
+
+    class Behind(Toy):
+        def __init__(self):
+            super().__init__()
+            self.model["llm"].behind = nn.Parameter(torch.zeros(2))
+
+        def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+            language, detection = super().forward(batch)
+            return language + 0.0 * self.model["llm"].behind.sum(), detection
+
+    with messages_of("recipe") as messages:
+        train_toy(config_with({}), model=Behind())
+    assert "did not move" not in "\n".join(messages)
 
 
 @pytest.mark.parametrize("spoiled", [None, float("nan")])
