@@ -201,7 +201,7 @@ def test_the_truth_as_prediction_scores_1():
     predictions = [make_prediction(name, own) for name, own in zip("abc", [*found, []], strict=True)]
     metric.update(predictions, samples)
     assert {name: float(value) for name, value in metric.compute().items()} == {
-        "densecap_map_meteor_lite": 1.0,
+        "densecap_map_meteor_lite2": 1.0,
         "densecap_map_boxes": 1.0,
     }
 
@@ -261,4 +261,4 @@ def test_a_crowd_is_scaled_to_the_frame():
 
 def test_names_tell_the_scorer():
     assert DenseCaptioningMAP(Told()).names == ("densecap_map_told", "densecap_map_boxes")
-    assert DenseCaptioningMAP(MeteorLite()).names[0] == "densecap_map_meteor_lite"
+    assert DenseCaptioningMAP(MeteorLite()).names[0] == "densecap_map_meteor_lite2"
