@@ -203,7 +203,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "eval_loader.on_bad_sample": ("raise",),
     "optimizer.lr_scaling": ("none", "linear", "sqrt"),
     "scheduler.name": ("cosine", "linear", "constant"),
-    "loss.objectness": ("focal", "varifocal", "mal"),
+    "loss.objectness": ("focal", "mal"),
     "save_best.mode": ("max", "min"),
 }
 # Least and greatest allowed value.
@@ -235,8 +235,6 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "evaluation.max_captions": (0, inf),
     "evaluation.max_new_tokens": (1, inf),
     "evaluation.nms_iou": (0, 1),
-    "evaluation.num_beams": (1, inf),
-    "evaluation.length_penalty": (0, inf),
     "evaluation.num_logged_images": (0, inf),
     "loss.weight_lm_teacher": (0, inf),
     "loss.weight_lm_student": (0, inf),
@@ -249,7 +247,6 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "matcher.cost_bbox": (0, inf),
     "matcher.cost_giou": (0, inf),
     "matcher.cost_objectness": (0, inf),
-    "matcher.cost_caption": (0, inf),
     "optimizer.lr_vision": (0, inf),
     "optimizer.lr_merger": (0, inf),
     "optimizer.lr_llm": (0, inf),

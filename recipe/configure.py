@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from recipe.config import ConfigError, RecipeConfig, nearest
+from recipe.config import REMOVED_KEYS, REMOVED_VALUES, ConfigError, RecipeConfig, nearest
 from recipe.redact import is_secret, redact, remember_secrets
 
 ALLOWED_PREFIX = "RECIPE_"
@@ -105,7 +105,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
     sections = {entry.name for entry in fields(RecipeConfig) if callable(entry.default_factory)}
-    for name, value in cast(dict[str, Any], OmegaConf.to_container(updates)).items():
+    for name, value in _without_removed(cast(dict[str, Any], OmegaConf.to_container(updates)), source).items():
         # One section at a time: OmegaConf names no key where a section is of the wrong kind.
         if name in sections and not isinstance(value, dict) and not str(value).startswith("${"):
             raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
@@ -117,6 +117,27 @@ def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
             key = error.full_key or name
             raise ConfigError(f"wrong value of {key} in {source}: {_flatten(str(error).splitlines()[0])}") from error
     return config
+
+
+def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return `updates` without `REMOVED_KEYS` that hold their default.
+
+    Raises:
+        ConfigError: One holds another value, or a key holds one of `REMOVED_VALUES`.
+    """
+    for key, default in REMOVED_KEYS.items():
+        section, _, name = key.partition(".")
+        values = updates.get(section)
+        if isinstance(values, dict) and name in values and (value := values.pop(name)) != default:
+            raise ConfigError(
+                f"{key} in {source} is {value!r}: this key was removed; delete it to run with {default!r}"
+            )
+    for key, removed in REMOVED_VALUES.items():
+        section, _, name = key.partition(".")
+        values = updates.get(section)
+        if isinstance(values, dict) and (value := values.get(name)) in removed:
+            raise ConfigError(f"{key} in {source} is {value!r}: this value was removed; delete the key or give another")
+    return updates
 
 
 def _nearest_key(error: ConfigKeyError) -> str:

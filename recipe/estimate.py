@@ -237,17 +237,10 @@ def _head_activations(config: RecipeConfig, network: JointNetwork, tokens: int, 
 
 
 def _logits(config: RecipeConfig, network: JointNetwork, width: int) -> int:
-    """Of each logit in the losses: itself, in float32, its log-probability and its gradient.
-
-    Or, if that is more, what the matching has for a moment where captions count in it: beside the labels' logits one a
-    query and word of the vocabulary, in float32 and exponentiated.
-    """
+    """Return the bytes of each logit in the losses: itself, in float32, its log-probability and its gradient."""
     tokens, _ = microbatch_shape(config, 1)
     images, labels = _num_images(config), round(tokens * SUPERVISED)
     numbers = (labels + images * OBJECTS * CAPTION_TOKENS) * (width + 12)
-    if config.matcher.cost_caption:
-        queries = images * config.detection_head.num_query_groups * config.detection_head.num_queries
-        numbers = max(numbers, labels * width + queries * (width + 8))
     return numbers * network.vlm.text_config.vocab_size
 
 

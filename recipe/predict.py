@@ -67,7 +67,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores and their threshold"
     )
     parser.add_argument("--nms-iou", type=float, metavar="F", help="of two boxes that overlap more, one goes")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="beam search of captions; default: the run's")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
@@ -98,7 +97,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
         if any(text is not None and not text.strip() for text in texts):
             parser.error(f"--{name}: asks nothing; give a text, or leave it out for the run's prompt")
-    for name in ("batch_size", "max_new_tokens", "num_teachers", "num_beams"):
+    for name in ("batch_size", "max_new_tokens", "num_teachers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
@@ -115,7 +114,7 @@ def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> Eva
     """
     if args.calibration is not None:
         evaluation = read_calibration(args.calibration, evaluation)
-    names = ("score_threshold", "max_new_tokens", "num_beams", "nms_iou")
+    names = ("score_threshold", "max_new_tokens", "nms_iou")
     changes: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.answer is not None:
         changes["generate_answer"] = args.answer != "boxes"

@@ -35,7 +35,6 @@ def dropout_of(module: nn.Module) -> set[float]:
         ("detection_head", "patch_features", True, lambda net: net.memory.patch_adapter is not None),
         ("caption_decoder", "dropout", 0.3, lambda net: dropout_of(net.caption_decoder)),
         ("caption_decoder", "tie_word_embeddings", False, lambda net: net.caption_decoder.vocabulary is None),
-        ("matcher", "cost_caption", 0.2, lambda net: net.matcher.cost_caption),
         ("loss", "focal_alpha", 0.6, lambda net: net.focal[0]),
         ("loss", "focal_gamma", 1.5, lambda net: net.focal[1]),
     ],
@@ -62,7 +61,7 @@ def test_the_matcher_is_given_the_focal_parameters(
     model = make_model(tiny_config(loss={"focal_alpha": 0.6, "focal_gamma": 1.5}, **changes))
     with pytest.raises(Told) as raised:
         model(collator("standard")([tiny_examples["two"]]))
-    assert raised.value.args[0] == (1.0, 2.0, 3.0, 0.6, 1.5, None)
+    assert raised.value.args[0] == (1.0, 2.0, 3.0, 0.6, 1.5)
 
 
 @pytest.mark.parametrize(

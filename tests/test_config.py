@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from recipe.checks import BOUNDS, CHOICES, check_config, config_from_command_line
-from recipe.config import ConfigError, RecipeConfig
+from recipe.config import REMOVED_KEYS, ConfigError, RecipeConfig
 from recipe.configure import load_config, save_config
 from recipe.redact import redact
 
@@ -20,6 +20,8 @@ MINIMAL: dict[str, Any] = {
     "eval_loader": {"streams": {"main": {"local": "data/eval"}}, "global_batch_size": 8},
     "trainer": {"max_duration": "2ep"},
 }
+# Of removed keys, not their defaults.
+OTHER_VALUES = {"matcher.cost_caption": 0.5, "evaluation.num_beams": 4, "evaluation.length_penalty": 0.7}
 
 
 @pytest.fixture
@@ -163,8 +165,6 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("evaluation.score_scale=.inf", "evaluation.score_scale is inf: it must be above 0"),
         ("evaluation.score_shift=-.inf", "evaluation.score_shift is -inf: it must be a number"),
         ("evaluation.nms_iou=1.1", "evaluation.nms_iou is 1.1: it must be between 0 and 1"),
-        ("evaluation.num_beams=0", "evaluation.num_beams is 0: it must be 1 or more"),
-        ("evaluation.length_penalty=-1", "evaluation.length_penalty is -1.0: it must be 0 or more"),
         ("teachers.teacher_ratio=-0.1", "teachers.teacher_ratio is -0.1"),
         ("train_loader.global_batch_size=0", "train_loader.global_batch_size is 0"),
         ("max_seq_len=0", "max_seq_len is 0"),
@@ -251,6 +251,28 @@ def test_saved_config_loads_again(minimal: str, tmp_path: Path) -> None:
     config = load_and_check(minimal, "trainer.eval_interval=3ba", "teachers.stream={remote: s3://b/pool}")
     save_config(config, tmp_path / "new" / "config.yaml")
     assert load_config(str(tmp_path / "new" / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("key", REMOVED_KEYS)
+def test_a_key_that_was_removed(minimal: str, tmp_path: Path, key: str) -> None:
+    """A config that an older run saved loads if the key held its default; any other value is refused by name."""
+    config, path, other = load_config(minimal), tmp_path / "config.yaml", OTHER_VALUES[key]
+    save_config(config, path)
+    saved = yaml.safe_load(path.read_text())
+    section, name = key.split(".")
+    assert name not in saved[section]
+    saved[section][name] = REMOVED_KEYS[key]
+    path.write_text(yaml.safe_dump(saved))
+    assert load_config(str(path)) == config
+    saved[section][name] = other
+    path.write_text(yaml.safe_dump(saved))
+    assert_one_line(str(path), [], rf"{key} in .*config.yaml is {other}: this key was removed; delete it")
+    assert_one_line(minimal, [f"{key}={other}"], rf"{key} in the command line is {other}: this key was removed")
+
+
+def test_a_value_that_was_removed(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, {**MINIMAL, "loss": {"objectness": "varifocal"}})
+    assert_one_line(path, [], r"loss.objectness in .*run.yaml is 'varifocal': this value was removed; delete the key")
 
 
 def test_no_secret_is_saved(minimal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`recipe.checkpoints.weights.export_model` and `recipe/export.py`: transformers and the recipe load what was written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,8 +19,8 @@ from transformers import AutoProcessor, PreTrainedModel, Qwen2_5_VLForConditiona
 
 from convert.shapes import draw_scene
 from recipe.build import load_model, load_processor
-from recipe.checkpoints.weights import HEAD_FILE, export_model, find_config, read_weights
-from recipe.config import ImageConfig, RecipeConfig
+from recipe.checkpoints.weights import CONFIG_FILE, HEAD_FILE, export_model, find_config, read_weights
+from recipe.config import REMOVED_KEYS, ConfigError, ImageConfig, RecipeConfig
 from recipe.configure import load_config
 from recipe.data.image import image_spec, patchify
 from recipe.export import main, parse
@@ -129,6 +131,21 @@ def test_secrets_are_not_exported(exported: Path, tmp_path: Path):
     export_model(model, processor, config, tmp_path)
     assert "hunter2" not in (tmp_path / "recipe.yaml").read_text()
     assert load_config(str(tmp_path / "recipe.yaml")).detection_head == config.detection_head
+
+
+def test_an_export_of_before_a_key_was_removed(exported: Path, tmp_path: Path):
+    """It loads if such a key held its default; any other value is refused by name."""
+    shutil.copytree(exported, folder := tmp_path / "old")
+    saved = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    for key, default in REMOVED_KEYS.items():
+        section, name = key.split(".")
+        saved[section][name] = default
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(saved))
+    assert load_model(folder)[2].evaluation == load_model(exported)[2].evaluation
+    saved["evaluation"]["num_beams"] = 3
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match=r"evaluation.num_beams in .*recipe.yaml is 3: this key was removed"):
+        load_model(folder)
 
 
 def test_full_folder_is_left_alone(exported: Path, trained_checkpoint: Path, tmp_path: Path):

@@ -22,7 +22,6 @@ NUM_QUERIES = 5
 ALL_SWITCHES: dict[str, dict[str, Any]] = {
     "detection_head": {"patch_features": True, "select_queries": True, "num_query_groups": 3},
     "loss": {"objectness": "mal"},
-    "matcher": {"cost_caption": 0.5},
 }
 TEXT_CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
 IMAGE_CHAT = ({"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "large blue circle"})

@@ -145,26 +145,22 @@ def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: 
     """The loss of every query's objectness.
 
     focal: Lin et al. 2017: the target is 1 for a matched query, and easy queries weigh less.
-    varifocal: Zhang et al. 2021: the target of a matched query is the IoU of its box, and so is its weight.
     mal: Huang et al. 2025 (DEIM): the target is IoU ** gamma and the weight 1, so that a poor match is pushed too.
 
     Args:
         logits: Of any shape.
         is_object: Of the same; 1 where the query is matched, else 0.
         quality: Of the same; the IoU of matched queries' boxes, else 0. Not read by focal.
-        config: Names the loss. `focal_alpha` weighs objects (focal), 1 - `focal_alpha` empty queries (all but mal).
+        config: Names the loss. With focal, `focal_alpha` weighs objects and 1 - `focal_alpha` empty queries.
 
     Returns:
         Of the same shape.
     """
-    alpha, gamma = config.focal_alpha, config.focal_gamma
+    gamma = config.focal_gamma
     if config.objectness == "focal":
-        return sigmoid_focal_loss(logits, is_object, alpha=alpha, gamma=gamma)
+        return sigmoid_focal_loss(logits, is_object, alpha=config.focal_alpha, gamma=gamma)
     focus = logits.detach().sigmoid() ** gamma * (1 - is_object)
-    if config.objectness == "varifocal":
-        target, weight = quality, (1 - alpha) * focus + quality
-    else:
-        target, weight = is_object * quality**gamma, focus + is_object
+    target, weight = is_object * quality**gamma, focus + is_object
     return weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 

@@ -7,7 +7,7 @@ matrix of its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -67,14 +67,6 @@ class CaptionCache:
 
     layers: list[LayerCache] = field(default_factory=list)
     length: int = 0
-
-    def reorder(self, rows: Tensor) -> None:
-        """Goes on with other captions than before, as beam search does: caption i with the past of `rows[i]`.
-
-        Args:
-            rows: (R,) int64.
-        """
-        self.layers = [replace(layer, past=(layer.past[0][rows], layer.past[1][rows])) for layer in self.layers]
 
 
 class Vocabulary(nn.Module):

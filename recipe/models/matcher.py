@@ -45,7 +45,6 @@ def match(
     cost_objectness: float,
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
-    identity: Tensor | None = None,
 ) -> list[Matches]:
     """Finds the cheapest one-to-one assignment for every layer and image.
 
@@ -59,7 +58,6 @@ def match(
         cost_objectness: Weight of the focal cost of calling the query an object (Deformable DETR's class cost).
         focal_alpha: Of the focal cost.
         focal_gamma: Of the focal cost.
-        identity: (layers, N, Q, T) or broadcastable: what else a pair costs, weighted; see `JointNetwork`.
 
     Returns:
         One `Matches` a layer.
@@ -74,8 +72,6 @@ def match(
         pred_boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
         logits = torch.stack([layer.pred_objectness for layer in layers])
         cost = cost_matrix(pred_boxes, logits, boxes, cost_bbox, cost_giou, cost_objectness, focal_alpha, focal_gamma)
-        if identity is not None:
-            cost = (cost + identity.float()).nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
         for rows, layer_cost in zip(parts, cost.cpu().numpy(), strict=True):
             for image, count in enumerate(counts):
                 queries, objects = linear_sum_assignment(layer_cost[image, :, :count])

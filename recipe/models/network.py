@@ -9,7 +9,6 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.utils.rnn import pad_sequence
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.models.caption_decoder import CaptionDecoder, CaptionPlaces
@@ -197,10 +196,7 @@ class JointNetwork(nn.Module):
                 queried.aux_outputs.clear()
         layers = [layer for _, layer in detection.layers()]
         costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
-        identity = None
-        if self.matcher.cost_caption and self._has_captions(targets):
-            identity = self._caption_costs(detection, memory, targets)
-        matches = match(layers, targets, *costs, *self.focal, identity)
+        matches = match(layers, targets, *costs, *self.focal)
         captions = self._caption_logits(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
         return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
@@ -240,38 +236,13 @@ class JointNetwork(nn.Module):
         own = self.caption_decoder.vocabulary
         return (self.vlm.embed_tokens, self.vlm.logits) if own is None else (own, own)
 
-    def _has_captions(self, targets: Sequence[Target | None]) -> bool:
-        """False of a prediction: it has no captions to learn from, and no rank that waits for this one."""
-        return any(targets) or self.training or is_sharded(self)
-
-    @torch.no_grad()
-    def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
-        """What each query thinks of how each object's caption begins: (layers, N, Q, T); 0 of proposals and padding."""
-        parts = [_first_tokens(target, memory.mask.device) for target in targets]
-        first = pad_sequence(parts, batch_first=True, padding_value=-100)  # (N, T)
-        branches = [*detection.groups, detection]
-        features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
-        boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
-        num_images, num_queries = boxes.shape[:2]
-        image, query = torch.ones(num_images, num_queries, dtype=torch.bool, device=boxes.device).nonzero(as_tuple=True)
-        places = CaptionPlaces(image, query, num_images, num_queries)
-        hidden = self.caption_decoder(features.flatten(0, 1), boxes.flatten(0, 1), places, memory, None)[:, 0]
-        _, to_logits = self.caption_words
-        logits = to_logits(hidden).float().unflatten(0, (num_images, num_queries))  # (N, G * Q, V)
-        torch.clear_autocast_cache()  # of weights that were rounded here, without a graph: captions would not learn
-        tokens = first.clamp(min=0)[:, None].expand(-1, features.shape[1], -1)
-        nll = logits.logsumexp(-1, keepdim=True) - logits.gather(2, tokens)  # (N, G * Q, T)
-        costs = self.matcher.cost_caption * nll * (first >= 0)[:, None]
-        shares = costs.split(detection.pred_boxes.shape[1], dim=1)
-        rows = [share for share, branch in zip(shares, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
-        return torch.stack(rows if detection.selection is None else [torch.zeros_like(rows[0]), *rows])
-
     def _caption_logits(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher-forced logits of the captions of matched queries: (k, V), labels (k,), images (k,)."""
         embed, logits = self.caption_words
-        if not self._has_captions(targets):
+        # A prediction has no captions to learn from. Ranks that share weights must still call the decoder together.
+        if not (any(targets) or self.training or is_sharded(self)):
             hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
             return logits(hidden), matches.image[:0], matches.image[:0]
         captions = padded_captions(targets, memory.mask.device)  # (N, T, C)
@@ -288,11 +259,6 @@ class JointNetwork(nn.Module):
             embed(labels[:, :-1].clamp(min=0)),  # (R, C - 1, D)
         )
         return logits(hidden[row, token]), labels[row, token], image[row]
-
-
-def _first_tokens(target: Target | None, device: torch.device) -> Tensor:
-    """(T,) int64: with what the captions of an image's objects begin; -100 where one has no token."""
-    return torch.empty(0, dtype=torch.int64, device=device) if target is None else target["caption_ids"][:, 0]
 
 
 def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:

@@ -153,8 +153,6 @@ def _captions(
         *network.caption_words,
         eos_token_id(tokenizer),
         lockstep,
-        evaluation.num_beams,
-        evaluation.length_penalty,
     )
     if not is_blank:
         for row, query, text in zip(image.tolist(), queries.tolist(), _texts(tokenizer, ids.tolist()), strict=True):

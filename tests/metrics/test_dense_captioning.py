@@ -198,7 +198,7 @@ def test_the_truth_as_prediction_scores_1():
     found[1].append((FAR, 0.7, "a dog runs"))
     predictions = [make_prediction(name, own) for name, own in zip("abc", [*found, []], strict=True)]
     assert dense_captioning(predictions, samples, MeteorLite()) == {
-        "densecap_map_meteor_lite": 1.0,
+        "densecap_map_meteor_lite2": 1.0,
         "densecap_map_boxes": 1.0,
     }
 
@@ -257,4 +257,4 @@ def test_a_crowd_is_scaled_to_the_frame():
 
 def test_names_tell_the_scorer():
     assert list(dense_captioning([], [], Told())) == ["densecap_map_told", "densecap_map_boxes"]
-    assert "densecap_map_meteor_lite" in dense_captioning([], [], MeteorLite())
+    assert "densecap_map_meteor_lite2" in dense_captioning([], [], MeteorLite())
