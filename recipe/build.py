@@ -1,6 +1,6 @@
 """Configuration → what a run is made of: processor, encoder, model, algorithms, callbacks.
 
-After `configure`, `checks` and the entries this is the only file that sees the whole configuration: all others take
+After `rules`, `checks` and the entries this is the only file that sees the whole configuration: all others take
 their section. Values found on the way (the caption length, the base model's folder) are arguments, the configuration
 itself never changes.
 """
@@ -44,8 +44,16 @@ from recipe.checkpoints.weights import (
     read_remote_weights,
     read_weights,
 )
-from recipe.config import CaptionDecoderConfig, ImageConfig, LoaderConfig, ModelConfig, PromptConfig, RecipeConfig
-from recipe.configure import check_width, load_config
+from recipe.config import (
+    CaptionDecoderConfig,
+    ConfigError,
+    ImageConfig,
+    LoaderConfig,
+    ModelConfig,
+    PromptConfig,
+    RecipeConfig,
+)
+from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import ImageSpec, image_spec
 from recipe.data.lengths import read_longest_caption
@@ -56,6 +64,7 @@ from recipe.models.memory import MemoryBuilder
 from recipe.models.network import JointNetwork
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, resolve_attention
 from recipe.optim.schedule import build_schedule
+from recipe.rules import check_width
 from recipe.upstream.storage import open_streams
 
 log = logging.getLogger(__name__)
@@ -65,14 +74,14 @@ def load_processor(name: str) -> Any:
     """Return a checkpoint's tokenizer and fast image processor, whose numbers differ from the slow one's.
 
     Raises:
-        ValueError: The folder or name holds none.
+        ConfigError: The folder or name holds none.
     """
     try:
         return AutoProcessor.from_pretrained(name, use_fast=True)
     except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
-        raise ValueError(
-            f"model.pretrained_model_name_or_path={name!r} holds no processor ({str(error).splitlines()[0]}): "
-            "give a checkpoint folder or a name on the hub"
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path is {name!r}, but neither a folder nor the hub has a processor of it: "
+            f"give a checkpoint folder or a name on the hub ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -147,8 +156,8 @@ def build_network(
     The head's weights are kept in float32 at least: eight bits of a bfloat16 box are too few.
 
     Raises:
-        ConfigError: The head takes the language model's width, which does not suit it.
-        ValueError: The length of captions is not known.
+        ConfigError: The head takes the language model's width, which does not suit it, or the length of captions is
+            not known.
     """
     dtype = torch.promote_types(vlm.dtype, torch.float32)
     hidden_size = vlm.config.get_text_config().hidden_size
@@ -157,7 +166,7 @@ def build_network(
     check_width(width, head, decoder)
     max_caption_tokens = max_caption_tokens or decoder.max_caption_tokens
     if max_caption_tokens is None:
-        raise ValueError(
+        raise ConfigError(
             "caption_decoder.max_caption_tokens is null, but only training reads it from the data: give the number; a "
             f"run's is in its {RUN_CONFIG_FILE}"
         )

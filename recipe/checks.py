@@ -1,6 +1,6 @@
 """Judge what needs other libraries, the machine or the data, before anything is built.
 
-`recipe.configure` has judged the rest by then.
+`recipe.rules` has judged the rest by then.
 """
 
 import inspect
@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
-from recipe.configure import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
 from recipe.optim.fsdp import FSDP_CONFIGS
 from recipe.records import INDEX_FILE
+from recipe.rules import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
 
 
 def check_libraries(config: RecipeConfig) -> None:

@@ -1,8 +1,8 @@
 """The configuration: one dataclass per yaml section. Defaults, bounds and choices live here and nowhere else.
 
 Sections that hold another library's keywords (`trainer`, `callbacks`, `loggers`, `streams`, `dataset`, `dataloader`)
-keep that library's spelling. `recipe.configure` reads a configuration and judges all that needs no other library;
-`recipe.checks` judges the rest.
+keep that library's spelling. `recipe.configure` reads a configuration, `recipe.rules` judges all that needs no other
+library, `recipe.checks` the rest.
 """
 
 import difflib
@@ -404,13 +404,14 @@ class TrainerView:
 def view_trainer(config: RecipeConfig) -> TrainerView:
     """Return what the recipe reads of the section `trainer`; the one place that knows its keys by name."""
     section = config.trainer
+    parallelism: dict[str, Any] = section.get("parallelism_config") or {}
     return TrainerView(
         keywords={name: value for name, value in section.items() if name != "parallelism_config"},
         max_duration=section.get("max_duration"),
         precision=section.get("precision"),
         device=section.get("device"),
         microbatch_size=section.get("device_train_microbatch_size"),
-        fsdp=(section.get("parallelism_config") or {}).get("fsdp"),
+        fsdp=parallelism.get("fsdp"),
         save_folder=section.get("save_folder", f"{config.run_folder}/checkpoints"),
         save_overwrite=section.get("save_overwrite", False),
         load_weights_only=section.get("load_weights_only", False),

@@ -17,7 +17,8 @@ from recipe.config import (
     RecipeConfig,
     view_trainer,
 )
-from recipe.configure import check_ranks, from_command_line, one_line_errors, parser_of
+from recipe.configure import from_command_line, one_line_errors, parser_of
+from recipe.rules import check_ranks
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from recipe.configure import check_fields, load_config
+from recipe.configure import load_config
 from recipe.console import setup_logging
 from recipe.redact import redact_text
+from recipe.rules import check_fields
 
 EXAMPLES = """examples:
   python recipe/export.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out exported

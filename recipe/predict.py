@@ -10,12 +10,12 @@ import sys
 
 from recipe.configure import load_config, one_line_errors
 from recipe.console import setup_logging
-from recipe.prediction.options import read_command_line
+from recipe.prediction.options import check_command_line, parse
 
 if __name__ == "__main__":
     setup_logging()
     with one_line_errors():
-        ARGUMENTS = read_command_line(sys.argv[1:])  # before the imports below, which take seconds
+        check_command_line(sys.argv[1:])  # before the imports below, which take seconds
 
 import argparse
 import signal
@@ -336,6 +336,6 @@ def _save(drawing: Image, path: Path) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally`, as Ctrl-C
     try:
-        sys.exit(1 if main(ARGUMENTS) else 0)
+        sys.exit(1 if main(parse(sys.argv[1:])) else 0)
     except ValueError as error:
         sys.exit(redact_text(f"error: {error}"))

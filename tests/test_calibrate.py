@@ -1,4 +1,4 @@
-"""`recipe.metrics.calibration`: what is found on one half of the images, what is written, and what predictions make of it."""
+"""`recipe.metrics.calibration`: what is found on half of the images, written, and made of it in predictions."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -10,8 +10,9 @@ import yaml
 
 from recipe.checks import check_libraries, check_machine
 from recipe.config import ConfigError, RecipeConfig
-from recipe.configure import check_config, from_command_line, load_config, one_line_errors, parser_of, save_config
+from recipe.configure import from_command_line, load_config, one_line_errors, parser_of, save_config
 from recipe.redact import redact
+from recipe.rules import check_config
 
 SPLITS = (("train", "train"), ("eval", "val"))
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"

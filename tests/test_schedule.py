@@ -18,9 +18,10 @@ from recipe.config import (
     SchedulerConfig,
     StagedFreezingConfig,
 )
-from recipe.configure import StageEntry, check_config, check_fields, check_stages, load_config, parse_stages
+from recipe.configure import load_config
 from recipe.optim.groups import GROUP_PATTERNS
 from recipe.optim.schedule import Schedule, build_schedule, lr_factor, stage_factor
+from recipe.rules import StageEntry, check_config, check_fields, check_stages, parse_stages
 
 JOINT = str(Path(__file__).resolve().parents[1] / "yamls" / "joint.yaml")
 SEED_SCHEDULE = {

@@ -71,11 +71,7 @@ def test_a_bound_in_a_config_given_to_predict_is_judged_first(tmp_path: Path) ->
 
 
 def test_errors_that_need_the_libraries_or_the_machine_have_no_traceback_either() -> None:
-    missing = [
-        "trainer.device=cpu",
-        "train_loader.streams.main.local=no/such",
-        "eval_loader.streams.main.local=no/such",
-    ]
+    missing = ["trainer.device=cpu", *(f"{name}_loader.streams.main.local=no/such" for name in ("train", "eval"))]
     for overrides, expected in (
         (["trainer.max_duratoin=1ep"], "unknown key trainer.max_duratoin: did you mean max_duration"),
         (missing, "eval_loader.streams.main.local: no/such/val does not exist: convert a data set into it"),

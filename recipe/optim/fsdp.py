@@ -1,6 +1,6 @@
 """FSDP through Composer's own configuration: what becomes a unit, and in which precision.
 
-`recipe.configure` judges what a yaml may say about it, `recipe.checks` whether there is a GPU.
+`recipe.rules` judges what a yaml may say about it, `recipe.checks` whether there is a GPU.
 """
 
 from collections.abc import Mapping

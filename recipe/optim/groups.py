@@ -96,8 +96,8 @@ def build_optimizer(
     Raises:
         KeyError: A parameter belongs to no group or to several.
     """
-    is_counted = config.lr_scaling != "none" and tokens_per_batch is not None
-    scale = lr_scale(config, tokens_per_batch() if is_counted else float("nan"))
+    counted = float("nan") if config.lr_scaling == "none" or tokens_per_batch is None else tokens_per_batch()
+    scale = lr_scale(config, counted)
     optimizer_groups = []
     for group, members in group_parameters(model).items():
         lr = getattr(config, f"lr_{group}") * scale.factor
@@ -112,7 +112,7 @@ def build_optimizer(
             if parameters:
                 weight_decay = config.weight_decay if decays else 0.0
                 optimizer_groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": group})
-    if is_counted:
+    if config.lr_scaling != "none":
         text = "learning rates x %g: lr_scaling %s of %g tokens per step over %s"
         log.info(text, scale.factor, scale.rule, scale.tokens, scale.reference_tokens)
     return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)

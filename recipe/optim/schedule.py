@@ -12,7 +12,7 @@ from composer.optim import (
 )
 
 from recipe.config import GROUPS, CurveConfig, OptimizerConfig, SchedulerConfig, StagedFreezingConfig
-from recipe.configure import parse_stages
+from recipe.rules import parse_stages
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipe.configure import check_fields, load_config
+from recipe.configure import load_config
+from recipe.rules import check_fields
 
 EXAMPLES = """examples:
   python recipe/predict.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out found images/
@@ -83,8 +84,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def read_command_line(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed command line after judging the yaml of --config.
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Judge the flags and the yaml of --config; --help and a wrong flag end the process.
 
     Raises:
         ConfigError: Naming the key of the yaml and the remedy.
@@ -92,4 +93,3 @@ def read_command_line(arguments: Sequence[str]) -> argparse.Namespace:
     args = parse(arguments)
     if args.config is not None:
         check_fields(load_config(args.config))
-    return args

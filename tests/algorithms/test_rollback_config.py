@@ -8,7 +8,8 @@ import yaml
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.build import build_algorithms
 from recipe.config import ConfigError, RecipeConfig
-from recipe.configure import check_config, load_config
+from recipe.configure import load_config
+from recipe.rules import check_config
 
 LOADER = {"streams": {"main": {"local": "data"}}, "global_batch_size": 8}
 MINIMAL = {

@@ -122,6 +122,16 @@ def test_workers_change_nothing_over_two_epochs(config: RecipeConfig, encoder: E
     assert epochs[0] != epochs[1]
 
 
+def test_without_workers_their_keywords_do_not_apply(config: RecipeConfig, encoder: Encoder):
+    """`num_workers: 0` on the command line leaves the yaml's `prefetch_factor`, which torch refuses then."""
+    config.train_loader.dataloader = {"num_workers": 0, "prefetch_factor": 2, "persistent_workers": True}
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).num_workers == 0
+    config.train_loader.dataloader = {"num_workers": 1, "prefetch_factor": None}  # dropped
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).prefetch_factor == 2  # torch's own
+    config.train_loader.dataloader = {"num_workers": 1, "prefetch_factor": 3}
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).prefetch_factor == 3
+
+
 def test_teachers_and_noise_change_with_the_epoch_only(config: RecipeConfig, encoder: Encoder):
     config.train_loader.dataset = {"shuffle": False}
     config.train_loader.global_batch_size = 1

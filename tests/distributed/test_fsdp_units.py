@@ -23,7 +23,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from recipe.build import build_network
 from recipe.checks import check_libraries
 from recipe.config import ConfigError, RecipeConfig, view_trainer
-from recipe.configure import check_config, check_fields, check_trainer, load_config
+from recipe.configure import load_config
 from recipe.data import loader
 from recipe.data.image import ImageSpec
 from recipe.estimate import model_config
@@ -32,6 +32,7 @@ from recipe.optim import fsdp as parallel
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import group_parameters
 from recipe.optim.schedule import build_schedule
+from recipe.rules import check_config, check_fields, check_trainer
 from recipe.schema import Example
 from tests.distributed import fsdp_shim
 from tests.tiny_cases import make_batches, make_model
