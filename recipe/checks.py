@@ -95,7 +95,8 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
     if config.teachers.num_teachers and config.teachers.stream is not None:
         problems += _folder_problems("teachers.stream", config.teachers.stream)
     if problems:
-        raise ConfigError("\n  ".join(problems) if len(problems) == 1 else "\n  ".join(["", *problems]))
+        header = [] if len(problems) == 1 else [f"{len(problems)} things cannot be run on this machine:"]
+        raise ConfigError("\n  ".join([*header, *problems]))
 
 
 def _device_problems(trainer: TrainerView) -> list[str]:
