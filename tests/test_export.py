@@ -1,4 +1,4 @@
-"""`recipe.checkpoints.weights.export_model` and `recipe/export.py`: transformers and the recipe load what was written."""
+"""`recipe.checkpoints.weights.export_model` and `recipe/export.py`: transformers and the recipe load it."""
 
 import json
 import shutil
@@ -100,7 +100,8 @@ def test_export_loads_back_whole(exported: Path, trained_checkpoint: Path):
     state = model.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert config.model.pretrained_model_name_or_path == str(exported)
+    assert model.model.vlm.hf_model.name_or_path == str(exported)
+    assert config == find_config(trained_checkpoint)  # the configuration is that of the run
     head = load_file(exported / HEAD_FILE)
     assert {name.split(".")[0] for name in head} == {"memory", "detection_head", "caption_decoder"}
     assert head.keys() == {name[len("model.") :] for name in expected if ".vlm." not in name}
@@ -121,7 +122,7 @@ def test_pixel_budget_of_the_run_is_exported(exported: Path, tmp_path: Path):
     found = AutoProcessor.from_pretrained(tmp_path).image_processor(picture, return_tensors="pt")["image_grid_thw"]
     _, expected = patchify(picture, image_spec(processor.image_processor, config.image))
     assert found[0].tolist() == list(expected) == [1, 8, 8]
-    found = image_spec(load_processor(config).image_processor, ImageConfig())
+    found = image_spec(load_processor(str(exported)).image_processor, ImageConfig())
     assert found.max_pixels > 200 * 200, "the loaded processor is left as it was"
 
 

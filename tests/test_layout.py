@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A line may import those before it. Modules of one line may import each other, if they form no cycle.
 ORDER = [
     "schema config boxes images redact console",
-    "records upstream configure",
+    "records upstream configure rules",
     "data models losses metrics",
     "convert optim",
     "prediction algorithms",

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from convert.shapes import draw_scene
-from recipe.build import build_encoder, build_model, load_processor
+from recipe.build import build_model, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.encode import Encoder
+from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.models.attention import packed_mask
 from recipe.optim.groups import build_optimizer
@@ -66,7 +68,10 @@ def make_sample(index: int, pixels: int, num_words: int) -> Sample:
 
 def make_examples(config: RecipeConfig) -> list[Example]:
     """The batch: one sample each of `CHATS`."""
-    encoder = build_encoder(config, load_processor(config))
+    name = config.model.pretrained_model_name_or_path
+    processor, hf_config = load_processor(name), AutoConfig.from_pretrained(name)
+    spec = image_spec(processor.image_processor, config.image)
+    encoder = Encoder(processor.tokenizer, hf_config, spec, config.prompt, 32, config.max_seq_len)
     return [encoder(make_sample(index, *chat)) for index, chat in enumerate(CHATS)]
 
 
@@ -82,7 +87,7 @@ class Step:
     def __init__(self, config: RecipeConfig, attn_implementation: str, batch: Batch):
         config = replace(config, model=replace(config.model, attn_implementation=attn_implementation))
         torch.manual_seed(0)
-        self.model: JointModel = build_model(config, load_processor(config)).train()
+        self.model: JointModel = build_model(config, load_processor(config.model.pretrained_model_name_or_path)).train()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.batch = batch
 

@@ -30,7 +30,9 @@ NUM_SAMPLES = 10
 
 def train_spec(config: RecipeConfig, encoder: Encoder, microbatch_size: int) -> DataSpec:
     """The training loader with the teachers that the configuration asks for."""
-    return build_train_loader(config, encoder, read_teachers(config.teachers, config.seed), microbatch_size)
+    return build_train_loader(
+        config.train_loader, encoder, read_teachers(config.teachers, config.seed), config.seed, microbatch_size
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,16 @@ def test_workers_change_nothing_over_two_epochs(config: RecipeConfig, encoder: E
     assert epochs[0] != epochs[1]
 
 
+def test_without_workers_their_keywords_do_not_apply(config: RecipeConfig, encoder: Encoder):
+    """`num_workers: 0` on the command line leaves the yaml's `prefetch_factor`, which torch refuses then."""
+    config.train_loader.dataloader = {"num_workers": 0, "prefetch_factor": 2, "persistent_workers": True}
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).num_workers == 0
+    config.train_loader.dataloader = {"num_workers": 1, "prefetch_factor": None}  # dropped
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).prefetch_factor == 2  # torch's own
+    config.train_loader.dataloader = {"num_workers": 1, "prefetch_factor": 3}
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).prefetch_factor == 3
+
+
 def test_teachers_and_noise_change_with_the_epoch_only(config: RecipeConfig, encoder: Encoder):
     config.train_loader.dataset = {"shuffle": False}
     config.train_loader.global_batch_size = 1
@@ -164,7 +176,7 @@ def test_resumes_through_streamings_state(config: RecipeConfig, encoder: Encoder
 
 
 def test_evaluation_reads_every_sample_once_in_stored_order(config: RecipeConfig, encoder: Encoder):
-    spec = build_eval_loader(config, encoder, read_teachers(config.teachers, config.seed))
+    spec = build_eval_loader(config.eval_loader, encoder, read_teachers(config.teachers, config.seed), config.seed)
     batches = list(dataloader_of(spec))
     assert ids(batches) == [f"sample-{number}" for number in range(NUM_SAMPLES)]
     assert [len(batch) for batch in batches] == [1, 1, 1]
