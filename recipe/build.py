@@ -37,7 +37,7 @@ from recipe.checkpoints.weights import (
 from recipe.config import ConfigError, ModelConfig, RecipeConfig
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
-from recipe.data.image import ImageSpec, image_spec
+from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
 from recipe.models.caption_decoder import CaptionDecoder
@@ -46,6 +46,7 @@ from recipe.models.memory import MemoryBuilder
 from recipe.models.network import JointNetwork
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, resolve_attention
 from recipe.optim.schedule import build_schedule
+from recipe.schema import ImageSpec
 from recipe.upstream.storage import open_streams
 
 log = logging.getLogger(__name__)

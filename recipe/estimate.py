@@ -16,9 +16,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from recipe.build import build_network
 from recipe.config import RecipeConfig
 from recipe.configure import load_config
-from recipe.data.image import ImageSpec
 from recipe.models.network import JointNetwork
 from recipe.optim.groups import group_parameters
+from recipe.schema import ImageSpec
 
 _TEXT: Mapping[str, Mapping[str, Any]] = {
     "Qwen/Qwen2.5-VL-3B-Instruct": {

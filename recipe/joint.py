@@ -1,6 +1,6 @@
 """The joint model for Composer's Trainer: where the network, the losses and the metrics meet."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,21 +19,12 @@ from recipe.metrics.calibration import Calibration
 from recipe.metrics.captions import CaptionCider, CaptionMatch, DenseCaptioningMAP
 from recipe.metrics.gather import LossAverage, MetricEntry, metric_entries
 from recipe.metrics.scorers import default_text_scorer
-from recipe.models.network import JointNetwork, JointOutputs
+from recipe.models.network import JointNetwork
 from recipe.models.sharding import Sealed, reshard
 from recipe.prediction.decode import predict_batch
-from recipe.schema import Batch, LossCounts, Prediction
+from recipe.schema import Batch, EvalOutputs, JointOutputs, LossCounts, Prediction
 
 UNIT_COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, microbatches=1)
-
-
-@dataclass
-class EvalOutputs:
-    """Of one evaluation batch: predictions aligned with `batch["samples"]`, loss sums and their counts."""
-
-    predictions: list[Prediction]
-    loss_sums: dict[str, Tensor]
-    counts: LossCounts
 
 
 class JointModel(ComposerModel):

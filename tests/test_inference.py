@@ -8,11 +8,9 @@ from torchvision.ops import box_iou
 
 from recipe.config import EvaluationConfig
 from recipe.joint import JointModel
-from recipe.models.caption_decoder import CaptionPlaces
-from recipe.models.memory import Memory
 from recipe.prediction.decode import eos_token_id, predict_batch, rank_queries
 from recipe.prediction.generate import generate_captions
-from recipe.schema import DetectionOutputs, Example, Prediction
+from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Memory, Prediction
 from tests.tiny_cases import NUM_QUERIES, collator
 
 

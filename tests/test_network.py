@@ -16,12 +16,10 @@ from recipe.build import build_encoder, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed
 from recipe.joint import JointModel
-from recipe.models.caption_decoder import CaptionPlaces
-from recipe.models.memory import Memory
 from recipe.models.network import padded_captions
 from recipe.models.sharding import Sealed
 from recipe.optim.groups import build_optimizer, group_parameters
-from recipe.schema import DetectionOutputs, Example, Object, Target
+from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Memory, Object, Target
 from tests.tiny_cases import (
     ALL_SWITCHES,
     NUM_QUERIES,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recipe.config import NaNRollbackConfig
-from recipe.models.network import JointOutputs
+from recipe.schema import JointOutputs
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 LEAST_SPREAD = 1e-3  # in medians: among losses that are all alike, any other would be a spike

@@ -28,10 +28,10 @@ from recipe.callbacks.loggers import GuardedJsonLinesLogger, GuardedTensorboardL
 from recipe.callbacks.loss_terms import LossGradients, LossShares
 from recipe.callbacks.throughput import Throughput
 from recipe.callbacks.training_data import TrainingData
-from recipe.checkpoints.check import Origin
 from recipe.checkpoints.save import build_saver
 from recipe.checkpoints.sigterm import Preemption
 from recipe.config import RecipeConfig
+from recipe.schema import Origin
 from recipe.upstream.loggers import SafeWandBLogger
 
 CALLBACKS: Mapping[str, type[Callback]] = {

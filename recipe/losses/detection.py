@@ -11,7 +11,6 @@ all layers of the denoising queries and averaged over their groups.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,26 +19,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 from recipe.boxes import elementwise_iou
 from recipe.config import LossConfig
-from recipe.models.matcher import Matches
-from recipe.schema import DetectionOutputs, LossCounts, Target
+from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Target
 
 REPEATS = ("_aux", "_selection", "_group", "_dn")
-
-
-class DenoisingTargets(Protocol):
-    """What the losses read of `recipe.models.denoising.DenoisingQueries`, R = groups * 2 * T queries an image.
-
-    Attributes:
-        target_boxes: (N, R, 4) cxcywh.
-        valid: (N, R) bool, False at padding.
-        positive: (N, R) bool, True where the query is to become its target, False where it is to be rejected.
-        num_groups: Copies of the ground truth.
-    """
-
-    target_boxes: Tensor
-    valid: Tensor
-    positive: Tensor
-    num_groups: int
 
 
 def base_term(name: str) -> str:
@@ -93,7 +75,7 @@ def detection_losses(
 
 
 def denoising_losses(
-    denoising: tuple[DenoisingTargets, DetectionOutputs] | None,
+    denoising: tuple[DenoisingQueries, DetectionOutputs] | None,
     detection: DetectionOutputs,
     counts: LossCounts,
     config: LossConfig,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipe.models.denoising import DenoisingQueries, group_numbers
+from recipe.models.denoising import attention_mask, group_numbers
 from recipe.models.layers import MLP, Attention, FeedForward
-from recipe.models.memory import Memory, sine_embedding
-from recipe.schema import DetectionOutputs
+from recipe.models.memory import sine_embedding
+from recipe.schema import DenoisingQueries, DetectionOutputs, Memory
 
 PRIOR_PROBABILITY = 0.01  # of objectness at the start (focal loss, Lin et al. 2017, section 3.3)
 PROPOSAL_CELLS = 3.0  # sides of a proposal at the start, in those of its token's cell
@@ -141,7 +141,7 @@ class DetectionHead(nn.Module):
         num_denoising, mask = 0, None
         if denoising is not None:
             num_denoising = len(denoising)
-            mask = denoising.attention_mask(num_queries, num_groups)
+            mask = attention_mask(denoising, num_queries, num_groups)
             content = self.denoising_content.expand(num_images, num_denoising, -1)
             queries = torch.cat([content, queries], dim=1)
             references = torch.cat([torch.logit(denoising.boxes, eps=1e-3).to(references), references], dim=1)

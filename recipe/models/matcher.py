@@ -4,7 +4,6 @@ The cost matrix is one batched float32 expression on the device, moved to the ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,27 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from recipe.boxes import elementwise_iou
-from recipe.schema import DetectionOutputs, Target
+from recipe.schema import DetectionOutputs, Matches, Target
 
 UNUSABLE = 1e6  # the cost of a pair whose prediction is not finite: taken only when nothing else is left
-
-
-@dataclass
-class Matches:
-    """Matched pairs of one layer, all images together; n = the sum of min(Q, T) over annotated images.
-
-    Attributes:
-        image: (n,) int64, which of the N images.
-        query: (n,) int64, the query.
-        target: (n,) int64, the object, counted within its image.
-    """
-
-    image: Tensor
-    query: Tensor
-    target: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image)
 
 
 @torch.no_grad()

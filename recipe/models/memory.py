@@ -6,29 +6,12 @@ student's answer is never part of it: it holds the ground truth and does not exi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-
-@dataclass
-class Memory:
-    """Letters as in `recipe.schema`.
-
-    Attributes:
-        tokens: (N, M, W), `positions` added: Qwen2.5-VL's features do not tell where they are, as its rotary
-            positions are relative, and what a query attends to must.
-        positions: (N, M, W) sine embedding of the token's centre; zero for words.
-        mask: (N, M) bool, True at real tokens.
-        cells: (N, M, 4) cxcywh in [0, 1], the part of the picture that a vision token stands for; zero for words.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    mask: Tensor
-    cells: Tensor
+from recipe.schema import Memory
 
 
 class Adapter(nn.Module):

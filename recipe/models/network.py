@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import TypeVar, overload
 
 import torch
@@ -13,45 +12,27 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from recipe.config import LossConfig, MatcherConfig
-from recipe.models.caption_decoder import CaptionDecoder, CaptionPlaces
-from recipe.models.denoising import DenoisingQueries, make_denoising_queries
+from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.denoising import make_denoising_queries
 from recipe.models.detection_head import DetectionHead
-from recipe.models.matcher import Matches, match
-from recipe.models.memory import Memory, MemoryBuilder
+from recipe.models.matcher import match
+from recipe.models.memory import MemoryBuilder
 from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
-from recipe.schema import Batch, DetectionOutputs, Target
+from recipe.schema import (
+    Batch,
+    CaptionPlaces,
+    DenoisingQueries,
+    DetectionOutputs,
+    JointOutputs,
+    Matches,
+    Memory,
+    Target,
+)
 
 Result = TypeVar("Result")
 
 AVERAGE = "average."  # begins the names of averaged weights in a network: average.memory.* is that of memory.*
-
-
-@dataclass
-class JointOutputs:
-    """What one forward pass gives; letters as in `recipe.schema`.
-
-    Attributes:
-        label_logits: (K, V), of the supervised positions.
-        memory: Of the N images.
-        detection: Of the object queries.
-        denoising: The queries and their outputs; None outside training.
-        matches: One for each of `detection.layers()`.
-        targets: N of them.
-        caption_logits: (k, V), of the tokens of all matched captions.
-        caption_labels: (k,) int64.
-        caption_images: (k,) int64, each token's image.
-    """
-
-    label_logits: Tensor
-    memory: Memory
-    detection: DetectionOutputs
-    denoising: tuple[DenoisingQueries, DetectionOutputs] | None
-    matches: list[Matches]
-    targets: Sequence[Target | None]
-    caption_logits: Tensor
-    caption_labels: Tensor
-    caption_images: Tensor
 
 
 # FSDP2 finds the tensors that pass in and out of its units only in structures that it knows.

@@ -12,12 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from recipe.boxes import normalized_to_pixels
 from recipe.config import EvaluationConfig, PromptConfig
 from recipe.data.chat import answer_frame, text_to_objects
-from recipe.models.caption_decoder import CaptionPlaces
-from recipe.models.memory import Memory
 from recipe.models.network import JointNetwork
 from recipe.models.sharding import is_sharded
 from recipe.prediction.generate import generate_answers, generate_captions
-from recipe.schema import Batch, DetectedObject, DetectionOutputs, Prediction, Sample
+from recipe.schema import Batch, CaptionPlaces, DetectedObject, DetectionOutputs, Memory, Prediction, Sample
 
 
 @torch.no_grad()

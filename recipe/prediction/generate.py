@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recipe.models.caption_decoder import CaptionCache, CaptionDecoder, CaptionPlaces
-from recipe.models.memory import Memory
+from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.sharding import on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
+from recipe.schema import CaptionPlaces, Memory
 
 
 @torch.no_grad()

@@ -25,14 +25,13 @@ from recipe.checks import check_config
 from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import load_config
 from recipe.data import loader
-from recipe.data.image import ImageSpec
 from recipe.estimate import model_config
 from recipe.joint import JointModel
 from recipe.optim import fsdp as parallel
 from recipe.optim.fsdp import build_parallelism, check_parallelism
 from recipe.optim.groups import group_parameters
 from recipe.optim.schedule import build_schedule
-from recipe.schema import Example
+from recipe.schema import Example, ImageSpec
 from tests.distributed import fsdp_shim
 from tests.tiny_cases import make_batches, make_model
 

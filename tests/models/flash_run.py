@@ -15,9 +15,8 @@ import torch
 
 from recipe.data.loader import Collator
 from recipe.joint import JointModel
-from recipe.models.network import JointOutputs
 from recipe.prediction.generate import generate_answers
-from recipe.schema import Example
+from recipe.schema import Example, JointOutputs
 from tests.flash_stub import Call, install
 from tests.tiny_cases import collator, gradient_error, losses_and_gradients, make_config, make_examples, make_model
 
