@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 from composer import Evaluator, Trainer
@@ -18,8 +19,9 @@ from recipe.checks import config_from_command_line
 from recipe.config import RecipeConfig
 from recipe.configure import save_config
 from recipe.console import setup_logging
-from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
+from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch, uses_fsdp
 from recipe.data.stream import read_teachers
+from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from recipe.optim.schedule import build_curve
@@ -42,7 +44,8 @@ def main(config: RecipeConfig) -> Trainer:
     origin = describe(config, processor.tokenizer, model)
     start = load_keywords(config, origin)
     microbatch_size = config.trainer.get("device_train_microbatch_size") or device_batch_size(config.train_loader)
-    train_loader = build_train_loader(config, build_encoder(config, processor), teachers, microbatch_size)
+    split = partial(split_batch, equally_many=uses_fsdp(config))
+    train_loader = build_train_loader(config, build_encoder(config, processor), teachers, microbatch_size, split)
     eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
     with safe_loading():
         trainer = Trainer(

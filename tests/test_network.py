@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import recipe.models.network
 from recipe.build import build_encoder, load_processor
 from recipe.config import RecipeConfig
-from recipe.data.collate import collate_packed
+from recipe.data.collate import collate_packed, one_each
 from recipe.joint import JointModel
 from recipe.models.network import padded_captions
 from recipe.models.sharding import Sealed
@@ -37,7 +37,7 @@ def test_the_head_is_float32_at_least(
 ) -> None:
     model = make_model(tiny_config(model={"dtype": dtype}))
     assert model.model.vlm.hf_model.dtype == getattr(torch, dtype)
-    batch = collate_packed([tiny_examples["two"], tiny_examples["one"]])
+    batch = collate_packed(one_each([tiny_examples["two"], tiny_examples["one"]]))
     outputs = model(batch)
     assert outputs.detection.pred_boxes.dtype == torch.float32
     model.loss(outputs, batch)["total"].backward()
@@ -50,7 +50,7 @@ def test_a_prediction_writes_no_captions_of_nothing(tiny_model: JointModel, tiny
     hook = tiny_model.model.caption_decoder.register_forward_hook(lambda *_: calls.append(1))
     examples = [tiny_examples["two"], replace(tiny_examples["two"], target=None)]
     with torch.no_grad():
-        judged, predicted = (tiny_model.eval()(collate_packed([example])) for example in examples)
+        judged, predicted = (tiny_model.eval()(collate_packed(one_each([example]))) for example in examples)
     hook.remove()
     assert len(calls) == 1
     assert torch.equal(judged.detection.pred_boxes, predicted.detection.pred_boxes)
@@ -116,7 +116,7 @@ def test_nothing_is_read_from_the_device_between_the_language_model_and_the_matc
 ) -> None:
     """A GPU would have to finish what is queued, and the host could not queue the head's pass meanwhile."""
     network = make_model(tiny_config(**{**ALL_SWITCHES, "matcher": {}})).model.train(is_training)
-    batch = collate_packed([tiny_examples[name] for name in names])
+    batch = collate_packed(one_each([tiny_examples[name] for name in names]))
     waits = Waits()
     for name in ("tolist", "cpu"):  # which the mode does not see on a CPU
         method = getattr(Tensor, name)
@@ -144,7 +144,7 @@ def test_without_auxiliary_losses_the_last_layer_alone_is_taught(
 ) -> None:
     """Of the first group of queries, of the others and of the denoising queries."""
     model = make_model(tiny_config(detection_head={"aux_loss": False, "num_query_groups": 2, "num_layers": 3}))
-    outputs = model(collate_packed([tiny_examples["two"]]))
+    outputs = model(collate_packed(one_each([tiny_examples["two"]])))
     assert outputs.denoising is not None
     taught = (outputs.detection, *outputs.detection.groups, outputs.denoising[1])
     assert len(taught) == 3 and not any(queried.aux_outputs for queried in taught)
@@ -157,7 +157,7 @@ def test_caption_costs_are_those_of_one_query_after_the_other(
     """Of every layer, image, query and object: the unlikelihood of the object's first token, teacher-forced alone."""
     network = make_model(tiny_config(**ALL_SWITCHES)).model
     names = ["two", "crowded", "empty", "unannotated"]
-    outputs = network(Sealed(collate_packed([tiny_examples[name] for name in names])))
+    outputs = network(Sealed(collate_packed(one_each([tiny_examples[name] for name in names]))))
     costs = network._caption_costs(outputs.detection, outputs.memory, outputs.targets)
     layers = outputs.detection.layers()
     assert costs.shape == (len(layers), 4, NUM_QUERIES, NUM_QUERIES + 1) and not costs[0].any()
@@ -191,7 +191,7 @@ def test_equal_boxes_are_told_apart_by_their_captions(
     box = example.target["boxes"][:1].expand(2, 4)
     found = []
     for tokens in ((40, 50), (50, 40)):
-        outputs = model(collate_packed([replace(example, target=caption_target(box, *tokens))]))
+        outputs = model(collate_packed(one_each([replace(example, target=caption_target(box, *tokens))])))
         for matches in outputs.matches:
             by_object = matches.query[matches.target.argsort()].tolist()
             found.append(dict(zip(tokens, by_object, strict=True)))
@@ -216,7 +216,7 @@ def test_only_matched_queries_are_captioned_in_training(
     tiny_model: JointModel, tiny_examples: dict[str, Example]
 ) -> None:
     """The captions' logits are as many as the matched captions' tokens, and depend on the matched queries alone."""
-    batch = collate_packed([tiny_examples["two"], tiny_examples["crowded"], tiny_examples["empty"]])
+    batch = collate_packed(one_each([tiny_examples["two"], tiny_examples["crowded"], tiny_examples["empty"]]))
     outputs = tiny_model(batch)
     (gradient,) = torch.autograd.grad(outputs.caption_logits.square().sum(), outputs.detection.query_features)
     matches = outputs.matches[-1]
@@ -280,7 +280,9 @@ def test_labels_of_captions_in_any_language(
     processor = load_processor(config)
     objects = [Object((10.0 * i, 5.0, 10.0 * i + 30, 50.0), caption) for i, caption in enumerate(captions)]
     sample = replace(make_samples()["two"], objects=tuple(objects))
-    outputs = make_model(config)(collate_packed([build_encoder(config, processor)(sample), tiny_examples["one"]]))
+    outputs = make_model(config)(
+        collate_packed(one_each([build_encoder(config, processor)(sample), tiny_examples["one"]]))
+    )
     text = processor.tokenizer.decode(outputs.caption_labels[outputs.caption_images == 0])
     end = processor.tokenizer.eos_token
     assert text.split(end) == [*captions, ""]

@@ -16,7 +16,7 @@ from PIL import Image
 from convert.shapes import draw_scene
 from convert.writer import write_split
 from recipe.build import build_encoder, load_model
-from recipe.data.collate import collate_standard
+from recipe.data.collate import collate_standard, one_each
 from recipe.export import main as export
 from recipe.export import parse as parse_export
 from recipe.predict import encode_picture, main, parse
@@ -64,7 +64,7 @@ def test_boxes_are_in_pixels_of_the_original(trained_checkpoint: Path, picture: 
     example = encode_picture(picture.read_bytes(), "scene", encoder)
     assert example.image_grid_thw.tolist() == [[1, 196 // 14, 308 // 14]]
     with torch.no_grad():
-        outputs = model.eval()(collate_standard([example], encoder.pad_token_id)).detection
+        outputs = model.eval()(collate_standard(one_each([example]), encoder.pad_token_id)).detection
     scores, order = outputs.pred_objectness[0].sigmoid().sort(descending=True)
     assert [item["score"] for item in row["objects"]] == pytest.approx(scores.tolist(), abs=1e-4)
     for item, (x, y, width, height) in zip(row["objects"], outputs.pred_boxes[0][order].tolist(), strict=True):
@@ -376,9 +376,9 @@ def test_teachers_are_shown_before_each_picture(
 ):
     shown: list[Example] = []
 
-    def recorded(examples: Sequence[Example], pad: int) -> Any:
-        shown.extend(examples)
-        return collate_standard(examples, pad)
+    def recorded(packs: Sequence[Pack], pad: int) -> Any:
+        shown.extend(example for pack in packs for example in pack.examples)
+        return collate_standard(packs, pad)
 
     monkeypatch.setattr("recipe.predict.collate_standard", recorded)
     other = tmp_path / "other.png"

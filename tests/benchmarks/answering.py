@@ -42,13 +42,13 @@ from recipe.build import build_encoder, load_model
 from recipe.config import RecipeConfig
 from recipe.configure import load_config
 from recipe.data.chat import answer_frame, text_to_objects
-from recipe.data.collate import collate_standard
+from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.joint import JointModel
 from recipe.metrics.answers import AnswerBoxes
 from recipe.metrics.calibration import Calibration
 from recipe.predict import encode_picture
-from recipe.prediction.decode import predict_batch
+from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.generate import generate_answers
 from recipe.schema import Batch, Prediction, Sample
 from recipe.upstream.storage import CheckedDataset, open_streams
@@ -86,17 +86,16 @@ def make_batches(samples: Sequence[Sample], batch_size: int, encoder: Encoder, d
     """Prompts alone: the truth is in no batch."""
     examples = [encode_picture(sample.image, sample.id, encoder) for sample in samples]
     starts = range(0, len(examples), batch_size)
-    collated = [collate_standard(examples[start : start + batch_size], encoder.pad_token_id) for start in starts]
+    collated = [
+        collate_standard(one_each(examples[start : start + batch_size]), encoder.pad_token_id) for start in starts
+    ]
     return [device.batch_to_device(batch) for batch in collated]
 
 
 def by_head(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Prediction]:
     """The objects above the run's score threshold."""
-    outputs = model(batch)
     evaluation = replace(config.evaluation, generate_answer=False)
-    predictions = predict_batch(
-        model.model, batch, outputs.detection, outputs.memory, model.tokenizer, evaluation, config.prompt
-    )
+    _, predictions = predict(model.model, batch, Decoding(model.tokenizer, evaluation, config.prompt))
     return [
         replace(prediction, answer="", answer_objects=above(prediction, evaluation.score_threshold))
         for prediction in predictions

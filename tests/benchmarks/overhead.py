@@ -59,6 +59,7 @@ from recipe.callbacks.loss_terms import LossShares
 from recipe.callbacks.throughput import Throughput
 from recipe.config import DetectionHeadConfig, LoaderConfig, ModelConfig, NaNRollbackConfig, PackingConfig, RecipeConfig
 from recipe.data.loader import build_train_loader, get_num_tokens_in_batch
+from recipe.losses.counts import split_batch
 from recipe.optim.groups import build_optimizer
 from recipe.optim.schedule import build_curve
 from recipe.tiny import build_tiny_checkpoint
@@ -188,7 +189,9 @@ def train(config: RecipeConfig) -> tuple[list[Row], Trainer, float]:
         stopwatch.watch(callback, "run_event", name, idle=lambda: None)
     trainer = Trainer(
         model=model,
-        train_dataloader=build_train_loader(config, build_encoder(config, processor), None, microbatch_size=1),
+        train_dataloader=build_train_loader(
+            config, build_encoder(config, processor), None, microbatch_size=1, split_batch=split_batch
+        ),
         optimizers=optimizer,
         schedulers=build_curve(config.scheduler),
         algorithms=[*algorithms, clipping, guard],

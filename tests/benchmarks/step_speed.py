@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from convert.shapes import draw_scene
 from recipe.build import build_encoder, build_model, load_processor
 from recipe.config import RecipeConfig
-from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.joint import JointModel
 from recipe.models.attention import packed_mask
 from recipe.optim.groups import build_optimizer
@@ -99,7 +99,7 @@ def step_seconds(config: RecipeConfig, examples: Sequence[Example], repeats: int
     """Core-seconds of a step, in each way: medians of interleaved repeats, after one that warms up and is checked."""
     AttentionInterface.register(DENSE, dense_sdpa)
     AttentionMaskInterface.register(DENSE, packed_mask)
-    packed = collate_packed(examples)
+    packed = collate_packed(one_each(examples))
     steps = {
         "packed": Step(config, "auto", packed),
         "padded": Step(config, "auto", partial(collate_standard, pad_token_id=0)(examples)),
