@@ -20,11 +20,12 @@ from recipe.data.loader import build_eval_loader
 from recipe.data.stream import read_teachers
 from recipe.metrics.calibration import (
     CALIBRATION_FILE,
-    Calibration,
     calibration_text,
+    detections_of_halves,
     find_calibration,
     write_calibration,
 )
+from recipe.metrics.gather import MetricEntry
 from recipe.optim.fsdp import build_parallelism
 from recipe.upstream.agreement import DIST_TIMEOUT
 from recipe.upstream.shared_memory import clean_dead_shared_memory
@@ -73,10 +74,10 @@ def calibrate(trainer: Trainer, config: RecipeConfig) -> None:
     """Writes and prints the calibration of the scores that were just evaluated; a warning where there is none."""
     path = Path(config.run_folder, CALIBRATION_FILE)
     path.unlink(missing_ok=True)  # an earlier one may be of other weights
-    sources = [getattr(metric, "source", None) for metric in trainer.state.eval_metrics["eval"].values()]
-    metric = next(source for source in sources if isinstance(source, Calibration))
+    entry = next(iter(trainer.state.eval_metrics["eval"].values()))
+    assert isinstance(entry, MetricEntry)
     try:
-        found = find_calibration(*metric.halves(), config.evaluation, metric.floor, metric.num_bins)
+        found = find_calibration(*detections_of_halves(entry.source), config.evaluation)
     except ValueError as error:
         log.warning("no %s is written: %s", CALIBRATION_FILE, error)
         return

@@ -1,6 +1,8 @@
 """The model that Composer's Trainer sees: where the network, the losses and the metrics meet."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +15,16 @@ from recipe.config import EvaluationConfig, LossConfig, PromptConfig
 from recipe.losses.counts import UNIT_COUNTS, count_losses
 from recipe.losses.detection import base_term, caption_loss, denoising_losses, detection_losses
 from recipe.losses.language import language_losses
-from recipe.metrics.answers import AnswerBoxes
-from recipe.metrics.boxes import BoxAveragePrecision, CategoryAveragePrecision, ExpressionAccuracy, QueryRecall
-from recipe.metrics.calibration import Calibration
-from recipe.metrics.captions import CaptionCider, CaptionMatch, DenseCaptioningMAP
-from recipe.metrics.gather import LossAverage, MetricEntry, metric_entries
-from recipe.metrics.scorers import default_text_scorer
+from recipe.metrics.answers import answer_boxes
+from recipe.metrics.boxes import box_average_precision, category_average_precision, expression_accuracy, query_recall
+from recipe.metrics.calibration import calibration
+from recipe.metrics.captions import caption_cider, caption_match, dense_captioning
+from recipe.metrics.gather import Evaluation
+from recipe.metrics.scorers import TextScorer, default_text_scorer
 from recipe.models.network import JointNetwork
 from recipe.models.sharding import Sealed
 from recipe.prediction.decode import Decoding, predict
-from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts
+from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts, Prediction, Sample
 
 
 class JointModel(ComposerModel):
@@ -92,28 +94,37 @@ class JointModel(ComposerModel):
         """Return the metrics of `eval`, each a scalar under its own name."""
         if is_train:
             return {}
-        threshold, scorer = self.evaluation.score_threshold, default_text_scorer()
-        boxes, categories, captions = BoxAveragePrecision(), CategoryAveragePrecision(), CaptionMatch(threshold, scorer)
-        dense_captions = DenseCaptioningMAP(scorer)
-        sources: dict[Metric, tuple[str, ...]] = {
-            boxes: boxes.names,
-            categories: categories.names,
-            dense_captions: dense_captions.names,
-            captions: captions.names,
-            CaptionCider(threshold): ("caption_cider_d",),
-            QueryRecall(self.model.detection_head.num_queries): ("recall_ceiling", "query_recall50"),
-            ExpressionAccuracy(): ("refcoco_acc", "refcoco_samples"),
-            Calibration(): ("ece", "best_score_threshold", "best_f1"),
-            LossAverage(): tuple(LossAverage.denominators),
-        }
-        if self.evaluation.generate_answer:
-            sources[AnswerBoxes()] = ("text_f1", "text_f1_95", "text_miou", "text_parse_failure_rate")
-        return {name: entry for source, names in sources.items() for name, entry in metric_entries(source, names)}
+        scores = partial(
+            all_scores,
+            num_queries=self.model.detection_head.num_queries,
+            score_threshold=self.evaluation.score_threshold,
+            scorer=default_text_scorer(),
+            with_answers=self.evaluation.generate_answer,
+        )
+        return Evaluation(scores).entries()
 
     def update_metric(self, batch: Batch, outputs: EvalOutputs, metric: Metric) -> None:
         """Add one evaluation batch to a metric."""
-        assert isinstance(metric, MetricEntry)
-        if isinstance(metric.source, LossAverage):
-            metric.update(outputs.loss_sums, outputs.counts)
-        else:
-            metric.update(outputs.predictions, batch["samples"])
+        metric.update(outputs.predictions, batch["samples"], outputs.loss_sums, outputs.counts)
+
+
+def all_scores(
+    predictions: Sequence[Prediction],
+    samples: Sequence[Sample],
+    num_queries: int,
+    score_threshold: float,
+    scorer: TextScorer,
+    with_answers: bool,
+) -> dict[str, float]:
+    """Return every score that an evaluation reports, losses apart."""
+    return {
+        **box_average_precision(predictions, samples),
+        **category_average_precision(predictions, samples),
+        **dense_captioning(predictions, samples, scorer),
+        **caption_match(predictions, samples, score_threshold, scorer),
+        **caption_cider(predictions, samples, score_threshold),
+        **query_recall(predictions, samples, num_queries),
+        **expression_accuracy(predictions, samples),
+        **calibration(predictions, samples),
+        **(answer_boxes(predictions, samples) if with_answers else {}),
+    }

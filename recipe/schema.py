@@ -15,8 +15,7 @@ Box formats
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -431,6 +430,15 @@ class DetectedObject:
     score: float
     caption: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {"box": list(self.box), "score": self.score, "caption": self.caption}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> DetectedObject:
+        """Read what `to_json` wrote; the objects of a text answer have no score, which is 1."""
+        return cls(tuple(row["box"]), row.get("score", 1.0), row["caption"])
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -457,58 +465,31 @@ class Prediction:
     with_head: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads: boxes in hundredths of a pixel, scores by `rounded_score`."""
-
-        def rows(objects: Sequence[DetectedObject], with_score: bool) -> list[dict[str, Any]]:
-            return [
-                {
-                    "box": [round(value, 2) for value in item.box],
-                    **({"score": rounded_score(item.score)} if with_score else {}),
-                    "caption": item.caption,
-                }
-                for item in objects
-            ]
-
+        """Return what `from_json` reads, without loss."""
+        answered = None if self.answer_objects is None else [item.to_json() for item in self.answer_objects]
+        for row in answered or ():
+            if row["score"] == 1:  # as all objects of a text answer have
+                del row["score"]
         return {
             "id": self.id,
             "width": self.width,
             "height": self.height,
-            "objects": rows(self.objects, True) if self.with_head else None,
+            "objects": [item.to_json() for item in self.objects] if self.with_head else None,
             "answer": self.answer,
-            "answer_objects": None if self.answer_objects is None else rows(self.answer_objects, False),
+            "answer_objects": answered,
             "answer_is_cut": self.answer_is_cut,
         }
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Prediction:
-        """Read a row written by `to_json`, or by a version that did not know `answer_is_cut`.
-
-        Raises:
-            ValueError: A field is missing or of another type; the message names it and its value.
-        """
-        _check(row, {"id": "a text", "width": "a number", "height": "a number"})
-        objects: dict[str, tuple[DetectedObject, ...] | None] = {"objects": None, "answer_objects": None}
-        for name in objects:
-            if row[name] is not None:
-                _check(row, {name: "a list"})
-                kinds = {"box": "four numbers", "caption": "a text"}
-                kinds |= {"score": "a number"} if name == "objects" else {}
-                for index, item in enumerate(row[name]):
-                    _check({f"{name}[{index}]": item}, {f"{name}[{index}]": "an object"})
-                    _check(item, kinds, f"{name}[{index}].")
-                objects[name] = tuple(
-                    DetectedObject(tuple(item["box"]), item.get("score", 1.0), item["caption"]) for item in row[name]
-                )
-        return cls(
-            row["id"],
-            row["width"],
-            row["height"],
-            objects["objects"] or (),
-            row["answer"],
-            objects["answer_objects"],
-            bool(row.get("answer_is_cut")),
-            with_head=objects["objects"] is not None,
+        """Read what `to_json` wrote, or a version that did not know `answer_is_cut`."""
+        objects, answered = (
+            None if row[name] is None else tuple(map(DetectedObject.from_json, row[name]))
+            for name in ("objects", "answer_objects")
         )
+        is_cut = bool(row.get("answer_is_cut"))
+        size = (row["width"], row["height"])
+        return cls(row["id"], *size, objects or (), row["answer"], answered, is_cut, objects is not None)
 
 
 @dataclass(frozen=True)
@@ -520,7 +501,7 @@ class PredictedFile:
         file: Path of the image, as the command line named it.
         image_id: In COCO results; None in files of older versions.
         prediction: Holds the objects from `score_threshold` up; None if the image could not be used.
-        score_threshold: None if the head was not asked, or in files of older versions.
+        score_threshold: None if the head was not asked, and in files of older versions.
         error: Why the image could not be used.
     """
 
@@ -532,58 +513,19 @@ class PredictedFile:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        unknown = ("width", "height", "objects", "answer", "answer_objects", "answer_is_cut")
-        known = dict.fromkeys(unknown) if self.prediction is None else self.prediction.to_json()
-        return {
-            "id": self.id,
-            "file": self.file,
-            "image_id": self.image_id,
-            "width": known["width"],
-            "height": known["height"],
-            "score_threshold": None if self.score_threshold is None else rounded_score(self.score_threshold),
-            **{name: known[name] for name in unknown[2:]},
-            "error": self.error,
-        }
+        """Return what `from_json` reads: everything but `error` and the names is null if the image was not used."""
+        names = ("width", "height", "objects", "answer", "answer_objects", "answer_is_cut")
+        known = dict.fromkeys(names) if self.prediction is None else self.prediction.to_json()
+        row = {"id": self.id, "file": self.file, "image_id": self.image_id, **{name: known[name] for name in names[:2]}}
+        row["score_threshold"] = self.score_threshold
+        return {**row, **{name: known[name] for name in names[2:]}, "error": self.error}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> PredictedFile:
-        """Read a row written by `to_json`, or by a version that did not know `score_threshold`.
-
-        Raises:
-            ValueError: A field is missing or of another type; the message names it and its value.
-        """
-        _check(row, {"id": "a text", "file": "a text"})
-        if row.get("score_threshold") is not None:
-            _check(row, {"score_threshold": "a number"})
-        if row["error"] is not None:
-            return cls(row["id"], row["file"], row.get("image_id"), None, row.get("score_threshold"), row["error"])
-        prediction = Prediction.from_json(row)
-        return cls(row["id"], row["file"], row.get("image_id"), prediction, row.get("score_threshold"))
-
-
-def rounded_score(score: float) -> float:
-    """Return a score as it is written: six significant digits, so that small ones keep their order too."""
-    return float(f"{score:.6g}")
-
-
-def _check(row: Mapping[str, Any], kinds: Mapping[str, str], prefix: str = "") -> None:
-    for name, kind in kinds.items():
-        if not _IS[kind](row.get(name)):
-            raise ValueError(f"{prefix}{name} is {row.get(name)!r}, not {kind}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_IS: Mapping[str, Callable[[Any], bool]] = {
-    "a text": lambda value: isinstance(value, str),
-    "a number": _is_number,
-    "four numbers": lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)),
-    "a list": lambda value: isinstance(value, list),
-    "an object": lambda value: isinstance(value, dict),
-}
+        """Read what `to_json` wrote, or a version that did not know `score_threshold`."""
+        prediction = None if row["error"] is not None else Prediction.from_json(row)
+        threshold = row.get("score_threshold")
+        return cls(row["id"], row["file"], row.get("image_id"), prediction, threshold, row["error"])
 
 
 @dataclass

@@ -12,7 +12,7 @@ from recipe.algorithms.nan_rollback import DIVERGED, TrainingDiverged
 from recipe.build import build_algorithms, build_encoder, build_model, load_processor, with_caption_length
 from recipe.callbacks.table import build_callbacks, build_loggers, build_savers
 from recipe.checkpoints.check import describe
-from recipe.checkpoints.resume import is_finished, load_keywords, restore_random_states, safe_loading
+from recipe.checkpoints.resume import is_finished, load_keywords, safe_loading
 from recipe.checkpoints.save import without_saving
 from recipe.checkpoints.sigterm import exit_on_sigterm, ignore_sigterm
 from recipe.checks import config_from_command_line
@@ -26,6 +26,7 @@ from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from recipe.optim.schedule import build_curve
 from recipe.upstream.agreement import DIST_TIMEOUT
+from recipe.upstream.composer_state import restore_random_states
 from recipe.upstream.shared_memory import clean_dead_shared_memory
 
 log = logging.getLogger("recipe.train")  # its __name__ is __main__

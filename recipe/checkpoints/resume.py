@@ -10,7 +10,7 @@ from typing import Any
 
 import composer.algorithms
 from composer import Trainer
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri, reproducibility
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.file_helpers import extract_path_from_symlink
 from torch.serialization import safe_globals
 
@@ -85,15 +85,6 @@ def is_finished(trainer: Trainer) -> bool:
     if finished:
         log.warning("the run has ended at %s already: raise trainer.max_duration to go on", trainer.state.max_duration)
     return finished
-
-
-def restore_random_states(trainer: Trainer) -> None:
-    """Puts back every rank's random states, as they were after the batch that a run resumed from; before `fit`.
-
-    Composer does so in the midst of an epoch only where it skips the epoch's first batches itself.
-    """
-    if trainer._rng_state is not None:
-        reproducibility.load_rng_state(trainer._rng_state)
 
 
 def _look(config: RecipeConfig, origin: Origin) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils import _pytree as pytree
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.models.caption_decoder import CaptionDecoder
@@ -29,6 +28,7 @@ from recipe.schema import (
     Memory,
     Target,
 )
+from recipe.upstream.torch_private import register_dataclass
 
 Result = TypeVar("Result")
 
@@ -37,7 +37,7 @@ AVERAGE = "average."  # begins the names of averaged weights in a network: avera
 
 # FSDP2 finds the tensors that pass in and out of its units only in structures that it knows.
 for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
-    pytree.register_dataclass(kind)
+    register_dataclass(kind)
 
 
 class JointNetwork(nn.Module):

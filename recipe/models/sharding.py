@@ -6,7 +6,8 @@ import torch
 from composer.utils import dist
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._runtime_utils import _reshard
+
+from recipe.upstream.torch_private import reshard_fsdp1
 
 Content = TypeVar("Content")
 
@@ -32,8 +33,8 @@ def reshard(root: nn.Module) -> None:
     """
     if isinstance(root, FSDPModule):
         root.reshard()
-    elif isinstance(root, FullyShardedDataParallel) and root._handle is not None and root._handle.uses_sharded_strategy:
-        _reshard(root, root._handle, free_unsharded_flat_param=True)
+    else:
+        reshard_fsdp1(root)
 
 
 def on_all_ranks(condition: bool, device: torch.device) -> bool:

@@ -45,8 +45,8 @@ from recipe.data.chat import answer_frame, text_to_objects
 from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.joint import JointModel
-from recipe.metrics.answers import AnswerBoxes
-from recipe.metrics.calibration import Calibration
+from recipe.metrics.answers import answer_boxes
+from recipe.metrics.calibration import calibration
 from recipe.predict import encode_picture
 from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.generate import generate_answers
@@ -202,9 +202,9 @@ def row_of(way: str, timings: Sequence[Timing], samples: Sequence[Sample]) -> Ro
     boxes = sum(len(prediction.answer_objects or ()) for prediction in predictions)
     seconds = median(timing.seconds for timing in timings)
     own = median(timing.seconds - timing.shared for timing in timings)
-    metric = AnswerBoxes()
-    metric.update(predictions, list(samples))
-    return Row(way, boxes, boxes / seconds, boxes / own, len(samples) / seconds, float(metric.compute()["text_f1"]))
+    return Row(
+        way, boxes, boxes / seconds, boxes / own, len(samples) / seconds, answer_boxes(predictions, samples)["text_f1"]
+    )
 
 
 def measure(
@@ -247,9 +247,7 @@ def report_of(head: Row, text: Row, batch_size: int) -> dict[str, float | None]:
 
 def report_best(predictions: Sequence[Prediction], samples: Sequence[Sample], threshold: float) -> None:
     """Prints what the head could reach at another threshold."""
-    metric = Calibration()
-    metric.update(list(predictions), list(samples))
-    scores = {name: float(value) for name, value in metric.compute().items()}
+    scores = calibration(predictions, samples)
     print(
         f"score threshold of the run {threshold:g}; the best for these pictures would be "
         f"{scores['best_score_threshold']:.3f}, with F1 {scores['best_f1']:.3f}"
