@@ -6,9 +6,19 @@ status is 1. Stopped or failed, it leaves in both files what was done until then
 page of DIR, beside the truth where it is known.
 """
 
+import sys
+
+from recipe.configure import load_config, one_line_errors
+from recipe.console import setup_logging
+from recipe.prediction.options import read_command_line
+
+if __name__ == "__main__":
+    setup_logging()
+    with one_line_errors():
+        ARGUMENTS = read_command_line(sys.argv[1:])  # before the imports below, which take seconds
+
 import argparse
 import signal
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +34,7 @@ from tqdm import tqdm
 
 from convert.annotated import read_coco, read_image_ids
 from recipe.build import build_encoder, load_model
-from recipe.config import EvaluationConfig, PromptConfig, RecipeConfig
-from recipe.configure import load_config
-from recipe.console import setup_logging
+from recipe.config import EvaluationConfig, PromptConfig, view_trainer
 from recipe.data.chat import checked
 from recipe.data.collate import collate_standard
 from recipe.data.encode import Encoder
@@ -46,65 +54,6 @@ from recipe.prediction.files import (
 from recipe.prediction.inputs import entries_of, find_pictures, read_annotated_folder, unique_names
 from recipe.redact import redact_text
 from recipe.schema import Example, Prediction, Sample
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Find and describe the objects of pictures.")
-    parser.add_argument("images", nargs="+", metavar="PICTURE", help="a file, a folder to search, or a quoted glob")
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .pt file, or a folder from export.py")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of predictions.json and the drawings")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in DIR")
-    parser.add_argument("--no-drawings", action="store_true", help="write the JSON files alone")
-    parser.add_argument("--config", metavar="YAML", help="default: what was saved with the checkpoint")
-    parser.add_argument(
-        "--answer",
-        choices=("text", "boxes", "both"),
-        help="text: the language model's, boxes: the head's; default: the run's",
-    )
-    parser.add_argument("--score-threshold", type=float, metavar="F", help="least score; default: the run's")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores and their threshold"
-    )
-    parser.add_argument("--nms-iou", type=float, metavar="F", help="of two boxes that overlap more, one goes")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="beam search of captions; default: the run's")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once; default %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
-    parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
-    parser.add_argument(
-        "--expression", action="append", metavar="TEXT", help="look for this (candidate phrase); repeatable"
-    )
-    parser.add_argument(
-        "--teachers",
-        type=Path,
-        metavar="FOLDER",
-        help="solved examples: MDS shards, or a .jsonl and pictures",
-    )
-    parser.add_argument(
-        "--num-teachers",
-        type=int,
-        metavar="N",
-        help="first N of FOLDER; default: as in training, else all",
-    )
-    parser.add_argument("--truth", type=Path, metavar="JSON", help="COCO instances file: draw the truth beside")
-    parser.add_argument(
-        "--image-ids", type=Path, metavar="JSON", help="COCO instances file with their ids; default: 1, 2, ..."
-    )
-    args = parser.parse_args(arguments)
-    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
-        parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
-    if args.nms_iou is not None and not 0 < args.nms_iou < 1:
-        parser.error(f"--nms-iou {args.nms_iou}: must be between 0 and 1")
-    for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
-        if any(text is not None and not text.strip() for text in texts):
-            parser.error(f"--{name}: asks nothing; give a text, or leave it out for the run's prompt")
-    for name in ("batch_size", "max_new_tokens", "num_teachers", "num_beams"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if args.num_teachers is not None and args.teachers is None:
-        parser.error("--num-teachers needs --teachers FOLDER")
-    return args
 
 
 def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
@@ -161,7 +110,8 @@ class Predictor:
     Attributes:
         model: In evaluation mode, on `device`.
         encoder: Of the prompt that is asked.
-        config: The run's, with what the command line says otherwise.
+        evaluation: The run's, changed by the command line.
+        precision: The run was evaluated in; None: Composer's default for the device.
         device: Of the model.
         teachers: Solved examples shown before each picture, in order; one more than `num_teachers` where there are.
         num_teachers: How many each picture is shown: a picture is never its own teacher.
@@ -171,7 +121,8 @@ class Predictor:
 
     model: JointModel
     encoder: Encoder
-    config: RecipeConfig
+    evaluation: EvaluationConfig
+    precision: str | None
     device: Device
     teachers: Sequence[Sample]
     num_teachers: int
@@ -236,7 +187,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     device = get_device()
     teachers = [] if args.teachers is None else read_annotated_folder(args.teachers)
     model, processor, config = load_model(args.checkpoint, load_config(args.config) if args.config else None)
-    config = replace(config, evaluation=evaluation_of(args, config.evaluation), prompt=prompt_of(args, config.prompt))
+    evaluation, prompt = evaluation_of(args, config.evaluation), prompt_of(args, config.prompt)
     num_teachers = args.num_teachers or config.teachers.num_teachers or len(teachers)
     if args.num_teachers is not None and args.num_teachers > len(teachers):
         raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated pictures")
@@ -246,8 +197,9 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         )
     return Predictor(
         model=device.module_to_device(model.eval()),
-        encoder=build_encoder(config, processor, keep_image=True),
-        config=config,
+        encoder=build_encoder(processor, model.model, config.image, prompt, config.max_seq_len, keep_image=True),
+        evaluation=evaluation,
+        precision=view_trainer(config).precision,
         device=device,
         teachers=teachers[: num_teachers + 1],
         num_teachers=num_teachers,
@@ -292,14 +244,19 @@ def check_size(sample: Sample, truth: Sample | None) -> None:
 
 
 def predict_examples(
-    examples: Sequence[Example], model: JointModel, encoder: Encoder, config: RecipeConfig, device: Device
+    examples: Sequence[Example],
+    model: JointModel,
+    encoder: Encoder,
+    evaluation: EvaluationConfig,
+    precision: str | None,
+    device: Device,
 ) -> list[Prediction]:
-    """One prediction an example, in the precision that the run was evaluated in.
+    """Return one prediction per example, in the precision that the run was evaluated in.
 
     Raises:
         ValueError: They are too many for the device's memory.
     """
-    precision = config.trainer.get("precision") or ("amp_fp16" if isinstance(device, DeviceGPU) else "fp32")
+    precision = precision or ("amp_fp16" if isinstance(device, DeviceGPU) else "fp32")
     batch = device.batch_to_device(collate_standard(examples, encoder.pad_token_id))
     try:
         with torch.inference_mode(), get_precision_context(precision):
@@ -310,8 +267,8 @@ def predict_examples(
                 outputs.detection,
                 outputs.memory,
                 encoder.tokenizer,
-                config.evaluation,
-                config.prompt,
+                evaluation,
+                encoder.prompt,
             )
     except torch.OutOfMemoryError as error:
         raise ValueError(f"{len(examples)} pictures at once are too many for the GPU: lower --batch-size") from error
@@ -335,7 +292,7 @@ def report(rows: Sequence[Mapping[str, Any]], out: Path, left_out: Counter[str])
 
 def _predict_files(predictor: Predictor, pictures: Sequence[Picture], out: Path) -> list[dict[str, Any]]:
     """One row a picture, in order; draws those that could be read."""
-    encoder, config = predictor.encoder, predictor.config
+    encoder, evaluation = predictor.encoder, predictor.evaluation
     examples: list[Example] = []
     shown: list[tuple[Sample | None, list[Sample]]] = []
     failures: dict[str, ValueError] = {}
@@ -349,8 +306,12 @@ def _predict_files(predictor: Predictor, pictures: Sequence[Picture], out: Path)
             shown.append((picture.truth, teachers))
         except ValueError as error:
             failures[picture.name] = error
-    threshold, with_head = config.evaluation.score_threshold, predictor.with_head
-    predictions = predict_examples(examples, predictor.model, encoder, config, predictor.device) if examples else []
+    threshold, with_head = evaluation.score_threshold, predictor.with_head
+    predictions = (
+        predict_examples(examples, predictor.model, encoder, evaluation, predictor.precision, predictor.device)
+        if examples
+        else []
+    )
     for example, (truth, teachers), prediction in zip(examples, shown, predictions, strict=True):
         if predictor.with_drawings:
             image = open_image(example.sample.image)
@@ -373,9 +334,8 @@ def _save(drawing: Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    setup_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally`, as Ctrl-C
     try:
-        sys.exit(1 if main(parse(sys.argv[1:])) else 0)
+        sys.exit(1 if main(ARGUMENTS) else 0)
     except ValueError as error:
         sys.exit(redact_text(f"error: {error}"))

@@ -81,8 +81,7 @@ def train(
     parallelism = None
     if mode != "ddp":
         fsdp = {"mixed_precision": "FULL", "state_dict_type": "sharded"}
-        trainer_section = {"parallelism_config": {"fsdp": fsdp}}
-        parallelism = build_parallelism(model, trainer_section, int(mode.removeprefix("fsdp")))
+        parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
     trainer = Trainer(
         model=model,
         parallelism_config=parallelism,
@@ -94,7 +93,9 @@ def train(
         ),
         optimizers=build_optimizer(model, config.optimizer),
         schedulers=build_curve(config.scheduler),
-        algorithms=[StagedFreezing(build_schedule(config))] if algorithms is None else list(algorithms),
+        algorithms=[StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer))]
+        if algorithms is None
+        else list(algorithms),
         max_duration=duration,
         device="cpu",
         precision="fp32",

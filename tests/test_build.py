@@ -44,7 +44,7 @@ def test_every_switch_reaches_its_module(
     section: str, switch: str, value: Any, read: Read, tiny_config: Callable[..., RecipeConfig]
 ) -> None:
     config = tiny_config(**{section: {switch: value}})
-    network = build_model(config, load_processor(config)).model
+    network = build_model(config, load_processor(config.model.pretrained_model_name_or_path)).model
     assert read(network) == ({value} if switch == "dropout" else value)
 
 
@@ -72,13 +72,15 @@ def test_the_matcher_is_given_the_focal_parameters(
 def test_a_width_that_does_not_fit_is_told(
     width: int, num_heads: int, named: str, tiny_config: Callable[..., RecipeConfig]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"detection_head.width {width} is no multiple of {named}"):
+    with pytest.raises(ConfigError, match=f"detection_head.width {width} is not a multiple of {named}"):
         make_model(tiny_config(detection_head={"width": width, "num_heads": num_heads}))
 
 
 def test_captions_begin_where_their_boxes_are(tiny_config: Callable[..., RecipeConfig]) -> None:
     config = tiny_config()
-    for layer in build_model(config, load_processor(config)).model.caption_decoder.layers:
+    for layer in build_model(
+        config, load_processor(config.model.pretrained_model_name_or_path)
+    ).model.caption_decoder.layers:
         attention = layer.cross_attention
         assert attention.query_position is not None and attention.key_position is not None
         assert torch.equal(attention.query_position.weight, attention.key_position.weight)

@@ -160,7 +160,7 @@ def test_the_heads_switches_need_more() -> None:
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     main([YAML, "--world-size", "8", "optimizer.lr_vision=0", "trainer.parallelism_config=null"])
     printed = capsys.readouterr().out
-    for word in ("8 x DDP", "vision", "frozen", "moments", "snapshot", "total", f"{CAPTION_TOKENS} tokens a caption"):
+    for word in ("8 x DDP", "vision", "frozen", "moments", "snapshot", "total", f"{CAPTION_TOKENS} tokens per caption"):
         assert word in printed
     sharded = config_of("Qwen/Qwen2.5-VL-7B-Instruct", "trainer.parallelism_config.fsdp={}")
     assert "64 x FSDP" in table(sharded, build_on_meta(sharded), 64)

@@ -11,13 +11,12 @@ import yaml
 
 from convert.shapes import draw_scene
 from recipe.checkpoints.weights import find_config
-from recipe.checks import check_config
 from recipe.config import RecipeConfig
-from recipe.configure import load_config
+from recipe.configure import check_config, load_config
 from recipe.eval import main as evaluate
 from recipe.metrics.calibration import KEYS
 from recipe.predict import main as predict
-from recipe.predict import parse as parse_predict
+from recipe.prediction.options import parse as parse_predict
 
 
 @pytest.fixture

@@ -119,7 +119,7 @@ def test_pixel_budget_of_the_run_is_exported(exported: Path, tmp_path: Path):
     found = AutoProcessor.from_pretrained(tmp_path).image_processor(picture, return_tensors="pt")["image_grid_thw"]
     _, expected = patchify(picture, image_spec(processor.image_processor, config.image))
     assert found[0].tolist() == list(expected) == [1, 8, 8]
-    found = image_spec(load_processor(config).image_processor, ImageConfig())
+    found = image_spec(load_processor(config.model.pretrained_model_name_or_path).image_processor, ImageConfig())
     assert found.max_pixels > 200 * 200, "the loaded processor is left as it was"
 
 

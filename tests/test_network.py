@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import recipe.models.network
-from recipe.build import build_encoder, load_processor
+from recipe.build import load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, one_each
 from recipe.joint import JointModel
@@ -25,6 +25,7 @@ from tests.tiny_cases import (
     NUM_QUERIES,
     losses_and_gradients,
     make_batches,
+    make_encoder,
     make_model,
     make_samples,
 )
@@ -277,12 +278,11 @@ def test_labels_of_captions_in_any_language(
     """What the decoder is taught to write, token after token, reads as the captions, each ended once."""
     captions = ["红色的自行车", "نجمة حمراء", "👩‍🚀 in orbit"]
     config = tiny_config(caption_decoder={"max_caption_tokens": 40})
-    processor = load_processor(config)
+    processor = load_processor(config.model.pretrained_model_name_or_path)
     objects = [Object((10.0 * i, 5.0, 10.0 * i + 30, 50.0), caption) for i, caption in enumerate(captions)]
     sample = replace(make_samples()["two"], objects=tuple(objects))
-    outputs = make_model(config)(
-        collate_packed(one_each([build_encoder(config, processor)(sample), tiny_examples["one"]]))
-    )
+    examples = [make_encoder(config)(sample), tiny_examples["one"]]
+    outputs = make_model(config)(collate_packed(one_each(examples)))
     text = processor.tokenizer.decode(outputs.caption_labels[outputs.caption_images == 0])
     end = processor.tokenizer.eos_token
     assert text.split(end) == [*captions, ""]

@@ -15,15 +15,18 @@ from PIL import Image
 
 from convert.shapes import draw_scene
 from convert.writer import write_split
-from recipe.build import build_encoder, load_model
+from recipe.build import load_model
+from recipe.checkpoints.weights import find_config
 from recipe.data.collate import collate_standard, one_each
 from recipe.export import main as export
 from recipe.export import parse as parse_export
-from recipe.predict import encode_picture, main, parse
+from recipe.predict import encode_picture, main
 from recipe.prediction.files import read_rows
 from recipe.prediction.inputs import read_annotated_folder
+from recipe.prediction.options import parse
 from recipe.schema import Example, Object, Pack, Prediction, Sample
 from tests.launch import REPOSITORY
+from tests.tiny_cases import make_encoder
 
 HEADER = 34  # pixels above a drawing, which name the picture
 
@@ -59,8 +62,8 @@ def predict(checkpoint: Path, out: Path, *images: Path, options: str = "--max-ne
 def test_boxes_are_in_pixels_of_the_original(trained_checkpoint: Path, picture: Path, tmp_path: Path):
     row = predict(trained_checkpoint, tmp_path / "out", picture)[0]
     assert (row["id"], row["width"], row["height"]) == ("scene", 300, 200)
-    model, processor, config = load_model(trained_checkpoint)
-    encoder = build_encoder(config, processor, keep_image=True)
+    model, _, config = load_model(trained_checkpoint)
+    encoder = make_encoder(config, keep_image=True)
     example = encode_picture(picture.read_bytes(), "scene", encoder)
     assert example.image_grid_thw.tolist() == [[1, 196 // 14, 308 // 14]]
     with torch.no_grad():
@@ -387,8 +390,7 @@ def test_teachers_are_shown_before_each_picture(
     rows = predict(trained_checkpoint, tmp_path / "out", other, picture, options=options)
     assert [row["error"] for row in rows] == [None, None]
     assert [len(example.image_grid_thw) - 1 for example in shown] == num_shown  # a picture is not its own teacher
-    _, processor, config = load_model(trained_checkpoint)
-    encoder = build_encoder(config, processor)
+    encoder = make_encoder(find_config(trained_checkpoint))
     taught = read_annotated_folder(teachers)
     sample = Sample("x", other.read_bytes(), 84, 84, None)
     assert shown[0].input_ids.equal(encoder(sample, taught[: num_shown[0]]).input_ids)

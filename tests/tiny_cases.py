@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from convert.shapes import draw_scene
-from recipe.build import build_encoder, build_model, load_processor
+from recipe.build import build_model, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import Collator, collate_packed, collate_standard, one_each
+from recipe.data.encode import Encoder
+from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.schema import Batch, CountedBatch, Example, Sample
@@ -65,13 +68,23 @@ def make_config(checkpoint: str, **changes: Any) -> RecipeConfig:
     )
 
 
+def make_encoder(config: RecipeConfig, keep_image: bool = False) -> Encoder:
+    """Return what `build_encoder` returns, without building the network."""
+    name = config.model.pretrained_model_name_or_path
+    processor, hf_config = load_processor(name), AutoConfig.from_pretrained(name)
+    longest = config.caption_decoder.max_caption_tokens
+    assert longest is not None
+    spec = image_spec(processor.image_processor, config.image)
+    return Encoder(processor.tokenizer, hf_config, spec, config.prompt, longest, config.max_seq_len, keep_image)
+
+
 def make_model(config: RecipeConfig) -> JointModel:
     """The joint model in training mode, its fresh parts moved off the zeros they start from.
 
     A zero weight hides what lies behind it: with the box layer at its start no other box parameter has a gradient.
     """
     torch.manual_seed(0)
-    model = build_model(config, load_processor(config))
+    model = build_model(config, load_processor(config.model.pretrained_model_name_or_path))
     with torch.no_grad():
         for part in (model.model.memory, model.model.detection_head, model.model.caption_decoder):
             for parameter in part.parameters():
@@ -100,7 +113,7 @@ def make_samples() -> dict[str, Sample]:
 
 def make_examples(config: RecipeConfig) -> dict[str, Example]:
     """The student samples of `make_samples`, encoded, with up to three teachers (0-4 pictures) and own noise."""
-    encoder = build_encoder(config, load_processor(config))
+    encoder = make_encoder(config)
     samples = make_samples()
     teachers = [samples.pop(name) for name in ("teacher", "other_teacher", "third_teacher")]
     shown = {"two": teachers, "empty": teachers[1:], "one": teachers[:1]}

@@ -141,7 +141,7 @@ def recorded(
     duration: str = "6ba",
 ) -> list[tuple[Weights, Weights]]:
     recorder, config = Recorder(), config_with(stages or {})
-    first = StagedFreezing(build_schedule(config))
+    first = StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer))
     train(model, steps, duration, config, [first, *algorithms], callbacks=[recorder]).close()
     return recorder.found
 

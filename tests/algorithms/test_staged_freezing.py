@@ -89,7 +89,10 @@ def train_toy(config: RecipeConfig, duration: str = "2ep", model: Toy | None = N
     """Epochs of four batches."""
     model = model or Toy()
     generator = torch.Generator().manual_seed(5)
-    algorithms = [StagedFreezing(build_schedule(config)), *keywords.pop("algorithms", [])]
+    algorithms = [
+        StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer)),
+        *keywords.pop("algorithms", []),
+    ]
     trainer = Trainer(
         model=model,
         train_dataloader=[torch.randn(2, 3, generator=generator) for _ in range(4)],

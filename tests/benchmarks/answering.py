@@ -264,7 +264,7 @@ def main() -> None:
     device = get_device()
     model = device.module_to_device(model.eval())
     samples = read_samples(config, args.images)
-    encoder = build_encoder(config, processor)
+    encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len)
     truths = sum(not item.iscrowd for sample in samples for item in sample.objects or ())
     print(f"{Path(args.checkpoint).name}: {len(samples)} pictures with {truths} objects")
     print("| batch | way | boxes | boxes/s | without the shared pass | images/s | F1@0.5 |")

@@ -10,11 +10,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from recipe.build import build_encoder, load_processor
+from recipe.build import load_processor
 from recipe.config import RecipeConfig
 from recipe.data.encode import Encoder, rope_positions
 from recipe.models.vlm import PixelNormalizer
 from recipe.schema import Sample
+from tests.tiny_cases import make_encoder
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # input_ids, position_ids, pixels, image_grid_thw
 
@@ -57,8 +58,8 @@ def loader_rates(config: RecipeConfig, samples: Sequence[Sample], repeats: int) 
     Raises:
         AssertionError: The tensors of a picture differ.
     """
-    processor = load_processor(config)
-    encoder = build_encoder(config, processor)
+    processor = load_processor(config.model.pretrained_model_name_or_path)
+    encoder = make_encoder(config)
     spec = encoder.image_spec
     normalizer = PixelNormalizer(spec.image_mean, spec.image_std)
     texts = {}

@@ -165,7 +165,7 @@ def watch_algorithm(stopwatch: Stopwatch, algorithm: Algorithm, name: str) -> No
 
 def train(config: RecipeConfig) -> tuple[list[Row], Trainer, float]:
     """Trains as `recipe.train` does; returns the steps, the trainer, and the bytes of a snapshot."""
-    processor = load_processor(config)
+    processor = load_processor(config.model.pretrained_model_name_or_path)
     model = build_model(config, processor)
     optimizer = build_optimizer(model, config.optimizer)
     reporting: Any = optimizer  # OptimizerMonitor asks for a report that torch's own AdamW cannot give
@@ -190,7 +190,12 @@ def train(config: RecipeConfig) -> tuple[list[Row], Trainer, float]:
     trainer = Trainer(
         model=model,
         train_dataloader=build_train_loader(
-            config, build_encoder(config, processor), None, microbatch_size=1, split_batch=split_batch
+            config.train_loader,
+            build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len),
+            None,
+            config.seed,
+            microbatch_size=1,
+            split_batch=split_batch,
         ),
         optimizers=optimizer,
         schedulers=build_curve(config.scheduler),

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from convert.shapes import draw_scene
-from recipe.build import build_encoder, build_model, load_processor
+from recipe.build import build_model, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.joint import JointModel
@@ -66,7 +66,7 @@ def make_sample(index: int, pixels: int, num_words: int) -> Sample:
 
 def make_examples(config: RecipeConfig) -> list[Example]:
     """The batch: one sample each of `CHATS`."""
-    encoder = build_encoder(config, load_processor(config))
+    encoder = make_encoder(config)
     return [encoder(make_sample(index, *chat)) for index, chat in enumerate(CHATS)]
 
 
@@ -82,7 +82,7 @@ class Step:
     def __init__(self, config: RecipeConfig, attn_implementation: str, batch: Batch):
         config = replace(config, model=replace(config.model, attn_implementation=attn_implementation))
         torch.manual_seed(0)
-        self.model: JointModel = build_model(config, load_processor(config)).train()
+        self.model: JointModel = build_model(config, load_processor(config.model.pretrained_model_name_or_path)).train()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.batch = batch
 

@@ -30,7 +30,12 @@ NUM_SAMPLES = 10
 def train_spec(config: RecipeConfig, encoder: Encoder, microbatch_size: int) -> DataSpec:
     """The training loader with the teachers that the configuration asks for."""
     return build_train_loader(
-        config, encoder, read_teachers(config.teachers, config.seed), microbatch_size, split_batch=split_batch
+        config.train_loader,
+        encoder,
+        read_teachers(config.teachers, config.seed),
+        config.seed,
+        microbatch_size,
+        split_batch,
     )
 
 
@@ -164,7 +169,7 @@ def test_resumes_through_streamings_state(config: RecipeConfig, encoder: Encoder
 
 
 def test_evaluation_reads_every_sample_once_in_stored_order(config: RecipeConfig, encoder: Encoder):
-    spec = build_eval_loader(config, encoder, read_teachers(config.teachers, config.seed))
+    spec = build_eval_loader(config.eval_loader, encoder, read_teachers(config.teachers, config.seed), config.seed)
     batches = list(dataloader_of(spec))
     assert ids(batches) == [f"sample-{number}" for number in range(NUM_SAMPLES)]
     assert [len(batch) for batch in batches] == [1, 1, 1]

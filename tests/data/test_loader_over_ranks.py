@@ -62,7 +62,7 @@ def train(config: RecipeConfig, encoder: Encoder, folder: Path, load_path: str |
     teachers = read_teachers(config.teachers, config.seed)
     trainer = Trainer(
         model=model,
-        train_dataloader=build_train_loader(config, encoder, teachers, microbatch_size=1, split_batch=split_batch),
+        train_dataloader=build_train_loader(config.train_loader, encoder, teachers, config.seed, 1, split_batch),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
         max_duration="5ba",
         device="cpu",
@@ -90,7 +90,7 @@ def one_rank(rank: int, world_size: int, port: int, arguments: tuple[Any, ...], 
     encoder, stream, pool, load_paths = arguments
     config = make_config(stream, pool)
     runs = [train(config, encoder, Path(folder) / f"run{i}", path) for i, path in enumerate(load_paths)]
-    spec = build_eval_loader(config, encoder, read_teachers(config.teachers, config.seed))
+    spec = build_eval_loader(config.eval_loader, encoder, read_teachers(config.teachers, config.seed), config.seed)
     scored = [
         (sample.id, sample.objects is not None)
         for batches in spec.dataloader

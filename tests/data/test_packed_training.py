@@ -63,7 +63,7 @@ def train(
     model = Counter()
     loader = config.train_loader
     spec = build_train_loader(
-        config, encoder, read_teachers(config.teachers, config.seed), microbatch_size=1, split_batch=split_batch
+        config.train_loader, encoder, read_teachers(config.teachers, config.seed), config.seed, 1, split_batch
     )
     budget = loader.packing.max_tokens if loader.packing else None
     callbacks: list[Callback] = [TrainingData(budget, loader.max_bad_samples, folder, num_queries=9)]

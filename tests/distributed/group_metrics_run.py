@@ -74,8 +74,8 @@ def main() -> None:
     parallelism = None
     if mode != "ddp":
         version = int(mode.removeprefix("fsdp"))
-        trainer_section = {"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}
-        parallelism = build_parallelism(model, trainer_section, version)
+        fsdp = {"mixed_precision": "FULL"}
+        parallelism = build_parallelism(model.model, fsdp, None, version)
     memory, truth = InMemoryLogger(), Truth()
     trainer = Trainer(
         model=model,

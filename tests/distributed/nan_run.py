@@ -128,8 +128,8 @@ def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]
     model = make_model(config)
     parallelism = None
     if mode != "ddp":
-        fsdp = {"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}
-        parallelism = build_parallelism(model, fsdp, int(mode.removeprefix("fsdp")))
+        fsdp = {"mixed_precision": "FULL"}
+        parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
     guard = NaNRollback(settings, 1.0, out / f"{mode}-{name}")
     loader = DataSpec(
         microbatches,

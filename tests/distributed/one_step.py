@@ -169,8 +169,8 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
     recorder = Recorder()
     parallelism = None
     if mode != "ddp":
-        trainer_section = {"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}
-        parallelism = build_parallelism(model, trainer_section, int(mode.removeprefix("fsdp")))
+        fsdp = {"mixed_precision": "FULL"}
+        parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
     trainer = Trainer(
         model=model,
         parallelism_config=parallelism,

@@ -72,7 +72,7 @@ def test_logits_are_those_of_transformers(
     tiny_examples: dict[str, Example],
 ):
     """`Qwen2_5_VLForConditionalGeneration.forward` on the padded ids, with the image processor's `pixel_values`."""
-    samples, processor = make_samples(), load_processor(tiny_config())
+    samples, processor = make_samples(), load_processor(tiny_checkpoint)
     names = ("crowded", "unannotated", "text")
     shown = [samples[name].image for name in names if samples[name].image]
     pictures = processor.image_processor([Image.open(io.BytesIO(image)) for image in shown], return_tensors="pt")
