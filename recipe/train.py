@@ -28,14 +28,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from recipe.build import (
-        build_algorithms,
-        build_all_callbacks,
-        build_encoder,
-        build_model,
-        caption_length,
-        load_processor,
-    )
+    from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.resume import is_finished, load_keywords, safe_loading
@@ -43,6 +36,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.checkpoints.sigterm import Preemption
     from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
     from recipe.data.stream import read_teachers
+    from recipe.load import build_encoder, load_processor
     from recipe.losses.counts import split_batch
     from recipe.optim.fsdp import build_parallelism
     from recipe.optim.groups import build_optimizer

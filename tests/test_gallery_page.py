@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from recipe.gallery import main, num_errors, page_data, parse, render
+from recipe.schema import PredictedFile
 from tests.chromium import Page, find_chromium, open_page
 from tests.gallery_cases import NASTY, found, options, row, sample, true
 
@@ -118,7 +119,7 @@ def test_totals_are_of_all_pictures(gallery: Path, browser: Page) -> None:
     """Also of those that the page does not show; at every threshold, and of either source."""
     totals = {}
     for most in 4, 2:
-        arguments = ("--truth", str(gallery / "instances.json"), "--overwrite", "--max-pictures", str(most))
+        arguments = ("--truth", str(gallery / "instances.json"), "--overwrite", "--max-images", str(most))
         main(parse(options(gallery, *arguments)))
         browser.open(gallery / "page.html")
         totals[most] = [browser.evaluate("byId('summary').textContent")]
@@ -145,7 +146,7 @@ def test_the_page_counts_as_python_does(tmp_path: Path, browser: Page) -> None:
         str(number): sample(str(number), *(true(random.uniform(0, 80), iscrowd=place == 5) for place in range(6)))
         for number in range(12)
     }
-    page = page_data(rows, truths, 0.3, len(rows), 64)
+    page = page_data([PredictedFile.from_json(item) for item in rows], truths, 0.3, len(rows), 64)
     (tmp_path / "page.html").write_text(render(page), encoding="utf-8")
     browser.open(tmp_path / "page.html")
     for source, threshold, words in product(("head", "text"), (0.0, 0.3, 0.8), (False, True)):

@@ -21,7 +21,7 @@ ORDER = [
     "prediction algorithms",
     "joint gallery",
     "callbacks checkpoints",
-    "build",
+    "load build",
     "checks estimate tiny",
     "train eval predict export",
 ]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import recipe.models.network
-from recipe.build import load_processor
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, one_each
 from recipe.joint import JointModel
+from recipe.load import load_processor
 from recipe.models.network import padded_captions
 from recipe.models.sharding import Sealed
 from recipe.optim.groups import build_optimizer, group_parameters

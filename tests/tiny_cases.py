@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from convert.shapes import draw_scene
-from recipe.build import build_model, load_processor
+from recipe.build import build_model
 from recipe.config import RecipeConfig
 from recipe.data.collate import Collator, collate_packed, collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
+from recipe.load import load_network, load_processor
 from recipe.losses.counts import split_batch
 from recipe.schema import Batch, CountedBatch, Example, Sample
 from recipe.tiny import build_tiny_checkpoint
@@ -90,6 +92,12 @@ def make_model(config: RecipeConfig) -> JointModel:
             for parameter in part.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.train()
+
+
+def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointModel, Any, RecipeConfig]:
+    """What `load_network` loads, as the model that a Trainer sees."""
+    network, processor, config = load_network(checkpoint, config)
+    return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt), processor, config
 
 
 def make_samples() -> dict[str, Sample]:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from recipe.build import load_processor
 from recipe.config import RecipeConfig
 from recipe.data.encode import Encoder, rope_positions
+from recipe.load import load_processor
 from recipe.models.vlm import PixelNormalizer
 from recipe.schema import Sample
 from tests.tiny_cases import make_encoder

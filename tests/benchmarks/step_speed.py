@@ -14,10 +14,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from convert.shapes import draw_scene
-from recipe.build import build_model, load_processor
+from recipe.build import build_model
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.joint import JointModel
+from recipe.load import load_processor
 from recipe.models.attention import packed_mask
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example, Sample

@@ -20,13 +20,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from recipe.build import build_network
 from recipe.checks import check_libraries
 from recipe.config import ConfigError, RecipeConfig, view_trainer
 from recipe.configure import check_config, check_fields, check_trainer, load_config
 from recipe.data.collate import collate_packed, one_each
 from recipe.estimate import model_config
 from recipe.joint import JointModel
+from recipe.load import build_network
 from recipe.losses import counts
 from recipe.losses.counts import split_batch
 from recipe.optim import fsdp as parallel

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
-from recipe.build import load_processor
 from recipe.config import ImageConfig, RecipeConfig
 from recipe.data.encode import rope_positions
 from recipe.data.image import image_spec, patchify
 from recipe.joint import JointModel
+from recipe.load import load_processor
 from recipe.models.vlm import (
     PictureEmbedding,
     PixelNormalizer,
