@@ -22,7 +22,7 @@ from recipe.configure import load_config
 from recipe.data.image import image_spec, patchify
 from recipe.export import main, parse
 from recipe.load import load_processor
-from recipe.models.vlm import PictureEmbedding
+from recipe.models.vlm import ImageEmbedding
 from recipe.tiny import build_tiny_checkpoint
 from tests.tiny_cases import load_model, make_model
 
@@ -41,7 +41,7 @@ def logits(vlm: PreTrainedModel, processor: Any) -> Tensor:
     picture = Image.open(BytesIO(draw_scene(seed=1, index=0, image_size=100).image))
     text = processor.apply_chat_template(CHAT, add_generation_prompt=True)
     inputs = processor(text=[text], images=[picture], return_tensors="pt")
-    if isinstance(vlm.model.visual.patch_embed, PictureEmbedding):  # reads one of the two equal frames
+    if isinstance(vlm.model.visual.patch_embed, ImageEmbedding):  # reads one of the two equal frames
         frames = inputs["pixel_values"].unflatten(1, (3, 2, -1))
         inputs["pixel_values"] = frames[:, :, 0].flatten(1)
     with torch.no_grad():

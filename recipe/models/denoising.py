@@ -1,7 +1,7 @@
-"""Denoising queries (DN-DETR; contrastive as in DINO, section 3.3): noised ground truth that the decoder must mend.
+"""Denoising queries (DN-DETR; contrastive as in DINO, section 3.3): noised ground truth that the decoder must repair.
 
 They need no matching, so they teach the decoder to refine boxes from the first step. The noise of an image depends
-on its seed alone, never on the batch it stands in, so training stays exact under microbatches, ranks and resume.
+on its seed alone, never on the rest of the batch, so training stays exact under microbatches, ranks and resume.
 """
 
 from collections.abc import Sequence
@@ -46,17 +46,17 @@ def group_numbers(num_queries: int, num_groups: int, device: torch.device) -> Te
 def make_denoising_queries(
     targets: Sequence[Target | None], noise_seeds: Sequence[int], num_groups: int, box_noise: float
 ) -> DenoisingQueries | None:
-    """Noises the ground truth of N images.
+    """Add noise to the ground truth of N images.
 
     Args:
-        targets: N of them; None where not annotated.
+        targets: N of them; None if not annotated.
         noise_seeds: N integers; the same seed and boxes give the same noise.
         num_groups: G.
         box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times it; then
-            both are cut at the picture's edges, as in DINO.
+            both are cut at the image's edges, as in DINO.
 
     Returns:
-        None where no image has an object or `num_groups` is 0.
+        None if no image has an object or `num_groups` is 0.
     """
     boxes = [None if target is None else target["boxes"] for target in targets]
     if num_groups == 0 or not any(b is not None and len(b) for b in boxes):

@@ -103,7 +103,7 @@ class DetectionHead(nn.Module):
         self.refine_boxes = refine_boxes
         self.num_query_groups = num_query_groups
         self.query_content = nn.Embedding(num_query_groups * num_queries, width)
-        # Small beside what is read from the memory: else slots learn where objects often are before how they look.
+        # Small next to what is read from the memory: else slots learn where objects often are before how they look.
         nn.init.normal_(self.query_content.weight, std=0.1)
         self.query_boxes = nn.Parameter(initial_boxes(num_queries).repeat(num_query_groups, 1))
         self.denoising_content = nn.Parameter(torch.zeros(width))
@@ -128,7 +128,7 @@ class DetectionHead(nn.Module):
             denoising: Training only.
 
         Returns:
-            The outputs of the object queries, and those of the denoising queries where given.
+            The outputs of the object queries, and those of the denoising queries, if given.
         """
         num_images, num_groups = len(memory.tokens), self.num_query_groups if self.training else 1
         num_queries = num_groups * self.num_queries
@@ -216,7 +216,7 @@ class QuerySelection(nn.Module):
 
 
 def initial_boxes(num_queries: int) -> Tensor:
-    """Learned references start as a grid of boxes over the picture: (Q, 4) cxcywh before the sigmoid."""
+    """Learned references start as a grid of boxes over the image: (Q, 4) cxcywh before the sigmoid."""
     side = math.ceil(math.sqrt(num_queries))
     cells = torch.linspace(0, side * side - 1, num_queries).round().long()
     centers = torch.stack([cells % side, cells // side], dim=-1).add(0.5) / side  # (Q, 2)

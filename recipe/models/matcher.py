@@ -28,7 +28,7 @@ def match(
     focal_gamma: float = 2.0,
     identity: Tensor | None = None,
 ) -> list[Matches]:
-    """Finds the cheapest one-to-one assignment for every layer and image.
+    """Find the cheapest one-to-one assignment for every layer and image.
 
     More objects than queries is legal: the best are matched. Non-finite predictions never reach scipy.
 
@@ -43,7 +43,7 @@ def match(
         identity: (layers, N, Q, T) or broadcastable: what else a pair costs, weighted; see `JointNetwork`.
 
     Returns:
-        One `Matches` a layer.
+        One `Matches` per layer.
     """
     device = layers[0].pred_boxes.device
     counts = [0 if target is None else len(target["boxes"]) for target in targets]
@@ -76,7 +76,7 @@ def cost_matrix(
     focal_alpha: float,
     focal_gamma: float,
 ) -> Tensor:
-    """The cost of every (query, object) pair of every layer and image, finite everywhere.
+    """Return the cost of every (query, object) pair of every layer and image, finite everywhere.
 
     Args:
         pred_boxes: (layers, N, Q, 4) cxcywh.

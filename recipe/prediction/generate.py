@@ -28,7 +28,7 @@ def generate_captions(
     num_beams: int = 1,
     length_penalty: float = 1.0,
 ) -> Tensor:
-    """Writes the captions of R queries of N images, all at once.
+    """Write the captions of R queries of N images, all at once.
 
     Args:
         decoder: The caption decoder.
@@ -39,12 +39,12 @@ def generate_captions(
         embed: Token ids → (..., D).
         logits: (..., D) → (..., V).
         eos_token_id: Ends a caption.
-        lockstep: Go on until every rank's captions have ended, as sharded parameters need.
+        lockstep: Continue until every rank's captions have ended, as sharded parameters need.
         num_beams: 1: greedy, each token the likeliest. More: beam search.
         length_penalty: Of beam search.
 
     Returns:
-        (R, C) int64: after its end a caption goes on with `eos_token_id`.
+        (R, C) int64: after its end a caption continues with `eos_token_id`.
     """
     num_captions, device = len(query_features), query_features.device
     if num_beams > 1:
@@ -88,7 +88,7 @@ def _greedy_search(
     device: torch.device,
     lockstep: bool,
 ) -> Tensor:
-    """(R, C) int64: every token the likeliest after those before it."""
+    """Return (R, C) int64: every token the likeliest after those before it."""
     tokens: list[Tensor] = []
     finished = torch.zeros(num_captions, dtype=torch.bool, device=device)
     for _ in range(max_tokens):
@@ -110,18 +110,18 @@ def generate_answers(
     max_new_tokens: int,
     lockstep: bool = False,
 ) -> list[Tensor]:
-    """Lets the language model answer, through transformers' own `generate`.
+    """Let the language model answer, through transformers' own `generate`.
 
     Args:
         vlm: The language model.
-        prompts: One (S,) int64 a sample, up to and including the generation prompt.
+        prompts: One (S,) int64 per sample, up to and including the generation prompt.
         pixel_patches: (P, 3 * patch * patch) uint8, the images of all prompts in order.
         image_grid_thw: (I, 3).
         max_new_tokens: Longest answer.
-        lockstep: Go on until every rank's answers have ended, as sharded parameters need.
+        lockstep: Continue until every rank's answers have ended, as sharded parameters need.
 
     Returns:
-        One (new tokens,) int64 a sample, end-of-sequence and padding among them.
+        One (new tokens,) int64 per sample, end-of-sequence and padding among them.
     """
     hf_model: Any = vlm.hf_model
     pad_token_id: int = hf_model.generation_config.pad_token_id
@@ -134,7 +134,7 @@ def generate_answers(
         pixel_values = vlm.normalizer(pixel_patches).to(hf_model.dtype)
         images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         if "mm_token_type_ids" in signature(hf_model.forward).parameters:
-            # Without them transformers 5 gives the tokens of a picture the positions of words.
+            # Without them transformers 5 gives the tokens of an image the positions of words.
             images["mm_token_type_ids"] = (input_ids == hf_model.config.image_token_id).int()
     generated = hf_model.generate(
         input_ids=input_ids,
