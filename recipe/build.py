@@ -1,7 +1,7 @@
-"""Configuration → what a run is made of: processor, encoder, model, algorithms, callbacks.
+"""Configuration → what a run is made of: model, algorithms, callbacks. Its network is made by `recipe.load`.
 
-After `configure`, `checks` and the entries this is the only file that sees the whole configuration: all others take
-their section. Values found on the way (the caption length, the base model's folder) are arguments, the configuration
+After `configure`, `checks` and the entries these two files alone see the whole configuration: all others take their
+section. Values found on the way (the caption length, the base model's folder) are arguments, the configuration
 itself never changes.
 """
 
@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from composer import Algorithm, Callback
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
