@@ -214,7 +214,7 @@ class Pack:
 
     number: int
     examples: list[Example]
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict[str, str])
     is_inert: bool = False
 
 
@@ -366,8 +366,8 @@ class DetectionOutputs:
     pred_boxes_raw: Tensor
     pred_objectness: Tensor
     query_features: Tensor
-    aux_outputs: list[DetectionOutputs] = field(default_factory=list)
-    groups: list[DetectionOutputs] = field(default_factory=list)
+    aux_outputs: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
+    groups: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
     selection: DetectionOutputs | None = None
 
     def layers(self) -> list[tuple[str, DetectionOutputs]]:

@@ -171,7 +171,7 @@ def test_unusable_pictures_are_told_and_the_others_done(
         assert reasons[image] in row["error"]
         assert row["objects"] is None and row["width"] is None and row["score_threshold"] is None
         assert f"failed: {image}: {row['error']}" in printed.err
-    assert "1 pictures, 5 objects" in printed.out
+    assert "1 images, 5 objects" in printed.out
 
 
 def test_what_is_done_stays_when_it_is_stopped(
@@ -245,7 +245,7 @@ def test_drawings_can_be_left_out_and_files_that_are_none_are_told(
     options = ["--checkpoint", str(trained_checkpoint), "--out", str(tmp_path / "out"), "--answer", "boxes"]
     assert main(parse([*options, "--no-drawings", str(tmp_path)])) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.json", "coco_results.json"}
-    assert "left out 1 files of folders that are no pictures (.txt 1)" in capsys.readouterr().err
+    assert "left out 1 files of folders that are not images (.txt 1)" in capsys.readouterr().err
 
 
 def test_doubles_can_be_removed(trained_checkpoint: Path, picture: Path, tmp_path: Path):
