@@ -149,8 +149,8 @@ def build_on_meta(config: RecipeConfig) -> "JointNetwork":
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from recipe.build import build_network
-    from recipe.data.image import ImageSpec
+    from recipe.load import build_network
+    from recipe.schema import ImageSpec
 
     hf_config = model_config(config.model.pretrained_model_name_or_path)
     vision = hf_config.vision_config

@@ -30,13 +30,14 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from recipe.build import build_all_callbacks, build_encoder, build_model, load_processor
+    from recipe.build import build_all_callbacks, build_model
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.resume import safe_loading, weights_keywords
     from recipe.checkpoints.weights import trained_caption_length
     from recipe.data.loader import build_eval_loader
     from recipe.data.stream import read_teachers
+    from recipe.load import build_encoder, load_processor
     from recipe.optim.fsdp import build_parallelism
     from recipe.upstream.agreement import DIST_TIMEOUT
     from recipe.upstream.shared_memory import clean_dead_shared_memory

@@ -44,11 +44,11 @@ def main(args: argparse.Namespace) -> None:
     if config is not None:
         check_fields(config)
     # Imported here because they take seconds: a mistake in the yaml is reported before.
-    from recipe.build import load_model
     from recipe.checkpoints.weights import export_model
+    from recipe.load import load_network
 
-    model, processor, config = load_model(args.checkpoint, config)
-    export_model(model, processor, config, args.out)
+    network, processor, config = load_network(args.checkpoint, config)
+    export_model(network, processor, config, args.out)
     print(f"wrote {args.checkpoint} to {args.out}")
 
 

@@ -1,7 +1,7 @@
-"""The joint model for Composer's Trainer: where the network, the losses and the metrics meet."""
+"""The model that Composer's Trainer sees: where the network, the losses and the metrics meet."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from recipe.config import EvaluationConfig, LossConfig, PromptConfig
-from recipe.data.loader import count_losses
+from recipe.losses.counts import UNIT_COUNTS, count_losses
 from recipe.losses.detection import base_term, caption_loss, denoising_losses, detection_losses
 from recipe.losses.language import language_losses
 from recipe.metrics.answers import answer_boxes
@@ -21,21 +21,10 @@ from recipe.metrics.calibration import calibration
 from recipe.metrics.captions import caption_cider, caption_match, dense_captioning
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import TextScorer, default_text_scorer
-from recipe.models.network import JointNetwork, JointOutputs
-from recipe.models.sharding import Sealed, reshard
-from recipe.prediction.decode import predict_batch
-from recipe.schema import Batch, LossCounts, Prediction, Sample
-
-UNIT_COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, microbatches=1)
-
-
-@dataclass
-class EvalOutputs:
-    """Of one evaluation batch: predictions aligned with `batch["samples"]`, loss sums and their counts."""
-
-    predictions: list[Prediction]
-    loss_sums: dict[str, Tensor]
-    counts: LossCounts
+from recipe.models.network import JointNetwork
+from recipe.models.sharding import Sealed
+from recipe.prediction.decode import Decoding, predict
+from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts, Prediction, Sample
 
 
 class JointModel(ComposerModel):
@@ -46,7 +35,7 @@ class JointModel(ComposerModel):
         tokenizer: Decodes captions and answers.
         loss: Weights of the terms.
         evaluation: How predictions are made.
-        prompt: In which frame the boxes of an answer are counted.
+        prompt: Holds the frame in which an answer counts its boxes.
     """
 
     def __init__(
@@ -65,24 +54,26 @@ class JointModel(ComposerModel):
         self.prompt = prompt
 
     def forward(self, batch: Batch) -> JointOutputs:
-        """One microbatch → outputs."""
+        """Return the outputs of one microbatch."""
         return self.model(Sealed(batch))
 
     def loss(  # pyright: ignore[reportIncompatibleMethodOverride] - Composer's Trainer takes a dict too
-        self, outputs: JointOutputs, batch: Batch, *args: Any, **kwargs: Any
+        self, outputs: JointOutputs, batch: Batch | CountedBatch, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Named terms and their weighted `total`.
+        """Return the named terms and their weighted `total`; a batch without counts is taken for a whole global batch.
 
         Composer averages over all microbatches of all ranks. Each term is multiplied by their number, so what it logs
         and differentiates is the global batch's sum over the global batch's count.
         """
-        counts = batch["loss_counts"] or count_losses(batch)
+        counts = batch["loss_counts"] if "loss_counts" in batch else count_losses(batch)
         terms = self.loss_terms(outputs, batch, counts)
-        terms["total"] = self.weighted_total(terms)
+        # The one weighted sum; terms of earlier layers and the like weigh as the term they repeat.
+        weighted = [getattr(self.loss_config, f"weight_{base_term(name)}") * term for name, term in terms.items()]
+        terms["total"] = torch.stack(weighted).sum()
         return {name: term * counts["microbatches"] for name, term in terms.items()}
 
     def loss_terms(self, outputs: JointOutputs, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
-        """Unweighted terms, divided by `counts`; the same names on every rank, whatever its batch holds."""
+        """Return the unweighted terms, divided by `counts`: the same names on every rank, whatever its batch holds."""
         terms = language_losses(outputs.label_logits, batch["labels"], batch["label_roles"], counts)
         terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, self.loss_config)
         terms["loss_caption"] = caption_loss(
@@ -92,23 +83,11 @@ class JointModel(ComposerModel):
             terms |= denoising_losses(outputs.denoising, outputs.detection, counts, self.loss_config)
         return terms
 
-    def weighted_total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The one weighted sum; terms of earlier layers and the like weigh as the term they repeat."""
-        weighted = [getattr(self.loss_config, f"weight_{base_term(name)}") * term for name, term in terms.items()]
-        return torch.stack(weighted).sum()
-
     def eval_forward(self, batch: Batch, outputs: JointOutputs | None = None) -> EvalOutputs:
-        """Loss sums and predictions of one evaluation batch; `outputs` are made anew, as generation needs the pass."""
-        # Average precision judges the captions of all objects; metrics that need a threshold have it themselves.
+        """Return loss sums and predictions of one evaluation batch; ignores `outputs`, as captions need a new pass."""
+        # Average precision judges the captions of all objects; metrics that need a threshold apply it themselves.
         evaluation = replace(self.evaluation, score_threshold=0.0)
-
-        def predict(outputs: JointOutputs) -> list[Prediction]:
-            return predict_batch(
-                self.model, batch, outputs.detection, outputs.memory, self.tokenizer, evaluation, self.prompt
-            )
-
-        made, predictions = self.model(Sealed(batch), predict)
-        reshard(self.model)
+        made, predictions = predict(self.model, batch, Decoding(self.tokenizer, evaluation, self.prompt))
         return EvalOutputs(predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:

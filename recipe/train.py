@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +28,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from recipe.build import (
-        build_algorithms,
-        build_all_callbacks,
-        build_encoder,
-        build_model,
-        caption_length,
-        load_processor,
-    )
+    from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.resume import is_finished, load_keywords, safe_loading
@@ -42,6 +36,8 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.checkpoints.sigterm import Preemption
     from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
     from recipe.data.stream import read_teachers
+    from recipe.load import build_encoder, load_processor
+    from recipe.losses.counts import split_batch
     from recipe.optim.fsdp import build_parallelism
     from recipe.optim.groups import build_optimizer
     from recipe.optim.schedule import build_curve
@@ -68,7 +64,7 @@ def main(config: RecipeConfig) -> "Trainer":
         teachers,
         config.seed,
         view.microbatch_size or device_batch_size(config.train_loader),
-        equally_many=view.is_sharded,
+        partial(split_batch, equally_many=view.is_sharded),
     )
     eval_loader = build_eval_loader(config.eval_loader, build_encoder(*asked, keep_image=True), teachers, config.seed)
     saver = build_saver(view, config.save_best, origin)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from recipe.build import build_model, load_processor
+from recipe.build import build_model
 from recipe.config import ConfigError, RecipeConfig
+from recipe.load import load_processor
 from recipe.models.network import JointNetwork
 from recipe.schema import Example
 from tests.tiny_cases import collator, make_model

@@ -9,15 +9,16 @@ import yaml
 
 from convert.shapes import iter_samples
 from convert.writer import write_split
-from recipe.build import build_network, load_model, load_processor
 from recipe.checkpoints.weights import read_weights
 from recipe.config import LoaderConfig, RecipeConfig
 from recipe.data.image import image_spec
 from recipe.eval import main as evaluate
 from recipe.export import main as export
 from recipe.export import parse as parse_export
+from recipe.load import build_network, load_processor
 from recipe.models.vlm import load_vlm
 from recipe.train import main as train
+from tests.tiny_cases import load_model
 
 POSITIONS = "model.caption_decoder.token_positions.weight"
 

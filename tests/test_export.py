@@ -18,15 +18,15 @@ from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from convert.shapes import draw_scene
-from recipe.build import load_model, load_processor
 from recipe.checkpoints.weights import CONFIG_FILE, HEAD_FILE, export_model, find_config, read_weights
 from recipe.config import REMOVED_KEYS, ConfigError, ImageConfig, RecipeConfig
 from recipe.configure import load_config
 from recipe.data.image import image_spec, patchify
 from recipe.export import main, parse
-from recipe.models.vlm import PictureEmbedding
+from recipe.load import load_processor
+from recipe.models.vlm import ImageEmbedding
 from recipe.tiny import build_tiny_checkpoint
-from tests.tiny_cases import make_model
+from tests.tiny_cases import load_model, make_model
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Locate every object."}]}]
 
@@ -43,7 +43,7 @@ def logits(vlm: PreTrainedModel, processor: Any) -> Tensor:
     picture = Image.open(BytesIO(draw_scene(seed=1, index=0, image_size=100).image))
     text = processor.apply_chat_template(CHAT, add_generation_prompt=True)
     inputs = processor(text=[text], images=[picture], return_tensors="pt")
-    if isinstance(vlm.model.visual.patch_embed, PictureEmbedding):  # reads one of the two equal frames
+    if isinstance(vlm.model.visual.patch_embed, ImageEmbedding):  # reads one of the two equal frames
         frames = inputs["pixel_values"].unflatten(1, (3, 2, -1))
         inputs["pixel_values"] = frames[:, :, 0].flatten(1)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_output_matrix_survives(tied: bool, tiny_config: Callable[..., RecipeCon
     torch.save({"state": {"model": trained.state_dict()}}, tmp_path / "trained.pt")
 
     model, processor, _ = load_model(tmp_path / "trained.pt", config)
-    export_model(model, processor, config, tmp_path / "export")
+    export_model(model.model, processor, config, tmp_path / "export")
     again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "export")
     for vlm in (model.model.vlm.hf_model, again):
         assert (vlm.lm_head.weight is vlm.get_input_embeddings().weight) == tied
@@ -117,7 +117,7 @@ def test_pixel_budget_of_the_run_is_exported(exported: Path, tmp_path: Path):
     """A picture above the run's budget, below the base's: transformers' processor now reduces it as the run did."""
     model, processor, config = load_model(exported)
     config = replace(config, image=ImageConfig(min_pixels=56 * 56, max_pixels=112 * 112))
-    export_model(model, processor, config, tmp_path)
+    export_model(model.model, processor, config, tmp_path)
     picture = Image.open(BytesIO(draw_scene(seed=1, index=0, image_size=200).image))
     found = AutoProcessor.from_pretrained(tmp_path).image_processor(picture, return_tensors="pt")["image_grid_thw"]
     _, expected = patchify(picture, image_spec(processor.image_processor, config.image))
@@ -129,7 +129,7 @@ def test_pixel_budget_of_the_run_is_exported(exported: Path, tmp_path: Path):
 def test_secrets_are_not_exported(exported: Path, tmp_path: Path):
     model, processor, config = load_model(exported)
     config = replace(config, loggers={"wandb": {"init_kwargs": {"api_key": "hunter2hunter2"}}})
-    export_model(model, processor, config, tmp_path)
+    export_model(model.model, processor, config, tmp_path)
     assert "hunter2" not in (tmp_path / "recipe.yaml").read_text()
     assert load_config(str(tmp_path / "recipe.yaml")).detection_head == config.detection_head
 

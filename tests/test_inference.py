@@ -8,11 +8,10 @@ from torchvision.ops import box_iou
 
 from recipe.config import EvaluationConfig
 from recipe.joint import JointModel
-from recipe.models.caption_decoder import CaptionPlaces
-from recipe.models.memory import Memory
-from recipe.prediction.decode import eos_token_id, predict_batch, rank_queries
+from recipe.prediction import decode
+from recipe.prediction.decode import Decoding, eos_token_id, rank_queries
 from recipe.prediction.generate import generate_captions
-from recipe.schema import DetectionOutputs, Example, Prediction
+from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Memory, Prediction
 from tests.tiny_cases import NUM_QUERIES, collator
 
 
@@ -21,16 +20,8 @@ def predict(
     model: JointModel, examples: list[Example], layout: str, evaluation: EvaluationConfig | None = None
 ) -> list[Prediction]:
     batch = collator(layout)(examples)
-    outputs = model.eval()(batch)
-    return predict_batch(
-        model.model,
-        batch,
-        outputs.detection,
-        outputs.memory,
-        model.tokenizer,
-        evaluation or model.evaluation,
-        model.prompt,
-    )
+    decoding = Decoding(model.tokenizer, evaluation or model.evaluation, model.prompt)
+    return decode.predict(model.eval().model, batch, decoding)[1]
 
 
 @pytest.mark.parametrize("layout", ["standard", "packed"])

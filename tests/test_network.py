@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import recipe.models.network
-from recipe.build import load_processor
 from recipe.config import RecipeConfig
-from recipe.data.collate import collate_packed
+from recipe.data.collate import collate_packed, one_each
 from recipe.joint import JointModel
+from recipe.load import load_processor
 from recipe.models.network import padded_captions
 from recipe.models.sharding import Sealed
 from recipe.optim.groups import build_optimizer, group_parameters
@@ -36,7 +36,7 @@ def test_the_head_is_float32_at_least(
 ) -> None:
     model = make_model(tiny_config(model={"dtype": dtype}))
     assert model.model.vlm.hf_model.dtype == getattr(torch, dtype)
-    batch = collate_packed([tiny_examples["two"], tiny_examples["one"]])
+    batch = collate_packed(one_each([tiny_examples["two"], tiny_examples["one"]]))
     outputs = model(batch)
     assert outputs.detection.pred_boxes.dtype == torch.float32
     model.loss(outputs, batch)["total"].backward()
@@ -49,7 +49,7 @@ def test_a_prediction_writes_no_captions_of_nothing(tiny_model: JointModel, tiny
     hook = tiny_model.model.caption_decoder.register_forward_hook(lambda *_: calls.append(1))
     examples = [tiny_examples["two"], replace(tiny_examples["two"], target=None)]
     with torch.no_grad():
-        judged, predicted = (tiny_model.eval()(collate_packed([example])) for example in examples)
+        judged, predicted = (tiny_model.eval()(collate_packed(one_each([example]))) for example in examples)
     hook.remove()
     assert len(calls) == 1
     assert torch.equal(judged.detection.pred_boxes, predicted.detection.pred_boxes)
@@ -78,7 +78,7 @@ def test_nothing_is_read_from_the_device_between_the_language_model_and_the_matc
 ) -> None:
     """A GPU would have to finish what is queued, and the host could not queue the head's pass meanwhile."""
     network = make_model(tiny_config(**ALL_SWITCHES)).model.train(is_training)
-    batch = collate_packed([tiny_examples[name] for name in names])
+    batch = collate_packed(one_each([tiny_examples[name] for name in names]))
     waits = Waits()
     for name in ("tolist", "cpu"):  # which the mode does not see on a CPU
         method = getattr(Tensor, name)
@@ -106,7 +106,7 @@ def test_without_auxiliary_losses_the_last_layer_alone_is_taught(
 ) -> None:
     """Of the first group of queries, of the others and of the denoising queries."""
     model = make_model(tiny_config(detection_head={"aux_loss": False, "num_query_groups": 2, "num_layers": 3}))
-    outputs = model(collate_packed([tiny_examples["two"]]))
+    outputs = model(collate_packed(one_each([tiny_examples["two"]])))
     assert outputs.denoising is not None
     taught = (outputs.detection, *outputs.detection.groups, outputs.denoising[1])
     assert len(taught) == 3 and not any(queried.aux_outputs for queried in taught)
@@ -127,7 +127,7 @@ def test_only_matched_queries_are_captioned_in_training(
     tiny_model: JointModel, tiny_examples: dict[str, Example]
 ) -> None:
     """The captions' logits are as many as the matched captions' tokens, and depend on the matched queries alone."""
-    batch = collate_packed([tiny_examples["two"], tiny_examples["crowded"], tiny_examples["empty"]])
+    batch = collate_packed(one_each([tiny_examples["two"], tiny_examples["crowded"], tiny_examples["empty"]]))
     outputs = tiny_model(batch)
     (gradient,) = torch.autograd.grad(outputs.caption_logits.square().sum(), outputs.detection.query_features)
     matches = outputs.matches[-1]
@@ -190,7 +190,8 @@ def test_labels_of_captions_in_any_language(
     processor = load_processor(config.model.pretrained_model_name_or_path)
     objects = [Object((10.0 * i, 5.0, 10.0 * i + 30, 50.0), caption) for i, caption in enumerate(captions)]
     sample = replace(make_samples()["two"], objects=tuple(objects))
-    outputs = make_model(config)(collate_packed([make_encoder(config)(sample), tiny_examples["one"]]))
+    examples = [make_encoder(config)(sample), tiny_examples["one"]]
+    outputs = make_model(config)(collate_packed(one_each(examples)))
     text = processor.tokenizer.decode(outputs.caption_labels[outputs.caption_images == 0])
     end = processor.tokenizer.eos_token
     assert text.split(end) == [*captions, ""]

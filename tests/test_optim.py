@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from recipe.build import build_network
 from recipe.config import OptimizerConfig, RecipeConfig
-from recipe.data.image import ImageSpec
 from recipe.estimate import model_config
 from recipe.joint import JointModel
+from recipe.load import build_network
 from recipe.optim.groups import build_optimizer, group_of, group_parameters, lr_scale
-from recipe.schema import Example
+from recipe.schema import Example, ImageSpec
 from tests.tiny_cases import collator, make_model
 
 IMAGE_SPEC = ImageSpec(14, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))

@@ -79,3 +79,11 @@ def test_errors_that_need_the_libraries_or_the_machine_have_no_traceback_either(
         done = run("recipe/train.py", JOINT, *overrides)
         assert done.returncode == 2 and expected in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("module", "unwanted"), [("recipe.predict", "composer"), ("recipe.schema", "torch")])
+def test_what_a_module_does_without(module: str, unwanted: str) -> None:
+    program = f"import sys, {module}; sys.exit({unwanted!r} in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == 0, f"{module} imports {unwanted}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from convert.shapes import draw_scene
-from recipe.build import build_model, load_processor
+from recipe.build import build_model
 from recipe.config import RecipeConfig
-from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.collate import Collator, collate_packed, collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
-from recipe.data.loader import Collator, split_batch
 from recipe.joint import JointModel
-from recipe.schema import Batch, Example, Sample
+from recipe.load import load_network, load_processor
+from recipe.losses.counts import split_batch
+from recipe.schema import Batch, CountedBatch, Example, Sample
 from recipe.tiny import build_tiny_checkpoint
 
 NUM_QUERIES = 5
@@ -91,6 +93,12 @@ def make_model(config: RecipeConfig) -> JointModel:
     return model.train()
 
 
+def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointModel, Any, RecipeConfig]:
+    """What `load_network` loads, as the model that a Trainer sees."""
+    network, processor, config = load_network(checkpoint, config)
+    return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt), processor, config
+
+
 def make_samples() -> dict[str, Sample]:
     """One sample of each kind; pictures of several sizes, one larger than a vision window."""
 
@@ -122,15 +130,21 @@ def make_examples(config: RecipeConfig) -> dict[str, Example]:
     }
 
 
-def collator(name: str) -> Collator:
-    """`standard` or `packed`; the padding is no token of the samples, so that a leak of it shows."""
-    return collate_packed if name == "packed" else partial(collate_standard, pad_token_id=7)
+def collator(name: str) -> Callable[[Sequence[Example]], Batch]:
+    """`standard` or `packed`; the padding is not a token of the samples, so that a leak of it shows."""
+    collate: Collator = collate_packed if name == "packed" else partial(collate_standard, pad_token_id=7)
+    return lambda examples: collate(one_each(examples))
 
 
-def make_batches(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[Batch]:
-    """The microbatches of one global batch, each told the denominators of all."""
-    groups = [examples[start : start + microbatch_size] for start in range(0, len(examples), microbatch_size)]
-    return split_batch([collator(layout)(group) for group in groups], microbatch_size)
+def microbatches_of(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[Batch]:
+    """The microbatches of one device batch, `microbatch_size` samples each."""
+    starts = range(0, len(examples), microbatch_size)
+    return [collator(layout)(examples[start : start + microbatch_size]) for start in starts]
+
+
+def make_batches(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[CountedBatch]:
+    """The microbatches of one global batch, each with the denominators of all."""
+    return split_batch(microbatches_of(examples, layout, microbatch_size), microbatch_size)
 
 
 def losses_and_gradients(model: JointModel, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

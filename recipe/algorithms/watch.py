@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recipe.config import NaNRollbackConfig
-from recipe.models.network import JointOutputs
+from recipe.schema import JointOutputs
 from recipe.upstream.torch_private import foreach_mul, foreach_norm
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution

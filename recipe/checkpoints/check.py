@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from recipe.redact import redact
+from recipe.schema import Origin
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"  # ends the name of a file that is being written
@@ -28,21 +29,6 @@ class FileEntry:
 
     size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a run is made from.
-
-    Attributes:
-        config: All of it, without secrets.
-        tokenizer: Fingerprint of the tokenizer and its chat template.
-        model: Fingerprint of the names and shapes of all parameters.
-    """
-
-    config: dict[str, Any]
-    tokenizer: str
-    model: str
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch.serialization import safe_globals
 from recipe.checkpoints.check import (
     MANIFEST,
     Found,
-    Origin,
     check,
     differences,
     existing,
@@ -28,6 +27,7 @@ from recipe.checkpoints.check import (
 from recipe.checkpoints.weights import SAFE_GLOBALS, refuse_code
 from recipe.config import TrainerView
 from recipe.redact import redact
+from recipe.schema import Origin
 from recipe.upstream.agreement import agree
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,6 @@ from recipe.checkpoints.check import (
     FileEntry,
     LocalFolder,
     Manifest,
-    Origin,
     clean,
     has_manifest,
     manifest_of,
@@ -45,6 +44,7 @@ from recipe.checkpoints.write import (
 )
 from recipe.config import SaveBestConfig, TrainerView
 from recipe.redact import redact
+from recipe.schema import Origin
 
 log = logging.getLogger(__name__)
 

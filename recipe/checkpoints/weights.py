@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import get_file
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -23,8 +22,7 @@ from torch.torch_version import TorchVersion
 from recipe.config import CaptionDecoderConfig, ImageConfig, RecipeConfig
 from recipe.configure import load_config, save_config
 from recipe.data.image import image_spec
-from recipe.joint import JointModel
-from recipe.models.network import AVERAGE
+from recipe.models.network import AVERAGE, JointNetwork
 from recipe.redact import redact
 
 HEAD_FILE = "detection_head.safetensors"
@@ -100,6 +98,8 @@ def refuse_code(path: Path) -> None:
 
 def read_remote_weights(address: str) -> dict[str, Tensor]:
     """Fetch a Composer checkpoint from a store and return its weights, as `read_weights` does."""
+    from composer.utils import get_file  # takes seconds to import, which local checkpoints can do without
+
     with TemporaryDirectory() as folder:
         path = Path(folder, "checkpoint.pt")
         try:
@@ -151,7 +151,7 @@ def trained_caption_length(decoder: CaptionDecoderConfig, checkpoint: str | None
     return trained.caption_decoder.max_caption_tokens
 
 
-def export_model(model: JointModel, processor: Any, config: RecipeConfig, folder: str | Path) -> None:
+def export_model(network: JointNetwork, processor: Any, config: RecipeConfig, folder: str | Path) -> None:
     """Write a model as a folder that transformers loads, with the head's weights and the configuration next to it.
 
     If the model has averaged weights, those are written. The image processor gets the run's pixel budget, so that
@@ -163,7 +163,6 @@ def export_model(model: JointModel, processor: Any, config: RecipeConfig, folder
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is a file or a folder that is not empty: give the export a folder of its own")
-    network = model.model
     network.vlm.hf_model.save_pretrained(folder)
     _with_pixel_budget(processor, config.image).save_pretrained(folder)
     weights = answering_weights(network.state_dict())

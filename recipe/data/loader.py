@@ -1,8 +1,4 @@
-"""Examples → what Composer's Trainer takes: a DataSpec whose batches are lists of collated microbatches.
-
-The examples of a device batch are cut into microbatches in the worker, before they are collated: so a microbatch is
-padded to its own longest row, and nobody has to slice images apart again.
-"""
+"""Packs → what Composer's Trainer takes: a DataSpec whose batches are lists of microbatches."""
 
 import multiprocessing
 import os
@@ -19,19 +15,19 @@ from streaming import Stream
 from torch.utils.data import DataLoader
 
 from recipe.config import LoaderConfig, PackingConfig
-from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.collate import Collator, collate_microbatches, collate_packed, collate_standard
 from recipe.data.encode import Encoder
 from recipe.data.lengths import read_length_table
 from recipe.data.plan import Budget
 from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, Packing, PackStream
 from recipe.data.teachers import TeacherPool
-from recipe.schema import Batch, Example, LossCounts, Pack, Role
+from recipe.schema import Batch
 from recipe.upstream.agreement import LockstepLoader
 from recipe.upstream.storage import open_streams
 
 _OF_WORKERS = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "timeout")
 
-Collator = Callable[[Sequence[Example]], Batch]
+SplitBatch = Callable[[list[Batch], int | float], Sequence[Batch]]
 
 
 def build_train_loader(
@@ -40,7 +36,7 @@ def build_train_loader(
     teachers: TeacherPool | None,
     seed: int,
     microbatch_size: int,
-    equally_many: bool = False,
+    split_batch: SplitBatch,
 ) -> DataSpec:
     """Return the training loader: batches of packs, resumed exactly at any number of ranks and workers.
 
@@ -50,7 +46,7 @@ def build_train_loader(
         teachers: From `read_teachers`; None: no sample is shown any.
         seed: Of shuffling, teachers and noise.
         microbatch_size: Packs of one forward pass on one device.
-        equally_many: Every rank must have as many microbatches, as FSDP needs.
+        split_batch: Called by Composer with each device batch; adds the loss denominators of the global batch.
 
     Raises:
         ValueError: The shards are missing, a sample is too long, or the ranks do not divide the batch.
@@ -68,9 +64,9 @@ def build_train_loader(
     collate = make_collator(loader.collator, encoder.pad_token_id)
     return DataSpec(
         _dataloader(
-            loader, dataset, batch_size, partial(collate_packs, collate=collate, microbatch_size=microbatch_size)
+            loader, dataset, batch_size, partial(collate_microbatches, collate=collate, microbatch_size=microbatch_size)
         ),
-        split_batch=partial(split_batch, equally_many=equally_many),
+        split_batch=split_batch,
         get_num_samples_in_batch=get_num_packs_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
     )
@@ -154,69 +150,6 @@ def make_collator(name: str, pad_token_id: int) -> Collator:
     if name == "packed":
         return collate_packed
     raise ValueError(f"collator is {name!r}: write standard or packed")
-
-
-def collate_microbatches(examples: Sequence[Example], collate: Collator, microbatch_size: int) -> list[Batch]:
-    """Cuts the examples of a device batch into microbatches, then collates each."""
-    return [collate(examples[start : start + microbatch_size]) for start in range(0, len(examples), microbatch_size)]
-
-
-def collate_packs(packs: Sequence[Pack], collate: Collator, microbatch_size: int) -> list[Batch]:
-    """Cuts the packs of a device batch into microbatches, each a row of its packs' samples where `collate` packs."""
-    microbatches = []
-    for start in range(0, len(packs), microbatch_size):
-        group = packs[start : start + microbatch_size]
-        batch = collate([example for pack in group for example in pack.examples])
-        batch["num_packs"] = sum(not pack.is_inert for pack in group)
-        batch["skipped"] = {name: reason for pack in group for name, reason in pack.skipped.items()}
-        microbatches.append(batch)
-    return microbatches
-
-
-def count_losses(batch: Batch) -> LossCounts:
-    """The denominators of one microbatch alone."""
-    targets = [target for target in batch["targets"] if target is not None]
-    return LossCounts(
-        teacher_tokens=float((batch["label_roles"] == Role.TEACHER).sum()),
-        student_tokens=float((batch["label_roles"] == Role.STUDENT).sum()),
-        objects=float(sum(len(target["boxes"]) for target in targets)),
-        images=float(len(targets)),
-        microbatches=1.0,
-    )
-
-
-def split_batch(batches: list[Batch], microbatch_size: int | float, equally_many: bool = False) -> list[Batch]:
-    """Tells each microbatch the loss denominators of the whole global batch: one small all-reduce a batch.
-
-    Args:
-        batches: A device batch, cut into microbatches already.
-        microbatch_size: What the Trainer expects.
-        equally_many: Every rank must have as many: FSDP gathers weights in each, so that one more would never end.
-
-    Raises:
-        ValueError: On every rank, where they are not equally many but must be.
-    """
-    assert all(batch["num_packs"] <= microbatch_size for batch in batches), (
-        f"the loader cuts microbatches of {[batch['num_packs'] for batch in batches]} packs, "
-        f"but the Trainer's device_train_microbatch_size is {microbatch_size}"
-    )
-    each = [count_losses(batch) for batch in batches]
-    names = list(LossCounts.__annotations__)
-    own = [*(sum(counts[name] for counts in each) for name in names), len(each) ** 2]
-    sums = torch.tensor(own, dtype=torch.float64)
-    if torch.distributed.is_initialized() and "nccl" in torch.distributed.get_backend():
-        sums = sums.cuda()
-    dist.all_reduce(sums)
-    *totals, squares = sums.tolist()
-    counts = LossCounts(**dict(zip(names, totals, strict=True)))
-    if equally_many and counts["microbatches"] ** 2 != squares * dist.get_world_size():
-        raise ValueError(
-            f"this rank has {len(each)} microbatches of a step and the {dist.get_world_size()} ranks together "
-            f"{counts['microbatches']:.0f}: FSDP needs equally many; give every rank as many packs"
-        )
-    for batch in batches:
-        batch["loss_counts"] = counts
-    return batches
 
 
 def get_num_packs_in_batch(batch: list[Batch] | Batch) -> int:

@@ -9,18 +9,9 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from recipe.config import EvaluationConfig
-from recipe.metrics.gather import (
-    UNDEFINED,
-    Evaluation,
-    boxes_of,
-    inside_crowd,
-    match_by_score,
-    scored_pairs,
-    split_crowds,
-)
+from recipe.metrics.gather import IGNORED, UNDEFINED, Evaluation, found_truths, scored_pairs
 from recipe.schema import Prediction, Sample
 
 
@@ -72,15 +63,12 @@ def detections_of(
     num_images, num_truths = 0, 0
     for prediction, _, objects in scored_pairs(predictions, samples):
         found = sorted(prediction.objects, key=lambda item: -item.score)
-        boxes = boxes_of(found)
-        truths, crowds = split_crowds(objects)
-        hit = torch.zeros(len(found), dtype=torch.bool)
-        hit[[row for row, _ in match_by_score(box_iou(boxes, boxes_of(truths)), iou_threshold)]] = True
-        counted = hit | ~inside_crowd(boxes, crowds, iou_threshold)
+        places = torch.tensor(found_truths(found, objects, iou_threshold), dtype=torch.int64)
+        counted = places != IGNORED
         scores.append(torch.tensor([item.score for item in found], dtype=torch.float64)[counted])
-        is_true.append(hit[counted])
+        is_true.append(places[counted] >= 0)
         num_images += 1
-        num_truths += len(truths)
+        num_truths += sum(not item.iscrowd for item in objects)
     return Detections(torch.cat(scores), torch.cat(is_true), num_images, num_truths)
 
 

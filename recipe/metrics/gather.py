@@ -14,10 +14,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchmetrics import Metric
-from torchvision.ops import box_area
+from torchvision.ops import box_area, box_iou
 
 from recipe.schema import DetectedObject, LossCounts, Object, Prediction, Sample
 
+FALSE, IGNORED = -1, -2  # instead of the truth that a detection finds
 UNDEFINED = -1.0
 """A ratio over nothing, as COCO writes it: finite, so that every logger takes it, and no possible score."""
 Scores = Callable[[Sequence[Prediction], Sequence[Sample]], dict[str, float]]
@@ -216,6 +217,25 @@ def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
             pairs.append((detection, int(truth)))
             free[:, truth] = -1.0
     return pairs
+
+
+def found_truths(found: Sequence[DetectedObject], objects: Sequence[Object], threshold: float) -> list[int]:
+    """Return which truth each detection finds, as COCO matches: its position, `FALSE`, or `IGNORED` in a crowd region.
+
+    Best scores first, each the free truth it overlaps most. So the matches above a score do not depend on those below.
+
+    Args:
+        found: By falling score.
+        objects: The truth; crowd regions are never found.
+        threshold: Least IoU of a match, included.
+    """
+    boxes = boxes_of(found)
+    wanted = [index for index, item in enumerate(objects) if not item.iscrowd]
+    truths, crowds = split_crowds(objects)
+    places = [IGNORED if inside else FALSE for inside in inside_crowd(boxes, crowds, threshold).tolist()]
+    for detection, truth in match_by_score(box_iou(boxes, boxes_of(truths)), threshold):
+        places[detection] = wanted[truth]
+    return places
 
 
 def match_by_overlap(iou: Tensor, threshold: float) -> list[tuple[int, int]]:

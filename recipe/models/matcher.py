@@ -4,7 +4,6 @@ The cost matrix is one batched float32 expression on the device, moved to the ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,27 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from recipe.boxes import elementwise_iou
-from recipe.schema import DetectionOutputs, Target
+from recipe.schema import DetectionOutputs, Matches, Target
 
 UNUSABLE = 1e6  # the cost of a pair whose prediction is not finite: taken only when nothing else is left
-
-
-@dataclass
-class Matches:
-    """Matched pairs of one layer, all images together; n = the sum of min(Q, T) over annotated images.
-
-    Attributes:
-        image: (n,) int64, which of the N images.
-        query: (n,) int64, the query.
-        target: (n,) int64, the object, counted within its image.
-    """
-
-    image: Tensor
-    query: Tensor
-    target: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image)
 
 
 @torch.no_grad()
@@ -46,7 +27,7 @@ def match(
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
 ) -> list[Matches]:
-    """Finds the cheapest one-to-one assignment for every layer and image.
+    """Find the cheapest one-to-one assignment for every layer and image.
 
     More objects than queries is legal: the best are matched. Non-finite predictions never reach scipy.
 
@@ -60,7 +41,7 @@ def match(
         focal_gamma: Of the focal cost.
 
     Returns:
-        One `Matches` a layer.
+        One `Matches` per layer.
     """
     device = layers[0].pred_boxes.device
     counts = [0 if target is None else len(target["boxes"]) for target in targets]
@@ -91,7 +72,7 @@ def cost_matrix(
     focal_alpha: float,
     focal_gamma: float,
 ) -> Tensor:
-    """The cost of every (query, object) pair of every layer and image, finite everywhere.
+    """Return the cost of every (query, object) pair of every layer and image, finite everywhere.
 
     Args:
         pred_boxes: (layers, N, Q, 4) cxcywh.

@@ -1,9 +1,8 @@
-"""What sharding (FSDP) asks of the model: every rank runs every unit equally often, or all wait for ever."""
+"""What sharding (FSDP) asks of the model: every rank runs every unit equally often, or all wait indefinitely."""
 
 from typing import Generic, TypeVar
 
 import torch
-from composer.utils import dist
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
@@ -20,7 +19,7 @@ class Sealed(Generic[Content]):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parts of a module's parameters lie on other ranks."""
+    """Return whether other ranks hold parts of a module's parameters."""
     return distributed.is_initialized() and any(
         isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules()
     )
@@ -38,7 +37,8 @@ def reshard(root: nn.Module) -> None:
 
 
 def on_all_ranks(condition: bool, device: torch.device) -> bool:
-    """Whether `condition` holds on every rank; called by all ranks at the same point."""
+    """Return whether `condition` holds on every rank; called by all ranks at the same point."""
     flag = torch.tensor(int(condition), device=device)
-    dist.all_reduce(flag, reduce_operation="MIN")
+    if distributed.is_initialized():
+        distributed.all_reduce(flag, distributed.ReduceOp.MIN)
     return bool(flag)

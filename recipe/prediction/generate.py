@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recipe.models.caption_decoder import CaptionCache, CaptionDecoder, CaptionPlaces
-from recipe.models.memory import Memory
+from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.sharding import on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
+from recipe.schema import CaptionPlaces, Memory
 
 
 @torch.no_grad()
@@ -64,18 +64,18 @@ def generate_answers(
     max_new_tokens: int,
     lockstep: bool = False,
 ) -> list[Tensor]:
-    """Lets the language model answer, through transformers' own `generate`.
+    """Let the language model answer, through transformers' own `generate`.
 
     Args:
         vlm: The language model.
-        prompts: One (S,) int64 a sample, up to and including the generation prompt.
+        prompts: One (S,) int64 per sample, up to and including the generation prompt.
         pixel_patches: (P, 3 * patch * patch) uint8, the images of all prompts in order.
         image_grid_thw: (I, 3).
         max_new_tokens: Longest answer.
-        lockstep: Go on until every rank's answers have ended, as sharded parameters need.
+        lockstep: Continue until every rank's answers have ended, as sharded parameters need.
 
     Returns:
-        One (new tokens,) int64 a sample, end-of-sequence and padding among them.
+        One (new tokens,) int64 per sample, end-of-sequence and padding among them.
     """
     hf_model: Any = vlm.hf_model
     pad_token_id: int = hf_model.generation_config.pad_token_id
@@ -88,7 +88,7 @@ def generate_answers(
         pixel_values = vlm.normalizer(pixel_patches).to(hf_model.dtype)
         images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         if "mm_token_type_ids" in signature(hf_model.forward).parameters:
-            # Without them transformers 5 gives the tokens of a picture the positions of words.
+            # Without them transformers 5 gives the tokens of an image the positions of words.
             images["mm_token_type_ids"] = (input_ids == hf_model.config.image_token_id).int()
     generated = hf_model.generate(
         input_ids=input_ids,

@@ -275,11 +275,12 @@ def test_a_gradient_of_zeros_is_not_reported():
     class Behind(Toy):
         def __init__(self):
             super().__init__()
-            self.model["llm"].behind = nn.Parameter(torch.zeros(2))
+            self.behind = nn.Parameter(torch.zeros(2))
+            self.model["llm"].register_parameter("behind", self.behind)
 
         def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
             language, detection = super().forward(batch)
-            return language + 0.0 * self.model["llm"].behind.sum(), detection
+            return language + 0.0 * self.behind.sum(), detection
 
     with messages_of("recipe") as messages:
         train_toy(config_with({}), model=Behind())
@@ -357,6 +358,9 @@ def test_bit_sums_see_the_smallest_change(dtype: torch.dtype):
 
 def test_ddp_is_told_only_where_a_group_is_ever_frozen():
     def told(stages: dict[str, Any]) -> bool:
-        return StagedFreezing(build_schedule(config_with(stages))).find_unused_parameters
+        config = config_with(stages)
+        return StagedFreezing(
+            build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+        ).find_unused_parameters
 
     assert told(TWO_STAGES) and not told({"llm": [{"from": "1ep", "lr": 0.1}]})

@@ -11,10 +11,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoConfig
 
-from recipe.build import load_processor
 from recipe.config import RecipeConfig
 from recipe.data.encode import Encoder, rope_positions
 from recipe.data.image import image_spec
+from recipe.load import load_processor
 from recipe.models.vlm import PixelNormalizer
 from recipe.schema import Sample
 

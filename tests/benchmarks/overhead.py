@@ -53,12 +53,14 @@ from convert.shapes import iter_samples
 from convert.writer import write_split
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.watch import MicrobatchFlags
-from recipe.build import build_algorithms, build_encoder, build_model, load_processor
+from recipe.build import build_algorithms, build_model
 from recipe.callbacks.group_metrics import GroupMetrics, every_batches
 from recipe.callbacks.loss_terms import LossShares
 from recipe.callbacks.throughput import Throughput
 from recipe.config import DetectionHeadConfig, LoaderConfig, ModelConfig, NaNRollbackConfig, PackingConfig, RecipeConfig
 from recipe.data.loader import build_train_loader, get_num_tokens_in_batch
+from recipe.load import build_encoder, load_processor
+from recipe.losses.counts import split_batch
 from recipe.optim.groups import build_optimizer
 from recipe.optim.schedule import build_curve
 from recipe.tiny import build_tiny_checkpoint
@@ -194,6 +196,7 @@ def train(config: RecipeConfig) -> tuple[list[Row], Trainer, float]:
             None,
             config.seed,
             microbatch_size=1,
+            split_batch=split_batch,
         ),
         optimizers=optimizer,
         schedulers=build_curve(config.scheduler),

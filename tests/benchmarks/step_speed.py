@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -14,12 +14,13 @@ from transformers import AttentionInterface, AutoConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from convert.shapes import draw_scene
-from recipe.build import build_model, load_processor
+from recipe.build import build_model
 from recipe.config import RecipeConfig
-from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
+from recipe.load import load_processor
 from recipe.models.attention import packed_mask
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example, Sample
@@ -104,10 +105,10 @@ def step_seconds(config: RecipeConfig, examples: Sequence[Example], repeats: int
     """Core-seconds of a step, in each way: medians of interleaved repeats, after one that warms up and is checked."""
     AttentionInterface.register(DENSE, dense_sdpa)
     AttentionMaskInterface.register(DENSE, packed_mask)
-    packed = collate_packed(examples)
+    packed = collate_packed(one_each(examples))
     steps = {
         "packed": Step(config, "auto", packed),
-        "padded": Step(config, "auto", partial(collate_standard, pad_token_id=0)(examples)),
+        "padded": Step(config, "auto", collate_standard(one_each(examples), pad_token_id=0)),
         "dense": Step(config, DENSE, packed),
     }
     losses = [step() for step in steps.values()]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from recipe.checkpoints import resume
-from recipe.checkpoints.check import Origin
 from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS
 from recipe.config import RecipeConfig, view_trainer
+from recipe.schema import Origin
 from tests.checkpoints.checkpoint_cases import ORIGIN, flip, train, truncate
 
 

@@ -14,15 +14,14 @@ from recipe.data.encode import Encoder
 from recipe.data.loader import (
     build_eval_loader,
     build_train_loader,
-    count_losses,
     device_batch_size,
     get_num_packs_in_batch,
     get_num_samples_in_batch,
     get_num_tokens_in_batch,
     make_collator,
-    split_batch,
 )
 from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, read_teachers
+from recipe.losses.counts import count_losses, split_batch
 from recipe.schema import Batch
 
 NUM_SAMPLES = 10
@@ -31,7 +30,12 @@ NUM_SAMPLES = 10
 def train_spec(config: RecipeConfig, encoder: Encoder, microbatch_size: int) -> DataSpec:
     """The training loader with the teachers that the configuration asks for."""
     return build_train_loader(
-        config.train_loader, encoder, read_teachers(config.teachers, config.seed), config.seed, microbatch_size
+        config.train_loader,
+        encoder,
+        read_teachers(config.teachers, config.seed),
+        config.seed,
+        microbatch_size,
+        split_batch,
     )
 
 
@@ -85,7 +89,6 @@ def test_counts_are_those_of_the_whole_batch_in_every_microbatch(config: RecipeC
     batch = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=1))))
     whole = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=4))))
     expected = count_losses(whole[0])
-    assert batch[0]["loss_counts"] is None
     split = split_batch(batch, 1)
     assert len(split) == 4
     for item in split:
@@ -204,12 +207,13 @@ def test_ranks_take_equal_steps_and_no_sample_counts_twice(
 def test_inert_samples_count_for_nothing(config: RecipeConfig, encoder: Encoder):
     maker = ExampleMaker(encoder, None, seed=0)
     dataset = EvalSamples(maker, streams=loader_module.open_streams(config.eval_loader.streams), batch_size=1)
-    example, inert = dataset[2], dataset[-3]
+    packs = [dataset[2], dataset[-3]]
+    example, inert = (pack.examples[0] for pack in packs)
     assert inert.sample.id == example.sample.id
     assert torch.equal(inert.input_ids, example.input_ids)
     assert inert.has_student_image
-    batch = make_collator("standard", encoder.pad_token_id)([example, inert])
-    alone = make_collator("standard", encoder.pad_token_id)([example])
+    batch = make_collator("standard", encoder.pad_token_id)(packs)
+    alone = make_collator("standard", encoder.pad_token_id)(packs[:1])
     assert count_losses(batch) == count_losses(alone)
     assert get_num_samples_in_batch([batch]) == 1
     assert len(batch["student_images"]) == 2

@@ -29,7 +29,7 @@ from recipe.config import (
     RecipeConfig,
     SchedulerConfig,
 )
-from recipe.joint import EvalOutputs
+from recipe.schema import EvalOutputs
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters

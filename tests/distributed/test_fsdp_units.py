@@ -20,20 +20,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from recipe.build import build_network
 from recipe.checks import check_libraries
 from recipe.config import ConfigError, RecipeConfig, view_trainer
 from recipe.configure import load_config
-from recipe.data import loader
-from recipe.data.image import ImageSpec
+from recipe.data.collate import collate_packed, one_each
 from recipe.estimate import model_config
 from recipe.joint import JointModel
+from recipe.load import build_network
+from recipe.losses import counts
+from recipe.losses.counts import split_batch
 from recipe.optim import fsdp as parallel
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import group_parameters
 from recipe.optim.schedule import build_schedule
 from recipe.rules import check_config, check_fields, check_trainer
-from recipe.schema import Example
+from recipe.schema import Example, ImageSpec
 from tests.distributed import fsdp_shim
 from tests.tiny_cases import make_batches, make_model
 
@@ -211,16 +212,16 @@ def test_ranks_with_other_numbers_of_microbatches_are_told(
         sums[-2] += sum(others)
         sums[-1] += sum(number**2 for number in others)
 
-    monkeypatch.setattr(loader.dist, "all_reduce", add_others)
-    monkeypatch.setattr(loader.dist, "get_world_size", lambda: 3)
-    batches = [loader.collate_packed([tiny_examples["one"]]) for _ in range(2)]
+    monkeypatch.setattr(counts.dist, "all_reduce", add_others)
+    monkeypatch.setattr(counts.dist, "get_world_size", lambda: 3)
+    batches = [collate_packed(one_each([tiny_examples["one"]])) for _ in range(2)]
     if agree:
-        split = loader.split_batch(batches, 1, equally_many=True)
-        assert [batch["loss_counts"] and batch["loss_counts"]["microbatches"] for batch in split] == [6, 6]
+        split = split_batch(batches, 1, equally_many=True)
+        assert [batch["loss_counts"]["microbatches"] for batch in split] == [6, 6]
     else:
-        with pytest.raises(ValueError, match=r"this rank has 2 microbatches .* FSDP needs equally many"):
-            loader.split_batch(batches, 1, equally_many=True)
-        loader.split_batch(batches, 1)
+        with pytest.raises(ValueError, match=r"this rank has 2 microbatches .* FSDP needs the same number"):
+            split_batch(batches, 1, equally_many=True)
+        split_batch(batches, 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

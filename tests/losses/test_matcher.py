@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
-from recipe.models.matcher import UNUSABLE, Matches, cost_matrix, match
-from recipe.schema import DetectionOutputs, Target
+from recipe.models.matcher import UNUSABLE, cost_matrix, match
+from recipe.schema import DetectionOutputs, Matches, Target
 
 COSTS = (5.0, 2.0, 2.0)
 FOCAL = (0.25, 2.0)

@@ -12,9 +12,8 @@ from torchvision.ops import box_convert, box_iou
 
 from recipe.config import LossConfig
 from recipe.losses.detection import denoising_losses, detection_losses, objectness_loss
-from recipe.models.denoising import DenoisingQueries
-from recipe.models.matcher import Matches, match
-from recipe.schema import DetectionOutputs, LossCounts, Target
+from recipe.models.matcher import match
+from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Target
 
 LN2, LN3, LN4 = (math.log(n) for n in (2, 3, 4))
 KINDS = ("focal", "mal")

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.models.caption_decoder import CaptionCache, CaptionDecoder, CaptionPlaces
-from recipe.models.memory import Memory
+from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.prediction.generate import generate_captions
+from recipe.schema import CaptionPlaces, Memory
 from tests.tiny_cases import make_model
 
 LENGTH = 10

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
-from recipe.build import load_processor
 from recipe.config import ConfigError, ImageConfig, RecipeConfig
 from recipe.data.encode import rope_positions
 from recipe.data.image import image_spec, patchify
 from recipe.joint import JointModel
+from recipe.load import load_processor
 from recipe.models.vlm import (
-    PictureEmbedding,
+    ImageEmbedding,
     PixelNormalizer,
     VisionLanguageModel,
     check_packing_contract,
@@ -115,7 +115,7 @@ def test_the_embedding_of_pictures_is_hugging_faces_of_equal_frames():
     """Output and gradient, measured: 2.1e-15 of 2.1, and 2.5e-14 of 22."""
     torch.manual_seed(0)
     original = Qwen2_5_VisionPatchEmbed(14, 2, 3, 8).double()
-    pictures = PictureEmbedding(deepcopy(original))
+    pictures = ImageEmbedding(deepcopy(original))
     frame = torch.randn(20, 3, 1, 14 * 14, dtype=torch.float64)
     outputs = [original(frame.expand(-1, -1, 2, -1).flatten(1)), pictures(frame.flatten(1))]
     assert torch.allclose(*outputs, rtol=0, atol=5e-15)
