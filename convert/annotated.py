@@ -49,6 +49,11 @@ def _instances(path: Path) -> dict[str, list[Any]]:
 
 
 def read_jsonl(path: Path) -> list[Sample]:
+    """Return the samples of a file of JSON lines next to its images.
+
+    Raises:
+        ValueError: A record cannot be used.
+    """
     samples: list[Sample] = []
     found = find_jsonl(path, path.parent)
     for item in (item for entry in found.entries for item in entry.read()):

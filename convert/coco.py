@@ -15,9 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.cli import build_parser, run
 from convert.items import Found, Note, Rejected
-from convert.records import BadRecord, Parse, Record, list_records, parse_box, parse_dict, parse_number, parse_text
+from convert.records import (
+    BadRecord,
+    Parse,
+    Record,
+    check_file,
+    list_records,
+    parse_box,
+    parse_dict,
+    parse_number,
+    parse_text,
+)
+from convert.write import build_parser, run
 from recipe.schema import Object
 
 
@@ -131,13 +141,15 @@ def _read_phrases(path: Path, known: set[Any], phrases: dict[Any, str]) -> Itera
 
 
 def _read_lists(path: Path, keys: tuple[str, ...]) -> dict[str, list[Any]]:
+    wanted = f"a COCO file with the lists {', '.join(keys)}"
+    check_file(path, wanted)
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON ({error}): give {wanted}") from error
     missing = [key for key in keys if not (isinstance(data, dict) and isinstance(data.get(key), list))]
     if missing:
-        raise ValueError(f"{path} lacks the lists {missing}")
+        raise ValueError(f"{path} lacks the lists {missing}: give {wanted}")
     return {key: data[key] for key in keys}
 
 
@@ -149,12 +161,15 @@ def _key(entry: Any, name: str) -> int | str | None:
 
 def main() -> None:
     """The command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="the instances file")
-    parser.add_argument("--images", type=Path, required=True, help="folder that file_name is relative to")
-    parser.add_argument("--captions", type=Path, help="phrases by annotation_id, in place of the category's name")
-    args = parser.parse_args()
-    run(lambda: find(read_instances(args.annotations), args.images, args.captions, args.annotations.name), args)
+    parser = build_parser("coco", __doc__)
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the instances file")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: file_name is relative to it"
+    )
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help="phrases by annotation_id, in place of the category's name"
+    )
+    run(parser, lambda args: find(read_instances(args.annotations), args.images, args.captions, args.annotations.name))
 
 
 if __name__ == "__main__":

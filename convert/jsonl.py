@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.cli import build_parser, run
 from convert.items import Found
 from convert.records import (
     BadRecord,
     Parse,
     Record,
+    check_file,
     list_records,
     parse_box,
     parse_dict,
@@ -32,6 +32,7 @@ from convert.records import (
     parse_number,
     parse_text,
 )
+from convert.write import build_parser, run
 from recipe.schema import Object
 
 
@@ -43,8 +44,9 @@ def find(annotations: Path, images: Path) -> Found:
         images: Folder that `images` are relative to.
 
     Raises:
-        ValueError: `images` is no folder.
+        ValueError: `annotations` is not a file, or `images` is not a folder.
     """
+    check_file(annotations, "a file of JSON lines")
     return Found(list_records(images, _rows(annotations)))
 
 
@@ -64,7 +66,8 @@ def _parse_line(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadRecord("malformed json", error) from error
+        start = line[:60].decode(errors="replace").strip()
+        raise BadRecord("malformed json", f"{start!r} is not one JSON object on one line ({error})") from error
     return parse_dict(value, "the line")
 
 
@@ -118,11 +121,12 @@ def _parse_objects(value: Any) -> list[Object] | None:
 
 def main() -> None:
     """The command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="the file of JSON lines")
-    parser.add_argument("--images", type=Path, required=True, help="folder that images are relative to")
-    args = parser.parse_args()
-    run(lambda: find(args.annotations, args.images), args)
+    parser = build_parser("jsonl", __doc__)
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the file of JSON lines")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: their paths are relative to it"
+    )
+    run(parser, lambda args: find(args.annotations, args.images))
 
 
 if __name__ == "__main__":

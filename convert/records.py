@@ -12,11 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from convert.items import Item, Note, Rejected
-from recipe.boxes import clip_boxes
 from recipe.images import describe_decode_error, displayed_size, open_image
 from recipe.schema import Box, Message, Object, Sample
 
@@ -149,6 +147,12 @@ def list_records(image_root: Path, rows: Iterable[tuple[str, str, Parse]]) -> li
     return records
 
 
+def check_file(path: Path, wanted: str) -> None:
+    """Raise ValueError if the annotation file is not there."""
+    if not path.is_file():
+        raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give {wanted}")
+
+
 def _refuse_duplicate(sample_id: str) -> Record:
     raise BadRecord("duplicate id", sample_id)
 
@@ -165,7 +169,7 @@ def find_picture(root: str, name: str) -> str:
     if os.path.isabs(name) or os.path.commonpath([root, path]) != root:
         raise BadRecord("path leaves the image root", name)
     if not os.path.isfile(path):
-        raise BadRecord("missing file", repr(name))
+        raise BadRecord("missing file", f"{os.path.join(root, name)!r}")
     return path
 
 
@@ -210,7 +214,8 @@ def check_object(item: Object, width: int, height: int) -> Object:
     where = f"{item.box} in a picture of {width}x{height}"
     if excess > ROUNDING + 1e-6:
         raise BadRecord("box outside the picture", where)
-    x1, y1, x2, y2 = clip_boxes(torch.tensor(item.box, dtype=torch.float64), width, height).tolist()
+    limits = (width, height, width, height)
+    x1, y1, x2, y2 = (min(max(value, 0.0), float(limit)) for value, limit in zip(item.box, limits, strict=True))
     _check_extent((x1, y1, x2, y2))
     return replace(item, box=(x1, y1, x2, y2))
 

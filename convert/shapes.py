@@ -6,18 +6,17 @@ Scene `index` of seed `seed` depends on nothing else, so two splits with differe
 run begins with the scenes of a shorter one.
 """
 
+import argparse
 import io
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import cache
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torchvision.ops import box_iou
 
-from convert.cli import build_parser, run
 from convert.items import Found
+from convert.write import build_parser, run
 from recipe.schema import Box, Object, Sample
 
 COLORS = {
@@ -125,13 +124,18 @@ def _place_shapes(rng: np.random.Generator, count: int, image_size: int) -> list
     for _ in range(count):
         for _ in range(_PLACES):
             shape = _random_shape(rng, image_size)
-            placed = torch.tensor([other.box for other in shapes]).reshape(-1, 4)
-            if not (box_iou(torch.tensor([shape.box]), placed) > MAX_IOU).any():
+            if all(_iou(shape.box, other.box) <= MAX_IOU for other in shapes):
                 shapes.append(shape)
                 break
         else:
             return None
     return shapes
+
+
+def _iou(box: Box, other: Box) -> float:
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = box, other
+    overlap = max(0.0, min(x2, u2) - max(x1, u1)) * max(0.0, min(y2, v2) - max(y1, v1))
+    return overlap / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - overlap)
 
 
 def _random_shape(rng: np.random.Generator, image_size: int) -> _Shape:
@@ -176,15 +180,18 @@ def _paint(rng: np.random.Generator, pixels: np.ndarray, shape: _Shape) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--num-samples", type=int, required=True)
+    parser = build_parser("shapes", __doc__)
+    parser.add_argument("--num-samples", type=int, required=True, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image-size", type=int, default=140, help="pixels, width and height; default %(default)s")
     parser.add_argument("--min-objects", type=int, default=1)
     parser.add_argument("--max-objects", type=int, default=4)
-    args = parser.parse_args()
+    run(parser, _find)
+
+
+def _find(args: argparse.Namespace) -> Found:
     options = (args.image_size, args.min_objects, args.max_objects)
-    run(lambda: Found([Scene(args.seed, index, *options) for index in range(args.num_samples)]), args)
+    return Found([Scene(args.seed, index, *options) for index in range(args.num_samples)])
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ samples are the most telling. Only annotated samples with a picture and an objec
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from streaming import StreamingDataset
 
-from convert.cli import build_parser, run_items
 from convert.verify import check_shard, read_index
+from convert.write import WRITE_OPTIONS, build_parser, parse_args, report, write_split
 from recipe.redact import redact
 from recipe.schema import Sample
+
+if TYPE_CHECKING:
+    from streaming import StreamingDataset
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list
     return [candidates[position].index for position in picked]
 
 
-def iter_samples(dataset: StreamingDataset, num_samples: int, seed: int) -> Iterator[Sample]:
+def iter_samples(dataset: "StreamingDataset", num_samples: int, seed: int) -> Iterator[Sample]:
     """The pool, in the order of picking.
 
     Args:
@@ -98,13 +101,15 @@ def iter_samples(dataset: StreamingDataset, num_samples: int, seed: int) -> Iter
 
 def main() -> None:
     """The command line."""
-    parser = build_parser(__doc__, with_split=False)
+    parser = build_parser("teachers", __doc__)
     parser.add_argument("--local", required=True, help="the data set's folder, or the cache of --remote")
     parser.add_argument("--remote", help="the data set's object-store address")
-    parser.add_argument("--split", help="folder of the shards under --local and --remote")
-    parser.add_argument("--num-samples", type=int, required=True)
+    parser.add_argument("--split", metavar="NAME", help="folder of the shards under --local and --remote")
+    parser.add_argument("--num-samples", type=int, required=True, metavar="N", help="size of the pool")
     parser.add_argument("--seed", type=int, default=0, help="decides between equals")
-    args = parser.parse_args()
+    args = parse_args(parser, with_split=False)
+    from streaming import StreamingDataset  # imports torch
+
     folder = Path(args.local, args.split or "")
     try:
         dataset = StreamingDataset(local=args.local, remote=args.remote, split=args.split, batch_size=1)
@@ -118,7 +123,8 @@ def main() -> None:
     problems = [line for shard in shards for line in check_shard(folder, shard, decode=False)[1]]
     if problems:
         parser.exit(1, "".join(f"error: {problem}\n" for problem in problems))
-    run_items(iter_samples(dataset, args.num_samples, args.seed), args)
+    options = {name: getattr(args, name) for name in WRITE_OPTIONS}
+    report(lambda: write_split(iter_samples(dataset, args.num_samples, args.seed), args.out, "", **options), args.out)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from convert.cli import build_parser, run
 from convert.items import Found
 from convert.records import BadRecord, Record, list_records
+from convert.write import build_parser, run
 from recipe.schema import Object
 
 
@@ -25,9 +25,11 @@ def find_annotations(folder: Path) -> list[Path]:
     Raises:
         ValueError: There is none.
     """
+    if not folder.is_dir():
+        raise ValueError(f"annotation folder {folder} does not exist: give a folder of Pascal VOC .xml files")
     paths = sorted(folder.rglob("*.xml"))
     if not paths:
-        raise ValueError(f"no .xml file under the annotation folder {folder}")
+        raise ValueError(f"no .xml file under the annotation folder {folder}: give one of Pascal VOC files")
     return paths
 
 
@@ -83,11 +85,12 @@ def _number(element: Element, name: str) -> float:
 
 def main() -> None:
     """The command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="folder of xml files")
-    parser.add_argument("--images", type=Path, required=True, help="folder that <filename> is relative to")
-    args = parser.parse_args()
-    run(lambda: find(args.annotations, args.images), args)
+    parser = build_parser("voc", __doc__)
+    parser.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of xml files")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: <filename> is relative to it"
+    )
+    run(parser, lambda args: find(args.annotations, args.images))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Read a configuration from a yaml file and the command line, and write it back.
 
-A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments override the yaml."""
+A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments override the yaml.
+"""
 
 import difflib
 import os

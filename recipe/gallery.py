@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from convert.annotated import read_coco
 from recipe.console import setup_logging
 from recipe.images import open_image
 from recipe.metrics.gather import boxes_of, inside_crowd, match_by_score, normalized_caption
-from recipe.prediction.files import least_score, part_of, read_rows, rounded_score, write_json_text
+from recipe.prediction.files import least_score, read_rows, rounded_score, write_json_text
 from recipe.prediction.inputs import entry_of, names_by_file, refuse_shared
 from recipe.schema import Object, Sample
 from recipe.upstream.storage import read_mds
@@ -110,8 +111,8 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} exists: give another --out, or --overwrite")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part_of(out).touch()
-        part_of(out).unlink()
+        with TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
         raise ValueError(f"cannot write {out} ({error}): give another --out") from error
 

@@ -13,12 +13,15 @@ Box formats
     In the text of an answer boxes are integers in the frame `recipe.data.chat` owns.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Box = tuple[float, float, float, float]
 Message = dict[str, Any]
@@ -107,7 +110,7 @@ class Sample:
         }
 
     @classmethod
-    def from_mds(cls, row: Mapping[str, Any]) -> "Sample":
+    def from_mds(cls, row: Mapping[str, Any]) -> Sample:
         """Reads a row written by `to_mds`.
 
         Raises:
@@ -266,11 +269,11 @@ class DetectionOutputs:
     pred_boxes_raw: Tensor
     pred_objectness: Tensor
     query_features: Tensor
-    aux_outputs: list["DetectionOutputs"] = field(default_factory=list["DetectionOutputs"])
-    groups: list["DetectionOutputs"] = field(default_factory=list["DetectionOutputs"])
-    selection: "DetectionOutputs | None" = None
+    aux_outputs: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
+    groups: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
+    selection: DetectionOutputs | None = None
 
-    def layers(self) -> list[tuple[str, "DetectionOutputs"]]:
+    def layers(self) -> list[tuple[str, DetectionOutputs]]:
         """All that is matched to the objects, each with the suffix of its loss terms; the last layer's are last."""
         found = [] if self.selection is None else [("_selection", self.selection)]
         found += [("_group", layer) for group in self.groups for layer in [*group.aux_outputs, group]]

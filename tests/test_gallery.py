@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.gallery import (
     FALSE,
     IGNORED,

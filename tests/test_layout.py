@@ -92,7 +92,7 @@ def test_no_import_cycle() -> None:
 
 @pytest.mark.parametrize("path", sources("convert"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_converters_stand_alone(path: Path) -> None:
-    assert modules_of_recipe(path) <= {"schema", "boxes", "pictures", "sidecar", "redact"}
+    assert modules_of_recipe(path) <= {"schema", "boxes", "images", "records", "redact"}
     lines = path.read_text(encoding="utf-8").count("\n")
     assert lines <= MOST_LINES_OF_A_CONVERTER, f"{path.name} has {lines} lines"
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from convert.shapes import draw_scene
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.build import build_encoder, load_model
 from recipe.data.collate import collate_standard
 from recipe.export import main as export

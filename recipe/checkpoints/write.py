@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_leaves
 
 from recipe.algorithms.norms import local
-from recipe.checkpoints.check import PARTIAL, FileEntry, describe_file, rename
+from recipe.checkpoints.check import FileEntry, describe_file
+from recipe.records import PARTIAL, rename
 from recipe.redact import redact_text
 
 Value = TypeVar("Value")

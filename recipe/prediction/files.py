@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipe.records import write_whole
 from recipe.schema import DetectedObject, Prediction
 
 PREDICTIONS_FILE = "predictions.json"
@@ -111,14 +112,7 @@ def write_json_text(path: Path, text: str) -> None:
 
     Of a file name that is not UTF-8 Python makes lone surrogates, which become JSON's escapes.
     """
-    part = part_of(path)
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    part.replace(path)
-
-
-def part_of(path: Path) -> Path:
-    """The file beside `path` that becomes it."""
-    return path.with_name(f".{path.name}.part")
+    write_whole(path, text.encode(errors="backslashreplace"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

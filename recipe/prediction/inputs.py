@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from convert.annotated import read_jsonl
-from convert.target import REJECTED_FILE
+from convert.store import REJECTED_FILE
 from recipe.records import INDEX_FILE
 from recipe.schema import Sample
 from recipe.upstream.storage import read_mds

@@ -131,7 +131,7 @@ def test_file_that_is_not_coco(tmp_path: Path, images: Path, monkeypatch: pytest
         read_instances(tmp_path / "b.json")
     with pytest.raises(ValueError, match="lacks an id or a name"):
         read_items(find({**INSTANCES, "categories": [{"id": 3}]}, images))
-    with pytest.raises(SystemExit, match=r"^error: .*No such file"):
+    with pytest.raises(SystemExit, match=r"^error: .*no does not exist: give a COCO file"):
         run_main(
             monkeypatch, "coco", "--annotations", tmp_path / "no", "--images", images, "--out", "o", "--split", "s"
         )
