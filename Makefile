@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.complete
 PYTEST := $(BIN)/python -m pytest
 
-# Small tensors on few cores: more threads only wait for each other. No test reaches for the network.
+# With small tensors on few cores, more threads only wait for each other. No test uses the network.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 test test-slow test-all test-next: export HF_HUB_OFFLINE = 1
@@ -18,7 +18,7 @@ test test-slow test-all test-next: export WANDB_MODE = offline
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make quickstart   environment, synthetic data, tiny checkpoint, joint training, evaluation, pictures"
+	@echo "make quickstart   environment, synthetic data, tiny checkpoint, joint training, evaluation, drawings"
 	@echo "make test         environment, all tests but the slow ones and those that need a GPU"
 	@echo "make test-slow    the slow ones"
 	@echo "make test-all     everything, GPU tests where there is one"
@@ -29,7 +29,7 @@ help:
 
 environment: $(INSTALLED)
 
-# The stamp is written last, so an install that was killed is begun anew.
+# The stamp is written last, so an install that was killed starts again.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "found no Python 3.11 or 3.12: install one, or make PYTHON=/path/to/it"; exit 1; }
 	test -e $@ || { rm -rf .venv && $(PYTHON) -m venv .venv; }
@@ -50,7 +50,7 @@ test-slow: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST)
 
-# Releases that mosaicml's own pins keep pip from choosing beside it; all else as in constraints.txt.
+# Releases that mosaicml's own pins keep pip from choosing with it; all else as in constraints.txt.
 NEXT := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
 
 .venv-next/.complete: Makefile constraints.txt

@@ -1,0 +1,1 @@
+"""Raw record → Sample → MDS shards. Begin with coco.py."""

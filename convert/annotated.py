@@ -1,4 +1,7 @@
-"""Annotated pictures for predicting and judging, in the forms that `convert/` reads and writes."""
+"""Annotated images for predicting and judging, in the forms that `convert/` reads and writes.
+
+The only module of `convert/` that `recipe/` imports.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +11,15 @@ from convert.coco import read_instances
 from convert.items import Rejected
 from convert.jsonl import find as find_jsonl
 from convert.records import FileRecord
+from convert.store import REJECTED_FILE
 from recipe.schema import Sample
 
 
 def read_coco(path: Path) -> dict[str, Sample]:
-    """The samples of a COCO instances file by their `file_name`, without their pictures.
+    """Return the samples of a COCO instances file by their `file_name`, without their images.
 
     Raises:
-        ValueError: It is no such file, or an entry of it cannot be read.
+        ValueError: It is not such a file, or an entry of it cannot be read.
     """
     samples: dict[str, Sample] = {}
     for entry in find_coco(_instances(path), path.parent, source=path.name).entries:
@@ -31,10 +35,10 @@ def read_coco(path: Path) -> dict[str, Sample]:
 
 
 def read_image_ids(path: Path) -> dict[str, int | str]:
-    """The `id` of every image of a COCO instances file, by `file_name`.
+    """Return the `id` of every image of a COCO instances file, by `file_name`.
 
     Raises:
-        ValueError: It is no such file.
+        ValueError: It is not such a file.
     """
     try:
         return {image["file_name"]: image["id"] for image in _instances(path)["images"]}
@@ -48,17 +52,22 @@ def _instances(path: Path) -> dict[str, list[Any]]:
     return read_instances(path)
 
 
+def jsonl_files(folder: Path) -> list[Path]:
+    """Return the JSON-lines files of annotations in a folder, by name; not a conversion's list of rejected records."""
+    return sorted(file for file in folder.glob("*.jsonl") if file.name != REJECTED_FILE)
+
+
 def read_jsonl(path: Path) -> list[Sample]:
-    """Return the samples of a file of JSON lines next to its images.
+    """Return the samples of a JSON-lines file, with the images that it names.
 
     Raises:
-        ValueError: A record cannot be used.
+        ValueError: A line or an image of it cannot be used.
     """
     samples: list[Sample] = []
-    found = find_jsonl(path, path.parent)
-    for item in (item for entry in found.entries for item in entry.read()):
-        if isinstance(item, Rejected):
-            raise ValueError(f"{item.source}: {item.reason}: {item.detail}")
-        if isinstance(item, Sample):
-            samples.append(item)
+    for entry in find_jsonl(path, path.parent).entries:
+        for item in entry.read():
+            if isinstance(item, Rejected):
+                raise ValueError(f"{item.source}: {item.reason}: {item.detail}")
+            if isinstance(item, Sample):
+                samples.append(item)
     return samples

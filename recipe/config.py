@@ -1,18 +1,63 @@
-"""The configuration: one dataclass a yaml section. Defaults live here and nowhere else.
+"""The configuration: one dataclass per yaml section. Defaults, bounds and choices live here and nowhere else.
 
 Sections that hold another library's keywords (`trainer`, `callbacks`, `loggers`, `streams`, `dataset`, `dataloader`)
-keep that library's spelling. `recipe.configure` reads a configuration and checks keys, types and presence;
-`recipe.checks` checks values and combinations, `recipe.checks` other libraries' keywords.
+keep that library's spelling. `recipe.configure` reads a configuration, `recipe.rules` judges all that needs no other
+library, `recipe.checks` the rest.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from omegaconf import MISSING
 
-GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what is in each: recipe/optim/groups.py
+GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what each holds: recipe/optim/groups.py
+# What each logs: yamls/README.md. Their classes: recipe/callbacks/table.py.
+CALLBACK_NAMES = (
+    *("early_stopper", "group_metrics", "loss_gradients", "loss_shares", "lr_monitor", "memory_monitor"),
+    *("oom_observer", "optimizer_monitor", "runtime_estimator", "speed_monitor", "system_metrics_monitor"),
+    *("threshold_stopper", "throughput"),
+)
+LOGGER_NAMES = ("file", "json_lines", "tensorboard", "wandb")
+
+
+def number(
+    default: float | str | None = MISSING,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Return a field for a finite number within bounds; null is always within them."""
+    return field(default=default, metadata={"least": least, "most": most, "above": above, "below": below})
+
+
+def one_of(*choices: Any, default: Any = None) -> Any:
+    """Return a field that takes one of the choices; the first is the default unless another is named."""
+    return field(default=choices[0] if default is None else default, metadata={"choices": choices})
+
+
+def duration(default: str) -> Any:
+    """Return a field for a duration of Composer, such as 10ep, 500ba, 1000sp, 20000tok or 0.1dur."""
+    return field(default=default, metadata={"duration": True})
+
+
+def in_batches(default: str | None, *, least: int) -> Any:
+    """Return a field for a duration in batches, such as 50ba."""
+    return field(default=default, metadata={"batches": least})
+
+
+# Keys that were deleted: {dotted key: its default}. A yaml of an older run that holds one still loads if it holds this
+# value, which changes nothing; with any other it is refused.
+REMOVED_KEYS: Mapping[str, Any] = {
+    "matcher.cost_caption": 0.0,
+    "evaluation.num_beams": 1,
+    "evaluation.length_penalty": 1.0,
+}
+REMOVED_VALUES: Mapping[str, Sequence[Any]] = {"loss.objectness": ("varifocal",)}  # refused by name, as such keys are
 
 
 @dataclass
@@ -20,8 +65,9 @@ class ModelConfig:
     """The language model. Every dimension is read from the checkpoint's own config."""
 
     pretrained_model_name_or_path: str = MISSING  # a local folder, or a name on the Hugging Face hub
-    attn_implementation: str = "auto"  # auto: flash_attention_2 on CUDA where installed, else sdpa
-    dtype: str = "float32"  # of the weights: float32 | bfloat16 | float64
+    # auto: flash_attention_2 on CUDA if it is installed, else sdpa
+    attn_implementation: str = one_of("auto", "eager", "sdpa", "flash_attention_2")
+    dtype: str = one_of("float32", "bfloat16", "float64")  # of the weights
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
 
 
@@ -29,34 +75,35 @@ class ModelConfig:
 class DetectionHeadConfig:
     """The DETR-style head; see `recipe/models/detection_head.py`."""
 
-    num_queries: int = 100
-    width: int | None = None  # default: the language model's hidden size
-    num_heads: int = 8
-    num_layers: int = 2
-    ffn_factor: int = 4
-    dropout: float = 0.0
-    adapter_ratio: int = 8  # the bottleneck of the memory adapters is hidden_size / adapter_ratio
+    num_queries: int = number(100, least=1)
+    width: int | None = number(None, least=1)  # a multiple of 8 and of num_heads; null: the language model's width
+    num_heads: int = number(8, least=1)
+    num_layers: int = number(2, least=1)
+    ffn_factor: int = number(4, least=1)
+    dropout: float = number(0.0, least=0, most=1)
+    adapter_ratio: int = number(8, least=1)  # the memory adapters' bottleneck is hidden_size / adapter_ratio wide
     memory_positions: bool = True  # 2-D positions on the vision part of the memory
-    local_attention: bool = True  # at first each head of the cross-attention looks at its own place around the box
-    patch_features: bool = False  # the vision tower's features before the merger (stride 14) beside the merged ones
+    local_attention: bool = True  # each head of the cross-attention starts out at its own place around the box
+    patch_features: bool = False  # use the vision tower's features before the merger (stride 14) too
     select_queries: bool = False  # the first reference boxes are the best proposals of the vision tokens (two-stage)
-    num_query_groups: int = 1  # groups of queries in training, each matched apart: one object teaches many (Group DETR)
+    num_query_groups: int = number(1, least=1)  # of training, each matched separately (Group DETR)
     refine_boxes: bool = True  # each layer refines the reference boxes of the layer before
-    aux_loss: bool = True  # the losses also after every earlier layer
-    num_denoising_groups: int = 4  # copies of the noised ground truth in training; 0: no denoising queries
-    box_noise: float = 1.0  # of the denoising queries, in half box sizes (as in DINO)
+    aux_loss: bool = True  # compute the losses after every earlier layer too
+    num_denoising_groups: int = number(4, least=0)  # copies of the noised ground truth in training; 0: none
+    box_noise: float = number(1.0, least=0, most=1)  # of the denoising queries, in half box sizes (as in DINO)
 
 
 @dataclass
 class CaptionDecoderConfig:
     """The caption decoder; see `recipe/models/caption_decoder.py`."""
 
-    num_layers: int = 4
-    num_heads: int = 8
-    ffn_factor: int = 4
-    dropout: float = 0.0
-    max_caption_tokens: int | None = 32  # longest caption, end-of-sequence counted; null: of the longest in the data
-    tie_word_embeddings: bool = True  # read and write tokens by the language model's; false: by one matrix of its own
+    num_layers: int = number(4, least=1)
+    num_heads: int = number(8, least=1)
+    ffn_factor: int = number(4, least=1)
+    dropout: float = number(0.0, least=0, most=1)
+    # Length of the longest caption, including end-of-sequence; null: training reads it from the data.
+    max_caption_tokens: int | None = number(32, least=2)
+    tie_word_embeddings: bool = True  # share the language model's token embedding and output matrix; false: own matrix
 
 
 @dataclass
@@ -65,17 +112,18 @@ class PromptConfig:
 
     system: str = "You are a helpful assistant."
     detect: str = "Locate every object in the image and report bounding boxes as JSON."
-    candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect` where given
-    box_coordinates: str = "absolute"  # absolute: pixels of the resized image | normalized_1000: 0 to 1000
-    student_answer: bool = True  # false: objects give no answer to learn, for the head alone: sequences are far shorter
+    candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect`
+    # absolute: pixels of the resized image; normalized_1000: 0 to 1000
+    box_coordinates: str = one_of("absolute", "normalized_1000")
+    student_answer: bool = True  # false: train the head without an answer to learn; sequences are much shorter
 
 
 @dataclass
 class ImageConfig:
-    """The pixel budget of one picture. null: what the checkpoint's image processor says."""
+    """The pixel budget of one image; one token is 28 x 28 pixels. null: the checkpoint's image processor decides."""
 
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    min_pixels: int | None = number(None, least=1)
+    max_pixels: int | None = number(None, least=1)
 
 
 @dataclass
@@ -83,18 +131,19 @@ class TeacherConfig:
     """Solved examples shown before the student image, drawn from a small MDS pool (`convert/teachers.py`)."""
 
     stream: dict[str, Any] | None = None  # streaming.Stream keywords of the pool; null: no teachers
-    num_teachers: int = 0
-    teacher_ratio: float = 1.0  # share of the samples that get teachers
+    num_teachers: int = number(0, least=0)
+    teacher_ratio: float = number(1.0, least=0, most=1)  # share of the samples that get teachers
 
 
 @dataclass
 class PackingConfig:
     """Packs planned before pixels are read; see `recipe/data/plan.py`. For training only."""
 
-    max_tokens: int | None = None  # of a pack; default: max_seq_len
-    max_patches: int | None = None  # image patches of a pack, which bound the vision tower's memory; null: any number
-    window: int = 1024  # shuffled samples packed together: more fill packs better, fewer keep nearer to the shuffle
-    on_long_sample: str = "raise"  # raise | skip: where one sample alone is over the budget
+    max_tokens: int | None = number(None, least=1)  # of one pack; null: max_seq_len
+    max_patches: int | None = number(None, least=1)  # image patches of one pack, which bound the vision tower's memory
+    # Shuffled samples packed together. More: fuller packs; fewer: an order closer to the shuffle.
+    window: int = number(1024, least=1)
+    on_long_sample: str = one_of("raise", "skip")  # what to do if one sample alone exceeds the budget
 
 
 @dataclass
@@ -102,167 +151,172 @@ class LoaderConfig:
     """Where samples come from and how they are batched."""
 
     streams: dict[str, Any] = MISSING  # {name: streaming.Stream keywords}
-    global_batch_size: int = MISSING  # of one optimizer step, over all ranks: samples, or packs where `packing` is set
-    collator: str = "standard"  # standard: padded rows | packed: one row without padding
+    global_batch_size: int = number(least=1)  # of one optimizer step over all ranks: packs with `packing`, else samples
+    collator: str = one_of("standard", "packed")  # standard: padded rows; packed: one row without padding
     packing: PackingConfig | None = None  # {}: packs of max_seq_len tokens; null: one sample counts as one
-    on_bad_sample: str = "raise"  # raise | skip: where a training sample cannot be used, such as a broken picture
-    max_bad_samples: int = 100  # skipped in a run, over all ranks; one more stops it
+    on_bad_sample: str = one_of("raise", "skip")  # for samples that cannot be used, such as a broken image; train only
+    max_bad_samples: int = number(100, least=0)  # skipped per run over all ranks; one more stops the run
     dataset: dict[str, Any] = field(default_factory=dict[str, Any])  # streaming.StreamingDataset keywords
-    dataloader: dict[str, Any] = field(default_factory=dict[str, Any])  # torch.utils.data.DataLoader keywords
+    # torch.utils.data.DataLoader keywords; `KEY: null` drops one. With num_workers: 0 those that only concern workers
+    # (prefetch_factor, persistent_workers ...) do not apply.
+    dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass
 class EvaluationConfig:
-    """How predictions are made for the metrics, the logged pictures and `predict.py`."""
+    """How predictions are made for the metrics, the logged images and `predict.py`."""
 
-    score_threshold: float = 0.3  # objects below it are no predictions and are not drawn; AP counts all queries
-    score_scale: float = 1.0  # score = sigmoid(score_scale * logit + score_shift): what eval.py finds and writes to
-    score_shift: float = 0.0  # calibration.yaml, so that of the objects scored 0.8 eight of ten are right
-    nms_iou: float | None = None  # of two boxes that overlap more only the better is an object; null: all are
-    max_captions: int = 100  # captions generated per image at most, best scores first
-    num_beams: int = 1  # of captions: 1: each token is the likeliest; more: beam search, so many times the work
-    length_penalty: float = 1.0  # of beam search: captions compete by log-probability / tokens ** length_penalty
+    score_threshold: float = number(0.3, least=0, most=1)  # least score of a prediction; AP counts all queries
+    # score = sigmoid(score_scale * logit + score_shift). eval.py fits both and writes them to calibration.yaml, so that
+    # of the objects scored 0.8 eight of ten are right.
+    score_scale: float = number(1.0, above=0)
+    score_shift: float = number(0.0, above=-inf)
+    nms_iou: float | None = number(None, least=0, most=1)  # drop the worse of two boxes that overlap more; null: none
+    max_captions: int = number(100, least=0)  # captions generated per image, best scores first
     generate_answer: bool = True  # let the language model write its answer too
-    max_new_tokens: int = 512
-    num_logged_images: int = 8
+    max_new_tokens: int = number(512, least=1)
+    num_logged_images: int = number(8, least=0)
 
 
 @dataclass
 class LossConfig:
     """The weights of the loss terms; total = the weighted sum."""
 
-    weight_lm_teacher: float = 0.3
-    weight_lm_student: float = 1.0
-    weight_bbox: float = 5.0
-    weight_giou: float = 2.0
-    weight_objectness: float = 1.0
-    weight_caption: float = 1.0
-    objectness: str = "focal"  # focal | varifocal | mal: the last two teach objectness to be the box's IoU
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
+    weight_lm_teacher: float = number(0.3, least=0)
+    weight_lm_student: float = number(1.0, least=0)
+    weight_bbox: float = number(5.0, least=0)
+    weight_giou: float = number(2.0, least=0)
+    weight_objectness: float = number(1.0, least=0)
+    weight_caption: float = number(1.0, least=0)
+    objectness: str = one_of("focal", "mal")  # mal teaches objectness to be a power of the box's IoU
+    focal_alpha: float = number(0.25, least=0, most=1)
+    focal_gamma: float = number(2.0, least=0)
 
 
 @dataclass
 class MatcherConfig:
     """The weights of the Hungarian matcher's cost matrix."""
 
-    cost_bbox: float = 5.0
-    cost_giou: float = 2.0
-    cost_objectness: float = 2.0
-    cost_caption: float = 0.0  # of the unlikelihood, by the query's own words, of the caption's first token, no further
+    cost_bbox: float = number(5.0, least=0)
+    cost_giou: float = number(2.0, least=0)
+    cost_objectness: float = number(2.0, least=0)
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with a learning rate a parameter group. 0 = frozen: no gradient, not in the optimizer."""
+    """AdamW with one learning rate per parameter group. 0 = frozen: no gradient, not in the optimizer."""
 
-    lr_vision: float = 2e-6
-    lr_merger: float = 1e-5
-    lr_llm: float = 1e-5
-    lr_adapter: float = 1e-4
-    lr_detection: float = 1e-4
+    lr_vision: float = number(2e-6, least=0)
+    lr_merger: float = number(1e-5, least=0)
+    lr_llm: float = number(1e-5, least=0)
+    lr_adapter: float = number(1e-4, least=0)
+    lr_detection: float = number(1e-4, least=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    clip_norm: float | None = 1.0  # largest norm of the whole gradient; null: no clipping
-    weight_decay: float = 0.01  # of matrices; vectors (biases, norms) get none
-    lr_scaling: str = "none"  # none | linear | sqrt, in the ratio of the batch's tokens to `reference_tokens`
-    reference_tokens: int | None = None  # tokens per optimizer step that the rates above are meant for
+    eps: float = number(1e-8, least=0)
+    clip_norm: float | None = number(1.0, least=1e-6)  # largest norm of the whole gradient; null: no clipping
+    weight_decay: float = number(0.01, least=0)  # of matrices; vectors (biases, norms) get none
+    lr_scaling: str = one_of("none", "linear", "sqrt")  # in the ratio of the batch's tokens to `reference_tokens`
+    reference_tokens: int | None = number(None, least=1)  # tokens per optimizer step that the rates above are meant for
 
 
 @dataclass
 class CurveConfig:
-    """The course of a learning rate: Composer's schedulers, by their own names and keywords."""
+    """The course of a learning rate: Composer's schedulers with warm-up, by their own names and keywords."""
 
-    name: str = "cosine"  # cosine | linear | constant, each with warm-up
-    t_warmup: str = "0ba"
-    alpha_f: float = 0.0  # the last multiplier
+    name: str = one_of("cosine", "linear", "constant")
+    t_warmup: str = duration("0ba")
+    alpha_f: float = number(0.0, least=0)  # the last multiplier
 
 
 @dataclass
 class SchedulerConfig(CurveConfig):
     """The course of all learning rates."""
 
-    groups: dict[str, CurveConfig] = field(default_factory=dict[str, CurveConfig])  # {group: a whole curve of its own}
+    # {group: a whole curve of its own}
+    groups: dict[str, CurveConfig] = field(default_factory=dict[str, CurveConfig], metadata={"names": GROUPS})
 
 
 @dataclass
 class StagedFreezingConfig:
     """Which groups are frozen, or learn at another rate, in which part of the run; see `recipe/optim/schedule.py`.
 
-    Of a group's list the last entry whose time (2ep, 500ba, 0.75dur) has come holds; before the first: `lr: 1.0`.
+    The latest entry whose start (2ep, 500ba, 0.75dur) has passed applies; before the first: `lr: 1.0`.
     """
 
-    groups: dict[str, Any] = field(default_factory=dict[str, Any])  # {group: [{from: time, lr: factor | frozen}, ...]}
-    detection_freeze_epochs: int | None = None  # short for: adapter and detection are frozen for so many epochs
+    # {group: [{from: time, lr: factor | frozen}, ...]}; null drops a group
+    groups: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"names": GROUPS})
+    detection_freeze_epochs: int | None = number(None, least=0)  # short for: freeze adapter and detection for N epochs
 
 
 @dataclass
 class EmaConfig:
     """An exponential moving average of adapter and head, as `composer.algorithms.EMA`; see `algorithms/head_ema.py`."""
 
-    half_life: str | None = "100ba"  # steps after which a weight counts half; null where `smoothing` is given
-    smoothing: float | None = None  # share of the old average that an update keeps, such as 0.99
-    update_interval: str = "1ba"  # steps between updates
+    half_life: str | None = in_batches(
+        "100ba", least=1
+    )  # steps after which a weight counts half; null with `smoothing`
+    smoothing: float | None = number(None, above=0, below=1)  # share of the average that an update keeps, such as 0.99
+    update_interval: str = in_batches("1ba", least=1)  # steps between updates
 
 
 @dataclass
 class RunWatchConfig:
-    """So many batches in a row."""
+    """Triggers after `count` consecutive batches."""
 
-    action: str = "log"  # log | skip | rollback
-    count: int = 10
+    action: str = one_of("log", "skip", "rollback")
+    count: int = number(10, least=1)
 
 
 @dataclass
 class RatioWatchConfig:
-    """Such a share of the last `window` batches."""
+    """Triggers if the share `ratio` of the last `window` batches is reached."""
 
-    action: str = "rollback"
-    window: int = 50
-    ratio: float = 0.2
+    action: str = one_of("log", "skip", "rollback", default="rollback")
+    window: int = number(50, least=1)
+    ratio: float = number(0.2, above=0, most=1)
 
 
 @dataclass
 class ExplosionWatchConfig:
-    """Above so many medians of the last `window` batches; judged once half of them are known."""
+    """Triggers above `factor` medians of the last `window` batches; judged once half of them are known."""
 
-    action: str = "log"
-    window: int = 50
-    factor: float = 100.0
+    action: str = one_of("log", "skip", "rollback")
+    window: int = number(50, least=1)
+    factor: float = number(100.0, above=0)
 
 
 @dataclass
 class SpikeWatchConfig:
-    """So many robust standard deviations above the median of the last `window`; judged once half are known."""
+    """Triggers `z_score` robust deviations above the median of the last `window`; judged once half are known."""
 
-    action: str = "log"
-    window: int = 100
-    z_score: float = 10.0
+    action: str = one_of("log", "skip", "rollback")
+    window: int = number(100, least=1)
+    z_score: float = number(10.0, above=0)
 
 
 @dataclass
 class AnomalyConfig:
-    """torch's anomaly mode for some batches: slow, and it ends the run, but names the operation that made a NaN."""
+    """torch's anomaly mode for a few batches: slow and ends the run, but names the operation that made a NaN."""
 
-    start: str = "0ba"
-    batches: int = 5
+    start: str = in_batches("0ba", least=0)
+    batches: int = number(5, least=1)
 
 
 @dataclass
 class NaNRollbackConfig:
-    """What is done about losses, gradients and weights that are not finite; see `recipe/algorithms/nan_rollback.py`.
+    """How a run reacts to non-finite losses, gradients and weights; see `recipe/algorithms/nan_rollback.py`.
 
-    A bad batch is skipped. Any watcher can be switched off with null.
+    A bad batch is skipped. null switches a watcher off.
     """
 
-    snapshot_interval: str = "50ba"  # between copies of weights and optimizer in host memory
-    strikes: int = 3  # bad batches in a row after which the last copy is restored; at once where weights are bad
-    lr_factor: float = 0.5  # on all learning rates at each rollback
-    clip_factor: float = 0.5  # on `optimizer.clip_norm` at each rollback
-    max_rollbacks: int = 5  # one more ends the run with exit code 65
-    max_skipped: int = 20  # bad batches among the last `skipped_window`; one more ends the run with exit code 65
-    skipped_window: int = 1000
-    quarantine_after: int = 2  # bad batches after which a sample is left out, from the next epoch on
+    snapshot_interval: str = in_batches("50ba", least=1)  # between copies of weights and optimizer in host memory
+    strikes: int = number(3, least=1)  # consecutive bad batches before a restore; bad weights restore at once
+    lr_factor: float = number(0.5, least=1e-6, most=1)  # on all learning rates at each rollback
+    clip_factor: float = number(0.5, least=1e-6, most=1)  # on `optimizer.clip_norm` at each rollback
+    max_rollbacks: int = number(5, least=0)  # one more ends the run with exit code 65
+    max_skipped: int = number(20, least=0)  # bad batches of the last `skipped_window`; one more ends the run with 65
+    skipped_window: int = number(1000, least=1)
+    quarantine_after: int = number(2, least=1)  # bad batches before a sample is excluded from the next epoch
     consecutive_nan: RunWatchConfig | None = field(default_factory=lambda: RunWatchConfig("log", 2))
     nan_ratio: RatioWatchConfig | None = field(default_factory=RatioWatchConfig)
     consecutive_zero_losses: RunWatchConfig | None = field(default_factory=RunWatchConfig)
@@ -273,10 +327,10 @@ class NaNRollbackConfig:
 
 @dataclass
 class SaveBestConfig:
-    """Keep the checkpoint of the best evaluation as `best-rank0.pt`, beside those of `trainer.save_interval`."""
+    """Keep the checkpoint of the best evaluation as `best-rank0.pt`, next to those of `trainer.save_interval`."""
 
     metric: str | None = None  # such as eval/box_ap50; null: keep none
-    mode: str = "max"  # max | min: which value of it is the best
+    mode: str = one_of("max", "min")  # which value of it is the best
 
 
 @dataclass
@@ -284,12 +338,11 @@ class RecipeConfig:
     """A run. `composer recipe/train.py YAML [key.sub=value ...]`."""
 
     seed: int = 17
-    run_folder: str = MISSING  # checkpoints, logs, pictures and the resolved config; `trainer.save_folder` may differ
-    load_path: str | None = (
-        None  # a Composer checkpoint: of eval.py the one to judge, of train.py the one to start from
-    )
-    autoresume: bool = True  # go on from the run's newest valid checkpoint, where it has any; `load_path` then rests
-    max_seq_len: int = 4096  # tokens of one sample; a longer one is an error that names it
+    run_folder: str = MISSING  # checkpoints, logs, images and the resolved config; `trainer.save_folder` may differ
+    # A Composer checkpoint: for eval.py the one to evaluate, for train.py the one to start from.
+    load_path: str | None = None
+    autoresume: bool = True  # continue from the run's newest valid checkpoint; `load_path` is then not read
+    max_seq_len: int = number(4096, least=1)  # tokens of one sample; a longer one is an error that names it
     model: ModelConfig = field(default_factory=ModelConfig)
     detection_head: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
     caption_decoder: CaptionDecoderConfig = field(default_factory=CaptionDecoderConfig)
@@ -304,20 +357,81 @@ class RecipeConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     staged_freezing: StagedFreezingConfig = field(default_factory=StagedFreezingConfig)
-    ema: EmaConfig | None = None  # {}: evaluation, checkpoints' readers and export use averaged weights of the head
+    ema: EmaConfig | None = None  # {}: evaluation, readers of checkpoints and export use averaged weights of the head
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     save_best: SaveBestConfig = field(default_factory=SaveBestConfig)
-    fsdp_version: int = 2  # 1 | 2, where `trainer.parallelism_config.fsdp` is set; see recipe/optim/fsdp.py
+    fsdp_version: int = one_of(1, 2, default=2)  # if `trainer.parallelism_config.fsdp` is set; recipe/optim/fsdp.py
     trainer: dict[str, Any] = field(default_factory=dict[str, Any])  # composer.Trainer keywords
-    callbacks: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off
-    loggers: dict[str, Any] = field(default_factory=dict[str, Any])  # {name: keywords}, {name: null} switches one off
+    # {name: keywords}; {name: null} switches one off
+    callbacks: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"names": CALLBACK_NAMES})
+    loggers: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"names": LOGGER_NAMES})
+
+
+@dataclass(frozen=True)
+class TrainerView:
+    """What the recipe itself reads of the section `trainer`.
+
+    Attributes:
+        keywords: The whole section without `parallelism_config`, for composer.Trainer.
+        max_duration: Such as 10ep; a number counts epochs.
+        precision: Of the computation; None: Composer's default for the device.
+        device: Such as cpu or gpu; None: a GPU if there is one.
+        microbatch_size: Packs of one forward pass on one device; None: the whole device batch.
+        fsdp: Keywords of FSDP; None: DDP.
+        save_folder: Where checkpoints go; None: nowhere.
+        save_overwrite: Checkpoints of another run there may be replaced.
+        load_weights_only: Read no more than weights from `load_path`.
+        progress_bar: Show one.
+        dist_timeout: Seconds that ranks wait for each other; None: the recipe's default.
+    """
+
+    keywords: Mapping[str, Any]
+    max_duration: str | int | None
+    precision: str | None
+    device: str | None
+    microbatch_size: int | None
+    fsdp: Mapping[str, Any] | None
+    save_folder: str | None
+    save_overwrite: bool
+    load_weights_only: bool
+    progress_bar: bool
+    dist_timeout: float | None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Return whether parameters are sharded over ranks."""
+        return self.fsdp is not None
+
+    @property
+    def saves_shards(self) -> bool:
+        """Return whether each rank writes its own part of a checkpoint."""
+        return (self.fsdp or {}).get("state_dict_type") == "sharded"
+
+
+def view_trainer(config: RecipeConfig) -> TrainerView:
+    """Return what the recipe reads of the section `trainer`; the one place that knows its keys by name."""
+    section = config.trainer
+    parallelism: dict[str, Any] = section.get("parallelism_config") or {}
+    return TrainerView(
+        keywords={name: value for name, value in section.items() if name != "parallelism_config"},
+        max_duration=section.get("max_duration"),
+        precision=section.get("precision"),
+        device=section.get("device"),
+        microbatch_size=section.get("device_train_microbatch_size"),
+        fsdp=parallelism.get("fsdp"),
+        save_folder=section.get("save_folder", f"{config.run_folder}/checkpoints"),
+        save_overwrite=section.get("save_overwrite", False),
+        load_weights_only=section.get("load_weights_only", False),
+        progress_bar=section.get("progress_bar", True),
+        dist_timeout=section.get("dist_timeout"),
+    )
 
 
 class ConfigError(ValueError):
-    """A mistake in the yaml or on the command line, told in one line that names the key and the remedy."""
+    """A mistake in the yaml or on the command line; the message names the key, the value and the remedy."""
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
-    """The end of an error message: the likeliest of the `allowed` names, or all of them where none is like `name`."""
+    """Return the end of an error message: the allowed name most like `name`, or all of them if none is like it."""
     close = difflib.get_close_matches(name, allowed, n=1)
     return f"did you mean {close[0]}?" if close else f"one of: {', '.join(sorted(allowed))}"

@@ -1,11 +1,15 @@
 """Read a configuration from a yaml file and the command line, and write it back.
 
-A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments override the yaml.
+A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments override the yaml. This file and
+`recipe.rules`, which judges what was read, import neither torch nor Composer: a mistake is reported within a second.
 """
 
+import argparse
 import difflib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +18,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from recipe.config import ConfigError, RecipeConfig, nearest
-from recipe.redact import is_secret, redact, remember_secrets
+from recipe.config import REMOVED_KEYS, REMOVED_VALUES, ConfigError, RecipeConfig, nearest
+from recipe.redact import is_secret, redact, redact_text, remember_secrets
+from recipe.rules import check_config
 
 ALLOWED_PREFIX = "RECIPE_"
 ALLOWED_NAMES = ("HOME", "HOSTNAME", "RUN_NAME", "SCRATCH", "SLURM_JOB_ID", "TMPDIR", "USER")
@@ -23,25 +28,25 @@ _NO_DEFAULT = object()
 
 
 def guard_environment() -> None:
-    """From here on `${oc.env:NAME}` reads the allowed variables only, however it is nested or written.
+    """Let `${oc.env:NAME}` read only the allowed variables from here on, however it is nested or written.
 
-    It is the one resolver of OmegaConf that reads the machine. The library's own is replaced for the whole process.
+    It is the only resolver of OmegaConf that reads the machine. The library's own is replaced for the whole process.
     """
     OmegaConf.register_resolver("oc.env", _read_variable, replace=True)
 
 
 def _read_variable(name: str, default: Any = _NO_DEFAULT) -> Any:
-    """Like OmegaConf's own, of allowed names.
+    """Return an allowed variable as OmegaConf's own resolver does.
 
     Raises:
-        ValueError: The name is not allowed; whether the variable exists is not told.
+        ValueError: The name is not allowed; the message does not reveal whether the variable exists.
         KeyError: The variable is not set, and there is no default.
     """
     if is_secret(name) or not (name in ALLOWED_NAMES or name.startswith(ALLOWED_PREFIX)):
         raise ValueError(
-            f"${{oc.env:{name}}} may not be read, for what is read is saved: only {', '.join(ALLOWED_NAMES)} and "
-            f"{ALLOWED_PREFIX}*, without a secret's name. Rename it to {ALLOWED_PREFIX}..., or write the value itself; "
-            "the libraries read secrets from variables of their own"
+            f"${{oc.env:{name}}} may not be read, because what is read is saved: only {', '.join(ALLOWED_NAMES)} and "
+            f"{ALLOWED_PREFIX}*, unless named like a secret. Rename it to {ALLOWED_PREFIX}..., or write the value "
+            "itself; libraries read secrets from their own variables"
         )
     if name in os.environ:
         return os.environ[name]
@@ -51,11 +56,11 @@ def _read_variable(name: str, default: Any = _NO_DEFAULT) -> Any:
 
 
 def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
-    """Reads a run's configuration: the defaults, overridden by the yaml, overridden by `key.sub=value` texts.
+    """Read a configuration: the defaults, overridden by the yaml, overridden by `key.sub=value` texts.
 
     Raises:
-        ConfigError: The yaml is missing or no yaml, a key is unknown, a value has the wrong type or is missing, or it
-            asks for an environment variable that may not be read (see `recipe/configure.py`).
+        ConfigError: The yaml is missing or not a yaml, a key is unknown, a value has the wrong type or is missing, or
+            an environment variable may not be read.
     """
     guard_environment()
     config = OmegaConf.structured(RecipeConfig)
@@ -68,15 +73,23 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         loaded = cast(RecipeConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")
-        raise ConfigError(f"{error.full_key}: {reason}; mend the ${{...}} or set the variable") from error
+        raise ConfigError(f"{error.full_key}: {reason}; fix the ${{...}} or set the variable") from error
     remember_secrets(asdict(loaded))
     return loaded
 
 
-def save_config(config: RecipeConfig, path: str | Path) -> None:
-    """Writes the resolved configuration as a yaml that `load_config` reads, secrets replaced by `<redacted>`."""
+def as_saved(config: RecipeConfig, max_caption_tokens: int | None = None) -> dict[str, Any]:
+    """Return the configuration as it is saved: without secrets, with the caption length that was found in the data."""
+    saved = redact(asdict(config))
+    saved["caption_decoder"]["max_caption_tokens"] = max_caption_tokens or config.caption_decoder.max_caption_tokens
+    return saved
+
+
+def save_config(config: RecipeConfig, path: str | Path, max_caption_tokens: int | None = None) -> None:
+    """Write the configuration as a yaml that `load_config` reads; see `as_saved`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(yaml.safe_dump(redact(asdict(config)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(as_saved(config, max_caption_tokens), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _read_yaml(path: str) -> DictConfig:
@@ -85,7 +98,7 @@ def _read_yaml(path: str) -> DictConfig:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a yaml file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no yaml: {_flatten(error)}") from error
+        raise ConfigError(f"{path} is not a yaml file: {_flatten(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold `key: value` sections, not a list: see yamls/ for examples")
     return loaded
@@ -105,7 +118,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
 
 def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
     sections = {entry.name for entry in fields(RecipeConfig) if callable(entry.default_factory)}
-    for name, value in cast(dict[str, Any], OmegaConf.to_container(updates)).items():
+    for name, value in _without_removed(cast(dict[str, Any], OmegaConf.to_container(updates)), source).items():
         # One section at a time: OmegaConf names no key where a section is of the wrong kind.
         if name in sections and not isinstance(value, dict) and not str(value).startswith("${"):
             raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
@@ -117,6 +130,27 @@ def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
             key = error.full_key or name
             raise ConfigError(f"wrong value of {key} in {source}: {_flatten(str(error).splitlines()[0])}") from error
     return config
+
+
+def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return `updates` without `REMOVED_KEYS` that hold their default.
+
+    Raises:
+        ConfigError: One holds another value, or a key holds one of `REMOVED_VALUES`.
+    """
+    for key, default in REMOVED_KEYS.items():
+        section, _, name = key.partition(".")
+        values = updates.get(section)
+        if isinstance(values, dict) and name in values and (value := values.pop(name)) != default:
+            raise ConfigError(
+                f"{key} in {source} is {value!r}: this key was removed; delete it to run with {default!r}"
+            )
+    for key, removed in REMOVED_VALUES.items():
+        section, _, name = key.partition(".")
+        values = updates.get(section)
+        if isinstance(values, dict) and (value := values.get(name)) in removed:
+            raise ConfigError(f"{key} in {source} is {value!r}: this value was removed; delete the key or give another")
+    return updates
 
 
 def _nearest_key(error: ConfigKeyError) -> str:
@@ -139,3 +173,60 @@ def _all_keys(section: Any, prefix: str = "") -> list[str]:
 
 def _flatten(message: object) -> str:
     return " ".join(str(message).split())
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print a ConfigError without its traceback and exit with status 2."""
+    try:
+        yield
+    except ConfigError as error:
+        # On every rank: the launcher may end rank 0 before it prints, and then shows what the others wrote.
+        print(redact_text(f"configuration error: {error}"), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parser_of(usage: str, what: str, examples: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that takes a yaml and overrides; it explains both in its --help."""
+    parser = argparse.ArgumentParser(
+        usage=usage,
+        description=what,
+        epilog=f"examples:\n{examples}\n\n{_KEYS_HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("yaml", metavar="YAML", nargs="?", help="the run's configuration, such as yamls/joint.yaml")
+    parser.add_argument("overrides", metavar="key.sub=value", nargs="*", help="override keys of the yaml")
+    return parser
+
+
+_KEYS_HELP = """keys:
+  recipe/config.py documents every key with its default and bounds; yamls/ has complete examples.
+  trainer, callbacks, loggers, streams, dataset and dataloader hold keywords of Composer, Streaming and torch.
+  key.sub=value: nested keys are joined by dots. null switches off or drops a key, {} takes its defaults,
+  lists and sections are quoted: 'prompt.candidate_phrases=[a cat,a dog]' 'callbacks.lr_monitor={}'"""
+
+
+def from_command_line(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], required: Sequence[str] = ()
+) -> tuple[RecipeConfig, argparse.Namespace]:
+    """Return the checked configuration that a command line names, and the parsed options.
+
+    Args:
+        parser: From `parser_of`, perhaps with options of the command's own.
+        arguments: Of the command.
+        required: Keys at the top of the yaml that this command needs although they may be null.
+
+    Raises:
+        ConfigError: Naming the key and the remedy.
+        SystemExit: After --help.
+    """
+    args, unknown = parser.parse_known_intermixed_args(arguments)
+    if args.yaml is None or "=" in args.yaml:
+        raise ConfigError("no YAML is given: name one first, such as yamls/joint.yaml; --help shows examples")
+    config = load_config(args.yaml, [*args.overrides, *unknown])
+    check_config(config)
+    for key in required:
+        if getattr(config, key) is None:
+            raise ConfigError(f"missing {key}: add {key}=VALUE to the command")
+    return config, args

@@ -1,63 +1,71 @@
-"""Evaluate a checkpoint: `composer recipe/eval.py YAML load_path=CHECKPOINT [key.sub=value ...]`."""
+"""Evaluate a checkpoint: `composer recipe/eval.py YAML load_path=CHECKPOINT [key.sub=value ...]`; see --help."""
 
 import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from composer import Evaluator, Trainer
-from composer.utils import dist, get_device, reproducibility
-
-from recipe.build import build_encoder, build_model, load_processor
-from recipe.callbacks.table import build_callbacks, build_loggers
-from recipe.checkpoints.check import describe
-from recipe.checkpoints.resume import safe_loading, weights_keywords
-from recipe.checkpoints.weights import with_trained_caption_length
-from recipe.checks import config_from_command_line
-from recipe.config import RecipeConfig
+from recipe.config import EvaluationConfig, RecipeConfig, view_trainer
+from recipe.configure import as_saved, from_command_line, one_line_errors, parser_of
 from recipe.console import setup_logging
-from recipe.data.loader import build_eval_loader
-from recipe.data.stream import read_teachers
-from recipe.metrics.calibration import (
-    CALIBRATION_FILE,
-    Calibration,
-    calibration_text,
-    find_calibration,
-    write_calibration,
-)
-from recipe.optim.fsdp import build_parallelism
-from recipe.upstream.agreement import DIST_TIMEOUT
-from recipe.upstream.shared_memory import clean_dead_shared_memory
+
+if TYPE_CHECKING:
+    from composer import Trainer
 
 log = logging.getLogger("recipe.eval")  # its __name__ is __main__
 
+USAGE = "composer recipe/eval.py YAML load_path=CHECKPOINT [key.sub=value ...]"
+EXAMPLES = """  composer recipe/eval.py runs/joint/config.yaml load_path=runs/joint/checkpoints/latest-rank0.pt
+  composer recipe/eval.py runs/joint/config.yaml load_path=CHECKPOINT eval_loader.streams.main.split=test
+  composer recipe/eval.py runs/joint/config.yaml load_path=CHECKPOINT evaluation.generate_answer=false   # faster"""
+
 
 def main(config: RecipeConfig) -> dict[str, float]:
-    """Scores `load_path` on the evaluation set; the scores also go to `{run_folder}/eval.json`.
+    """Score `load_path` on the evaluation set; the scores are also written to `{run_folder}/eval.json`.
 
-    How scores are to be calibrated, and from which up objects are to be taken, goes to `{run_folder}/calibration.yaml`.
+    The calibration of the scores, and their best threshold, are written to `{run_folder}/calibration.yaml`.
     """
-    dist.initialize_dist(get_device(), config.trainer.get("dist_timeout", DIST_TIMEOUT))
+    # Imported here because they take seconds: a mistake in the yaml is reported before.
+    from composer import Evaluator, Trainer
+    from composer.utils import dist, get_device, reproducibility
+
+    from recipe.build import build_all_callbacks, build_model
+    from recipe.callbacks.table import build_loggers
+    from recipe.checkpoints.check import describe
+    from recipe.checkpoints.resume import safe_loading, weights_keywords
+    from recipe.checkpoints.weights import trained_caption_length
+    from recipe.data.loader import build_eval_loader
+    from recipe.data.stream import read_teachers
+    from recipe.load import build_encoder, load_processor
+    from recipe.optim.fsdp import build_parallelism
+    from recipe.upstream.agreement import DIST_TIMEOUT
+    from recipe.upstream.shared_memory import clean_dead_shared_memory
+
+    view = view_trainer(config)
+    dist.initialize_dist(get_device(), view.dist_timeout or DIST_TIMEOUT)
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
-    config = with_trained_caption_length(config, config.load_path)
-    processor = load_processor(config)
+    longest = trained_caption_length(config.caption_decoder, config.load_path)
+    processor = load_processor(config.model.pretrained_model_name_or_path)
     teachers = read_teachers(config.teachers, config.seed)
-    eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
-    model = build_model(config, processor)
-    start = weights_keywords(config, describe(config, processor.tokenizer, model))
+    model = build_model(config, processor, longest)
+    encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
+    eval_loader = build_eval_loader(config.eval_loader, encoder, teachers, config.seed)
+    origin = describe(as_saved(config, longest), processor.tokenizer, model)
+    start = weights_keywords(view, config.load_path, origin)
     with safe_loading():
         trainer = Trainer(
             model=model,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
-            callbacks=build_callbacks(config, processor.tokenizer),
-            loggers=build_loggers(config),
+            callbacks=build_all_callbacks(config, processor.tokenizer),
+            loggers=build_loggers(config.loggers, config.run_folder),
             seed=config.seed,
             **start,
-            parallelism_config=build_parallelism(model, config.trainer, config.fsdp_version),
-            precision=config.trainer.get("precision"),
-            progress_bar=config.trainer.get("progress_bar", True),
+            parallelism_config=build_parallelism(model.model, view.fsdp, view.precision, config.fsdp_version),
+            precision=view.precision,
+            progress_bar=view.progress_bar,
         )
     trainer.eval()
     scores = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
@@ -65,18 +73,27 @@ def main(config: RecipeConfig) -> dict[str, float]:
         Path(config.run_folder, "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
         for name, value in scores.items():
             print(f"{name:24} {value:.4f}")
-        calibrate(trainer, config)
+        calibrate(trainer, config.evaluation, config.run_folder)
     return scores
 
 
-def calibrate(trainer: Trainer, config: RecipeConfig) -> None:
-    """Writes and prints the calibration of the scores that were just evaluated; a warning where there is none."""
-    path = Path(config.run_folder, CALIBRATION_FILE)
+def calibrate(trainer: "Trainer", evaluation: EvaluationConfig, run_folder: str) -> None:
+    """Write and print the calibration of the scores that were just evaluated; log a warning if there is none."""
+    from recipe.metrics.calibration import (
+        CALIBRATION_FILE,
+        calibration_text,
+        detections_of_halves,
+        find_calibration,
+        write_calibration,
+    )
+    from recipe.metrics.gather import MetricEntry
+
+    path = Path(run_folder, CALIBRATION_FILE)
     path.unlink(missing_ok=True)  # an earlier one may be of other weights
-    sources = [getattr(metric, "source", None) for metric in trainer.state.eval_metrics["eval"].values()]
-    metric = next(source for source in sources if isinstance(source, Calibration))
+    entry = next(iter(trainer.state.eval_metrics["eval"].values()))
+    assert isinstance(entry, MetricEntry)
     try:
-        found = find_calibration(*metric.halves(), config.evaluation, metric.floor, metric.num_bins)
+        found = find_calibration(*detections_of_halves(entry.source), evaluation)
     except ValueError as error:
         log.warning("no %s is written: %s", CALIBRATION_FILE, error)
         return
@@ -84,6 +101,17 @@ def calibrate(trainer: Trainer, config: RecipeConfig) -> None:
     print(f"{path}:\n{calibration_text(found)}")
 
 
+def run(config: RecipeConfig) -> None:
+    """Judge what is left to judge, then evaluate."""
+    from recipe.checks import check_libraries, check_machine
+
+    check_libraries(config)
+    check_machine(config, ("eval_loader",))
+    main(config)
+
+
 if __name__ == "__main__":
     setup_logging()
-    main(config_from_command_line(sys.argv[1:], required=("load_path",)))
+    with one_line_errors():
+        command = parser_of(USAGE, "Score a checkpoint on the evaluation set and calibrate its scores.", EXAMPLES)
+        run(from_command_line(command, sys.argv[1:], required=("load_path",))[0])

@@ -1,4 +1,4 @@
-"""Export: `python recipe/export.py --checkpoint CKPT --out DIR [--config YAML]`.
+"""Export: `python recipe/export.py --checkpoint CKPT --out DIR [--config YAML]`; see --help.
 
 DIR then loads with transformers' `from_pretrained`, and with `recipe/predict.py --checkpoint DIR`.
 """
@@ -7,15 +7,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from recipe.build import load_model
-from recipe.checkpoints.weights import export_model
 from recipe.configure import load_config
 from recipe.console import setup_logging
+from recipe.redact import redact_text
+from recipe.rules import check_fields
+
+EXAMPLES = """examples:
+  python recipe/export.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out exported
+  python recipe/predict.py --checkpoint exported --out found images/
+
+DIR holds the language model and processor for transformers' from_pretrained, which read text and images but find no
+boxes, and next to them the detection head (detection_head.safetensors) and the run's configuration (recipe.yaml; its
+keys: recipe/config.py)."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Write a trained model as a folder that transformers loads.")
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        description="Write a trained model as a folder that transformers and recipe/predict.py load.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a Composer checkpoint (.pt)")
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder to write")
     parser.add_argument("--config", metavar="YAML", help="default: the config.yaml saved with the run")
@@ -23,13 +35,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Loads the checkpoint and writes the folder.
+    """Load the checkpoint and write the folder.
 
     Raises:
         ValueError: The checkpoint cannot be loaded, or the folder is not empty.
     """
-    model, processor, config = load_model(args.checkpoint, load_config(args.config) if args.config else None)
-    export_model(model, processor, config, args.out)
+    config = load_config(args.config) if args.config else None
+    if config is not None:
+        check_fields(config)
+    # Imported here because they take seconds: a mistake in the yaml is reported before.
+    from recipe.checkpoints.weights import export_model
+    from recipe.load import load_network
+
+    network, processor, config = load_network(args.checkpoint, config)
+    export_model(network, processor, config, args.out)
     print(f"wrote {args.checkpoint} to {args.out}")
 
 
@@ -38,4 +57,4 @@ if __name__ == "__main__":
     try:
         main(parse(sys.argv[1:]))
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(redact_text(f"error: {error}"))

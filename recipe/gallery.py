@@ -1,11 +1,11 @@
-"""Predictions beside the truth: `python -m recipe.gallery --predictions DIR/predictions.json --out PAGE.html`.
+"""Draw predictions next to the truth: `python -m recipe.gallery --predictions DIR/predictions.json --out PAGE.html`.
 
 The truth is a COCO instances file (`--truth instances.json`) or a converted data set (`--data FOLDER --split val`). The
-page is one file that any browser opens, also from disk: small pictures are in it, nothing is loaded from elsewhere.
-Pictures with the most missed and false boxes come first, at the threshold that its slider is set to. It goes down to
-the threshold that the pictures were predicted with: what scored less is not in the file. Boxes at the right place in
-other words are marked, and are errors where one sets "words count". The totals are of all pictures, also of those that
-`--max-pictures` leaves out.
+page is one file that any browser opens, also from disk: small images are in it, nothing is loaded from elsewhere.
+Images with the most missed and false boxes come first, at the threshold of its slider. The slider goes down to the
+threshold that the images were predicted with, as lower scores are not in the file. Boxes at the right place in other
+words are marked, and are errors if one sets "words count". The totals are of all images, also of those that
+`--max-images` leaves out.
 """
 
 import argparse
@@ -15,40 +15,38 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-import torch
 from PIL import Image
-from torchvision.ops import box_iou
 
 from convert.annotated import read_coco
 from recipe.console import setup_logging
 from recipe.images import open_image
-from recipe.metrics.gather import boxes_of, inside_crowd, match_by_score, normalized_caption
-from recipe.prediction.files import least_score, read_rows, rounded_score, write_json_text
+from recipe.metrics.gather import FALSE, IGNORED, found_truths, normalized_caption
+from recipe.prediction.files import least_score, read_entries, rounded_score, write_json_text
 from recipe.prediction.inputs import entry_of, names_by_file, refuse_shared
-from recipe.schema import Object, Sample
+from recipe.schema import DetectedObject, Object, PredictedFile, Sample
 from recipe.upstream.storage import read_mds
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
 IOU = 0.5  # from which on a prediction is at the right place
-SCORE_THRESHOLD = 0.3  # where none is given
-SOURCES = {"head": "objects", "text": "answer_objects"}  # of boxes, as the page and as an entry call them
-FALSE, IGNORED = -1, -2  # instead of a truth's position
+SCORE_THRESHOLD = 0.3  # if none is given
+SOURCES = ("head", "text")  # of boxes
 JPEG_QUALITY = 82
 
-Row = Mapping[str, Any]
+Page = Mapping[str, Any]  # or a part of it
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Make a page of predictions beside the truth.")
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(description="Make a page of predictions next to the truth.")
     parser.add_argument("--predictions", type=Path, required=True, metavar="JSON", help="from recipe/predict.py")
     parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page")
-    parser.add_argument("--overwrite", action="store_true", help="replace the page where there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
     truth = parser.add_mutually_exclusive_group()
     truth.add_argument("--truth", type=Path, metavar="JSON", help="COCO instances file")
     truth.add_argument("--data", type=Path, metavar="FOLDER", help="data set written by convert/")
@@ -57,18 +55,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--score-threshold",
         type=float,
         metavar="F",
-        help=f"of the slider at first; default {SCORE_THRESHOLD}, or the predictions' own where that is higher",
+        help=f"of the slider at first; default {SCORE_THRESHOLD}, or the predictions' own if that is higher",
     )
     parser.add_argument(
-        "--max-pictures", type=int, default=200, metavar="N", help="those with most errors; default %(default)s"
+        "--max-images", type=int, default=200, metavar="N", help="those with most errors; default %(default)s"
     )
     parser.add_argument(
-        "--picture-size", type=int, default=720, metavar="PIXELS", help="longest side in the page; default %(default)s"
+        "--image-size", type=int, default=720, metavar="PIXELS", help="longest side in the page; default %(default)s"
     )
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
-    for name in ("max_pictures", "picture_size"):
+    for name in ("max_images", "image_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
     if args.split is not None and args.data is None:
@@ -77,30 +75,30 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes the page; the number of predictions whose picture or truth was not found.
+    """Write the page; return the number of predictions whose image or truth was not found.
 
     Raises:
-        ValueError: A file cannot be read, belongs to other pictures, or would be overwritten.
+        ValueError: A file cannot be read, belongs to other images, or would be overwritten.
     """
     check_out(args.out, args.overwrite)
     folder = args.predictions.parent
-    rows = [{**row, "file": found_file(row["file"], folder)} for row in read_rows(args.predictions)]
-    threshold = threshold_of(rows, args.score_threshold)
+    entries = [replace(entry, file=found_file(entry.file, folder)) for entry in read_entries(args.predictions)]
+    threshold = threshold_of(entries, args.score_threshold)
     if args.data is not None:
-        truths = truths_of_mds(rows, read_mds(args.data, args.split))
+        truths = truths_of_mds(entries, read_mds(args.data, args.split))
     else:
-        truths = {} if args.truth is None else truths_of_coco(rows, read_coco(args.truth))
-    page = page_data(rows, truths, threshold, args.max_pictures, args.picture_size)
+        truths = {} if args.truth is None else truths_of_coco(entries, read_coco(args.truth))
+    page = page_data(entries, truths, threshold, args.max_images, args.image_size)
     try:
         write_json_text(args.out, render(page))
     except OSError as error:
         raise ValueError(f"cannot write {args.out} ({error}): give another --out") from error
-    print(f"{len(page['pictures'])} of {len(rows)} pictures: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
-    return report(rows, truths, page, args.truth or args.data, folder)
+    print(f"{len(page['pictures'])} of {len(entries)} images: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
+    return report(entries, truths, page, args.truth or args.data, folder)
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Makes the page's folder and tries to write there, before any work.
+    """Make the page's folder and try to write there, before any work.
 
     Raises:
         ValueError: The page would overwrite something, or cannot be written.
@@ -118,19 +116,19 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def found_file(file: str, folder: Path) -> str:
-    """Where a picture lies: as predict.py was told, else from the folder of the predictions; `file` where it is not."""
+    """Return where an image is: as predict.py was given it, else from the folder of the predictions, else `file`."""
     if not Path(file).exists() and (folder / file).exists():
         return str(folder / file)
     return file
 
 
-def threshold_of(rows: Sequence[Row], wanted: float | None) -> float:
-    """Where the slider is at first.
+def threshold_of(entries: Sequence[PredictedFile], wanted: float | None) -> float:
+    """Return where the slider is at first.
 
     Raises:
-        ValueError: The rows lack objects of the score that is wanted.
+        ValueError: The entries lack objects of the score that is wanted.
     """
-    least = least_score(rows)
+    least = least_score(entries)
     if wanted is None:
         return max(SCORE_THRESHOLD, least)
     if rounded_score(wanted) < least:
@@ -141,49 +139,50 @@ def threshold_of(rows: Sequence[Row], wanted: float | None) -> float:
     return rounded_score(wanted)
 
 
-def report(rows: Sequence[Row], truths: Mapping[str, Sample], page: Row, truth: Path | None, folder: Path) -> int:
-    """Tells what is missing from the page; how much that is."""
-    without_truth = [row["file"] for row in rows if truth is not None and row["id"] not in truths]
-    without_picture = [item["file"] for item in page["pictures"] if not item["image"] and item["error"] is None]
+def report(
+    entries: Sequence[PredictedFile], truths: Mapping[str, Sample], page: Page, truth: Path | None, folder: Path
+) -> int:
+    """Print what is missing from the page; return how much that is."""
+    without_truth = [entry.file for entry in entries if truth is not None and entry.id not in truths]
+    without_image = [item["file"] for item in page["pictures"] if not item["image"] and item["error"] is None]
     unread = (
-        f"the picture cannot be read, neither from {Path.cwd()}, where this command runs, nor from {folder.resolve()}: "
+        f"the image cannot be read, neither from {Path.cwd()}, where this command runs, nor from {folder.resolve()}: "
         "run it in the folder where predict.py ran"
     )
     for files, what in (
-        (without_truth, f"not in {truth} (folders count where its names have them)"),
-        (without_picture, unread),
+        (without_truth, f"not in {truth} (folders count if its names have them)"),
+        (without_image, unread),
     ):
         if files:
-            print(f"{len(files)} pictures: {what}: {', '.join(files[:5])}", file=sys.stderr)
-    return len(without_truth) + len(without_picture)
+            print(f"{len(files)} images: {what}: {', '.join(files[:5])}", file=sys.stderr)
+    return len(without_truth) + len(without_image)
 
 
-def truths_of_coco(rows: Sequence[Row], samples: Mapping[str, Sample]) -> dict[str, Sample]:
-    """The truth of each prediction by its id, from samples by `file_name`.
+def truths_of_coco(entries: Sequence[PredictedFile], samples: Mapping[str, Sample]) -> dict[str, Sample]:
+    """Return the truth of each prediction by its id, from samples by `file_name`.
 
     Raises:
-        ValueError: Several samples can be a picture's, or one several pictures', or it is of a picture of another size.
+        ValueError: Several samples can be an image's, or one several images', or it is of an image of another size.
     """
     names = names_by_file(samples)
-    found = {row["id"]: entry_of(Path(row["file"]), names) for row in rows}
-    claims = {row_id: name for row_id, name in found.items() if name is not None}
-    refuse_shared((row["file"], claims[row["id"]]) for row in rows if row["id"] in claims)
-    return _checked(rows, {row_id: samples[name] for row_id, name in claims.items()})
+    found = {entry.id: entry_of(Path(entry.file), names) for entry in entries}
+    claims = {entry_id: name for entry_id, name in found.items() if name is not None}
+    refuse_shared((entry.file, claims[entry.id]) for entry in entries if entry.id in claims)
+    return _checked(entries, {entry_id: samples[name] for entry_id, name in claims.items()})
 
 
-def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, Sample]:
-    """The truth of each prediction by its id: the sample of the same bytes, else the one that is called as its file.
+def truths_of_mds(entries: Sequence[PredictedFile], samples: Iterable[Sample]) -> dict[str, Sample]:
+    """Return the truth of each prediction by its id: the sample of the same bytes, else the one named like its file.
 
-    A picture that was predicted twice has its truth twice. A name counts only where no prediction has the sample's
-    bytes.
+    An image that was predicted twice has its truth twice. A name counts only if no prediction has the sample's bytes.
 
     Raises:
-        ValueError: Several pictures are called as one sample, or the truth is of a picture of another size.
+        ValueError: Several images are named like one sample, or the truth is of an image of another size.
     """
     by_bytes, by_name = defaultdict[bytes, list[str]](list), defaultdict[str, list[str]](list)
-    for row in rows:
-        by_bytes[_digest(_read(row["file"]))].append(row["id"])
-        by_name[Path(row["file"]).stem].append(row["id"])
+    for entry in entries:
+        by_bytes[_digest(_read(entry.file))].append(entry.id)
+        by_name[Path(entry.file).stem].append(entry.id)
     by_bytes.pop(b"", None)
     same: dict[str, Sample] = {}
     alike: dict[str, Sample] = {}
@@ -194,65 +193,50 @@ def truths_of_mds(rows: Sequence[Row], samples: Iterable[Sample]) -> dict[str, S
         else:
             alike |= dict.fromkeys(by_name.get(sample.id, ()), sample)
     named = alike.keys() - same.keys()
-    refuse_shared((row["file"], alike[row["id"]].id) for row in rows if row["id"] in named)
-    return _checked(rows, alike | same)
+    refuse_shared((entry.file, alike[entry.id].id) for entry in entries if entry.id in named)
+    return _checked(entries, alike | same)
 
 
 def page_data(
-    rows: Sequence[Row], truths: Mapping[str, Sample], score_threshold: float, max_pictures: int, picture_size: int
+    entries: Sequence[PredictedFile],
+    truths: Mapping[str, Sample],
+    score_threshold: float,
+    max_images: int,
+    image_size: int,
 ) -> dict[str, Any]:
-    """All that the page shows, of the `max_pictures` pictures with the most errors at the threshold.
+    """Return all that the page shows, of the `max_images` images with the most errors at the threshold.
 
-    Of the others it holds what the totals need. Among pictures with as many errors, those with more other words are
+    Of the others it holds what the totals need. Among images with equally many errors, those with more other words are
     kept.
     """
-    pictures = [_picture(row, truths.get(row["id"])) for row in rows]
-    source = next((name for name, key in SOURCES.items() if any(row[key] is not None for row in rows)), "head")
+    pictures = [_picture(entry, truths.get(entry.id)) for entry in entries]
+    source = next((name for name in SOURCES if any(picture[name] is not None for picture in pictures)), "head")
 
     def worst_first(index: int) -> list[float]:
         return [-num_errors(pictures[index], source, score_threshold, words_count) for words_count in (False, True)]
 
-    order = sorted(range(len(rows)), key=worst_first)
-    kept, left_out = sorted(order[:max_pictures]), sorted(order[max_pictures:])
+    order = sorted(range(len(entries)), key=worst_first)
+    kept, left_out = sorted(order[:max_images]), sorted(order[max_images:])
     for index in kept:
-        truth = truths.get(rows[index]["id"])
-        data = _read(rows[index]["file"]) or (b"" if truth is None else truth.image)
-        pictures[index]["image"] = thumbnail(data, picture_size)
+        truth = truths.get(entries[index].id)
+        data = _read(entries[index].file) or (b"" if truth is None else truth.image)
+        pictures[index]["image"] = thumbnail(data, image_size)
     return {
         "threshold": score_threshold,
-        "least": least_score(rows),
+        "least": least_score(entries),
         "iou": IOU,
         "pictures": [pictures[index] for index in kept],
         "left_out": [_counted(pictures[index]) for index in left_out],
     }
 
 
-def matches_of(objects: Sequence[Row], truth: Sequence[Object]) -> list[int]:
-    """Which truth each prediction finds: its position, `FALSE`, or `IGNORED` in a crowd region.
+def num_errors(picture: Page, source: str, score_threshold: float, words_count: bool = False) -> float:
+    """Return the missed and false boxes of one of `SOURCES`, as the page counts them.
 
-    Best scores first, each the free truth it overlaps most. So it does not depend on a threshold: those from a score
-    on are matched as if the others were not there.
-
-    Args:
-        objects: By falling score, with `box`.
-        truth: Crowd regions are no truths to find.
-    """
-    boxes = torch.tensor([item["box"] for item in objects], dtype=torch.float64).reshape(-1, 4)
-    wanted = [index for index, item in enumerate(truth) if not item.iscrowd]
-    crowds = boxes_of([item for item in truth if item.iscrowd])
-    matches = [IGNORED if inside else FALSE for inside in inside_crowd(boxes, crowds, IOU).tolist()]
-    for found, place in match_by_score(box_iou(boxes, boxes_of([truth[index] for index in wanted])), IOU):
-        matches[found] = wanted[place]
-    return matches
-
-
-def num_errors(picture: Row, source: str, score_threshold: float, words_count: bool = False) -> float:
-    """Missed and false boxes of one of `SOURCES`, as the page counts them.
-
-    -1 where the truth is not known, infinite where the picture could not be used.
+    -1 if the truth is not known, infinite if the image could not be used.
 
     Args:
-        picture: Of `page_data`.
+        picture: Of `page_data`'s `pictures`.
         source: Whose boxes.
         score_threshold: From which on they are shown; those of the text answer have no score, and always are.
         words_count: A box at the right place in other words is an error too.
@@ -268,7 +252,7 @@ def num_errors(picture: Row, source: str, score_threshold: float, words_count: b
 
 
 def thumbnail(data: bytes, size: int) -> str | None:
-    """A JPEG of at most `size` pixels a side as an address that holds it; None where `data` is no picture."""
+    """Return a JPEG of at most `size` pixels per side as an address that holds it; None if `data` is not an image."""
     try:
         image = open_image(data)
     except ValueError:
@@ -280,17 +264,25 @@ def thumbnail(data: bytes, size: int) -> str | None:
 
 
 def render(page: Mapping[str, Any]) -> str:
-    """The page as HTML; no text of the data can end the script element that holds it."""
+    """Return the page as HTML; no text of the data can end the script element that holds it."""
     data = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", data)
 
 
-def _picture(row: Row, truth: Sample | None) -> dict[str, Any]:
-    wanted = None if truth is None else truth.objects
+def _picture(entry: PredictedFile, truth: Sample | None) -> dict[str, Any]:
+    wanted, prediction = None if truth is None else truth.objects, entry.prediction
+    found = None if prediction is None or not prediction.with_head else prediction.objects
+    answered = None if prediction is None else prediction.answer_objects
     return {
-        **{key: row[key] for key in ("id", "file", "width", "height", "answer", "error")},
+        "id": entry.id,
+        "file": entry.file,
+        "width": None if prediction is None else prediction.width,
+        "height": None if prediction is None else prediction.height,
+        "answer": None if prediction is None else prediction.answer,
+        "error": entry.error,
         "image": None,
-        **{source: None if row[key] is None else _matched(row[key], wanted) for source, key in SOURCES.items()},
+        "head": None if found is None else _judged(found, wanted, with_score=True),
+        "text": None if answered is None else _judged(answered, wanted, with_score=False),
         "truth": None
         if wanted is None
         else [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted],
@@ -298,20 +290,24 @@ def _picture(row: Row, truth: Sample | None) -> dict[str, Any]:
     }
 
 
-def _matched(objects: Iterable[Row], wanted: Sequence[Object] | None) -> list[dict[str, Any]]:
-    """Objects by falling score, with the truth that each finds, and whether that is called otherwise."""
-    objects = sorted(objects, key=lambda item: -item.get("score", 1.0))
-    if wanted is None:
-        return [{**item, "match": IGNORED, "other_words": False} for item in objects]
-    captions = [normalized_caption(item.caption) for item in wanted]
-    return [
-        {**item, "match": match, "other_words": match >= 0 and normalized_caption(item["caption"]) != captions[match]}
-        for item, match in zip(objects, matches_of(objects, wanted), strict=True)
-    ]
+def _judged(found: Iterable[DetectedObject], wanted: Sequence[Object] | None, with_score: bool) -> list[dict[str, Any]]:
+    """Return objects by falling score, with the truth that each finds, and whether that has another caption."""
+    found = sorted(found, key=lambda item: -item.score)
+    matches = [IGNORED] * len(found) if wanted is None else found_truths(found, wanted, IOU)
+    rows = []
+    for item, match in zip(found, matches, strict=True):
+        same = match < 0 or wanted is None or _same_words(item.caption, wanted[match].caption)
+        score = {"score": item.score} if with_score else {}
+        rows.append({"box": item.box, **score, "caption": item.caption, "match": match, "other_words": not same})
+    return rows
 
 
-def _counted(picture: Row) -> dict[str, Any]:
-    """What of a picture `num_errors` and the totals of the page need: no image, no boxes, no words."""
+def _same_words(caption: str, other: str) -> bool:
+    return normalized_caption(caption) == normalized_caption(other)
+
+
+def _counted(picture: Page) -> dict[str, Any]:
+    """Return what `num_errors` and the totals of the page need: no image, no boxes, no words."""
     counted: dict[str, Any] = {key: picture[key] for key in ("error", "num_wanted", *SOURCES)}
     for source in SOURCES:
         if counted[source] is not None:
@@ -320,21 +316,21 @@ def _counted(picture: Row) -> dict[str, Any]:
     return counted
 
 
-def _checked(rows: Iterable[Row], truths: dict[str, Sample]) -> dict[str, Sample]:
-    for row in rows:
-        truth = truths.get(row["id"])
-        if truth is None or row["error"] is not None or not truth.width:
+def _checked(entries: Iterable[PredictedFile], truths: dict[str, Sample]) -> dict[str, Sample]:
+    for entry in entries:
+        truth, prediction = truths.get(entry.id), entry.prediction
+        if truth is None or prediction is None or not truth.width:
             continue
-        if (truth.width, truth.height) != (row["width"], row["height"]):
+        if (truth.width, truth.height) != (prediction.width, prediction.height):
             raise ValueError(
-                f"{row['file']} was predicted on {row['width']} x {row['height']} pixels, but its truth is of "
-                f"{truth.width} x {truth.height}: give the truth of these very pictures"
+                f"{entry.file} was predicted on {prediction.width} x {prediction.height} pixels, but its truth is of "
+                f"{truth.width} x {truth.height}: give the truth of the same images"
             )
     return truths
 
 
 def _read(file: str) -> bytes:
-    """The bytes of a file; none where it cannot be read."""
+    """Return the bytes of a file; none if it cannot be read."""
     try:
         return Path(file).read_bytes()
     except OSError:

@@ -1,6 +1,8 @@
-"""The joint model for Composer's Trainer: where the network, the losses and the metrics meet."""
+"""The model that Composer's Trainer sees: where the network, the losses and the metrics meet."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,30 +12,19 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from recipe.config import EvaluationConfig, LossConfig, PromptConfig
-from recipe.data.loader import count_losses
+from recipe.losses.counts import UNIT_COUNTS, count_losses
 from recipe.losses.detection import base_term, caption_loss, denoising_losses, detection_losses
 from recipe.losses.language import language_losses
-from recipe.metrics.answers import AnswerBoxes
-from recipe.metrics.boxes import BoxAveragePrecision, CategoryAveragePrecision, ExpressionAccuracy, QueryRecall
-from recipe.metrics.calibration import Calibration
-from recipe.metrics.captions import CaptionCider, CaptionMatch, DenseCaptioningMAP
-from recipe.metrics.gather import LossAverage, MetricEntry, metric_entries
-from recipe.metrics.scorers import default_text_scorer
-from recipe.models.network import JointNetwork, JointOutputs
-from recipe.models.sharding import Sealed, reshard
-from recipe.prediction.decode import predict_batch
-from recipe.schema import Batch, LossCounts, Prediction
-
-UNIT_COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, microbatches=1)
-
-
-@dataclass
-class EvalOutputs:
-    """Of one evaluation batch: predictions aligned with `batch["samples"]`, loss sums and their counts."""
-
-    predictions: list[Prediction]
-    loss_sums: dict[str, Tensor]
-    counts: LossCounts
+from recipe.metrics.answers import answer_boxes
+from recipe.metrics.boxes import box_average_precision, category_average_precision, expression_accuracy, query_recall
+from recipe.metrics.calibration import calibration
+from recipe.metrics.captions import caption_cider, caption_match, dense_captioning
+from recipe.metrics.gather import Evaluation
+from recipe.metrics.scorers import TextScorer, default_text_scorer
+from recipe.models.network import JointNetwork
+from recipe.models.sharding import Sealed
+from recipe.prediction.decode import Decoding, predict
+from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts, Prediction, Sample
 
 
 class JointModel(ComposerModel):
@@ -44,7 +35,7 @@ class JointModel(ComposerModel):
         tokenizer: Decodes captions and answers.
         loss: Weights of the terms.
         evaluation: How predictions are made.
-        prompt: In which frame the boxes of an answer are counted.
+        prompt: Holds the frame in which an answer counts its boxes.
     """
 
     def __init__(
@@ -63,24 +54,26 @@ class JointModel(ComposerModel):
         self.prompt = prompt
 
     def forward(self, batch: Batch) -> JointOutputs:
-        """One microbatch → outputs."""
+        """Return the outputs of one microbatch."""
         return self.model(Sealed(batch))
 
     def loss(  # pyright: ignore[reportIncompatibleMethodOverride] - Composer's Trainer takes a dict too
-        self, outputs: JointOutputs, batch: Batch, *args: Any, **kwargs: Any
+        self, outputs: JointOutputs, batch: Batch | CountedBatch, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Named terms and their weighted `total`.
+        """Return the named terms and their weighted `total`; a batch without counts is taken for a whole global batch.
 
         Composer averages over all microbatches of all ranks. Each term is multiplied by their number, so what it logs
         and differentiates is the global batch's sum over the global batch's count.
         """
-        counts = batch["loss_counts"] or count_losses(batch)
+        counts = batch["loss_counts"] if "loss_counts" in batch else count_losses(batch)
         terms = self.loss_terms(outputs, batch, counts)
-        terms["total"] = self.weighted_total(terms)
+        # The one weighted sum; terms of earlier layers and the like weigh as the term they repeat.
+        weighted = [getattr(self.loss_config, f"weight_{base_term(name)}") * term for name, term in terms.items()]
+        terms["total"] = torch.stack(weighted).sum()
         return {name: term * counts["microbatches"] for name, term in terms.items()}
 
     def loss_terms(self, outputs: JointOutputs, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
-        """Unweighted terms, divided by `counts`; the same names on every rank, whatever its batch holds."""
+        """Return the unweighted terms, divided by `counts`: the same names on every rank, whatever its batch holds."""
         terms = language_losses(outputs.label_logits, batch["labels"], batch["label_roles"], counts)
         terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, self.loss_config)
         terms["loss_caption"] = caption_loss(
@@ -90,51 +83,48 @@ class JointModel(ComposerModel):
             terms |= denoising_losses(outputs.denoising, outputs.detection, counts, self.loss_config)
         return terms
 
-    def weighted_total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The one weighted sum; terms of earlier layers and the like weigh as the term they repeat."""
-        weighted = [getattr(self.loss_config, f"weight_{base_term(name)}") * term for name, term in terms.items()]
-        return torch.stack(weighted).sum()
-
     def eval_forward(self, batch: Batch, outputs: JointOutputs | None = None) -> EvalOutputs:
-        """Loss sums and predictions of one evaluation batch; `outputs` are made anew, as generation needs the pass."""
-        # Average precision judges the captions of all objects; metrics that need a threshold have it themselves.
+        """Return loss sums and predictions of one evaluation batch; ignores `outputs`, as captions need a new pass."""
+        # Average precision judges the captions of all objects; metrics that need a threshold apply it themselves.
         evaluation = replace(self.evaluation, score_threshold=0.0)
-
-        def predict(outputs: JointOutputs) -> list[Prediction]:
-            return predict_batch(
-                self.model, batch, outputs.detection, outputs.memory, self.tokenizer, evaluation, self.prompt
-            )
-
-        made, predictions = self.model(Sealed(batch), predict)
-        reshard(self.model)
+        made, predictions = predict(self.model, batch, Decoding(self.tokenizer, evaluation, self.prompt))
         return EvalOutputs(predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """The metrics of `eval`, each a scalar under its own name."""
+        """Return the metrics of `eval`, each a scalar under its own name."""
         if is_train:
             return {}
-        threshold, scorer = self.evaluation.score_threshold, default_text_scorer()
-        boxes, categories, captions = BoxAveragePrecision(), CategoryAveragePrecision(), CaptionMatch(threshold, scorer)
-        dense_captions = DenseCaptioningMAP(scorer)
-        sources: dict[Metric, tuple[str, ...]] = {
-            boxes: boxes.names,
-            categories: categories.names,
-            dense_captions: dense_captions.names,
-            captions: captions.names,
-            CaptionCider(threshold): ("caption_cider_d",),
-            QueryRecall(self.model.detection_head.num_queries): ("recall_ceiling", "query_recall50"),
-            ExpressionAccuracy(): ("refcoco_acc", "refcoco_samples"),
-            Calibration(): ("ece", "best_score_threshold", "best_f1"),
-            LossAverage(): tuple(LossAverage.denominators),
-        }
-        if self.evaluation.generate_answer:
-            sources[AnswerBoxes()] = ("text_f1", "text_f1_95", "text_miou", "text_parse_failure_rate")
-        return {name: entry for source, names in sources.items() for name, entry in metric_entries(source, names)}
+        scores = partial(
+            all_scores,
+            num_queries=self.model.detection_head.num_queries,
+            score_threshold=self.evaluation.score_threshold,
+            scorer=default_text_scorer(),
+            with_answers=self.evaluation.generate_answer,
+        )
+        return Evaluation(scores).entries()
 
     def update_metric(self, batch: Batch, outputs: EvalOutputs, metric: Metric) -> None:
-        """Adds one evaluation batch to a metric."""
-        assert isinstance(metric, MetricEntry)
-        if isinstance(metric.source, LossAverage):
-            metric.update(outputs.loss_sums, outputs.counts)
-        else:
-            metric.update(outputs.predictions, batch["samples"])
+        """Add one evaluation batch to a metric."""
+        metric.update(outputs.predictions, batch["samples"], outputs.loss_sums, outputs.counts)
+
+
+def all_scores(
+    predictions: Sequence[Prediction],
+    samples: Sequence[Sample],
+    num_queries: int,
+    score_threshold: float,
+    scorer: TextScorer,
+    with_answers: bool,
+) -> dict[str, float]:
+    """Return every score that an evaluation reports, losses apart."""
+    return {
+        **box_average_precision(predictions, samples),
+        **category_average_precision(predictions, samples),
+        **dense_captioning(predictions, samples, scorer),
+        **caption_match(predictions, samples, score_threshold, scorer),
+        **caption_cider(predictions, samples, score_threshold),
+        **query_recall(predictions, samples, num_queries),
+        **expression_accuracy(predictions, samples),
+        **calibration(predictions, samples),
+        **(answer_boxes(predictions, samples) if with_answers else {}),
+    }

@@ -1,121 +1,62 @@
-"""Predict: `python recipe/predict.py --checkpoint CKPT --out DIR PICTURE [PICTURE ...]`; a folder or a glob will do.
+"""Predict: `python recipe/predict.py --checkpoint CKPT --out DIR IMAGE [IMAGE ...]`; a folder or a glob will do.
 
-Writes DIR/predictions.json (see `recipe/prediction/files.py`), DIR/coco_results.json and one drawn PNG a picture. A
-picture that cannot be used has its reason in the JSON and on the terminal, the others are still done, and the exit
-status is 1. Stopped or failed, it leaves in both files what was done until then. `python -m recipe.gallery` makes a
-page of DIR, beside the truth where it is known.
+Writes DIR/predictions.json (see `recipe/prediction/files.py`), DIR/coco_results.json and one drawn PNG per image. If
+an image cannot be used, the reason is in the JSON and on the terminal, the others are still predicted, and the exit
+status is 1. When it is stopped or fails, both files keep what was done until then. `python -m recipe.gallery` makes a
+page of DIR, with the truth next to the predictions if it is known.
 """
+
+import sys
+
+from recipe.configure import load_config, one_line_errors
+from recipe.console import setup_logging
+from recipe.prediction.options import check_command_line, parse
+
+if __name__ == "__main__":
+    setup_logging()
+    with one_line_errors():
+        check_command_line(sys.argv[1:])  # before the imports below, which take seconds
 
 import argparse
 import signal
-import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import get_precision_context
-from composer.devices import Device, DeviceGPU
-from composer.utils import get_device
 from PIL.Image import Image
 from tqdm import tqdm
 
 from convert.annotated import read_coco, read_image_ids
-from recipe.build import build_encoder, load_model
-from recipe.config import EvaluationConfig, PromptConfig, RecipeConfig
-from recipe.configure import load_config
-from recipe.console import setup_logging
+from recipe.config import EvaluationConfig, PromptConfig, view_trainer
 from recipe.data.chat import checked
-from recipe.data.collate import collate_standard
+from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.images import displayed_size, open_image
-from recipe.joint import JointModel
+from recipe.load import build_encoder, load_network
 from recipe.metrics.calibration import read_calibration
-from recipe.prediction.decode import predict_batch
+from recipe.models.network import JointNetwork
+from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.draw import draw_prediction
-from recipe.prediction.files import (
-    PREDICTIONS_FILE,
-    ImageId,
-    failed_row,
-    prediction_row,
-    refuse_to_overwrite,
-    write_rows,
-)
-from recipe.prediction.inputs import entries_of, find_pictures, read_annotated_folder, unique_names
+from recipe.prediction.files import PREDICTIONS_FILE, refuse_to_overwrite, rounded, rounded_score, write_entries
+from recipe.prediction.inputs import entries_of, find_images, read_annotated_folder, unique_names
 from recipe.redact import redact_text
-from recipe.schema import Example, Prediction, Sample
+from recipe.schema import Example, ImageId, PredictedFile, Prediction, Sample
 
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Find and describe the objects of pictures.")
-    parser.add_argument("images", nargs="+", metavar="PICTURE", help="a file, a folder to search, or a quoted glob")
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .pt file, or a folder from export.py")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of predictions.json and the drawings")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in DIR")
-    parser.add_argument("--no-drawings", action="store_true", help="write the JSON files alone")
-    parser.add_argument("--config", metavar="YAML", help="default: what was saved with the checkpoint")
-    parser.add_argument(
-        "--answer",
-        choices=("text", "boxes", "both"),
-        help="text: the language model's, boxes: the head's; default: the run's",
-    )
-    parser.add_argument("--score-threshold", type=float, metavar="F", help="least score; default: the run's")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores and their threshold"
-    )
-    parser.add_argument("--nms-iou", type=float, metavar="F", help="of two boxes that overlap more, one goes")
-    parser.add_argument("--num-beams", type=int, metavar="N", help="beam search of captions; default: the run's")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once; default %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
-    parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
-    parser.add_argument(
-        "--expression", action="append", metavar="TEXT", help="look for this (candidate phrase); repeatable"
-    )
-    parser.add_argument(
-        "--teachers",
-        type=Path,
-        metavar="FOLDER",
-        help="solved examples: MDS shards, or a .jsonl and pictures",
-    )
-    parser.add_argument(
-        "--num-teachers",
-        type=int,
-        metavar="N",
-        help="first N of FOLDER; default: as in training, else all",
-    )
-    parser.add_argument("--truth", type=Path, metavar="JSON", help="COCO instances file: draw the truth beside")
-    parser.add_argument(
-        "--image-ids", type=Path, metavar="JSON", help="COCO instances file with their ids; default: 1, 2, ..."
-    )
-    args = parser.parse_args(arguments)
-    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
-        parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
-    if args.nms_iou is not None and not 0 < args.nms_iou < 1:
-        parser.error(f"--nms-iou {args.nms_iou}: must be between 0 and 1")
-    for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
-        if any(text is not None and not text.strip() for text in texts):
-            parser.error(f"--{name}: asks nothing; give a text, or leave it out for the run's prompt")
-    for name in ("batch_size", "max_new_tokens", "num_teachers", "num_beams"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
-    if args.num_teachers is not None and args.teachers is None:
-        parser.error("--num-teachers needs --teachers FOLDER")
-    return args
+DTYPES = {"fp32": None, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
 
 
 def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The run's way to predict, with what the command line says otherwise.
+    """Return the run's way to predict, changed by the command line.
 
     Raises:
         ValueError: The calibration cannot be used.
     """
     if args.calibration is not None:
         evaluation = read_calibration(args.calibration, evaluation)
-    names = ("score_threshold", "max_new_tokens", "num_beams", "nms_iou")
+    names = ("score_threshold", "max_new_tokens", "nms_iou")
     changes: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.answer is not None:
         changes["generate_answer"] = args.answer != "boxes"
@@ -125,7 +66,7 @@ def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> Eva
 
 
 def prompt_of(args: argparse.Namespace, prompt: PromptConfig) -> PromptConfig:
-    """The run's prompt, with what the command line says otherwise.
+    """Return the run's prompt, changed by the command line.
 
     Raises:
         ValueError: A text cannot be asked.
@@ -138,14 +79,14 @@ def prompt_of(args: argparse.Namespace, prompt: PromptConfig) -> PromptConfig:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Input:
     """A file to predict.
 
     Attributes:
         path: As the command line names it.
         name: Of its entry and its drawing.
         image_id: In COCO results.
-        truth: What is on it, where that is known.
+        truth: What is on it, if that is known.
     """
 
     path: Path
@@ -156,44 +97,42 @@ class Picture:
 
 @dataclass(frozen=True)
 class Predictor:
-    """What every batch of pictures is predicted with.
+    """What every batch of images is predicted with.
 
     Attributes:
-        model: In evaluation mode, on `device`.
+        network: In evaluation mode, on `device`.
         encoder: Of the prompt that is asked.
-        config: The run's, with what the command line says otherwise.
-        device: Of the model.
-        teachers: Solved examples shown before each picture, in order; one more than `num_teachers` where there are.
-        num_teachers: How many each picture is shown: a picture is never its own teacher.
-        with_head: The head's objects are wanted.
-        with_drawings: So are drawn pictures.
+        decoding: The run's, changed by the command line.
+        dtype: Of autocast; None: there is none.
+        device: Of the network.
+        teachers: Solved examples shown before each image, in order; one more than `num_teachers` if there are.
+        num_teachers: Shown to each image: an image is never its own teacher.
+        with_head: Whether the head's objects are wanted.
+        with_drawings: Whether drawn images are wanted.
     """
 
-    model: JointModel
+    network: JointNetwork
     encoder: Encoder
-    config: RecipeConfig
-    device: Device
+    decoding: Decoding
+    dtype: torch.dtype | None
+    device: torch.device
     teachers: Sequence[Sample]
     num_teachers: int
     with_head: bool
     with_drawings: bool
 
-    def teachers_of(self, picture: bytes) -> list[Sample]:
-        """The solved examples that a picture is shown."""
-        return [teacher for teacher in self.teachers if teacher.image != picture][: self.num_teachers]
-
 
 def main(args: argparse.Namespace) -> int:
-    """Predicts every picture that can be read; the number of those that could not.
+    """Predict every image that can be read; return the number of those that could not.
 
     Raises:
-        ValueError: Nothing can be predicted: no pictures, no checkpoint, teachers or prompt that cannot be used, or
+        ValueError: Nothing can be predicted: no images, no checkpoint, teachers or prompt that cannot be used, or
             files that would be overwritten. Or the device's memory or the disk is full.
     """
     out = Path(args.out)
-    paths, left_out = find_pictures(args.images, left_out=out)
+    paths, left_out = find_images(args.images, left_out=out)
     names = unique_names(paths, out)
-    pictures = pictures_of(paths, names, args)
+    inputs = inputs_of(paths, names, args)
     if not args.overwrite:
         refuse_to_overwrite(out, names)
     try:
@@ -201,24 +140,24 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ValueError(f"cannot make the folder --out {out}: {error.strerror}") from error
     predictor = build_predictor(args)
-    rows: list[dict[str, Any]] = []
+    entries: list[PredictedFile] = []
     try:
-        with tqdm(total=len(pictures), unit=" pictures", disable=None) as progress:
-            for start in range(0, len(pictures), args.batch_size):
-                part = pictures[start : start + args.batch_size]
-                rows += _predict_files(predictor, part, out)
+        with tqdm(total=len(inputs), unit=" images", disable=None) as progress:
+            for start in range(0, len(inputs), args.batch_size):
+                part = inputs[start : start + args.batch_size]
+                entries += _predict_files(predictor, part, out)
                 progress.update(len(part))
     finally:
-        if rows:
-            write_rows(out, rows)  # whatever ends it, what is done stays
-    return report(rows, out, left_out)
+        if entries:
+            write_entries(out, entries)  # whatever ends the run, what is done is kept
+    return report(entries, out, left_out)
 
 
-def pictures_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Namespace) -> list[Picture]:
-    """The pictures, with the numbers and the truth that instances files give them.
+def inputs_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Namespace) -> list[Input]:
+    """Return the images, with the numbers and the truth that instances files give them.
 
     Raises:
-        ValueError: Such a file cannot be read, a picture is not in it, or two are the same in it.
+        ValueError: Such a file cannot be read, an image is not in it, or two are the same in it.
     """
     ids: Sequence[ImageId] = range(1, len(paths) + 1)
     if args.image_ids is not None:
@@ -228,26 +167,29 @@ def pictures_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Name
     if args.truth is not None:
         samples = read_coco(args.truth)
         truths = [samples[entry] for entry in entries_of(paths, samples, f"--truth {args.truth}")]
-    return [Picture(*row) for row in zip(paths, names, ids, truths, strict=True)]
+    return [Input(*row) for row in zip(paths, names, ids, truths, strict=True)]
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
-    """The checkpoint's model, and what the command line asks of it."""
-    device = get_device()
+    """Return the checkpoint's network, and what the command line asks of it.
+
+    Raises:
+        ValueError: The checkpoint, the teachers, the prompt or the precision cannot be used.
+    """
+    device = find_device()
     teachers = [] if args.teachers is None else read_annotated_folder(args.teachers)
-    model, processor, config = load_model(args.checkpoint, load_config(args.config) if args.config else None)
-    config = replace(config, evaluation=evaluation_of(args, config.evaluation), prompt=prompt_of(args, config.prompt))
+    network, processor, config = load_network(args.checkpoint, load_config(args.config) if args.config else None)
+    prompt = prompt_of(args, config.prompt)
     num_teachers = args.num_teachers or config.teachers.num_teachers or len(teachers)
     if args.num_teachers is not None and args.num_teachers > len(teachers):
-        raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated pictures")
+        raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated images")
     if args.num_teachers is None and num_teachers < len(teachers):
-        print(
-            f"each picture is shown {num_teachers} of {len(teachers)} teachers, as in training: else --num-teachers N"
-        )
+        print(f"each image is shown {num_teachers} of {len(teachers)} teachers, as in training: else --num-teachers N")
     return Predictor(
-        model=device.module_to_device(model.eval()),
-        encoder=build_encoder(config, processor, keep_image=True),
-        config=config,
+        network=network.eval().to(device),
+        encoder=build_encoder(processor, network, config.image, prompt, config.max_seq_len, keep_image=True),
+        decoding=Decoding(processor.tokenizer, evaluation_of(args, config.evaluation), prompt),
+        dtype=autocast_dtype(view_trainer(config).precision, device),
         device=device,
         teachers=teachers[: num_teachers + 1],
         num_teachers=num_teachers,
@@ -256,112 +198,113 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     )
 
 
-def read_picture(path: Path) -> bytes:
-    """The bytes of a file.
+def find_device() -> torch.device:
+    """Return the first GPU, set up as Composer does for the evaluation of a run, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return torch.device("cuda:0")
+
+
+def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
+    """Return what autocast computes in under a run's `trainer.precision`, None for none, with Composer's defaults.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The precision needs more than autocast.
     """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read the file: {error.strerror}") from error
+    precision = (precision or "amp_fp16").lower()
+    if precision not in DTYPES:
+        raise ValueError(f"trainer.precision is {precision!r}: give --config with one of {', '.join(DTYPES)}")
+    return DTYPES[precision] if device.type == "cuda" else None  # Composer ignores it on the CPU
 
 
-def encode_picture(data: bytes, name: str, encoder: Encoder, teachers: Sequence[Sample] = ()) -> Example:
-    """The prompt about one picture, after the turns of its teachers.
+def to_device(value: Any, device: torch.device) -> Any:
+    """Return a batch with all its tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: to_device(item, device) for name, item in value.items()}
+    return [to_device(item, device) for item in value] if isinstance(value, list) else value
+
+
+def encode_image(data: bytes, name: str, encoder: Encoder, teachers: Sequence[Sample] = ()) -> Example:
+    """Return the prompt about one image, after the turns of its teachers.
 
     Raises:
-        ValueError: It is no picture, or the model cannot take it.
+        ValueError: It is not an image, or the model cannot take it.
     """
     width, height = displayed_size(data)
     return encoder(Sample(name, data, width, height, objects=None), teachers)
 
 
-def check_size(sample: Sample, truth: Sample | None) -> None:
-    """Refuses the truth of another picture.
-
-    Raises:
-        ValueError: It is of another size.
-    """
-    if truth is not None and (truth.width, truth.height) != (sample.width, sample.height):
-        raise ValueError(
-            f"its truth is of {truth.width} x {truth.height} pixels, it of {sample.width} x {sample.height}: give the "
-            "truth of these very pictures"
-        )
-
-
-def predict_examples(
-    examples: Sequence[Example], model: JointModel, encoder: Encoder, config: RecipeConfig, device: Device
-) -> list[Prediction]:
-    """One prediction an example, in the precision that the run was evaluated in.
+def predict_examples(examples: Sequence[Example], predictor: Predictor) -> list[Prediction]:
+    """Return one prediction per example, in the precision that the run was evaluated in.
 
     Raises:
         ValueError: They are too many for the device's memory.
     """
-    precision = config.trainer.get("precision") or ("amp_fp16" if isinstance(device, DeviceGPU) else "fp32")
-    batch = device.batch_to_device(collate_standard(examples, encoder.pad_token_id))
+    batch = collate_standard(one_each(examples), predictor.encoder.pad_token_id)
+    device, dtype = predictor.device, predictor.dtype
     try:
-        with torch.inference_mode(), get_precision_context(precision):
-            outputs = model(batch)
-            return predict_batch(
-                model.model,
-                batch,
-                outputs.detection,
-                outputs.memory,
-                encoder.tokenizer,
-                config.evaluation,
-                config.prompt,
-            )
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return predict(predictor.network, to_device(batch, device), predictor.decoding)[1]
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{len(examples)} pictures at once are too many for the GPU: lower --batch-size") from error
+        raise ValueError(f"{len(examples)} images at once are too many for the GPU: lower --batch-size") from error
 
 
-def report(rows: Sequence[Mapping[str, Any]], out: Path, left_out: Counter[str]) -> int:
-    """Prints what was done and what was not; the number of pictures that could not be used."""
-    failed = [row for row in rows if row["error"] is not None]
-    num_objects = sum(len(row["objects"] or row["answer_objects"] or ()) for row in rows)
-    print(f"{len(rows) - len(failed)} pictures, {num_objects} objects: {out / PREDICTIONS_FILE}")
-    cut = [row["file"] for row in rows if row["answer_is_cut"]]
+def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) -> int:
+    """Print what was done and what was not; return the number of images that could not be used."""
+    predictions = [entry.prediction for entry in entries if entry.prediction is not None]
+    num_objects = sum(len(item.objects or item.answer_objects or ()) for item in predictions)
+    print(f"{len(predictions)} images, {num_objects} objects: {out / PREDICTIONS_FILE}")
+    cut = [entry.file for entry in entries if entry.prediction is not None and entry.prediction.answer_is_cut]
     if cut:
         print(f"{len(cut)} answers lack their end, such as of {cut[0]}: raise --max-new-tokens", file=sys.stderr)
     if left_out:
         kinds = ", ".join(f"{suffix or 'no suffix'} {number}" for suffix, number in sorted(left_out.items()))
-        print(f"left out {left_out.total()} files of folders that are no pictures ({kinds})", file=sys.stderr)
-    for row in failed:
-        print(f"failed: {row['file']}: {row['error']}", file=sys.stderr)
-    return len(failed)
+        print(f"left out {left_out.total()} files of folders that are not images ({kinds})", file=sys.stderr)
+    for entry in entries:
+        if entry.error is not None:
+            print(f"failed: {entry.file}: {entry.error}", file=sys.stderr)
+    return len(entries) - len(predictions)
 
 
-def _predict_files(predictor: Predictor, pictures: Sequence[Picture], out: Path) -> list[dict[str, Any]]:
-    """One row a picture, in order; draws those that could be read."""
-    encoder, config = predictor.encoder, predictor.config
+def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path) -> list[PredictedFile]:
+    """Return one entry per image, in order; draw those that could be read."""
     examples: list[Example] = []
     shown: list[tuple[Sample | None, list[Sample]]] = []
-    failures: dict[str, ValueError] = {}
-    for picture in pictures:
+    failures: dict[str, str] = {}
+    for item in inputs:
         try:
-            data = read_picture(picture.path)
-            teachers = predictor.teachers_of(data)
-            example = encode_picture(data, picture.name, encoder, teachers)
-            check_size(example.sample, picture.truth)
+            data = item.path.read_bytes()
+            teachers = [teacher for teacher in predictor.teachers if teacher.image != data][: predictor.num_teachers]
+            example = encode_image(data, item.name, predictor.encoder, teachers)
+            size, truth = (example.sample.width, example.sample.height), item.truth
+            if truth is not None and (truth.width, truth.height) != size:
+                raise ValueError(
+                    f"its truth is of {truth.width} x {truth.height} pixels, it of {size[0]} x {size[1]}: give the "
+                    "truth of the same images"
+                )
             examples.append(example)
-            shown.append((picture.truth, teachers))
+            shown.append((truth, teachers))
+        except OSError as error:
+            failures[item.name] = f"cannot read the file: {error.strerror}"
         except ValueError as error:
-            failures[picture.name] = error
-    threshold, with_head = config.evaluation.score_threshold, predictor.with_head
-    predictions = predict_examples(examples, predictor.model, encoder, config, predictor.device) if examples else []
+            failures[item.name] = str(error)
+    threshold, with_head = predictor.decoding.evaluation.score_threshold, predictor.with_head
+    predictions = predict_examples(examples, predictor) if examples else []
     for example, (truth, teachers), prediction in zip(examples, shown, predictions, strict=True):
         if predictor.with_drawings:
             image = open_image(example.sample.image)
             drawing = draw_prediction(image, prediction, truth, threshold, teachers, with_head)
             _save(drawing, out / f"{prediction.id}.png")
-    found = {prediction.id: prediction for prediction in predictions}
+    found = {item.id: rounded(item, threshold, with_head) for item in predictions}
+    written = rounded_score(threshold) if with_head else None
     return [
-        prediction_row(picture.path, picture.image_id, found[picture.name], threshold, with_head)
-        if picture.name in found
-        else failed_row(picture.name, picture.path, picture.image_id, failures[picture.name])
-        for picture in pictures
+        PredictedFile(item.name, str(item.path), item.image_id, found[item.name], written)
+        if item.name in found
+        else PredictedFile(item.name, str(item.path), item.image_id, None, error=failures[item.name])
+        for item in inputs
     ]
 
 
@@ -373,7 +316,6 @@ def _save(drawing: Image, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    setup_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through `finally`, as Ctrl-C
     try:
         sys.exit(1 if main(parse(sys.argv[1:])) else 0)

@@ -1,30 +1,31 @@
-"""The nouns: every structure that crosses a file, with shape, dtype and box format beside each field.
+"""Every noun that crosses a package, with shape, dtype and box format next to each field.
 
 Shape legend
     B  rows of a batch               L  tokens of a row            D  width of the language model
     V  vocabulary                    K  supervised tokens          I  images of a batch
     P  vision patches of a batch     N  images the head solves     Q  object queries of an image
     M  memory tokens of an image     W  width of the head          T  objects of an image
-    S  prompt tokens of a sample     C  tokens of a caption
+    S  prompt tokens of a sample     C  tokens of a caption        R  captions, or denoising queries
 
 Box formats
-    xyxy    absolute pixels of the stored picture, EXIF orientation applied, floats: Object, Sample, Prediction
+    xyxy    absolute pixels of the stored image, EXIF orientation applied, floats: Object, Sample, Prediction
     cxcywh  centre and size, normalised to [0, 1]: Target, DetectionOutputs
-    In the text of an answer boxes are integers in the frame `recipe.data.chat` owns.
+    The text of an answer holds integers in the frame that `recipe.data.chat` owns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypedDict
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes two seconds to import, which the converters can do without
     from torch import Tensor
 
 Box = tuple[float, float, float, float]
 Message = dict[str, Any]
+ImageId = int | str  # in COCO files
 
 
 class Role(IntEnum):
@@ -40,10 +41,10 @@ class Object:
     """One annotated object.
 
     Attributes:
-        box: xyxy, absolute pixels of the displayed picture.
+        box: xyxy, absolute pixels of the displayed image.
         caption: What the object is, in words; never empty unless `iscrowd`.
         iscrowd: A region of many objects: never trained on, ignored in scoring as COCO does.
-        area: Pixels of the object's mask where the data set tells, for COCO's size ranges; else None.
+        area: Pixels of the object's mask, for COCO's size ranges; None if the data set does not give it.
     """
 
     box: Box
@@ -69,8 +70,8 @@ class Sample:
     Attributes:
         id: Unique in its data set.
         image: The original file, never re-encoded; empty for a text-only sample.
-        width: Pixels, after EXIF orientation; 0 without a picture.
-        height: Pixels, after EXIF orientation; 0 without a picture.
+        width: Pixels, after EXIF orientation; 0 without an image.
+        height: Pixels, after EXIF orientation; 0 without an image.
         objects: Empty: an image known to hold nothing. None: not annotated, so no detection loss.
         messages: A chat (`[{"role": ..., "content": text}, ...]`), or None: then the detection chat is made
             from `objects`.
@@ -85,11 +86,11 @@ class Sample:
 
     @property
     def has_image(self) -> bool:
-        """It has a picture, though perhaps not here: the sidecar of records holds samples without their bytes."""
+        """Return whether the sample has an image; the sidecar of records holds samples without their bytes."""
         return self.width > 0
 
     def to_mds(self) -> dict[str, Any]:
-        """The row of `MDS_COLUMNS` that `from_mds` reads back."""
+        """Return the row of `MDS_COLUMNS` that `from_mds` reads."""
         objects: list[dict[str, Any]] | None = None
         if self.objects is not None:
             objects = []
@@ -111,10 +112,10 @@ class Sample:
 
     @classmethod
     def from_mds(cls, row: Mapping[str, Any]) -> Sample:
-        """Reads a row written by `to_mds`.
+        """Read a row written by `to_mds`.
 
         Raises:
-            ValueError: A column is missing, naming it: the shard was not written by `convert/`.
+            ValueError: A column is missing: `convert/` did not write the shard.
         """
         missing = [column for column in MDS_COLUMNS if column not in row]
         if missing:
@@ -131,8 +132,34 @@ class Sample:
         return cls(row["id"], row["image"], row["width"], row["height"], objects, messages)
 
 
+@dataclass(frozen=True)
+class ImageSpec:
+    """How the checkpoint wants its images.
+
+    Attributes:
+        patch_size: Pixels along one side of a vision patch.
+        merge_size: Patches along one side of a vision token.
+        min_pixels: Smaller images are enlarged to it.
+        max_pixels: Larger images are reduced to it.
+        image_mean: Per channel, of pixels in [0, 1].
+        image_std: Per channel, of pixels in [0, 1].
+    """
+
+    patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    @property
+    def patch_values(self) -> int:
+        """Return the bytes of one patch: 3 * patch * patch."""
+        return 3 * self.patch_size**2
+
+
 class Target(TypedDict):
-    """What the head is to find in one image; crowd regions left out.
+    """What the head should find in one image; crowd regions left out.
 
     Attributes:
         boxes: (T, 4) float32, cxcywh normalised.
@@ -148,7 +175,7 @@ class Example:
     """One sample, encoded: the teacher turns, then the student turn. Nothing in it depends on the batch.
 
     Attributes:
-        sample: The student's record (its picture dropped unless evaluation needs it).
+        sample: The student's record (without its image bytes unless evaluation needs them).
         input_ids: (L,) int64.
         roles: (L,) uint8 of `Role`: whose answer each token belongs to.
         position_ids: (3, L) int64, rotary positions (time, height, width) from 0.
@@ -156,9 +183,9 @@ class Example:
         pixel_patches: (P, 3 * patch * patch) uint8, patches of all images in Qwen2-VL order.
         image_grid_thw: (I, 3) int64, patches along time, height and width.
         has_student_image: The last image is the one the head solves.
-        target: None where not annotated: no detection loss.
+        target: None: not annotated, so no detection loss.
         noise_seed: Of this sample's denoising queries in this epoch.
-        is_inert: Has nothing to learn or to score: keeps ranks in step, counts for nothing.
+        is_inert: Keeps ranks in step: has nothing to learn or to score, and is not counted.
     """
 
     sample: Sample
@@ -176,13 +203,13 @@ class Example:
 
 @dataclass
 class Pack:
-    """Samples that share one row: what a training step is dealt. Without packing, one sample each.
+    """Samples that share one row: the unit of a data set's items. Without packing, one sample each.
 
     Attributes:
         number: In the plan of the epoch.
         examples: In order; never empty.
-        skipped: Samples of the pack that could not be used: their reason by their id.
-        is_inert: A pack dealt a second time, to keep ranks in step: counts for nothing.
+        skipped: Samples of the pack that could not be used: id → reason.
+        is_inert: Given out a second time to keep ranks in step; not counted.
     """
 
     number: int
@@ -204,7 +231,7 @@ class LossCounts(TypedDict):
 class Batch(TypedDict):
     """One microbatch, collated. `standard`: right-padded rows. `packed`: one row, no padding.
 
-    The index fields are counted in the flattened (B * L) tokens, so that every reader is the same for both.
+    The index fields count in the flattened (B * L) tokens, so that every reader is the same for both.
 
     Attributes:
         samples: The students' records, in order.
@@ -219,14 +246,13 @@ class Batch(TypedDict):
         pixel_patches: (P, 3 * patch * patch) uint8.
         image_grid_thw: (I, 3) int64.
         student_images: (N,) int64, which of the I images the head solves.
-        student_samples: which sample each of the N images belongs to.
-        targets: N of them; None where not annotated.
+        student_samples: Which sample each of the N images belongs to.
+        targets: N of them; None if not annotated.
         noise_seeds: N of them, see `Example`.
-        num_tokens: Real tokens: neither padding nor inert samples are counted.
+        num_tokens: Real tokens: without padding and inert samples.
         num_samples: Without the inert ones.
-        num_packs: Of a training stream, without the inert ones: the unit in which it is dealt and resumed.
-        skipped: Samples left out because they could not be used: their reason by their id.
-        loss_counts: Set by `split_batch`, before the forward pass; None: count this batch alone.
+        num_packs: Without the inert ones: the unit in which training data is counted and resumed.
+        skipped: Samples that could not be used: id → reason.
     """
 
     samples: list[Sample]
@@ -248,21 +274,92 @@ class Batch(TypedDict):
     num_samples: int
     num_packs: int
     skipped: dict[str, str]
-    loss_counts: LossCounts | None
+
+
+class CountedBatch(Batch):
+    """A microbatch of training together with the denominators of its whole global batch."""
+
+    loss_counts: LossCounts
+
+
+@dataclass
+class Memory:
+    """What the head may look at: one padded row of tokens per image.
+
+    Attributes:
+        tokens: (N, M, W), `positions` added: Qwen2.5-VL's features do not hold where they are, as its rotary
+            positions are relative, and what a query attends to must.
+        positions: (N, M, W) sine embedding of the token's centre; zero for words.
+        mask: (N, M) bool, True at real tokens.
+        cells: (N, M, 4) cxcywh in [0, 1], the part of the image that a vision token covers; zero for words.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor
+    cells: Tensor
+
+
+@dataclass
+class DenoisingQueries:
+    """Noised boxes of N images; G groups of (T positive, T negative) queries, T padded to the largest image.
+
+    Attributes:
+        boxes: (N, R, 4) cxcywh with R = G * 2 * T: the reference boxes.
+        valid: (N, R) bool, False at padding.
+        target_boxes: (N, R, 4) cxcywh: what each query should become.
+        positive: (N, R) bool: True if the query is an object, False if it should be rejected.
+        num_groups: G, copies of the ground truth.
+    """
+
+    boxes: Tensor
+    valid: Tensor
+    target_boxes: Tensor
+    positive: Tensor
+    num_groups: int
+
+    def __len__(self) -> int:
+        return self.boxes.shape[1]
+
+
+@dataclass(frozen=True)
+class CaptionPlaces:
+    """Which of N images each of R captions belongs to.
+
+    Attributes:
+        image: (R,) int64.
+        slot: (R,) int64, different for the captions of an image.
+        num_images: N.
+        num_slots: T, more than any slot.
+    """
+
+    image: Tensor
+    slot: Tensor
+    num_images: int
+    num_slots: int
+
+    def side_by_side(self, rows: Tensor) -> Tensor:
+        """Return (R, ...) as (N, T, ...), zero in slots without a caption."""
+        slots = rows.new_zeros(self.num_images, self.num_slots, *rows.shape[1:])
+        return slots.index_put((self.image, self.slot), rows)
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Return (N, T, ...) as (R, ...)."""
+        return slots[self.image, self.slot]
 
 
 @dataclass
 class DetectionOutputs:
-    """What the head says of N images.
+    """What the head predicts for N images.
 
     Attributes:
         pred_boxes: (N, Q, 4) cxcywh in [0, 1]: the sigmoid of `pred_boxes_raw`.
         pred_boxes_raw: (N, Q, 4) before the sigmoid.
         pred_objectness: (N, Q) logits.
         query_features: (N, Q, W).
-        aux_outputs: The same (without features or aux outputs of their own) after each earlier layer.
+        aux_outputs: The same after each earlier layer, without features and aux outputs of their own.
         groups: Of the further groups of queries, in training.
-        selection: Of the proposals that the queries were chosen from; None: they are learned.
+        selection: Of the proposals that the queries were chosen from; None: the queries are learned.
     """
 
     pred_boxes: Tensor
@@ -274,10 +371,55 @@ class DetectionOutputs:
     selection: DetectionOutputs | None = None
 
     def layers(self) -> list[tuple[str, DetectionOutputs]]:
-        """All that is matched to the objects, each with the suffix of its loss terms; the last layer's are last."""
+        """Return all that is matched to the objects, each with the suffix of its loss terms; the last layer last."""
         found = [] if self.selection is None else [("_selection", self.selection)]
         found += [("_group", layer) for group in self.groups for layer in [*group.aux_outputs, group]]
         return [*found, *(("_aux", layer) for layer in self.aux_outputs), ("", self)]
+
+
+@dataclass
+class Matches:
+    """Matched pairs of one layer, all images together; n = the sum of min(Q, T) over annotated images.
+
+    Attributes:
+        image: (n,) int64, which of the N images.
+        query: (n,) int64, the query.
+        target: (n,) int64, the object, counted within its image.
+    """
+
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+@dataclass
+class JointOutputs:
+    """What one forward pass returns.
+
+    Attributes:
+        label_logits: (K, V), of the supervised positions.
+        memory: Of the N images.
+        detection: Of the object queries.
+        denoising: The queries and their outputs; None outside training.
+        matches: One for each of `detection.layers()`.
+        targets: N of them.
+        caption_logits: (k, V), of the tokens of all matched captions.
+        caption_labels: (k,) int64.
+        caption_images: (k,) int64, each token's image.
+    """
+
+    label_logits: Tensor
+    memory: Memory
+    detection: DetectionOutputs
+    denoising: tuple[DenoisingQueries, DetectionOutputs] | None
+    matches: list[Matches]
+    targets: Sequence[Target | None]
+    caption_logits: Tensor
+    caption_labels: Tensor
+    caption_images: Tensor
 
 
 @dataclass(frozen=True)
@@ -288,19 +430,29 @@ class DetectedObject:
     score: float
     caption: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {"box": list(self.box), "score": self.score, "caption": self.caption}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> DetectedObject:
+        """Read what `to_json` wrote; the objects of a text answer have no score, which is 1."""
+        return cls(tuple(row["box"]), row.get("score", 1.0), row["caption"])
+
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one picture.
+    """What the model predicts for one image.
 
     Attributes:
         id: The sample's id, or the file's name.
-        width: Pixels of the displayed picture.
-        height: Pixels of the displayed picture.
+        width: Pixels of the displayed image.
+        height: Pixels of the displayed image.
         objects: By falling score.
-        answer: The language model's text, or None where none was generated.
-        answer_objects: The objects parsed from `answer` (score 1.0); None where it did not parse or was not generated.
-        answer_is_cut: The answer was longer than `evaluation.max_new_tokens`, so it lacks its end.
+        answer: The language model's text; None if it was not asked.
+        answer_objects: The objects parsed from `answer` (score 1.0); None if it was not asked or did not parse.
+        answer_is_cut: The answer reached `evaluation.max_new_tokens`, so its end is missing.
+        with_head: False: the head was not asked, so `objects` is empty.
     """
 
     id: str
@@ -310,3 +462,97 @@ class Prediction:
     answer: str | None = None
     answer_objects: tuple[DetectedObject, ...] | None = None
     answer_is_cut: bool = False
+    with_head: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads, without loss."""
+        answered = None if self.answer_objects is None else [item.to_json() for item in self.answer_objects]
+        for row in answered or ():
+            if row["score"] == 1:  # as all objects of a text answer have
+                del row["score"]
+        return {
+            "id": self.id,
+            "width": self.width,
+            "height": self.height,
+            "objects": [item.to_json() for item in self.objects] if self.with_head else None,
+            "answer": self.answer,
+            "answer_objects": answered,
+            "answer_is_cut": self.answer_is_cut,
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Prediction:
+        """Read what `to_json` wrote, or a version that did not know `answer_is_cut`."""
+        objects, answered = (
+            None if row[name] is None else tuple(map(DetectedObject.from_json, row[name]))
+            for name in ("objects", "answer_objects")
+        )
+        is_cut = bool(row.get("answer_is_cut"))
+        size = (row["width"], row["height"])
+        return cls(row["id"], *size, objects or (), row["answer"], answered, is_cut, objects is not None)
+
+
+@dataclass(frozen=True)
+class PredictedFile:
+    """One entry of `predictions.json`: an image file and what was predicted for it.
+
+    Attributes:
+        id: Of the entry and its drawing; unique in the file.
+        file: Path of the image, as the command line named it.
+        image_id: In COCO results; None in files of older versions.
+        prediction: Holds the objects from `score_threshold` up; None if the image could not be used.
+        score_threshold: None if the head was not asked, and in files of older versions.
+        error: Why the image could not be used.
+    """
+
+    id: str
+    file: str
+    image_id: ImageId | None
+    prediction: Prediction | None
+    score_threshold: float | None = None
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads: everything but `error` and the names is null if the image was not used."""
+        names = ("width", "height", "objects", "answer", "answer_objects", "answer_is_cut")
+        known = dict.fromkeys(names) if self.prediction is None else self.prediction.to_json()
+        row = {"id": self.id, "file": self.file, "image_id": self.image_id, **{name: known[name] for name in names[:2]}}
+        row["score_threshold"] = self.score_threshold
+        return {**row, **{name: known[name] for name in names[2:]}, "error": self.error}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> PredictedFile:
+        """Read what `to_json` wrote, or a version that did not know `score_threshold`."""
+        prediction = None if row["error"] is not None else Prediction.from_json(row)
+        threshold = row.get("score_threshold")
+        return cls(row["id"], row["file"], row.get("image_id"), prediction, threshold, row["error"])
+
+
+@dataclass
+class EvalOutputs:
+    """Of one evaluation batch.
+
+    Attributes:
+        predictions: Aligned with `batch["samples"]`.
+        loss_sums: Each term before the division.
+        counts: What the terms are divided by, of this batch alone.
+    """
+
+    predictions: list[Prediction]
+    loss_sums: dict[str, Tensor]
+    counts: LossCounts
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run is made from.
+
+    Attributes:
+        config: All of it, without secrets.
+        tokenizer: Fingerprint of the tokenizer and its chat template.
+        model: Fingerprint of the names and shapes of all parameters.
+    """
+
+    config: dict[str, Any]
+    tokenizer: str
+    model: str

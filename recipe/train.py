@@ -1,81 +1,123 @@
-"""Train: `composer recipe/train.py YAML [key.sub=value ...]`."""
+"""Train: `composer recipe/train.py YAML [key.sub=value ...]`; see --help."""
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from composer import Evaluator, Trainer
-from composer.utils import dist, get_device, reproducibility
-
-from recipe.algorithms.nan_rollback import DIVERGED, TrainingDiverged
-from recipe.build import build_algorithms, build_encoder, build_model, load_processor, with_caption_length
-from recipe.callbacks.table import build_callbacks, build_loggers, build_savers
-from recipe.checkpoints.check import describe
-from recipe.checkpoints.resume import is_finished, load_keywords, restore_random_states, safe_loading
-from recipe.checkpoints.save import without_saving
-from recipe.checkpoints.sigterm import exit_on_sigterm, ignore_sigterm
-from recipe.checks import config_from_command_line
-from recipe.config import RecipeConfig
-from recipe.configure import save_config
+from recipe.config import RecipeConfig, view_trainer
+from recipe.configure import as_saved, from_command_line, one_line_errors, parser_of, save_config
 from recipe.console import setup_logging
-from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
-from recipe.data.stream import read_teachers
-from recipe.optim.fsdp import build_parallelism
-from recipe.optim.groups import build_optimizer
-from recipe.optim.schedule import build_curve
-from recipe.upstream.agreement import DIST_TIMEOUT
-from recipe.upstream.shared_memory import clean_dead_shared_memory
+
+if TYPE_CHECKING:
+    from composer import Trainer
 
 log = logging.getLogger("recipe.train")  # its __name__ is __main__
 
+USAGE = "composer recipe/train.py YAML [key.sub=value ...]"
+EXAMPLES = """  composer recipe/train.py yamls/quickstart.yaml
+  composer recipe/train.py yamls/joint.yaml train_loader.streams.main.local=DATA eval_loader.streams.main.local=DATA
+  composer -n 1 recipe/train.py yamls/joint.yaml trainer.precision=fp32 trainer.parallelism_config=null   # on a CPU
+  The same command resumes the run from its newest checkpoint."""
 
-def main(config: RecipeConfig) -> Trainer:
-    """Trains as configured and returns the trainer, its state that of the last step."""
-    dist.initialize_dist(get_device(), config.trainer.get("dist_timeout", DIST_TIMEOUT))
+
+def main(config: RecipeConfig) -> "Trainer":
+    """Train as configured and return the trainer, its state that of the last step."""
+    # Imported here because they take seconds: a mistake in the yaml is reported before.
+    from composer import Evaluator, Trainer
+    from composer.utils import dist, get_device, reproducibility
+
+    from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length
+    from recipe.callbacks.table import build_loggers
+    from recipe.checkpoints.check import describe
+    from recipe.checkpoints.resume import is_finished, load_keywords, safe_loading
+    from recipe.checkpoints.save import build_saver, without_saving
+    from recipe.checkpoints.sigterm import Preemption
+    from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
+    from recipe.data.stream import read_teachers
+    from recipe.load import build_encoder, load_processor
+    from recipe.losses.counts import split_batch
+    from recipe.optim.fsdp import build_parallelism
+    from recipe.optim.groups import build_optimizer
+    from recipe.optim.schedule import build_curve
+    from recipe.upstream.agreement import DIST_TIMEOUT
+    from recipe.upstream.composer_state import restore_random_states
+    from recipe.upstream.shared_memory import clean_dead_shared_memory
+
+    view = view_trainer(config)
+    dist.initialize_dist(get_device(), view.dist_timeout or DIST_TIMEOUT)
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
-    processor = load_processor(config)
-    config = with_caption_length(config, processor.tokenizer)
+    processor = load_processor(config.model.pretrained_model_name_or_path)
+    tokenizer = processor.tokenizer
+    longest = caption_length(config.caption_decoder, (config.train_loader, config.eval_loader), tokenizer)
     teachers = read_teachers(config.teachers, config.seed)
-    model = build_model(config, processor)
-    origin = describe(config, processor.tokenizer, model)
-    start = load_keywords(config, origin)
-    microbatch_size = config.trainer.get("device_train_microbatch_size") or device_batch_size(config.train_loader)
-    train_loader = build_train_loader(config, build_encoder(config, processor), teachers, microbatch_size)
-    eval_loader = build_eval_loader(config, build_encoder(config, processor, keep_image=True), teachers)
+    model = build_model(config, processor, longest)
+    origin = describe(as_saved(config, longest), tokenizer, model)
+    start = load_keywords(view, config.load_path, config.autoresume, origin)
+    asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
+    train_loader = build_train_loader(
+        config.train_loader,
+        build_encoder(*asked),
+        teachers,
+        config.seed,
+        view.microbatch_size or device_batch_size(config.train_loader),
+        partial(split_batch, equally_many=view.is_sharded),
+    )
+    eval_loader = build_eval_loader(config.eval_loader, build_encoder(*asked, keep_image=True), teachers, config.seed)
+    saver = build_saver(view, config.save_best, origin)
     with safe_loading():
         trainer = Trainer(
             model=model,
             train_dataloader=train_loader,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
-            optimizers=build_optimizer(model, config.optimizer, tokens_per_batch(config, train_loader)),
+            optimizers=build_optimizer(
+                model, config.optimizer, lambda: tokens_per_batch(config.train_loader, train_loader)
+            ),
             schedulers=build_curve(config.scheduler),
             algorithms=build_algorithms(config),
-            callbacks=[*build_callbacks(config, processor.tokenizer), *build_savers(config, origin)],
-            loggers=build_loggers(config),
+            # The savers come last, after all whose state is saved.
+            callbacks=[
+                *build_all_callbacks(config, tokenizer),
+                *([] if saver is None else [saver, Preemption(saver)]),
+            ],
+            loggers=build_loggers(config.loggers, config.run_folder),
             seed=config.seed,
             accumulate_train_batch_on_tokens=True,  # see recipe.data.loader.get_num_tokens_in_batch
             **{
-                **without_saving(config.trainer),
+                **without_saving(view.keywords),
                 **start,
-                "parallelism_config": build_parallelism(model, config.trainer, config.fsdp_version),
+                "parallelism_config": build_parallelism(model.model, view.fsdp, view.precision, config.fsdp_version),
             },
         )
     if dist.get_global_rank() == 0:  # not before the checkpoint has been found to fit
-        save_config(config, Path(config.run_folder, "config.yaml"))
+        save_config(config, Path(config.run_folder, "config.yaml"), longest)
     if not is_finished(trainer):
         restore_random_states(trainer)
         trainer.fit()
     return trainer
 
 
-if __name__ == "__main__":
-    setup_logging()
+def run(config: RecipeConfig) -> None:
+    """Judge what is left to judge, then train; a run that diverged ends with exit code 65, without a traceback."""
+    from recipe.algorithms.nan_rollback import DIVERGED, TrainingDiverged
+    from recipe.checkpoints.sigterm import exit_on_sigterm, ignore_sigterm
+    from recipe.checks import check_libraries, check_machine
+
     exit_on_sigterm()
+    check_libraries(config)
+    check_machine(config)
     try:
-        main(config_from_command_line(sys.argv[1:]))
+        main(config)
     except TrainingDiverged as error:
         ignore_sigterm()
         log.error("%s", error)
         sys.exit(DIVERGED)
+
+
+if __name__ == "__main__":
+    setup_logging()
+    with one_line_errors():
+        run(from_command_line(parser_of(USAGE, "Train the model and its detection head.", EXAMPLES), sys.argv[1:])[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from recipe.schema import Object, Sample
+from recipe.schema import Object, PredictedFile, Sample
 
 NASTY = "</script><img src=x onerror=alert(1)>&amp; \u2028 \"'猫"
 
@@ -24,6 +24,10 @@ def true(x: float, caption: str = "cat", iscrowd: bool = False) -> Object:
 def row(name: str, objects: list[dict[str, Any]] | None, file: str = "gone.png", **changes: Any) -> dict[str, Any]:
     entry = {"id": name, "file": file, "image_id": 1, "width": 100, "height": 50, "objects": objects}
     return {**entry, "answer": None, "answer_objects": None, "error": None, **changes}
+
+
+def entry(name: str, objects: list[dict[str, Any]] | None, file: str = "gone.png", **changes: Any) -> PredictedFile:
+    return PredictedFile.from_json(row(name, objects, file, **changes))
 
 
 def sample(name: str, *objects: Object) -> Sample:

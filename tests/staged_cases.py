@@ -12,13 +12,14 @@ from torch import Tensor
 from recipe.algorithms.norms import local
 from recipe.algorithms.staged_freezing import StagedFreezing, plain_name
 from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig, StagedFreezingConfig
-from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
+from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.joint import JointModel
+from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from recipe.optim.schedule import build_curve, build_schedule
 from recipe.schema import Batch, Example
-from tests.tiny_cases import collator
+from tests.tiny_cases import microbatches_of
 
 # This rank's part of every parameter and of its Adam state, by name: weight, step, exp_avg, exp_avg_sq.
 Parts = dict[str, dict[str, Tensor]]
@@ -42,7 +43,7 @@ def make_steps(examples: Mapping[str, Example]) -> list[list[Batch]]:
     steps = []
     for shares in STEPS:
         names = shares[dist.get_global_rank()] if dist.get_world_size() > 1 else [*shares[0], *shares[1]]
-        steps.append(collate_microbatches([examples[name] for name in names], collator("packed"), 2))
+        steps.append(microbatches_of([examples[name] for name in names], "packed", 2))
     return steps
 
 
@@ -80,8 +81,7 @@ def train(
     parallelism = None
     if mode != "ddp":
         fsdp = {"mixed_precision": "FULL", "state_dict_type": "sharded"}
-        trainer_section = {"parallelism_config": {"fsdp": fsdp}}
-        parallelism = build_parallelism(model, trainer_section, int(mode.removeprefix("fsdp")))
+        parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
     trainer = Trainer(
         model=model,
         parallelism_config=parallelism,
@@ -93,7 +93,9 @@ def train(
         ),
         optimizers=build_optimizer(model, config.optimizer),
         schedulers=build_curve(config.scheduler),
-        algorithms=[StagedFreezing(build_schedule(config))] if algorithms is None else list(algorithms),
+        algorithms=[StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer))]
+        if algorithms is None
+        else list(algorithms),
         max_duration=duration,
         device="cpu",
         precision="fp32",

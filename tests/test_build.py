@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from recipe.build import build_model, load_processor
+from recipe.build import build_model
 from recipe.config import ConfigError, RecipeConfig
+from recipe.load import load_processor
 from recipe.models.network import JointNetwork
 from recipe.schema import Example
 from tests.tiny_cases import collator, make_model
@@ -35,7 +36,6 @@ def dropout_of(module: nn.Module) -> set[float]:
         ("detection_head", "patch_features", True, lambda net: net.memory.patch_adapter is not None),
         ("caption_decoder", "dropout", 0.3, lambda net: dropout_of(net.caption_decoder)),
         ("caption_decoder", "tie_word_embeddings", False, lambda net: net.caption_decoder.vocabulary is None),
-        ("matcher", "cost_caption", 0.2, lambda net: net.matcher.cost_caption),
         ("loss", "focal_alpha", 0.6, lambda net: net.focal[0]),
         ("loss", "focal_gamma", 1.5, lambda net: net.focal[1]),
     ],
@@ -44,7 +44,7 @@ def test_every_switch_reaches_its_module(
     section: str, switch: str, value: Any, read: Read, tiny_config: Callable[..., RecipeConfig]
 ) -> None:
     config = tiny_config(**{section: {switch: value}})
-    network = build_model(config, load_processor(config)).model
+    network = build_model(config, load_processor(config.model.pretrained_model_name_or_path)).model
     assert read(network) == ({value} if switch == "dropout" else value)
 
 
@@ -62,7 +62,7 @@ def test_the_matcher_is_given_the_focal_parameters(
     model = make_model(tiny_config(loss={"focal_alpha": 0.6, "focal_gamma": 1.5}, **changes))
     with pytest.raises(Told) as raised:
         model(collator("standard")([tiny_examples["two"]]))
-    assert raised.value.args[0] == (1.0, 2.0, 3.0, 0.6, 1.5, None)
+    assert raised.value.args[0] == (1.0, 2.0, 3.0, 0.6, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,15 @@ def test_the_matcher_is_given_the_focal_parameters(
 def test_a_width_that_does_not_fit_is_told(
     width: int, num_heads: int, named: str, tiny_config: Callable[..., RecipeConfig]
 ) -> None:
-    with pytest.raises(ConfigError, match=f"detection_head.width {width} is no multiple of {named}"):
+    with pytest.raises(ConfigError, match=f"detection_head.width {width} is not a multiple of {named}"):
         make_model(tiny_config(detection_head={"width": width, "num_heads": num_heads}))
 
 
 def test_captions_begin_where_their_boxes_are(tiny_config: Callable[..., RecipeConfig]) -> None:
     config = tiny_config()
-    for layer in build_model(config, load_processor(config)).model.caption_decoder.layers:
+    for layer in build_model(
+        config, load_processor(config.model.pretrained_model_name_or_path)
+    ).model.caption_decoder.layers:
         attention = layer.cross_attention
         assert attention.query_position is not None and attention.key_position is not None
         assert torch.equal(attention.query_position.weight, attention.key_position.weight)

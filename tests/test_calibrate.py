@@ -1,4 +1,4 @@
-"""`recipe.metrics.calibration`: what is found on one half of the images, what is written, and what predictions make of it."""
+"""`recipe.metrics.calibration`: found on one half of the images, written, and used for predictions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,18 +13,20 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from recipe.config import EvaluationConfig
-from recipe.metrics.boxes import BoxAveragePrecision
+from recipe.metrics.boxes import box_average_precision
 from recipe.metrics.calibration import (
-    Calibration,
     Detections,
+    calibration,
     calibration_text,
+    detections_of_halves,
     find_calibration,
     fit_platt,
     read_calibration,
     write_calibration,
 )
+from recipe.metrics.gather import Evaluation
 from recipe.prediction.decode import calibrated_scores
-from recipe.schema import Box, DetectedObject, Object, Prediction, Sample
+from recipe.schema import Box, DetectedObject, LossCounts, Object, Prediction, Sample
 
 AS_IT_IS = EvaluationConfig()
 NOTHING = Detections(torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.bool), 0, 0)
@@ -40,7 +42,7 @@ HALF = detections([0.5] * 4 + [0.8] * 4, [1, 0, 0, 0, 1, 1, 1, 0])
 
 
 def find(fitted: Detections, held_out: Detections = NOTHING, evaluation: EvaluationConfig = AS_IT_IS):
-    return find_calibration(fitted, held_out, evaluation, floor=0.05, num_bins=10)
+    return find_calibration(fitted, held_out, evaluation)
 
 
 def test_worked_by_hand():
@@ -184,12 +186,12 @@ def test_average_precision_does_not_move():
         boxes.append([to_box(row) for row in found])
 
     def measured(evaluation: EvaluationConfig) -> dict[str, float]:
-        metric = BoxAveragePrecision()
+        predictions = []
         for sample, row, places in zip(samples, logits, boxes, strict=True):
             scores, order = calibrated_scores(row, evaluation).sort(descending=True)
             found = (DetectedObject(places[i], s, "") for i, s in zip(order.tolist(), scores.tolist(), strict=True))
-            metric.update([Prediction(sample.id, 100, 100, tuple(found))], [sample])
-        return {name: float(value) for name, value in metric.compute().items()}
+            predictions.append(Prediction(sample.id, 100, 100, tuple(found)))
+        return box_average_precision(predictions, samples)
 
     expected = measured(AS_IT_IS)
     assert 0.1 < expected["box_ap"] < 0.9
@@ -209,13 +211,15 @@ def test_halves_are_of_images_by_their_keys_alone():
     predictions = [
         Prediction(s.id, 100, 100, (DetectedObject(box, (int(s.id) + 1) / 50, ""),) * (int(s.id) % 4)) for s in samples
     ]
+    losses = dict.fromkeys(Evaluation.denominators, torch.tensor(0.0))
+    counts = LossCounts(teacher_tokens=0, student_tokens=0, objects=0, images=0, microbatches=1)
     halves = []
     for order in (1, -1):
-        metric = Calibration()
+        metric = Evaluation(calibration)
         for prediction, sample in list(zip(predictions, samples, strict=True))[::order]:
-            metric.update([prediction], [sample])
+            metric.update([prediction], [sample], losses, counts)
         metric.compute()
-        halves.append(metric.halves())
+        halves.append(detections_of_halves(metric))
     for half, other in zip(*halves, strict=True):
         assert torch.equal(half.scores, other.scores) and torch.equal(half.is_true, other.is_true)
         assert 10 <= half.num_images <= 30

@@ -9,15 +9,16 @@ import yaml
 
 from convert.shapes import iter_samples
 from convert.write import write_split
-from recipe.build import build_encoder, build_network, load_model, load_processor
 from recipe.checkpoints.weights import read_weights
 from recipe.config import LoaderConfig, RecipeConfig
 from recipe.data.image import image_spec
 from recipe.eval import main as evaluate
 from recipe.export import main as export
 from recipe.export import parse as parse_export
+from recipe.load import build_network, load_processor
 from recipe.models.vlm import load_vlm
 from recipe.train import main as train
+from tests.tiny_cases import load_model
 
 POSITIONS = "model.caption_decoder.token_positions.weight"
 
@@ -62,7 +63,7 @@ def make_run(tiny_config: Callable[..., RecipeConfig], tmp_path: Path) -> Callab
 @pytest.mark.slow
 def test_the_limit_of_the_data_is_that_of_the_run(make_run: Callable[..., RecipeConfig], tmp_path: Path):
     config = make_run(0, 1, None)
-    processor = load_processor(config)
+    processor = load_processor(config.model.pretrained_model_name_or_path)
     texts = [item.caption for sample in iter_samples(4, 11, 84) for item in (sample.objects or ())[:1]]
     longest = 1 + max(len(ids) for ids in processor.tokenizer(texts)["input_ids"])
     assert 2 < longest < 16
@@ -76,12 +77,13 @@ def test_the_limit_of_the_data_is_that_of_the_run(make_run: Callable[..., Recipe
     train(make_run(0, 2, None)).close()
     evaluate(replace(config, load_path=str(checkpoint), run_folder=str(tmp_path / "eval")))
     for given in (None, config):
-        model, _, loaded = load_model(checkpoint, given)
+        model, _, _ = load_model(checkpoint, given)
         assert model.model.caption_decoder.max_caption_tokens == longest
-        assert loaded.caption_decoder.max_caption_tokens == longest
     export(parse_export(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "model")]))
-    _, _, loaded = load_model(tmp_path / "model", config)
-    assert loaded.caption_decoder.max_caption_tokens == longest
+    exported = yaml.safe_load((tmp_path / "model" / "recipe.yaml").read_text())
+    assert exported["caption_decoder"]["max_caption_tokens"] == longest
+    model, _, _ = load_model(tmp_path / "model", config)
+    assert model.model.caption_decoder.max_caption_tokens == longest
 
     # Other data would make another model of it.
     with pytest.raises(ValueError, match=rf"caption_decoder.max_caption_tokens: {longest} -> \d+"):
@@ -92,9 +94,7 @@ def test_where_the_data_are_not_looked_into_it_is_asked_for(
     make_run: Callable[..., RecipeConfig], trained_checkpoint: Path, tmp_path: Path
 ):
     config = make_run(0, 1, None)
-    processor = load_processor(config)
-    with pytest.raises(ValueError, match=r"caption_decoder.max_caption_tokens is null.* give the number"):
-        build_encoder(config, processor)
+    processor = load_processor(config.model.pretrained_model_name_or_path)
     vlm = load_vlm(config.model.pretrained_model_name_or_path, "eager", "float32")
     with pytest.raises(ValueError, match=r"caption_decoder.max_caption_tokens is null.* give the number"):
         build_network(config, vlm, image_spec(processor.image_processor, config.image))
@@ -102,4 +102,6 @@ def test_where_the_data_are_not_looked_into_it_is_asked_for(
     lonely.parent.mkdir(parents=True)
     lonely.write_bytes(trained_checkpoint.read_bytes())
     with pytest.raises(ValueError, match=r"is null, and what .*lonely.pt was trained with is .*: give the number"):
-        load_model(lonely, config)
+        evaluate(replace(config, load_path=str(lonely)))
+    model, _, _ = load_model(lonely, config)  # its weights say it
+    assert model.model.caption_decoder.max_caption_tokens == 16

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from recipe.build import load_model
-from recipe.checkpoints.weights import find_config, read_weights
+from recipe.checkpoints.weights import find_base_model, find_config, read_weights
 from recipe.configure import load_config, save_config
 from recipe.joint import JointModel
 from tests.s3_server import S3Server
+from tests.tiny_cases import load_model
 
 
 class Harmful:
@@ -108,7 +108,9 @@ def test_another_programs_file_is_told(content: Any, tmp_path: Path):
 def test_wrong_paths_are_told(trained_checkpoint: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"missing.pt does not exist: give a .pt file"):
         load_model(tmp_path / "missing.pt")
-    with pytest.raises(ValueError, match=r"is no exported model, it lacks recipe.yaml and detection_head.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"is not an exported model, it lacks recipe.yaml and detection_head.safetensors"
+    ):
         load_model(tmp_path)
     with pytest.raises(ValueError, match=r"give one of its checkpoints, such as .*latest-rank0.pt"):
         load_model(trained_checkpoint.parents[1])
@@ -118,7 +120,7 @@ def test_configuration_is_found_or_asked_for(trained_checkpoint: Path, tmp_path:
     lonely = tmp_path / "a" / "b" / "c" / "model.pt"
     lonely.parent.mkdir(parents=True)
     shutil.copy(trained_checkpoint, lonely)
-    with pytest.raises(ValueError, match=r"no config.yaml beside .*model.pt or .* --config YAML"):
+    with pytest.raises(ValueError, match=r"no config.yaml next to .*model.pt or .* --config YAML"):
         load_model(lonely)
     shutil.copy(trained_checkpoint.parents[1] / "config.yaml", tmp_path / "a")
     assert find_config(lonely) == find_config(trained_checkpoint)
@@ -136,10 +138,10 @@ def test_the_base_model_is_found_from_another_folder(
     relative = replace(config, model=replace(config.model, pretrained_model_name_or_path="base"))
     save_config(relative, run / "config.yaml")
     monkeypatch.chdir(tmp_path)
-    assert find_config(run / "it.pt").model.pretrained_model_name_or_path == str(tmp_path / "work" / "base")
+    assert find_base_model("base", run / "it.pt") == str(tmp_path / "work" / "base")
     load_model(run / "it.pt")
     shutil.rmtree(tmp_path / "work" / "base")
-    assert find_config(run / "it.pt").model.pretrained_model_name_or_path == "base"
+    assert find_base_model("base", run / "it.pt") == "base"
 
 
 def test_misfitting_names_are_told(trained_checkpoint: Path, tmp_path: Path):
@@ -169,7 +171,7 @@ def test_a_checkpoint_in_a_store_is_read(
     config = find_config(trained_checkpoint)
     found, expected = load_model(address, config)[0], load_model(trained_checkpoint)[0]
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items())
-    with pytest.raises(ValueError, match=r"s3://models/run/model.pt lies in a store, .* --config YAML"):
+    with pytest.raises(ValueError, match=r"s3://models/run/model.pt is in a store, .* --config YAML"):
         load_model(address)
     with pytest.raises(ValueError, match=r"cannot fetch s3://models/run/none.pt"):
         load_model("s3://models/run/none.pt", config)

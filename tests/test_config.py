@@ -1,17 +1,20 @@
 """Configuration: what is merged, what is saved, and that every mistake is one clear line."""
 
-from functools import reduce
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from recipe.checks import BOUNDS, CHOICES, check_config, config_from_command_line
-from recipe.config import ConfigError, RecipeConfig
-from recipe.configure import load_config, save_config
+from recipe.checks import check_libraries, check_machine
+from recipe.config import REMOVED_KEYS, ConfigError, RecipeConfig
+from recipe.configure import from_command_line, load_config, one_line_errors, parser_of, save_config
 from recipe.redact import redact
+from recipe.rules import check_config
 
+SPLITS = (("train", "train"), ("eval", "val"))
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"
 MINIMAL: dict[str, Any] = {
     "run_folder": "runs/test",
@@ -20,6 +23,8 @@ MINIMAL: dict[str, Any] = {
     "eval_loader": {"streams": {"main": {"local": "data/eval"}}, "global_batch_size": 8},
     "trainer": {"max_duration": "2ep"},
 }
+# Of removed keys, not their defaults.
+OTHER_VALUES = {"matcher.cost_caption": 0.5, "evaluation.num_beams": 4, "evaluation.length_penalty": 0.7}
 
 
 @pytest.fixture
@@ -36,6 +41,7 @@ def write_yaml(folder: Path, content: object) -> str:
 def load_and_check(path: str, *overrides: str) -> RecipeConfig:
     config = load_config(path, overrides)
     check_config(config)
+    check_libraries(config)
     return config
 
 
@@ -86,8 +92,8 @@ def test_interpolation_is_resolved(minimal: str) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("a: [1", "is no yaml"),
-        ("a: 1\na: 2", "is no yaml"),
+        ("a: [1", "is not a yaml file"),
+        ("a: 1\na: 2", "is not a yaml file"),
         ("- 1\n- 2", "must hold"),
         ("run_folder: x\nmodel: 3", "model in .*run.yaml is 3"),
         ("trainer:", "trainer in .*run.yaml is None"),
@@ -161,10 +167,8 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("evaluation.score_threshold=1.5", "evaluation.score_threshold is 1.5: it must be between 0 and 1"),
         ("evaluation.score_scale=0", "evaluation.score_scale is 0.0: it must be above 0"),
         ("evaluation.score_scale=.inf", "evaluation.score_scale is inf: it must be above 0"),
-        ("evaluation.score_shift=-.inf", "evaluation.score_shift is -inf: it must be a number"),
+        ("evaluation.score_shift=-.inf", "evaluation.score_shift is -inf: it must be a finite number"),
         ("evaluation.nms_iou=1.1", "evaluation.nms_iou is 1.1: it must be between 0 and 1"),
-        ("evaluation.num_beams=0", "evaluation.num_beams is 0: it must be 1 or more"),
-        ("evaluation.length_penalty=-1", "evaluation.length_penalty is -1.0: it must be 0 or more"),
         ("teachers.teacher_ratio=-0.1", "teachers.teacher_ratio is -0.1"),
         ("train_loader.global_batch_size=0", "train_loader.global_batch_size is 0"),
         ("max_seq_len=0", "max_seq_len is 0"),
@@ -172,7 +176,7 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("teachers.num_teachers=2", "teachers.num_teachers is 2 but teachers.stream is null"),
         ("teachers.stream={local: x, spit: y}", "unknown key teachers.stream.spit: did you mean split"),
         ("optimizer.lr_scaling=linear", "optimizer.reference_tokens is missing"),
-        ("detection_head.width=30", "detection_head.width 30 is no multiple of detection_head.num_heads 8"),
+        ("detection_head.width=30", "detection_head.width 30 is not a multiple of detection_head.num_heads 8"),
         ("detection_head.box_noise=0", "detection_head.box_noise is 0.0: denoising needs noise above 0"),
         ("image={min_pixels: 9, max_pixels: 4}", "image.min_pixels 9 is above image.max_pixels 4: "),
         ("load_path=no/such.pt", "load_path no/such.pt does not exist"),
@@ -181,6 +185,9 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         # what the recipe owns
         ("trainer.device_train_microbatch_size=auto", "trainer.device_train_microbatch_size: auto breaks"),
         ("trainer.device_train_microbatch_size=0", "trainer.device_train_microbatch_size is 0"),
+        ("trainer.max_epochs=4", "trainer.max_epochs cannot be set: set `max_duration`, such as 4ep"),
+        ("trainer.max_steps=9", "trainer.max_steps cannot be set: set `max_duration` in batches"),
+        ("eval_loader.on_bad_sample=skip", "eval_loader.on_bad_sample: only training may skip samples"),
         ("trainer.seed=1", "trainer.seed cannot be set: set `seed`"),
         ("trainer.load_path=x", "trainer.load_path cannot be set: set `load_path`"),
         ("trainer.callbacks=x", "trainer.callbacks cannot be set: set the section `callbacks`"),
@@ -192,7 +199,7 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("run_folder=runs/{run_name}", "or run_folder, makes 'runs/{run_name}/checkpoints': write the name out"),
         ("trainer.save_num_checkpoints_to_keep=0", "trainer.save_num_checkpoints_to_keep is 0: it must be 1 or more"),
         ("trainer.save_num_checkpoints_to_keep=two", "trainer.save_num_checkpoints_to_keep is 'two'"),
-        ("trainer.save_ignore_keys=[state/optimizers]", "trainer.save_ignore_keys: a run could not go on as before"),
+        ("trainer.save_ignore_keys=[state/optimizers]", "trainer.save_ignore_keys: a run cannot resume exactly"),
         ("trainer.precision=fp16", "trainer.precision is 'fp16'"),
         ("trainer.max_duration=soon", "trainer.max_duration is 'soon'"),
         ("trainer.save_interval=-1ba", "trainer.save_interval is '-1ba'"),
@@ -228,29 +235,110 @@ def test_batch_is_shared_by_the_ranks(minimal: str, monkeypatch: pytest.MonkeyPa
     assert_one_line(minimal, [], "train_loader.global_batch_size 8 cannot be shared by 3 ranks")
 
 
-def test_checked_keys_exist_and_defaults_pass(minimal: str) -> None:
-    config = load_config(minimal)
-    for key in [*CHOICES, *BOUNDS]:
-        reduce(getattr, key.split("."), config)
-    check_config(config)
+def sections_of(section: Any) -> Iterator[Any]:
+    yield section
+    for entry in fields(section):
+        if is_dataclass(value := getattr(section, entry.name)):
+            yield from sections_of(value)
+
+
+def test_every_default_obeys_the_rule_next_to_it(minimal: str) -> None:
+    check_config(load_config(minimal))
+    rules = [entry for section in sections_of(RecipeConfig()) for entry in fields(section) if entry.metadata]
+    assert len(rules) > 70
+    numbers = [
+        entry for section in sections_of(RecipeConfig()) for entry in fields(section) if entry.type in (int, float)
+    ]
+    assert [entry.name for entry in numbers if not entry.metadata] == ["seed"]
+
+
+@pytest.mark.parametrize("key", ["ema={half_life: 0ba}", "nan_rollback.detect_anomaly.batches=0"])
+def test_sections_that_may_be_null_are_judged_too(minimal: str, key: str) -> None:
+    assert_one_line(minimal, [key], key.split("=")[0])
 
 
 def test_command_line_prints_one_line_and_exits_2(minimal: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert config_from_command_line([minimal, "seed=5"]).seed == 5
-    for arguments in ([], ["seed=1"], [minimal, "sead=1"], [minimal, "model.dtype=x"]):
-        with pytest.raises(SystemExit) as exit_info:
-            config_from_command_line(arguments)
+    parser = parser_of("x YAML", "what", "examples")
+    assert from_command_line(parser, [minimal, "seed=5"])[0].seed == 5
+    for arguments in ([], ["seed=1"], [minimal, "sead=1"], [minimal, "model.dtype=x"], [minimal, "--seed=1"]):
+        with pytest.raises(SystemExit) as exit_info, one_line_errors():
+            from_command_line(parser, arguments)
         assert exit_info.value.code == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    with pytest.raises(SystemExit):
-        config_from_command_line([minimal], required=["load_path"])
+    with pytest.raises(SystemExit), one_line_errors():
+        from_command_line(parser, [minimal], required=["load_path"])
     assert capsys.readouterr().err == "configuration error: missing load_path: add load_path=VALUE to the command\n"
+
+
+def test_what_this_machine_lacks_is_reported_together(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, and the data: each with its remedy, before anything is built."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fsdp = ["trainer.precision=amp_bf16", "trainer.parallelism_config={fsdp: {}}", "trainer.device=gpu"]
+    with pytest.raises(ConfigError) as raised:
+        check_machine(load_config(minimal, fsdp))
+    header, *devices, train, evaluation = str(raised.value).split("\n")
+    assert header.startswith("5 things")
+    assert [line.rpartition("set ")[2].partition(",")[0] for line in devices] == [
+        "trainer.device=cpu",
+        "trainer.precision=fp32",
+        "trainer.parallelism_config=null",
+    ]
+    assert "train_loader.streams.main.local: data/train does not exist: convert a data set into it" in train
+    assert "eval_loader.streams.main.local: data/eval does not exist" in evaluation
+    with pytest.raises(ConfigError, match=r"^eval_loader\.streams\.main\.local"):
+        check_machine(load_config(minimal), ["eval_loader"])
+
+
+def test_a_split_that_was_not_converted_is_named(minimal: str, tmp_path: Path) -> None:
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "index.json").write_text("{}")
+    (tmp_path / "data" / "val").mkdir()
+    streams = [f"{name}_loader.streams.main={{local: {tmp_path}/data, split: {split}}}" for name, split in SPLITS]
+    with pytest.raises(
+        ConfigError, match=rf"^eval_loader\.streams\.main\.local: {tmp_path}/data/val has no index.json"
+    ):
+        check_machine(load_config(minimal, streams))
+    check_machine(load_config(minimal, [*streams, "eval_loader.streams.main.split=train"]))
+    check_machine(load_config(minimal, [streams[0], "eval_loader.streams.main.remote=s3://a/b"]))
+
+
+def test_on_a_gpu_a_precision_is_required(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer's own default there is amp_fp16."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"missing trainer\.precision.*amp_bf16"):
+        check_machine(load_config(minimal), [])
+    check_machine(load_config(minimal, ["trainer.precision=fp32"]), [])
+    check_machine(load_config(minimal, ["trainer.device=cpu"]), [])
+    with pytest.raises(ConfigError, match=r"amp_bf16 needs a GPU, but trainer\.device is cpu"):
+        check_machine(load_config(minimal, ["trainer.device=cpu", "trainer.precision=amp_bf16"]), [])
 
 
 def test_saved_config_loads_again(minimal: str, tmp_path: Path) -> None:
     config = load_and_check(minimal, "trainer.eval_interval=3ba", "teachers.stream={remote: s3://b/pool}")
     save_config(config, tmp_path / "new" / "config.yaml")
     assert load_config(str(tmp_path / "new" / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("key", REMOVED_KEYS)
+def test_a_key_that_was_removed(minimal: str, tmp_path: Path, key: str) -> None:
+    """A config that an older run saved loads if the key held its default; any other value is refused by name."""
+    config, path, other = load_config(minimal), tmp_path / "config.yaml", OTHER_VALUES[key]
+    save_config(config, path)
+    saved = yaml.safe_load(path.read_text())
+    section, name = key.split(".")
+    assert name not in saved[section]
+    saved[section][name] = REMOVED_KEYS[key]
+    path.write_text(yaml.safe_dump(saved))
+    assert load_config(str(path)) == config
+    saved[section][name] = other
+    path.write_text(yaml.safe_dump(saved))
+    assert_one_line(str(path), [], rf"{key} in .*config.yaml is {other}: this key was removed; delete it")
+    assert_one_line(minimal, [f"{key}={other}"], rf"{key} in the command line is {other}: this key was removed")
+
+
+def test_a_value_that_was_removed(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, {**MINIMAL, "loss": {"objectness": "varifocal"}})
+    assert_one_line(path, [], r"loss.objectness in .*run.yaml is 'varifocal': this value was removed; delete the key")
 
 
 def test_no_secret_is_saved(minimal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,13 @@ import yaml
 
 from convert.shapes import draw_scene
 from recipe.checkpoints.weights import find_config
-from recipe.checks import check_config
 from recipe.config import RecipeConfig
 from recipe.configure import load_config
 from recipe.eval import main as evaluate
 from recipe.metrics.calibration import KEYS
 from recipe.predict import main as predict
-from recipe.predict import parse as parse_predict
+from recipe.prediction.options import parse as parse_predict
+from recipe.rules import check_config
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_what_is_found_is_used(
     capsys: pytest.CaptureFixture[str],
 ):
     # After two steps no box is right: of each picture's the best two are taken to be.
-    monkeypatch.setattr("recipe.metrics.calibration.match_by_score", lambda iou, threshold: [(0, 0), (1, 0)])
+    monkeypatch.setattr("recipe.metrics.gather.match_by_score", lambda iou, threshold: [(0, 0), (1, 0)])
     plain = evaluate(config)
     path = tmp_path / "eval" / "calibration.yaml"
     content = yaml.safe_load(path.read_text())
@@ -85,7 +85,7 @@ def test_no_calibration_is_told_and_an_old_one_removed(
     config: RecipeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr("recipe.metrics.calibration.match_by_score", lambda iou, threshold: [])
+    monkeypatch.setattr("recipe.metrics.gather.match_by_score", lambda iou, threshold: [])
     config = replace(config, evaluation=replace(config.evaluation, generate_answer=False))
     folder = Path(config.run_folder)
     folder.mkdir()

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.models.network import JointOutputs
-from recipe.schema import DetectionOutputs, Example, Role
+from recipe.schema import DetectionOutputs, Example, JointOutputs, Role
 from tests.tiny_cases import (
     ALL_SWITCHES,
     collator,

@@ -1,6 +1,7 @@
-"""`recipe.checkpoints.weights.export_model` and `recipe/export.py`: transformers and the recipe load what was written."""
+"""`recipe.checkpoints.weights.export_model` and `recipe/export.py`: transformers and the recipe load it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -10,21 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from convert.shapes import draw_scene
-from recipe.build import load_model, load_processor
-from recipe.checkpoints.weights import HEAD_FILE, export_model, find_config, read_weights
-from recipe.config import ImageConfig, RecipeConfig
+from recipe.checkpoints.weights import CONFIG_FILE, HEAD_FILE, export_model, find_config, read_weights
+from recipe.config import REMOVED_KEYS, ConfigError, ImageConfig, RecipeConfig
 from recipe.configure import load_config
 from recipe.data.image import image_spec, patchify
 from recipe.export import main, parse
-from recipe.models.vlm import PictureEmbedding
+from recipe.load import load_processor
+from recipe.models.vlm import ImageEmbedding
 from recipe.tiny import build_tiny_checkpoint
-from tests.tiny_cases import make_model
+from tests.tiny_cases import load_model, make_model
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Locate every object."}]}]
 
@@ -41,7 +43,7 @@ def logits(vlm: PreTrainedModel, processor: Any) -> Tensor:
     picture = Image.open(BytesIO(draw_scene(seed=1, index=0, image_size=100).image))
     text = processor.apply_chat_template(CHAT, add_generation_prompt=True)
     inputs = processor(text=[text], images=[picture], return_tensors="pt")
-    if isinstance(vlm.model.visual.patch_embed, PictureEmbedding):  # reads one of the two equal frames
+    if isinstance(vlm.model.visual.patch_embed, ImageEmbedding):  # reads one of the two equal frames
         frames = inputs["pixel_values"].unflatten(1, (3, 2, -1))
         inputs["pixel_values"] = frames[:, :, 0].flatten(1)
     with torch.no_grad():
@@ -83,7 +85,7 @@ def test_output_matrix_survives(tied: bool, tiny_config: Callable[..., RecipeCon
     torch.save({"state": {"model": trained.state_dict()}}, tmp_path / "trained.pt")
 
     model, processor, _ = load_model(tmp_path / "trained.pt", config)
-    export_model(model, processor, config, tmp_path / "export")
+    export_model(model.model, processor, config, tmp_path / "export")
     again = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "export")
     for vlm in (model.model.vlm.hf_model, again):
         assert (vlm.lm_head.weight is vlm.get_input_embeddings().weight) == tied
@@ -98,7 +100,8 @@ def test_export_loads_back_whole(exported: Path, trained_checkpoint: Path):
     state = model.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert config.model.pretrained_model_name_or_path == str(exported)
+    assert model.model.vlm.hf_model.name_or_path == str(exported)
+    assert config == find_config(trained_checkpoint)  # the configuration is that of the run
     head = load_file(exported / HEAD_FILE)
     assert {name.split(".")[0] for name in head} == {"memory", "detection_head", "caption_decoder"}
     assert head.keys() == {name[len("model.") :] for name in expected if ".vlm." not in name}
@@ -114,21 +117,36 @@ def test_pixel_budget_of_the_run_is_exported(exported: Path, tmp_path: Path):
     """A picture above the run's budget, below the base's: transformers' processor now reduces it as the run did."""
     model, processor, config = load_model(exported)
     config = replace(config, image=ImageConfig(min_pixels=56 * 56, max_pixels=112 * 112))
-    export_model(model, processor, config, tmp_path)
+    export_model(model.model, processor, config, tmp_path)
     picture = Image.open(BytesIO(draw_scene(seed=1, index=0, image_size=200).image))
     found = AutoProcessor.from_pretrained(tmp_path).image_processor(picture, return_tensors="pt")["image_grid_thw"]
     _, expected = patchify(picture, image_spec(processor.image_processor, config.image))
     assert found[0].tolist() == list(expected) == [1, 8, 8]
-    found = image_spec(load_processor(config).image_processor, ImageConfig())
+    found = image_spec(load_processor(str(exported)).image_processor, ImageConfig())
     assert found.max_pixels > 200 * 200, "the loaded processor is left as it was"
 
 
 def test_secrets_are_not_exported(exported: Path, tmp_path: Path):
     model, processor, config = load_model(exported)
     config = replace(config, loggers={"wandb": {"init_kwargs": {"api_key": "hunter2hunter2"}}})
-    export_model(model, processor, config, tmp_path)
+    export_model(model.model, processor, config, tmp_path)
     assert "hunter2" not in (tmp_path / "recipe.yaml").read_text()
     assert load_config(str(tmp_path / "recipe.yaml")).detection_head == config.detection_head
+
+
+def test_an_export_of_before_a_key_was_removed(exported: Path, tmp_path: Path):
+    """It loads if such a key held its default; any other value is refused by name."""
+    shutil.copytree(exported, folder := tmp_path / "old")
+    saved = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    for key, default in REMOVED_KEYS.items():
+        section, name = key.split(".")
+        saved[section][name] = default
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(saved))
+    assert load_model(folder)[2].evaluation == load_model(exported)[2].evaluation
+    saved["evaluation"]["num_beams"] = 3
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(saved))
+    with pytest.raises(ConfigError, match=r"evaluation.num_beams in .*recipe.yaml is 3: this key was removed"):
+        load_model(folder)
 
 
 def test_full_folder_is_left_alone(exported: Path, trained_checkpoint: Path, tmp_path: Path):

@@ -10,10 +10,7 @@ from PIL import Image
 
 from convert.write import write_split
 from recipe.gallery import (
-    FALSE,
-    IGNORED,
     main,
-    matches_of,
     num_errors,
     page_data,
     parse,
@@ -23,43 +20,20 @@ from recipe.gallery import (
     truths_of_coco,
     truths_of_mds,
 )
-from recipe.prediction.files import write_rows
+from recipe.metrics.gather import IGNORED
+from recipe.prediction.files import write_entries
 from recipe.schema import Sample
-from tests.gallery_cases import NASTY, found, options, row, sample, true
-
-
-def test_matches_by_hand() -> None:
-    truth = [true(0), true(20), true(40, iscrowd=True)]
-    objects = [
-        found(1, 0.9),  # IoU 9/11 with the first
-        found(0, 0.8),  # the first again, taken
-        found(26, 0.7),  # IoU 4/16 with the second
-        found(23, 0.6),  # IoU 7/13 with the second
-        found(41, 0.5),  # in the crowd
-        found(80, 0.4),
-    ]
-    assert matches_of(objects, truth) == [0, FALSE, FALSE, 1, IGNORED, FALSE]
-    assert matches_of([], truth) == []
-    assert matches_of(objects[:1], []) == [FALSE]
-
-
-def test_a_lower_score_takes_no_truth_from_a_higher_one() -> None:
-    """So the page can filter matches by score: those of a prefix are a prefix of those of all."""
-    truth = [true(0), true(6), true(12)]
-    objects = [found(x, 0.9 - 0.1 * index) for index, x in enumerate((5, 0, 3, 9, 12, 1))]
-    whole = matches_of(objects, truth)
-    for length in range(len(objects)):
-        assert matches_of(objects[:length], truth) == whole[:length]
+from tests.gallery_cases import NASTY, entry, found, options, row, sample, true
 
 
 def test_errors_at_a_threshold_and_which_pictures_are_kept() -> None:
     rows = [
-        row("right", [found(0, 0.9)]),
-        row("false", [found(80, 0.5), found(0, 0.9)]),
-        row("missed", []),
-        row("unknown", [found(0, 0.9)]),
-        row("broken", None, error="no picture", width=None, height=None),
-        row("text", None, answer="[]", answer_objects=[]),
+        entry("right", [found(0, 0.9)]),
+        entry("false", [found(80, 0.5), found(0, 0.9)]),
+        entry("missed", []),
+        entry("unknown", [found(0, 0.9)]),
+        entry("broken", None, error="no picture", width=None, height=None),
+        entry("text", None, answer="[]", answer_objects=[]),
     ]
     truths = {name: sample(name, true(0), true(30)) for name in ("right", "false", "missed", "text")}
     pictures = page_data(rows, truths, 0.3, 6, 64)["pictures"]
@@ -82,7 +56,7 @@ def test_errors_at_a_threshold_and_which_pictures_are_kept() -> None:
 def test_other_words_at_the_right_place() -> None:
     """Compared as the metrics compare captions; they are errors where words count, and else decide between equals."""
     captions = {"same": " STRASSE", "other": "street", "none": ""}
-    rows = [row(name, [found(0, 0.9, caption)]) for name, caption in captions.items()]
+    rows = [entry(name, [found(0, 0.9, caption)]) for name, caption in captions.items()]
     truths = {name: sample(name, true(0, "straße ")) for name in captions}
     pictures = page_data(rows, truths, 0.3, 3, 64)["pictures"]
     assert [picture["head"][0]["other_words"] for picture in pictures] == [False, True, True]
@@ -93,12 +67,12 @@ def test_other_words_at_the_right_place() -> None:
 
 
 def test_the_slider_begins_where_the_predictions_do() -> None:
-    older, rows = [row("a", [])], [row("a", [], score_threshold=0.2), row("b", [], score_threshold=0.45)]
+    older, rows = [entry("a", [])], [entry("a", [], score_threshold=0.2), entry("b", [], score_threshold=0.45)]
     assert (threshold_of(older, None), threshold_of(older, 0.0)) == (0.3, 0)
     assert (threshold_of(rows[:1], None), threshold_of(rows, None), threshold_of(rows, 0.45)) == (0.3, 0.45, 0.45)
     with pytest.raises(ValueError, match=r"threshold 0.3: .* what scored 0.45 or more; give at least that, or predict"):
         threshold_of(rows, 0.3)
-    assert threshold_of([row("a", [], score_threshold=0.123457)], 0.12345678) == 0.123457  # the threshold, as written
+    assert threshold_of([entry("a", [], score_threshold=0.123457)], 0.12345678) == 0.123457  # the threshold, as written
 
 
 def test_pictures_are_small_and_text_stays_text() -> None:
@@ -117,8 +91,8 @@ def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(parse(arguments)) == 1
     printed = capsys.readouterr()
     assert (
-        "4 of 4 pictures" in printed.out
-        and "1 pictures: not in" in printed.err
+        "4 of 4 images" in printed.out
+        and "1 images: not in" in printed.err
         and "folders count" in printed.err
         and "broken.png" in printed.err
     )
@@ -169,7 +143,7 @@ def test_a_page_appears_whole(gallery: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
     odd = os.fsdecode(bytes(tmp_path / "stra") + b"\xdfe.png")
     Image.new("RGB", (60, 40)).save(odd)
-    write_rows(tmp_path, [row("a", [], file=odd, image_id=1)])
+    write_entries(tmp_path, [entry("a", [], file=odd, image_id=1)])
     assert main(parse(options(tmp_path))) == 0
     assert r"stra\udcdfe.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -189,7 +163,7 @@ def test_pictures_beside_the_predictions(
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert [bool(item["image"]) for item in data["pictures"]] == [True, False]
     printed = capsys.readouterr().err
-    assert "1 pictures" in printed and f"neither from {elsewhere}" in printed and f"nor from {gallery}" in printed
+    assert "1 images" in printed and f"neither from {elsewhere}" in printed and f"nor from {gallery}" in printed
     assert "run it in the folder where predict.py ran: gone.png" in printed
 
 
@@ -210,16 +184,16 @@ def test_truth_of_a_converted_data_set(gallery: Path) -> None:
 
 
 def test_no_truth_is_that_of_two_pictures(tmp_path: Path) -> None:
-    rows = [row("x", [], "val/x.png"), row("x-2", [], "train/x.png")]
+    rows = [entry("x", [], "val/x.png"), entry("x-2", [], "train/x.png")]
     alone = truths_of_coco(rows, {"train/x.png": sample("train", true(0))})
     assert {name: truth.id for name, truth in alone.items()} == {"x-2": "train"}
-    both = r"val/x.png and train/x.png can both be x(.png)? of the data set: predict the pictures of one folder at a"
+    both = r"val/x.png and train/x.png can both be x(.png)? of the data set: predict the images of one folder at a"
     with pytest.raises(ValueError, match=both):
         truths_of_coco(rows, {"x.png": sample("plain", true(0))})
     with pytest.raises(ValueError, match=both):
         truths_of_mds(rows, [sample("x", true(0))])
 
-    twice = [row("x", [], "x.png"), row("x-2", [], "x.png")]
+    twice = [entry("x", [], "x.png"), entry("x-2", [], "x.png")]
     assert len(truths_of_coco(twice, {"x.png": sample("plain", true(0))})) == 2
 
     # The same bytes are the same picture, of which the truth is the same; another of its name is not.
@@ -227,7 +201,7 @@ def test_no_truth_is_that_of_two_pictures(tmp_path: Path) -> None:
     for file, content in files.items():
         (tmp_path / file).parent.mkdir()
         (tmp_path / file).write_bytes(sample(content).image)
-    rows = [row(file, [], str(tmp_path / file)) for file in files]
+    rows = [entry(file, [], str(tmp_path / file)) for file in files]
     assert sorted(truths_of_mds(rows, [sample("x", true(0))])) == ["a/x.png", "b/x.png"]
 
     # One that its bytes tell claims no name.

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from recipe.gallery import main, num_errors, page_data, parse, render
+from recipe.schema import PredictedFile
 from tests.chromium import Page, find_chromium, open_page
-from tests.gallery_cases import NASTY, found, options, row, sample, true
+from tests.gallery_cases import NASTY, entry, found, options, row, sample, true
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_totals_are_of_all_pictures(gallery: Path, browser: Page) -> None:
     """Also of those that the page does not show; at every threshold, and of either source."""
     totals = {}
     for most in 4, 2:
-        arguments = ("--truth", str(gallery / "instances.json"), "--overwrite", "--max-pictures", str(most))
+        arguments = ("--truth", str(gallery / "instances.json"), "--overwrite", "--max-images", str(most))
         main(parse(options(gallery, *arguments)))
         browser.open(gallery / "page.html")
         totals[most] = [browser.evaluate("byId('summary').textContent")]
@@ -138,14 +139,14 @@ def test_the_page_counts_as_python_does(tmp_path: Path, browser: Page) -> None:
         return [found(random.uniform(0, 80), random.random(), random.choice(("cat", "dog"))) for _ in range(8)]
 
     rows = [row(str(number), boxes(), answer="[...]", answer_objects=boxes()) for number in range(12)]
-    for item in (item for entry in rows for item in entry["answer_objects"]):
+    for item in (item for written in rows for item in written["answer_objects"]):
         del item["score"]
     rows += [row("unknown", boxes()), row("broken", None, error="no picture", width=None, height=None)]
     truths = {
         str(number): sample(str(number), *(true(random.uniform(0, 80), iscrowd=place == 5) for place in range(6)))
         for number in range(12)
     }
-    page = page_data(rows, truths, 0.3, len(rows), 64)
+    page = page_data([PredictedFile.from_json(item) for item in rows], truths, 0.3, len(rows), 64)
     (tmp_path / "page.html").write_text(render(page), encoding="utf-8")
     browser.open(tmp_path / "page.html")
     for source, threshold, words in product(("head", "text"), (0.0, 0.3, 0.8), (False, True)):
@@ -200,10 +201,8 @@ def test_pictures_by_their_captions(gallery: Path, browser: Page) -> None:
 
 def test_labels_lie_above_the_boxes_beside(gallery: Path, browser: Page) -> None:
     """A label that a later box crosses is read all the same."""
-    rows = [
-        row("a", [{"box": [40, 20, 60, 40], "score": 0.9, "caption": "cat"}, found(0, 0.8)], str(gallery / "good.png"))
-    ]
-    rows[0]["objects"][1]["box"] = [38, 8, 70, 30]
+    objects = [found(0, 0.9) | {"box": [40, 20, 60, 40]}, found(0, 0.8) | {"box": [38, 8, 70, 30]}]
+    rows = [entry("a", objects, str(gallery / "good.png"))]
     truths = {"a": sample("a")}
     (gallery / "page.html").write_text(render(page_data(rows, truths, 0.3, 1, 64)), encoding="utf-8")
     browser.open(gallery / "page.html")
@@ -214,7 +213,7 @@ def test_labels_lie_above_the_boxes_beside(gallery: Path, browser: Page) -> None
 
 
 def test_labels_that_would_hide_the_picture_wait_for_the_mouse(gallery: Path, browser: Page) -> None:
-    rows = [row("a", [found(5 * place, 0.9 - 0.02 * place) for place in range(16)])]
+    rows = [entry("a", [found(5 * place, 0.9 - 0.02 * place) for place in range(16)])]
     page = page_data(rows, {"a": sample("a")}, 0.3, 1, 64)
     (gallery / "page.html").write_text(render(page), encoding="utf-8")
     browser.open(gallery / "page.html")

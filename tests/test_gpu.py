@@ -7,8 +7,8 @@ import torch
 from composer.utils import get_device
 
 from recipe.config import RecipeConfig
-from recipe.data.collate import collate_packed, collate_standard
-from recipe.data.loader import split_batch
+from recipe.data.collate import collate_packed, collate_standard, one_each
+from recipe.losses.counts import split_batch
 from recipe.models.attention import register
 from recipe.schema import Batch, Example
 from tests.tiny_cases import make_model
@@ -34,7 +34,11 @@ def test_gpu_gives_the_loss_of_the_cpu(
     tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], collator: str
 ) -> None:
     examples = list(tiny_examples.values())
-    batch = collate_packed(examples) if collator == "packed" else collate_standard(examples, pad_token_id=0)
+    batch = (
+        collate_packed(one_each(examples))
+        if collator == "packed"
+        else collate_standard(one_each(examples), pad_token_id=0)
+    )
     # Not `auto`: flash-attention takes half precision only.
     config = tiny_config(model={"attn_implementation": register()})
     torch.testing.assert_close(total(config, batch, "gpu"), total(config, batch, "cpu"), rtol=1e-9, atol=0)

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from recipe.build import build_network
 from recipe.config import OptimizerConfig, RecipeConfig
-from recipe.data.image import ImageSpec
 from recipe.estimate import model_config
 from recipe.joint import JointModel
+from recipe.load import build_network
 from recipe.optim.groups import build_optimizer, group_of, group_parameters, lr_scale
-from recipe.schema import Example
+from recipe.schema import Example, ImageSpec
 from tests.tiny_cases import collator, make_model
 
 IMAGE_SPEC = ImageSpec(14, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
@@ -157,7 +156,7 @@ def test_rates_and_weight_decay_of_each_group(tiny_config: Callable[..., RecipeC
 def test_rates_scale_with_the_tokens_of_a_batch(tiny_config: Callable[..., RecipeConfig], rule: str, factor: float):
     config = OptimizerConfig(lr_scaling=rule, reference_tokens=1000)
     assert lr_scale(config, 4000).factor == factor
-    optimizer = build_optimizer(make_model(tiny_config()), config, 4000)
+    optimizer = build_optimizer(make_model(tiny_config()), config, lambda: 4000)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates["llm"] == pytest.approx(1e-5 * factor) and rates["detection"] == pytest.approx(1e-4 * factor)
 

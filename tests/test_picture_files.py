@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.prediction.inputs import entry_of, find_pictures, names_by_file, unique_names
+from recipe.prediction.inputs import entry_of, find_images, names_by_file, unique_names
 
 
 def test_files_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -14,7 +14,7 @@ def test_files_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
 
     def found(*arguments: str) -> list[str]:
-        return [path.as_posix() for path in find_pictures(arguments, left_out=Path("deep/out"))[0]]
+        return [path.as_posix() for path in find_images(arguments, left_out=Path("deep/out"))[0]]
 
     assert found(".") == ["[1].png", "a.PNG", "b.jpg", "deep/er/c.webp"]
     assert found("b.jpg", ".", "b.jpg")[:2] == ["b.jpg", "[1].png"]
@@ -25,7 +25,7 @@ def test_files_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found("**/*.png") == ["[1].png"]
     (tmp_path / "empty").mkdir()
     for nothing in ("*.gif", "empty"):
-        with pytest.raises(ValueError, match="names no picture"):
+        with pytest.raises(ValueError, match="names no image"):
             found(nothing)
 
 
@@ -33,7 +33,7 @@ def test_what_is_left_out_of_folders_is_counted(tmp_path: Path):
     for name in ("a.png", "b.heic", "deep/c.HEIC", "deep/notes.txt", "deep/scan", ".hidden"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    paths, others = find_pictures([str(tmp_path), str(tmp_path / "a.png")], left_out=tmp_path / "out")
+    paths, others = find_images([str(tmp_path), str(tmp_path / "a.png")], left_out=tmp_path / "out")
     assert paths == [tmp_path / "a.png"]
     assert others == {".heic": 2, ".txt": 1, "": 1}
 
@@ -44,7 +44,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
     (tmp_path / "there" / "round").symlink_to(tmp_path / "here")
-    paths, _ = find_pictures([str(tmp_path / "here")], left_out=tmp_path / "out")
+    paths, _ = find_images([str(tmp_path / "here")], left_out=tmp_path / "out")
     assert paths == [tmp_path / "here" / "link" / "a.png"]
 
 
@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(ValueError, match=r"cannot read the folder .*: Permission denied"):
-        find_pictures([str(tmp_path)], left_out=tmp_path / "out")
+        find_images([str(tmp_path)], left_out=tmp_path / "out")
 
 
 def test_an_entry_of_several_files_of_one_name():

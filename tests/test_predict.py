@@ -15,15 +15,17 @@ from PIL import Image
 
 from convert.shapes import draw_scene
 from convert.write import write_split
-from recipe.build import build_encoder, load_model
-from recipe.data.collate import collate_standard
+from recipe.checkpoints.weights import find_config
+from recipe.data.collate import collate_standard, one_each
 from recipe.export import main as export
 from recipe.export import parse as parse_export
-from recipe.predict import encode_picture, main, parse
-from recipe.prediction.files import read_rows
+from recipe.predict import encode_image, main
+from recipe.prediction.files import read_entries
 from recipe.prediction.inputs import read_annotated_folder
-from recipe.schema import Example, Object, Prediction, Sample
+from recipe.prediction.options import parse
+from recipe.schema import Example, Object, Pack, Prediction, Sample
 from tests.launch import REPOSITORY
+from tests.tiny_cases import load_model, make_encoder
 
 HEADER = 34  # pixels above a drawing, which name the picture
 
@@ -59,12 +61,12 @@ def predict(checkpoint: Path, out: Path, *images: Path, options: str = "--max-ne
 def test_boxes_are_in_pixels_of_the_original(trained_checkpoint: Path, picture: Path, tmp_path: Path):
     row = predict(trained_checkpoint, tmp_path / "out", picture)[0]
     assert (row["id"], row["width"], row["height"]) == ("scene", 300, 200)
-    model, processor, config = load_model(trained_checkpoint)
-    encoder = build_encoder(config, processor, keep_image=True)
-    example = encode_picture(picture.read_bytes(), "scene", encoder)
+    model, _, config = load_model(trained_checkpoint)
+    encoder = make_encoder(config, keep_image=True)
+    example = encode_image(picture.read_bytes(), "scene", encoder)
     assert example.image_grid_thw.tolist() == [[1, 196 // 14, 308 // 14]]
     with torch.no_grad():
-        outputs = model.eval()(collate_standard([example], encoder.pad_token_id)).detection
+        outputs = model.eval()(collate_standard(one_each([example]), encoder.pad_token_id)).detection
     scores, order = outputs.pred_objectness[0].sigmoid().sort(descending=True)
     assert [item["score"] for item in row["objects"]] == pytest.approx(scores.tolist(), abs=1e-4)
     for item, (x, y, width, height) in zip(row["objects"], outputs.pred_boxes[0][order].tolist(), strict=True):
@@ -169,7 +171,7 @@ def test_unusable_pictures_are_told_and_the_others_done(
         assert reasons[image] in row["error"]
         assert row["objects"] is None and row["width"] is None and row["score_threshold"] is None
         assert f"failed: {image}: {row['error']}" in printed.err
-    assert "1 pictures, 5 objects" in printed.out
+    assert "1 images, 5 objects" in printed.out
 
 
 def test_what_is_done_stays_when_it_is_stopped(
@@ -187,7 +189,7 @@ def test_what_is_done_stays_when_it_is_stopped(
         predict(
             trained_checkpoint, tmp_path / "out", picture, Path("never.png"), options="--answer boxes --batch-size 1"
         )
-    assert [row["id"] for row in read_rows(tmp_path / "out" / "predictions.json")] == ["scene"]
+    assert [entry.id for entry in read_entries(tmp_path / "out" / "predictions.json")] == ["scene"]
     with pytest.raises(KeyboardInterrupt):
         predict(trained_checkpoint, tmp_path / "none", Path("never.png"), options="--answer boxes")
     assert list((tmp_path / "none").iterdir()) == []  # nothing that the next run would have to overwrite
@@ -214,8 +216,8 @@ def test_full_memory_and_disk_name_the_remedy(
     def too_many(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("recipe.predict.predict_batch", too_many)
-    with pytest.raises(ValueError, match="1 pictures at once are too many for the GPU: lower --batch-size"):
+    monkeypatch.setattr("recipe.predict.predict", too_many)
+    with pytest.raises(ValueError, match="1 images at once are too many for the GPU: lower --batch-size"):
         predict(trained_checkpoint, tmp_path / "b", picture, options="--answer boxes")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot make the folder --out"):
@@ -243,7 +245,7 @@ def test_drawings_can_be_left_out_and_files_that_are_none_are_told(
     options = ["--checkpoint", str(trained_checkpoint), "--out", str(tmp_path / "out"), "--answer", "boxes"]
     assert main(parse([*options, "--no-drawings", str(tmp_path)])) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.json", "coco_results.json"}
-    assert "left out 1 files of folders that are no pictures (.txt 1)" in capsys.readouterr().err
+    assert "left out 1 files of folders that are not images (.txt 1)" in capsys.readouterr().err
 
 
 def test_doubles_can_be_removed(trained_checkpoint: Path, picture: Path, tmp_path: Path):
@@ -376,9 +378,9 @@ def test_teachers_are_shown_before_each_picture(
 ):
     shown: list[Example] = []
 
-    def recorded(examples: Sequence[Example], pad: int) -> Any:
-        shown.extend(examples)
-        return collate_standard(examples, pad)
+    def recorded(packs: Sequence[Pack], pad: int) -> Any:
+        shown.extend(example for pack in packs for example in pack.examples)
+        return collate_standard(packs, pad)
 
     monkeypatch.setattr("recipe.predict.collate_standard", recorded)
     other = tmp_path / "other.png"
@@ -387,8 +389,7 @@ def test_teachers_are_shown_before_each_picture(
     rows = predict(trained_checkpoint, tmp_path / "out", other, picture, options=options)
     assert [row["error"] for row in rows] == [None, None]
     assert [len(example.image_grid_thw) - 1 for example in shown] == num_shown  # a picture is not its own teacher
-    _, processor, config = load_model(trained_checkpoint)
-    encoder = build_encoder(config, processor)
+    encoder = make_encoder(find_config(trained_checkpoint))
     taught = read_annotated_folder(teachers)
     sample = Sample("x", other.read_bytes(), 84, 84, None)
     assert shown[0].input_ids.equal(encoder(sample, taught[: num_shown[0]]).input_ids)
@@ -409,7 +410,7 @@ def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
     for folder, message in (
         ("empty", "neither index.json nor one file"),
         ("shards", "give one of its splits, such as .*shards/pool"),
-        ("gone", "gone is no folder"),
+        ("gone", "gone is not a folder"),
     ):
         with pytest.raises(ValueError, match=message):
             read_annotated_folder(tmp_path / folder)
@@ -417,7 +418,7 @@ def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
     assert read_annotated_folder(teachers) == found
     pool = teachers / "pool.jsonl"
     pool.write_text(json.dumps({"id": "a", "images": ["one.png"]}))
-    with pytest.raises(ValueError, match=r"no annotated pictures: ..a"):
+    with pytest.raises(ValueError, match=r"not annotated images: ..a"):
         read_annotated_folder(teachers)
     pool.write_text(json.dumps({"id": "a", "images": ["gone.png"], "objects": []}))
     with pytest.raises(ValueError, match=r"pool.jsonl: line 1: missing file"):

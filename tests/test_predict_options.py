@@ -4,7 +4,8 @@ import pytest
 
 from recipe.config import PromptConfig
 from recipe.data.chat import detection_question
-from recipe.predict import parse, prompt_of
+from recipe.predict import prompt_of
+from recipe.prediction.options import parse
 
 
 def test_prompts_and_expressions():

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from composer import Time, Timestamp
 
-from recipe.checks import check_config
 from recipe.config import (
     GROUPS,
     ConfigError,
@@ -21,7 +20,8 @@ from recipe.config import (
 )
 from recipe.configure import load_config
 from recipe.optim.groups import GROUP_PATTERNS
-from recipe.optim.schedule import build_schedule, lr_factor, parse_stages, stage_factor
+from recipe.optim.schedule import Schedule, build_schedule, lr_factor, stage_factor
+from recipe.rules import StageEntry, check_config, check_fields, check_stages, parse_stages
 
 JOINT = str(Path(__file__).resolve().parents[1] / "yamls" / "joint.yaml")
 SEED_SCHEDULE = {
@@ -48,7 +48,16 @@ def config_of(groups: dict[str, Any], duration: str = "4ep", epochs: int | None 
 
 
 def factor(entries: list[dict[str, Any]], state: Any, duration: str = "4ep") -> float | None:
-    return stage_factor(parse_stages(config_of({"llm": entries}, duration))["llm"], state)
+    config = config_of({"llm": entries}, duration)
+    return stage_factor(schedule_of(config).stages["llm"], state)
+
+
+def schedule_of(config: RecipeConfig) -> Schedule:
+    return build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+
+
+def stages_of(config: RecipeConfig) -> dict[str, list[StageEntry]]:
+    return parse_stages(config.staged_freezing, config.optimizer)
 
 
 def test_the_groups_are_those_of_the_optimizer():
@@ -75,13 +84,13 @@ def test_the_groups_are_those_of_the_optimizer():
 def test_curves_with_warm_up_and_floor(name: str, batch: int, expected: float):
     config = replace(config_of({}, "10ba"), scheduler=SchedulerConfig(name, "2ba", 0.2))
     state = at(batch=batch, duration="10ba")
-    assert lr_factor(build_schedule(config), "vision", state) == pytest.approx(expected, abs=1e-12)
+    assert lr_factor(schedule_of(config), "vision", state) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_group_has_its_own_curve_and_stages_on_top():
     scheduler = SchedulerConfig("linear", groups={"llm": CurveConfig("constant", "4ba")})
     config = replace(config_of({"llm": [{"from": "6ba", "lr": 0.1}]}, "10ba"), scheduler=scheduler)
-    schedule = build_schedule(config)
+    schedule = schedule_of(config)
 
     def factors(batch: int) -> tuple[float, float]:
         state = at(batch=batch, duration="10ba")
@@ -93,13 +102,13 @@ def test_a_group_has_its_own_curve_and_stages_on_top():
 
 
 def test_the_seed_schedule_at_every_boundary():
-    schedule = build_schedule(config_of(SEED_SCHEDULE))
+    schedule = schedule_of(config_of(SEED_SCHEDULE))
     expected = {(0, 9): (None, None), (1, 0): (1.0, 1.0), (2, 9): (1.0, 1.0), (3, 0): (0.1, 1.0), (3, 9): (0.1, 1.0)}
     for (epoch, in_epoch), factors in expected.items():
         state = at(epoch, epoch * 10 + in_epoch, in_epoch)
         assert (stage_factor(schedule.stages["llm"], state), stage_factor(schedule.stages["adapter"], state)) == factors
     assert lr_factor(schedule, "llm", at(0, 3, 3)) == 0.0
-    assert schedule.freezes and not build_schedule(config_of({"llm": [{"from": "1ep", "lr": 0.5}]})).freezes
+    assert schedule.freezes and not schedule_of(config_of({"llm": [{"from": "1ep", "lr": 0.5}]})).freezes
 
 
 @pytest.mark.parametrize(
@@ -135,9 +144,9 @@ def test_the_last_entry_whose_time_has_come_holds():
 
 def test_detection_freeze_epochs_is_short_for_two_lists():
     entries = [{"from": "0ep", "lr": "frozen"}, {"from": "2ep", "lr": 1.0}]
-    assert parse_stages(config_of({}, epochs=2)) == parse_stages(config_of({"adapter": entries, "detection": entries}))
-    assert parse_stages(config_of({}, epochs=0)) == {}
-    assert list(parse_stages(config_of({}, epochs=2, lr_adapter=0))) == ["detection"]
+    assert stages_of(config_of({}, epochs=2)) == stages_of(config_of({"adapter": entries, "detection": entries}))
+    assert stages_of(config_of({}, epochs=0)) == {}
+    assert list(stages_of(config_of({}, epochs=2, lr_adapter=0))) == ["detection"]
 
 
 @pytest.mark.parametrize(
@@ -166,14 +175,13 @@ def test_detection_freeze_epochs_is_short_for_two_lists():
 )
 def test_mistakes_are_named(config: RecipeConfig, expected: str):
     with pytest.raises(ConfigError, match=expected):
-        parse_stages(config)
+        check_fields(config.staged_freezing, "staged_freezing.")
+        check_stages(config, config.trainer["max_duration"])
 
 
 def test_joint_yaml_has_the_seed_schedule():
     config = load_config(JOINT)
-    assert parse_stages(config) == parse_stages(
-        config_of({**SEED_SCHEDULE, "detection": SEED_SCHEDULE["adapter"]}, "10ep")
-    )
+    assert stages_of(config) == stages_of(config_of({**SEED_SCHEDULE, "detection": SEED_SCHEDULE["adapter"]}, "10ep"))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +190,7 @@ def test_joint_yaml_has_the_seed_schedule():
         (["staged_freezing.groups.llm=frozen"], r"staged_freezing\.groups\.llm is 'frozen'"),
         (["staged_freezing.detection_freeze_epochs=-1"], r"detection_freeze_epochs is -1"),
         (["staged_freezing.detection_freeze_epochs=2"], r"both say when to freeze adapter"),
-        (["scheduler.groups.lmm.name=linear"], r"scheduler\.groups is 'lmm': it must be one of vision"),
+        (["scheduler.groups.lmm.name=linear"], r"unknown key scheduler\.groups\.lmm: did you mean llm"),
         (["scheduler.groups.llm.name=square"], r"scheduler\.groups\.llm\.name is 'square'"),
         (["scheduler.groups.llm.t_warmup=3"], r"scheduler\.groups\.llm\.t_warmup"),
         (["scheduler.groups.llm.alpha_f=-1"], r"scheduler\.groups\.llm\.alpha_f is -1"),
@@ -204,4 +212,13 @@ def test_a_group_may_be_given_on_the_command_line():
     )
     check_config(config)
     assert config.scheduler.groups == {"llm": CurveConfig("constant", "5ba")}
-    assert parse_stages(config)["vision"][0].factor == 0.5
+    assert stages_of(config)["vision"][0].factor == 0.5
+
+
+def test_null_drops_the_stages_of_a_group():
+    overrides = ["optimizer.lr_llm=0", "staged_freezing.groups.llm=null"]
+    config = load_config(JOINT, overrides)
+    check_config(config)
+    assert "llm" not in stages_of(config) and "llm" not in schedule_of(config).stages
+    with pytest.raises(ConfigError, match=r"optimizer\.lr_llm is 0, .*staged_freezing\.groups\.llm=null"):
+        check_config(load_config(JOINT, overrides[:1]))

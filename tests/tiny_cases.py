@@ -4,25 +4,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from convert.shapes import draw_scene
-from recipe.build import build_encoder, build_model, load_processor
+from recipe.build import build_model
 from recipe.config import RecipeConfig
-from recipe.data.collate import collate_packed, collate_standard
-from recipe.data.loader import Collator, split_batch
+from recipe.data.collate import Collator, collate_packed, collate_standard, one_each
+from recipe.data.encode import Encoder
+from recipe.data.image import image_spec
 from recipe.joint import JointModel
-from recipe.schema import Batch, Example, Sample
+from recipe.load import load_network, load_processor
+from recipe.losses.counts import split_batch
+from recipe.schema import Batch, CountedBatch, Example, Sample
 from recipe.tiny import build_tiny_checkpoint
 
 NUM_QUERIES = 5
 ALL_SWITCHES: dict[str, dict[str, Any]] = {
     "detection_head": {"patch_features": True, "select_queries": True, "num_query_groups": 3},
     "loss": {"objectness": "mal"},
-    "matcher": {"cost_caption": 0.5},
 }
 TEXT_CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
 IMAGE_CHAT = ({"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "large blue circle"})
@@ -65,18 +69,34 @@ def make_config(checkpoint: str, **changes: Any) -> RecipeConfig:
     )
 
 
+def make_encoder(config: RecipeConfig, keep_image: bool = False) -> Encoder:
+    """Return what `build_encoder` returns, without building the network."""
+    name = config.model.pretrained_model_name_or_path
+    processor, hf_config = load_processor(name), AutoConfig.from_pretrained(name)
+    longest = config.caption_decoder.max_caption_tokens
+    assert longest is not None
+    spec = image_spec(processor.image_processor, config.image)
+    return Encoder(processor.tokenizer, hf_config, spec, config.prompt, longest, config.max_seq_len, keep_image)
+
+
 def make_model(config: RecipeConfig) -> JointModel:
     """The joint model in training mode, its fresh parts moved off the zeros they start from.
 
     A zero weight hides what lies behind it: with the box layer at its start no other box parameter has a gradient.
     """
     torch.manual_seed(0)
-    model = build_model(config, load_processor(config))
+    model = build_model(config, load_processor(config.model.pretrained_model_name_or_path))
     with torch.no_grad():
         for part in (model.model.memory, model.model.detection_head, model.model.caption_decoder):
             for parameter in part.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.train()
+
+
+def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointModel, Any, RecipeConfig]:
+    """What `load_network` loads, as the model that a Trainer sees."""
+    network, processor, config = load_network(checkpoint, config)
+    return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt), processor, config
 
 
 def make_samples() -> dict[str, Sample]:
@@ -100,7 +120,7 @@ def make_samples() -> dict[str, Sample]:
 
 def make_examples(config: RecipeConfig) -> dict[str, Example]:
     """The student samples of `make_samples`, encoded, with up to three teachers (0-4 pictures) and own noise."""
-    encoder = build_encoder(config, load_processor(config))
+    encoder = make_encoder(config)
     samples = make_samples()
     teachers = [samples.pop(name) for name in ("teacher", "other_teacher", "third_teacher")]
     shown = {"two": teachers, "empty": teachers[1:], "one": teachers[:1]}
@@ -110,15 +130,21 @@ def make_examples(config: RecipeConfig) -> dict[str, Example]:
     }
 
 
-def collator(name: str) -> Collator:
-    """`standard` or `packed`; the padding is no token of the samples, so that a leak of it shows."""
-    return collate_packed if name == "packed" else partial(collate_standard, pad_token_id=7)
+def collator(name: str) -> Callable[[Sequence[Example]], Batch]:
+    """`standard` or `packed`; the padding is not a token of the samples, so that a leak of it shows."""
+    collate: Collator = collate_packed if name == "packed" else partial(collate_standard, pad_token_id=7)
+    return lambda examples: collate(one_each(examples))
 
 
-def make_batches(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[Batch]:
-    """The microbatches of one global batch, each told the denominators of all."""
-    groups = [examples[start : start + microbatch_size] for start in range(0, len(examples), microbatch_size)]
-    return split_batch([collator(layout)(group) for group in groups], microbatch_size)
+def microbatches_of(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[Batch]:
+    """The microbatches of one device batch, `microbatch_size` samples each."""
+    starts = range(0, len(examples), microbatch_size)
+    return [collator(layout)(examples[start : start + microbatch_size]) for start in starts]
+
+
+def make_batches(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[CountedBatch]:
+    """The microbatches of one global batch, each with the denominators of all."""
+    return split_batch(microbatches_of(examples, layout, microbatch_size), microbatch_size)
 
 
 def losses_and_gradients(model: JointModel, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,0 +1,1 @@
+"""Composer algorithms: what changes the training. Begin with nan_rollback.py."""

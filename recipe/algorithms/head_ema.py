@@ -9,6 +9,7 @@ from composer.algorithms import EMA
 from recipe.algorithms.norms import local
 from recipe.config import EmaConfig
 from recipe.models.network import JointNetwork
+from recipe.upstream.torch_private import foreach_lerp_
 
 
 class HeadEMA(Algorithm):
@@ -69,4 +70,4 @@ def update(network: JointNetwork, smoothing: float) -> None:
     pairs = network.averaged_parameters()
     weights = [local(weight) for weight, _ in pairs]
     averages = [local(average) for _, average in pairs]
-    torch._foreach_lerp_(averages, weights, 1.0 - smoothing)  # pyright: ignore[reportPrivateImportUsage]
+    foreach_lerp_(averages, weights, 1.0 - smoothing)

@@ -19,6 +19,7 @@ from recipe.algorithms.quarantine import AuditEntry, Quarantine
 from recipe.algorithms.snapshot import Snapshot, weights_are_finite
 from recipe.algorithms.watch import Action, MicrobatchFlags, Reading, Watch, head_outputs
 from recipe.config import NaNRollbackConfig
+from recipe.upstream.torch_private import foreach_mul_
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +218,7 @@ class NaNRollback(Algorithm):
             return
         parameters = [parameter for group in named_groups(state.optimizers[0]).values() for parameter in group]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        foreach_mul_(gradients, factor)
 
     def _reject(
         self, state: State, logger: Logger, reasons: list[str], from_data: bool = False, rollback: bool = False

@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from recipe.upstream.torch_private import foreach_norm
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor: the shard of a DTensor, else the tensor itself. It shares their memory."""
@@ -46,7 +48,7 @@ def square_sums(lists: Sequence[Sequence[Tensor]], device: torch.device | str = 
         if parts:
             # Norms in at least float32: the square of a bfloat16 norm has three digits.
             dtype = reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
-            norms = torch.stack(list(torch._foreach_norm(parts, 2, dtype=dtype)))  # pyright: ignore[reportPrivateImportUsage]
+            norms = torch.stack(list(foreach_norm(parts, 2, dtype=dtype)))
             sums.append(norms.double().square().sum())
         else:
             sums.append(torch.zeros((), dtype=torch.float64, device=device))

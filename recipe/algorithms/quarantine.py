@@ -12,6 +12,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from recipe.data.stream import PackStream
+from recipe.upstream.torch_private import restart_workers
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,7 @@ class Quarantine:
             log.warning("left out of this epoch: %s", ", ".join(self.active))
         if loader.dataset.quarantined != set(self.active):
             loader.dataset.quarantined = set(self.active)
-            # Persistent workers hold a copy of the data set: without this iterator new ones are started.
-            loader._iterator = None
+            restart_workers(loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and the samples left out of this epoch; JSON can hold it."""

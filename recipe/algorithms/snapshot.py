@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from recipe.algorithms.norms import local, square_sums
+from recipe.upstream.torch_private import foreach_copy_
 
 
 class Snapshot:
@@ -52,7 +53,7 @@ def weights_are_finite(state: State) -> bool:
 
 
 def _copy(into: list[Tensor], source: list[Tensor]) -> None:
-    torch._foreach_copy_(into, source, non_blocking=True)  # pyright: ignore[reportPrivateImportUsage]
+    foreach_copy_(into, source, non_blocking=True)
 
 
 def _parameters(state: State) -> list[Parameter]:

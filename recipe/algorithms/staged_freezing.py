@@ -242,7 +242,7 @@ class MovementCheck:
         found = torch.stack([changed, _greatest_gradients(parameters)])
         dist.all_reduce(found, reduce_operation="MAX")
         moved, gradients = found.tolist()
-        if not any(gradients):
+        if max(gradients) <= 0:
             return set()
         for (group, name, parameter), has_moved in zip(self.parameters, moved, strict=True):
             if has_moved and not parameter.requires_grad:
@@ -252,11 +252,12 @@ class MovementCheck:
         judged: set[str] = set()
         for group in sorted(self.trained):
             rows = [index for index, entry in enumerate(self.parameters) if entry[0] == group]
-            if not any(gradients[index] for index in rows):
+            if not any(gradients[index] > 0 for index in rows):
                 continue  # of the head, where no picture of the batch has annotations
             judged.add(group)
-            still = [self.parameters[index][1] for index in rows if not moved[index]]
-            if len(still) == len(rows):
+            # A gradient of zeros is common in the first steps: a layer that starts at zero passes nothing on.
+            still = [self.parameters[index][1] for index in rows if not moved[index] and gradients[index] != 0]
+            if not any(moved[index] for index in rows):
                 raise RuntimeError(
                     f"batch {batch} moved no parameter of the group {group}, though it has a gradient: the learning "
                     f"rate {rates[group]:g} is lost in the rounding of {self.parameters[rows[0]][2].dtype} weights"
@@ -264,7 +265,12 @@ class MovementCheck:
             if still and dist.get_global_rank() == 0:
                 some = ", ".join(still[:5]) + (", ..." if len(still) > 5 else "")
                 log.warning(
-                    "batch %d left %d parameters of the group %s as they were: %s", batch, len(still), group, some
+                    "batch %d did not move %d parameters of the group %s: %s. They have no gradient, or their update "
+                    "is lost in rounding",
+                    batch,
+                    len(still),
+                    group,
+                    some,
                 )
         return judged
 
@@ -281,8 +287,8 @@ def _bit_sum(tensor: Tensor) -> Tensor:
 
 
 def _greatest_gradients(parameters: Sequence[Parameter]) -> Tensor:
-    """The greatest absolute entry of this rank's part of each gradient, 0 without one, infinite for NaN: (n,)."""
-    result = torch.zeros(len(parameters), dtype=torch.float64, device=local(parameters[0]).device)
+    """Return the greatest absolute entry of this rank's part of each gradient: (n,), -1 without one, inf for NaN."""
+    result = torch.full((len(parameters),), -1.0, dtype=torch.float64, device=local(parameters[0]).device)
     for index, parameter in enumerate(parameters):
         if parameter.grad is not None and local(parameter.grad).numel():
             result[index] = local(parameter.grad).abs().max()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from recipe.config import NaNRollbackConfig
-from recipe.models.network import JointOutputs
+from recipe.schema import JointOutputs
+from recipe.upstream.torch_private import foreach_mul, foreach_norm
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 LEAST_SPREAD = 1e-3  # in medians: among losses that are all alike, any other would be a spike
@@ -178,5 +179,5 @@ def head_outputs(outputs: Any) -> dict[str, Tensor]:
 def _not_finite(values: list[Tensor]) -> Tensor:
     """(len(values),) bool."""
     # 0 times what is finite is 0, else NaN: two fused passes, and nothing finite is too large for them.
-    zeros = torch._foreach_mul(values, 0.0)  # pyright: ignore[reportPrivateImportUsage]
-    return torch.isnan(torch.stack(list(torch._foreach_norm(zeros))))  # pyright: ignore[reportPrivateImportUsage]
+    zeros = foreach_mul(values, 0.0)
+    return torch.isnan(torch.stack(list(foreach_norm(zeros))))

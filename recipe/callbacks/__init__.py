@@ -1,0 +1,1 @@
+"""Composer callbacks and loggers: what a run reports. Begin with table.py."""

@@ -117,11 +117,6 @@ def _count(network: Any, batch: Batch, trained: frozenset[str], flops: Flops) ->
     queries = _head(network, memory, objects, walk)
     own = network.caption_decoder.vocabulary
     matrix = hf_model.lm_head.in_features * hf_model.lm_head.out_features if own is None else own.vocab_size * own.width
-    if network.matcher.cost_caption:
-        untrained, num_queries = Walk(flops, "detection", False), network.detection_head.query_content.num_embeddings
-        untaught, num_captions = replace(memory, has_gradient=False), num_images * num_queries
-        _captions(untrained, network.caption_decoder, untaught, num_captions, num_queries, 1, False)
-        untrained.product(num_captions * matrix, False, False)
     ids = [target["caption_ids"] for target in batch["targets"] if target is not None and len(target["caption_ids"])]
     num_slots, length = (max((part.shape[axis] for part in ids), default=1) for axis in (0, 1))
     num_captions = sum(min(len(part), network.detection_head.num_queries) for part in ids) or 1

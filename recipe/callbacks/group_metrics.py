@@ -1,6 +1,5 @@
 """How large each parameter group is, and how much of it a step moves."""
 
-# pyright: reportPrivateImportUsage=false
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from recipe.algorithms.norms import is_sharded, local, named_groups, square_sums
+from recipe.upstream.torch_private import foreach_add_, foreach_addcdiv_, foreach_mul, foreach_norm, foreach_sqrt
 
 # Elements that are worked on at once: what the update of a group takes beside the parameters is twice this. On a GPU
 # many, so that launches are few; on the CPU what its caches hold.
@@ -117,11 +117,11 @@ def update_square_sum(optimizer: AdamW, group: dict[str, Any], rate: float) -> T
         # u = scale * m / (sqrt(v) + floor)
         roots = [math.sqrt(1 - beta2**step) for step in counts]
         scales = [rate * root / (1 - beta1**step) for root, step in zip(roots, counts, strict=True)]
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
-        updates = torch._foreach_mul(weights, shrink)
-        torch._foreach_addcdiv_(updates, means, denominators, scales)
-        norms += torch._foreach_norm(updates)
+        denominators = foreach_sqrt(squares)
+        foreach_add_(denominators, [group["eps"] * root for root in roots])
+        updates = foreach_mul(weights, shrink)
+        foreach_addcdiv_(updates, means, denominators, scales)
+        norms += foreach_norm(updates)
     return torch.stack(norms).double().square().sum() / (1 - shrink) ** 2
 
 

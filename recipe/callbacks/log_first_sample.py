@@ -1,4 +1,4 @@
-"""Show the first training and evaluation sample as the model gets it, decoded, with the role of every token."""
+"""Write down the first training and evaluation sample as the model sees it, decoded, with every token's role."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ _TAGS = {Role.NONE: "prompt", Role.TEACHER: "teacher answer", Role.STUDENT: "stu
 
 
 class LogFirstSample(Callback):
-    """Logs the first sample of rank 0, once in training and once in evaluation, and keeps it as a text file.
+    """Writes the first sample of rank 0 to a text file, once in training and once in evaluation.
 
     Args:
         tokenizer: Of the checkpoint.
@@ -51,7 +51,7 @@ class LogFirstSample(Callback):
         path = self.folder / f"first_{name}_sample.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", encoding="utf-8")
-        log.info("first %s sample (also in %s):\n%s", name, path, text)
+        log.info("first %s sample, as the model sees it: %s", name, path)
 
 
 def describe_first_sample(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from recipe.algorithms.norms import is_sharded, local, named_groups
 from recipe.callbacks.group_metrics import every_batches
 from recipe.config import GROUPS, LossConfig
-from recipe.data.loader import split_batch
 from recipe.joint import JointModel
+from recipe.losses.counts import split_batch
 from recipe.losses.detection import REPEATS
 
 log = logging.getLogger(__name__)

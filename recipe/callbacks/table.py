@@ -1,4 +1,4 @@
-"""The callbacks and loggers that a yaml may name, and the ones every run has."""
+"""The callbacks and loggers that a yaml may name; `recipe.config` lists the names next to their keys."""
 
 import os
 from collections.abc import Mapping
@@ -18,20 +18,11 @@ from composer.callbacks import (
     ThresholdStopper,
 )
 from composer.loggers import LoggerDestination
-from transformers import PreTrainedTokenizerBase
 
-from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.group_metrics import GroupMetrics
-from recipe.callbacks.log_first_sample import LogFirstSample
-from recipe.callbacks.log_predictions import LogPredictions
 from recipe.callbacks.loggers import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
 from recipe.callbacks.loss_terms import LossGradients, LossShares
 from recipe.callbacks.throughput import Throughput
-from recipe.callbacks.training_data import TrainingData
-from recipe.checkpoints.check import Origin
-from recipe.checkpoints.save import build_saver
-from recipe.checkpoints.sigterm import Preemption
-from recipe.config import RecipeConfig
 from recipe.upstream.loggers import SafeWandBLogger
 
 CALLBACKS: Mapping[str, type[Callback]] = {
@@ -57,58 +48,36 @@ LOGGERS: Mapping[str, type[LoggerDestination]] = {
 }
 
 
-def build_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
-    """What hides evaluation from training, the callbacks the yaml names, those that watch the data and show samples."""
-    callbacks: list[Callback] = [EvaluationWithoutTraces()]
-    callbacks += [
-        CALLBACKS[name](**_callback_keywords(name, keywords, config.run_folder))
-        for name, keywords in config.callbacks.items()
+def build_callbacks(chosen: Mapping[str, Any], run_folder: str) -> list[Callback]:
+    """Return the callbacks that a yaml names."""
+    defaults = {  # Composer's own is a folder next to the run's
+        "oom_observer": {"folder": f"{run_folder}/out_of_memory", "remote_file_name": None, "overwrite": True}
+    }
+    return [
+        CALLBACKS[name](**{**defaults.get(name, {}), **keywords})
+        for name, keywords in chosen.items()
         if keywords is not None
     ]
-    loader = config.train_loader
-    max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
-    num_queries = config.detection_head.num_queries
-    callbacks.append(TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, num_queries))
-    callbacks.append(LogFirstSample(tokenizer, config.run_folder))
-    if config.evaluation.num_logged_images:
-        pictures = Path(config.run_folder) / "pictures"
-        callbacks.append(
-            LogPredictions(config.evaluation.num_logged_images, pictures, config.evaluation.score_threshold)
-        )
-    return callbacks
 
 
-def build_savers(config: RecipeConfig, origin: Origin) -> list[Callback]:
-    """What saves checkpoints, and saves one on SIGTERM; to be the last callbacks, after all whose state is saved."""
-    saver = build_saver(config, origin)
-    return [] if saver is None else [saver, Preemption(saver)]
-
-
-def build_loggers(config: RecipeConfig) -> list[LoggerDestination]:
-    """The loggers the yaml names, each writing into the run folder unless its keywords say otherwise."""
-    run_folder = Path(config.run_folder)
-    run_folder.mkdir(parents=True, exist_ok=True)
+def build_loggers(chosen: Mapping[str, Any], run_folder: str) -> list[LoggerDestination]:
+    """Return the loggers that a yaml names, each writing into the run folder unless its keywords say otherwise."""
+    Path(run_folder).mkdir(parents=True, exist_ok=True)
     return [
         LOGGERS[name](**_logger_keywords(name, keywords, run_folder))
-        for name, keywords in config.loggers.items()
+        for name, keywords in chosen.items()
         if keywords is not None
     ]
 
 
-def _callback_keywords(name: str, keywords: Mapping[str, Any], run_folder: str) -> dict[str, Any]:
-    if name == "oom_observer":  # its own default is a folder beside the run's
-        return {"folder": f"{run_folder}/out_of_memory", "remote_file_name": None, "overwrite": True, **keywords}
-    return dict(keywords)
-
-
-def _logger_keywords(name: str, keywords: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
+def _logger_keywords(name: str, keywords: Mapping[str, Any], run_folder: str) -> dict[str, Any]:
     if name == "file":
         return {"filename": f"{run_folder}/log-rank{{rank}}.txt", **keywords}
     if name == "json_lines":
-        return {"path": str(run_folder / "metrics.jsonl"), **keywords}
+        return {"path": f"{run_folder}/metrics.jsonl", **keywords}
     if name == "tensorboard":
-        return {"log_dir": str(run_folder / "tensorboard"), **keywords}
+        return {"log_dir": f"{run_folder}/tensorboard", **keywords}
     # Offline unless the user says otherwise.
-    init_kwargs = {"dir": str(run_folder), "mode": os.environ.get("WANDB_MODE", "offline")}
+    init_kwargs = {"dir": run_folder, "mode": os.environ.get("WANDB_MODE", "offline")}
     init_kwargs |= keywords.get("init_kwargs") or {}
     return {"project": "qwen-detect-recipe", **keywords, "init_kwargs": init_kwargs}

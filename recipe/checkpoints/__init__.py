@@ -1,0 +1,1 @@
+"""Weights ↔ disk. Begin with save.py."""

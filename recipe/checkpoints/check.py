@@ -14,9 +14,9 @@ from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from recipe.config import RecipeConfig
 from recipe.records import PARTIAL, write_whole
 from recipe.redact import redact
+from recipe.schema import Origin
 
 MANIFEST = "manifest.json"
 UNFINISHED = f".unfinished{PARTIAL}"  # ends the name of an empty file, there until the checkpoint has its manifest
@@ -28,21 +28,6 @@ class FileEntry:
 
     size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a run is made from.
-
-    Attributes:
-        config: All of it, without secrets.
-        tokenizer: Fingerprint of the tokenizer and its chat template.
-        model: Fingerprint of the names and shapes of all parameters.
-    """
-
-    config: dict[str, Any]
-    tokenizer: str
-    model: str
 
 
 @dataclass(frozen=True)
@@ -78,18 +63,18 @@ class Manifest:
         return self.timestamp["batch"], self.timestamp["epoch"]
 
 
-def describe(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Origin:
-    """What this run is made from.
+def describe(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Origin:
+    """Return what this run is made from.
 
     Args:
-        config: The run's.
+        saved: The run's configuration, from `configure.as_saved`.
         tokenizer: A fast one.
         model: Before any rank takes a part of it.
     """
     backend: Any = tokenizer
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     return Origin(
-        config=json.loads(json.dumps(redact(asdict(config)), default=str)),
+        config=json.loads(json.dumps(saved, default=str)),
         tokenizer=_sha256([backend.backend_tokenizer.to_str(), tokenizer.chat_template]),
         model=_sha256(shapes),
     )

@@ -3,21 +3,20 @@
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import composer.algorithms
 from composer import Trainer
-from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri, reproducibility
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.file_helpers import extract_path_from_symlink
 from torch.serialization import safe_globals
 
 from recipe.checkpoints.check import (
     MANIFEST,
     Found,
-    Origin,
     check,
     differences,
     existing,
@@ -25,38 +24,40 @@ from recipe.checkpoints.check import (
     open_folder,
     read_manifest,
 )
-from recipe.checkpoints.save import save_folder
 from recipe.checkpoints.weights import SAFE_GLOBALS, refuse_code
-from recipe.config import RecipeConfig
+from recipe.config import TrainerView
 from recipe.redact import redact
+from recipe.schema import Origin
 from recipe.upstream.agreement import agree
 
 log = logging.getLogger(__name__)
 
 
-def load_keywords(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
-    """The Trainer's `load_*` keywords for this run; called by all ranks.
+def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool, origin: Origin) -> dict[str, Any]:
+    """Return the Trainer's `load_*` keywords for this run; called by all ranks.
 
     Its own checkpoints come first: `load_path` is only for a run that has none.
 
     Args:
-        config: The run's.
+        trainer: Of the run.
+        load_path: A checkpoint to start from.
+        autoresume: Continue from the run's newest valid checkpoint.
         origin: What the model and tokenizer of this run are.
 
     Raises:
         ValueError: On every rank: there are checkpoints but none may be resumed from, or the one to start from is
             broken or does not fit.
     """
-    return _of_rank_0(lambda: _look(config, origin))
+    return _of_rank_0(lambda: _look(trainer, load_path, autoresume, origin))
 
 
-def weights_keywords(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
-    """The Trainer's `load_*` keywords to load the weights of `load_path` and no more; called by all ranks.
+def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin) -> dict[str, Any]:
+    """Return the Trainer's `load_*` keywords to load the weights of `load_path` and no more; called by all ranks.
 
     Raises:
         ValueError: On every rank: it is broken, or does not fit.
     """
-    return _of_rank_0(lambda: _given(config, origin, weights_only=True))
+    return _of_rank_0(lambda: _given(trainer, load_path, origin, weights_only=True))
 
 
 def _of_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -87,30 +88,21 @@ def is_finished(trainer: Trainer) -> bool:
     return finished
 
 
-def restore_random_states(trainer: Trainer) -> None:
-    """Puts back every rank's random states, as they were after the batch that a run resumed from; before `fit`.
-
-    Composer does so in the midst of an epoch only where it skips the epoch's first batches itself.
-    """
-    if trainer._rng_state is not None:
-        reproducibility.load_rng_state(trainer._rng_state)
-
-
-def _look(config: RecipeConfig, origin: Origin) -> dict[str, Any]:
-    found = _own_checkpoint(config)
+def _look(trainer: TrainerView, load_path: str | None, autoresume: bool, origin: Origin) -> dict[str, Any]:
+    found = _own_checkpoint(trainer, autoresume)
     if found is not None:
-        if config.load_path is not None:
-            log.info("load_path %s is left alone: the run has checkpoints of its own", redact(config.load_path))
+        if load_path is not None:
+            log.info("load_path %s is not read: the run has checkpoints of its own", redact(load_path))
         log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
-        _check_fit(config, origin, found)
+        _check_fit(trainer, origin, found)
         return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
-    return _given(config, origin, config.trainer.get("load_weights_only", False))
+    return _given(trainer, load_path, origin, trainer.load_weights_only)
 
 
-def _given(config: RecipeConfig, origin: Origin, weights_only: bool) -> dict[str, Any]:
-    if config.load_path is None:
+def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_only: bool) -> dict[str, Any]:
+    if load_path is None:
         return {"load_path": None}
-    path = _resolve(config.load_path)
+    path = _resolve(load_path)
     found = _described(path)
     if found is None and "://" not in path and Path(path).is_dir():
         raise ValueError(
@@ -120,7 +112,7 @@ def _given(config: RecipeConfig, origin: Origin, weights_only: bool) -> dict[str
     if found is None:
         log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
         return _keywords(path, weights_only=True)
-    _check_fit(config, origin, found)
+    _check_fit(trainer, origin, found)
     return _keywords(path, found.manifest.weights_only or weights_only)
 
 
@@ -128,11 +120,11 @@ def _keywords(path: str, weights_only: bool) -> dict[str, Any]:
     return {"load_path": path, "load_weights_only": weights_only, "load_exclude_algorithms": list(EXCLUDED_ALGORITHMS)}
 
 
-def _own_checkpoint(config: RecipeConfig) -> Found | None:
-    folder = save_folder(config)
+def _own_checkpoint(trainer: TrainerView, autoresume: bool) -> Found | None:
+    folder = trainer.save_folder
     if folder is None:
         return None
-    if config.autoresume:
+    if autoresume:
         found = newest_valid(folder)
         if found is None and (names := existing(folder)):
             raise ValueError(
@@ -141,7 +133,7 @@ def _own_checkpoint(config: RecipeConfig) -> Found | None:
                 "true (load_path then may name one of them, for its weights)"
             )
         return found
-    if not config.trainer.get("save_overwrite") and (names := existing(folder)):
+    if not trainer.save_overwrite and (names := existing(folder)):
         raise ValueError(
             f"{redact(folder)} holds checkpoints ({_some(names)}) and autoresume is false: set autoresume: true to go "
             "on from the newest, trainer.save_overwrite: true to start anew over them, or another run_folder"
@@ -180,7 +172,7 @@ def _resolve(path: str) -> str:
     return path if path.startswith(("http://", "https://")) else str(Path(path).resolve())
 
 
-def _check_fit(config: RecipeConfig, origin: Origin, found: Found) -> None:
+def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
     """Logs how the configuration differs from the checkpoint's.
 
     Raises:
@@ -204,8 +196,7 @@ def _check_fit(config: RecipeConfig, origin: Origin, found: Found) -> None:
                 f"{path} was made with another {what}{shape}; the configurations differ in {changes}: give "
                 f"the {what} it was trained with, or set another run_folder"
             )
-    fsdp: Mapping[str, Any] = (config.trainer.get("parallelism_config") or {}).get("fsdp") or {}
-    if manifest.sharded != (fsdp.get("state_dict_type") == "sharded"):
+    if manifest.sharded != trainer.saves_shards:
         wanted = "sharded" if manifest.sharded else "full"
         raise ValueError(
             f"{path} is a {'sharded' if manifest.sharded else 'whole'} checkpoint and this run reads the other kind: "

@@ -21,7 +21,6 @@ from recipe.checkpoints.check import (
     FileEntry,
     LocalFolder,
     Manifest,
-    Origin,
     clean,
     has_manifest,
     manifest_of,
@@ -41,9 +40,10 @@ from recipe.checkpoints.write import (
     write_file,
     write_shards,
 )
-from recipe.config import RecipeConfig
+from recipe.config import SaveBestConfig, TrainerView
 from recipe.records import PARTIAL, rename
 from recipe.redact import redact
+from recipe.schema import Origin
 
 log = logging.getLogger(__name__)
 
@@ -61,25 +61,19 @@ KEYWORDS: Mapping[str, str] = {
 }
 
 
-def save_folder(config: RecipeConfig) -> str | None:
-    """Where the run's checkpoints go; None: nowhere."""
-    return config.trainer.get("save_folder", f"{config.run_folder}/checkpoints")
-
-
 def without_saving(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """The Trainer's keywords without those that the saver takes."""
+    """Return the Trainer's keywords without those that the saver takes."""
     return {name: value for name, value in trainer.items() if name not in KEYWORDS}
 
 
-def build_saver(config: RecipeConfig, origin: Origin) -> "CheckpointSaver | None":
-    """The saver that the yaml's `trainer.save_*` keywords ask for; None where `save_folder` is null."""
-    folder = save_folder(config)
-    if folder is None:
+def build_saver(trainer: TrainerView, best: SaveBestConfig, origin: Origin) -> "CheckpointSaver | None":
+    """Return the saver that the yaml's `trainer.save_*` keywords ask for; None if `save_folder` is null."""
+    if trainer.save_folder is None:
         return None
-    keywords = {KEYWORDS[name]: value for name, value in config.trainer.items() if name in KEYWORDS}
-    # What lies in the folder was judged before the run began: what is overwritten is broken, or meant to be.
-    keywords |= {"folder": folder, "overwrite": True}
-    return CheckpointSaver(origin, config.save_best.metric, config.save_best.mode, **keywords)
+    keywords = {KEYWORDS[name]: value for name, value in trainer.keywords.items() if name in KEYWORDS}
+    # The folder was checked before the run began: what is overwritten is broken, or meant to be.
+    keywords |= {"folder": trainer.save_folder, "overwrite": True}
+    return CheckpointSaver(origin, best.metric, best.mode, **keywords)
 
 
 @dataclass(frozen=True)

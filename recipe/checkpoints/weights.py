@@ -7,7 +7,6 @@ read, and beside it the rest of the network (`HEAD_FILE`) and the run's configur
 import pickle
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,17 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import get_file
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.torch_version import TorchVersion
 
-from recipe.config import RecipeConfig
+from recipe.config import CaptionDecoderConfig, ImageConfig, RecipeConfig
 from recipe.configure import load_config, save_config
 from recipe.data.image import image_spec
-from recipe.joint import JointModel
-from recipe.models.network import AVERAGE
+from recipe.models.network import AVERAGE, JointNetwork
 from recipe.redact import redact
 
 HEAD_FILE = "detection_head.safetensors"
@@ -100,6 +97,9 @@ def refuse_code(path: Path) -> None:
 
 
 def read_remote_weights(address: str) -> dict[str, Tensor]:
+    """Fetch a Composer checkpoint from a store and return its weights, as `read_weights` does."""
+    from composer.utils import get_file  # takes seconds to import, which local checkpoints can do without
+
     with TemporaryDirectory() as folder:
         path = Path(folder, "checkpoint.pt")
         try:
@@ -110,7 +110,7 @@ def read_remote_weights(address: str) -> dict[str, Tensor]:
 
 
 def find_config(checkpoint: str | Path) -> RecipeConfig:
-    """The configuration of the run that wrote a checkpoint: beside it, or in one of the two folders above.
+    """Return the configuration of the run that wrote a checkpoint: next to it, or in one of the two folders above.
 
     Raises:
         ValueError: There is none.
@@ -118,49 +118,44 @@ def find_config(checkpoint: str | Path) -> RecipeConfig:
     path = Path(checkpoint).absolute()
     for folder in list(path.parents)[:3]:
         if (folder / RUN_CONFIG_FILE).is_file():
-            return _with_base_model(load_config(str(folder / RUN_CONFIG_FILE)), folder)
+            return load_config(str(folder / RUN_CONFIG_FILE))
     raise ValueError(
-        f"no {RUN_CONFIG_FILE} beside {checkpoint} or in the two folders above: give the run's with --config YAML"
+        f"no {RUN_CONFIG_FILE} next to {checkpoint} or in the two folders above: give the run's with --config YAML"
     )
 
 
-def _with_base_model(config: RecipeConfig, folder: Path) -> RecipeConfig:
-    """With the base model found from wherever one is: the run may have named it relative to where it was started."""
-    name = config.model.pretrained_model_name_or_path
-    homes = [home / name for home in (folder, *folder.parents) if (home / name / "config.json").is_file()]
-    if Path(name).is_dir() or not homes:
-        return config
-    return replace(config, model=replace(config.model, pretrained_model_name_or_path=str(homes[0])))
+def find_base_model(name: str, checkpoint: str | Path) -> str:
+    """Return the folder or hub name of a base model; the run may have named it relative to where it was started."""
+    for home in Path(checkpoint).absolute().parents:
+        if not Path(name).is_dir() and (home / name / "config.json").is_file():
+            return str(home / name)
+    return name
 
 
-def with_trained_caption_length(config: RecipeConfig, checkpoint: str | Path | None) -> RecipeConfig:
-    """The configuration with the `max_caption_tokens` of the run that wrote a checkpoint, where it is null.
+def trained_caption_length(decoder: CaptionDecoderConfig, checkpoint: str | None) -> int | None:
+    """Return `max_caption_tokens`; if it is null, that of the run that wrote the checkpoint.
 
     Raises:
         ValueError: The run's configuration is not there.
     """
-    decoder = config.caption_decoder
     if decoder.max_caption_tokens is not None or checkpoint is None:
-        return config
+        return decoder.max_caption_tokens
     exported = Path(checkpoint, CONFIG_FILE)
     try:
         trained = load_config(str(exported)) if exported.is_file() else find_config(checkpoint)
     except ValueError as error:
         raise ValueError(
-            f"caption_decoder.max_caption_tokens is null, and what {redact(str(checkpoint))} was trained with is not "
+            f"caption_decoder.max_caption_tokens is null, and what {redact(checkpoint)} was trained with is not "
             f"known ({error}): give the number"
         ) from error
-    return replace(
-        config, caption_decoder=replace(decoder, max_caption_tokens=trained.caption_decoder.max_caption_tokens)
-    )
+    return trained.caption_decoder.max_caption_tokens
 
 
-def export_model(model: JointModel, processor: Any, config: RecipeConfig, folder: str | Path) -> None:
-    """Writes a model as a folder that transformers loads, the head's weights and the configuration beside it.
+def export_model(network: JointNetwork, processor: Any, config: RecipeConfig, folder: str | Path) -> None:
+    """Write a model as a folder that transformers loads, with the head's weights and the configuration next to it.
 
-    Of a model with averaged weights those are written.
-
-    The image processor gets the run's pixel budget, so that transformers shows the model pictures as training did.
+    If the model has averaged weights, those are written. The image processor gets the run's pixel budget, so that
+    transformers shows the model images as training did.
 
     Raises:
         ValueError: The folder is not empty.
@@ -168,13 +163,13 @@ def export_model(model: JointModel, processor: Any, config: RecipeConfig, folder
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is a file or a folder that is not empty: give the export a folder of its own")
-    network = model.model
     network.vlm.hf_model.save_pretrained(folder)
-    _with_pixel_budget(processor, config).save_pretrained(folder)
+    _with_pixel_budget(processor, config.image).save_pretrained(folder)
     weights = answering_weights(network.state_dict())
     head = {name: value.contiguous() for name, value in weights.items() if not name.startswith(LANGUAGE_MODEL)}
     save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
-    save_config(config, folder / CONFIG_FILE)  # last: only a whole export has one
+    # Last: only a whole export has one.
+    save_config(config, folder / CONFIG_FILE, network.caption_decoder.max_caption_tokens)
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
@@ -207,8 +202,8 @@ def _some(names: list[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + rest
 
 
-def _with_pixel_budget(processor: Any, config: RecipeConfig) -> Any:
-    spec = image_spec(processor.image_processor, config.image)
+def _with_pixel_budget(processor: Any, image: ImageConfig) -> Any:
+    spec = image_spec(processor.image_processor, image)
     processor = deepcopy(processor)
     image_processor = processor.image_processor
     image_processor.min_pixels, image_processor.max_pixels = spec.min_pixels, spec.max_pixels

@@ -19,12 +19,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.utils._pytree import tree_leaves
 
 from recipe.algorithms.norms import local
 from recipe.checkpoints.check import FileEntry, describe_file
 from recipe.records import PARTIAL, rename
 from recipe.redact import redact_text
+from recipe.upstream.composer_state import weights_only_state
+from recipe.upstream.torch_private import tree_leaves
 
 Value = TypeVar("Value")
 IgnoreKeys = list[str] | Callable[[dict[str, Any]], None]
@@ -61,11 +62,7 @@ def state_of_training(state: State, weights_only: bool, ignore_keys: IgnoreKeys 
     """
     content: dict[str, Any] = {}
     if weights_only:
-        content["state"] = {
-            "model": state.get_model_state_dict(),
-            "integrations": state._get_integrations_state_dict(),
-            "metadata": state._get_state_metadata(),
-        }
+        content["state"] = weights_only_state(state)
     else:
         content["state"] = state.state_dict()
         rng = reproducibility.get_rng_state()  # of all ranks
@@ -80,7 +77,7 @@ def state_of_training(state: State, weights_only: bool, ignore_keys: IgnoreKeys 
 def num_bytes(content: Mapping[str, Any]) -> int:
     """Bytes of this rank's tensors, those that share memory counted once."""
     tensors = [local(leaf) for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
-    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -1,0 +1,1 @@
+"""Sample → Batch. Begin with stream.py."""

@@ -1,22 +1,39 @@
-"""Examples → Batch: padded rows or one packed row, with every index field counted in the flattened tokens."""
+"""Packs → Batch: padded rows or one packed row, with every index field counted in the flattened tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recipe.schema import Batch, Example, Role
+from recipe.schema import Batch, Example, Pack, Role
+
+Collator = Callable[[Sequence[Pack]], Batch]
 
 
-def collate_standard(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Right-padded rows: `input_ids` (B, L), `attention_mask` (B, L), `position_ids` (3, B, L)."""
+def one_each(examples: Sequence[Example]) -> list[Pack]:
+    """Return a pack for each example, as without packing."""
+    return [Pack(number, [item], is_inert=item.is_inert) for number, item in enumerate(examples)]
+
+
+def collate_microbatches(packs: Sequence[Pack], collate: Collator, microbatch_size: int) -> list[Batch]:
+    """Cut the packs of a device batch into microbatches and collate each.
+
+    Cutting before collation pads a microbatch to its own longest row only, and images are never sliced apart again.
+    """
+    return [collate(packs[start : start + microbatch_size]) for start in range(0, len(packs), microbatch_size)]
+
+
+def collate_standard(packs: Sequence[Pack], pad_token_id: int) -> Batch:
+    """Return right-padded rows: `input_ids` (B, L), `attention_mask` (B, L), `position_ids` (3, B, L)."""
+    examples = [example for pack in packs for example in pack.examples]
     input_ids = pad_sequence([item.input_ids for item in examples], batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor([len(item.input_ids) for item in examples])
     positions = pad_sequence([item.position_ids.T for item in examples], batch_first=True)  # (B, L, 3)
     row_length = input_ids.shape[1]
     return _batch(
+        packs,
         examples,
         offsets=[row * row_length for row in range(len(examples))],
         input_ids=input_ids,
@@ -26,15 +43,15 @@ def collate_standard(examples: Sequence[Example], pad_token_id: int) -> Batch:
     )
 
 
-def collate_packed(examples: Sequence[Example]) -> Batch:
-    """One row without padding: `input_ids` (1, L), no mask, `position_ids` (4, 1, L).
-
-    Row 0 of the positions restarts at 0 for every sample: by it transformers keeps the samples apart.
-    """
+def collate_packed(packs: Sequence[Pack]) -> Batch:
+    """Return one row without padding: `input_ids` (1, L), no mask, `position_ids` (4, 1, L)."""
+    examples = [example for pack in packs for example in pack.examples]
     lengths = [len(item.input_ids) for item in examples]
+    # Restarts at 0 for every sample, which is how transformers keeps the samples of a row apart.
     starts = torch.cat([torch.arange(length) for length in lengths])
     rotary = torch.cat([item.position_ids for item in examples], dim=1)  # (3, L)
     return _batch(
+        packs,
         examples,
         offsets=list(accumulate(lengths, initial=0))[:-1],
         input_ids=torch.cat([item.input_ids for item in examples])[None],
@@ -45,6 +62,7 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
 
 
 def _batch(
+    packs: Sequence[Pack],
     examples: Sequence[Example],
     offsets: list[int],
     input_ids: Tensor,
@@ -52,7 +70,7 @@ def _batch(
     position_ids: Tensor,
     segment_lengths: list[int] | None,
 ) -> Batch:
-    """Adds what both layouts share; `offsets`: where each sample begins in the flattened tokens."""
+    """Add what both layouts share; sample i begins at `offsets[i]` of the flattened tokens."""
     supervised = [item.roles.nonzero()[:, 0] for item in examples]
     assert all(int(Role.NONE) == 0 and bool((index > 0).all()) for index in supervised), "no token predicts the first"
     image_ends = list(accumulate(len(item.image_grid_thw) for item in examples))
@@ -79,7 +97,6 @@ def _batch(
         noise_seeds=[examples[position].noise_seed for position in solved],
         num_tokens=sum(len(item.input_ids) for item in examples if not item.is_inert),
         num_samples=sum(not item.is_inert for item in examples),
-        num_packs=0,
-        skipped={},
-        loss_counts=None,
+        num_packs=sum(not pack.is_inert for pack in packs),
+        skipped={name: reason for pack in packs for name, reason in pack.skipped.items()},
     )

@@ -25,8 +25,8 @@ from recipe.data.chat import (
     system_of,
     system_segments,
 )
-from recipe.data.image import ImageSpec, patchify, resized_size
-from recipe.schema import Example, Object, Role, Sample, Target
+from recipe.data.image import patchify, resized_size
+from recipe.schema import Example, ImageSpec, Object, Role, Sample, Target
 
 
 def rope_positions(input_ids: Tensor, image_grid_thw: Tensor, hf_config: Any) -> Tensor:

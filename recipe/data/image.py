@@ -4,7 +4,6 @@ Keeping bytes until the device moves eight times fewer of them (no float32, no r
 `Qwen2VLImageProcessorFast` resizes uint8 pixels too, and normalises after.
 """
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -18,34 +17,9 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from recipe.config import ImageConfig
 from recipe.images import is_plain_jpeg, open_image
+from recipe.schema import ImageSpec
 
 MAX_ASPECT_RATIO = 200
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """How the checkpoint wants its pictures.
-
-    Attributes:
-        patch_size: Pixels along one side of a vision patch.
-        merge_size: Patches along one side of a vision token.
-        min_pixels: Smaller pictures are enlarged to it.
-        max_pixels: Larger pictures are reduced to it.
-        image_mean: Per channel, of pixels in [0, 1].
-        image_std: Per channel, of pixels in [0, 1].
-    """
-
-    patch_size: int
-    merge_size: int
-    min_pixels: int
-    max_pixels: int
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
-
-    @property
-    def patch_values(self) -> int:
-        """Bytes of one patch: 3 * patch * patch."""
-        return 3 * self.patch_size**2
 
 
 def image_spec(image_processor: Any, image_config: ImageConfig) -> ImageSpec:

@@ -316,8 +316,8 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-class EvalSamples(Dataset[Example]):
-    """An evaluation set in stored order; item `-1 - i` is sample `i` made inert, which no loss or metric counts."""
+class EvalSamples(Dataset[Pack]):
+    """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert."""
 
     def __init__(self, maker: ExampleMaker, **keywords: Any):
         """Opens the shards.
@@ -332,10 +332,10 @@ class EvalSamples(Dataset[Example]):
     def __len__(self) -> int:
         return self._rows.num_samples
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Pack:
         position = index if index >= 0 else -1 - index
         example = self._maker(self._rows[position], 0, position)
-        return example if index >= 0 else make_inert(example)
+        return Pack(position, [example]) if index >= 0 else Pack(position, [make_inert(example)], is_inert=True)
 
 
 class EvalSampler(DistributedSampler):

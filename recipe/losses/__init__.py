@@ -1,0 +1,1 @@
+"""Outputs → named, unweighted loss terms. Begin with detection.py."""

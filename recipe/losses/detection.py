@@ -11,7 +11,6 @@ all layers of the denoising queries and averaged over their groups.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,30 +19,13 @@ from torchvision.ops import sigmoid_focal_loss
 
 from recipe.boxes import elementwise_iou
 from recipe.config import LossConfig
-from recipe.models.matcher import Matches
-from recipe.schema import DetectionOutputs, LossCounts, Target
+from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Target
 
 REPEATS = ("_aux", "_selection", "_group", "_dn")
 
 
-class DenoisingTargets(Protocol):
-    """What the losses read of `recipe.models.denoising.DenoisingQueries`, R = groups * 2 * T queries an image.
-
-    Attributes:
-        target_boxes: (N, R, 4) cxcywh.
-        valid: (N, R) bool, False at padding.
-        positive: (N, R) bool, True where the query is to become its target, False where it is to be rejected.
-        num_groups: Copies of the ground truth.
-    """
-
-    target_boxes: Tensor
-    valid: Tensor
-    positive: Tensor
-    num_groups: int
-
-
 def base_term(name: str) -> str:
-    """The term that a loss repeats: `loss_giou_aux` → `giou`."""
+    """Return the term that a loss repeats: `loss_giou_aux` → `giou`."""
     for suffix in REPEATS:
         name = name.removesuffix(suffix)
     return name.removeprefix("loss_")
@@ -56,12 +38,12 @@ def detection_losses(
     counts: LossCounts,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Box and objectness terms of the object queries, all layers and images at once.
+    """Return box and objectness terms of the object queries, all layers and images at once.
 
     Args:
         outputs: Of N images.
         matches: One for each of `outputs.layers()`.
-        targets: N of them; images without (not annotated) take no part.
+        targets: N of them; None (not annotated) takes no part.
         counts: Denominators.
         config: The objectness loss and its parameters.
 
@@ -93,17 +75,17 @@ def detection_losses(
 
 
 def denoising_losses(
-    denoising: tuple[DenoisingTargets, DetectionOutputs] | None,
+    denoising: tuple[DenoisingQueries, DetectionOutputs] | None,
     detection: DetectionOutputs,
     counts: LossCounts,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Box and objectness terms of the denoising queries, which know their targets, over all layers.
+    """Return box and objectness terms of the denoising queries, which know their targets, over all layers.
 
     Args:
-        denoising: The queries and their outputs; None where no image of the batch has an object: all terms are 0.
+        denoising: The queries and their outputs; None if no image of the batch has an object: all terms are 0.
         detection: Of the object queries.
-        counts: Denominators; each group counts as a batch of its own.
+        counts: Denominators; each group counts as its own batch.
         config: The objectness loss and its parameters.
 
     Returns:
@@ -115,15 +97,15 @@ def denoising_losses(
     queries, outputs = denoising
     layers = [*outputs.aux_outputs, outputs]
     logits = _logits(layers)  # (layers, N, R)
-    # Nothing is gathered by a mask: the number of its entries would be waited for on a GPU.
-    mended = (queries.valid & queries.positive).expand_as(logits)
+    # Nothing is gathered by a mask: the number of its entries would have to be waited for on a GPU.
+    repaired = (queries.valid & queries.positive).expand_as(logits)
     predicted = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, R, 4)
     true = queries.target_boxes.to(predicted)
-    quality = _quality(predicted, true, config).to(logits) * mended
+    quality = _quality(predicted, true, config).to(logits) * repaired
     is_object = queries.positive.to(logits).expand_as(logits)
     objectness = objectness_loss(logits, is_object, quality, config)
     num_objects, num_images = (max(counts[key], 1) * queries.num_groups for key in ("objects", "images"))
-    terms = {name: _sum_of(loss, mended) / num_objects for name, loss in box_losses(predicted, true).items()}
+    terms = {name: _sum_of(loss, repaired) / num_objects for name, loss in box_losses(predicted, true).items()}
     return {
         **{f"{name}_dn": term for name, term in terms.items()},
         "loss_objectness_dn": _sum_of(objectness, queries.valid) / num_images,
@@ -135,41 +117,37 @@ def _sum_of(losses: Tensor, mask: Tensor) -> Tensor:
 
 
 def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """L1 and GIoU of pairs of boxes: (..., 4) cxcywh each → (...) each."""
+    """Return L1 and GIoU of pairs of boxes: (..., 4) cxcywh each → (...) each."""
     l1 = (predicted - true).abs().sum(-1)
     _, giou = elementwise_iou(predicted, true)
     return {"loss_bbox": l1, "loss_giou": 1 - giou}
 
 
 def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: LossConfig) -> Tensor:
-    """The loss of every query's objectness.
+    """Return the loss of every query's objectness.
 
     focal: Lin et al. 2017: the target is 1 for a matched query, and easy queries weigh less.
-    varifocal: Zhang et al. 2021: the target of a matched query is the IoU of its box, and so is its weight.
     mal: Huang et al. 2025 (DEIM): the target is IoU ** gamma and the weight 1, so that a poor match is pushed too.
 
     Args:
         logits: Of any shape.
-        is_object: Of the same; 1 where the query is matched, else 0.
+        is_object: Of the same; 1 if the query is matched, else 0.
         quality: Of the same; the IoU of matched queries' boxes, else 0. Not read by focal.
-        config: Names the loss. `focal_alpha` weighs objects (focal), 1 - `focal_alpha` empty queries (all but mal).
+        config: Names the loss. With focal, `focal_alpha` weighs objects and 1 - `focal_alpha` empty queries.
 
     Returns:
         Of the same shape.
     """
-    alpha, gamma = config.focal_alpha, config.focal_gamma
+    gamma = config.focal_gamma
     if config.objectness == "focal":
-        return sigmoid_focal_loss(logits, is_object, alpha=alpha, gamma=gamma)
+        return sigmoid_focal_loss(logits, is_object, alpha=config.focal_alpha, gamma=gamma)
     focus = logits.detach().sigmoid() ** gamma * (1 - is_object)
-    if config.objectness == "varifocal":
-        target, weight = quality, (1 - alpha) * focus + quality
-    else:
-        target, weight = is_object * quality**gamma, focus + is_object
+    target, weight = is_object * quality**gamma, focus + is_object
     return weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
 def caption_loss(logits: Tensor, labels: Tensor, images: Tensor, num_images: int, counts: LossCounts) -> Tensor:
-    """Mean cross-entropy over each image's caption tokens, summed over images, divided by the batch's images.
+    """Return the mean cross-entropy over each image's caption tokens, summed, divided by the batch's images.
 
     Args:
         logits: (k, V), of the tokens of all matched captions.
@@ -186,7 +164,7 @@ def caption_loss(logits: Tensor, labels: Tensor, images: Tensor, num_images: int
 
 @torch.no_grad()
 def _quality(predicted: Tensor, true: Tensor, config: LossConfig) -> Tensor:
-    """The IoU of pairs of boxes, (..., 4) cxcywh each → (...); zeros where the objectness loss does not read it."""
+    """Return the IoU of pairs of boxes, (..., 4) cxcywh each → (...); zeros if the objectness loss does not read it."""
     if config.objectness == "focal":
         return predicted.new_zeros(predicted.shape[:-1])
     iou, _ = elementwise_iou(predicted, true)
@@ -194,19 +172,19 @@ def _quality(predicted: Tensor, true: Tensor, config: LossConfig) -> Tensor:
 
 
 def _logits(layers: Sequence[DetectionOutputs]) -> Tensor:
-    """In float32 at least: a target IoU in bfloat16 would be off by up to 0.002."""
+    """Return logits in float32 at least: a target IoU in bfloat16 would be off by up to 0.002."""
     logits = torch.stack([layer.pred_objectness for layer in layers])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _padded_boxes(targets: Sequence[Target | None], like: Tensor) -> Tensor:
-    """(N, T, 4), zero where padded."""
+    """Return the boxes as (N, T, 4), padded with zeros."""
     rows = [like.new_zeros(0, 4) if target is None else target["boxes"].to(like) for target in targets]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _by_suffix(terms: dict[str, Tensor], suffixes: Sequence[str], num_groups: int) -> dict[str, Tensor]:
-    """{name: (layers,)} → {name + suffix: ()}."""
+    """Sum {name: (layers,)} to {name + suffix: ()}."""
     summed = {}
     for suffix in dict.fromkeys(reversed(suffixes)):
         rows = [row for row, other in enumerate(suffixes) if other == suffix]

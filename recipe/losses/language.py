@@ -1,4 +1,4 @@
-"""The language model's loss: cross-entropy on the answers, apart for teachers and student, from one pass."""
+"""The language model's loss: cross-entropy on the answers, separate for teachers and student, from one pass."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from recipe.schema import LossCounts, Role
 
 
 def language_losses(logits: Tensor, labels: Tensor, roles: Tensor, counts: LossCounts) -> dict[str, Tensor]:
-    """Each role's summed cross-entropy, divided by the role's tokens in the whole global batch.
+    """Return each role's summed cross-entropy, divided by the role's tokens in the whole global batch.
 
     Args:
         logits: (K, V), of the supervised positions only.

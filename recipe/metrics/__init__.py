@@ -1,0 +1,1 @@
+"""(Predictions, Samples) → numbers. Begin with gather.py."""

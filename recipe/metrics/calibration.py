@@ -9,18 +9,9 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from torchvision.ops import box_iou
 
 from recipe.config import EvaluationConfig
-from recipe.metrics.gather import (
-    UNDEFINED,
-    RowsPerSampleMetric,
-    boxes_of,
-    inside_crowd,
-    match_by_score,
-    sample_key,
-    scored_pairs,
-)
+from recipe.metrics.gather import IGNORED, UNDEFINED, Evaluation, found_truths, scored_pairs
 from recipe.schema import Prediction, Sample
 
 
@@ -60,80 +51,64 @@ class Detections:
     num_truths: int
 
 
-class Calibration(RowsPerSampleMetric):
-    """Scores of the detections against how many of them are true.
+def detections_of(
+    predictions: Sequence[Prediction], samples: Sequence[Sample], iou_threshold: float = 0.5
+) -> Detections:
+    """Judge every detection.
 
-    A detection is true where it is matched one to one, by falling score, to the free truth it overlaps most, at an
-    IoU of at least `iou_threshold`, as COCO matches. Unmatched ones in a crowd region do not count.
-
-    `compute` returns `ece`, the expected calibration error: over the detections scored `floor` or more, the distance
-    of mean score and precision in `num_bins` equal bins, weighted by their counts; without the floor the many queries
-    that found nothing, scored near 0, would make any head look calibrated. `best_score_threshold` is the score from
-    which up the F1 of all images is best, of equal ones the highest, and `best_f1` that F1. A value is -1 where nothing
-    defines it.
+    A detection is true if it is matched one to one, by falling score, to the free truth it overlaps most, at an IoU of
+    at least `iou_threshold`, as COCO matches. Unmatched ones in a crowd region do not count.
     """
-
-    def __init__(self, iou_threshold: float = 0.5, floor: float = 0.05, num_bins: int = 10):
-        super().__init__(width=2)  # score, is true
-        self.iou_threshold = iou_threshold
-        self.floor = floor
-        self.num_bins = num_bins
-        self._halves: tuple[Detections, Detections] | None = None
-
-    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
-        """Adds images.
-
-        Raises:
-            ValueError: The predictions do not belong to the samples.
-        """
-        keys, counts, rows = [], [], []
-        for prediction, sample, objects in scored_pairs(predictions, samples):
-            found = sorted(prediction.objects, key=lambda item: -item.score)
-            boxes = boxes_of(found)
-            truths = boxes_of([item for item in objects if not item.iscrowd])
-            crowds = boxes_of([item for item in objects if item.iscrowd])
-            is_true = torch.zeros(len(found), dtype=torch.bool)
-            is_true[[row for row, _ in match_by_score(box_iou(boxes, truths), self.iou_threshold)]] = True
-            scores = torch.tensor([item.score for item in found], dtype=torch.float64)
-            counted = is_true | ~inside_crowd(boxes, crowds, self.iou_threshold)
-            keys.append(sample_key(sample))
-            counts.append(len(truths))
-            rows.append(torch.stack([scores, is_true.double()], 1)[counted])
-        self.append(keys, counts, rows)
-
-    def compute(self) -> dict[str, Tensor]:
-        """The scores, over all ranks."""
-        keys, truths, parts = self.gathered_samples()
-        rows = torch.cat(parts)
-        is_odd = keys % 2 > 0
-        of_odd = is_odd.repeat_interleave(torch.tensor([len(part) for part in parts[:-1]], dtype=torch.int64))
-        self._halves = (
-            Detections(*_columns(rows[~of_odd]), int((~is_odd).sum()), int(truths[~is_odd].sum())),
-            Detections(*_columns(rows[of_odd]), int(is_odd.sum()), int(truths[is_odd].sum())),
-        )
-        threshold, f1 = best_threshold(*_columns(rows), int(truths.sum()))
-        return {
-            "ece": torch.tensor(expected_calibration_error(reliability_bins(rows, self.floor, self.num_bins))),
-            "best_score_threshold": torch.tensor(threshold),
-            "best_f1": torch.tensor(f1),
-        }
-
-    def halves(self) -> tuple[Detections, Detections]:
-        """The detections on one half of the images and on the other, over all ranks, as of the last `compute`.
-
-        Which half a sample is in depends on the sample alone.
-        """
-        assert self._halves is not None, "halves() before compute()"
-        return self._halves
+    scores, is_true = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.bool)]
+    num_images, num_truths = 0, 0
+    for prediction, _, objects in scored_pairs(predictions, samples):
+        found = sorted(prediction.objects, key=lambda item: -item.score)
+        places = torch.tensor(found_truths(found, objects, iou_threshold), dtype=torch.int64)
+        counted = places != IGNORED
+        scores.append(torch.tensor([item.score for item in found], dtype=torch.float64)[counted])
+        is_true.append(places[counted] >= 0)
+        num_images += 1
+        num_truths += sum(not item.iscrowd for item in objects)
+    return Detections(torch.cat(scores), torch.cat(is_true), num_images, num_truths)
 
 
-def _columns(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return rows[:, 0], rows[:, 1] > 0
+def detections_of_halves(evaluation: Evaluation) -> tuple[Detections, Detections]:
+    """Judge the detections of one half of the images and of the other, after `evaluation.compute()`.
+
+    Which half an image is in depends on the image alone.
+    """
+    even, odd = ([row for row in evaluation.evaluated if row[0] % 2 == half] for half in (0, 1))
+    first, second = (detections_of([row[1] for row in half], [row[2] for row in half]) for half in (even, odd))
+    return first, second
 
 
-def reliability_bins(rows: Tensor, floor: float, num_bins: int) -> list[ReliabilityBin]:
-    """Equal-width bins of (D, 2) scores and truths; scores below `floor` are left out."""
-    scores, is_true = rows[rows[:, 0] >= floor].unbind(1)
+def calibration(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
+    """Compare the scores of detections with how many of them are true.
+
+    Returns:
+        `ece`: expected calibration error, see `reliability_bins`.
+        `best_score_threshold`: score from which up the F1 of all images is best, of equal ones the highest.
+        `best_f1`: that F1. A value is -1 if nothing defines it.
+    """
+    found = detections_of(predictions, samples)
+    threshold, f1 = best_threshold(found.scores, found.is_true, found.num_truths)
+    return {
+        "ece": expected_calibration_error(reliability_bins(found)),
+        "best_score_threshold": threshold,
+        "best_f1": f1,
+    }
+
+
+def reliability_bins(detections: Detections, floor: float = 0.05, num_bins: int = 10) -> list[ReliabilityBin]:
+    """Sort detections into bins of equal width.
+
+    Args:
+        detections: Scores and whether they are true.
+        floor: Lower scores are left out: the many queries that found nothing would make any head look calibrated.
+        num_bins: Of [0, 1].
+    """
+    kept = detections.scores >= floor
+    scores, is_true = detections.scores[kept], detections.is_true[kept].double()
     places = (scores * num_bins).long().clamp(0, num_bins - 1)
     counts = torch.bincount(places, minlength=num_bins)
     sums = [torch.bincount(places, weights=weights, minlength=num_bins) for weights in (scores, is_true)]
@@ -272,17 +247,13 @@ class CalibrationFit:
     held_out: tuple[Reliability, Reliability]
 
 
-def find_calibration(
-    fitted: Detections, held_out: Detections, evaluation: EvaluationConfig, floor: float, num_bins: int
-) -> CalibrationFit:
+def find_calibration(fitted: Detections, held_out: Detections, evaluation: EvaluationConfig) -> CalibrationFit:
     """Fits Platt's curve, and the threshold of the best F1 after it, on one half of the images; judges on both.
 
     Args:
         fitted: What both are found on.
         held_out: What tells how well they do elsewhere.
         evaluation: What the scores were made with; the result stands in its place.
-        floor: Least score that counts in a calibration error.
-        num_bins: Of the curve.
 
     Raises:
         ValueError: The fitted half has no true detection, or better scores are not truer.
@@ -297,7 +268,7 @@ def find_calibration(
     threshold = _middle_threshold(calibrated[0])
 
     def judge(half: Detections, threshold: float) -> Reliability:
-        bins = reliability_bins(torch.stack([half.scores, half.is_true.double()], 1), floor, num_bins)
+        bins = reliability_bins(half)
         f1 = f1_from(half, threshold)
         return Reliability(half.num_images, len(half.scores), expected_calibration_error(bins), f1, bins)
 

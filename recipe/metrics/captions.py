@@ -4,7 +4,6 @@
 - CIDEr-D: Vedantam, Zitnick and Parikh, 2015: rare words count more.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,69 +16,75 @@ from torchvision.ops import box_iou
 
 from recipe.metrics.gather import (
     UNDEFINED,
-    RowsPerSampleMetric,
-    SumMetric,
     boxes_of,
     match_by_score,
     normalized_caption,
-    sample_key,
     scored_pairs,
+    split_crowds,
 )
 from recipe.metrics.scorers import TextScorer, words_of
 from recipe.schema import Object, Prediction, Sample
 
 
-class CaptionMatch(SumMetric):
-    """Exact match of captions on matched boxes.
+def match_captions(
+    prediction: Prediction, objects: Sequence[Object], score_threshold: float, iou_threshold: float = 0.5
+) -> list[tuple[str, str]]:
+    """Return (predicted, true) captions of matched boxes.
 
-    Predictions from `score_threshold` up are matched by falling score, each to the free ground truth it overlaps
-    most, at an IoU of at least `iou_threshold`; crowd regions take no part.
-
-    `compute` returns `caption_match`, the share of matched pairs with equal captions (without case and outer blanks),
-    `caption_{scorer's name}`, the mean score of the pairs' captions, `matched_boxes`, how many pairs there are, and
-    `recall`, the share of ground truths that were matched. Without a matched pair the first two are 0; without ground
-    truth they and `recall` are -1.
+    Predictions from `score_threshold` up are matched by falling score, each to the free ground truth it overlaps most,
+    at an IoU of at least `iou_threshold`; crowd regions take no part.
     """
+    kept = [item for item in prediction.objects if item.score >= score_threshold]
+    kept.sort(key=lambda item: -item.score)
+    truths, _ = split_crowds(objects)
+    pairs = match_by_score(box_iou(boxes_of(kept), boxes_of(truths)), iou_threshold)
+    return [(kept[row].caption, truths[column].caption) for row, column in pairs]
 
-    def __init__(self, score_threshold: float, scorer: TextScorer, iou_threshold: float = 0.5):
-        super().__init__(width=4)  # equal, alike, pairs, truths
-        self.score_threshold = score_threshold
-        self.scorer = scorer
-        self.iou_threshold = iou_threshold
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What `compute` returns."""
-        return "caption_match", f"caption_{self.scorer.name}", "matched_boxes", "recall"
+def caption_match(
+    predictions: Sequence[Prediction], samples: Sequence[Sample], score_threshold: float, scorer: TextScorer
+) -> dict[str, float]:
+    """Compare the captions of matched boxes (`match_captions`).
 
-    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
-        """Adds images.
+    Returns:
+        `caption_match`: share of pairs with equal captions, without case and outer blanks.
+        `caption_{scorer.name}`: mean score of the pairs.
+        `matched_boxes`: number of pairs.
+        `recall`: share of ground truths that were matched.
+        Without a pair the first two are 0; without ground truth all but `matched_boxes` are -1.
+    """
+    equal, alike, matched, num_truths = 0, 0.0, 0, 0
+    for prediction, _, objects in scored_pairs(predictions, samples):
+        pairs = match_captions(prediction, objects, score_threshold)
+        equal += sum(normalized_caption(found) == normalized_caption(wanted) for found, wanted in pairs)
+        alike += sum(scorer([found for found, _ in pairs], [[wanted] for _, wanted in pairs]))
+        matched += len(pairs)
+        num_truths += sum(not item.iscrowd for item in objects)
+    return {
+        "caption_match": equal / max(matched, 1) if num_truths else UNDEFINED,
+        f"caption_{scorer.name}": alike / max(matched, 1) if num_truths else UNDEFINED,
+        "matched_boxes": float(matched),
+        "recall": matched / num_truths if num_truths else UNDEFINED,
+    }
 
-        Raises:
-            ValueError: The predictions do not belong to the samples.
-        """
-        rows = []
-        for prediction, _, objects in scored_pairs(predictions, samples):
-            kept = [item for item in prediction.objects if item.score >= self.score_threshold]
-            kept.sort(key=lambda item: -item.score)
-            truths = [item for item in objects if not item.iscrowd]
-            pairs = match_by_score(box_iou(boxes_of(kept), boxes_of(truths)), self.iou_threshold)
-            candidates = [kept[row].caption for row, _ in pairs]
-            references = [truths[column].caption for _, column in pairs]
-            equal = sum(
-                normalized_caption(candidate) == normalized_caption(reference)
-                for candidate, reference in zip(candidates, references, strict=True)
-            )
-            alike = sum(self.scorer(candidates, [[reference] for reference in references]))
-            rows.append([equal, alike, len(pairs), len(truths)])
-        self.add(rows)
 
-    def compute(self) -> dict[str, Tensor]:
-        """The scores, over all ranks."""
-        equal, alike, matched, truths = self.totals()
-        match, likeness = ((total / max(matched, 1) if truths else UNDEFINED) for total in (equal, alike))
-        values = (match, likeness, matched, matched / truths if truths else UNDEFINED)
-        return {name: torch.tensor(value) for name, value in zip(self.names, values, strict=True)}
+def caption_cider(
+    predictions: Sequence[Prediction], samples: Sequence[Sample], score_threshold: float
+) -> dict[str, float]:
+    """Compute `caption_cider_d`, the mean CIDEr-D of the captions of matched boxes (`match_captions`).
+
+    Document frequencies are those of all ground-truth captions of the set, matched or not, so the scale does not move
+    with what a model finds. 0 without a pair, -1 without ground truth. Captions of fewer than four words cannot reach
+    10: each of the four n-gram lengths that a caption lacks counts 0.
+    """
+    corpus, pairs = [], []
+    for prediction, _, objects in scored_pairs(predictions, samples):
+        corpus += [[item.caption] for item in objects if not item.iscrowd]
+        pairs += match_captions(prediction, objects, score_threshold)
+    if not corpus:
+        return {"caption_cider_d": UNDEFINED}
+    scores = cider_d([found for found, _ in pairs], [[wanted] for _, wanted in pairs], corpus)
+    return {"caption_cider_d": sum(scores) / max(len(scores), 1)}
 
 
 FRAME = 720  # pixels of the longer side of the picture in which boxes are compared
@@ -97,80 +102,64 @@ class MergedTruth:
     references: list[str]
 
 
-class DenseCaptioningMAP(RowsPerSampleMetric):
-    """Average precision of boxes with captions, over thresholds of both.
+def dense_captioning(
+    predictions: Sequence[Prediction], samples: Sequence[Sample], scorer: TextScorer
+) -> dict[str, float]:
+    """Compute the average precision of boxes with captions, over thresholds of both.
 
     Ground truths that overlap are merged. Detections go by falling score to the merged truth they overlap most; the
     first one there takes it, even if it then fails a threshold. A detection is true from an IoU threshold up, with a
-    text score strictly above a text threshold. `compute` returns `densecap_map_{scorer's name}`, the mean AP of the
-    30 pairs of thresholds, and `densecap_map_boxes`, the mean of the five IoU thresholds without regard to text.
+    text score strictly above a text threshold.
 
     Corners are taken as they are: `Sample`'s x2 is x1 + width, and an inclusive area is a pixel wider than that. The
-    original code's corners are last pixels, x1 + width - 1, so that its scores are a little lower.
+    original code's corners are last pixels, x1 + width - 1, so its scores are a little lower.
 
     Beyond the definition: a detection that overlaps nothing takes no truth (the original code gives it the last one);
-    crowd regions are no truths, and what lies in one is ignored as COCO does; equal scores keep an order that does
-    not depend on batches or ranks. Both values are -1 without ground truth.
+    crowd regions are not truths, and what lies in one is ignored as COCO does; equal scores keep the given order.
 
-    Args:
-        scorer: Compares captions. Where the picture is, so that only numbers are gathered over ranks.
+    Returns:
+        `densecap_map_{scorer.name}`: mean AP of the 30 pairs of thresholds.
+        `densecap_map_boxes`: mean of the five IoU thresholds without regard to text. Both -1 without ground truth.
     """
+    rows = [np.empty((0, 5))]  # score, IoU, is first, text score, share in a crowd
+    num_truths = 0
+    for prediction, sample, objects in scored_pairs(predictions, samples):
+        image, count = _measure(prediction, sample, objects, scorer)
+        rows.append(image.numpy())
+        num_truths += count
+    names = (f"densecap_map_{scorer.name}", "densecap_map_boxes")
+    if not num_truths:
+        return dict.fromkeys(names, UNDEFINED)
+    table = torch.from_numpy(np.concatenate(rows))
+    table = table[table[:, 0].argsort(descending=True, stable=True)]
+    overlap, is_first, text, crowd = table[:, 1:].unbind(1)
+    cells, box_cells = [], []
+    for threshold in IOU_THRESHOLDS:
+        assigned = (is_first > 0) & (overlap >= threshold)
+        counted = assigned | (crowd < threshold)
+        box_cells.append(average_precision(assigned[counted], num_truths))
+        for text_threshold in TEXT_THRESHOLDS:
+            cells.append(average_precision((assigned & (text > text_threshold))[counted], num_truths))
+    return dict(zip(names, (sum(cells) / len(cells), sum(box_cells) / len(box_cells)), strict=True))
 
-    def __init__(self, scorer: TextScorer):
-        super().__init__(width=5)  # score, IoU, is first, text score, share in a crowd
-        self.scorer = scorer
 
-    @property
-    def names(self) -> tuple[str, str]:
-        """What `compute` returns."""
-        return f"densecap_map_{self.scorer.name}", "densecap_map_boxes"
-
-    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
-        """Adds images.
-
-        Raises:
-            ValueError: The predictions do not belong to the samples.
-        """
-        keys: list[int] = []
-        counts: list[int] = []
-        rows: list[Tensor] = []
-        asked: list[tuple[Tensor, str, list[str]]] = []  # the row that wants the score, candidate, references
-        for prediction, sample, objects in scored_pairs(predictions, samples):
-            scale = FRAME / max(sample.width, sample.height)
-            found = sorted(prediction.objects, key=lambda item: -item.score)
-            boxes = boxes_of(found) * scale
-            truths = merge_truths([item for item in objects if not item.iscrowd], scale)
-            overlaps, owners, is_first = assign(inclusive_iou(boxes, _stacked([truth.box for truth in truths])))
-            crowds = boxes_of([item for item in objects if item.iscrowd]) * scale
-            row = torch.zeros(len(found), self.width, dtype=torch.float64)
-            row[:, 0] = torch.tensor([item.score for item in found], dtype=torch.float64)
-            row[:, 1], row[:, 2], row[:, 4] = overlaps, is_first.double(), share_inside(boxes, crowds)
-            for index in torch.nonzero(is_first & (overlaps >= min(IOU_THRESHOLDS))).flatten().tolist():
-                asked.append((row[index], found[index].caption, truths[int(owners[index])].references))
-            keys.append(sample_key(sample))
-            counts.append(len(truths))
-            rows.append(row)
-        scores = self.scorer([candidate for _, candidate, _ in asked], [references for _, _, references in asked])
-        for (row, _, _), score in zip(asked, scores, strict=True):
-            row[3] = score
-        self.append(keys, counts, rows)
-
-    def compute(self) -> dict[str, Tensor]:
-        """The scores, over all ranks."""
-        rows, num_truths = self.gathered()
-        if not num_truths:
-            return {name: torch.tensor(UNDEFINED) for name in self.names}
-        rows = rows[rows[:, 0].argsort(descending=True, stable=True)]
-        overlap, is_first, text, crowd = rows[:, 1:].unbind(1)
-        cells, box_cells = [], []
-        for threshold in IOU_THRESHOLDS:
-            assigned = (is_first > 0) & (overlap >= threshold)
-            counted = assigned | (crowd < threshold)
-            box_cells.append(average_precision(assigned[counted], num_truths))
-            for text_threshold in TEXT_THRESHOLDS:
-                cells.append(average_precision((assigned & (text > text_threshold))[counted], num_truths))
-        means = (sum(cells) / len(cells), sum(box_cells) / len(box_cells))
-        return {name: torch.tensor(mean) for name, mean in zip(self.names, means, strict=True)}
+def _measure(
+    prediction: Prediction, sample: Sample, objects: Sequence[Object], scorer: TextScorer
+) -> tuple[Tensor, int]:
+    """Return (D, 5) of the detections of one image, see `dense_captioning`, and its number of merged truths."""
+    scale = FRAME / max(sample.width, sample.height)
+    found = sorted(prediction.objects, key=lambda item: -item.score)
+    boxes = boxes_of(found) * scale
+    singles, crowds = split_crowds(objects)
+    truths = merge_truths(singles, scale)
+    overlaps, owners, is_first = assign(inclusive_iou(boxes, _stacked([truth.box for truth in truths])))
+    rows = torch.zeros(len(found), 5, dtype=torch.float64)
+    rows[:, 0] = torch.tensor([item.score for item in found], dtype=torch.float64)
+    rows[:, 1], rows[:, 2], rows[:, 4] = overlaps, is_first.double(), share_inside(boxes, crowds * scale)
+    asked = torch.nonzero(is_first & (overlaps >= min(IOU_THRESHOLDS))).flatten().tolist()
+    scores = scorer([found[row].caption for row in asked], [truths[int(owners[row])].references for row in asked])
+    rows[asked, 3] = torch.tensor(scores, dtype=torch.float64)
+    return rows, len(truths)
 
 
 def merge_truths(truths: list[Object], scale: float) -> list[MergedTruth]:
@@ -259,51 +248,6 @@ SIGMA = 6.0  # of the penalty on a difference in length, in words
 SCALE = 10.0
 
 NGram = tuple[str, ...]
-
-
-class CaptionCider(RowsPerSampleMetric):
-    """Mean CIDEr-D of the captions on matched boxes, matched as `recipe.metrics.captions.CaptionMatch` does.
-
-    The document frequencies are those of all ground-truth captions of the evaluation set, matched or not, so that the
-    scale does not move with what a model finds. `compute` returns `caption_cider_d`: 0 without a matched pair, -1
-    without ground truth. Captions of fewer than four words cannot reach 10: each of the four n-gram lengths that a
-    caption lacks counts 0.
-    """
-
-    def __init__(self, score_threshold: float, iou_threshold: float = 0.5):
-        super().__init__(width=1, dtype=torch.uint8)  # one line of JSON a sample: text is gathered as bytes
-        self.score_threshold = score_threshold
-        self.iou_threshold = iou_threshold
-
-    def update(self, predictions: list[Prediction], samples: list[Sample]) -> None:
-        """Adds images.
-
-        Raises:
-            ValueError: The predictions do not belong to the samples.
-        """
-        keys, counts, rows = [], [], []
-        for prediction, sample, objects in scored_pairs(predictions, samples):
-            kept = [item for item in prediction.objects if item.score >= self.score_threshold]
-            kept.sort(key=lambda item: -item.score)
-            truths = [item for item in objects if not item.iscrowd]
-            pairs = match_by_score(box_iou(boxes_of(kept), boxes_of(truths)), self.iou_threshold)
-            captions = [item.caption for item in truths]
-            line = json.dumps([captions, [[kept[row].caption, captions[column]] for row, column in pairs]]) + "\n"
-            keys.append(sample_key(sample))
-            counts.append(len(truths))
-            rows.append(torch.tensor(list(line.encode()), dtype=torch.uint8)[:, None])
-        self.append(keys, counts, rows)
-
-    def compute(self) -> dict[str, Tensor]:
-        """The score, over all ranks."""
-        rows, num_truths = self.gathered()
-        if not num_truths:
-            return {"caption_cider_d": torch.tensor(UNDEFINED)}
-        images = [json.loads(line) for line in rows.numpy().tobytes().splitlines()]
-        corpus = [[caption] for captions, _ in images for caption in captions]
-        pairs = [pair for _, own in images for pair in own]
-        scores = cider_d([found for found, _ in pairs], [[wanted] for _, wanted in pairs], corpus)
-        return {"caption_cider_d": torch.tensor(sum(scores) / max(len(scores), 1))}
 
 
 def cider_d(

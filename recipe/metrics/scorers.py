@@ -7,11 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 from composer.utils import dist
-
-from recipe.metrics.stemmer import stem
+from snowballstemmer.english_stemmer import EnglishStemmer
 
 
 class TextScorer(Protocol):
@@ -144,15 +144,16 @@ class MeteorLite:
 
     Missing are its synonyms (WordNet) and paraphrases (a table of 60 MB), so a caption in other words mostly scores
     lower; punctuation is dropped, words keep their apostrophes, and the function words are our list. With METEOR's own
-    function words and without those two stages, scores are equal where no word has an apostrophe and no stem occurs
-    twice in a sentence; where one does, METEOR drops stem matches that compete, as it counts half a match as none, and
-    we do not. In other languages equal words still count.
+    function words and without those two stages, scores are equal where no word has an apostrophe, no stem occurs
+    twice in a sentence, and Snowball 3 stems the words as METEOR's older Snowball does (it stems 56 of 164,835 words in
+    another way). Where a stem occurs twice, METEOR drops stem matches that compete, as it counts half a match as none,
+    and we do not. In other languages equal words still count.
 
     Args:
         function_words: Separated by blanks. They weigh 1 - `DELTA`, others `DELTA`.
     """
 
-    name = "meteor_lite"
+    name = "meteor_lite2"  # 2: stems of Snowball 3; `meteor_lite` had those of METEOR 1.5
 
     def __init__(self, function_words: str = FUNCTION_WORDS):
         self.function_words = frozenset(function_words.split())
@@ -184,6 +185,12 @@ class MeteorLite:
 
     def _importance(self, word: str) -> float:
         return 1 - DELTA if word in self.function_words else DELTA
+
+
+@lru_cache(maxsize=100_000)
+def stem(word: str) -> str:
+    """Return the stem of a lower-case English word."""
+    return EnglishStemmer().stemWord(word)
 
 
 def align(candidate: Sequence[str], reference: Sequence[str]) -> Alignment:

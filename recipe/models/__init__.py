@@ -1,0 +1,1 @@
+"""Batch → Outputs. Begin with network.py."""

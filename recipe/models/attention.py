@@ -1,6 +1,6 @@
 """Attention for packed rows on any device: one `scaled_dot_product_attention` a sample, no mask, no padding.
 
-Registered with transformers under `NAME`; flash-attention 2, where installed, has a kernel that does the same.
+Registered with transformers under `NAME`; flash-attention 2, if installed, has a kernel that does the same.
 """
 
 from typing import Any

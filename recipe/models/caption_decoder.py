@@ -7,7 +7,7 @@ matrix of its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -15,35 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipe.models.layers import Attention, FeedForward
-from recipe.models.memory import Memory, sine_embedding
+from recipe.models.memory import sine_embedding
+from recipe.schema import CaptionPlaces, Memory
 
 KeysValues = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class CaptionPlaces:
-    """Of which of N images each of R captions is.
-
-    Attributes:
-        image: (R,) int64.
-        slot: (R,) int64, different for the captions of an image.
-        num_images: N.
-        num_slots: T, more than any slot.
-    """
-
-    image: Tensor
-    slot: Tensor
-    num_images: int
-    num_slots: int
-
-    def side_by_side(self, rows: Tensor) -> Tensor:
-        """(R, ...) → (N, T, ...), zero in slots without a caption."""
-        slots = rows.new_zeros(self.num_images, self.num_slots, *rows.shape[1:])
-        return slots.index_put((self.image, self.slot), rows)
-
-    def rows(self, slots: Tensor) -> Tensor:
-        """(N, T, ...) → (R, ...)."""
-        return slots[self.image, self.slot]
 
 
 @dataclass(frozen=True)
@@ -67,14 +42,6 @@ class CaptionCache:
 
     layers: list[LayerCache] = field(default_factory=list)
     length: int = 0
-
-    def reorder(self, rows: Tensor) -> None:
-        """Goes on with other captions than before, as beam search does: caption i with the past of `rows[i]`.
-
-        Args:
-            rows: (R,) int64.
-        """
-        self.layers = [replace(layer, past=(layer.past[0][rows], layer.past[1][rows])) for layer in self.layers]
 
 
 class Vocabulary(nn.Module):

@@ -1,86 +1,62 @@
-"""Denoising queries (DN-DETR; contrastive as in DINO, section 3.3): noised ground truth that the decoder must mend.
+"""Denoising queries (DN-DETR; contrastive as in DINO, section 3.3): noised ground truth that the decoder must repair.
 
 They need no matching, so they teach the decoder to refine boxes from the first step. The noise of an image depends
-on its seed alone, never on the batch it stands in, so training stays exact under microbatches, ranks and resume.
+on its seed alone, never on the rest of the batch, so training stays exact under microbatches, ranks and resume.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from recipe.schema import Target
+from recipe.schema import DenoisingQueries, Target
 
 
-@dataclass
-class DenoisingQueries:
-    """Noised boxes of N images; G groups of (T positive, T negative) queries, T padded to the largest image.
+def attention_mask(queries: DenoisingQueries, num_queries: int, num_groups: int = 1) -> Tensor:
+    """Return which query may look at which in self-attention, with the denoising queries first.
 
-    Attributes:
-        boxes: (N, G * 2 * T, 4) cxcywh: the reference boxes.
-        valid: (N, G * 2 * T) bool, False at padding.
-        target_boxes: (N, G * 2 * T, 4) cxcywh: what each query should become.
-        positive: (N, G * 2 * T) bool: True where the query is an object, False where it should be rejected.
-        num_groups: G.
+    Object queries never see denoising queries, which hold the ground truth. Groups do not see one another, except that
+    denoising queries see the first group of object queries. Padding is seen by nobody but itself.
+
+    Args:
+        queries: R of them per image.
+        num_queries: Object queries of all groups.
+        num_groups: Of object queries.
+
+    Returns:
+        (N, 1, total, total) bool, True if a row may look at a column.
     """
-
-    boxes: Tensor
-    valid: Tensor
-    target_boxes: Tensor
-    positive: Tensor
-    num_groups: int
-
-    def __len__(self) -> int:
-        return self.boxes.shape[1]
-
-    def attention_mask(self, num_queries: int, num_groups: int = 1) -> Tensor:
-        """Who may look at whom in self-attention, the denoising queries standing first.
-
-        Object queries never see denoising queries (these hold the ground truth); groups do not see one another, but
-        that denoising queries see the first group of object queries; padding is seen by nobody but itself.
-
-        Args:
-            num_queries: Object queries of all groups.
-            num_groups: Of object queries.
-
-        Returns:
-            (N, 1, total, total) bool, True where a row may look at a column.
-        """
-        group = torch.cat([self._group_numbers(), group_numbers(num_queries, num_groups, self.boxes.device)])
-        visible = torch.ones(len(self.boxes), len(group), dtype=torch.bool, device=group.device)
-        visible[:, : len(self)] = self.valid
-        sees = group[:, None] == group[None, :]
-        sees[: len(self)] |= (group == -1)[None, :]
-        itself = torch.eye(len(group), dtype=torch.bool, device=group.device)
-        return (sees & visible[:, None, :] | itself)[:, None]
-
-    def _group_numbers(self) -> Tensor:
-        """(R,) int64, 0 to G - 1."""
-        numbers = torch.arange(self.num_groups, device=self.boxes.device)
-        return numbers.repeat_interleave(len(self) // self.num_groups)
+    device, count = queries.boxes.device, len(queries)
+    noised = torch.arange(queries.num_groups, device=device).repeat_interleave(count // queries.num_groups)  # (R,)
+    group = torch.cat([noised, group_numbers(num_queries, num_groups, device)])
+    visible = torch.ones(len(queries.boxes), len(group), dtype=torch.bool, device=device)
+    visible[:, :count] = queries.valid
+    sees = group[:, None] == group[None, :]
+    sees[:count] |= (group == -1)[None, :]
+    itself = torch.eye(len(group), dtype=torch.bool, device=device)
+    return (sees & visible[:, None, :] | itself)[:, None]
 
 
 def group_numbers(num_queries: int, num_groups: int, device: torch.device) -> Tensor:
-    """The groups of object queries: (num_queries,) int64, -1, -2 and so on."""
+    """Return the group of each object query: (num_queries,) int64, -1, -2 and so on."""
     return -1 - torch.arange(num_groups, device=device).repeat_interleave(num_queries // num_groups)
 
 
 def make_denoising_queries(
     targets: Sequence[Target | None], noise_seeds: Sequence[int], num_groups: int, box_noise: float
 ) -> DenoisingQueries | None:
-    """Noises the ground truth of N images.
+    """Add noise to the ground truth of N images.
 
     Args:
-        targets: N of them; None where not annotated.
+        targets: N of them; None if not annotated.
         noise_seeds: N integers; the same seed and boxes give the same noise.
         num_groups: G.
         box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times it; then
-            both are cut at the picture's edges, as in DINO.
+            both are cut at the image's edges, as in DINO.
 
     Returns:
-        None where no image has an object or `num_groups` is 0.
+        None if no image has an object or `num_groups` is 0.
     """
     boxes = [None if target is None else target["boxes"] for target in targets]
     if num_groups == 0 or not any(b is not None and len(b) for b in boxes):

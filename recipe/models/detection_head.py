@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipe.models.denoising import DenoisingQueries, group_numbers
+from recipe.models.denoising import attention_mask, group_numbers
 from recipe.models.layers import MLP, Attention, FeedForward
-from recipe.models.memory import Memory, sine_embedding
-from recipe.schema import DetectionOutputs
+from recipe.models.memory import sine_embedding
+from recipe.schema import DenoisingQueries, DetectionOutputs, Memory
 
 PRIOR_PROBABILITY = 0.01  # of objectness at the start (focal loss, Lin et al. 2017, section 3.3)
 PROPOSAL_CELLS = 3.0  # sides of a proposal at the start, in those of its token's cell
@@ -103,7 +103,7 @@ class DetectionHead(nn.Module):
         self.refine_boxes = refine_boxes
         self.num_query_groups = num_query_groups
         self.query_content = nn.Embedding(num_query_groups * num_queries, width)
-        # Small beside what is read from the memory: else slots learn where objects often are before how they look.
+        # Small next to what is read from the memory: else slots learn where objects often are before how they look.
         nn.init.normal_(self.query_content.weight, std=0.1)
         self.query_boxes = nn.Parameter(initial_boxes(num_queries).repeat(num_query_groups, 1))
         self.denoising_content = nn.Parameter(torch.zeros(width))
@@ -128,7 +128,7 @@ class DetectionHead(nn.Module):
             denoising: Training only.
 
         Returns:
-            The outputs of the object queries, and those of the denoising queries where given.
+            The outputs of the object queries, and those of the denoising queries, if given.
         """
         num_images, num_groups = len(memory.tokens), self.num_query_groups if self.training else 1
         num_queries = num_groups * self.num_queries
@@ -141,7 +141,7 @@ class DetectionHead(nn.Module):
         num_denoising, mask = 0, None
         if denoising is not None:
             num_denoising = len(denoising)
-            mask = denoising.attention_mask(num_queries, num_groups)
+            mask = attention_mask(denoising, num_queries, num_groups)
             content = self.denoising_content.expand(num_images, num_denoising, -1)
             queries = torch.cat([content, queries], dim=1)
             references = torch.cat([torch.logit(denoising.boxes, eps=1e-3).to(references), references], dim=1)
@@ -216,7 +216,7 @@ class QuerySelection(nn.Module):
 
 
 def initial_boxes(num_queries: int) -> Tensor:
-    """Learned references start as a grid of boxes over the picture: (Q, 4) cxcywh before the sigmoid."""
+    """Learned references start as a grid of boxes over the image: (Q, 4) cxcywh before the sigmoid."""
     side = math.ceil(math.sqrt(num_queries))
     cells = torch.linspace(0, side * side - 1, num_queries).round().long()
     centers = torch.stack([cells % side, cells // side], dim=-1).add(0.5) / side  # (Q, 2)

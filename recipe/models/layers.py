@@ -12,7 +12,7 @@ LOCALITY = 4.0  # what an equal position adds to the argument of the softmax at 
 class Attention(nn.Module):
     """Multi-head attention over `F.scaled_dot_product_attention`, with keys that can be cached.
 
-    Positions, where given, get projections of their own and are matched beside the contents (Conditional DETR,
+    Positions, if given, get projections of their own and are matched next to the contents (Conditional DETR,
     section 3.3): the score of a pair is content · content + position · position.
 
     Args:
@@ -69,8 +69,8 @@ class Attention(nn.Module):
         Args:
             states: (N, Q, W).
             keys_values: From `keys_values`.
-            positions: From `query_positions`, where the module is positional.
-            mask: Bool, broadcastable to (N, heads, Q, M); True where a query may look.
+            positions: From `query_positions`, if the module is positional.
+            mask: Bool, broadcastable to (N, heads, Q, M); True if a query may look.
             is_causal: Query i sees keys 0 to i.
         """
         queries = self._split(self.query(states))

@@ -4,7 +4,6 @@ The cost matrix is one batched float32 expression on the device, moved to the ho
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,27 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from recipe.boxes import elementwise_iou
-from recipe.schema import DetectionOutputs, Target
+from recipe.schema import DetectionOutputs, Matches, Target
 
 UNUSABLE = 1e6  # the cost of a pair whose prediction is not finite: taken only when nothing else is left
-
-
-@dataclass
-class Matches:
-    """Matched pairs of one layer, all images together; n = the sum of min(Q, T) over annotated images.
-
-    Attributes:
-        image: (n,) int64, which of the N images.
-        query: (n,) int64, the query.
-        target: (n,) int64, the object, counted within its image.
-    """
-
-    image: Tensor
-    query: Tensor
-    target: Tensor
-
-    def __len__(self) -> int:
-        return len(self.image)
 
 
 @torch.no_grad()
@@ -45,9 +26,8 @@ def match(
     cost_objectness: float,
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
-    identity: Tensor | None = None,
 ) -> list[Matches]:
-    """Finds the cheapest one-to-one assignment for every layer and image.
+    """Find the cheapest one-to-one assignment for every layer and image.
 
     More objects than queries is legal: the best are matched. Non-finite predictions never reach scipy.
 
@@ -59,10 +39,9 @@ def match(
         cost_objectness: Weight of the focal cost of calling the query an object (Deformable DETR's class cost).
         focal_alpha: Of the focal cost.
         focal_gamma: Of the focal cost.
-        identity: (layers, N, Q, T) or broadcastable: what else a pair costs, weighted; see `JointNetwork`.
 
     Returns:
-        One `Matches` a layer.
+        One `Matches` per layer.
     """
     device = layers[0].pred_boxes.device
     counts = [0 if target is None else len(target["boxes"]) for target in targets]
@@ -74,8 +53,6 @@ def match(
         pred_boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
         logits = torch.stack([layer.pred_objectness for layer in layers])
         cost = cost_matrix(pred_boxes, logits, boxes, cost_bbox, cost_giou, cost_objectness, focal_alpha, focal_gamma)
-        if identity is not None:
-            cost = (cost + identity.float()).nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
         for rows, layer_cost in zip(parts, cost.cpu().numpy(), strict=True):
             for image, count in enumerate(counts):
                 queries, objects = linear_sum_assignment(layer_cost[image, :, :count])
@@ -95,7 +72,7 @@ def cost_matrix(
     focal_alpha: float,
     focal_gamma: float,
 ) -> Tensor:
-    """The cost of every (query, object) pair of every layer and image, finite everywhere.
+    """Return the cost of every (query, object) pair of every layer and image, finite everywhere.
 
     Args:
         pred_boxes: (layers, N, Q, 4) cxcywh.

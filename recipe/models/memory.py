@@ -1,4 +1,4 @@
-"""The detection memory: what the head may look at, one padded row of tokens an image.
+"""The detection memory: what the head may look at, one padded row of tokens per image.
 
 Vision tokens of the student image (with their 2-D positions), then the hidden states of the sample's prompt. The
 student's answer is never part of it: it holds the ground truth and does not exist at inference.
@@ -6,29 +6,12 @@ student's answer is never part of it: it holds the ground truth and does not exi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-
-@dataclass
-class Memory:
-    """Letters as in `recipe.schema`.
-
-    Attributes:
-        tokens: (N, M, W), `positions` added: Qwen2.5-VL's features do not tell where they are, as its rotary
-            positions are relative, and what a query attends to must.
-        positions: (N, M, W) sine embedding of the token's centre; zero for words.
-        mask: (N, M) bool, True at real tokens.
-        cells: (N, M, 4) cxcywh in [0, 1], the part of the picture that a vision token stands for; zero for words.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    mask: Tensor
-    cells: Tensor
+from recipe.schema import Memory
 
 
 class Adapter(nn.Module):
@@ -48,19 +31,19 @@ class Adapter(nn.Module):
         self.project = nn.Linear(hidden_size, width) if width != hidden_size else nn.Identity()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., D) → (..., W)."""
+        """Return (..., D) as (..., W)."""
         hidden_states = self.norm(hidden_states)
         return self.project(hidden_states + self.up(nn.functional.gelu(self.down(hidden_states))))
 
 
 class MemoryBuilder(nn.Module):
-    """Vision and language adapters, joined into one memory an image.
+    """Vision and language adapters, joined into one memory per image.
 
     Args:
         hidden_size: Width of the vision features and hidden states.
         width: Of the head; a multiple of 4.
         adapter_ratio: See `Adapter`.
-        memory_positions: False: the plain design, whose keys do not tell where they are.
+        memory_positions: False: the plain design, whose keys hold no positions.
         patch_width: Width of the vision features before the merger, which become tokens too; None: they do not.
     """
 
@@ -82,14 +65,14 @@ class MemoryBuilder(nn.Module):
         prompt_mask: Tensor,
         patch_features: Sequence[Tensor] = (),
     ) -> Memory:
-        """Builds the memory of N images; vision tokens first, patches, then words, each part padded by itself.
+        """Build the memory of N images; vision tokens first, patches, then words, each part padded by itself.
 
         Args:
             image_features: N of (tokens, D), raster order.
             grid_sizes: (rows, columns) of vision tokens of each image.
             prompt_states: (N, S, D).
             prompt_mask: (N, S) bool, True at real tokens.
-            patch_features: N of (tokens, merge², C), before the merger; read where they become tokens too.
+            patch_features: N of (tokens, merge², C), before the merger; read if they become tokens too.
         """
         device, dtype = prompt_states.device, self.vision_adapter.norm.weight.dtype
         cells_of = {size: grid_cells(*size, device=device) for size in set(grid_sizes)}
@@ -113,12 +96,12 @@ class MemoryBuilder(nn.Module):
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
             positions = sine_embedding(cells[..., :2], self.width) * (cells[..., 2:3] > 0)
-            tokens = tokens + positions  # what is read there tells where it is
+            tokens = tokens + positions  # so that what a query reads holds its place
         return Memory(tokens, positions, masks, cells)
 
 
 def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """A grid's cells in raster order: (rows * columns, 4) cxcywh in [0, 1]."""
+    """Return a grid's cells in raster order: (rows * columns, 4) cxcywh in [0, 1]."""
     y = (torch.arange(rows, device=device) + 0.5) / rows
     x = (torch.arange(columns, device=device) + 0.5) / columns
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
@@ -127,14 +110,14 @@ def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> T
 
 
 def split_cells(cells: Tensor, parts: int) -> Tensor:
-    """Each cell (n, 4) in `parts` x `parts` in raster order: (n * parts², 4)."""
+    """Split each cell (n, 4) into `parts` x `parts` in raster order: (n * parts², 4)."""
     inner = grid_cells(parts, parts, cells.device)  # of a cell
     corner, size = cells[:, None, :2] - cells[:, None, 2:] / 2, cells[:, None, 2:]  # (n, 1, 2)
     return torch.cat([corner + inner[:, :2] * size, size * inner[:, 2:]], dim=-1).flatten(0, 1)
 
 
 def sine_embedding(coordinates: Tensor, width: int, temperature: float = 20.0) -> Tensor:
-    """Sine and cosine waves of each coordinate, as in DETR (temperature as in DAB-DETR).
+    """Return sine and cosine waves of each coordinate, as in DETR (temperature as in DAB-DETR).
 
     Args:
         coordinates: (..., n) in [0, 1].
@@ -142,7 +125,7 @@ def sine_embedding(coordinates: Tensor, width: int, temperature: float = 20.0) -
         temperature: Ratio of the shortest to the longest wave.
 
     Returns:
-        (..., width), `width / n` numbers a coordinate.
+        (..., width), `width / n` numbers per coordinate.
     """
     num_waves = width // coordinates.shape[-1] // 2
     exponents = torch.arange(num_waves, device=coordinates.device, dtype=coordinates.dtype) / num_waves

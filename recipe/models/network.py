@@ -3,70 +3,50 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils import _pytree as pytree
 
 from recipe.config import LossConfig, MatcherConfig
-from recipe.models.caption_decoder import CaptionDecoder, CaptionPlaces
-from recipe.models.denoising import DenoisingQueries, make_denoising_queries
+from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.denoising import make_denoising_queries
 from recipe.models.detection_head import DetectionHead
-from recipe.models.matcher import Matches, match
-from recipe.models.memory import Memory, MemoryBuilder
+from recipe.models.matcher import match
+from recipe.models.memory import MemoryBuilder
 from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
-from recipe.schema import Batch, DetectionOutputs, Target
+from recipe.schema import (
+    Batch,
+    CaptionPlaces,
+    DenoisingQueries,
+    DetectionOutputs,
+    JointOutputs,
+    Matches,
+    Memory,
+    Target,
+)
+from recipe.upstream.torch_private import register_dataclass
 
 Result = TypeVar("Result")
 
 AVERAGE = "average."  # begins the names of averaged weights in a network: average.memory.* is that of memory.*
 
 
-@dataclass
-class JointOutputs:
-    """What one forward pass gives; letters as in `recipe.schema`.
-
-    Attributes:
-        label_logits: (K, V), of the supervised positions.
-        memory: Of the N images.
-        detection: Of the object queries.
-        denoising: The queries and their outputs; None outside training.
-        matches: One for each of `detection.layers()`.
-        targets: N of them.
-        caption_logits: (k, V), of the tokens of all matched captions.
-        caption_labels: (k,) int64.
-        caption_images: (k,) int64, each token's image.
-    """
-
-    label_logits: Tensor
-    memory: Memory
-    detection: DetectionOutputs
-    denoising: tuple[DenoisingQueries, DetectionOutputs] | None
-    matches: list[Matches]
-    targets: Sequence[Target | None]
-    caption_logits: Tensor
-    caption_labels: Tensor
-    caption_images: Tensor
-
-
 # FSDP2 finds the tensors that pass in and out of its units only in structures that it knows.
 for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
-    pytree.register_dataclass(kind)
+    register_dataclass(kind)
 
 
 class JointNetwork(nn.Module):
     """One forward pass from a batch to everything the losses and predictions need.
 
-    Every parameter takes part in every step, also where a batch has no picture, no object or no text: otherwise
-    ranks wait for one another for ever. Such parts run on a blank row that no loss term counts.
+    Every parameter takes part in every step, even if a batch has no image, no object or no text: otherwise
+    ranks wait for one another indefinitely. Such parts run on a blank row that no loss term counts.
 
     While no parameter of memory, detection head and caption decoder is trainable, they run without autograd: their
-    losses are still told, but teach nothing, as a head that is not trained yet would lead the vision tower astray.
+    losses are still reported, but teach nothing, as a head that is not trained yet would lead the vision tower astray.
     A trainable memory under a frozen head passes gradients on.
 
     Attributes:
@@ -110,7 +90,7 @@ class JointNetwork(nn.Module):
         self.average: nn.ModuleDict | None = None
 
     def add_average(self) -> None:
-        """Makes `average`, of the weights as they are; `recipe.algorithms.head_ema` moves it.
+        """Create `average` from the current weights; `recipe.algorithms.head_ema` updates it.
 
         It is frozen parameters of this network, so that whatever holds weights holds it too: checkpoints of all kinds,
         the snapshot of the NaN rollback, the shards of FSDP.
@@ -119,7 +99,7 @@ class JointNetwork(nn.Module):
         self.average = nn.ModuleDict(parts).requires_grad_(False)
 
     def averaged_parameters(self) -> list[tuple[Parameter, Parameter]]:
-        """Each averaged parameter: as it is trained, and its average."""
+        """Return each averaged parameter: as it is trained, and its average."""
         parts = {} if self.average is None else self.average
         return [
             pair
@@ -135,11 +115,11 @@ class JointNetwork(nn.Module):
     def forward(
         self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result] | None = None
     ) -> JointOutputs | tuple[JointOutputs, Result]:
-        """One pass over a collated microbatch.
+        """Return the outputs of a collated microbatch.
 
         Args:
             batch: The microbatch.
-            then: Goes on with the outputs, and is given back with its result. Whatever uses the network's parameters
+            then: Called with the outputs; its result is returned next to them. Whatever uses the network's parameters
                 once more must run here: outside, they are sharded under FSDP.
         """
         with self._average_in_evaluation():
@@ -148,7 +128,7 @@ class JointNetwork(nn.Module):
 
     @contextmanager
     def _average_in_evaluation(self) -> Iterator[None]:
-        """Within it, in evaluation mode, the averages are in the places of what is trained."""
+        """Put the averages in the place of what is trained, in evaluation mode."""
         if self.training or self.average is None:
             yield
             return
@@ -164,7 +144,7 @@ class JointNetwork(nn.Module):
                 reshard(part)  # no backward pass follows that would
 
     def _outputs(self, batch: Batch) -> JointOutputs:
-        # Asked for here: once the language model's pass is queued, a GPU would finish it before it tells.
+        # Read here: once the language model's pass is queued, a GPU would finish it before it answers.
         grids = batch["image_grid_thw"].tolist()
         student_grids = {image: grids[image] for image in batch["student_images"].tolist()}
         states = self.vlm(
@@ -197,10 +177,7 @@ class JointNetwork(nn.Module):
                 queried.aux_outputs.clear()
         layers = [layer for _, layer in detection.layers()]
         costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
-        identity = None
-        if self.matcher.cost_caption and self._has_captions(targets):
-            identity = self._caption_costs(detection, memory, targets)
-        matches = match(layers, targets, *costs, *self.focal, identity)
+        matches = match(layers, targets, *costs, *self.focal)
         captions = self._caption_logits(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
         return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
@@ -208,7 +185,7 @@ class JointNetwork(nn.Module):
     def _build_memory(
         self, states: VlmOutputs, prompt_index: Tensor, student_grids: Mapping[int, Sequence[int]]
     ) -> Memory:
-        """The memory of the batch's N student images; of one blank image where there is none.
+        """Return the memory of the batch's N student images; of one blank image if there are none.
 
         Args:
             states: Of the language model.
@@ -218,7 +195,7 @@ class JointNetwork(nn.Module):
         hidden, vision = states.last_hidden_state, self.vlm.hf_model.config.vision_config
         merge = vision.spatial_merge_size
         if not student_grids:
-            # Needs a gradient where an image's row does: FSDP reduces a unit's gradients when those of its inputs come.
+            # Needs a gradient if an image's row does: FSDP reduces a unit's gradients when those of its inputs come.
             blank = 0.0 * hidden[:1]
             patches = hidden.new_zeros(1, merge**2, vision.hidden_size)
             mask = torch.ones(1, 1, dtype=torch.bool, device=hidden.device)
@@ -233,45 +210,20 @@ class JointNetwork(nn.Module):
 
     @property
     def caption_words(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """How captions read and write tokens: ids (...) → embeddings (..., D), and states (..., D) → logits (..., V).
+        """Return how captions read and write tokens: ids (...) → (..., D), and states (..., D) → logits (..., V).
 
         Both are the language model's, or both the caption decoder's own.
         """
         own = self.caption_decoder.vocabulary
         return (self.vlm.embed_tokens, self.vlm.logits) if own is None else (own, own)
 
-    def _has_captions(self, targets: Sequence[Target | None]) -> bool:
-        """False of a prediction: it has no captions to learn from, and no rank that waits for this one."""
-        return any(targets) or self.training or is_sharded(self)
-
-    @torch.no_grad()
-    def _caption_costs(self, detection: DetectionOutputs, memory: Memory, targets: Sequence[Target | None]) -> Tensor:
-        """What each query thinks of how each object's caption begins: (layers, N, Q, T); 0 of proposals and padding."""
-        parts = [_first_tokens(target, memory.mask.device) for target in targets]
-        first = pad_sequence(parts, batch_first=True, padding_value=-100)  # (N, T)
-        branches = [*detection.groups, detection]
-        features = torch.cat([branch.query_features for branch in branches], dim=1)  # (N, G * Q, W)
-        boxes = torch.cat([branch.pred_boxes for branch in branches], dim=1)
-        num_images, num_queries = boxes.shape[:2]
-        image, query = torch.ones(num_images, num_queries, dtype=torch.bool, device=boxes.device).nonzero(as_tuple=True)
-        places = CaptionPlaces(image, query, num_images, num_queries)
-        hidden = self.caption_decoder(features.flatten(0, 1), boxes.flatten(0, 1), places, memory, None)[:, 0]
-        _, to_logits = self.caption_words
-        logits = to_logits(hidden).float().unflatten(0, (num_images, num_queries))  # (N, G * Q, V)
-        torch.clear_autocast_cache()  # of weights that were rounded here, without a graph: captions would not learn
-        tokens = first.clamp(min=0)[:, None].expand(-1, features.shape[1], -1)
-        nll = logits.logsumexp(-1, keepdim=True) - logits.gather(2, tokens)  # (N, G * Q, T)
-        costs = self.matcher.cost_caption * nll * (first >= 0)[:, None]
-        shares = costs.split(detection.pred_boxes.shape[1], dim=1)
-        rows = [share for share, branch in zip(shares, branches, strict=True) for _ in [*branch.aux_outputs, branch]]
-        return torch.stack(rows if detection.selection is None else [torch.zeros_like(rows[0]), *rows])
-
     def _caption_logits(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Teacher-forced logits of the captions of matched queries: (k, V), labels (k,), images (k,)."""
+        """Return teacher-forced logits of the captions of matched queries: (k, V), labels (k,), images (k,)."""
         embed, logits = self.caption_words
-        if not self._has_captions(targets):
+        # A prediction has no captions to learn from. Ranks that share weights must still call the decoder together.
+        if not (any(targets) or self.training or is_sharded(self)):
             hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
             return logits(hidden), matches.image[:0], matches.image[:0]
         captions = padded_captions(targets, memory.mask.device)  # (N, T, C)
@@ -290,13 +242,8 @@ class JointNetwork(nn.Module):
         return logits(hidden[row, token]), labels[row, token], image[row]
 
 
-def _first_tokens(target: Target | None, device: torch.device) -> Tensor:
-    """(T,) int64: with what the captions of an image's objects begin; -100 where one has no token."""
-    return torch.empty(0, dtype=torch.int64, device=device) if target is None else target["caption_ids"][:, 0]
-
-
 def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:
-    """The captions of all objects: (N, T, C) int64, -100 elsewhere; T and C are at least 1."""
+    """Return the captions of all objects: (N, T, C) int64, -100 elsewhere; T and C are at least 1."""
     captions = [torch.empty(0, 1, dtype=torch.int64) if t is None else t["caption_ids"] for t in targets]
     num_slots = max(1, *(len(ids) for ids in captions))
     length = max(1, *(ids.shape[1] for ids in captions if len(ids)), 1)

@@ -1,12 +1,12 @@
-"""What sharding (FSDP) asks of the model: every rank runs every unit equally often, or all wait for ever."""
+"""What sharding (FSDP) asks of the model: every rank runs every unit equally often, or all wait indefinitely."""
 
 from typing import Generic, TypeVar
 
 import torch
-from composer.utils import dist
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._runtime_utils import _reshard
+
+from recipe.upstream.torch_private import reshard_fsdp1
 
 Content = TypeVar("Content")
 
@@ -19,7 +19,7 @@ class Sealed(Generic[Content]):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parts of a module's parameters lie on other ranks."""
+    """Return whether other ranks hold parts of a module's parameters."""
     return distributed.is_initialized() and any(
         isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules()
     )
@@ -32,12 +32,13 @@ def reshard(root: nn.Module) -> None:
     """
     if isinstance(root, FSDPModule):
         root.reshard()
-    elif isinstance(root, FullyShardedDataParallel) and root._handle is not None and root._handle.uses_sharded_strategy:
-        _reshard(root, root._handle, free_unsharded_flat_param=True)
+    else:
+        reshard_fsdp1(root)
 
 
 def on_all_ranks(condition: bool, device: torch.device) -> bool:
-    """Whether `condition` holds on every rank; called by all ranks at the same point."""
+    """Return whether `condition` holds on every rank; called by all ranks at the same point."""
     flag = torch.tensor(int(condition), device=device)
-    dist.all_reduce(flag, reduce_operation="MIN")
+    if distributed.is_initialized():
+        distributed.all_reduce(flag, distributed.ReduceOp.MIN)
     return bool(flag)

@@ -22,7 +22,7 @@ class VlmOutputs:
         last_hidden_state: (B * L, D), after the final norm.
         image_features: I tensors of (tokens of the image, D), raster order, after the merger.
         patch_features: I tensors of (tokens of the image, merge², C), before it: of each token its patches in raster
-            order, C wide as the vision tower; none where they were not asked for.
+            order, C wide as the vision tower; none if they were not asked for.
     """
 
     last_hidden_state: Tensor
@@ -53,10 +53,10 @@ class PixelNormalizer(nn.Module):
         return pixels.sub_(self.mean).div_(self.std).flatten(1)
 
 
-class PictureEmbedding(nn.Module):
-    """Qwen's patch embedding of pictures: one matrix product with the sum of the frames' weights.
+class ImageEmbedding(nn.Module):
+    """Qwen's patch embedding of images: one matrix product with the sum of the frames' weights.
 
-    Qwen's is a convolution over the frames of a film, to which a picture is a film of equal frames. The sum gives the
+    Qwen's is a convolution over the frames of a film, in which an image is a film of equal frames. The sum gives the
     same at half the cost; and a convolution whose stride is its kernel is slower than the product that it is.
 
     Args:
@@ -77,14 +77,14 @@ class VisionLanguageModel(nn.Module):
     """Wraps `Qwen2_5_VLForConditionalGeneration`: one pass gives hidden states and the image features they read.
 
     Args:
-        hf_model: The loaded model; its patch embedding is replaced by a `PictureEmbedding`.
+        hf_model: The loaded model; its patch embedding is replaced by a `ImageEmbedding`.
         normalizer: Turns the batch's uint8 patches into `pixel_values`.
     """
 
     def __init__(self, hf_model: PreTrainedModel, normalizer: PixelNormalizer):
         super().__init__()
         visual: Any = hf_model.model.visual
-        visual.patch_embed = PictureEmbedding(visual.patch_embed)
+        visual.patch_embed = ImageEmbedding(visual.patch_embed)
         self.hf_model = hf_model
         self.normalizer = normalizer
 
@@ -172,7 +172,7 @@ class VisionLanguageModel(nn.Module):
         return self.hf_model.lm_head(hidden_states.to(self.hf_model.dtype))
 
     def blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The smallest picture the vision tower takes, black: (patches uint8, grid)."""
+        """Return the smallest image the vision tower takes, black: (patches uint8, grid)."""
         config = self.hf_model.config.vision_config
         side = config.spatial_merge_size
         patches = torch.zeros(side * side, 3 * config.patch_size**2, dtype=torch.uint8, device=device)
@@ -206,7 +206,7 @@ def scatter_features(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor
     if len(index) != len(features):
         raise ValueError(
             f"input_ids hold {len(index)} image placeholders but the images give {len(features)} vision tokens: "
-            "encode the text with recipe.data.encode and the pictures with the same image settings"
+            "encode the text with recipe.data.encode and the images with the same image settings"
         )
     flat = inputs_embeds.flatten(0, 1).index_copy(0, index, features)
     return flat.view_as(inputs_embeds)
@@ -251,7 +251,7 @@ def packing_arguments(segment_lengths: list[int] | None, device: torch.device) -
 
 
 def resolve_attention(attn_implementation: str) -> str:
-    """`auto` → flash-attention 2 on CUDA where it is installed, else `recipe.models.attention`; others pass through."""
+    """`auto` → flash-attention 2 on CUDA if it is installed, else `recipe.models.attention`; others pass through."""
     if attn_implementation != "auto":
         return attn_implementation
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else register()
@@ -267,7 +267,7 @@ def load_vlm(
         attn_implementation: As in transformers, or `auto`.
         dtype: float32, bfloat16 or float64.
         gradient_checkpointing: Recompute activations in the backward pass (non-reentrant: the reentrant kind drops
-            gradients where the inputs need none).
+            gradients if the inputs need none).
 
     Raises:
         ValueError: The folder or name holds no checkpoint.
@@ -278,7 +278,7 @@ def load_vlm(
             attn_implementation=resolve_attention(attn_implementation),
             dtype=getattr(torch, dtype),
         )
-    except (OSError, ValueError) as error:  # ValueError: a name that is no name on the hub either
+    except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
         raise ValueError(
             f"model.pretrained_model_name_or_path={pretrained_model_name_or_path!r} is neither a checkpoint folder "
             f"nor a reachable name on the hub ({str(error).splitlines()[0]})"

@@ -1,0 +1,1 @@
+"""Parameter groups, learning rates over time, FSDP. Begin with groups.py."""

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -85,15 +85,19 @@ def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> LrScale:
     )
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch: float = float("nan")) -> AdamW:
-    """AdamW over the groups whose rate is not 0; the others are frozen with `requires_grad_(False)`.
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, tokens_per_batch: Callable[[], float] | None = None
+) -> AdamW:
+    """Return AdamW over the groups whose rate is not 0; freeze the others with `requires_grad_(False)`.
 
-    Matrices decay, vectors (biases, norms) do not, so a group may come as two optimizer groups; both carry its `name`.
+    Matrices decay, vectors (biases, norms) do not, so a group may become two optimizer groups; both carry its `name`.
+    `tokens_per_batch` is only counted if the rates depend on it.
 
     Raises:
         KeyError: A parameter belongs to no group or to several.
     """
-    scale = lr_scale(config, tokens_per_batch)
+    counted = float("nan") if config.lr_scaling == "none" or tokens_per_batch is None else tokens_per_batch()
+    scale = lr_scale(config, counted)
     optimizer_groups = []
     for group, members in group_parameters(model).items():
         lr = getattr(config, f"lr_{group}") * scale.factor
@@ -108,11 +112,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, tokens_per_batch:
             if parameters:
                 weight_decay = config.weight_decay if decays else 0.0
                 optimizer_groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": group})
-    log.info(
-        "learning rates x %g: lr_scaling %s, %g tokens a batch, reference %s",
-        scale.factor,
-        scale.rule,
-        scale.tokens,
-        scale.reference_tokens,
-    )
+    if config.lr_scaling != "none":
+        text = "learning rates x %g: lr_scaling %s of %g tokens per step over %s"
+        log.info(text, scale.factor, scale.rule, scale.tokens, scale.reference_tokens)
     return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)

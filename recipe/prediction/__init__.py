@@ -1,0 +1,1 @@
+"""Outputs → Predictions, and what people see of them. Begin with decode.py."""

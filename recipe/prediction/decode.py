@@ -1,4 +1,4 @@
-"""Outputs → Predictions: boxes in original pixels, scores, captions, and the language model's answer."""
+"""Batch → Predictions: boxes in original pixels, scores, captions, and the language model's answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,48 +12,72 @@ from transformers import PreTrainedTokenizerBase
 from recipe.boxes import normalized_to_pixels
 from recipe.config import EvaluationConfig, PromptConfig
 from recipe.data.chat import answer_frame, text_to_objects
-from recipe.models.caption_decoder import CaptionPlaces
-from recipe.models.memory import Memory
 from recipe.models.network import JointNetwork
-from recipe.models.sharding import is_sharded
+from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.prediction.generate import generate_answers, generate_captions
-from recipe.schema import Batch, DetectedObject, DetectionOutputs, Prediction, Sample
+from recipe.schema import (
+    Batch,
+    CaptionPlaces,
+    DetectedObject,
+    DetectionOutputs,
+    JointOutputs,
+    Prediction,
+    Sample,
+)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the outputs of a network become predictions.
+
+    Attributes:
+        tokenizer: Decodes captions and answers.
+        evaluation: Thresholds, lengths and calibration.
+        prompt: Holds the frame in which an answer counts its boxes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    evaluation: EvaluationConfig
+    prompt: PromptConfig
 
 
 @torch.no_grad()
-def predict_batch(
-    network: JointNetwork,
-    batch: Batch,
-    detection: DetectionOutputs,
-    memory: Memory,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: EvaluationConfig,
-    prompt: PromptConfig,
-) -> list[Prediction]:
-    """One prediction a sample, in the order of `batch["samples"]`.
+def predict(network: JointNetwork, batch: Batch, decoding: Decoding) -> tuple[JointOutputs, list[Prediction]]:
+    """Run the network on a batch; return its outputs and one prediction per sample, in the order of the samples.
 
-    Every query gives an object, by falling score, but for those that NMS removes where the yaml asks for it; those
-    under the score threshold have no caption. A sample without a picture has no objects.
+    Every query gives an object, by falling score, except those that NMS removes if `nms_iou` is set; those below the
+    score threshold have no caption. A sample without an image has no objects.
     """
+    # Inside the forward pass: outside, FSDP has sharded the parameters that generation needs.
+    result = network(Sealed(batch), lambda outputs: decode(network, batch, outputs, decoding))
+    reshard(network)
+    return result
+
+
+def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding: Decoding) -> list[Prediction]:
+    """Return the predictions of a batch whose outputs are known; see `predict`."""
     lockstep = is_sharded(network)
-    ranking = rank_queries(detection, evaluation)
+    ranking = rank_queries(outputs.detection, decoding.evaluation)
     captions, answers = [], {}
     if batch["student_samples"] or lockstep:
-        captions = _captions(network, detection, memory, ranking, tokenizer, evaluation, lockstep)
-        answers = _answers(network, batch, tokenizer, evaluation, lockstep) if evaluation.generate_answer else {}
+        captions = _captions(network, outputs, ranking, decoding, lockstep)
+        answers = _answers(network, batch, decoding, lockstep) if decoding.evaluation.generate_answer else {}
     rows = {sample: row for row, sample in enumerate(batch["student_samples"])}
     objects_of = _objects(ranking, captions, [batch["samples"][position] for position in rows])
+    patch = network.vlm.hf_model.config.vision_config.patch_size
     predictions = []
     for position, sample in enumerate(batch["samples"]):
         objects: tuple[DetectedObject, ...] = ()
+        size = (sample.width, sample.height)
         (answer, is_cut), answer_objects = answers.get(position, (None, False)), None
         if position in rows:
             row = rows[position]
             objects = objects_of[row]
             if answer is not None:
-                grid = batch["image_grid_thw"][batch["student_images"][row]]
-                answer_objects = _answer_objects(answer, sample, grid, network, prompt)
-        size = (sample.width, sample.height)
+                _, height, width = batch["image_grid_thw"][batch["student_images"][row]].tolist()
+                frame = answer_frame(decoding.prompt.box_coordinates, (width * patch, height * patch))
+                parsed = text_to_objects(answer, size, frame)
+                answer_objects = None if parsed is None else tuple(parsed)
         predictions.append(Prediction(sample.id, *size, objects, answer, answer_objects, is_cut))
     return predictions
 
@@ -63,7 +87,7 @@ class Ranking:
     """The queries of N images, best first.
 
     Attributes:
-        queries: (N, Q) int64, the objects by falling score, then what is none.
+        queries: (N, Q) int64, the objects by falling score, then those that NMS removed.
         scores: (N, Q) in [0, 1], of `queries`.
         boxes: (N, Q, 4) cxcywh in [0, 1], float32, of `queries`.
         num_objects: (N,) int64.
@@ -76,7 +100,7 @@ class Ranking:
 
 
 def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> Ranking:
-    """Scores all queries; with `nms_iou`, those that overlap a better one by more than that are no objects."""
+    """Score all queries; with `nms_iou`, those that overlap a better one by more than that are not objects."""
     scores = calibrated_scores(detection.pred_objectness, evaluation)
     scores, queries = scores.sort(dim=1, descending=True, stable=True)
     rows = torch.arange(len(queries), device=queries.device)[:, None]
@@ -92,13 +116,13 @@ def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> R
 
 
 def calibrated_scores(logits: Tensor, evaluation: EvaluationConfig) -> Tensor:
-    """Objectness logits → scores; in double precision where calibrated, as a steep scale would make the best equal."""
+    """Return objectness logits as scores; in double precision if calibrated, as a steep scale makes the best equal."""
     scale, shift = evaluation.score_scale, evaluation.score_shift
     return (logits.float() if (scale, shift) == (1.0, 0.0) else logits.double() * scale + shift).sigmoid()
 
 
 def _doubles(boxes: Tensor, nms_iou: float) -> Tensor:
-    """(Q,) bool: which of (Q, 4) boxes by falling score NMS removes."""
+    """Return which of (Q, 4) boxes by falling score NMS removes: (Q,) bool."""
     falling = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype, device=boxes.device)  # equal scores keep their order
     removed = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
     removed[nms(boxes, falling, nms_iou)] = False
@@ -108,7 +132,7 @@ def _doubles(boxes: Tensor, nms_iou: float) -> Tensor:
 def _objects(
     ranking: Ranking, captions: Sequence[dict[int, str]], samples: Sequence[Sample]
 ) -> list[tuple[DetectedObject, ...]]:
-    """The objects of each image, by falling score; `captions` by query. One copy each leaves the device."""
+    """Return the objects of each image, by falling score; `captions` by query. One copy each leaves the device."""
     if not samples:
         return []
     sizes = torch.tensor([(sample.width, sample.height) for sample in samples])
@@ -124,15 +148,10 @@ def _objects(
 
 
 def _captions(
-    network: JointNetwork,
-    detection: DetectionOutputs,
-    memory: Memory,
-    ranking: Ranking,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: EvaluationConfig,
-    lockstep: bool,
+    network: JointNetwork, outputs: JointOutputs, ranking: Ranking, decoding: Decoding, lockstep: bool
 ) -> list[dict[int, str]]:
-    """The captions of the best objects of each image, by query."""
+    """Return the captions of the best objects of each image, by query."""
+    evaluation, detection = decoding.evaluation, outputs.detection
     num_images, num_queries = ranking.queries.shape
     ranks = torch.arange(num_queries, device=ranking.queries.device)
     is_good = (ranking.scores >= evaluation.score_threshold) & (ranks < ranking.num_objects[:, None])
@@ -141,7 +160,7 @@ def _captions(
     is_blank = len(image) == 0
     if is_blank and not lockstep:
         return captions
-    if is_blank:  # one for nothing, since other ranks may have some to write
+    if is_blank:  # one that is thrown away, since other ranks may have some to write
         image = rank = ranks[:1]
     queries = ranking.queries[image, rank]
     ids = generate_captions(
@@ -149,56 +168,38 @@ def _captions(
         detection.query_features[image, queries],
         detection.pred_boxes[image, queries],
         CaptionPlaces(image, rank, num_images, int(rank.max()) + 1),
-        memory,
+        outputs.memory,
         *network.caption_words,
-        eos_token_id(tokenizer),
+        eos_token_id(decoding.tokenizer),
         lockstep,
-        evaluation.num_beams,
-        evaluation.length_penalty,
     )
     if not is_blank:
-        for row, query, text in zip(image.tolist(), queries.tolist(), _texts(tokenizer, ids.tolist()), strict=True):
+        texts = _texts(decoding.tokenizer, ids.tolist())
+        for row, query, text in zip(image.tolist(), queries.tolist(), texts, strict=True):
             captions[row][query] = text
     return captions
 
 
-def _answers(
-    network: JointNetwork,
-    batch: Batch,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: EvaluationConfig,
-    lockstep: bool,
-) -> dict[int, tuple[str, bool]]:
-    """The language model's answers about the pictures, and whether they lack their end, by position in the batch."""
+def _answers(network: JointNetwork, batch: Batch, decoding: Decoding, lockstep: bool) -> dict[int, tuple[str, bool]]:
+    """Return the answer about each image and whether its end is missing, by the sample's position in the batch."""
     tokens = batch["input_ids"].flatten()
     prompts = [tokens[row[row >= 0]] for row in batch["prompt_index"]]
     patches, grids = batch["pixel_patches"], batch["image_grid_thw"]
     if not batch["student_samples"]:
-        # Another rank has pictures, and its vision tower is sharded over this one too.
+        # Another rank has images, and its vision tower is sharded over this one too.
         patches, grids = network.vlm.blank_image(tokens.device)
         prompts = [tokens.new_tensor([network.vlm.hf_model.config.image_token_id])]
-    new = generate_answers(network.vlm, prompts, patches, grids, evaluation.max_new_tokens, lockstep)
+    new = generate_answers(network.vlm, prompts, patches, grids, decoding.evaluation.max_new_tokens, lockstep)
     rows = [row.tolist() for row in new]
     generation: Any = network.vlm.hf_model.generation_config
     ends = generation.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
-    answers = zip(_texts(tokenizer, rows), (ends.isdisjoint(row) for row in rows), strict=True)
+    answers = zip(_texts(decoding.tokenizer, rows), (ends.isdisjoint(row) for row in rows), strict=True)
     return dict(zip(batch["student_samples"], answers, strict=False))
 
 
-def _answer_objects(
-    answer: str, sample: Sample, grid: Tensor, network: JointNetwork, prompt: PromptConfig
-) -> tuple[DetectedObject, ...] | None:
-    """The boxes of an answer, or None where it does not parse; `grid`: (3,) of the student image."""
-    patch = network.vlm.hf_model.config.vision_config.patch_size
-    _, rows, columns = grid.tolist()
-    frame = answer_frame(prompt.box_coordinates, (columns * patch, rows * patch))
-    objects = text_to_objects(answer, (sample.width, sample.height), frame)
-    return None if objects is None else tuple(objects)
-
-
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a caption and an answer."""
+    """Return the id that ends a caption and an answer."""
     assert isinstance(tokenizer.eos_token_id, int), "the checkpoint's tokenizer has an end-of-sequence token"
     return tokenizer.eos_token_id
 

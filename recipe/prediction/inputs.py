@@ -1,4 +1,4 @@
-"""Which picture files a command line names, and names for what is written about each."""
+"""Find the image files that a command line names, and name what is written about each."""
 
 import glob
 import os
@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from convert.annotated import read_jsonl
-from convert.store import REJECTED_FILE
+from convert.annotated import jsonl_files, read_jsonl
 from recipe.records import INDEX_FILE
 from recipe.schema import Sample
-from recipe.upstream.storage import read_mds
 
 SUFFIXES = (
     ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif",
@@ -18,28 +16,28 @@ SUFFIXES = (
 )  # fmt: skip
 
 
-def find_pictures(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
-    """The pictures that files, folders and globs name, in the order given, each once.
+def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the images that files, folders and globs name, in the order given, each once.
 
-    A file is taken whatever it is called, and where it does not exist: reading it will tell. Of a folder all files
-    below it with a picture's suffix are taken, by name, hidden ones left out. `**` in a glob stands for any folders.
+    A file is taken whatever its name, even if it does not exist: reading it reports that. A folder gives all files
+    below it with the suffix of an image, by name, without hidden ones. `**` in a glob stands for any folders.
 
     Args:
         arguments: Of the command line.
-        left_out: Folder that neither folders nor globs search, since the drawings go there; unless it is named.
+        left_out: Folder that neither folders nor globs search unless it is named, since the drawings go there.
 
     Returns:
-        The pictures, and of the files in folders that are none the number by suffix.
+        The images, and the number of other files in folders by suffix.
 
     Raises:
-        ValueError: A folder or a glob holds no picture, or a folder cannot be read.
+        ValueError: A folder or a glob holds no image, or a folder cannot be read.
     """
     found: dict[Path, Path] = {}
     others = Counter[str]()
     for argument in arguments:
         paths = list(_expand(argument, left_out.resolve(), others))
         if not paths:
-            raise ValueError(f"{argument} names no picture: give files, globs, or folders of {' '.join(SUFFIXES)}")
+            raise ValueError(f"{argument} names no image: give files, globs, or folders of {' '.join(SUFFIXES)}")
         for path in paths:
             found.setdefault(path.resolve(), path)
     return list(found.values()), others
@@ -58,7 +56,7 @@ def _expand(argument: str, left_out: Path, others: Counter[str]) -> Iterator[Pat
 
 
 def _below(folder: Path, left_out: Path, others: Counter[str]) -> Iterator[Path]:
-    """Through links too, each folder once; counts in `others` what is no picture."""
+    """Search through links too, each folder once; count in `others` what is not an image."""
     seen = {left_out} - {folder.resolve()}
     for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         seen.add(Path(root).resolve())
@@ -77,7 +75,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
-    """A name a picture, its stem where that is free; no drawing `{out}/{name}.png` overwrites another or an input."""
+    """Return a name per image, its stem if free; no drawing `{out}/{name}.png` overwrites another or an input."""
     taken = {str(path.resolve()).casefold() for path in paths}
     names = []
     for path in paths:
@@ -91,7 +89,7 @@ def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
 
 
 def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
-    """Relative paths, as data sets write them, by the file's own name: what `entry_of` looks into."""
+    """Return relative paths, as data sets write them, by the file's own name: what `entry_of` searches."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(Path(name).name, []).append(name)
@@ -99,10 +97,10 @@ def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
-    """The one of `names`, from `names_by_file`, that is the file; None where none is.
+    """Return the one of `names`, from `names_by_file`, that is the file; None if none is.
 
-    The folders that a name has are the last ones of the path, as it is given or with its links followed: `train/x.png`
-    is no name of `val/x.png`.
+    The folders of a name must be the last ones of the path, as it is given or with its links followed: `train/x.png`
+    is not a name of `val/x.png`.
 
     Raises:
         ValueError: Several are.
@@ -119,12 +117,12 @@ def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list[str]:
-    """The entry of every file, each of another one.
+    """Return the entry of each file, a different one for each.
 
     Args:
         paths: The files.
         names: Relative paths, as data sets write them.
-        source: Of the names, as the command line says it.
+        source: Of the names, as the command line gives it.
 
     Raises:
         ValueError: A file has none, or two have the same.
@@ -141,44 +139,46 @@ def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list
 
 
 def refuse_shared(claims: Iterable[tuple[str, str]]) -> None:
-    """No entry of a data set is two files'.
+    """Raise if two files claim the same entry of a data set.
 
     Args:
-        claims: Files and their entries; a file may stand there twice.
+        claims: Files and their entries; a file may come twice.
 
     Raises:
-        ValueError: It is.
+        ValueError: They do.
     """
     files: dict[str, str] = {}
     for file, name in claims:
         if files.setdefault(name, file) != file:
             raise ValueError(
-                f"{files[name]} and {file} can both be {name} of the data set: predict the pictures of one folder at a "
+                f"{files[name]} and {file} can both be {name} of the data set: predict the images of one folder at a "
                 "time, or give a data set whose names have their folders"
             )
 
 
 def read_annotated_folder(folder: Path) -> list[Sample]:
-    """The annotated pictures of a folder: MDS shards, or one file of JSON lines and the pictures it names.
+    """Return the annotated images of a folder: MDS shards, or one file of JSON lines and the images it names.
 
     Raises:
-        ValueError: It is neither, or a picture of it cannot be used or is not annotated.
+        ValueError: It is neither, or an image of it cannot be used or is not annotated.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: give one of MDS shards, or of pictures and their annotations")
+        raise ValueError(f"{folder} is not a folder: give one of MDS shards, or of images and their annotations")
     if (folder / INDEX_FILE).is_file():
+        from recipe.upstream.storage import read_mds  # brings Composer, which takes seconds to import
+
         samples = list(read_mds(folder))
     else:
-        files = sorted(file for file in folder.glob("*.jsonl") if file.name != REJECTED_FILE)
+        files = jsonl_files(folder)
         if len(files) != 1:
             splits = sorted(str(index.parent) for index in folder.glob(f"*/{INDEX_FILE}"))
-            form = "give a folder of MDS shards, or of pictures and their annotations as convert/jsonl.py reads them"
+            form = "give a folder of MDS shards, or of images and their annotations as convert/jsonl.py reads them"
             remedy = f"give one of its splits, such as {splits[0]}" if splits else form
             raise ValueError(f"{folder} holds neither {INDEX_FILE} nor one file *.jsonl ({len(files)} found): {remedy}")
         samples = read_jsonl(files[0])
     if not samples:
-        raise ValueError(f"{folder} holds no annotated picture")
+        raise ValueError(f"{folder} holds no annotated image")
     unusable = [sample.id for sample in samples if sample.objects is None or not sample.image]
     if unusable:
-        raise ValueError(f"{folder} holds samples that are no annotated pictures: {unusable[:5]}")
+        raise ValueError(f"{folder} holds samples that are not annotated images: {unusable[:5]}")
     return samples

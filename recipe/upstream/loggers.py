@@ -109,6 +109,7 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
         settings = {"disable_git": True, "disable_code": True, "init_timeout": START_SECONDS, "_args": []}
         # Else a table asks the server for its version, offline too, and waits minutes for an answer.
         settings["allow_offline_artifacts"] = False
+        settings["silent"] = True  # else it prints some 90 lines of sparklines at the end
         settings |= self._init_kwargs.get("settings") or {}
         self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}  # settings may hold the key to log in
         if self._enabled and self._init_kwargs.get("mode") == "online":
@@ -150,6 +151,9 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
             flush_records(run)
             stop_service()
             log.warning("W&B did not take all of the run; send it with `wandb sync %s`: %s", folder, _tell(error))
+            return
+        if self._init_kwargs.get("mode") == "offline":
+            log.info("W&B: run in %s; send it with `wandb sync %s`", folder, folder)
 
 
 def ask_server() -> None:

@@ -141,7 +141,7 @@ def recorded(
     duration: str = "6ba",
 ) -> list[tuple[Weights, Weights]]:
     recorder, config = Recorder(), config_with(stages or {})
-    first = StagedFreezing(build_schedule(config))
+    first = StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer))
     train(model, steps, duration, config, [first, *algorithms], callbacks=[recorder]).close()
     return recorder.found
 
@@ -250,7 +250,7 @@ def test_an_evaluation_that_fails_leaves_all_in_place(
 
     network = averaged_model.model
     trained = [network.get_submodule(part) for part in PARTS]
-    monkeypatch.setattr("recipe.joint.predict_batch", fail)
+    monkeypatch.setattr("recipe.prediction.decode.decode", fail)
     with pytest.raises(RuntimeError, match="no prediction"):
         evaluate(averaged_model, collator("packed")([tiny_examples["one"]]))
     assert all(network.get_submodule(part) is module for part, module in zip(PARTS, trained, strict=True))

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from convert.shapes import iter_samples
 from convert.write import write_split
-from recipe.build import load_model
 from recipe.checkpoints.weights import answering_weights, export_model, read_weights
 from recipe.config import EmaConfig, LoaderConfig, OptimizerConfig, RecipeConfig
 from recipe.eval import main as evaluate
 from recipe.train import main as train
+from tests.tiny_cases import load_model
 
 STEPS = 4
 
@@ -124,7 +124,7 @@ def test_a_loaded_and_an_exported_model_is_the_average(run: tuple[Path, dict[str
     name = "detection_head.query_content.weight"
     assert torch.equal(model.state_dict()[f"model.{name}"], weights[f"model.average.{name}"])
     assert same(dict(model.state_dict()), answering_weights(weights, "model."))
-    export_model(model, processor, config, tmp_path / "exported")
+    export_model(model.model, processor, config, tmp_path / "exported")
     again, _, _ = load_model(tmp_path / "exported")
     assert same(dict(again.state_dict()), dict(model.state_dict()))
 
@@ -138,7 +138,7 @@ def test_a_model_that_still_has_both_is_exported_as_the_average(
     with torch.no_grad():
         for weight, _ in model.model.averaged_parameters():
             weight.zero_()
-    export_model(model, processor, config, tmp_path / "exported")
+    export_model(model.model, processor, config, tmp_path / "exported")
     assert same(dict(load_model(tmp_path / "exported")[0].state_dict()), expected)
 
 

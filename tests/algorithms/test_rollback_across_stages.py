@@ -55,7 +55,11 @@ def train(folder: Path, spoiled: int, load_path: str | None = None) -> tuple[Rec
         train_dataloader=DataSpec(batches, split_batch=lambda batch, _: [batch], get_num_samples_in_batch=lambda _: 2),
         optimizers=toy_optimizer(model, CONFIG.optimizer),
         schedulers=build_curve(CONFIG.scheduler),
-        algorithms=[StagedFreezing(build_schedule(CONFIG)), guard, SpoilWeight(spoiled)],
+        algorithms=[
+            StagedFreezing(build_schedule(CONFIG.scheduler, CONFIG.staged_freezing, CONFIG.optimizer)),
+            guard,
+            SpoilWeight(spoiled),
+        ],
         callbacks=[recorder],
         max_duration="2ep",
         device="cpu",

@@ -7,9 +7,9 @@ import yaml
 
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.build import build_algorithms
-from recipe.checks import check_config
 from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import load_config
+from recipe.rules import check_config
 
 LOADER = {"streams": {"main": {"local": "data"}}, "global_batch_size": 8}
 MINIMAL = {
@@ -62,12 +62,3 @@ def test_a_watcher_is_set_key_by_key(tmp_path: Path):
 def test_mistakes(tmp_path: Path, override: str, message: str):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, override)
-
-
-def test_a_gpu_needs_a_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Composer's own default there is amp_fp16."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"missing trainer\.precision.*amp_bf16"):
-        load(tmp_path)
-    load(tmp_path, "trainer.precision=fp32")
-    load(tmp_path, "trainer.device=cpu")

@@ -89,7 +89,10 @@ def train_toy(config: RecipeConfig, duration: str = "2ep", model: Toy | None = N
     """Epochs of four batches."""
     model = model or Toy()
     generator = torch.Generator().manual_seed(5)
-    algorithms = [StagedFreezing(build_schedule(config)), *keywords.pop("algorithms", [])]
+    algorithms = [
+        StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer)),
+        *keywords.pop("algorithms", []),
+    ]
     trainer = Trainer(
         model=model,
         train_dataloader=[torch.randn(2, 3, generator=generator) for _ in range(4)],
@@ -263,7 +266,25 @@ def test_a_parameter_without_gradient_is_named():
 
     with messages_of("recipe") as messages:
         train_toy(config_with({}), model=Spare())
-    assert "batch 0 left 1 parameters of the group llm as they were: model.llm.spare" in messages
+    assert "batch 0 did not move 1 parameters of the group llm: model.llm.spare" in "\n".join(messages)
+
+
+def test_a_gradient_of_zeros_is_not_reported():
+    """A layer that starts at zero passes none on in the first step."""
+
+    class Behind(Toy):
+        def __init__(self):
+            super().__init__()
+            self.behind = nn.Parameter(torch.zeros(2))
+            self.model["llm"].register_parameter("behind", self.behind)
+
+        def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+            language, detection = super().forward(batch)
+            return language + 0.0 * self.behind.sum(), detection
+
+    with messages_of("recipe") as messages:
+        train_toy(config_with({}), model=Behind())
+    assert "did not move" not in "\n".join(messages)
 
 
 @pytest.mark.parametrize("spoiled", [None, float("nan")])
@@ -337,6 +358,9 @@ def test_bit_sums_see_the_smallest_change(dtype: torch.dtype):
 
 def test_ddp_is_told_only_where_a_group_is_ever_frozen():
     def told(stages: dict[str, Any]) -> bool:
-        return StagedFreezing(build_schedule(config_with(stages))).find_unused_parameters
+        config = config_with(stages)
+        return StagedFreezing(
+            build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+        ).find_unused_parameters
 
     assert told(TWO_STAGES) and not told({"llm": [{"from": "1ep", "lr": 0.1}]})

@@ -38,20 +38,21 @@ from composer.devices import Device
 from composer.utils import get_device
 from torch import nn
 
-from recipe.build import build_encoder, load_model
 from recipe.config import RecipeConfig
 from recipe.configure import load_config
 from recipe.data.chat import answer_frame, text_to_objects
-from recipe.data.collate import collate_standard
+from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.joint import JointModel
-from recipe.metrics.answers import AnswerBoxes
-from recipe.metrics.calibration import Calibration
-from recipe.predict import encode_picture
-from recipe.prediction.decode import predict_batch
+from recipe.load import build_encoder
+from recipe.metrics.answers import answer_boxes
+from recipe.metrics.calibration import calibration
+from recipe.predict import encode_image
+from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.generate import generate_answers
 from recipe.schema import Batch, Prediction, Sample
 from recipe.upstream.storage import CheckedDataset, open_streams
+from tests.tiny_cases import load_model
 
 CHECKPOINT = "quickstart/run/checkpoints/latest-rank0.pt"
 BATCH_SIZES = (1, 8)
@@ -84,19 +85,18 @@ def read_samples(config: RecipeConfig, count: int) -> list[Sample]:
 
 def make_batches(samples: Sequence[Sample], batch_size: int, encoder: Encoder, device: Device) -> list[Batch]:
     """Prompts alone: the truth is in no batch."""
-    examples = [encode_picture(sample.image, sample.id, encoder) for sample in samples]
+    examples = [encode_image(sample.image, sample.id, encoder) for sample in samples]
     starts = range(0, len(examples), batch_size)
-    collated = [collate_standard(examples[start : start + batch_size], encoder.pad_token_id) for start in starts]
+    collated = [
+        collate_standard(one_each(examples[start : start + batch_size]), encoder.pad_token_id) for start in starts
+    ]
     return [device.batch_to_device(batch) for batch in collated]
 
 
 def by_head(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Prediction]:
     """The objects above the run's score threshold."""
-    outputs = model(batch)
     evaluation = replace(config.evaluation, generate_answer=False)
-    predictions = predict_batch(
-        model.model, batch, outputs.detection, outputs.memory, model.tokenizer, evaluation, config.prompt
-    )
+    _, predictions = predict(model.model, batch, Decoding(model.tokenizer, evaluation, config.prompt))
     return [
         replace(prediction, answer="", answer_objects=above(prediction, evaluation.score_threshold))
         for prediction in predictions
@@ -203,9 +203,9 @@ def row_of(way: str, timings: Sequence[Timing], samples: Sequence[Sample]) -> Ro
     boxes = sum(len(prediction.answer_objects or ()) for prediction in predictions)
     seconds = median(timing.seconds for timing in timings)
     own = median(timing.seconds - timing.shared for timing in timings)
-    metric = AnswerBoxes()
-    metric.update(predictions, list(samples))
-    return Row(way, boxes, boxes / seconds, boxes / own, len(samples) / seconds, float(metric.compute()["text_f1"]))
+    return Row(
+        way, boxes, boxes / seconds, boxes / own, len(samples) / seconds, answer_boxes(predictions, samples)["text_f1"]
+    )
 
 
 def measure(
@@ -248,9 +248,7 @@ def report_of(head: Row, text: Row, batch_size: int) -> dict[str, float | None]:
 
 def report_best(predictions: Sequence[Prediction], samples: Sequence[Sample], threshold: float) -> None:
     """Prints what the head could reach at another threshold."""
-    metric = Calibration()
-    metric.update(list(predictions), list(samples))
-    scores = {name: float(value) for name, value in metric.compute().items()}
+    scores = calibration(predictions, samples)
     print(
         f"score threshold of the run {threshold:g}; the best for these pictures would be "
         f"{scores['best_score_threshold']:.3f}, with F1 {scores['best_f1']:.3f}"
@@ -267,7 +265,7 @@ def main() -> None:
     device = get_device()
     model = device.module_to_device(model.eval())
     samples = read_samples(config, args.images)
-    encoder = build_encoder(config, processor)
+    encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len)
     truths = sum(not item.iscrowd for sample in samples for item in sample.objects or ())
     print(f"{Path(args.checkpoint).name}: {len(samples)} pictures with {truths} objects")
     print("| batch | way | boxes | boxes/s | without the shared pass | images/s | F1@0.5 |")

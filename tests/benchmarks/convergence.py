@@ -73,9 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "8 queries": {"detection_head.num_queries": 8},
     "8 queries, selected": {"detection_head.num_queries": 8, "detection_head.select_queries": True},
     "3 query groups": {"detection_head.num_query_groups": 3},
-    "varifocal": {"loss.objectness": "varifocal", "loss.focal_gamma": 2.0},
     "mal": {"loss.objectness": "mal", "loss.focal_gamma": 1.5},
-    "caption cost": {"matcher.cost_caption": 0.5, "loss.weight_caption": 1.0},
     "ema": {"ema": "{half_life: 20ba}"},
 }
 REAL_SETS = ("chess_train", "bccd_trainval")

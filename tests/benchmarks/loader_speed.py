@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from transformers import AutoConfig
 
-from recipe.build import build_encoder, load_processor
 from recipe.config import RecipeConfig
 from recipe.data.encode import Encoder, rope_positions
+from recipe.data.image import image_spec
+from recipe.load import load_processor
 from recipe.models.vlm import PixelNormalizer
 from recipe.schema import Sample
 
@@ -57,9 +59,10 @@ def loader_rates(config: RecipeConfig, samples: Sequence[Sample], repeats: int) 
     Raises:
         AssertionError: The tensors of a picture differ.
     """
-    processor = load_processor(config)
-    encoder = build_encoder(config, processor)
-    spec = encoder.image_spec
+    processor = load_processor(config.model.pretrained_model_name_or_path)
+    hf_config = AutoConfig.from_pretrained(config.model.pretrained_model_name_or_path)
+    spec = image_spec(processor.image_processor, config.image)
+    encoder = Encoder(processor.tokenizer, hf_config, spec, config.prompt, 32, config.max_seq_len)
     normalizer = PixelNormalizer(spec.image_mean, spec.image_std)
     texts = {}
     for sample in samples:

@@ -53,12 +53,14 @@ from convert.shapes import iter_samples
 from convert.write import write_split
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.watch import MicrobatchFlags
-from recipe.build import build_algorithms, build_encoder, build_model, load_processor
+from recipe.build import build_algorithms, build_model
 from recipe.callbacks.group_metrics import GroupMetrics, every_batches
 from recipe.callbacks.loss_terms import LossShares
 from recipe.callbacks.throughput import Throughput
 from recipe.config import DetectionHeadConfig, LoaderConfig, ModelConfig, NaNRollbackConfig, PackingConfig, RecipeConfig
 from recipe.data.loader import build_train_loader, get_num_tokens_in_batch
+from recipe.load import build_encoder, load_processor
+from recipe.losses.counts import split_batch
 from recipe.optim.groups import build_optimizer
 from recipe.optim.schedule import build_curve
 from recipe.tiny import build_tiny_checkpoint
@@ -164,7 +166,7 @@ def watch_algorithm(stopwatch: Stopwatch, algorithm: Algorithm, name: str) -> No
 
 def train(config: RecipeConfig) -> tuple[list[Row], Trainer, float]:
     """Trains as `recipe.train` does; returns the steps, the trainer, and the bytes of a snapshot."""
-    processor = load_processor(config)
+    processor = load_processor(config.model.pretrained_model_name_or_path)
     model = build_model(config, processor)
     optimizer = build_optimizer(model, config.optimizer)
     reporting: Any = optimizer  # OptimizerMonitor asks for a report that torch's own AdamW cannot give
@@ -188,7 +190,14 @@ def train(config: RecipeConfig) -> tuple[list[Row], Trainer, float]:
         stopwatch.watch(callback, "run_event", name, idle=lambda: None)
     trainer = Trainer(
         model=model,
-        train_dataloader=build_train_loader(config, build_encoder(config, processor), None, microbatch_size=1),
+        train_dataloader=build_train_loader(
+            config.train_loader,
+            build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len),
+            None,
+            config.seed,
+            microbatch_size=1,
+            split_batch=split_batch,
+        ),
         optimizers=optimizer,
         schedulers=build_curve(config.scheduler),
         algorithms=[*algorithms, clipping, guard],

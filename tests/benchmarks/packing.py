@@ -31,10 +31,10 @@ from plan_cost import MAX_TOKENS, WINDOW, lognormal_mix
 from real_sets import build_qwen_tokenizer, read_samples
 from recipe.config import PromptConfig, TeacherConfig
 from recipe.data.encode import Encoder
-from recipe.data.image import ImageSpec
 from recipe.data.lengths import count_lengths, count_teachers
 from recipe.data.plan import Budget, plan_packs
 from recipe.data.teachers import TeacherPool
+from recipe.schema import ImageSpec
 
 SETS = ("chess_train", "bccd_trainval", "wagon_train", "coco_cc_train")
 MOST_TEACHERS = 3

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from recipe.images import open_image
-from recipe.metrics.boxes import BoxAveragePrecision
+from recipe.metrics.boxes import box_average_precision
 from recipe.schema import DetectedObject, Prediction, Sample
 
 CLIP_NORM = 1.0  # DETR's own 0.1 is for fine-tuning a pretrained backbone
@@ -147,15 +147,15 @@ def train_peer(
 def evaluate_peer(model: nn.Module, samples: Sequence[Sample], pictures: Tensor) -> float:
     """AP50 without classes, on normalised pictures: a query's score is that of its likeliest class."""
     model.eval()
-    metric = BoxAveragePrecision()
+    predictions: list[Prediction] = []
     for first in range(0, len(samples), 8):
         part = samples[first : first + 8]
         outputs = model(pixel_values=pictures[first : first + 8])
         scores = outputs.logits.sigmoid().amax(-1)
         boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
-        metric.update([_prediction(*row) for row in zip(part, boxes, scores, strict=True)], list(part))
+        predictions += [_prediction(*row) for row in zip(part, boxes, scores, strict=True)]
     model.train()
-    return float(metric.compute()["box_ap50"])
+    return box_average_precision(predictions, samples)["box_ap50"]
 
 
 def _prediction(sample: Sample, boxes: Tensor, scores: Tensor) -> Prediction:

@@ -3,21 +3,24 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from convert.shapes import draw_scene
-from recipe.build import build_encoder, build_model, load_processor
+from recipe.build import build_model
 from recipe.config import RecipeConfig
-from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.collate import collate_packed, collate_standard, one_each
+from recipe.data.encode import Encoder
+from recipe.data.image import image_spec
 from recipe.joint import JointModel
+from recipe.load import load_processor
 from recipe.models.attention import packed_mask
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example, Sample
@@ -66,7 +69,10 @@ def make_sample(index: int, pixels: int, num_words: int) -> Sample:
 
 def make_examples(config: RecipeConfig) -> list[Example]:
     """The batch: one sample each of `CHATS`."""
-    encoder = build_encoder(config, load_processor(config))
+    name = config.model.pretrained_model_name_or_path
+    processor, hf_config = load_processor(name), AutoConfig.from_pretrained(name)
+    spec = image_spec(processor.image_processor, config.image)
+    encoder = Encoder(processor.tokenizer, hf_config, spec, config.prompt, 32, config.max_seq_len)
     return [encoder(make_sample(index, *chat)) for index, chat in enumerate(CHATS)]
 
 
@@ -82,7 +88,7 @@ class Step:
     def __init__(self, config: RecipeConfig, attn_implementation: str, batch: Batch):
         config = replace(config, model=replace(config.model, attn_implementation=attn_implementation))
         torch.manual_seed(0)
-        self.model: JointModel = build_model(config, load_processor(config)).train()
+        self.model: JointModel = build_model(config, load_processor(config.model.pretrained_model_name_or_path)).train()
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.batch = batch
 
@@ -99,10 +105,10 @@ def step_seconds(config: RecipeConfig, examples: Sequence[Example], repeats: int
     """Core-seconds of a step, in each way: medians of interleaved repeats, after one that warms up and is checked."""
     AttentionInterface.register(DENSE, dense_sdpa)
     AttentionMaskInterface.register(DENSE, packed_mask)
-    packed = collate_packed(examples)
+    packed = collate_packed(one_each(examples))
     steps = {
         "packed": Step(config, "auto", packed),
-        "padded": Step(config, "auto", partial(collate_standard, pad_token_id=0)(examples)),
+        "padded": Step(config, "auto", collate_standard(one_each(examples), pad_token_id=0)),
         "dense": Step(config, DENSE, packed),
     }
     losses = [step() for step in steps.values()]

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from recipe.callbacks.log_first_sample import LogFirstSample, describe_first_sample
-from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.schema import Example, Role, Sample, Target
 from recipe.tiny import build_tiny_tokenizer, tokenizer_corpus
 
@@ -56,7 +56,7 @@ def examples(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
 
 def test_description(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
     lengths = [len(tokenizer.encode(text)) for text in ("a square<|im_end|>", "a circle<|im_end|>")]
-    text = describe_first_sample(collate_standard(examples, pad_token_id=0), tokenizer)
+    text = describe_first_sample(collate_standard(one_each(examples), pad_token_id=0), tokenizer)
     assert text.startswith(f"sample picture-1, {len(examples[0].input_ids)} tokens\n[prompt, ")
     assert "tokens]\n<|im_start|>user\n<|vision_start|><image 4x2><|vision_end|>find<|im_end|>\n" in text
     assert f"[teacher answer, {lengths[0]} tokens]\na square<|im_end|>\n[prompt" in text
@@ -68,17 +68,17 @@ def test_description(tokenizer: PreTrainedTokenizerBase, examples: list[Example]
 
 def test_padded_equals_packed(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
     for order in (examples, examples[::-1]):
-        standard = describe_first_sample(collate_standard(order, pad_token_id=0), tokenizer)
-        assert standard == describe_first_sample(collate_packed(order), tokenizer)
-        assert standard == describe_first_sample(collate_packed(order[:1]), tokenizer)
+        standard = describe_first_sample(collate_standard(one_each(order), pad_token_id=0), tokenizer)
+        assert standard == describe_first_sample(collate_packed(one_each(order)), tokenizer)
+        assert standard == describe_first_sample(collate_packed(one_each(order[:1])), tokenizer)
 
 
 def test_text_only_sample_has_no_target(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
-    assert "[target]" not in describe_first_sample(collate_packed(examples[::-1]), tokenizer)
+    assert "[target]" not in describe_first_sample(collate_packed(one_each(examples[::-1])), tokenizer)
 
 
 def test_not_annotated(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> None:
-    batch = collate_packed(examples[:1])
+    batch = collate_packed(one_each(examples[:1]))
     batch["targets"] = [None]
     assert describe_first_sample(batch, tokenizer).endswith("[target] not annotated: no detection loss")
 
@@ -87,8 +87,10 @@ def test_callback_writes_once_each(
     tokenizer: PreTrainedTokenizerBase, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     callback = LogFirstSample(tokenizer, tmp_path / "run")
-    first = cast(Any, SimpleNamespace(batch=[collate_packed(examples), collate_packed(examples[::-1])]))
-    second = cast(Any, SimpleNamespace(batch=[collate_packed(examples[::-1])]))
+    first = cast(
+        Any, SimpleNamespace(batch=[collate_packed(one_each(examples)), collate_packed(one_each(examples[::-1]))])
+    )
+    second = cast(Any, SimpleNamespace(batch=[collate_packed(one_each(examples[::-1]))]))
     for state in (first, second):
         callback.batch_start(state, cast(Any, None))
     callback.eval_batch_start(second, cast(Any, None))

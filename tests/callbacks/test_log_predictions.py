@@ -15,7 +15,7 @@ from wandb.sdk.internal.datastore import DataStore
 from recipe.callbacks.log_predictions import LogPredictions, layers_of, table_rows, wandb_images
 from recipe.callbacks.table import build_loggers
 from recipe.schema import DetectedObject, Prediction
-from tests.callbacks.test_table import make_config, make_sample, train
+from tests.callbacks.test_table import make_sample, train
 
 FOUND = (DetectedObject((2.0, 2.0, 20.0, 20.0), 0.9, "red circle"), DetectedObject((0.0, 0.0, 48.0, 32.0), 0.2, ""))
 ANSWERED = (DetectedObject((24.0, 16.0, 48.0, 32.0), 1.0, "blue star"),)
@@ -41,7 +41,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 def test_wandb_gets_boxes_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    train([LogPredictions(3, tmp_path / "pictures", 0.3)], build_loggers(make_config(tmp_path, wandb={})))
+    train([LogPredictions(3, tmp_path / "pictures", 0.3)], build_loggers({"wandb": {}}, str(tmp_path)))
     rows = [row for row in history(tmp_path) if "predictions_boxes/captions" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     row, files = rows[1], tmp_path / "wandb" / "latest-run" / "files"

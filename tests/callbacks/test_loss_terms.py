@@ -11,11 +11,12 @@ from torch import Tensor
 
 from recipe.callbacks.loss_terms import LANGUAGE, LossGradients, LossShares, term_weights
 from recipe.config import OptimizerConfig, RecipeConfig
-from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
+from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.joint import JointModel
+from recipe.losses.counts import split_batch
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Batch, Example
-from tests.tiny_cases import collator, make_batches, make_model
+from tests.tiny_cases import make_batches, make_model, microbatches_of
 
 RATES = OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3)
 
@@ -49,7 +50,7 @@ def fit(
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(
-            [collate_microbatches(examples, collator("packed"), microbatch_size) for _ in range(2)],
+            [microbatches_of(examples, "packed", microbatch_size) for _ in range(2)],
             split_batch=split_batch,
             get_num_samples_in_batch=get_num_samples_in_batch,
             get_num_tokens_in_batch=get_num_tokens_in_batch,

@@ -16,10 +16,11 @@ from composer.models import ComposerModel
 from PIL import Image
 from torch import Tensor, nn
 
+from recipe.build import build_all_callbacks
 from recipe.callbacks.log_first_sample import LogFirstSample
 from recipe.callbacks.log_predictions import LogPredictions
-from recipe.callbacks.table import build_callbacks, build_loggers
-from recipe.config import ModelConfig, RecipeConfig
+from recipe.callbacks.table import CALLBACKS, LOGGERS, build_callbacks, build_loggers
+from recipe.config import CALLBACK_NAMES, LOGGER_NAMES, ModelConfig, RecipeConfig
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 from recipe.tiny import build_tiny_tokenizer, tokenizer_corpus
 
@@ -122,7 +123,9 @@ def test_training_does_not_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("WANDB_MODE", raising=False)
     plain, plain_numbers = train([], [])
     config = make_config(tmp_path / "run", tensorboard={}, wandb={}, json_lines={}, file={})
-    watched, watched_numbers = train([LogPredictions(3, tmp_path / "pictures", 0.3)], build_loggers(config))
+    watched, watched_numbers = train(
+        [LogPredictions(3, tmp_path / "pictures", 0.3)], build_loggers(config.loggers, config.run_folder)
+    )
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert plain_numbers == watched_numbers
 
@@ -144,26 +147,30 @@ def test_user_keywords_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         wandb={"project": "mine", "init_kwargs": {"notes": "text"}},
         tensorboard=None,
     )
-    json_lines, wandb = build_loggers(config)
+    json_lines, wandb = build_loggers(config.loggers, config.run_folder)
     assert vars(json_lines)["path"] == tmp_path / "elsewhere.jsonl"
     init_kwargs = {"dir": str(tmp_path / "run"), "mode": "disabled", "notes": "text", "project": "mine"}
     assert vars(wandb)["_init_kwargs"] == init_kwargs
     assert config.loggers["wandb"]["init_kwargs"] == {"notes": "text"}
 
 
+def test_the_names_next_to_the_keys_are_those_of_the_classes() -> None:
+    assert tuple(CALLBACKS) == CALLBACK_NAMES and tuple(LOGGERS) == LOGGER_NAMES
+
+
 def test_callbacks_of_every_run(tmp_path: Path) -> None:
     tokenizer = build_tiny_tokenizer(tokenizer_corpus())
     config = make_config(tmp_path)
     config.callbacks = {"speed_monitor": {"window_size": 5}, "lr_monitor": None}
-    names = [type(callback).__name__ for callback in build_callbacks(config, tokenizer)]
+    names = [type(callback).__name__ for callback in build_all_callbacks(config, tokenizer)]
     assert names == ["EvaluationWithoutTraces", "SpeedMonitor", "TrainingData", "LogFirstSample", "LogPredictions"]
     config.evaluation.num_logged_images = 0
-    assert isinstance(build_callbacks(config, tokenizer)[-1], LogFirstSample)
+    assert isinstance(build_all_callbacks(config, tokenizer)[-1], LogFirstSample)
 
 
 def test_in_memory_logger_agrees_with_json_lines(tmp_path: Path) -> None:
     memory = InMemoryLogger()
-    train([], [memory, *build_loggers(make_config(tmp_path, json_lines={}))])
+    train([], [memory, *build_loggers({"json_lines": {}}, str(tmp_path))])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["metrics"]["loss/train/total"] for line in lines if "loss/train/total" in line["metrics"]]
     expected = [float(value) for _, value in memory.data["loss/train/total"]]
@@ -173,8 +180,6 @@ def test_in_memory_logger_agrees_with_json_lines(tmp_path: Path) -> None:
 def test_out_of_memory_traces_lie_in_the_run_folder(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run")
     config.callbacks = {"oom_observer": {"max_entries": 7}}
-    observer = next(
-        c for c in build_callbacks(config, build_tiny_tokenizer(tokenizer_corpus())) if hasattr(c, "folder")
-    )
+    (observer,) = build_callbacks(config.callbacks, config.run_folder)
     assert vars(observer)["folder"] == f"{tmp_path}/run/out_of_memory"
     assert vars(observer)["max_entries"] == 7 and vars(observer)["remote_file_name"] is None

@@ -11,10 +11,11 @@ from composer.loggers import InMemoryLogger, Logger
 from recipe.callbacks.flops import PARTS, step_flops
 from recipe.callbacks.throughput import Throughput
 from recipe.config import OptimizerConfig, RecipeConfig
-from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
+from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
+from recipe.losses.counts import split_batch
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example
-from tests.tiny_cases import collator, make_model
+from tests.tiny_cases import make_model, microbatches_of
 
 PEAK = 1e12
 
@@ -52,7 +53,7 @@ class SlowStep(Callback):
 
 def run(config: RecipeConfig, examples: list[Example], throughput: Throughput) -> tuple[InMemoryLogger, float]:
     model = make_model(config)
-    batches = [collate_microbatches(examples, collator("packed"), 1) for _ in range(2)]
+    batches = [microbatches_of(examples, "packed", 1) for _ in range(2)]
     memory = InMemoryLogger()
     trainer = Trainer(
         model=model,
@@ -86,7 +87,7 @@ def test_what_is_logged(
     examples = [tiny_examples["text"], tiny_examples["empty"]]
     memory, seconds = run(config, examples, Throughput("2ba", PEAK))
     logged = {name: float(rows[0][1]) for name, rows in memory.data.items() if len(rows) == 1}
-    batches = collate_microbatches(examples, collator("packed"), 1)
+    batches = microbatches_of(examples, "packed", 1)
     flops = step_flops(make_model(config).model, batches, {"merger", "llm", "adapter", "detection"})
     assert [logged[f"flops/step/{part}"] for part in PARTS] == [flops.model(part) for part in PARTS]
     step = sum(flops.model(part) for part in PARTS)

@@ -1,5 +1,6 @@
 """Objects that no query is left for are counted in every step, as many as the matching leaves over."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -18,7 +19,7 @@ from recipe.schema import Batch, Example
 from tests.tiny_cases import NUM_QUERIES, make_batches
 
 
-def unmatched_of(batches: list[Batch], folder: Path, num_queries: int) -> float:
+def unmatched_of(batches: Sequence[Batch], folder: Path, num_queries: int) -> float:
     """What is logged of a step."""
     logged: dict[str, float] = {}
     state, logger = SimpleNamespace(batch=batches, device=DeviceCPU()), SimpleNamespace(log_metrics=logged.update)

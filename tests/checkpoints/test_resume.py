@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, load_keywords, weights_keywords
-from recipe.config import RecipeConfig
+from recipe.checkpoints import resume
+from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS
+from recipe.config import RecipeConfig, view_trainer
+from recipe.schema import Origin
 from tests.checkpoints.checkpoint_cases import ORIGIN, flip, train, truncate
 
 
@@ -24,6 +26,14 @@ def run_folder(tmp_path: Path) -> Path:
 def config(run_folder: Path, load_path: Path | None = None, autoresume: bool = True, **trainer: Any) -> RecipeConfig:
     path = None if load_path is None else str(load_path)
     return RecipeConfig(run_folder=str(run_folder), load_path=path, autoresume=autoresume, trainer=trainer)
+
+
+def load_keywords(asked: RecipeConfig, origin: Origin) -> dict[str, Any]:
+    return resume.load_keywords(view_trainer(asked), asked.load_path, asked.autoresume, origin)
+
+
+def weights_keywords(asked: RecipeConfig, origin: Origin) -> dict[str, Any]:
+    return resume.weights_keywords(view_trainer(asked), asked.load_path, origin)
 
 
 def keywords(path: Path | str, weights_only: bool) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from transformers import AutoProcessor, Qwen2_5_VLConfig
 
 from recipe.config import ImageConfig, PromptConfig
 from recipe.data.encode import Encoder
-from recipe.data.image import ImageSpec, image_spec
+from recipe.data.image import image_spec
 from recipe.records import RECORDS_FILE, join_parts, to_record, write_part
-from recipe.schema import MDS_COLUMNS, Object, Sample
+from recipe.schema import MDS_COLUMNS, ImageSpec, Object, Sample
 from recipe.tiny import build_tiny_checkpoint
 from tests.data.storage_cases import write_rows
 from tests.s3_server import FaultProxy, S3Server

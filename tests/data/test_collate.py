@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recipe.data.collate import collate_packed, collate_standard
+from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.schema import Batch, Example, Role, Sample
 
@@ -26,7 +26,9 @@ def examples(encoder: Encoder, make_sample) -> list[Example]:
 
 @pytest.fixture(params=["standard", "packed"])
 def batch(request: pytest.FixtureRequest, examples: list[Example]) -> Batch:
-    return collate_standard(examples, PAD) if request.param == "standard" else collate_packed(examples)
+    return (
+        collate_standard(one_each(examples), PAD) if request.param == "standard" else collate_packed(one_each(examples))
+    )
 
 
 def test_labels_stand_one_after_the_position_that_predicts_them(batch: Batch, examples: list[Example]):
@@ -57,7 +59,7 @@ def test_prompts_images_and_targets_belong_to_their_samples(batch: Batch, exampl
 
 
 def test_standard_rows_are_each_sample_then_padding(examples: list[Example]):
-    batch = collate_standard(examples, PAD)
+    batch = collate_standard(one_each(examples), PAD)
     assert batch["attention_mask"] is not None
     for row, example in enumerate(examples):
         length = len(example.input_ids)
@@ -68,7 +70,7 @@ def test_standard_rows_are_each_sample_then_padding(examples: list[Example]):
 
 
 def test_the_packed_row_keeps_the_packing_contract(examples: list[Example]):
-    batch = collate_packed(examples)
+    batch = collate_packed(one_each(examples))
     assert batch["attention_mask"] is None
     assert torch.equal(batch["input_ids"][0], torch.cat([item.input_ids for item in examples]))
     assert batch["position_ids"].shape == (4, 1, batch["num_tokens"])
@@ -78,7 +80,7 @@ def test_the_packed_row_keeps_the_packing_contract(examples: list[Example]):
 
 
 def test_a_batch_without_any_picture_is_legal(examples: list[Example], spec):
-    for batch in (collate_standard(examples[1:2], PAD), collate_packed(examples[1:2])):
+    for batch in (collate_standard(one_each(examples[1:2]), PAD), collate_packed(one_each(examples[1:2]))):
         assert batch["pixel_patches"].shape == (0, spec.patch_values)
         assert batch["image_grid_thw"].shape == (0, 3)
         assert batch["prompt_index"].shape[0] == 0
@@ -87,6 +89,6 @@ def test_a_batch_without_any_picture_is_legal(examples: list[Example], spec):
 
 
 def test_a_batch_with_nothing_supervised_is_legal(examples: list[Example]):
-    batch = collate_standard(examples[2:3], PAD)
+    batch = collate_standard(one_each(examples[2:3]), PAD)
     assert batch["label_index"].shape == batch["labels"].shape == batch["label_roles"].shape == (0,)
     assert batch["label_index"].dtype == torch.int64

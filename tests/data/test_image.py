@@ -12,8 +12,9 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorFast
 
 from recipe.config import ImageConfig
 from recipe.data import image
-from recipe.data.image import ImageSpec, decode_pixels, image_spec, patchify, resized_size
+from recipe.data.image import decode_pixels, image_spec, patchify, resized_size
 from recipe.images import open_image
+from recipe.schema import ImageSpec
 
 BUDGETS = [(4 * 28 * 28, 1280 * 28 * 28), (56 * 56, 64 * 28 * 28), (300 * 28 * 28, 320 * 28 * 28)]
 

@@ -14,15 +14,14 @@ from recipe.data.encode import Encoder
 from recipe.data.loader import (
     build_eval_loader,
     build_train_loader,
-    count_losses,
     device_batch_size,
     get_num_packs_in_batch,
     get_num_samples_in_batch,
     get_num_tokens_in_batch,
     make_collator,
-    split_batch,
 )
 from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, read_teachers
+from recipe.losses.counts import count_losses, split_batch
 from recipe.schema import Batch
 
 NUM_SAMPLES = 10
@@ -30,7 +29,14 @@ NUM_SAMPLES = 10
 
 def train_spec(config: RecipeConfig, encoder: Encoder, microbatch_size: int) -> DataSpec:
     """The training loader with the teachers that the configuration asks for."""
-    return build_train_loader(config, encoder, read_teachers(config.teachers, config.seed), microbatch_size)
+    return build_train_loader(
+        config.train_loader,
+        encoder,
+        read_teachers(config.teachers, config.seed),
+        config.seed,
+        microbatch_size,
+        split_batch,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,6 @@ def test_counts_are_those_of_the_whole_batch_in_every_microbatch(config: RecipeC
     batch = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=1))))
     whole = next(iter(dataloader_of(train_spec(config, encoder, microbatch_size=4))))
     expected = count_losses(whole[0])
-    assert batch[0]["loss_counts"] is None
     split = split_batch(batch, 1)
     assert len(split) == 4
     for item in split:
@@ -118,6 +123,16 @@ def test_workers_change_nothing_over_two_epochs(config: RecipeConfig, encoder: E
     shared = dataloader_of(train_spec(config, encoder, microbatch_size=2))
     assert [flat(list(shared)) for _ in range(2)] == epochs
     assert epochs[0] != epochs[1]
+
+
+def test_without_workers_their_keywords_do_not_apply(config: RecipeConfig, encoder: Encoder):
+    """`num_workers: 0` on the command line leaves the yaml's `prefetch_factor`, which torch refuses then."""
+    config.train_loader.dataloader = {"num_workers": 0, "prefetch_factor": 2, "persistent_workers": True}
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).num_workers == 0
+    config.train_loader.dataloader = {"num_workers": 1, "prefetch_factor": None}  # dropped
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).prefetch_factor == 2  # torch's own
+    config.train_loader.dataloader = {"num_workers": 1, "prefetch_factor": 3}
+    assert dataloader_of(train_spec(config, encoder, microbatch_size=2)).prefetch_factor == 3
 
 
 def test_teachers_and_noise_change_with_the_epoch_only(config: RecipeConfig, encoder: Encoder):
@@ -164,7 +179,7 @@ def test_resumes_through_streamings_state(config: RecipeConfig, encoder: Encoder
 
 
 def test_evaluation_reads_every_sample_once_in_stored_order(config: RecipeConfig, encoder: Encoder):
-    spec = build_eval_loader(config, encoder, read_teachers(config.teachers, config.seed))
+    spec = build_eval_loader(config.eval_loader, encoder, read_teachers(config.teachers, config.seed), config.seed)
     batches = list(dataloader_of(spec))
     assert ids(batches) == [f"sample-{number}" for number in range(NUM_SAMPLES)]
     assert [len(batch) for batch in batches] == [1, 1, 1]
@@ -192,12 +207,13 @@ def test_ranks_take_equal_steps_and_no_sample_counts_twice(
 def test_inert_samples_count_for_nothing(config: RecipeConfig, encoder: Encoder):
     maker = ExampleMaker(encoder, None, seed=0)
     dataset = EvalSamples(maker, streams=loader_module.open_streams(config.eval_loader.streams), batch_size=1)
-    example, inert = dataset[2], dataset[-3]
+    packs = [dataset[2], dataset[-3]]
+    example, inert = (pack.examples[0] for pack in packs)
     assert inert.sample.id == example.sample.id
     assert torch.equal(inert.input_ids, example.input_ids)
     assert inert.has_student_image
-    batch = make_collator("standard", encoder.pad_token_id)([example, inert])
-    alone = make_collator("standard", encoder.pad_token_id)([example])
+    batch = make_collator("standard", encoder.pad_token_id)(packs)
+    alone = make_collator("standard", encoder.pad_token_id)(packs[:1])
     assert count_losses(batch) == count_losses(alone)
     assert get_num_samples_in_batch([batch]) == 1
     assert len(batch["student_images"]) == 2

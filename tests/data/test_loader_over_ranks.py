@@ -14,9 +14,10 @@ from torch.multiprocessing.spawn import spawn
 
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.data.encode import Encoder
-from recipe.data.loader import build_eval_loader, build_train_loader, count_losses
+from recipe.data.loader import build_eval_loader, build_train_loader
 from recipe.data.stream import read_teachers
-from recipe.schema import Batch
+from recipe.losses.counts import count_losses, split_batch
+from recipe.schema import CountedBatch
 
 NUM_SAMPLES = 10
 Seen = list[list[tuple[str, int, int]]]  # of each step: id, hash of the tokens, noise
@@ -28,20 +29,19 @@ class Recorder(ComposerModel):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen: list[Batch] = []
+        self.seen: list[CountedBatch] = []
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: CountedBatch) -> torch.Tensor:
         self.seen.append(batch)
         return self.weight * 0
 
-    def loss(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, outputs: torch.Tensor, batch: CountedBatch) -> torch.Tensor:
         counts = batch["loss_counts"]
-        assert counts is not None
         own = count_losses(batch)["student_tokens"] / counts["student_tokens"]
         return outputs.sum() + own * counts["microbatches"]
 
 
-def row(batch: Batch) -> list[tuple[str, int, int]]:
+def row(batch: CountedBatch) -> list[tuple[str, int, int]]:
     pairs = zip(batch["samples"], batch["input_ids"].tolist(), batch["noise_seeds"], strict=True)
     return [(sample.id, hash(tuple(ids)), noise) for sample, ids, noise in pairs]
 
@@ -56,13 +56,13 @@ def make_config(stream: dict[str, str], pool: dict[str, str]) -> RecipeConfig:
     )
 
 
-def train(config: RecipeConfig, encoder: Encoder, folder: Path, load_path: str | None) -> list[Batch]:
+def train(config: RecipeConfig, encoder: Encoder, folder: Path, load_path: str | None) -> list[CountedBatch]:
     """Trains five steps through Composer, a microbatch a sample; returns this rank's microbatches."""
     model = Recorder()
     teachers = read_teachers(config.teachers, config.seed)
     trainer = Trainer(
         model=model,
-        train_dataloader=build_train_loader(config, encoder, teachers, microbatch_size=1),
+        train_dataloader=build_train_loader(config.train_loader, encoder, teachers, config.seed, 1, split_batch),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
         max_duration="5ba",
         device="cpu",
@@ -90,7 +90,7 @@ def one_rank(rank: int, world_size: int, port: int, arguments: tuple[Any, ...], 
     encoder, stream, pool, load_paths = arguments
     config = make_config(stream, pool)
     runs = [train(config, encoder, Path(folder) / f"run{i}", path) for i, path in enumerate(load_paths)]
-    spec = build_eval_loader(config, encoder, read_teachers(config.teachers, config.seed))
+    spec = build_eval_loader(config.eval_loader, encoder, read_teachers(config.teachers, config.seed), config.seed)
     scored = [
         (sample.id, sample.objects is not None)
         for batches in spec.dataloader

@@ -17,6 +17,7 @@ from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConf
 from recipe.data.encode import Encoder
 from recipe.data.loader import build_train_loader
 from recipe.data.stream import PackStream, read_teachers
+from recipe.losses.counts import split_batch
 from recipe.schema import Batch
 
 MAX_TOKENS = 400
@@ -61,7 +62,9 @@ def train(
 ) -> tuple[Trainer, Counter]:
     model = Counter()
     loader = config.train_loader
-    spec = build_train_loader(config, encoder, read_teachers(config.teachers, config.seed), microbatch_size=1)
+    spec = build_train_loader(
+        config.train_loader, encoder, read_teachers(config.teachers, config.seed), config.seed, 1, split_batch
+    )
     budget = loader.packing.max_tokens if loader.packing else None
     callbacks: list[Callback] = [TrainingData(budget, loader.max_bad_samples, folder, num_queries=9)]
     trainer = Trainer(

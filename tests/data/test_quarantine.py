@@ -16,6 +16,7 @@ from recipe.config import LoaderConfig, NaNRollbackConfig, PackingConfig, Recipe
 from recipe.data.encode import Encoder
 from recipe.data.loader import build_train_loader
 from recipe.data.stream import PackStream
+from recipe.losses.counts import split_batch
 from recipe.schema import Batch
 
 POISON = "sample-7"
@@ -57,7 +58,7 @@ def train(config: RecipeConfig, encoder: Encoder, folder: Path, **trainer: Any) 
     guard = NaNRollback(NaNRollbackConfig(nan_ratio=None), 1.0, folder)
     made = Trainer(
         model=model,
-        train_dataloader=build_train_loader(config, encoder, None, microbatch_size=1),
+        train_dataloader=build_train_loader(config.train_loader, encoder, None, config.seed, 1, split_batch),
         optimizers=torch.optim.SGD([{"params": [model.weight], "name": "all"}], lr=0.1),
         algorithms=[guard],
         callbacks=[TrainingData(None, 0, folder, num_queries=9)],
@@ -106,7 +107,7 @@ def test_only_that_sample_leaves_its_pack(
     config.train_loader.packing = PackingConfig(max_tokens=600)
 
     def packs(quarantined: set[str]) -> list[list[str]]:
-        dataset = build_train_loader(config, encoder, None, 1).dataloader.dataset  # pyright: ignore
+        dataset = build_train_loader(config.train_loader, encoder, None, config.seed, 1, split_batch).dataloader.dataset  # pyright: ignore
         assert isinstance(dataset, PackStream)
         dataset.quarantined = quarantined
         return [[example.sample.id for example in pack.examples] for pack in dataset]
@@ -118,7 +119,7 @@ def test_only_that_sample_leaves_its_pack(
 
 def test_a_pack_left_empty_is_not_filled_with_a_quarantined_sample(config: RecipeConfig, encoder: Encoder):
     """The filler runs through the model too."""
-    dataset = build_train_loader(config, encoder, None, 1).dataloader.dataset  # pyright: ignore
+    dataset = build_train_loader(config.train_loader, encoder, None, config.seed, 1, split_batch).dataloader.dataset  # pyright: ignore
     assert isinstance(dataset, PackStream)
     dataset.quarantined = {"sample-0", POISON}
     examples = [example for pack in dataset for example in pack.examples]

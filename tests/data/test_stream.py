@@ -14,6 +14,7 @@ from recipe.config import LoaderConfig, PackingConfig, PromptConfig, RecipeConfi
 from recipe.data.encode import Encoder
 from recipe.data.loader import build_train_loader, get_num_packs_in_batch, tokens_per_batch
 from recipe.data.stream import PackStream, read_teachers
+from recipe.losses.counts import split_batch
 from recipe.schema import Batch, Sample
 
 NUM_SAMPLES = 40
@@ -52,7 +53,9 @@ def config(data: dict[str, dict[str, str]]) -> RecipeConfig:
 
 def open_loader(config: RecipeConfig, encoder: Encoder, **dataloader: Any) -> DataLoader:
     config.train_loader.dataloader = dataloader
-    spec = build_train_loader(config, encoder, read_teachers(config.teachers, config.seed), microbatch_size=1)
+    spec = build_train_loader(
+        config.train_loader, encoder, read_teachers(config.teachers, config.seed), config.seed, 1, split_batch
+    )
     assert isinstance(spec.dataloader, DataLoader)
     return spec.dataloader
 
@@ -274,10 +277,12 @@ def test_lengths_that_lie_are_found_out(config: RecipeConfig, encoder: Encoder, 
 
 def test_tokens_of_a_batch_are_those_of_the_first_epochs_packs(config: RecipeConfig, encoder: Encoder):
     config.optimizer.lr_scaling = "linear"
-    spec = build_train_loader(config, encoder, read_teachers(config.teachers, config.seed), 1)
+    spec = build_train_loader(
+        config.train_loader, encoder, read_teachers(config.teachers, config.seed), config.seed, 1, split_batch
+    )
     dataset = dataset_of(spec.dataloader)  # pyright: ignore[reportArgumentType]
     lengths = [item["num_tokens"] for batch in spec.dataloader for item in batch]
-    assert tokens_per_batch(config, spec) == pytest.approx(BATCH_SIZE * sum(lengths) / len(lengths))
+    assert tokens_per_batch(config.train_loader, spec) == pytest.approx(BATCH_SIZE * sum(lengths) / len(lengths))
     assert dataset.plan(0).num_packs == len(lengths)
 
 

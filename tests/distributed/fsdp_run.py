@@ -29,7 +29,7 @@ from recipe.config import (
     RecipeConfig,
     SchedulerConfig,
 )
-from recipe.joint import EvalOutputs
+from recipe.schema import EvalOutputs
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters
@@ -53,7 +53,7 @@ class Leg:
         ema: Whether evaluation uses averages of the head's weights.
         kept: Whether FSDP keeps gathered weights from the forward pass to the backward pass.
         switched: Every ingredient of the head is on.
-        own_words: Captions are read and written with a matrix of their own, by beam search.
+        own_words: Captions are read and written with a matrix of their own.
     """
 
     checkpoint: str
@@ -139,9 +139,7 @@ def config_of(leg: Leg) -> RecipeConfig:
         fsdp_version=1 if leg.mode == "fsdp1" else 2,
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
-        evaluation=EvaluationConfig(
-            score_threshold=0.0, max_captions=3, max_new_tokens=6, num_beams=3 if leg.own_words else 1
-        ),
+        evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6),
         optimizer=OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
         scheduler=SchedulerConfig("constant"),
         ema=EmaConfig(half_life="2ba") if leg.ema else None,

@@ -17,14 +17,15 @@ from recipe.algorithms.staged_freezing import plain_name
 from recipe.callbacks.group_metrics import GroupMetrics
 from recipe.callbacks.loss_terms import LossGradients
 from recipe.config import OptimizerConfig
-from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
+from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
+from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer, group_of
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import CASES, whole, whole_parameters
 from tests.float64 import compute_in_float64
 from tests.launch import leave
-from tests.tiny_cases import collator, make_config, make_examples, make_model
+from tests.tiny_cases import make_config, make_examples, make_model, microbatches_of
 
 RATES = OptimizerConfig(lr_vision=1e-3, lr_merger=2e-3, lr_llm=0.0, lr_adapter=3e-3, lr_detection=4e-3)
 
@@ -68,13 +69,13 @@ def main() -> None:
     case = CASES["padded"]
     examples = make_examples(config)
     share = [examples[name] for name in case.shares[dist.get_global_rank()]]
-    batches = [collate_microbatches(share, collator(case.layout), case.microbatch_size) for _ in range(2)]
+    batches = [microbatches_of(share, case.layout, case.microbatch_size) for _ in range(2)]
     model = make_model(config)
     parallelism = None
     if mode != "ddp":
         version = int(mode.removeprefix("fsdp"))
-        trainer_section = {"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}
-        parallelism = build_parallelism(model, trainer_section, version)
+        fsdp = {"mixed_precision": "FULL"}
+        parallelism = build_parallelism(model.model, fsdp, None, version)
     memory, truth = InMemoryLogger(), Truth()
     trainer = Trainer(
         model=model,

@@ -19,12 +19,13 @@ from torch import Tensor
 from recipe.algorithms.nan_rollback import NaNRollback, TrainingDiverged
 from recipe.algorithms.norms import local
 from recipe.config import NaNRollbackConfig, OptimizerConfig
-from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
+from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
+from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from tests.distributed.fsdp_shim import install
 from tests.launch import leave
-from tests.tiny_cases import collator, make_config, make_examples, make_model
+from tests.tiny_cases import make_config, make_examples, make_model, microbatches_of
 
 NAN = float("nan")
 HIT = 2  # the bad batch
@@ -119,7 +120,7 @@ def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]
     rank = dist.get_global_rank()
     is_clean = name.startswith("clean")
     shares = [shares[rank] for index, shares in enumerate(BATCHES) if not (is_clean and index == HIT)]
-    microbatches = [collate_microbatches([examples[key] for key in share], collator("packed"), 1) for share in shares]
+    microbatches = [microbatches_of([examples[key] for key in share], "packed", 1) for share in shares]
     hits = [] if is_clean else [Hit(*CASES[name])]
     if name == "clean_cut":
         hits = [Hit(Event.BATCH_START, cut, everywhere=True)]
@@ -127,8 +128,8 @@ def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]
     model = make_model(config)
     parallelism = None
     if mode != "ddp":
-        fsdp = {"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}
-        parallelism = build_parallelism(model, fsdp, int(mode.removeprefix("fsdp")))
+        fsdp = {"mixed_precision": "FULL"}
+        parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
     guard = NaNRollback(settings, 1.0, out / f"{mode}-{name}")
     loader = DataSpec(
         microbatches,

@@ -22,15 +22,16 @@ from torch.optim import Optimizer
 from recipe.algorithms.norms import local
 from recipe.algorithms.staged_freezing import plain_name
 from recipe.config import OptimizerConfig
-from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
+from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.joint import JointModel
+from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch
 from tests.distributed.fsdp_shim import install
 from tests.float64 import compute_in_float64
 from tests.launch import leave
-from tests.tiny_cases import ALL_SWITCHES, collator, make_config, make_examples, make_model
+from tests.tiny_cases import ALL_SWITCHES, make_config, make_examples, make_model, microbatches_of
 
 MIXED = (["two", "text", "crowded"], ["unannotated", "empty", "one"])
 TEXT_ONLY_RANK = (["text", "text"], ["two", "one"])
@@ -157,7 +158,7 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
     """One step; this rank's record of it."""
     examples = make_examples(make_config(checkpoint))
     share = [examples[name] for name in case.shares[dist.get_global_rank()]]
-    microbatches = collate_microbatches(share, collator(case.layout), case.microbatch_size)
+    microbatches = microbatches_of(share, case.layout, case.microbatch_size)
     loader = DataSpec(
         [microbatches],
         split_batch=split_batch,
@@ -168,8 +169,8 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
     recorder = Recorder()
     parallelism = None
     if mode != "ddp":
-        trainer_section = {"parallelism_config": {"fsdp": {"mixed_precision": "FULL"}}}
-        parallelism = build_parallelism(model, trainer_section, int(mode.removeprefix("fsdp")))
+        fsdp = {"mixed_precision": "FULL"}
+        parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
     trainer = Trainer(
         model=model,
         parallelism_config=parallelism,

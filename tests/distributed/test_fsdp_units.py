@@ -20,19 +20,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from recipe.build import build_network
-from recipe.checks import check_config
-from recipe.config import ConfigError, RecipeConfig
+from recipe.checks import check_libraries
+from recipe.config import ConfigError, RecipeConfig, view_trainer
 from recipe.configure import load_config
-from recipe.data import loader
-from recipe.data.image import ImageSpec
+from recipe.data.collate import collate_packed, one_each
 from recipe.estimate import model_config
 from recipe.joint import JointModel
+from recipe.load import build_network
+from recipe.losses import counts
+from recipe.losses.counts import split_batch
 from recipe.optim import fsdp as parallel
-from recipe.optim.fsdp import build_parallelism, check_parallelism
+from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import group_parameters
 from recipe.optim.schedule import build_schedule
-from recipe.schema import Example
+from recipe.rules import check_config, check_fields, check_trainer
+from recipe.schema import Example, ImageSpec
 from tests.distributed import fsdp_shim
 from tests.tiny_cases import make_batches, make_model
 
@@ -60,7 +62,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def shard(model: JointModel, version: int) -> None:
     """As Composer's Trainer does in bf16, which it refuses on the CPU."""
-    built = build_parallelism(model, TRAINER, version)
+    built = build_parallelism(model.model, {}, "amp_bf16", version)
     assert built is not None
     config = built["fsdp"]
     config.device_mesh = init_device_mesh("cpu", (1,))
@@ -123,7 +125,11 @@ def test_the_real_models_have_groups_stages_and_units(
     monkeypatch.setattr(parallel, "check_device", lambda: None)
     config = load_config(str(YAMLS / name))
     check_config(config)
-    assert build_schedule(config).stages.keys() == {"llm", "adapter", "detection"}
+    assert build_schedule(config.scheduler, config.staged_freezing, config.optimizer).stages.keys() == {
+        "llm",
+        "adapter",
+        "detection",
+    }
     spec = ImageSpec(14, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(model_config(config.model.pretrained_model_name_or_path))
@@ -132,7 +138,8 @@ def test_the_real_models_have_groups_stages_and_units(
     tokenizer: Any = None
     model = JointModel(network, tokenizer, config.loss, config.evaluation, config.prompt)
     assert all(group_parameters(model).values())
-    built = build_parallelism(model, config.trainer, config.fsdp_version)
+    view = view_trainer(config)
+    built = build_parallelism(network, view.fsdp, view.precision, config.fsdp_version)
     assert built is not None and isinstance(built["fsdp"], FSDP2Config)
     policy = generate_composer_model_policy(model)
     units = policy._run_policy(model, set(), {"mp_policy": "backbone"})
@@ -168,12 +175,22 @@ def test_the_real_models_have_groups_stages_and_units(
         ({"fsdp": {"data_parallel_replicate_degree": 2}}, 1, "cannot be set: .* sharded over all ranks"),
         ({"fsdp": {"sharded_ckpt_prefix_dir": "ba{batch}"}}, 1, "ignored without state_dict_type: sharded"),
         ({"fsdp": {"state_dict_type": "sharded", "load_monolith_rank0_only": True}}, 2, "is for state_dict_type: full"),
-        ({}, 3, "fsdp_version is 3: it must be 1 or 2"),
+        ({}, 3, "fsdp_version is 3: it must be one of 1, 2"),
     ],
 )
 def test_what_would_be_ignored_is_refused(section: dict[str, Any], version: int, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         check_parallelism({"precision": "amp_bf16", "parallelism_config": section}, version)
+
+
+def check_parallelism(trainer: dict[str, Any], version: int) -> None:
+    config = RecipeConfig(fsdp_version=version, trainer={"max_duration": "1ep", **trainer})
+    config.train_loader.streams = config.eval_loader.streams = {}
+    config.run_folder = config.model.pretrained_model_name_or_path = ""
+    config.train_loader.global_batch_size = config.eval_loader.global_batch_size = 1
+    check_fields(config)
+    check_trainer(config.trainer)
+    check_libraries(config)
 
 
 def test_what_is_right_passes() -> None:
@@ -195,20 +212,20 @@ def test_ranks_with_other_numbers_of_microbatches_are_told(
         sums[-2] += sum(others)
         sums[-1] += sum(number**2 for number in others)
 
-    monkeypatch.setattr(loader.dist, "all_reduce", add_others)
-    monkeypatch.setattr(loader.dist, "get_world_size", lambda: 3)
-    batches = [loader.collate_packed([tiny_examples["one"]]) for _ in range(2)]
+    monkeypatch.setattr(counts.dist, "all_reduce", add_others)
+    monkeypatch.setattr(counts.dist, "get_world_size", lambda: 3)
+    batches = [collate_packed(one_each([tiny_examples["one"]])) for _ in range(2)]
     if agree:
-        split = loader.split_batch(batches, 1, equally_many=True)
-        assert [batch["loss_counts"] and batch["loss_counts"]["microbatches"] for batch in split] == [6, 6]
+        split = split_batch(batches, 1, equally_many=True)
+        assert [batch["loss_counts"]["microbatches"] for batch in split] == [6, 6]
     else:
-        with pytest.raises(ValueError, match=r"this rank has 2 microbatches .* FSDP needs equally many"):
-            loader.split_batch(batches, 1, equally_many=True)
-        loader.split_batch(batches, 1)
+        with pytest.raises(ValueError, match=r"this rank has 2 microbatches .* FSDP needs the same number"):
+            split_batch(batches, 1, equally_many=True)
+        split_batch(batches, 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fsdp_without_a_gpu_is_refused() -> None:
-    model: Any = None
-    with pytest.raises(ConfigError, match=r"fsdp needs a GPU and none is seen: set trainer\.parallelism_config=null"):
-        build_parallelism(model, TRAINER, 2)
+    network: Any = None
+    with pytest.raises(ConfigError, match=r"fsdp needs a GPU, but none is found: set trainer\.parallelism_config=null"):
+        build_parallelism(network, {}, "amp_bf16", 2)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from recipe.callbacks.table import build_loggers
 from recipe.console import setup_logging
-from tests.callbacks.test_table import make_config, train
+from tests.callbacks.test_table import train
 
 if __name__ == "__main__":
     setup_logging()
     folder = Path(sys.argv[1])
-    loggers = build_loggers(make_config(folder, json_lines={}, tensorboard={}, file={}))
+    loggers = build_loggers({"json_lines": {}, "tensorboard": {}, "file": {}}, str(folder))
     _, unbounded = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]) or unbounded, unbounded))
     weights, next_numbers = train([], loggers)

@@ -59,7 +59,7 @@ def run(folder: str, last_batch: int) -> None:
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
         max_duration="1ep",
         callbacks=[times],
-        loggers=build_loggers(config),
+        loggers=build_loggers(config.loggers, config.run_folder),
         progress_bar=False,
         device="cpu",
     )

@@ -10,9 +10,8 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageL
 
 from recipe.config import LossConfig
 from recipe.losses.detection import box_losses, caption_loss, denoising_losses, detection_losses
-from recipe.models.denoising import DenoisingQueries
-from recipe.models.matcher import Matches, match
-from recipe.schema import DetectionOutputs, LossCounts, Target
+from recipe.models.matcher import match
+from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Target
 
 LN2 = math.log(2)
 

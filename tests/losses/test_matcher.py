@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
-from recipe.models.matcher import UNUSABLE, Matches, cost_matrix, match
-from recipe.schema import DetectionOutputs, Target
+from recipe.models.matcher import UNUSABLE, cost_matrix, match
+from recipe.schema import DetectionOutputs, Matches, Target
 
 COSTS = (5.0, 2.0, 2.0)
 FOCAL = (0.25, 2.0)
@@ -115,25 +115,6 @@ def test_more_objects_than_queries_match_the_best():
     objects = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1]])
     outputs = make_outputs(objects[None, [2, 0]], torch.zeros(1, 2))
     assert pairs(match([outputs], [make_target(objects)], *COSTS)[0]) == [(0, 0, 2), (0, 1, 0)]
-
-
-def test_identity_costs_decide_between_equal_boxes():
-    """Two queries and two objects of one box; the identity costs of two layers are each other's opposite."""
-    box = torch.tensor([0.5, 0.5, 0.2, 0.2])
-    outputs, targets = make_outputs(box.expand(1, 2, 4), torch.zeros(1, 2)), [make_target(box.expand(2, 4))]
-    identity = torch.tensor([[[[0.0, 1.0], [1.0, 0.0]]], [[[1.0, 0.0], [0.0, 1.0]]]])  # (layers, N, Q, T)
-    found = match([outputs, outputs], targets, *COSTS, identity=identity)
-    assert [pairs(matches) for matches in found] == [[(0, 0, 0), (0, 1, 1)], [(0, 0, 1), (0, 1, 0)]]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_identity_costs_that_are_not_finite(value: float):
-    """Such pairs are taken only where nothing else is left."""
-    outputs, targets = random_outputs(1, 4, seed=3), random_targets([2], seed=3)
-    identity = torch.zeros(1, 1, 4, 2)
-    identity[:, :, :2] = value
-    assert {query for _, query, _ in pairs(match([outputs], targets, *COSTS, identity=identity)[0])} == {2, 3}
-    assert len(match([outputs], targets, *COSTS, identity=torch.full((1, 1, 4, 2), value))[0]) == 2
 
 
 def test_no_objects_and_not_annotated_match_nothing():

@@ -21,7 +21,7 @@ def test_the_counter_sees_masks_and_items():
     assert {"index", "_local_scalar_dense", "nonzero"} <= waits.seen.keys()
 
 
-@pytest.mark.parametrize("objectness", ["focal", "varifocal", "mal"])
+@pytest.mark.parametrize("objectness", ["focal", "mal"])
 def test_one_copy_a_step(objectness: str, monkeypatch: pytest.MonkeyPatch):
     """Forward and backward, with images without objects, without annotation, and with more objects than queries."""
     copies: list[torch.Size] = []

@@ -1,4 +1,4 @@
-"""IoU-aware objectness: varifocal and MAL by hand, at their ends, against transformers and the papers' formulas."""
+"""IoU-aware objectness: MAL by hand, at its ends, and against the paper's formula."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,14 @@ import torch
 from loss_cases import COUNTS, make_outputs, make_target, random_outputs, random_targets
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
-from transformers import RTDetrConfig
-from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from recipe.config import LossConfig
 from recipe.losses.detection import denoising_losses, detection_losses, objectness_loss
-from recipe.models.denoising import DenoisingQueries
-from recipe.models.matcher import Matches, match
-from recipe.schema import DetectionOutputs, LossCounts, Target
+from recipe.models.matcher import match
+from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Target
 
 LN2, LN3, LN4 = (math.log(n) for n in (2, 3, 4))
-KINDS = ("focal", "varifocal", "mal")
+KINDS = ("focal", "mal")
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,6 @@ class Case:
     ("kind", "case", "gamma", "expected"),
     [
         # At the logit ln 3 the probability is 3/4: cross-entropy with the target t is t ln 4/3 + (1 - t) ln 4.
-        ("varifocal", Case(LN3, True, 0.5), 2.0, 0.5 * (0.5 * (LN4 - LN3) + 0.5 * LN4)),
-        ("varifocal", Case(LN3, False), 2.0, 0.75 * 0.75**2 * LN4),
         ("mal", Case(LN3, True, 0.5), 2.0, 0.25 * (LN4 - LN3) + 0.75 * LN4),
         ("mal", Case(LN3, True, 0.25), 1.5, 0.125 * (LN4 - LN3) + 0.875 * LN4),
         ("mal", Case(LN3, False), 2.0, 0.75**2 * LN4),
@@ -66,29 +61,25 @@ def test_the_share_of_objects_in_the_focal_loss():
 
 
 def test_the_ends_of_the_iou():
-    """A match without overlap: varifocal is silent, MAL pushes it down. A perfect one: both are plain cross-entropy."""
+    """A match without overlap is pushed down as an empty query is; a perfect one has plain cross-entropy."""
     for logit in (-2.0, 0.0, 3.0):
         probability = 1 / (1 + math.exp(-logit))
-        assert Case(logit, True, 0.0).loss("varifocal") == (0, 0)
         assert Case(logit, True, 0.0).loss("mal") == pytest.approx((-math.log(1 - probability), probability))
-        for kind in ("varifocal", "mal"):
-            assert Case(logit, True, 1.0).loss(kind) == pytest.approx((-math.log(probability), probability - 1))
+        assert Case(logit, True, 1.0).loss("mal") == pytest.approx((-math.log(probability), probability - 1))
 
 
 def test_an_empty_query_is_pushed_down_by_its_detached_weight():
-    """Varifocal weighs it 1 - alpha, MAL does not; focal also differentiates the weight, and so pushes harder."""
+    """Focal weighs it 1 - alpha and also differentiates the weight; MAL does neither."""
     for logit in (-2.0, 0.5):
         p = 1 / (1 + math.exp(-logit))
         assert Case(logit, False).loss("mal")[1] == pytest.approx(p**3)
-        assert Case(logit, False).loss("varifocal")[1] == pytest.approx(0.75 * p**3)
-        assert Case(logit, False).loss("focal")[0] == pytest.approx(Case(logit, False).loss("varifocal")[0])
+        assert Case(logit, False).loss("focal")[0] == pytest.approx(0.75 * Case(logit, False).loss("mal")[0])
         assert Case(logit, False).loss("focal")[1] > 0.75 * p**3
 
 
-def test_the_best_objectness_is_the_iou():
-    """Where the gradient of a matched query vanishes: at its IoU, with MAL at the IoU ** gamma."""
+def test_the_best_objectness_is_a_power_of_the_iou():
+    """With MAL, the gradient of a matched query vanishes at its IoU ** gamma."""
     for iou in (0.2, 0.7):
-        assert Case(math.log(iou / (1 - iou)), True, iou).loss("varifocal")[1] == pytest.approx(0, abs=1e-7)
         target = iou**1.5
         assert Case(math.log(target / (1 - target)), True, iou).loss("mal", 1.5)[1] == pytest.approx(0, abs=1e-7)
 
@@ -100,29 +91,8 @@ def from_boxes(
     return detection_losses(outputs, [matches], targets, counts, LossConfig(objectness=kind))["loss_objectness"]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_varifocal_parity_with_rt_detr(seed: int):
-    """`loss_labels_vfl` of transformers with one class, IoUs from the boxes; value and gradients."""
-    outputs, targets = random_outputs(3, 7, seed), random_targets([2, 0, 4], seed)
-    (matches,) = match([outputs], targets, 5, 2, 2)
-    ours = from_boxes("varifocal", outputs, matches, targets, 3)
-    criterion = RTDetrLoss(RTDetrConfig(num_labels=1, focal_loss_alpha=0.75, focal_loss_gamma=2.0))
-    annotated = [target for target in targets if target is not None]
-    labelled = [{"class_labels": torch.zeros(len(t["boxes"]), dtype=torch.int64), **t} for t in annotated]
-    indices = [(matches.query[matches.image == row], matches.target[matches.image == row]) for row in range(3)]
-    predictions = {"logits": outputs.pred_objectness[..., None], "pred_boxes": outputs.pred_boxes}
-    theirs = criterion.loss_labels_vfl(predictions, labelled, indices, num_boxes=3)["loss_vfl"]
-    # measured: 2.7e-16, and 6.2e-17 of gradients up to 0.2
-    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-12)
-    gradients = [torch.autograd.grad(loss, outputs.pred_objectness)[0] for loss in (ours, theirs)]
-    assert torch.allclose(*gradients, rtol=1e-12, atol=1e-15)
-    again = from_boxes("varifocal", outputs, matches, targets, 3)
-    assert torch.autograd.grad(again, outputs.pred_boxes, allow_unused=True) == (None,)
-
-
-@pytest.mark.parametrize("kind", ["varifocal", "mal"])
-def test_parity_with_the_formula_query_by_query(kind: str):
-    """Zhang et al. 2021, and Huang et al. 2025 (DEIM), as the papers write them."""
+def test_parity_with_the_formula_query_by_query():
+    """MAL of Huang et al. 2025 (DEIM), as the paper writes it."""
     outputs, targets = random_outputs(3, 6, seed=9), random_targets([3, None, 6], seed=9)
     (matches,) = match([outputs], targets, 5, 2, 2)
     pairs = {(int(i), int(q)): int(t) for i, q, t in zip(matches.image, matches.query, matches.target, strict=True)}
@@ -131,17 +101,17 @@ def test_parity_with_the_formula_query_by_query(kind: str):
         for query in range(6):
             p = float(outputs.pred_objectness[image, query].detach().sigmoid())
             if (image, query) not in pairs:
-                expected += (0.75 if kind == "varifocal" else 1) * p**2 * -math.log(1 - p)
+                expected += p**2 * -math.log(1 - p)
                 continue
             truth = cast(Target, targets[image])["boxes"][pairs[image, query]]
             corners = [
                 box_convert(box[None].detach(), "cxcywh", "xyxy") for box in (outputs.pred_boxes[image, query], truth)
             ]
-            iou = float(box_iou(*corners))
-            target, weight = (iou, iou) if kind == "varifocal" else (iou**2, 1)
-            expected += weight * (target * -math.log(p) + (1 - target) * -math.log(1 - p))
-    found = from_boxes(kind, outputs, matches, targets, 2)
+            target = float(box_iou(*corners)) ** 2
+            expected += target * -math.log(p) + (1 - target) * -math.log(1 - p)
+    found = from_boxes("mal", outputs, matches, targets, 2)
     assert float(found.detach()) == pytest.approx(expected / 2, rel=1e-9)
+    assert torch.autograd.grad(found, outputs.pred_boxes, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,9 +142,8 @@ def test_boxes_that_are_not_finite_leave_objectness_finite(kind: str):
     assert bool(from_boxes(kind, outputs, match([outputs], targets, 5, 2, 2)[0], targets, 1).isfinite())
 
 
-@pytest.mark.parametrize(("kind", "matched"), [("varifocal", LN2 / 3), ("mal", LN2)])
-def test_denoising_queries_by_hand(kind: str, matched: float):
-    """A positive whose box has the IoU 1/3, a negative beside it, both at the logit 0; the second image is padding."""
+def test_denoising_queries_by_hand():
+    """A positive with the IoU 1/3 and a negative next to it, both at the logit ln 3; the second image is padding."""
     queries = DenoisingQueries(
         boxes=torch.zeros(2, 2, 4),
         valid=torch.tensor([[True, True], [False, False]]),
@@ -183,8 +152,8 @@ def test_denoising_queries_by_hand(kind: str, matched: float):
         num_groups=1,
     )
     boxes = torch.tensor([0.25, 0.5, 0.5, 1.0], dtype=torch.float64).expand(2, 2, 4)
-    outputs = make_outputs(boxes, torch.zeros(2, 2, dtype=torch.float64))
+    outputs = make_outputs(boxes, torch.full((2, 2), LN3, dtype=torch.float64))
     counts: LossCounts = {**COUNTS, "images": 2}
-    terms = denoising_losses((queries, outputs), outputs, counts, LossConfig(objectness=kind))
-    empty = (0.75 if kind == "varifocal" else 1) * 0.25 * LN2
-    assert float(terms["loss_objectness_dn"]) == pytest.approx((matched + empty) / 2)
+    terms = denoising_losses((queries, outputs), outputs, counts, LossConfig(objectness="mal"))
+    matched = (LN4 - LN3) / 9 + LN4 * 8 / 9
+    assert float(terms["loss_objectness_dn"]) == pytest.approx((matched + 0.75**2 * LN4) / 2)

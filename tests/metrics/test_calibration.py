@@ -7,10 +7,11 @@ import torch
 from metric_cases import make_prediction, make_sample
 
 from recipe.metrics.calibration import (
-    Calibration,
     Detections,
     ReliabilityBin,
     best_threshold,
+    calibration,
+    detections_of,
     f1_from,
     fit_platt,
     reliability_bins,
@@ -20,25 +21,17 @@ from recipe.schema import Prediction, Sample
 A, B, FAR = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (80.0, 80.0, 90.0, 90.0)
 
 
-def measured(predictions: list[Prediction], samples: list[Sample]) -> tuple[Calibration, dict[str, float]]:
-    metric = Calibration()
-    metric.update(predictions, samples)
-    return metric, {name: float(value) for name, value in metric.compute().items()}
-
-
-def bins_of(metric: Calibration) -> list[ReliabilityBin]:
-    rows = [torch.stack([half.scores, half.is_true.double()], 1) for half in metric.halves()]
-    return reliability_bins(torch.cat(rows), metric.floor, metric.num_bins)
+def measured(predictions: list[Prediction], samples: list[Sample]) -> tuple[list[ReliabilityBin], dict[str, float]]:
+    return reliability_bins(detections_of(predictions, samples)), calibration(predictions, samples)
 
 
 def test_worked_by_hand():
     # .92 right, .94 wrong: mean .93, half of them right; .4 right; .04 is under the floor
     found = [(FAR, 0.94, ""), (A, 0.92, ""), (B, 0.4, ""), (FAR, 0.04, "")]
-    metric, values = measured([make_prediction("a", found)], [make_sample("a", [(A, "x"), (B, "y")])])
+    bins, values = measured([make_prediction("a", found)], [make_sample("a", [(A, "x"), (B, "y")])])
     assert values["ece"] == pytest.approx((2 * 0.43 + 1 * 0.6) / 3)
     # F1 from .94 up 0 / 3, from .92 up 2 / 4, from .4 up 4 / 5, from .04 up 4 / 6
     assert (values["best_score_threshold"], values["best_f1"]) == pytest.approx((0.4, 0.8))
-    bins = bins_of(metric)
     assert [(item.low, item.high) for item in bins] == [(step / 10, (step + 1) / 10) for step in range(10)]
     assert [item.count for item in bins] == [0, 0, 0, 0, 1, 0, 0, 0, 0, 2]
     assert (bins[9].mean_score, bins[9].precision) == pytest.approx((0.93, 0.5))
@@ -47,14 +40,14 @@ def test_worked_by_hand():
 
 def test_a_truth_is_matched_once_by_the_best_score():
     found = [(A, 0.55, ""), ((1.0, 0.0, 11.0, 10.0), 0.95, "")]
-    metric, values = measured([make_prediction("a", found)], [make_sample("a", [(A, "x")])])
-    assert [(item.count, item.precision) for item in bins_of(metric) if item.count] == [(1, 0.0), (1, 1.0)]
+    bins, values = measured([make_prediction("a", found)], [make_sample("a", [(A, "x")])])
+    assert [(item.count, item.precision) for item in bins if item.count] == [(1, 0.0), (1, 1.0)]
     assert values["ece"] == pytest.approx((0.55 + 0.05) / 2)
 
 
 def test_a_score_of_1_is_in_the_last_bin_and_the_floor_is_included():
-    metric, _ = measured([make_prediction("a", [(A, 1.0, ""), (B, 0.05, "")])], [make_sample("a", [(A, "x")])])
-    assert [item.count for item in bins_of(metric)] == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    bins, _ = measured([make_prediction("a", [(A, 1.0, ""), (B, 0.05, "")])], [make_sample("a", [(A, "x")])])
+    assert [item.count for item in bins] == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
 def test_calibrated_scores_have_no_error():

@@ -5,7 +5,7 @@ import math
 import pytest
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.captions import CaptionCider, cider_d
+from recipe.metrics.captions import caption_cider, cider_d
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)
 
@@ -54,15 +54,14 @@ def test_edges():
 
 
 def test_the_metric_scores_matched_captions_in_the_corpus_of_all_truths():
-    metric = CaptionCider(score_threshold=0.3)
     truths = [(A, "a brown dog runs"), (B, "the red\ncup of “tea”"), (C, "the cup that is never found")]
     found = [(A, 0.9, "a brown dog runs"), (B, 0.8, "cup"), (C, 0.2, "never found")]
-    metric.update([make_prediction("a", found)], [make_sample("a", truths, crowds=[C])])
-    metric.update([make_prediction("b", [])], [make_sample("b", [(A, "ein rotes 杯")])])
+    predictions = [make_prediction("a", found), make_prediction("b", [])]
+    samples = [make_sample("a", truths, crowds=[C]), make_sample("b", [(A, "ein rotes 杯")])]
     corpus = [[caption] for _, caption in truths] + [["ein rotes 杯"]]
     expected = cider_d(["a brown dog runs", "cup"], [[truths[0][1]], [truths[1][1]]], corpus)
     assert expected[0] == pytest.approx(10.0)
-    assert float(metric.compute()["caption_cider_d"]) == pytest.approx(sum(expected) / 2)
+    assert caption_cider(predictions, samples, 0.3)["caption_cider_d"] == pytest.approx(sum(expected) / 2)
 
 
 def test_the_better_score_is_matched_first_from_the_threshold_on():
@@ -70,16 +69,15 @@ def test_the_better_score_is_matched_first_from_the_threshold_on():
     truths = [(A, "a brown dog runs"), (B, "the red cup is empty")]
     better, worse = (A, 0.9, "a brown dog runs"), (A, 0.3, "nothing")
     for found in ([better, worse], [worse, better]):
-        metric = CaptionCider(score_threshold=0.3)
-        metric.update([make_prediction("a", found)], [make_sample("a", truths)])
-        assert float(metric.compute()["caption_cider_d"]) == pytest.approx(10.0)
-    metric = CaptionCider(score_threshold=0.3)
-    metric.update([make_prediction("a", [better, (B, 0.3, "nothing")])], [make_sample("a", truths)])
-    assert float(metric.compute()["caption_cider_d"]) == pytest.approx(5.0)
+        score = caption_cider([make_prediction("a", found)], [make_sample("a", truths)], 0.3)["caption_cider_d"]
+        assert score == pytest.approx(10.0)
+    score = caption_cider([make_prediction("a", [better, (B, 0.3, "nothing")])], [make_sample("a", truths)], 0.3)[
+        "caption_cider_d"
+    ]
+    assert score == pytest.approx(5.0)
 
 
 def test_the_metric_without_pairs_or_truths():
     for found, truths, expected in [([], [(A, "x")], 0.0), ([(A, 0.9, "x")], [], -1.0), ([(A, 0.9, "x")], None, -1.0)]:
-        metric = CaptionCider(score_threshold=0.3)
-        metric.update([make_prediction("a", found)], [make_sample("a", truths)])
-        assert float(metric.compute()["caption_cider_d"]) == expected
+        score = caption_cider([make_prediction("a", found)], [make_sample("a", truths)], 0.3)["caption_cider_d"]
+        assert score == expected

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.captions import CaptionMatch
+from recipe.metrics.captions import caption_match
 from recipe.schema import Box, Prediction, Sample
 
 
@@ -23,9 +23,7 @@ A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.
 
 
 def scores(predictions: list[Prediction], samples: list[Sample]) -> dict[str, float]:
-    metric = CaptionMatch(0.3, Letters())
-    metric.update(predictions, samples)
-    return {name: float(value) for name, value in metric.compute().items()}
+    return caption_match(predictions, samples, 0.3, Letters())
 
 
 def test_worked_by_hand():

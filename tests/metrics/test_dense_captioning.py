@@ -7,7 +7,7 @@ import pytest
 import torch
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.captions import DenseCaptioningMAP, assign, average_precision, inclusive_iou, merge_truths
+from recipe.metrics.captions import _measure, assign, average_precision, dense_captioning, inclusive_iou, merge_truths
 from recipe.metrics.scorers import MeteorLite
 from recipe.schema import Box, DetectedObject, Object, Prediction, Sample
 
@@ -30,9 +30,7 @@ def in_frame(name: str, truths: list[tuple[Box, str]], crowds: Sequence[Box] = (
 
 
 def scores(predictions: list[Prediction], samples: list[Sample]) -> dict[str, float]:
-    metric = DenseCaptioningMAP(Told())
-    metric.update(predictions, samples)
-    return {name: float(value) for name, value in metric.compute().items()}
+    return dense_captioning(predictions, samples, Told())
 
 
 def mean_ap(found: list[tuple[Box, float, str]], sample: Sample) -> float:
@@ -50,14 +48,18 @@ def test_areas_count_the_last_pixel():
     assert iou((0, 0, 9, 9), (10, 0, 19, 9)) == 0.0
 
 
+def overlap_of(prediction: Prediction, sample: Sample) -> float:
+    assert sample.objects is not None
+    rows, _ = _measure(prediction, sample, sample.objects, Told())
+    return float(rows[0, 1])
+
+
 def test_boxes_are_compared_in_the_frame_of_720_pixels():
     # Of 7200 x 3600 pixels: in the frame 10 x 11 pixels are shared of twice 11 x 11. In the picture's own pixels it
     # would be 91 * 101 / (2 * 101 * 101 - 91 * 101) = .82.
-    metric = DenseCaptioningMAP(Told())
     sample = Sample("a", b"", 7200, 3600, (Object((0.0, 0.0, 100.0, 100.0), "x"),))
     found = DetectedObject((10.0, 0.0, 110.0, 100.0), 0.9, "1")
-    metric.update([Prediction("a", 7200, 3600, (found,))], [sample])
-    assert float(metric.gathered()[0][0, 1]) == pytest.approx(110 / 132)
+    assert overlap_of(Prediction("a", 7200, 3600, (found,)), sample) == pytest.approx(110 / 132)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +70,9 @@ def test_boxes_are_compared_in_the_frame_of_720_pixels():
     ],
 )
 def test_the_frame_is_of_the_longer_side_and_enlarges(width: int, height: int, truth: Box, found: Box, expected: float):
-    metric = DenseCaptioningMAP(Told())
     sample = Sample("a", b"", width, height, (Object(truth, "x"),))
-    metric.update([Prediction("a", width, height, (DetectedObject(found, 0.9, "1"),))], [sample])
-    assert float(metric.gathered()[0][0, 1]) == pytest.approx(expected)
+    prediction = Prediction("a", width, height, (DetectedObject(found, 0.9, "1"),))
+    assert overlap_of(prediction, sample) == pytest.approx(expected)
 
 
 def merged(boxes: list[Box]) -> list[tuple[list[float], list[str]]]:
@@ -86,10 +87,8 @@ def test_truths_merge_from_an_iou_of_70_percent():
 
 
 def num_merged(size: int, boxes: list[Box]) -> int:
-    metric = DenseCaptioningMAP(Told())
-    sample = Sample("a", b"", size, size, tuple(Object(box, "x") for box in boxes))
-    metric.update([Prediction("a", size, size, ())], [sample])
-    return metric.gathered()[1]
+    objects = tuple(Object(box, "x") for box in boxes)
+    return _measure(Prediction("a", size, size, ()), Sample("a", b"", size, size, objects), objects, Told())[1]
 
 
 def test_truths_merge_by_their_overlap_in_the_frame():
@@ -194,14 +193,12 @@ def test_detections_are_sorted_over_all_images():
 
 def test_the_truth_as_prediction_scores_1():
     truths = [(A, "a red cup"), ((0.0, 0.0, 99.0, 89.0), "the cup on the table"), (B, "dog"), (FAR, "a dog runs")]
-    metric = DenseCaptioningMAP(MeteorLite())
     samples = [in_frame("a", truths), in_frame("b", truths[2:]), in_frame("c", [])]
     found = [[(box, 0.9, caption) for box, caption in truths[:1] + truths[2:]], [(*truths[2][:1], 0.8, "dog")]]
     found[1].append((FAR, 0.7, "a dog runs"))
     predictions = [make_prediction(name, own) for name, own in zip("abc", [*found, []], strict=True)]
-    metric.update(predictions, samples)
-    assert {name: float(value) for name, value in metric.compute().items()} == {
-        "densecap_map_meteor_lite": 1.0,
+    assert dense_captioning(predictions, samples, MeteorLite()) == {
+        "densecap_map_meteor_lite2": 1.0,
         "densecap_map_boxes": 1.0,
     }
 
@@ -214,11 +211,10 @@ def test_every_reference_of_a_merged_truth_is_asked():
             asked.append((list(candidates), [list(own) for own in references]))
             return super().__call__(candidates, references)
 
-    metric = DenseCaptioningMAP(Spy())
     truths = [(A, "x"), ((0.0, 0.0, 99.0, 89.0), "y"), (B, "z")]
     # not asked: what overlaps too little, what comes second, what overlaps nothing
     found = [(A, 0.9, "1"), (A, 0.8, "0.5"), ((200.0, 0.0, 209.0, 99.0), 0.7, "0.2"), (FAR, 0.6, "0.1")]
-    metric.update([make_prediction("a", found)], [in_frame("a", truths)])
+    dense_captioning([make_prediction("a", found)], [in_frame("a", truths)], Spy())
     assert asked == [(["1"], [["x", "y"]])]
 
 
@@ -260,5 +256,5 @@ def test_a_crowd_is_scaled_to_the_frame():
 
 
 def test_names_tell_the_scorer():
-    assert DenseCaptioningMAP(Told()).names == ("densecap_map_told", "densecap_map_boxes")
-    assert DenseCaptioningMAP(MeteorLite()).names[0] == "densecap_map_meteor_lite"
+    assert list(dense_captioning([], [], Told())) == ["densecap_map_told", "densecap_map_boxes"]
+    assert "densecap_map_meteor_lite2" in dense_captioning([], [], MeteorLite())

@@ -3,16 +3,10 @@
 import pytest
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.answers import AnswerBoxes
+from recipe.metrics.answers import answer_boxes as scores
 from recipe.schema import Box, Prediction, Sample
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)
-
-
-def scores(predictions: list[Prediction], samples: list[Sample]) -> dict[str, float]:
-    metric = AnswerBoxes()
-    metric.update(predictions, samples)
-    return {name: float(value) for name, value in metric.compute().items()}
 
 
 def answered(name: str, boxes: list[Box]) -> Prediction:

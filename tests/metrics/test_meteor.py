@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipe.metrics.scorers import Meteor15, MeteorLite, align, default_text_scorer, words_of
-from recipe.metrics.stemmer import stem
+from recipe.metrics.scorers import Meteor15, MeteorLite, align, default_text_scorer, stem, words_of
 
 
 def score(candidate: str, *references: str) -> float:
@@ -36,7 +35,7 @@ def test_words(text: str, words: list[str]):
 @pytest.mark.parametrize(
     ("word", "expected"),
     [
-        # made by the Snowball English stemmer that METEOR 1.5 ships; on 81,879 words the two agree
+        # made by the Snowball English stemmer that METEOR 1.5 ships; of 164,835 words, 56 have another stem here
         ("riding", "ride"), ("rides", "ride"), ("horses", "hors"), ("horse", "hors"), ("stopped", "stop"),
         ("flies", "fli"), ("ties", "tie"), ("dying", "die"), ("gas", "gas"), ("buses", "buse"), ("hoping", "hope"),
         ("hopping", "hop"), ("feed", "feed"), ("agreed", "agre"), ("luxuriated", "luxuri"), ("cry", "cri"),
@@ -77,6 +76,19 @@ def test_parity_with_meteor_15_without_synonyms_and_paraphrases(candidate: str, 
     assert score(candidate, reference) == pytest.approx(expected, abs=5e-7)
 
 
+@pytest.mark.parametrize(
+    ("candidate", "reference", "expected"),
+    [
+        ("organic", "organization", 0.0),  # METEOR 1.5 stems both to organ and gives 0.6, the worst that was found
+        ("a man adding salt", "a man adds salt", (0.25 + 0.75 + 0.6 * 0.75 + 0.75) / 2.5),  # METEOR 1.5: 0.312715
+        ("pasting", "the past", 0.0),  # METEOR 1.5: 0.187013
+    ],
+)
+def test_newer_stems_score_otherwise_than_meteor_15(candidate: str, reference: str, expected: float):
+    """METEOR 1.5's scores by the command of the test above. Of 1,131 words of region captions no stem differs."""
+    assert score(candidate, reference) == pytest.approx(expected, abs=5e-7)
+
+
 def test_the_best_reference_counts():
     assert score("a red cup", "a dog", "a red cup", "a cup") == 1.0
     assert MeteorLite()(["a red cup", "dog"], [["cup"], []]) == [pytest.approx(score("a red cup", "cup")), 0.0]
@@ -113,10 +125,10 @@ def test_copies_of_meteor_15_start_their_own_process():
 
 def test_without_java_or_its_package_the_lite_scorer_is_taken(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "which", lambda program: None)
-    assert default_text_scorer().name == "meteor_lite"
+    assert default_text_scorer().name == "meteor_lite2"
     monkeypatch.setattr(shutil, "which", lambda program: "java")
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
-    assert default_text_scorer().name == "meteor_lite"
+    assert default_text_scorer().name == "meteor_lite2"
     monkeypatch.setattr("importlib.util.find_spec", lambda package: object())
     assert default_text_scorer().name == "meteor15"
 
@@ -133,9 +145,9 @@ def test_all_ranks_take_the_same_scorer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "which", lambda program: "java" if can_run["here"] else None)
     assert default_text_scorer().name == "meteor15"
     can_run["there"] = False
-    assert default_text_scorer().name == "meteor_lite"
+    assert default_text_scorer().name == "meteor_lite2"
     can_run.update(here=False, there=True)
-    assert default_text_scorer().name == "meteor_lite"
+    assert default_text_scorer().name == "meteor_lite2"
 
 
 def test_meteor_15_that_does_not_answer_is_told():

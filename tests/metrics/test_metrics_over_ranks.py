@@ -1,6 +1,7 @@
 """Two gloo processes score as one, with unequal shares."""
 
 import os
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -9,14 +10,11 @@ import torch
 from metric_cases import make_prediction, make_sample
 from torch import distributed
 from torch.multiprocessing.spawn import spawn
-from torchmetrics import Metric
 
-from recipe.metrics.answers import AnswerBoxes
-from recipe.metrics.boxes import BoxAveragePrecision, CategoryAveragePrecision, ExpressionAccuracy, QueryRecall
-from recipe.metrics.calibration import Calibration
-from recipe.metrics.captions import CaptionCider, CaptionMatch, DenseCaptioningMAP
+from recipe.joint import all_scores
+from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import MeteorLite, default_text_scorer
-from recipe.schema import Box, Prediction, Sample
+from recipe.schema import Box, LossCounts, Prediction, Sample
 from tests.launch import leave
 
 CAPTIONS = ["a black cat", "a dog that runs", "the bird"]
@@ -43,32 +41,19 @@ def scenes() -> list[tuple[Prediction, Sample]]:
     return pairs
 
 
-def metrics() -> list[Metric]:
-    return [
-        BoxAveragePrecision(),
-        CategoryAveragePrecision(),
-        CaptionMatch(0.3, MeteorLite()),
-        AnswerBoxes(),
-        DenseCaptioningMAP(MeteorLite()),
-        CaptionCider(0.3),
-        Calibration(),
-        QueryRecall(4),
-        ExpressionAccuracy(),
-    ]
+COUNTS = LossCounts(teacher_tokens=3, student_tokens=4, objects=5, images=6, microbatches=1)
+scores = partial(all_scores, num_queries=4, score_threshold=0.3, scorer=MeteorLite(), with_answers=True)
 
 
-def feed(metric: Metric, pairs: list[tuple[Prediction, Sample]]) -> None:
-    metric.update([prediction for prediction, _ in pairs], [sample for _, sample in pairs])
+def feed(metric: Evaluation, pairs: list[tuple[Prediction, Sample]]) -> None:
+    losses = dict.fromkeys(Evaluation.denominators, torch.tensor(1.0))
+    metric.update([prediction for prediction, _ in pairs], [sample for _, sample in pairs], losses, COUNTS)
 
 
-def values_of(metric: Metric) -> dict[str, float]:
-    """What it computes, and of a calibration the scores of both halves."""
+def values_of(metric: Evaluation) -> tuple[dict[str, float], list[str]]:
+    """What it computes, and the order of what it was computed from."""
     values = {name: float(value) for name, value in metric.compute().items()}
-    if isinstance(metric, Calibration):
-        for name, half in zip("ab", metric.halves(), strict=True):
-            values |= {f"{name}{row}": score for row, score in enumerate(half.scores.tolist())}
-            values |= {f"{name}_images": half.num_images, f"{name}_truths": half.num_truths}
-    return values
+    return values, [sample.id for _, _, sample in metric.evaluated]
 
 
 def chosen_scorers(rank: int) -> list[str]:
@@ -98,51 +83,53 @@ def begin(rank: int, folder: str) -> None:
 def one_rank(rank: int, folder: str) -> None:
     begin(rank, folder)
     pairs = scenes()
-    results = []
-    for metric in metrics():
-        # rank 0 gets the one sample that is not annotated, so its tensors are empty at first
-        for batch in [pairs[:1], pairs[7:]] if rank == 0 else [pairs[3:6], pairs[1:3], pairs[6:7]]:
-            feed(metric, batch)
-        results.append(values_of(metric))
-        feed(metric, pairs[:1])  # after a reduction each rank goes on with its own share
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    metric = Evaluation(scores)
+    # rank 0 gets the one sample that is not annotated, so its tensors are empty at first
+    for batch in [pairs[:1], pairs[7:]] if rank == 0 else [pairs[3:6], pairs[1:3], pairs[6:7]]:
+        feed(metric, batch)
+    first = values_of(metric)
+    feed(metric, pairs[:1])  # after a reduction each rank continues with its own share
+    torch.save((first, values_of(metric)), Path(folder) / f"{rank}.pt")
     leave()
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_two_ranks_score_as_one(tmp_path: Path):
-    expected = []
-    for metric in metrics():
-        feed(metric, scenes())
-        expected.append(values_of(metric))
+    metric = Evaluation(scores)
+    for start in range(0, 10, 2):  # five batches, as the ranks have
+        feed(metric, scenes()[start : start + 2])
+    expected = values_of(metric)
     spawn(one_rank, (str(tmp_path),), nprocs=2)
     assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt")
-    for found, wanted in zip(torch.load(tmp_path / "0.pt"), expected, strict=True):
-        assert found == pytest.approx(wanted, rel=1e-12)  # sums in another order: measured 2e-16
-    assert 0 < expected[0]["box_ap"] < 1
-    assert 0 < expected[1]["category_ap50"] < 1
-    assert 0 < expected[2]["caption_match"] < 1
-    assert 0 < expected[3]["text_f1"] < 1
-    assert 0 < expected[4]["densecap_map_meteor_lite"] < expected[4]["densecap_map_boxes"] < 1
-    assert 0 < expected[5]["caption_cider_d"] < 10
-    assert 0 < expected[6]["ece"] < 1 and 0 < expected[6]["best_f1"] < 1
-    assert 0 < expected[7]["query_recall50"] < expected[7]["recall_ceiling"] <= 1
-    assert 0 < expected[8]["refcoco_acc"] < 1
+    first, again = torch.load(tmp_path / "0.pt")
+    assert first == expected
+    assert again[1] == first[1]  # what is not annotated changes no score
+    values = expected[0]
+    assert 0 < values["box_ap"] < 1
+    assert 0 < values["category_ap50"] < 1
+    assert 0 < values["caption_match"] < 1
+    assert 0 < values["text_f1"] < 1
+    assert 0 < values["densecap_map_meteor_lite2"] < values["densecap_map_boxes"] < 1
+    assert 0 < values["caption_cider_d"] < 10
+    assert 0 < values["ece"] < 1 and 0 < values["best_f1"] < 1
+    assert 0 < values["query_recall50"] < values["recall_ceiling"] <= 1
+    assert 0 < values["refcoco_acc"] < 1
+    assert values["loss_bbox"] == pytest.approx(5 / 25)
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_two_ranks_take_one_text_scorer(tmp_path: Path):
     spawn(scorers_of_rank, (str(tmp_path),), nprocs=2)
-    assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {"meteor15 meteor_lite"}
+    assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {"meteor15 meteor_lite2"}
 
 
 def test_batches_score_as_a_whole_and_reset_forgets():
-    for metric, whole in zip(metrics(), metrics(), strict=True):
-        feed(metric, scenes()[4:5])
-        metric.reset()
-        for pair in reversed(scenes()):
-            feed(metric, [pair])
-        feed(whole, scenes())
-        assert values_of(metric) == pytest.approx(values_of(whole), rel=1e-12)  # sums in another order: measured 2e-16
+    metric, whole = Evaluation(scores), Evaluation(scores)
+    feed(metric, scenes()[4:5])
+    metric.reset()
+    for pair in reversed(scenes()):
+        feed(metric, [pair])
+    feed(whole, scenes())
+    assert values_of(metric) == values_of(whole)

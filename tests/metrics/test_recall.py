@@ -2,17 +2,10 @@
 
 import pytest
 from metric_cases import make_prediction, make_sample
-from torchmetrics import Metric
 
-from recipe.metrics.boxes import ExpressionAccuracy, QueryRecall
-from recipe.schema import Prediction, Sample
+from recipe.metrics.boxes import expression_accuracy, query_recall
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)
-
-
-def scores(metric: Metric, predictions: list[Prediction], samples: list[Sample]) -> dict[str, float]:
-    metric.update(predictions, samples)
-    return {name: float(value) for name, value in metric.compute().items()}
 
 
 def test_query_recall_worked_by_hand():
@@ -22,7 +15,7 @@ def test_query_recall_worked_by_hand():
         make_prediction("b", [(B, 0.9, ""), (A, 0.1, "")]),
     ]
     samples = [make_sample("a", [(A, "x"), (B, "x"), (C, "x")]), make_sample("b", [(A, "x"), (B, "x")], crowds=[C])]
-    assert scores(QueryRecall(2), predictions, samples) == pytest.approx(
+    assert query_recall(predictions, samples, 2) == pytest.approx(
         {"recall_ceiling": (2 + 2) / 5, "query_recall50": (1 + 2) / 5}
     )
 
@@ -30,25 +23,25 @@ def test_query_recall_worked_by_hand():
 def test_the_ceiling_counts_queries_that_nms_removed():
     left = make_prediction("a", [(A, 0.9, "")])  # of three queries
     sample = make_sample("a", [(A, "x"), (B, "x"), (C, "x"), ((70.0, 70.0, 80.0, 80.0), "x")])
-    assert scores(QueryRecall(3), [left], [sample]) == {"recall_ceiling": 0.75, "query_recall50": 0.25}
+    assert query_recall([left], [sample], 3) == {"recall_ceiling": 0.75, "query_recall50": 0.25}
 
 
 def test_queries_are_dealt_for_the_most_truths():
     # the first query reaches both truths, the second one only the first
     truths = [((0.0, 0.0, 10.0, 10.0), "x"), ((3.0, 0.0, 13.0, 10.0), "x")]
     found = [((1.0, 0.0, 11.0, 10.0), 0.9, ""), ((-3.0, 0.0, 7.0, 10.0), 0.1, "")]
-    assert scores(QueryRecall(2), [make_prediction("a", found)], [make_sample("a", truths)])["query_recall50"] == 1.0
+    assert query_recall([make_prediction("a", found)], [make_sample("a", truths)], 2)["query_recall50"] == 1.0
     twice = [make_prediction("a", [(A, 0.9, ""), (A, 0.8, "")])]
-    assert scores(QueryRecall(2), twice, [make_sample("a", [(A, "x")])])["query_recall50"] == 1.0
+    assert query_recall(twice, [make_sample("a", [(A, "x")])], 2)["query_recall50"] == 1.0
 
 
 def test_query_recall_of_nothing():
     undefined = {"recall_ceiling": -1.0, "query_recall50": -1.0}
-    assert scores(QueryRecall(2), [], []) == undefined
+    assert query_recall([], [], 2) == undefined
     found = [(A, 0.9, "")]
-    assert scores(QueryRecall(2), [make_prediction("a", found)], [make_sample("a", [])]) == undefined
-    assert scores(QueryRecall(2), [make_prediction("a", found)], [make_sample("a", None)]) == undefined
-    missed = scores(QueryRecall(2), [make_prediction("a", [])], [make_sample("a", [(A, "x")])])
+    assert query_recall([make_prediction("a", found)], [make_sample("a", [])], 2) == undefined
+    assert query_recall([make_prediction("a", found)], [make_sample("a", None)], 2) == undefined
+    missed = query_recall([make_prediction("a", [])], [make_sample("a", [(A, "x")])], 2)
     assert missed == {"recall_ceiling": 1.0, "query_recall50": 0.0}
 
 
@@ -61,15 +54,13 @@ def test_the_best_scored_box_answers_an_expression():
         make_prediction("d", []),
         make_prediction("e", [(C, 0.1, ""), (B, 0.2, ""), (A, 0.3, "")]),
     ]
-    assert scores(ExpressionAccuracy(), predictions, samples) == pytest.approx(
-        {"refcoco_acc": 2 / 5, "refcoco_samples": 5.0}
-    )
+    assert expression_accuracy(predictions, samples) == pytest.approx({"refcoco_acc": 2 / 5, "refcoco_samples": 5.0})
 
 
 def test_half_an_overlap_is_right():
     found = [make_prediction("a", [((0.0, 0.0, 10.0, 5.0), 0.9, "")])]
     sample = make_sample("a", [(A, "x")], expression="it")
-    assert scores(ExpressionAccuracy(), found, [sample])["refcoco_acc"] == 1.0
+    assert expression_accuracy(found, [sample])["refcoco_acc"] == 1.0
 
 
 def test_what_is_no_expression():
@@ -82,8 +73,8 @@ def test_what_is_no_expression():
         make_sample("e", [(A, "x")], crowds=[B], expression="one, beside a crowd"),
     ]
     predictions = [make_prediction(name, found) for name in "abcde"]
-    assert scores(ExpressionAccuracy(), predictions, samples) == {"refcoco_acc": 1.0, "refcoco_samples": 1.0}
-    assert scores(ExpressionAccuracy(), [], []) == {"refcoco_acc": -1.0, "refcoco_samples": 0.0}
+    assert expression_accuracy(predictions, samples) == {"refcoco_acc": 1.0, "refcoco_samples": 1.0}
+    assert expression_accuracy([], []) == {"refcoco_acc": -1.0, "refcoco_samples": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -93,18 +84,18 @@ def test_what_is_no_expression():
 def test_an_expression_asks_for_boxes(answers: list[str], counted: int):
     sample = make_sample("a", [(A, "x")], expression="the left one", answers=answers)
     found = make_prediction("a", [(A, 0.9, "")])
-    assert scores(ExpressionAccuracy(), [found], [sample])["refcoco_samples"] == counted
+    assert expression_accuracy([found], [sample])["refcoco_samples"] == counted
 
 
 def test_two_expressions_of_one_object_are_two_samples():
     samples = [make_sample("a", [(A, "x")], expression=text) for text in ("the left one", "the red one")]
     found = [make_prediction("a", [(box, 0.9, "")]) for box in (A, B)]
-    assert scores(ExpressionAccuracy(), found, samples) == {"refcoco_acc": 0.5, "refcoco_samples": 2.0}
+    assert expression_accuracy(found, samples) == {"refcoco_acc": 0.5, "refcoco_samples": 2.0}
 
 
 def test_a_query_that_overlaps_half_a_truth_finds_it():
     half = (0.0, 0.0, 5.0, 10.0)
-    assert scores(QueryRecall(1), [make_prediction("a", [(half, 0.1, "")])], [make_sample("a", [(A, "x")])]) == {
+    assert query_recall([make_prediction("a", [(half, 0.1, "")])], [make_sample("a", [(A, "x")])], 1) == {
         "recall_ceiling": 1.0,
         "query_recall50": 1.0,
     }

@@ -7,8 +7,17 @@ import torch
 from metric_cases import make_sample
 
 from recipe.data.chat import text_to_objects
-from recipe.metrics.gather import asks_for_boxes, inside_crowd, match_by_overlap, match_by_score, sample_key
-from recipe.schema import Sample
+from recipe.metrics.gather import (
+    FALSE,
+    IGNORED,
+    asks_for_boxes,
+    found_truths,
+    inside_crowd,
+    match_by_overlap,
+    match_by_score,
+    sample_key,
+)
+from recipe.schema import DetectedObject, Object, Sample
 
 A = (0.0, 0.0, 10.0, 10.0)
 BOXES = '[{"bbox_2d": [0, 0, 10, 10], "label": "x"}]'
@@ -47,6 +56,34 @@ def test_half_a_box_in_a_crowd_is_in_it():
     crowd = torch.tensor([[5.0, 0.0, 50.0, 50.0]]).double()
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 9.0, 10.0]]).double()
     assert inside_crowd(boxes, crowd, 0.5).tolist() == [True, False]
+
+
+def _box(x: float) -> tuple[float, float, float, float]:
+    return (x, 0.0, x + 10, 10.0)
+
+
+def _found(*places: float) -> list[DetectedObject]:
+    """Boxes of 10 x 10 pixels, by falling score."""
+    return [DetectedObject(_box(x), 0.9 - 0.1 * index, "cat") for index, x in enumerate(places)]
+
+
+def test_what_detections_find_by_hand():
+    truth = [Object(_box(0), "cat"), Object(_box(20), "cat"), Object(_box(40), "", iscrowd=True)]
+    # IoU 9/11 with the first; the first again, taken; 4/16 with the second; 7/13 with it; in the crowd; nowhere.
+    found = _found(1, 0, 26, 23, 41, 80)
+    assert found_truths(found, truth, 0.5) == [0, FALSE, FALSE, 1, IGNORED, FALSE]
+    assert found_truths(found, truth[::-1], 0.5) == [2, FALSE, FALSE, 1, IGNORED, FALSE]
+    assert found_truths([], truth, 0.5) == []
+    assert found_truths(found[:1], [], 0.5) == [FALSE]
+
+
+def test_a_lower_score_takes_no_truth_from_a_higher_one():
+    """So the gallery can filter matches by score: those of a prefix are a prefix of those of all."""
+    truth = [Object(_box(x), "cat") for x in (0, 6, 12)]
+    found = _found(5, 0, 3, 9, 12, 1)
+    whole = found_truths(found, truth, 0.5)
+    for length in range(len(found)):
+        assert found_truths(found[:length], truth, 0.5) == whole[:length]
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,15 @@ samples' `lengths`, their pictures' `patches` and the depths of the towers.
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from recipe.data.loader import Collator
 from recipe.joint import JointModel
-from recipe.models.network import JointOutputs
 from recipe.prediction.generate import generate_answers
-from recipe.schema import Example
+from recipe.schema import Batch, Example, JointOutputs
 from tests.flash_stub import Call, install
 from tests.tiny_cases import collator, gradient_error, losses_and_gradients, make_config, make_examples, make_model
 
@@ -34,7 +33,11 @@ def difference(found: JointOutputs, expected: JointOutputs) -> float:
 
 
 def compare(
-    flash: JointModel, sdpa: JointModel, examples: list[Example], collate: Collator, calls: list[Call]
+    flash: JointModel,
+    sdpa: JointModel,
+    examples: list[Example],
+    collate: Callable[[Sequence[Example]], Batch],
+    calls: list[Call],
 ) -> dict[str, Any]:
     """One training step of both models over the same batch."""
     batch = collate(examples)

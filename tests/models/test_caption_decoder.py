@@ -8,9 +8,9 @@ from torch import Tensor
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.models.caption_decoder import CaptionCache, CaptionDecoder, CaptionPlaces
-from recipe.models.memory import Memory
-from recipe.prediction.generate import beam_search, generate_captions
+from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
+from recipe.prediction.generate import generate_captions
+from recipe.schema import CaptionPlaces, Memory
 from tests.tiny_cases import make_model
 
 LENGTH = 10
@@ -128,8 +128,6 @@ def generate(
     decoder: CaptionDecoder,
     inputs: Inputs,
     eos_token_id: int,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
     rows: Tensor | None = None,
     places: CaptionPlaces | None = None,
     memory: Memory | None = None,
@@ -144,8 +142,6 @@ def generate(
         inputs.embed,
         inputs.logits,
         eos_token_id,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
     )
 
 
@@ -164,46 +160,16 @@ def test_generation_is_greedy_teacher_forcing(decoder: CaptionDecoder, inputs: I
 
 
 @torch.no_grad()
-def test_beams_with_a_cache_are_beams_without(decoder: CaptionDecoder, inputs: Inputs):
-    """Every step computed anew from the whole prefixes of all beams."""
-    num_beams = 3
-    free = generate(decoder, inputs, 319, num_beams, 0.0)
-    eos = next(token for token in free.unique().tolist() if _ends_some(decoder, inputs, token, num_beams))
-    prefixes = torch.empty(5, num_beams, 0, dtype=torch.int64)
-
-    def step(parents: Tensor | None, tokens: Tensor | None) -> Tensor:
-        nonlocal prefixes
-        if parents is not None and tokens is not None:
-            gone_on = prefixes.gather(1, parents[..., None].expand(-1, -1, prefixes.shape[-1]))
-            prefixes = torch.cat([gone_on, tokens[..., None]], dim=-1)
-        found_by = (inputs.features, inputs.boxes, inputs.places, inputs.memory)
-        beams = [decoder(*found_by, inputs.embed(prefixes[:, beam]))[:, -1] for beam in range(num_beams)]
-        return inputs.logits(torch.stack(beams, dim=1))
-
-    expected = beam_search(step, 5, num_beams, decoder.max_caption_tokens, eos, 0.0, torch.device("cpu"))
-    found = generate(decoder, inputs, eos, num_beams, 0.0)
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, generate(decoder, inputs, eos)[:, : found.shape[1]])
-
-
-def _ends_some(decoder: CaptionDecoder, inputs: Inputs, eos: int, num_beams: int) -> bool:
-    """Whether some captions end early under this end token and others do not."""
-    ended = (generate(decoder, inputs, eos, num_beams, 0.0) == eos).any(-1)
-    return bool(ended.any() and not ended.all())
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-@torch.no_grad()
-def test_generation_together_is_each_image_alone(decoder: CaptionDecoder, inputs: Inputs, num_beams: int):
+def test_generation_together_is_each_image_alone(decoder: CaptionDecoder, inputs: Inputs):
     """Also without the padding of the memory."""
     eos = 319
-    together = generate(decoder, inputs, eos, num_beams)
+    together = generate(decoder, inputs, eos)
     for image in range(3):
         real = inputs.memory.mask[image]
         memory = Memory(*(part[image : image + 1, real] for part in vars(inputs.memory).values()))
         rows = (inputs.image == image).nonzero()[:, 0]
         places = CaptionPlaces(torch.zeros_like(rows), torch.arange(len(rows)), 1, len(rows))
-        alone = generate(decoder, inputs, eos, num_beams, rows=rows, places=places, memory=memory)
+        alone = generate(decoder, inputs, eos, rows=rows, places=places, memory=memory)
         length = alone.shape[1]
         assert torch.equal(together[rows, :length], alone)
         assert (together[rows, length:] == eos).all()

@@ -6,9 +6,8 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from recipe.joint import JointModel
-from recipe.models.denoising import DenoisingQueries, make_denoising_queries
-from recipe.models.memory import Memory
-from recipe.schema import Target
+from recipe.models.denoising import attention_mask, make_denoising_queries
+from recipe.schema import DenoisingQueries, Memory, Target
 
 BOX_NOISE = 0.4
 
@@ -36,16 +35,16 @@ def test_attention_mask_by_hand():
     """Two groups of a positive and a negative, then two object queries; the second image has no object."""
     queries = make_queries([make_target(1), make_target(0)], [1, 2])
     rows = ["110011", "110011", "001111", "001111", "000011", "000011"]
-    assert queries.attention_mask(2)[0, 0].int().tolist() == [[int(c) for c in row] for row in rows]
+    assert attention_mask(queries, 2)[0, 0].int().tolist() == [[int(c) for c in row] for row in rows]
     empty = ["100011", "010011", "001011", "000111", "000011", "000011"]
-    assert queries.attention_mask(2)[1, 0].int().tolist() == [[int(c) for c in row] for row in empty]
-    assert queries.attention_mask(2).shape == (2, 1, 6, 6)
+    assert attention_mask(queries, 2)[1, 0].int().tolist() == [[int(c) for c in row] for row in empty]
+    assert attention_mask(queries, 2).shape == (2, 1, 6, 6)
 
 
 def test_attention_mask_with_groups_of_object_queries_by_hand():
     """A denoising group of a positive and a negative, then two groups of two object queries."""
     rows = ["111100", "111100", "001100", "001100", "000011", "000011"]
-    mask = make_queries([make_target(1)], [1], num_groups=1).attention_mask(4, 2)
+    mask = attention_mask(make_queries([make_target(1)], [1], num_groups=1), 4, 2)
     assert mask[0, 0].int().tolist() == [[int(c) for c in row] for row in rows]
 
 

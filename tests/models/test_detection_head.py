@@ -15,8 +15,8 @@ from recipe.models.denoising import make_denoising_queries
 from recipe.models.detection_head import NO_PROPOSAL, DecoderLayer, DetectionHead, QuerySelection, compass
 from recipe.models.layers import LOCALITY, Attention
 from recipe.models.matcher import match
-from recipe.models.memory import Memory, grid_cells, sine_embedding
-from recipe.schema import DetectionOutputs, Example, LossCounts, Target
+from recipe.models.memory import grid_cells, sine_embedding
+from recipe.schema import DetectionOutputs, Example, LossCounts, Memory, Target
 from tests.tiny_cases import ALL_SWITCHES, NUM_QUERIES, collator, losses_and_gradients, make_batches, make_model
 
 WIDTH, QUERIES = 16, 4

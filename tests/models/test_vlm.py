@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
-from recipe.build import load_processor
-from recipe.config import ImageConfig, RecipeConfig
+from recipe.config import ConfigError, ImageConfig, RecipeConfig
 from recipe.data.encode import rope_positions
 from recipe.data.image import image_spec, patchify
 from recipe.joint import JointModel
+from recipe.load import load_processor
 from recipe.models.vlm import (
-    PictureEmbedding,
+    ImageEmbedding,
     PixelNormalizer,
     VisionLanguageModel,
     check_packing_contract,
@@ -72,7 +72,7 @@ def test_logits_are_those_of_transformers(
     tiny_examples: dict[str, Example],
 ):
     """`Qwen2_5_VLForConditionalGeneration.forward` on the padded ids, with the image processor's `pixel_values`."""
-    samples, processor = make_samples(), load_processor(tiny_config())
+    samples, processor = make_samples(), load_processor(tiny_checkpoint)
     names = ("crowded", "unannotated", "text")
     shown = [samples[name].image for name in names if samples[name].image]
     pictures = processor.image_processor([Image.open(io.BytesIO(image)) for image in shown], return_tensors="pt")
@@ -115,7 +115,7 @@ def test_the_embedding_of_pictures_is_hugging_faces_of_equal_frames():
     """Output and gradient, measured: 2.1e-15 of 2.1, and 2.5e-14 of 22."""
     torch.manual_seed(0)
     original = Qwen2_5_VisionPatchEmbed(14, 2, 3, 8).double()
-    pictures = PictureEmbedding(deepcopy(original))
+    pictures = ImageEmbedding(deepcopy(original))
     frame = torch.randn(20, 3, 1, 14 * 14, dtype=torch.float64)
     outputs = [original(frame.expand(-1, -1, 2, -1).flatten(1)), pictures(frame.flatten(1))]
     assert torch.allclose(*outputs, rtol=0, atol=5e-15)
@@ -241,10 +241,10 @@ def last_state(vlm: VisionLanguageModel, ids: Tensor, example: Example, hf_confi
     return states.last_hidden_state[-1]
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path, tiny_config: Callable[..., RecipeConfig]):
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):
     """Also one that the hub would not take for a name, and a folder that holds none."""
     for name in (str(tmp_path / "nowhere"), str(tmp_path)):
         with pytest.raises(ValueError, match=f"pretrained_model_name_or_path='{name}' is neither"):
             load_vlm(name, "auto", "float32")
-        with pytest.raises(ValueError, match=f"pretrained_model_name_or_path='{name}' holds no processor"):
-            load_processor(tiny_config(model={"pretrained_model_name_or_path": name}))
+        with pytest.raises(ConfigError, match=f"pretrained_model_name_or_path is '{name}', but neither a folder nor"):
+            load_processor(name)

@@ -1,0 +1,215 @@
+"""What a run says on the console: five lines at the start, its progress, five lines at the end."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger, ProgressBarLogger
+from composer.utils import dist, is_notebook
+from torch.utils.data import DataLoader
+
+from recipe.algorithms.norms import is_sharded, local, named_groups
+from recipe.data.stream import PackStream
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY = 20  # steps between progress lines without a terminal
+LONGEST_SILENCE = 60.0  # seconds after which a step gets its line anyway
+FEW_STEPS = 300  # a run of fewer teaches a new head little
+
+# Names of an evaluation's first lines, in this order, and what they are called there.
+HEADLINES = {
+    "box_ap50": "box AP50",
+    "box_ap": "box AP",
+    "category_ap50": "category AP50",
+    "caption_match": "captions right",
+    "recall": "recall",
+    "best_f1": "best F1",
+    "text_f1": "F1 of text answers",
+}
+
+
+def headline(scores: Mapping[str, float]) -> str:
+    """Return the first scores of an evaluation in one line; `-` for what is not known."""
+    return ", ".join(f"{words} {shown(scores[name])}" for name, words in HEADLINES.items() if name in scores)
+
+
+def shown(value: float) -> str:
+    """Return a score as text: `-` if it is undefined, whole numbers without decimals."""
+    if value == -1.0:
+        return "-"
+    return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
+
+
+def scores_of(state: State) -> dict[str, float]:
+    """Return the scores of the last evaluation."""
+    return {name: float(value) for name, value in state.eval_metric_values.items()}
+
+
+class ProgressLogger(ProgressBarLogger):
+    """Composer's progress bar, redrawn once per step; without a terminal a line every `LINE_EVERY` steps.
+
+    Composer 0.32 redraws the bar for every logged dictionary, about 20 times per step.
+    """
+
+    def __init__(self):
+        super().__init__(sys.stderr)
+        self.hparams_already_logged_to_console = True  # config.yaml has them
+        self._has_terminal = is_notebook() or sys.stderr.isatty()
+        self._postfix: dict[str, str] = {}
+        self._begun = 0
+        self._last = self._start = time.monotonic()
+
+    @property
+    def show_pbar(self) -> bool:
+        """Whether bars are drawn."""
+        return self._has_terminal and super().show_pbar
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Draw nothing yet."""
+        self.state = state
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Start the clock."""
+        self._begun = int(state.timestamp.batch)
+        self._last = self._start = time.monotonic()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Keep the loss; the bar shows it at its next redraw."""
+        if "loss/train/total" in metrics:
+            self._postfix = {"loss": f"{float(metrics['loss/train/total']):.4g}"}
+            if self.train_pbar is not None:
+                self.train_pbar.pbar.set_postfix(self._postfix, refresh=False)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Move the bar, or print a line if one is due."""
+        super().batch_end(state, logger)
+        batch, now = int(state.timestamp.batch), time.monotonic()
+        is_due = batch % LINE_EVERY == 0 or batch == self._begun + 1 or now - self._last > LONGEST_SILENCE
+        if self._has_terminal or not is_due or dist.get_global_rank() != 0:
+            return
+        self._last = now
+        pace = (now - self._start) / (batch - self._begun)
+        elapsed = state.get_elapsed_duration()
+        share = 0.0 if elapsed is None else float(elapsed.value)
+        left = f", {timedelta(seconds=round((now - self._start) / share * (1 - share)))} left" if share else ""
+        loss = f", loss {self._postfix['loss']}" if self._postfix else ""
+        log.info("step %d (%.0f %%)%s, %.3g s per step%s", batch, 100 * share, loss, pace, left)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Close the bar and print the headline."""
+        super().eval_end(state, logger)
+        if dist.get_global_rank() == 0:
+            log.info("evaluation at step %d: %s", int(state.timestamp.batch), headline(scores_of(state)))
+
+    # The bar belongs to the console, not to the run: a checkpoint that held it would redraw it on resume.
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore what Composer's own bar has saved."""
+
+
+class Summary(Callback):
+    """Logs what a run is about to do in five lines, and what it did in five.
+
+    Args:
+        run_folder: Where the run writes.
+        save_folder: Where checkpoints go; None: none are saved.
+        evaluation: When evaluations run, in words.
+    """
+
+    def __init__(self, run_folder: str, save_folder: str | None, evaluation: str):
+        self.run_folder = run_folder
+        self.save_folder = save_folder
+        self.evaluation = evaluation
+        self._start = (0, 0.0)  # step and time
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Log the first lines. Collective under FSDP."""
+        self._start = (int(state.timestamp.batch), time.monotonic())
+        lines = [self._data(state), self._steps(state), self._trains(state), self._device(state), self._writes()]
+        if dist.get_global_rank() == 0:
+            log.info("this run\n%s", "\n".join(lines))
+            steps = self._num_steps(state)
+            if steps is not None and steps < FEW_STEPS:
+                log.warning(
+                    "%d steps in all: a new head needs %d or more; lower train_loader.global_batch_size or raise "
+                    "trainer.max_duration",
+                    steps,
+                    FEW_STEPS,
+                )
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Log the last lines."""
+        if dist.get_global_rank() != 0:
+            return
+        step, start = self._start
+        done, seconds = int(state.timestamp.batch) - step, time.monotonic() - start
+        pace = f" ({seconds / done:.3g} s per step)" if done else ""
+        newest = "none saved" if self.save_folder is None else f"{self.save_folder}/latest-rank0.pt"
+        scores = scores_of(state)
+        lines = [
+            f"  done        step {int(state.timestamp.batch)} after {timedelta(seconds=round(seconds))}{pace}",
+            f"  evaluation  {headline(scores) if scores else 'none yet'}",
+            f"  checkpoint  {newest}",
+            f"  results     {self.run_folder}: metrics.jsonl, images, config.yaml",
+            f"  next        python recipe/predict.py --checkpoint {newest} --out predictions IMAGES",
+        ]
+        log.info("this run has ended\n%s", "\n".join(lines[: 4 if self.save_folder is None else 5]))
+
+    def _data(self, state: State) -> str:
+        assert isinstance(state.train_dataloader, DataLoader)
+        dataset = state.train_dataloader.dataset
+        assert isinstance(dataset, PackStream)
+        num_packs = dataset.plan(int(state.timestamp.epoch)).num_packs
+        packs = "" if num_packs == dataset.num_samples else f" in {num_packs} packs"
+        steps = len(state.train_dataloader)
+        return f"  data        {dataset.num_samples} samples{packs}, {steps} steps per epoch; {self.evaluation}"
+
+    def _num_steps(self, state: State) -> int | None:
+        """Return the steps of the whole run, or None if its duration is in samples, tokens or seconds."""
+        assert state.max_duration is not None
+        length = {"ba": 1, "ep": int(state.dataloader_len or 0)}.get(state.max_duration.unit.value)
+        return None if not length else int(state.max_duration.value) * length
+
+    def _steps(self, state: State) -> str:
+        begun = int(state.timestamp.batch)
+        steps = self._num_steps(state)
+        origin = f", resumed at step {begun}" if begun else ""
+        return f"  steps       {state.max_duration}" + (f" = {steps} steps" if steps else "") + origin
+
+    def _trains(self, state: State) -> str:
+        groups = named_groups(state.optimizers[0])
+        sizes = [sum(local(parameter).numel() for parameter in parameters) for parameters in groups.values()]
+        total = sum(local(parameter).numel() for parameter in state.model.parameters())
+        numbers = state.device.tensor_to_device(torch.tensor([*sizes, total]))
+        if is_sharded(state):
+            dist.all_reduce(numbers)
+        *sizes, total = numbers.tolist()
+        parts = ", ".join(f"{name} {short(size)}" for name, size in zip(groups, sizes, strict=True))
+        return f"  trains      {parts} of {short(total)} parameters"
+
+    def _device(self, state: State) -> str:
+        processes = dist.get_world_size()
+        each = f"{processes} processes" if processes > 1 else "1 process"
+        return f"  runs on     {each}, {state.device.name}, {state.precision.value}"
+
+    def _writes(self) -> str:
+        checkpoints = "no checkpoints" if self.save_folder is None else f"checkpoints in {self.save_folder}"
+        return f"  writes      {self.run_folder}: config.yaml, metrics.jsonl, images; {checkpoints}"
+
+
+def short(number: float) -> str:
+    """Return 1234567 as 1.2 M."""
+    for factor, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return str(int(number))

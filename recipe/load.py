@@ -1,0 +1,212 @@
+"""Checkpoint → network, processor, configuration: what prediction and export need, without Composer."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from recipe.checkpoints.weights import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    LANGUAGE_MODEL,
+    RUN_CONFIG_FILE,
+    answering_weights,
+    fill,
+    find_base_model,
+    find_config,
+    read_remote_weights,
+    read_weights,
+)
+from recipe.config import ImageConfig, ModelConfig, PromptConfig, RecipeConfig
+from recipe.configure import load_config
+from recipe.data.encode import Encoder
+from recipe.data.image import image_spec
+from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.detection_head import DetectionHead
+from recipe.models.memory import MemoryBuilder
+from recipe.models.network import JointNetwork
+from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, resolve_attention
+from recipe.rules import check_width
+from recipe.schema import ImageSpec
+
+
+def load_processor(name: str) -> Any:
+    """Return a checkpoint's tokenizer and fast image processor, whose numbers differ from the slow one's.
+
+    Raises:
+        ValueError: The folder or name holds none.
+    """
+    try:
+        return AutoProcessor.from_pretrained(name, use_fast=True)
+    except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
+        raise ValueError(
+            f"model.pretrained_model_name_or_path={name!r} holds no processor ({str(error).splitlines()[0]}): "
+            "give a checkpoint folder or a name on the hub"
+        ) from error
+
+
+def build_encoder(
+    processor: Any,
+    network: JointNetwork,
+    image: ImageConfig,
+    prompt: PromptConfig,
+    max_seq_len: int,
+    keep_image: bool = False,
+) -> Encoder:
+    """Return what turns samples into examples for a network; `keep_image` for evaluation, which draws the images."""
+    return Encoder(
+        tokenizer=processor.tokenizer,
+        hf_config=network.vlm.hf_model.config,
+        image_spec=image_spec(processor.image_processor, image),
+        prompt=prompt,
+        max_caption_tokens=network.caption_decoder.max_caption_tokens,
+        max_seq_len=max_seq_len,
+        keep_image=keep_image,
+    )
+
+
+def build_network(
+    config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec, max_caption_tokens: int | None = None
+) -> JointNetwork:
+    """Return the head on top of a language model; every dimension of the latter is read from its config.
+
+    The head's weights are kept in float32 at least: eight bits of a bfloat16 box are too few.
+
+    Raises:
+        ConfigError: The head takes the language model's width, which does not suit it.
+        ValueError: The length of captions is not known.
+    """
+    dtype = torch.promote_types(vlm.dtype, torch.float32)
+    hidden_size = vlm.config.get_text_config().hidden_size
+    head, decoder = config.detection_head, config.caption_decoder
+    width = hidden_size if head.width is None else head.width
+    check_width(width, head, decoder)
+    max_caption_tokens = max_caption_tokens or decoder.max_caption_tokens
+    if max_caption_tokens is None:
+        raise ValueError(
+            "caption_decoder.max_caption_tokens is null, but only training reads it from the data: give the number; a "
+            f"run's is in its {RUN_CONFIG_FILE}"
+        )
+    return JointNetwork(
+        vlm=VisionLanguageModel(vlm, PixelNormalizer(spec.image_mean, spec.image_std)),
+        memory=MemoryBuilder(
+            hidden_size,
+            width,
+            head.adapter_ratio,
+            head.memory_positions,
+            vlm.config.vision_config.hidden_size if head.patch_features else None,
+        ).to(dtype),
+        detection_head=DetectionHead(
+            width=width,
+            num_queries=head.num_queries,
+            num_heads=head.num_heads,
+            num_layers=head.num_layers,
+            ffn_factor=head.ffn_factor,
+            dropout=head.dropout,
+            refine_boxes=head.refine_boxes,
+            local_attention=head.local_attention,
+            select_queries=head.select_queries,
+            num_query_groups=head.num_query_groups,
+        ).to(dtype),
+        caption_decoder=CaptionDecoder(
+            hidden_size=hidden_size,
+            width=width,
+            num_heads=decoder.num_heads,
+            num_layers=decoder.num_layers,
+            ffn_factor=decoder.ffn_factor,
+            dropout=decoder.dropout,
+            max_caption_tokens=max_caption_tokens,
+            own_vocab_size=None if decoder.tie_word_embeddings else vlm.config.get_text_config().vocab_size,
+        ).to(dtype),
+        matcher=config.matcher,
+        loss=config.loss,
+        num_denoising_groups=head.num_denoising_groups,
+        box_noise=head.box_noise,
+        aux_loss=head.aux_loss,
+    )
+
+
+def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointNetwork, Any, RecipeConfig]:
+    """Return a trained network, its processor and its configuration; averaged weights are used if there are any.
+
+    Args:
+        checkpoint: A Composer .pt file, also in an object store, or a folder from `export_model`.
+        config: Default: what was saved with the checkpoint. For a .pt file it names the folder or hub name of the base
+            model, of which the configuration and the processor are read, not the weights.
+
+    Raises:
+        ValueError: The checkpoint is missing, is neither of the two, or does not fit the configuration.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        return _load_exported(path, config)
+    if "://" in str(checkpoint):
+        if config is None:
+            raise ValueError(f"{checkpoint} is in a store, its run's {RUN_CONFIG_FILE} is not: give --config YAML")
+        base, weights = config.model.pretrained_model_name_or_path, read_remote_weights(str(checkpoint))
+    elif config is None:
+        weights = read_weights(path)
+        config = find_config(path)
+        base = find_base_model(config.model.pretrained_model_name_or_path, path)
+    else:
+        base, weights = config.model.pretrained_model_name_or_path, read_weights(path)
+    processor, weights = load_processor(base), answering_weights(weights, "model.")
+    length = _trained_length(config, weights, "model.")
+    spec = image_spec(processor.image_processor, config.image)
+    network = build_network(config, _unread_vlm(base, config.model), spec, length)
+    fill(nn.ModuleDict({"model": network}), weights, path)  # JointModel's names, as in the checkpoint
+    return network, processor, config
+
+
+def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetwork, Any, RecipeConfig]:
+    missing = [name for name in (CONFIG_FILE, HEAD_FILE) if not (folder / name).is_file()]
+    if missing:
+        found = sorted(str(path) for path in [*folder.glob("*.pt"), *folder.glob("checkpoints/*.pt")])
+        remedy = f"give one of its checkpoints, such as {found[-1]}" if found else "make one with recipe/export.py"
+        raise ValueError(f"{folder} is not an exported model, it lacks {' and '.join(missing)}: {remedy}")
+    config = config or load_config(str(folder / CONFIG_FILE))
+    weights, processor = load_file(folder / HEAD_FILE), load_processor(str(folder))
+    vlm = load_vlm(
+        str(folder), config.model.attn_implementation, config.model.dtype, config.model.gradient_checkpointing
+    )
+    spec = image_spec(processor.image_processor, config.image)
+    network = build_network(config, vlm, spec, _trained_length(config, weights))
+    head = nn.ModuleDict({name: part for name, part in network.named_children() if f"{name}." != LANGUAGE_MODEL})
+    fill(head, weights, folder / HEAD_FILE)
+    return network, processor, config
+
+
+def _trained_length(config: RecipeConfig, weights: dict[str, torch.Tensor], prefix: str = "") -> int | None:
+    """Return `max_caption_tokens`; if it is null, as many as the weights have positions for."""
+    positions = weights.get(f"{prefix}caption_decoder.token_positions.weight")
+    return config.caption_decoder.max_caption_tokens or (None if positions is None else len(positions))
+
+
+def _unread_vlm(name: str, config: ModelConfig) -> PreTrainedModel:
+    """Return the language model with memory for its weights, but without reading them."""
+    with no_init_weights():
+        vlm = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(name),
+            attn_implementation=resolve_attention(config.attn_implementation),
+            dtype=getattr(torch, config.dtype),
+        )
+    vlm.tie_weights()
+    with suppress(OSError):  # the file is optional
+        vlm.generation_config = GenerationConfig.from_pretrained(name)
+    return vlm
+
+
+try:
+    from transformers.initialization import no_init_weights  # type: ignore[import-not-found]  # since transformers 5
+except ImportError:
+    from transformers.modeling_utils import no_init_weights

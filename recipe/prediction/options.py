@@ -1,0 +1,94 @@
+"""The command line of `recipe/predict.py`. Imports no heavy library: its mistakes are reported within a second."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipe.configure import load_config
+from recipe.rules import check_fields
+
+EXAMPLES = """examples:
+  python recipe/predict.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out found images/
+  python recipe/predict.py --checkpoint exported --out found --expression "a red car" 'images/*.jpg'
+  python -m recipe.gallery --predictions found/predictions.json --out found/gallery.html   # one page of all images
+
+found/predictions.json holds objects and answers, found/coco_results.json the objects in COCO's form. What the flags
+leave out is the run's: the sections evaluation and prompt of its config.yaml; recipe/config.py documents their keys."""
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed command line."""
+    parser = argparse.ArgumentParser(
+        prog="python recipe/predict.py",
+        description="Find and describe the objects of images.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder to search, or a quoted glob")
+    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .pt file, or a folder from export.py")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of predictions.json and the drawings")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in DIR")
+    parser.add_argument("--no-drawings", action="store_true", help="write the JSON files alone")
+    parser.add_argument("--config", metavar="YAML", help="default: what was saved with the checkpoint")
+    parser.add_argument(
+        "--answer",
+        choices=("text", "boxes", "both"),
+        help="text: the language model's, boxes: the head's; default: the run's",
+    )
+    parser.add_argument(
+        "--score-threshold", type=float, metavar="F", help="least score of a prediction; default: the run's"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores and their threshold"
+    )
+    parser.add_argument("--nms-iou", type=float, metavar="F", help="drop the worse of two boxes that overlap more")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
+    parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
+    parser.add_argument(
+        "--expression", action="append", metavar="TEXT", help="look for this (candidate phrase); repeatable"
+    )
+    parser.add_argument(
+        "--teachers",
+        type=Path,
+        metavar="FOLDER",
+        help="solved examples: MDS shards, or a .jsonl and images",
+    )
+    parser.add_argument(
+        "--num-teachers",
+        type=int,
+        metavar="N",
+        help="first N of FOLDER; default: as in training, else all",
+    )
+    parser.add_argument(
+        "--truth", type=Path, metavar="JSON", help="COCO instances file: draw the truth next to the prediction"
+    )
+    parser.add_argument(
+        "--image-ids", type=Path, metavar="JSON", help="COCO instances file with their ids; default: 1, 2, ..."
+    )
+    args = parser.parse_args(arguments)
+    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
+        parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
+    if args.nms_iou is not None and not 0 < args.nms_iou < 1:
+        parser.error(f"--nms-iou {args.nms_iou}: must be between 0 and 1")
+    for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
+        if any(text is not None and not text.strip() for text in texts):
+            parser.error(f"--{name}: is empty; give a text, or leave it out for the run's prompt")
+    for name in ("batch_size", "max_new_tokens", "num_teachers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
+    if args.num_teachers is not None and args.teachers is None:
+        parser.error("--num-teachers needs --teachers FOLDER")
+    return args
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Judge the flags and the yaml of --config; --help and a wrong flag end the process.
+
+    Raises:
+        ConfigError: Naming the key of the yaml and the remedy.
+    """
+    args = parse(arguments)
+    if args.config is not None:
+        check_fields(load_config(args.config))

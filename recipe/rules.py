@@ -1,0 +1,490 @@
+"""Judge a configuration by all that needs no other library: values, combinations, keywords that the recipe owns.
+
+Bounds and choices of a single key stand next to it in `recipe.config`; here is what walks them, and what concerns more
+than one key. What needs libraries, the machine or data is judged by `recipe.checks`.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from math import inf
+from typing import Any
+
+from recipe.config import (
+    GROUPS,
+    CaptionDecoderConfig,
+    ConfigError,
+    DetectionHeadConfig,
+    LoaderConfig,
+    OptimizerConfig,
+    RecipeConfig,
+    StagedFreezingConfig,
+    TrainerView,
+    nearest,
+    view_trainer,
+)
+
+# Keywords of other libraries that the recipe sets itself, and what to write instead.
+OWNED_BY_TRAINER: Mapping[str, str] = {
+    "model": "set the sections `model`, `detection_head` and `caption_decoder`",
+    "train_dataloader": "set the section `train_loader`",
+    "eval_dataloader": "set the section `eval_loader`",
+    "optimizers": "set the section `optimizer`",
+    "schedulers": "set the section `scheduler`",
+    "loggers": "set the section `loggers`",
+    "callbacks": "set the section `callbacks`",
+    "algorithms": "leave it out: no algorithm can be configured",
+    "seed": "set `seed` at the top of the yaml",
+    "load_path": "set `load_path` at the top of the yaml",
+    "autoresume": "set `autoresume` at the top of the yaml",
+    "scale_schedule_ratio": "set `max_duration`, and the times of `scheduler` and `staged_freezing`",
+    "train_subset_num_batches": "set `max_duration` in batches, such as 100ba",
+    "accumulate_train_batch_on_tokens": "leave it out: the losses are already normalised over the whole batch",
+    **dict.fromkeys(("max_epochs", "num_epochs", "num_train_epochs", "epochs"), "set `max_duration`, such as 4ep"),
+    **dict.fromkeys(("max_steps", "num_steps"), "set `max_duration` in batches, such as 500ba"),
+}
+_OWNED_BY_STREAMS = "set it in one of `streams`"
+OWNED_BY_DATASET: Mapping[str, str] = {
+    "streams": "set `streams` next to `dataset`",
+    "remote": _OWNED_BY_STREAMS,
+    "local": _OWNED_BY_STREAMS,
+    "split": _OWNED_BY_STREAMS,
+    "batch_size": "set `global_batch_size`",
+    "batching_method": "leave it out: the plan of the epoch makes the batches",
+    "partition_algo": "leave it out: the plan of the epoch assigns the packs",
+    "replication": "leave it out: every rank is assigned its own packs",
+}
+OWNED_BY_DATALOADER: Mapping[str, str] = {
+    "dataset": "set `dataset` next to `dataloader`",
+    "batch_size": "set `global_batch_size`",
+    "shuffle": "set `dataset.shuffle`",
+    "sampler": "leave it out: Streaming orders the samples",
+    "batch_sampler": "leave it out: Streaming orders the samples",
+    "collate_fn": "set `collator`",
+}
+_OWNED_BY_CALLBACKS: Mapping[str, str] = {
+    "checkpoint_saver": "set `trainer.save_interval`",
+    "nan_monitor": "leave it out: it ends the run at a NaN, from which `nan_rollback` recovers",
+}
+_CHECKPOINTING = "set model.gradient_checkpointing, which also works without FSDP"
+_ONE_MESH = "leave it out: the parameters are sharded over all ranks, and norms are summed over them"
+_NO_ENGINE = "leave it out: no Transformer Engine layers are used"
+_NO_TEXT = "leave it out: a yaml cannot hold its value"
+OWNED_BY_FSDP: Mapping[str, str] = {
+    "activation_checkpointing": _CHECKPOINTING,
+    "activation_checkpointing_reentrant": _CHECKPOINTING,
+    "activation_cpu_offload": "it renames the parameters; " + _CHECKPOINTING,
+    "auto_wrap": "leave it out: recipe/optim/fsdp.py chooses the units",
+    "cpu_offload": "leave it out: Composer does not support it yet",
+    "data_parallel_replicate_degree": _ONE_MESH,
+    "data_parallel_shard_degree": _ONE_MESH,
+    "device_mesh": _ONE_MESH,
+    "ignored_modules": "leave it out: nothing stays unsharded",
+    "load_planner": _NO_TEXT,
+    "process_group": _ONE_MESH,
+    "save_planner": _NO_TEXT,
+    "te_checkpoint_wrapper": _NO_ENGINE,
+    "te_shard_fp8_weight": _NO_ENGINE,
+    "use_orig_params": "leave it out: parameter groups need it to be true",
+}
+_FSDP_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "backward_prefetch": ("BACKWARD_PRE", "BACKWARD_POST", "NONE"),
+    "mixed_precision": ("DEFAULT", "PURE", "FULL"),
+    "reshard_after_forward": (True, False),
+    "sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP"),
+    "state_dict_type": ("full", "sharded"),
+}
+
+
+def check_config(config: RecipeConfig) -> None:
+    """Judge every key and every combination that can be judged without another library.
+
+    Raises:
+        ConfigError: Naming the key, its value and the remedy.
+    """
+    check_fields(config)
+    _check_model(config)
+    _check_optimization(config)
+    _check_loader("train_loader", config.train_loader)
+    _check_loader("eval_loader", config.eval_loader)
+    check_ranks(config, int(os.environ.get("WORLD_SIZE", "1")))
+    _check_data(config)
+    check_trainer(config.trainer)
+    view = view_trainer(config)
+    check_stages(config, view.max_duration)
+    _check_saving(config, view)
+    for where, section in (("callbacks", config.callbacks), ("loggers", config.loggers)):
+        for name, keywords in section.items():
+            if keywords is not None and not isinstance(keywords, Mapping):
+                raise ConfigError(
+                    f"{where}.{name} is {keywords!r}: give keywords, {{}} for none, or null to switch it off"
+                )
+
+
+def check_fields(section: Any, prefix: str = "") -> None:
+    """Judge each value of a dataclass and of those in it by the rule at its field in `recipe.config`.
+
+    Raises:
+        ConfigError: Naming the key, its value and what it may be.
+    """
+    for entry in fields(section):
+        key, value, rule = prefix + entry.name, getattr(section, entry.name), entry.metadata
+        if is_dataclass(value):
+            check_fields(value, f"{key}.")
+        elif "names" in rule:
+            for name, item in value.items():
+                if name in _OWNED_BY_CALLBACKS:
+                    raise ConfigError(f"{key}.{name} cannot be set: {_OWNED_BY_CALLBACKS[name]}")
+                if name not in rule["names"]:
+                    raise ConfigError(f"unknown key {key}.{name}: {nearest(name, rule['names'])}")
+                if is_dataclass(item):
+                    check_fields(item, f"{key}.{name}.")
+        elif value is None:
+            continue
+        elif "choices" in rule:
+            _check_choice(key, value, rule["choices"])
+        elif "duration" in rule:
+            check_duration(key, value)
+        elif "batches" in rule:
+            if not re.fullmatch(r"\d+ba", value) or int(value.removesuffix("ba")) < rule["batches"]:
+                least = "a number of batches" if rule["batches"] == 0 else f"{rule['batches']} batch or more"
+                raise ConfigError(f"{key} is {value!r}: it must be {least}, such as 50ba")
+        elif rule:
+            _check_number(key, value, **rule)
+
+
+def _check_number(
+    key: str, value: float, least: float | None, most: float | None, above: float | None, below: float | None
+) -> None:
+    # Each comparison is written so that NaN fails it too.
+    fits = (
+        -inf < value < inf
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    if fits:
+        return
+    if least is not None and most is not None:
+        span = f"between {least} and {most}"
+    else:
+        parts = {"above {}": above, "{} or more": least, "below {}": below, "{} or less": most}
+        span = " and ".join(text.format(bound) for text, bound in parts.items() if bound not in (None, -inf))
+    raise ConfigError(f"{key} is {value}: it must be {span or 'a finite number'}")
+
+
+def _check_choice(key: str, value: object, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key} is {value!r}: it must be one of {', '.join(map(str, allowed))}")
+
+
+def parse_duration(text: object) -> tuple[float, str] | None:
+    """Return value and unit of a duration as Composer reads it, such as (0.5, "dur"); None if it is not one."""
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\d+)?|\.\d+)(ep|ba|sp|tok|dur|iter|sec)", str(text))
+    if found is None or not (value := float(found[1])) < inf or (found[2] != "dur" and value != int(value)):
+        return None
+    return value, found[2]
+
+
+def check_duration(key: str, value: object) -> None:
+    """Raise ConfigError unless Composer reads the value as a duration; a plain number counts epochs."""
+    # Composer reads a text without a unit as seconds, which nobody means.
+    is_clock = isinstance(value, str) and re.fullmatch(r"(?=\d)(\d+h)?(\d+m)?(\d+s)?", value)
+    if is_clock or (isinstance(value, str) and parse_duration(value)) or (type(value) is int and value >= 0):
+        return
+    raise ConfigError(f"{key} is {value!r}: it must be a duration such as 10ep, 500ba, 1000sp, 20000tok or 0.1dur")
+
+
+def check_width(width: int, head: DetectionHeadConfig, decoder: CaptionDecoderConfig) -> None:
+    """Judge the width of the head.
+
+    Raises:
+        ConfigError: It is not a multiple of the attention heads, or of 8: sine and cosine of four coordinates.
+    """
+    divisors = {
+        f"detection_head.num_heads {head.num_heads}": head.num_heads,
+        f"caption_decoder.num_heads {decoder.num_heads}": decoder.num_heads,
+        "8, as the positions of boxes need": 8,
+    }
+    for name, divisor in divisors.items():
+        if width % divisor:
+            raise ConfigError(
+                f"detection_head.width {width} is not a multiple of {name}; null takes the language model's width"
+            )
+
+
+def _check_model(config: RecipeConfig) -> None:
+    head = config.detection_head
+    if head.num_denoising_groups and head.box_noise <= 0:
+        raise ConfigError(
+            f"detection_head.box_noise is {head.box_noise}: denoising needs noise above 0, or num_denoising_groups: 0"
+        )
+    if head.width is not None:  # else the language model's, which is not known yet
+        check_width(head.width, head, config.caption_decoder)
+    least, most = config.image.min_pixels, config.image.max_pixels
+    if least is not None and most is not None and least > most:
+        raise ConfigError(f"image.min_pixels {least} is above image.max_pixels {most}: lower one or raise the other")
+    path = config.load_path
+    if path is not None and "://" not in path and "{" not in path and not os.path.exists(path):
+        raise ConfigError(f"load_path {path} does not exist: give a checkpoint that a run saved, or null")
+
+
+def _check_optimization(config: RecipeConfig) -> None:
+    optimizer, ema = config.optimizer, config.ema
+    if not any(getattr(optimizer, f"lr_{group}") for group in GROUPS):
+        raise ConfigError("optimizer.lr_*: all are 0, so nothing would train; set at least one above 0")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ConfigError(f"optimizer.betas is {optimizer.betas}: it must be two numbers from 0 to below 1")
+    if optimizer.lr_scaling != "none" and optimizer.reference_tokens is None:
+        raise ConfigError(
+            f"optimizer.lr_scaling is {optimizer.lr_scaling} but optimizer.reference_tokens is missing: "
+            "set the tokens per step that the rates are meant for, or lr_scaling: none"
+        )
+    if not any(value for name, value in vars(config.loss).items() if name.startswith("weight_")):
+        raise ConfigError("loss.weight_*: all are 0, so nothing would train; set at least one above 0")
+    if ema is not None and (ema.half_life is None) == (ema.smoothing is None):
+        raise ConfigError(
+            f"ema.half_life is {ema.half_life} and ema.smoothing is {ema.smoothing}: set one of them, and the other to "
+            "null"
+        )
+
+
+def _check_loader(where: str, loader: LoaderConfig) -> None:
+    if not loader.streams:
+        raise ConfigError(f"{where}.streams is empty: name at least one stream, such as `{{main: {{local: FOLDER}}}}`")
+    for name, keywords in loader.streams.items():
+        _check_stream(f"{where}.streams.{name}", keywords)
+    _check_owned(f"{where}.dataset", loader.dataset, OWNED_BY_DATASET)
+    _check_owned(f"{where}.dataloader", loader.dataloader, OWNED_BY_DATALOADER)
+
+
+def check_ranks(config: RecipeConfig, world_size: int) -> None:
+    """Raise ConfigError unless the ranks divide the batches."""
+    for where, loader in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
+        if loader.global_batch_size % world_size:
+            raise ConfigError(
+                f"{where}.global_batch_size {loader.global_batch_size} cannot be shared by {world_size} ranks: "
+                f"make it a multiple of {world_size}"
+            )
+
+
+def _check_stream(where: str, keywords: object) -> None:
+    if not isinstance(keywords, Mapping):
+        raise ConfigError(f"{where} is {keywords!r}: it takes the keywords of streaming.Stream, such as local: FOLDER")
+    if keywords.get("local") is None and keywords.get("remote") is None:
+        raise ConfigError(f"{where} has neither local nor remote: give the folder or address of the converted data")
+
+
+def _check_owned(where: str, keywords: Mapping[str, Any], owned: Mapping[str, str]) -> None:
+    for key in keywords:
+        if key in owned:
+            raise ConfigError(f"{where}.{key} cannot be set: {owned[key]}")
+
+
+def _check_data(config: RecipeConfig) -> None:
+    teachers, loader = config.teachers, config.train_loader
+    if teachers.stream is not None:
+        _check_stream("teachers.stream", teachers.stream)
+    elif teachers.num_teachers > 0:
+        raise ConfigError(
+            f"teachers.num_teachers is {teachers.num_teachers} but teachers.stream is null: "
+            "give the pool's stream (see convert/teachers.py), or num_teachers: 0"
+        )
+    if config.eval_loader.on_bad_sample != "raise":
+        raise ConfigError("eval_loader.on_bad_sample: only training may skip samples; leave it out")
+    if config.eval_loader.packing is not None:
+        raise ConfigError("eval_loader.packing: only training is packed by plan; leave it out, or set collator: packed")
+    if loader.packing is not None and loader.collator != "packed":
+        raise ConfigError("train_loader.packing needs train_loader.collator: packed, which puts a pack into one row")
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Judge the section `trainer` but for the names of Composer's keywords.
+
+    Raises:
+        ConfigError: Naming the key, its value and the remedy.
+    """
+    _check_owned("trainer", trainer, OWNED_BY_TRAINER)
+    if "max_duration" not in trainer:
+        raise ConfigError("missing trainer.max_duration: set how long to train, such as 10ep or 500ba")
+    for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
+        if trainer.get(key) is not None:
+            check_duration(f"trainer.{key}", trainer[key])
+    microbatch = trainer.get("device_train_microbatch_size")
+    if microbatch == "auto":
+        raise ConfigError(
+            "trainer.device_train_microbatch_size: auto breaks the exact normalisation of the losses; "
+            "give the number of samples that fit on a device"
+        )
+    if microbatch is not None and not (isinstance(microbatch, int) and microbatch > 0):
+        raise ConfigError(f"trainer.device_train_microbatch_size is {microbatch!r}: it must be a whole number above 0")
+    if trainer.get("precision") is not None:
+        _check_choice("trainer.precision", trainer["precision"], ("fp32", "amp_bf16", "amp_fp8", "amp_fp16"))
+    if trainer.get("precision") == "amp_fp16":
+        raise ConfigError(
+            "trainer.precision amp_fp16 finds its loss scale by gradients that overflow, which nan_rollback would take "
+            "for divergence: use amp_bf16"
+        )
+    _check_parallelism(trainer)
+
+
+def _check_parallelism(trainer: Mapping[str, Any]) -> None:
+    """Judge `trainer.parallelism_config`, of which Composer ignores what it does not know."""
+    where = "trainer.parallelism_config"
+    sections = trainer.get("parallelism_config") or {}
+    if not isinstance(sections, Mapping):
+        raise ConfigError(f"{where} is {sections!r}: give fsdp with its keywords, or null for DDP")
+    for key in sections:
+        if key == "fsdp2":
+            raise ConfigError(
+                f"{where}.fsdp2 is ignored by Composer, which would run plain DDP: write fsdp, "
+                "and fsdp_version: 2 at the top of the yaml"
+            )
+        if key != "fsdp":
+            raise ConfigError(f"a key of {where} is {key!r}: it must be fsdp")
+    keywords = sections.get("fsdp")
+    if keywords is None:
+        return
+    where += ".fsdp"
+    if not isinstance(keywords, Mapping):
+        raise ConfigError(f"{where} is {keywords!r}: give keywords, {{}} for none, or null for DDP")
+    _check_owned(where, keywords, OWNED_BY_FSDP)
+    for key, allowed in _FSDP_CHOICES.items():
+        if key in keywords:
+            _check_choice(f"{where}.{key}", keywords[key], allowed)
+    is_sharded = keywords.get("state_dict_type") == "sharded"
+    if "sharded_ckpt_prefix_dir" in keywords and not is_sharded:
+        raise ConfigError(f"{where}.sharded_ckpt_prefix_dir is ignored without state_dict_type: sharded")
+    if keywords.get("load_monolith_rank0_only") and is_sharded:
+        raise ConfigError(f"{where}.load_monolith_rank0_only is for state_dict_type: full, leave it out")
+    if trainer.get("precision") is None:
+        raise ConfigError(f"missing trainer.precision: {where} needs it, such as amp_bf16 (fp32 on the CPU)")
+
+
+def _check_saving(config: RecipeConfig, view: TrainerView) -> None:
+    trainer, folder = config.trainer, view.save_folder
+    name = trainer.get("save_filename", "ba{batch}.pt")
+    why = "so that an older checkpoint is left if the newest is broken"
+    if "{batch}" not in name or not name.endswith(".pt"):
+        raise ConfigError(f"trainer.save_filename is {name!r}: it must hold {{batch}}, {why}, and end in .pt")
+    prefix = (view.fsdp or {}).get("sharded_ckpt_prefix_dir", "ba{batch}")
+    if "{batch}" not in prefix:
+        where = "trainer.parallelism_config.fsdp.sharded_ckpt_prefix_dir"
+        raise ConfigError(f"{where} is {prefix!r}: it must hold {{batch}}, {why}")
+    if folder is not None and "{" in folder:
+        raise ConfigError(
+            f"trainer.save_folder, or run_folder, makes {folder!r}: write the name out, so that the checkpoints are "
+            "found when the run is started again"
+        )
+    kept = trainer.get("save_num_checkpoints_to_keep", -1)
+    if type(kept) is not int or not (kept == -1 or kept >= 1):
+        raise ConfigError(
+            f"trainer.save_num_checkpoints_to_keep is {kept!r}: it must be 1 or more, or -1 for all; what is uploaded "
+            "to a store is never removed"
+        )
+    if config.autoresume and trainer.get("save_ignore_keys"):
+        raise ConfigError(
+            "trainer.save_ignore_keys: a run cannot resume exactly from a checkpoint that lacks something; leave it "
+            "out, or set autoresume: false"
+        )
+    if config.save_best.metric is not None and folder is None:
+        raise ConfigError("save_best.metric is set but trainer.save_folder is null: give a folder")
+
+
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """From `start` on (such as 2ep or 0.75dur), a factor on a group's learning rate; None: frozen."""
+
+    start: str
+    factor: float | None
+
+
+def parse_stages(staged: StagedFreezingConfig, optimizer: OptimizerConfig) -> dict[str, list[StageEntry]]:
+    """Return the stages of each group that has any, `detection_freeze_epochs` written out.
+
+    Raises:
+        ConfigError: Naming the key and the remedy.
+    """
+    where, epochs = "staged_freezing.groups", staged.detection_freeze_epochs
+    groups = {
+        group: _parse_entries(f"{where}.{group}", entries)
+        for group, entries in staged.groups.items()
+        if entries is not None
+    }
+    if epochs is not None:
+        for group in ("adapter", "detection"):
+            if group in groups:
+                raise ConfigError(
+                    f"staged_freezing.detection_freeze_epochs and {where}.{group} both say when to freeze {group}: "
+                    f"give one of them, such as {where}.{group}=null"
+                )
+            if epochs and getattr(optimizer, f"lr_{group}"):
+                groups[group] = [StageEntry("0ep", None), StageEntry(f"{epochs}ep", 1.0)]
+    return groups
+
+
+def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
+    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+        raise ConfigError(
+            f"{where} is {entries!r}: give a list such as [{{from: 0ep, lr: frozen}}, {{from: 1ep, lr: 1}}], or null"
+        )
+    parsed = []
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or set(entry) != {"from", "lr"}:
+            raise ConfigError(f"{where}[{index}] is {entry!r}: give `from` and `lr`, such as {{from: 1ep, lr: 0.1}}")
+        start, factor = entry["from"], entry["lr"]
+        if (time := parse_duration(start)) is None or time[1] in ("sec", "iter"):
+            raise ConfigError(
+                f"{where}[{index}].from is {start!r}: it must be a time such as 2ep, 500ba, 1000sp (packs), 20000tok "
+                "or 0.75dur; part of an epoch is a share of the run (dur)"
+            )
+        # Written so that NaN fails too.
+        is_factor = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 <= factor < inf
+        if factor != FROZEN and not is_factor:
+            raise ConfigError(
+                f"{where}[{index}].lr is {factor!r}: it must be {FROZEN}, or a factor on the learning rate of 0 or more"
+            )
+        parsed.append(StageEntry(start, None if factor == FROZEN else float(factor)))
+    return parsed
+
+
+def check_stages(config: RecipeConfig, max_duration: str | int | None) -> None:
+    """Raise ConfigError if a group has stages but never trains, or if nothing trains at first."""
+    groups, where = parse_stages(config.staged_freezing, config.optimizer), "staged_freezing.groups"
+    for group, stages in groups.items():
+        if not getattr(config.optimizer, f"lr_{group}"):
+            raise ConfigError(
+                f"{where}.{group} is given, but optimizer.lr_{group} is 0, which freezes it throughout: drop its "
+                f"stages with {where}.{group}=null, or set a rate"
+            )
+        reached = [stage for stage in stages if not _is_never(stage.start, max_duration)]
+        if _first_factor(stages) is None and all(stage.factor is None for stage in reached):
+            raise ConfigError(
+                f"{where}.{group} freezes it throughout: set optimizer.lr_{group}=0 and {where}.{group}=null, which "
+                "needs no optimizer state"
+            )
+    trained = [group for group in GROUPS if getattr(config.optimizer, f"lr_{group}")]
+    if trained and all(_first_factor(groups.get(group, [])) is None for group in trained):
+        raise ConfigError(f"{where} freezes {', '.join(trained)} at the start, so nothing would train: leave one out")
+
+
+def _first_factor(stages: Sequence[StageEntry]) -> float | None:
+    """Return the factor of the first batch."""
+    factors = [stage.factor for stage in stages if (parse_duration(stage.start) or (1.0, ""))[0] == 0]
+    return factors[-1] if factors else 1.0
+
+
+def _is_never(start: str, max_duration: str | int | None) -> bool:
+    begin, end = (
+        parse_duration(start),
+        parse_duration(f"{max_duration}ep" if isinstance(max_duration, int) else max_duration),
+    )
+    assert begin is not None
+    if begin[1] == "dur":
+        return begin[0] >= 1
+    return end is not None and begin[1] == end[1] and begin[0] >= end[0]

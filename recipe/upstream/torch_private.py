@@ -1,0 +1,51 @@
+"""What torch 2.6 to 2.11 offers under private names only. Delete an entry once torch has a public one.
+
+- `torch._foreach_*`: operations over lists of tensors, one launch instead of one per tensor; beta, says its
+  documentation.
+- `torch.utils._pytree`: how FSDP2 finds tensors in nested structures; it knows no dataclass unless one is registered.
+- FSDP1 keeps a root unit's gathered weights after a forward pass without a backward pass, and has no public `reshard`.
+- A DataLoader with persistent workers has no way to start new ones.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.utils._pytree import register_dataclass, tree_leaves
+from torch.utils.data import DataLoader
+
+__all__ = [
+    "foreach_add_",
+    "foreach_addcdiv_",
+    "foreach_copy_",
+    "foreach_lerp_",
+    "foreach_mul",
+    "foreach_mul_",
+    "foreach_norm",
+    "foreach_sqrt",
+    "register_dataclass",
+    "reshard_fsdp1",
+    "restart_workers",
+    "tree_leaves",
+]
+
+# pyright: reportPrivateImportUsage=false
+foreach_add_ = torch._foreach_add_
+foreach_addcdiv_ = torch._foreach_addcdiv_
+foreach_copy_ = torch._foreach_copy_
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
+foreach_sqrt = torch._foreach_sqrt
+
+
+def reshard_fsdp1(root: nn.Module) -> None:
+    """Free the gathered weights of an FSDP1 root unit."""
+    if isinstance(root, FullyShardedDataParallel) and root._handle is not None and root._handle.uses_sharded_strategy:
+        _reshard(root, root._handle, free_unsharded_flat_param=True)
+
+
+def restart_workers(loader: DataLoader) -> None:
+    """Start new workers at the next epoch: persistent ones hold a copy of the data set as it was."""
+    loader._iterator = None
