@@ -28,7 +28,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Note:
-    """Something done to `count` parts of good records, such as boxes clipped by rounding. Strict lets it pass."""
+    """Something done to `count` parts of good records, such as boxes clipped by rounding. Not an error for --strict."""
 
     what: str
     count: int
@@ -43,11 +43,11 @@ class Entry(Protocol):
     """One record of a data set, not yet read; a worker process reads it."""
 
     def fingerprint(self) -> str:
-        """All that the outcome of `read` depends on, without decoding an image."""
+        """Return all that the result of `read` depends on, without decoding an image."""
         ...
 
     def read(self) -> Iterator[Item]:
-        """The record's sample, or why it is rejected; notes before it."""
+        """Yield notes, then the record's sample or why it is rejected."""
         ...
 
 

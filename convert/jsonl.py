@@ -2,13 +2,13 @@
 
     python -m convert.jsonl --annotations train.jsonl --images DIR --out OUT --split train
 
-One record a line, boxes xyxy in absolute pixels of the displayed picture:
+One record per line, boxes xyxy in absolute pixels of the displayed image:
 
     {"id": "a", "images": ["a.jpg"], "objects": [{"bbox_2d": [x1, y1, x2, y2], "desc": "a red car"}],
      "messages": [{"role": "user", "content": "..."}, ...], "width": 640, "height": 480}
 
 `objects` may also be parallel lists: `{"ref": ["a red car"], "bbox": [[x1, y1, x2, y2]]}`. Absent or null `objects`:
-not annotated; empty: known to hold nothing. A record without a picture is text only and needs `messages`. All keys
+not annotated; empty: known to hold nothing. A record without an image is text only and needs `messages`. All keys
 but these are ignored. The default id is FILE-LINE, the line counted from 1.
 """
 
@@ -37,7 +37,7 @@ from recipe.schema import Object
 
 
 def find(annotations: Path, images: Path) -> Found:
-    """One record a line; blank lines are passed over.
+    """Return one record per line; blank lines are skipped.
 
     Args:
         annotations: File of JSON lines.
@@ -51,13 +51,13 @@ def find(annotations: Path, images: Path) -> Found:
 
 
 def _rows(annotations: Path) -> Iterator[tuple[str, str, Parse]]:
-    """Only the id is taken here: the lines wait as text, a fraction of what they are parsed."""
+    """Yield the lines with only their id parsed: as text they take a fraction of the memory."""
     with annotations.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             sample_id = f"{annotations.stem}-{number:06d}"
-            with suppress(BadRecord):  # parsing it again will tell
+            with suppress(BadRecord):  # parsing it again reports it
                 sample_id = _parse_id(_parse_line(line)) or sample_id
             yield sample_id, f"{annotations.name}: line {number}", partial(_parse, line)
 
@@ -120,7 +120,7 @@ def _parse_objects(value: Any) -> list[Object] | None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = build_parser("jsonl", __doc__)
     parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the file of JSON lines")
     parser.add_argument(

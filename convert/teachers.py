@@ -1,10 +1,10 @@
-"""Chooses a diverse pool of teachers from a converted data set, into an MDS folder of its own.
+"""Choose a diverse pool of teachers from a converted data set, into an MDS folder of its own.
 
     python -m convert.teachers --local OUT --split train --out POOL --num-samples 32 --seed 1
 
 Each pick adds the most captions that the pool lacks; among equals, and once all captions are there, the one whose
 object count and object size are farthest from those picked. The pool is in the order of picking, so its first
-samples are the most telling. Only annotated samples with a picture and an object that is no crowd can be teachers.
+samples are the most telling. Only annotated samples with an image and an object that is not a crowd can be teachers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,9 +29,9 @@ class Candidate:
 
     Attributes:
         index: Position in the data set.
-        captions: Of the objects that are no crowd.
-        num_objects: That are no crowd.
-        object_size: Mean side of the boxes, as a share of the picture's.
+        captions: Of the objects that are not crowds.
+        num_objects: That are not crowds.
+        object_size: Mean side of the boxes, as a share of the image's.
     """
 
     index: int
@@ -41,7 +41,7 @@ class Candidate:
 
 
 def candidate(index: int, sample: Sample) -> Candidate | None:
-    """The sample as a candidate, or None where it cannot teach."""
+    """Return the sample as a candidate, None if it cannot teach."""
     objects = [item for item in sample.objects or () if not item.iscrowd]
     if not objects or not sample.image:
         return None
@@ -51,7 +51,7 @@ def candidate(index: int, sample: Sample) -> Candidate | None:
 
 
 def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list[int]:
-    """The `index` of the picked candidates, in the order of picking.
+    """Return the `index` of the picked candidates, in the order of picking.
 
     Args:
         candidates: To pick from.
@@ -63,8 +63,8 @@ def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list
     """
     if len(candidates) < num_samples:
         raise ValueError(
-            f"{num_samples} teachers asked, but only {len(candidates)} samples can be one (annotated, with a picture "
-            "and an object that is no crowd): lower --num-samples"
+            f"{num_samples} teachers asked, but only {len(candidates)} samples can be one (annotated, with an image "
+            "and an object that is not a crowd): lower --num-samples"
         )
     features = np.log([(item.num_objects, item.object_size) for item in candidates]).reshape(-1, 2)
     features = (features - features.min(axis=0)) / np.maximum(np.ptp(features, axis=0), 1e-12)
@@ -84,7 +84,7 @@ def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list
 
 
 def iter_samples(dataset: "StreamingDataset", num_samples: int, seed: int) -> Iterator[Sample]:
-    """The pool, in the order of picking.
+    """Yield the pool, in the order of picking.
 
     Args:
         dataset: A converted data set; read twice.
@@ -100,7 +100,7 @@ def iter_samples(dataset: "StreamingDataset", num_samples: int, seed: int) -> It
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = build_parser("teachers", __doc__)
     parser.add_argument("--local", required=True, help="the data set's folder, or the cache of --remote")
     parser.add_argument("--remote", help="the data set's object-store address")

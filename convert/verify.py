@@ -1,8 +1,8 @@
-"""Checks a converted data set on this machine: index, shards, checksums, rows, sidecar; with --decode every picture.
+"""Check a converted data set on this machine: index, shards, checksums, rows, sidecar; with --decode every image.
 
     python -m convert.verify --local OUT --split train [--decode]
 
-Prints one line for each problem, with its remedy, and exits 1 if there is any.
+It prints one line for each problem, with its remedy, and exits 1 if there is any.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _AGAIN = "convert the data set again, or copy the file again from where it is wh
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The parsed index.json.
+    """Return the parsed index.json.
 
     Raises:
         ValueError: It is missing, no index of MDS shards, or names files outside `folder`.
@@ -52,11 +52,11 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, decode: bool = False, num_workers: int = 1) -> Iterator[str]:
-    """Yields a line for each problem of the data set in `folder`.
+    """Yield a line for each problem of the data set in `folder`.
 
     Args:
         folder: Holds index.json and the shards.
-        decode: Also decode every picture.
+        decode: Also decode every image.
         num_workers: Processes.
     """
     try:
@@ -81,15 +81,15 @@ def verify(folder: Path, decode: bool = False, num_workers: int = 1) -> Iterator
 
 
 def check_shard(folder: Path, shard: Mapping[str, Any], decode: bool) -> tuple[list[bytes | None], list[str]]:
-    """Checks one shard.
+    """Check one shard.
 
     Args:
         folder: It is in.
         shard: Its entry in the index.
-        decode: Also decode every picture.
+        decode: Also decode every image.
 
     Returns:
-        For each sample a digest of its row without the picture, None where it cannot be read; and the problems.
+        For each sample a digest of its row without the image, None if it cannot be read; and the problems.
     """
     file = shard["raw_data"]
     path = folder / file["basename"]
@@ -114,7 +114,7 @@ def check_shard(folder: Path, shard: Mapping[str, Any], decode: bool) -> tuple[l
 def _check_rows(
     folder: Path, path: Path, shard: Mapping[str, Any], decode: bool, problems: list[str]
 ) -> list[bytes | None]:
-    """The digests of the rows; adds to `problems`."""
+    """Return the digests of the rows; add to `problems`."""
     from streaming.base.format import reader_from_json  # imports torch
 
     digests: list[bytes | None] = []
@@ -122,27 +122,27 @@ def _check_rows(
         reader = reader_from_json(str(folder), None, dict(shard))
         reader.validate(allow_unsafe_types=False)
     except Exception as error:  # Streaming raises whatever a wrong entry leads to
-        problems.append(f"{path}: the index tells of no readable shard ({error!r}): {_AGAIN}")
+        problems.append(f"{path}: the index does not describe a readable shard ({error!r}): {_AGAIN}")
         return [None] * shard["samples"]
     for position in range(shard["samples"]):
         digest = None
         try:
             sample = Sample.from_mds(reader[position])
             digest = _digest(sample)
-            _check_picture(sample, decode)
+            _check_image(sample, decode)
         except Exception as error:  # as above, for wrong bytes
             problems.append(f"{path}: sample {position}: {type(error).__name__}: {error}: {_AGAIN}")
         digests.append(digest)
     return digests
 
 
-def _check_picture(sample: Sample, decode: bool) -> None:
+def _check_image(sample: Sample, decode: bool) -> None:
     if bool(sample.image) != bool(sample.width and sample.height):
-        raise ValueError(f"{sample.id!r} is {sample.width}x{sample.height} with {len(sample.image)} bytes of picture")
+        raise ValueError(f"{sample.id!r} is {sample.width}x{sample.height} with {len(sample.image)} bytes of image")
     if decode and sample.image:
         size = open_image(sample.image).size
         if size != (sample.width, sample.height):
-            raise ValueError(f"{sample.id!r} is to be {sample.width}x{sample.height}, its picture is {size}")
+            raise ValueError(f"{sample.id!r} should be {sample.width}x{sample.height}, its image is {size}")
 
 
 def _check_sidecar(path: Path, index: Mapping[str, Any], digests: Sequence[Sequence[bytes | None]]) -> Iterator[str]:
@@ -167,11 +167,11 @@ def _digest(sample: Sample) -> bytes:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = build_parser("verify", __doc__)
     parser.add_argument("--local", type=Path, required=True, metavar="DIR", help="the data set's folder")
     parser.add_argument("--split", default="", metavar="NAME", help="folder of the shards under --local")
-    parser.add_argument("--decode", action="store_true", help="decode every picture, too")
+    parser.add_argument("--decode", action="store_true", help="decode every image, too")
     add_num_workers(parser)
     args = parser.parse_args()
     folder = args.local.expanduser() / args.split

@@ -4,7 +4,7 @@
 
 VOC counts pixels from 1 and includes the last one, so its box (xmin, ymin, xmax, ymax) is the xyxy box
 (xmin - 1, ymin - 1, xmax, ymax) here. The caption is the object's `name`. Objects marked `difficult` or `truncated`
-are kept as any other; the boxes of `part`s of an object are not read. The id of a sample is the xml file's path under
+are kept like any other; the boxes of `part`s of an object are not read. The id of a sample is the xml file's path under
 the annotation folder, without suffix.
 """
 
@@ -20,7 +20,7 @@ from recipe.schema import Object
 
 
 def find_annotations(folder: Path) -> list[Path]:
-    """The xml files under `folder`, sorted.
+    """Return the xml files under `folder`, sorted.
 
     Raises:
         ValueError: There is none.
@@ -34,14 +34,14 @@ def find_annotations(folder: Path) -> list[Path]:
 
 
 def find(annotations: Path, images: Path) -> Found:
-    """One record an xml file, sorted by path.
+    """Return one record per xml file, sorted by path.
 
     Args:
         annotations: Folder of xml files, searched in depth.
         images: Folder that `filename` is relative to.
 
     Raises:
-        ValueError: `annotations` holds no xml file, or `images` is no folder.
+        ValueError: `annotations` holds no xml file, or `images` is not a folder.
     """
     paths = find_annotations(annotations)
     names = [path.relative_to(annotations) for path in paths]
@@ -84,7 +84,7 @@ def _number(element: Element, name: str) -> float:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = build_parser("voc", __doc__)
     parser.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of xml files")
     parser.add_argument(

@@ -82,7 +82,7 @@ def test_phrases(tmp_path: Path, images: Path) -> None:
         (annotation(4, 7, [1, 1, -2, 2]), "inverted box"),
         (annotation(4, 7, [1, 1, 0, 2]), "zero-area box"),
         (annotation(4, 7, [1, 1, float("nan"), 2]), "non-finite box"),
-        (annotation(4, 7, [1, 1, 30, 2]), "box outside the picture"),
+        (annotation(4, 7, [1, 1, 30, 2]), "box outside the image"),
         (annotation(4, 7, [1, 1, 2]), "malformed box"),
         (annotation(4, 7, [1, 1, 2, 2], area=float("inf")), "malformed area"),
     ],

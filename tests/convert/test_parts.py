@@ -106,7 +106,7 @@ def test_by_hand(found: Found, tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == [f"train-{index + 1:06d}" for index in good]
     assert [row["id"] for row in read_rejected(tmp_path / "out")] == ["x", *(f"train-{i + 1:06d}" for i in BAD)]
     assert (summary.samples, summary.parts, summary.kept, len(summary.rejected)) == (13, 5, 0, 6)
-    assert summary.notes == {"left out": 1, "boxes clipped to the picture by rounding": 1}
+    assert summary.notes == {"left out": 1, "boxes clipped to the image by rounding": 1}
     index = json.loads((tmp_path / "out" / "train" / "index.json").read_text())
     names = [shard["raw_data"]["basename"] for shard in index["shards"]]
     assert names == sorted(names)
