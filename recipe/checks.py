@@ -18,7 +18,7 @@ from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
 from recipe.optim.fsdp import FSDP_CONFIGS
 from recipe.records import INDEX_FILE
-from recipe.rules import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
+from recipe.upstream.owned_keywords import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
 
 
 def check_libraries(config: RecipeConfig) -> None:
