@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.checkpoints.weights import read_weights
 from recipe.config import LoaderConfig, RecipeConfig
 from recipe.data.image import image_spec

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.gallery import (
     main,
     num_errors,
@@ -126,14 +126,14 @@ def test_a_page_appears_whole(gallery: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Where writing fails, the former page is still there."""
     (gallery / "page.html").write_text("former")
 
-    def full(path: Path, text: str, **_: str) -> None:
-        path.write_bytes(text[:100].encode())
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("recipe.records.os.fsync", full)
     with pytest.raises(ValueError, match=r"cannot write .*No space left on device.: give another --out"):
         main(parse(options(gallery, "--overwrite")))
     assert (gallery / "page.html").read_text() == "former"
+    assert not list(gallery.glob("*.partial"))
     monkeypatch.undo()
     main(parse(options(gallery, "--overwrite")))
     assert (gallery / "page.html").read_text().startswith("<!DOCTYPE html>")

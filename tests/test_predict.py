@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from convert.shapes import draw_scene
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.checkpoints.weights import find_config
 from recipe.data.collate import collate_standard, one_each
 from recipe.export import main as export

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.checkpoints.weights import read_weights
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.eval import main as evaluate

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.config import LoaderConfig
 from recipe.train import main
 from tests.tiny_cases import make_config

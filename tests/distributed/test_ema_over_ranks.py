@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert.writer import write_split
+from convert.write import write_split
 from tests.distributed.fsdp_run import Leg
 from tests.distributed.test_fsdp_runs import SAMPLES, Run, assert_same, read_run
 from tests.launch import run_composer

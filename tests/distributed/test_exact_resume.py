@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from tests.distributed.packed_run import Settings
 from tests.launch import run_composer
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.writer import write_split
+from convert.write import write_split
 from tests.distributed.fsdp_run import Leg
 from tests.launch import run_composer
 from tests.tiny_cases import make_samples

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.algorithms.nan_rollback import DIVERGED
 from tests.distributed.nan_run import CASES, HIT
 from tests.launch import run_composer

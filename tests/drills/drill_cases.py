@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.config import (
     LoaderConfig,
     PackingConfig,

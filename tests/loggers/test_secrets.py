@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.config import LoaderConfig
 from tests.launch import REPOSITORY, Launch, run_composer
 from tests.tiny_cases import make_config
