@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS: list[set[str]] = [
     {"schema", "boxes", "pictures", "redact", "config", "config_file", "logging_setup"}
     | {"sidecar", "shared_memory", "exit_codes", "environment", "picture_files", "prediction_files"}
-    | {"draw", "draw_labels", "draw_layout", "draw_panel"},
+    | {"draw"},
     {"data", "models", "losses", "metrics"},
     {"network", "inference", "joint", "build", "annotated", "calibrate"},
     {"optim", "schedule", "checkpoint", "checkpoints", "callbacks", "algorithms", "parallel", "loggers"},
