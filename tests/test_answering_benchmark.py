@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import REPOSITORY
+from tests.launches.launch import REPOSITORY
 
 
 @pytest.mark.slow

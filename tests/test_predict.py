@@ -23,7 +23,7 @@ from recipe.predict import encode_picture, main, parse
 from recipe.prediction.files import read_rows
 from recipe.prediction.inputs import read_annotated_folder
 from recipe.schema import Example, Object, Prediction, Sample
-from tests.launch import REPOSITORY
+from tests.launches.launch import REPOSITORY
 
 HEADER = 34  # pixels above a drawing, which name the picture
 

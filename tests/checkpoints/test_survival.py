@@ -13,7 +13,7 @@ from recipe.checkpoints.sigterm import PREEMPTED
 from tests.checkpoints.checkpoint_cases import flip, truncate
 from tests.distributed.packed_run import Settings
 from tests.distributed.test_exact_resume import SCRIPT, data
-from tests.launch import Launch, run_composer
+from tests.launches.launch import Launch, run_composer
 
 STEPS = 6
 SHARDED = Path(__file__).with_name("sharded_run.py")

@@ -10,7 +10,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.data import Dataset
 
 from recipe.upstream.agreement import LockstepLoader, agree
-from tests.launch import leave
+from tests.launches.launch import leave
 from tests.s3_server import free_port
 
 

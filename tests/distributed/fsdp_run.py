@@ -34,7 +34,7 @@ from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters
 from tests.float64 import compute_in_float64
-from tests.launch import leave
+from tests.launches.launch import leave
 from tests.tiny_cases import ALL_SWITCHES, make_config
 
 

@@ -23,7 +23,7 @@ from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, g
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from tests.distributed.fsdp_shim import install
-from tests.launch import leave
+from tests.launches.launch import leave
 from tests.tiny_cases import collator, make_config, make_examples, make_model
 
 NAN = float("nan")

@@ -22,7 +22,7 @@ from recipe.callbacks import table
 from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
 from recipe.console import setup_logging
 from recipe.train import main
-from tests.launch import leave
+from tests.launches.launch import leave
 from tests.tiny_cases import make_config
 
 

@@ -14,7 +14,7 @@ from composer.utils import dist
 from recipe.config import SchedulerConfig
 from recipe.joint import JointModel
 from tests.distributed.fsdp_shim import install
-from tests.launch import leave
+from tests.launches.launch import leave
 from tests.staged_cases import (
     MANY_STAGES,
     TWO_STAGES,

@@ -14,7 +14,7 @@ import torch
 from convert.writer import write_split
 from tests.distributed.fsdp_run import Leg
 from tests.distributed.test_fsdp_runs import SAMPLES, Run, assert_same, read_run
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 from tests.tiny_cases import make_samples
 
 TWO_RANKS = {

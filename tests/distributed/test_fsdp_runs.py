@@ -16,7 +16,7 @@ from torch import Tensor
 
 from convert.writer import write_split
 from tests.distributed.fsdp_run import Leg
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 from tests.tiny_cases import make_samples
 
 # A step's or evaluation's two halves: in most of them one rank has no picture.

@@ -15,7 +15,7 @@ import pytest
 
 from tests.distributed.packed_run import Settings
 from tests.distributed.test_exact_resume import SCRIPT, read_steps
-from tests.launch import REPOSITORY, Launch, run_composer
+from tests.launches.launch import REPOSITORY, Launch, run_composer
 from tests.s3_server import FaultProxy, S3Server
 
 STEPS = 8

@@ -15,7 +15,7 @@ from recipe.joint import all_scores
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import MeteorLite, default_text_scorer
 from recipe.schema import Box, LossCounts, Prediction, Sample
-from tests.launch import leave
+from tests.launches.launch import leave
 
 CAPTIONS = ["a black cat", "a dog that runs", "the bird"]
 

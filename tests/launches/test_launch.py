@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 
 SUM_RANKS = """
 import torch
