@@ -43,7 +43,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/quickstart.py
 
 test: $(INSTALLED)
-	$(PYTEST) -m "$(FAST)"
+	$(PYTEST) -n 2 --dist loadfile -m "$(FAST)"
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m "slow and not gpu and not drill"
@@ -62,7 +62,7 @@ NEXT := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
 	touch $@
 
 test-next: .venv-next/.complete
-	.venv-next/bin/python -m pytest -m "$(FAST)"
+	.venv-next/bin/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
