@@ -28,9 +28,8 @@ from composer.utils import get_free_tcp_port
 
 import recipe.predict
 import recipe.train
-import tests.tiny_cases
 
-assert recipe.predict and recipe.train and tests.tiny_cases  # imported for the launches
+assert recipe.predict and recipe.train  # imported for the launches
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Request:
     env: dict[str, str]
 
 
+INSTALLED = [path for path in sys.path[1:] if path not in os.environ["PYTHONPATH"].split(os.pathsep)]
 FOLDERS: list[Any] = [item for item in gc.get_objects() if isinstance(item, tempfile.TemporaryDirectory)]
 
 
@@ -156,7 +156,8 @@ def main() -> None:
     np.random.seed()  # otherwise all processes draw the same where a fresh import of numpy would not
     arguments = [os.path.expandvars(os.path.expanduser(argument)) for argument in request.arguments]
     sys.argv = [request.script, *(arguments if request.world_size else request.arguments)]
-    sys.path[0] = str(Path(request.script).resolve().parent)
+    given = filter(None, request.env.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = [str(Path(request.script).resolve().parent), *given, *INSTALLED]
     runpy.run_path(request.script, run_name="__main__")
 
 
