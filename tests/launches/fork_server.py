@@ -52,7 +52,7 @@ class Request:
 
 
 INSTALLED = [path for path in sys.path[1:] if path not in os.environ["PYTHONPATH"].split(os.pathsep)]
-FOLDERS: list[Any] = [item for item in gc.get_objects() if isinstance(item, tempfile.TemporaryDirectory)]
+FOLDERS: list[Any] = [item for item in gc.get_objects() if type(item) is tempfile.TemporaryDirectory]
 
 
 class Rank:
