@@ -11,7 +11,7 @@ from recipe.build import build_model, load_processor
 from recipe.config import ConfigError, RecipeConfig
 from recipe.models.network import JointNetwork
 from recipe.schema import Example
-from tests.tiny_cases import collator, make_model
+from tests.support.tiny_cases import collator, make_model
 
 Read = Callable[[JointNetwork], Any]
 

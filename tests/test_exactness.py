@@ -14,7 +14,7 @@ from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.models.network import JointOutputs
 from recipe.schema import DetectionOutputs, Example, Role
-from tests.tiny_cases import (
+from tests.support.tiny_cases import (
     ALL_SWITCHES,
     collator,
     gradient_error,

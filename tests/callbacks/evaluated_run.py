@@ -16,7 +16,7 @@ from recipe.callbacks import table
 from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
 from recipe.train import main
 from tests.launches.launch import leave
-from tests.tiny_cases import make_config
+from tests.support.tiny_cases import make_config
 
 STEPS = 5
 

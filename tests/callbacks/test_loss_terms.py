@@ -15,7 +15,7 @@ from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, g
 from recipe.joint import JointModel
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Batch, Example
-from tests.tiny_cases import collator, make_batches, make_model
+from tests.support.tiny_cases import collator, make_batches, make_model
 
 RATES = OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3)
 

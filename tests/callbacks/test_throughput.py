@@ -14,7 +14,7 @@ from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.data.loader import collate_microbatches, get_num_samples_in_batch, get_num_tokens_in_batch, split_batch
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example
-from tests.tiny_cases import collator, make_model
+from tests.support.tiny_cases import collator, make_model
 
 PEAK = 1e12
 

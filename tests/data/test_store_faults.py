@@ -15,7 +15,7 @@ from recipe.upstream.fetch import RemoteFolder
 from recipe.upstream.storage import fetch_beside_index, open_streams
 from tests.data.storage_cases import NUM_ROWS, NUM_SHARDS, open_rows, read_numbers
 from tests.launches.launch import run_composer
-from tests.s3_server import SECRET_KEY, FaultProxy, S3Server
+from tests.support.s3_server import SECRET_KEY, FaultProxy, S3Server
 
 pytestmark = pytest.mark.usefixtures("impatience")
 

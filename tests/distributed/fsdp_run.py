@@ -33,9 +33,9 @@ from recipe.joint import EvalOutputs
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters
-from tests.float64 import compute_in_float64
 from tests.launches.launch import leave
-from tests.tiny_cases import ALL_SWITCHES, make_config
+from tests.support.float64 import compute_in_float64
+from tests.support.tiny_cases import ALL_SWITCHES, make_config
 
 
 @dataclass(frozen=True)

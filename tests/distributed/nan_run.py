@@ -24,7 +24,7 @@ from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from tests.distributed.fsdp_shim import install
 from tests.launches.launch import leave
-from tests.tiny_cases import collator, make_config, make_examples, make_model
+from tests.support.tiny_cases import collator, make_config, make_examples, make_model
 
 NAN = float("nan")
 HIT = 2  # the bad batch

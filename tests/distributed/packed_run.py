@@ -23,7 +23,7 @@ from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConf
 from recipe.console import setup_logging
 from recipe.train import main
 from tests.launches.launch import leave
-from tests.tiny_cases import make_config
+from tests.support.tiny_cases import make_config
 
 
 @dataclass(frozen=True)

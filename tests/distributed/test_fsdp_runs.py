@@ -17,7 +17,7 @@ from torch import Tensor
 from convert.writer import write_split
 from tests.distributed.fsdp_run import Leg
 from tests.launches.launch import run_composer
-from tests.tiny_cases import make_samples
+from tests.support.tiny_cases import make_samples
 
 # A step's or evaluation's two halves: in most of them one rank has no picture.
 SAMPLES = ("two", "text", "unannotated", "text", "crowded", "empty", "one", "other_teacher")

@@ -11,7 +11,7 @@ from recipe.schema import Example
 from tests.callbacks.test_loss_terms import expected_gradients
 from tests.distributed.one_step import CASES
 from tests.launches.launch import run_composer
-from tests.tiny_cases import make_batches, make_model
+from tests.support.tiny_cases import make_batches, make_model
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 from tests.distributed.packed_run import Settings
 from tests.distributed.test_exact_resume import SCRIPT, read_steps
 from tests.launches.launch import Launch, run_composer
-from tests.s3_server import FaultProxy, S3Server
+from tests.support.s3_server import FaultProxy, S3Server
 
 STEPS = 8
 BUCKET = "drill"

@@ -18,8 +18,15 @@ from recipe.joint import JointModel
 from recipe.models.network import JointOutputs
 from recipe.prediction.generate import generate_answers
 from recipe.schema import Example
-from tests.flash_stub import Call, install
-from tests.tiny_cases import collator, gradient_error, losses_and_gradients, make_config, make_examples, make_model
+from tests.support.flash_stub import Call, install
+from tests.support.tiny_cases import (
+    collator,
+    gradient_error,
+    losses_and_gradients,
+    make_config,
+    make_examples,
+    make_model,
+)
 
 
 def difference(found: JointOutputs, expected: JointOutputs) -> float:

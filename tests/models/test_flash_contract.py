@@ -1,6 +1,6 @@
 """The flash-attention path on CPU: what the kernel would be called with, and the same numbers as `packed_sdpa`.
 
-A stand-in takes the kernel's place (`tests/flash_stub.py`), in a process of its own as it changes transformers.
+A stand-in takes the kernel's place (`tests/support/flash_stub.py`), in a process of its own as it changes transformers.
 """
 
 import json

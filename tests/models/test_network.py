@@ -22,7 +22,7 @@ from recipe.models.network import padded_captions
 from recipe.models.sharding import Sealed
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import DetectionOutputs, Example, Object, Target
-from tests.tiny_cases import (
+from tests.support.tiny_cases import (
     ALL_SWITCHES,
     NUM_QUERIES,
     losses_and_gradients,
@@ -30,7 +30,7 @@ from tests.tiny_cases import (
     make_model,
     make_samples,
 )
-from tests.waits import Waits
+from tests.support.waits import Waits
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -15,7 +15,7 @@ from recipe.build import load_model
 from recipe.checkpoints.weights import find_config, read_weights
 from recipe.configure import load_config, save_config
 from recipe.joint import JointModel
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 
 class Harmful:

@@ -13,7 +13,7 @@ from recipe.models.memory import Memory
 from recipe.prediction.decode import eos_token_id, predict_batch, rank_queries
 from recipe.prediction.generate import generate_captions
 from recipe.schema import DetectionOutputs, Example, Prediction
-from tests.tiny_cases import NUM_QUERIES, collator
+from tests.support.tiny_cases import NUM_QUERIES, collator
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from recipe.configure import load_config
 from recipe.optim.groups import GROUP_PATTERNS
 from recipe.optim.schedule import build_schedule, lr_factor, parse_stages, stage_factor
 
-JOINT = str(Path(__file__).resolve().parents[1] / "yamls" / "joint.yaml")
+JOINT = str(Path(__file__).resolve().parents[2] / "yamls" / "joint.yaml")
 SEED_SCHEDULE = {
     "llm": [{"from": "0ep", "lr": "frozen"}, {"from": "1ep", "lr": 1.0}, {"from": "0.75dur", "lr": 0.1}],
     "adapter": [{"from": "0ep", "lr": "frozen"}, {"from": "1ep", "lr": 1.0}],

@@ -1,4 +1,4 @@
-"""`recipe.checkpoints.weights.export_model` and `recipe/export.py`: transformers and the recipe load what was written."""
+"""`export_model` and `recipe/export.py`: transformers and the recipe load what was written."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from recipe.data.image import image_spec, patchify
 from recipe.export import main, parse
 from recipe.models.vlm import PictureEmbedding
 from recipe.tiny import build_tiny_checkpoint
-from tests.tiny_cases import make_model
+from tests.support.tiny_cases import make_model
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Locate every object."}]}]
 

@@ -8,7 +8,7 @@ import pytest
 
 from recipe.prediction.files import failed_row, least_score, prediction_row, read_rows, write_rows
 from recipe.schema import DetectedObject, Prediction
-from tests.gallery_cases import found, row
+from tests.support.gallery_cases import found, row
 
 
 def test_low_scores_keep_their_digits(tmp_path: Path):

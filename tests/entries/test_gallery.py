@@ -25,7 +25,7 @@ from recipe.gallery import (
 )
 from recipe.prediction.files import write_rows
 from recipe.schema import Sample
-from tests.gallery_cases import NASTY, found, options, row, sample, true
+from tests.support.gallery_cases import NASTY, found, options, row, sample, true
 
 
 def test_matches_by_hand() -> None:

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from recipe.gallery import main, num_errors, page_data, parse, render
-from tests.chromium import Page, find_chromium, open_page
-from tests.gallery_cases import NASTY, found, options, row, sample, true
+from tests.support.chromium import Page, find_chromium, open_page
+from tests.support.gallery_cases import NASTY, found, options, row, sample, true
 
 
 @pytest.fixture(scope="module")

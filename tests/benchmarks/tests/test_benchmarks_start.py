@@ -6,7 +6,7 @@ import pytest
 
 from tests.launches.launch import run_composer
 
-FOLDER = Path(__file__).parent / "benchmarks"
+FOLDER = Path(__file__).parents[1]
 SCRIPTS = [path.name for path in sorted(FOLDER.glob("*.py")) if "argparse.ArgumentParser" in path.read_text()]
 
 
