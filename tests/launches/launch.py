@@ -78,7 +78,7 @@ class Running:
             os.killpg(self.group, number)
 
     def wait(self, timeout: float = 300) -> int:
-        """Return its exit status once all its processes have ended.
+        """Return its exit status once all its processes have ended; kill those that a failed launch leaves behind.
 
         Args:
             timeout: Seconds; after it the processes print where they hang and are killed, and the test fails.
@@ -97,6 +97,8 @@ class Running:
                 status = int(self.process.stdout.readline())
             else:
                 status = self.process.wait()
+            if status:
+                self.signal(signal.SIGKILL)  # a killed rank leaves its loader's workers and those that upload
             while not expired.is_set() and is_alive(self.group):
                 time.sleep(0.01)
         finally:
