@@ -14,12 +14,14 @@ from recipe.schema import Example
 from tests.support.float64 import compute_in_float64
 from tests.support.gallery_cases import make_gallery_files
 from tests.support.s3_server import S3Server, find_juicefs, s3_server
+from tests.support.segments import number_segments_apart
 from tests.support.tiny_cases import build_checkpoint, make_config, make_examples, make_model
 from tests.support.tiny_run import train_tiny_run
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 compute_in_float64()
+number_segments_apart()
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ from composer.utils import get_free_tcp_port
 
 import recipe.predict
 import recipe.train
+from tests.support.segments import number_segments_apart
 
 assert recipe.predict and recipe.train  # imported for the launches
 
@@ -79,6 +80,9 @@ def own_folders() -> None:
 
 def serve() -> Request | None:
     """Fork one launch after the other until stdin ends; return its request in each child, else None."""
+    number_segments_apart()
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]  # a script finds them only by its own path
     gc.freeze()  # else each fork copies the memory of all these objects when it collects, which takes two seconds
     for line in sys.stdin:
         num_threads = len(os.listdir("/proc/self/task"))
