@@ -18,7 +18,7 @@ from recipe.export import parse as parse_export
 from recipe.load import build_network, load_processor
 from recipe.models.vlm import load_vlm
 from recipe.train import main as train
-from tests.tiny_cases import load_model
+from tests.support.tiny_cases import load_model
 
 POSITIONS = "model.caption_decoder.token_positions.weight"
 

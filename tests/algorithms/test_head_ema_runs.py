@@ -14,7 +14,7 @@ from recipe.checkpoints.weights import answering_weights, export_model, read_wei
 from recipe.config import EmaConfig, LoaderConfig, OptimizerConfig, RecipeConfig
 from recipe.eval import main as evaluate
 from recipe.train import main as train
-from tests.tiny_cases import load_model
+from tests.support.tiny_cases import load_model
 
 STEPS = 4
 

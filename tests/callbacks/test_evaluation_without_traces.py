@@ -23,7 +23,7 @@ from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.log_first_sample import LogFirstSample
 from tests.callbacks.evaluated_run import STEPS, train
 from tests.callbacks.test_table import ToyModel
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 
 SLEEP = 0.3  # seconds of an evaluation
 

@@ -15,7 +15,7 @@ from convert.shapes import Scene
 from convert.store import staging_folder
 from convert.write import convert_split
 from recipe.schema import Sample
-from tests.s3_server import FaultProxy, S3Server
+from tests.support.s3_server import FaultProxy, S3Server
 
 pytestmark = pytest.mark.slow
 

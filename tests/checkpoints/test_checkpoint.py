@@ -14,8 +14,8 @@ import torch
 from recipe.checkpoints.weights import find_base_model, find_config, read_weights
 from recipe.configure import load_config, save_config
 from recipe.joint import JointModel
-from tests.s3_server import S3Server
-from tests.tiny_cases import load_model
+from tests.support.s3_server import S3Server
+from tests.support.tiny_cases import load_model
 
 
 class Harmful:

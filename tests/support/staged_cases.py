@@ -19,7 +19,7 @@ from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from recipe.optim.schedule import build_curve, build_schedule
 from recipe.schema import Batch, Example
-from tests.tiny_cases import microbatches_of
+from tests.support.tiny_cases import microbatches_of
 
 # This rank's part of every parameter and of its Adam state, by name: weight, step, exp_avg, exp_avg_sq.
 Parts = dict[str, dict[str, Tensor]]

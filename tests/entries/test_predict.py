@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -24,8 +22,8 @@ from recipe.prediction.files import read_entries
 from recipe.prediction.inputs import read_annotated_folder
 from recipe.prediction.options import parse
 from recipe.schema import Example, Object, Pack, Prediction, Sample
-from tests.launch import REPOSITORY
-from tests.tiny_cases import load_model, make_encoder
+from tests.launches.launch import run_composer
+from tests.support.tiny_cases import load_model, make_encoder
 
 HEADER = 34  # pixels above a drawing, which name the picture
 
@@ -431,10 +429,9 @@ def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
     [(None, "failed: no.png: cannot read the file"), ("no.pt", "error: checkpoint no.pt does not exist")],
 )
 def test_exit_status(checkpoint: str | None, message: str, trained_checkpoint: Path, picture: Path):
-    command = [sys.executable, "recipe/predict.py", "--checkpoint", checkpoint or str(trained_checkpoint)]
-    command += ["--out", str(picture.parent / "out"), "--answer", "boxes", str(picture), "no.png"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    arguments = ("--checkpoint", checkpoint or str(trained_checkpoint), "--out", str(picture.parent / "out"))
+    arguments += ("--answer", "boxes", str(picture), "no.png")
+    done = run_composer(0, "recipe/predict.py", *arguments, check=False)
     assert done.returncode == 1
-    assert message in done.stderr
+    assert message in done.output
     assert (picture.parent / "out" / "scene.png").is_file() == (checkpoint is None)

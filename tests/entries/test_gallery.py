@@ -23,7 +23,7 @@ from recipe.gallery import (
 from recipe.metrics.gather import IGNORED
 from recipe.prediction.files import write_entries
 from recipe.schema import Sample
-from tests.gallery_cases import NASTY, entry, found, options, row, sample, true
+from tests.support.gallery_cases import NASTY, entry, found, options, row, sample, true
 
 
 def test_errors_at_a_threshold_and_which_pictures_are_kept() -> None:

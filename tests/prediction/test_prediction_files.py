@@ -9,7 +9,7 @@ import pytest
 
 from recipe.prediction.files import least_score, read_entries, rounded, write_entries
 from recipe.schema import DetectedObject, PredictedFile, Prediction
-from tests.gallery_cases import found, row
+from tests.support.gallery_cases import found, row
 
 BOX = (0.0, 0.1 + 0.2, 1 / 3, 1.0)
 FULL = Prediction(

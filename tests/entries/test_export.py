@@ -26,7 +26,7 @@ from recipe.export import main, parse
 from recipe.load import load_processor
 from recipe.models.vlm import ImageEmbedding
 from recipe.tiny import build_tiny_checkpoint
-from tests.tiny_cases import load_model, make_model
+from tests.support.tiny_cases import load_model, make_model
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Locate every object."}]}]
 

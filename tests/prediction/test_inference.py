@@ -12,7 +12,7 @@ from recipe.prediction import decode
 from recipe.prediction.decode import Decoding, eos_token_id, rank_queries
 from recipe.prediction.generate import generate_captions
 from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Memory, Prediction
-from tests.tiny_cases import NUM_QUERIES, collator
+from tests.support.tiny_cases import NUM_QUERIES, collator
 
 
 @torch.no_grad()

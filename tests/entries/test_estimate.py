@@ -14,9 +14,9 @@ from recipe.configure import load_config
 from recipe.estimate import CAPTION_TOKENS, block_bytes, build_on_meta, estimate, main, microbatch_shape, table
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Example
-from tests.tiny_cases import ALL_SWITCHES, losses_and_gradients, make_batches, make_model
+from tests.support.tiny_cases import ALL_SWITCHES, losses_and_gradients, make_batches, make_model
 
-YAML = str(Path(__file__).resolve().parents[1] / "yamls" / "joint.yaml")
+YAML = str(Path(__file__).resolve().parents[2] / "yamls" / "joint.yaml")
 SIZES = {"Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976, "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656}
 
 

@@ -15,7 +15,7 @@ from recipe.joint import JointModel
 from recipe.load import build_network
 from recipe.optim.groups import build_optimizer, group_of, group_parameters, lr_scale
 from recipe.schema import Example, ImageSpec
-from tests.tiny_cases import collator, make_model
+from tests.support.tiny_cases import collator, make_model
 
 IMAGE_SPEC = ImageSpec(14, 2, 3136, 12845056, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 SIZES = {"3B": (2048, 3_754_622_976), "7B": (3584, 8_292_166_656)}  # hidden size, parameters of the language model

@@ -16,7 +16,7 @@ from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.eval import main as evaluate
 from recipe.train import main as train
 from recipe.upstream.agreement import DIST_TIMEOUT
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from convert.shapes import iter_samples
 from convert.write import write_split
 from recipe.config import LoaderConfig
 from recipe.train import main
-from tests.tiny_cases import make_config
+from tests.support.tiny_cases import make_config
 
 
 def train_tiny_run(checkpoint: str, folder: Path) -> Path:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from recipe.gallery import main, num_errors, page_data, parse, render
 from recipe.schema import PredictedFile
-from tests.chromium import Page, find_chromium, open_page
-from tests.gallery_cases import NASTY, entry, found, options, row, sample, true
+from tests.support.chromium import Page, find_chromium, open_page
+from tests.support.gallery_cases import NASTY, entry, found, options, row, sample, true
 
 
 @pytest.fixture(scope="module")

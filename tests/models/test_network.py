@@ -19,7 +19,7 @@ from recipe.models.network import padded_captions
 from recipe.models.sharding import Sealed
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Example, Object, Target
-from tests.tiny_cases import (
+from tests.support.tiny_cases import (
     ALL_SWITCHES,
     losses_and_gradients,
     make_batches,
@@ -27,7 +27,7 @@ from tests.tiny_cases import (
     make_model,
     make_samples,
 )
-from tests.waits import Waits
+from tests.support.waits import Waits
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

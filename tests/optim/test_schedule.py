@@ -23,7 +23,7 @@ from recipe.optim.groups import GROUP_PATTERNS
 from recipe.optim.schedule import Schedule, build_schedule, lr_factor, stage_factor
 from recipe.rules import StageEntry, check_config, check_fields, check_stages, parse_stages
 
-JOINT = str(Path(__file__).resolve().parents[1] / "yamls" / "joint.yaml")
+JOINT = str(Path(__file__).resolve().parents[2] / "yamls" / "joint.yaml")
 SEED_SCHEDULE = {
     "llm": [{"from": "0ep", "lr": "frozen"}, {"from": "1ep", "lr": 1.0}, {"from": "0.75dur", "lr": 0.1}],
     "adapter": [{"from": "0ep", "lr": "frozen"}, {"from": "1ep", "lr": 1.0}],
