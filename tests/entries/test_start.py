@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "composer", "transformers", "streaming", "numpy")
 JOINT = "yamls/joint.yaml"
 # Runs an entry as `python recipe/X.py` does, and prints which heavy libraries it had imported at its end.

@@ -1,9 +1,9 @@
 """Make one fixed training run of the tiny model and write down every number it computed, to show that no bit changed.
 
-    python tests/fixed_run.py --out before.json --root OLD_CHECKOUT
-    python tests/fixed_run.py --out after.json                    # this checkout
-    python tests/fixed_run.py --out resumed.json --resume-at 20   # stopped by SIGTERM and continued
-    python tests/fixed_run.py --compare before.json after.json    # names every difference; exits 1 if there is one
+    python tests/entries/fixed_run.py --out before.json --root OLD_CHECKOUT
+    python tests/entries/fixed_run.py --out after.json                    # this checkout
+    python tests/entries/fixed_run.py --out resumed.json --resume-at 20   # stopped by SIGTERM and continued
+    python tests/entries/fixed_run.py --compare before.json after.json    # names every difference; exits 1 if there is one
 
 The run is small but takes the paths that numbers depend on: packs with teachers, microbatches, two stages, dropout,
 denoising queries, averaged weights, two evaluations with generated answers and captions. It uses a checkout's commands
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY_BUILDERS = ("recipe/tiny.py", "recipe/models/tiny.py")  # the first that the checkout has
 SCENES = ("--image-size", "84", "--max-objects", "3")
 SPLITS = {"train": (96, 1), "val": (12, 2)}  # name: (scenes, seed)

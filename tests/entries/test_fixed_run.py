@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.fixed_run import STEPS, compare, flatten, make_inputs, train
+from tests.entries.fixed_run import STEPS, compare, flatten, make_inputs, train
 
 
 @pytest.fixture(scope="module")
