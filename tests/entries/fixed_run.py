@@ -3,7 +3,7 @@
     python tests/entries/fixed_run.py --out before.json --root OLD_CHECKOUT
     python tests/entries/fixed_run.py --out after.json                    # this checkout
     python tests/entries/fixed_run.py --out resumed.json --resume-at 20   # stopped by SIGTERM and continued
-    python tests/entries/fixed_run.py --compare before.json after.json    # names every difference; exits 1 if there is one
+    python tests/entries/fixed_run.py --compare before.json after.json    # names differences, then exits 1
 
 The run is small but takes the paths that numbers depend on: packs with teachers, microbatches, two stages, dropout,
 denoising queries, averaged weights, two evaluations with generated answers and captions. It uses a checkout's commands
