@@ -77,5 +77,5 @@ def test_newest_checkpoint_damaged_after_a_kill(
     run.finish(server.launch(run.yaml, folder / "damaged-last.log"))
     for number, reason in enumerate(damages):
         log = folder / f"damaged-{number + 1 if number < 2 else 'last'}.log"
-        assert re.search(rf"ba{run.kills[number][2]}\.pt is passed over: .*{reason}", log.read_text()), reason
+        assert re.search(rf"ba{run.kills[number][2]}\.pt is skipped: .*{reason}", log.read_text()), reason
     assert_same_end(run, whole)
