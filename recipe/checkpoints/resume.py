@@ -24,7 +24,7 @@ from recipe.checkpoints.check import (
     open_folder,
     read_manifest,
 )
-from recipe.checkpoints.weights import SAFE_GLOBALS, refuse_code
+from recipe.checkpoints.weights import SAFE_GLOBALS, refuse_code, some
 from recipe.config import TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -121,11 +121,11 @@ def _own_checkpoint(trainer: TrainerView, autoresume: bool) -> Found | None:
         return found
     if autoresume:
         raise ValueError(
-            f"{redact(folder)} holds checkpoints but none to resume from ({_some(names)}): see the warnings above; "
+            f"{redact(folder)} holds checkpoints but none to resume from ({some(names)}): see the warnings above; "
             "set another run_folder, or start over with autoresume=false trainer.save_overwrite=true"
         )
     raise ValueError(
-        f"{redact(folder)} holds checkpoints ({_some(names)}) and autoresume is false: set autoresume=true to resume, "
+        f"{redact(folder)} holds checkpoints ({some(names)}) and autoresume is false: set autoresume=true to resume, "
         "trainer.save_overwrite=true to start over, or another run_folder"
     )
 
@@ -181,7 +181,7 @@ def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
             shape = " in names or shapes of its parameters" if what == "model" else ""
             raise ValueError(
                 f"{path} was made with another {what}{shape}; the configurations differ in "
-                f"{_some(changed) or 'nothing'}: give the {what} it was trained with, or set another run_folder"
+                f"{some(changed) or 'nothing'}: give the {what} it was trained with, or set another run_folder"
             )
     if manifest.sharded != trainer.saves_shards:
         kind, remedy = ("sharded", "sharded") if manifest.sharded else ("whole", "full, or leave fsdp out")
@@ -189,11 +189,6 @@ def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
             f"{path} is a {kind} checkpoint and this run reads the other kind: "
             f"set trainer.parallelism_config.fsdp.state_dict_type: {remedy}"
         )
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
 
 
 # Composer would build the algorithms that a checkpoint names by evaluating its text; exclude all it can name.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.torch_version import TorchVersion
 
-from recipe.config import CaptionDecoderConfig, ImageConfig, RecipeConfig
+from recipe.config import CaptionDecoderConfig, RecipeConfig
 from recipe.configure import load_config, save_config
 from recipe.data.image import image_spec
 from recipe.models.network import AVERAGE, JointNetwork
@@ -30,8 +30,8 @@ CONFIG_FILE = "recipe.yaml"
 RUN_CONFIG_FILE = "config.yaml"
 LANGUAGE_MODEL = "vlm."
 
-# What a genuine checkpoint of Composer holds besides tensors, after Composer's own list (mosaicml/composer#3937): random
-# generator states and times. numpy's `_reconstruct` is private, and was moved between numpy 1 and 2.
+# What a genuine Composer checkpoint holds besides tensors: random generator states and times, after Composer's own list
+# (mosaicml/composer#3937). numpy's `_reconstruct` is private, and was moved between numpy 1 and 2.
 _RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
 SAFE_GLOBALS: list[Any] = [
     timedelta,
@@ -174,7 +174,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None
         "has beyond the model": [name for name in weights if name not in expected],
         "has of another shape": differing,
     }
-    found = [f"{what} {_some(names)}" for what, names in problems.items() if names]
+    found = [f"{what} {some(names)}" for what, names in problems.items() if names]
     if found:
         raise ValueError(
             f"{source} does not fit the model: it {'; it '.join(found)}: give the configuration it was trained with"
@@ -182,6 +182,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None
     module.load_state_dict(weights)
 
 
-def _some(names: list[str], shown: int = 3) -> str:
+def some(names: list[str], shown: int = 3) -> str:
+    """Return the first names and the number of the rest."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
