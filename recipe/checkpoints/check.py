@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -89,7 +90,10 @@ def checkpoint_of(manifest: str) -> str | None:
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write it whole or not at all, with a checksum over itself."""
     body = asdict(manifest)
-    write_whole(path, json.dumps({"sha256": _sha256(body), **body}, indent=1).encode())
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(json.dumps({"sha256": _sha256(body), **body}, indent=1).encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
@@ -113,8 +117,7 @@ def verify(manifest: Manifest, folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != entry.size:
             return f"{name} has {path.stat().st_size} bytes instead of {entry.size}"
-    for name, entry in manifest.files.items():
-        if describe_file(folder / name) != entry:
+        if describe_file(path) != entry:
             return f"{name} has another SHA-256 than when it was written"
     return None
 
@@ -135,28 +138,25 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name, flush it to disk, then rename it."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield another name to write to, then rename it to `path`; remove it on an error.
+
+    The new name survives a power loss; flush the content yourself.
+    """
     partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(partial, path)
-    except OSError:
+        yield partial
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError):
         partial.unlink(missing_ok=True)
         raise
-
-
-def rename(source: Path, target: Path) -> None:
-    """Rename a file, replacing any at the target; the new name survives a power loss."""
-    source.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _flatten(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

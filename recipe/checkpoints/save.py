@@ -16,7 +16,6 @@ from composer.utils import checkpoint, create_symlink_file, dist, format_name_wi
 
 from recipe.algorithms.snapshot import weights_are_finite
 from recipe.checkpoints.check import (
-    PARTIAL,
     REPLACED,
     UNFINISHED,
     FileEntry,
@@ -27,12 +26,11 @@ from recipe.checkpoints.check import (
     manifest_of,
     open_folder,
     read_manifests,
-    rename,
+    replacing,
     write_manifest,
 )
 from recipe.checkpoints.write import (
     WriteError,
-    check_space,
     failed_uploads,
     link,
     num_bytes,
@@ -234,7 +232,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             num_writers = dist.get_local_world_size() if is_remote else dist.get_world_size()
         if num_writers:
             copies = 2 if is_remote else 1  # the uploader stages a copy
-            check_space(target.parent, num_bytes(content) * num_writers * copies)
+            needed, free = num_bytes(content) * num_writers * copies, shutil.disk_usage(target.parent).free
+            if free < needed:
+                raise OSError(f"{target.parent} has {free} bytes free, the checkpoint needs {needed}")
         if rank == 0:
             Path(f"{target}{UNFINISHED}").touch()
             manifest = manifest_of(str(target), sharded)
@@ -269,10 +269,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             return
         link = Path(self.latest_filename.format(state))
         link.parent.mkdir(parents=True, exist_ok=True)
-        new = link.with_name(link.name + PARTIAL)
-        new.unlink(missing_ok=True)
-        new.symlink_to(os.path.relpath(target, link.parent))
-        rename(new, link)
+        with replacing(link) as new:
+            new.symlink_to(os.path.relpath(target, link.parent))
         self.symlink_count += 1
         symlink = Path(self.tmp_dir_for_symlink.name, f"latest.{self.symlink_count}.symlink")
         create_symlink_file(self._remote_name(state, target), str(symlink))

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -22,11 +23,7 @@ log = logging.getLogger(__name__)
 
 def exit_on_sigterm() -> None:
     """Exit with `PREEMPTED` on SIGTERM until training begins: there is nothing to save yet."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(PREEMPTED)
-
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(PREEMPTED))
 
 
 def ignore_sigterm() -> None:

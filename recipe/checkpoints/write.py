@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from recipe.algorithms.norms import local
-from recipe.checkpoints.check import PARTIAL, FileEntry, describe_file, rename
+from recipe.checkpoints.check import FileEntry, describe_file, replacing
 from recipe.redact import redact_text
 from recipe.upstream.composer_state import weights_only_state
 from recipe.upstream.torch_private import tree_leaves
@@ -75,13 +75,6 @@ def num_bytes(content: Mapping[str, Any]) -> int:
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raise OSError if a folder's disk has too few free bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{folder} has {free} bytes free, the checkpoint needs {needed}")
-
-
 class HashingFile:
     """Pass what `torch.save` writes to a file, and keep the checksum of all that should have reached the disk."""
 
@@ -113,21 +106,19 @@ def write_file(content: Mapping[str, Any], path: Path) -> dict[str, FileEntry]:
     Raises:
         OSError: The disk is full or broken; the partial file is removed.
     """
-    partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            hashing = HashingFile(file)
-            try:
-                torch.save(content, hashing)  # pyright: ignore[reportArgumentType]
-            except RuntimeError as error:
-                raise hashing.error or error from error
-            file.flush()
-            os.fsync(file.fileno())
-        if partial.stat().st_size != hashing.size:
-            raise OSError(f"{path} got {partial.stat().st_size} of {hashing.size} bytes")
-        rename(partial, path)
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                hashing = HashingFile(file)
+                try:
+                    torch.save(content, hashing)  # pyright: ignore[reportArgumentType]
+                except RuntimeError as error:
+                    raise hashing.error or error from error
+                file.flush()
+                os.fsync(file.fileno())
+            if partial.stat().st_size != hashing.size:
+                raise OSError(f"{path} got {partial.stat().st_size} of {hashing.size} bytes")
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise _with_space(error, path.parent) from error
     return {path.name: FileEntry(hashing.size, hashing.sha256.hexdigest())}
 
@@ -165,13 +156,11 @@ def failed_uploads(uploader: RemoteUploader | None, wait: bool) -> list[str]:
 
 def link(source: Path, target: Path) -> None:
     """Replace `target` at once by a hard link to `source`, or by a copy if the disk has no hard links."""
-    new = target.with_name(target.name + PARTIAL)
-    new.unlink(missing_ok=True)
-    try:
-        new.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, new)
-    rename(new, target)
+    with replacing(target) as new:
+        try:
+            new.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, new)
 
 
 def _with_space(error: BaseException, folder: Path) -> OSError:

@@ -20,14 +20,7 @@ from recipe.models.memory import MemoryBuilder
 
 # The root holds the rest: token embedding, output matrix, patch embedding, merger, norms.
 BACKBONE_UNITS: tuple[type[nn.Module], ...] = (Qwen2_5_VLVisionBlock, Qwen2_5_VLDecoderLayer)
-HEAD_UNITS: tuple[type[nn.Module], ...] = (
-    MemoryBuilder,
-    DetectionHead,
-    DecoderLayer,
-    CaptionDecoder,
-    CaptionLayer,
-    Vocabulary,
-)
+HEAD_UNITS = (MemoryBuilder, DetectionHead, DecoderLayer, CaptionDecoder, CaptionLayer, Vocabulary)
 
 FSDP_CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: FSDP2Config}
 

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import AdamW
@@ -41,18 +40,8 @@ def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     return groups
 
 
-@dataclass(frozen=True)
-class LrScale:
-    """Hold the factor on all learning rates, and what it was computed from."""
-
-    factor: float
-    rule: str
-    tokens: float
-    reference_tokens: int | None
-
-
-def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> LrScale:
-    """Return the factor on the learning rates by `lr_scaling`: linear in the batch's tokens, or in their root.
+def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> float:
+    """Return the factor on all learning rates by `lr_scaling`: 1, linear in the batch's tokens, or their square root.
 
     Args:
         config: Names the rule and its reference.
@@ -62,15 +51,14 @@ def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> LrScale:
         ValueError: The rule needs a number that is missing.
     """
     if config.lr_scaling == "none":
-        return LrScale(1.0, "none", tokens_per_batch, config.reference_tokens)
+        return 1.0
     if not config.reference_tokens or not tokens_per_batch > 0:
         raise ValueError(
             f"optimizer.lr_scaling={config.lr_scaling} needs optimizer.reference_tokens (is {config.reference_tokens}) "
-            f"and the tokens per batch (are {tokens_per_batch}): set both, or optimizer.lr_scaling=none"
+            f"and the tokens per batch (are {tokens_per_batch}): set reference_tokens, or lr_scaling=none"
         )
     ratio = tokens_per_batch / config.reference_tokens
-    factor = ratio if config.lr_scaling == "linear" else ratio**0.5
-    return LrScale(factor, config.lr_scaling, tokens_per_batch, config.reference_tokens)
+    return ratio if config.lr_scaling == "linear" else ratio**0.5
 
 
 def build_optimizer(
@@ -88,7 +76,7 @@ def build_optimizer(
     scale = lr_scale(config, counted)
     optimizer_groups = []
     for group, members in group_parameters(model).items():
-        lr = getattr(config, f"lr_{group}") * scale.factor
+        lr = getattr(config, f"lr_{group}") * scale
         for _, parameter in members:
             parameter.requires_grad_(lr > 0)
         count = sum(parameter.numel() for _, parameter in members)
@@ -102,5 +90,5 @@ def build_optimizer(
                 optimizer_groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": group})
     if config.lr_scaling != "none":
         text = "learning rates x %g: lr_scaling %s of %g tokens per step over %s"
-        log.info(text, scale.factor, scale.rule, scale.tokens, scale.reference_tokens)
+        log.info(text, scale, config.lr_scaling, counted, config.reference_tokens)
     return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
