@@ -228,10 +228,10 @@ class NaNRollback(Algorithm):
     def _report(self, reasons: list[str], action: str, blame: bool) -> None:
         """Log the bad samples of every rank; count them if `blame`."""
         parts = dist.all_gather_object([(flags.names(), flags.sample_ids) for flags in self._microbatches])
-        can_tell_apart = any(names for part in parts for names, _ in part)
+        is_known = any(names for part in parts for names, _ in part)
         entries = []
         for rank, part in enumerate(parts):
-            suspects = [(names, ids) for names, ids in part if names or not can_tell_apart]
+            suspects = [(names, ids) for names, ids in part if names or not is_known]
             if not suspects:
                 continue
             terms = list(dict.fromkeys(name for names, _ in suspects for name in names))

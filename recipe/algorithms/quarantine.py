@@ -27,7 +27,7 @@ class AuditEntry:
     epoch: int
     rank: int  # global
     terms: list[str]  # loss terms, outputs and gradients that were not finite, or watchers that triggered
-    ids: list[str]  # samples of the bad microbatches; of the rank's whole batch if they cannot be told apart
+    ids: list[str]  # samples of the bad microbatches, or of the rank's whole batch if none stands out
     action: str  # skip, rollback or stop
 
 

@@ -276,7 +276,7 @@ def existing(folder: str) -> list[str]:
 
 
 def clean(folder: Path, batch: int) -> None:
-    """Remove half-written files of a killed run and set aside checkpoints later than `batch`, where this run starts.
+    """Remove half-written files of a killed run and set aside checkpoints later than `batch`, this run's start.
 
     Those are broken, or this run was started over and must not resume from what it replaces.
     """

@@ -24,7 +24,7 @@ from recipe.checkpoints.check import (
     open_folder,
     read_manifest,
 )
-from recipe.checkpoints.weights import SAFE_GLOBALS, refuse_code, some
+from recipe.checkpoints.weights import SAFE_GLOBALS, UNREADABLE, refuse_code, some, unreadable
 from recipe.config import TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -196,17 +196,14 @@ EXCLUDED_ALGORITHMS: Sequence[str] = dir(composer.algorithms)
 
 # All that the index of a sharded checkpoint consists of.
 _METADATA_GLOBALS = {
-    "collections": ("OrderedDict",),
-    "pathlib": ("PosixPath",),
-    "torch": (
-        *("Size", "device", "bool"),
-        *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"),
-    ),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata"),
-        *("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "torch": set("Size device bool float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8".split()),
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": set(
+        "Metadata MetadataIndex StorageMeta BytesStorageMetadata ChunkStorageMetadata TensorStorageMetadata "
+        "TensorProperties _MEM_FORMAT_ENCODING".split()
     ),
 }
 
@@ -246,15 +243,14 @@ def check_file(path: str | Path, specs: list[tuple[int, int]] | None = None) -> 
     elif specs is None:
         try:
             refuse_code(path)
-        except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is not a readable Composer checkpoint: {reason}: give another one") from error
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
     return True
 
 
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _METADATA_GLOBALS.get(module, ()):
+        if name not in _METADATA_GLOBALS.get(module, set()):
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code: refused")
         return super().find_class(module, name)
 

@@ -42,6 +42,13 @@ SAFE_GLOBALS: list[Any] = [
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
 ]
+UNREADABLE = (ValueError, RuntimeError, pickle.UnpicklingError, EOFError)
+
+
+def unreadable(path: Path, error: Exception) -> ValueError:
+    """Return the error that says why a file cannot be read as a checkpoint."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ValueError(f"{path} is not a readable Composer checkpoint: {reason}: give another one")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -59,9 +66,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         with safe_globals(SAFE_GLOBALS):
             refuse_code(path)
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a readable Composer checkpoint: {reason}") from error
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
     weights = loaded
     for key in ("state", "model"):
         weights = weights.get(key) if isinstance(weights, dict) else None
@@ -114,7 +120,7 @@ def find_config(checkpoint: str | Path) -> RecipeConfig:
 
 
 def find_base_model(name: str, checkpoint: str | Path) -> str:
-    """Return the folder or hub name of a base model; the run may have named it relative to where it was started."""
+    """Return the folder or hub name of a base model; the run may have named it relative to its working folder."""
     for home in Path(checkpoint).absolute().parents:
         if not Path(name).is_dir() and (home / name / "config.json").is_file():
             return str(home / name)
