@@ -194,17 +194,24 @@ def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
 # Composer would build the algorithms that a checkpoint names by evaluating its text; exclude all it can name.
 EXCLUDED_ALGORITHMS: Sequence[str] = dir(composer.algorithms)
 
+_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 # All that the index of a sharded checkpoint consists of.
 _METADATA_GLOBALS = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
-    "torch": set("Size device bool float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8".split()),
+    "torch": {"Size", "device", *_DTYPES},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": set(
-        "Metadata MetadataIndex StorageMeta BytesStorageMetadata ChunkStorageMetadata TensorStorageMetadata "
-        "TensorProperties _MEM_FORMAT_ENCODING".split()
-    ),
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
 }
 
 
