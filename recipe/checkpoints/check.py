@@ -154,9 +154,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError):
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)  # a rename does nothing if both names are links to the same file
 
 
 def _flatten(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
