@@ -1,7 +1,7 @@
-"""Configuration → what a run is made of: model, algorithms, callbacks. Its network is made by `recipe.load`.
+"""Build what a run consists of from its configuration: model, algorithms, callbacks; `recipe.load` builds the network.
 
-After `configure`, `checks` and the entries these two files alone see the whole configuration: all others take their
-section. Values found on the way (the caption length, the base model's folder) are arguments, the configuration
+After `configure` and `checks`, only these two modules and the entry points see the whole configuration; all others
+take their section. Values found on the way (caption length, base model's folder) are arguments; the configuration
 itself never changes.
 """
 
@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 def caption_length(
     decoder: CaptionDecoderConfig, loaders: Sequence[LoaderConfig], tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """Return `max_caption_tokens`; if it is null, the length of the longest caption in the data; called by all ranks.
+    """Return `max_caption_tokens`; if it is null, the longest caption's length in the data; called by all ranks.
 
-    The captions of the evaluation set count too: one that is too long would end the first evaluation.
+    Evaluation captions count too: one that is too long would stop the first evaluation.
 
     Raises:
         ValueError: A stream cannot be opened, or has no records.
@@ -52,18 +52,16 @@ def caption_length(
 
 
 def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | None = None) -> JointModel:
-    """Return the joint model with the language model's weights; `ema` adds averages.
+    """Return the joint model with the language model's weights, and averages if `ema` is set.
 
-    Args:
-        config: The run's.
-        processor: Of the checkpoint.
-        max_caption_tokens: Default: the configuration's.
+    `max_caption_tokens` defaults to the configuration's.
     """
+    section = config.model
     vlm = load_vlm(
-        config.model.pretrained_model_name_or_path,
-        config.model.attn_implementation,
-        config.model.dtype,
-        config.model.gradient_checkpointing,
+        section.pretrained_model_name_or_path,
+        section.attn_implementation,
+        section.dtype,
+        section.gradient_checkpointing,
     )
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image), max_caption_tokens)
     if config.ema is not None:
@@ -72,7 +70,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
 
 
 def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
-    """Return stages and learning rates; the average of the weights; then the guard that also clips.
+    """Return staged freezing with learning rates, the weight average if `ema` is set, and the guard that also clips.
 
     Composer calls the last one first after the backward pass, and last at the end of a batch.
     """
@@ -84,7 +82,7 @@ def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
 
 
 def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
-    """Return what hides evaluation from training, what the yaml names, and what watches the data and shows samples."""
+    """Return the yaml's callbacks and those that isolate evaluation, watch the data and show samples."""
     loader, evaluation = config.train_loader, config.evaluation
     max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
     callbacks: list[Callback] = [

@@ -1,4 +1,4 @@
-"""Checkpoint → network, processor, configuration: what prediction and export need, without Composer."""
+"""Load network, processor and configuration of a checkpoint, as prediction and export need them, without Composer."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from recipe.checkpoints.weights import (
     CONFIG_FILE,
@@ -41,11 +35,7 @@ from recipe.schema import ImageSpec
 
 
 def load_processor(name: str) -> Any:
-    """Return a checkpoint's tokenizer and fast image processor, whose numbers differ from the slow one's.
-
-    Raises:
-        ValueError: The folder or name holds none.
-    """
+    """Return a checkpoint's tokenizer and fast image processor (not bit-equal to the slow one); ValueError if none."""
     try:
         return AutoProcessor.from_pretrained(name, use_fast=True)
     except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
@@ -63,7 +53,7 @@ def build_encoder(
     max_seq_len: int,
     keep_image: bool = False,
 ) -> Encoder:
-    """Return what turns samples into examples for a network; `keep_image` for evaluation, which draws the images."""
+    """Return the encoder of samples into a network's examples; evaluation sets `keep_image` to draw images."""
     return Encoder(
         tokenizer=processor.tokenizer,
         hf_config=network.vlm.hf_model.config,
@@ -78,13 +68,13 @@ def build_encoder(
 def build_network(
     config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec, max_caption_tokens: int | None = None
 ) -> JointNetwork:
-    """Return the head on top of a language model; every dimension of the latter is read from its config.
+    """Return the head on top of a language model, whose dimensions are read from its config.
 
-    The head's weights are kept in float32 at least: eight bits of a bfloat16 box are too few.
+    The head's weights are float32 at least: the eight bits of a bfloat16 box are too few.
 
     Raises:
-        ConfigError: The head takes the language model's width, which does not suit it.
-        ValueError: The length of captions is not known.
+        ConfigError: The head's width, by default the language model's, does not fit its heads.
+        ValueError: The caption length is unknown.
     """
     dtype = torch.promote_types(vlm.dtype, torch.float32)
     hidden_size = vlm.config.get_text_config().hidden_size
@@ -94,8 +84,8 @@ def build_network(
     max_caption_tokens = max_caption_tokens or decoder.max_caption_tokens
     if max_caption_tokens is None:
         raise ValueError(
-            "caption_decoder.max_caption_tokens is null, but only training reads it from the data: give the number; a "
-            f"run's is in its {RUN_CONFIG_FILE}"
+            "caption_decoder.max_caption_tokens is null, but only training reads it from the data: give the number "
+            f"(a run's is in its {RUN_CONFIG_FILE})"
         )
     return JointNetwork(
         vlm=VisionLanguageModel(vlm, PixelNormalizer(spec.image_mean, spec.image_std)),
@@ -141,8 +131,8 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
 
     Args:
         checkpoint: A Composer .pt file, also in an object store, or a folder from `export_model`.
-        config: Default: what was saved with the checkpoint. For a .pt file it names the folder or hub name of the base
-            model, of which the configuration and the processor are read, not the weights.
+        config: Default: the one saved with the checkpoint. For a .pt file, only configuration and processor of the base
+            model it names are read, not the weights.
 
     Raises:
         ValueError: The checkpoint is missing, is neither of the two, or does not fit the configuration.
@@ -154,12 +144,11 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
         if config is None:
             raise ValueError(f"{checkpoint} is in a store, its run's {RUN_CONFIG_FILE} is not: give --config YAML")
         base, weights = config.model.pretrained_model_name_or_path, read_remote_weights(str(checkpoint))
-    elif config is None:
-        weights = read_weights(path)
-        config = find_config(path)
-        base = find_base_model(config.model.pretrained_model_name_or_path, path)
     else:
-        base, weights = config.model.pretrained_model_name_or_path, read_weights(path)
+        weights, given = read_weights(path), config
+        config = given or find_config(path)
+        base = config.model.pretrained_model_name_or_path
+        base = base if given else find_base_model(base, path)
     processor, weights = load_processor(base), answering_weights(weights, "model.")
     length = _trained_length(config, weights, "model.")
     spec = image_spec(processor.image_processor, config.image)
@@ -176,9 +165,8 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
         raise ValueError(f"{folder} is not an exported model, it lacks {' and '.join(missing)}: {remedy}")
     config = config or load_config(str(folder / CONFIG_FILE))
     weights, processor = load_file(folder / HEAD_FILE), load_processor(str(folder))
-    vlm = load_vlm(
-        str(folder), config.model.attn_implementation, config.model.dtype, config.model.gradient_checkpointing
-    )
+    section = config.model
+    vlm = load_vlm(str(folder), section.attn_implementation, section.dtype, section.gradient_checkpointing)
     spec = image_spec(processor.image_processor, config.image)
     network = build_network(config, vlm, spec, _trained_length(config, weights))
     head = nn.ModuleDict({name: part for name, part in network.named_children() if f"{name}." != LANGUAGE_MODEL})
@@ -187,13 +175,13 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
 
 
 def _trained_length(config: RecipeConfig, weights: dict[str, torch.Tensor], prefix: str = "") -> int | None:
-    """Return `max_caption_tokens`; if it is null, as many as the weights have positions for."""
+    """Return `max_caption_tokens`; if it is null, the number of positions in the weights."""
     positions = weights.get(f"{prefix}caption_decoder.token_positions.weight")
     return config.caption_decoder.max_caption_tokens or (None if positions is None else len(positions))
 
 
 def _unread_vlm(name: str, config: ModelConfig) -> PreTrainedModel:
-    """Return the language model with memory for its weights, but without reading them."""
+    """Return the language model with uninitialized weights, to be filled from the checkpoint."""
     with no_init_weights():
         vlm = AutoModelForImageTextToText.from_config(
             AutoConfig.from_pretrained(name),

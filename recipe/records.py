@@ -11,6 +11,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,6 +39,18 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield another name to write to, then rename it to `path`; remove it on an error. Flush the content yourself."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # a rename does nothing if both names are links to the same file
 
 
 def rename(source: Path, target: Path) -> None:

@@ -113,7 +113,7 @@ def stop(name):
         raise Parsed
     return parse_and_stop
 
-for name in ("parse_args", "parse_intermixed_args"):
+for name in ("parse_args", "parse_intermixed_args", "parse_known_intermixed_args"):
     setattr(argparse.ArgumentParser, name, stop(name))
 failed = []
 for program, *arguments in json.loads(sys.argv[1]):

@@ -1,4 +1,4 @@
-"""An exponential moving average of the head's weights, for evaluation and for all that answers with a checkpoint."""
+"""Keep an exponential moving average (EMA) of the head's weights, for evaluation, prediction and export."""
 
 from typing import Any
 
@@ -13,21 +13,11 @@ from recipe.upstream.torch_private import foreach_lerp_
 
 
 class HeadEMA(Algorithm):
-    """Composer's EMA, of memory, detection head and caption decoder alone.
+    """Apply Composer's EMA to memory, detection head and caption decoder only.
 
-    The smoothing is Composer's; its copy of the whole model is not: of 3 billion parameters only the head's are wanted.
-    Nor is its swap of weights at evaluations and checkpoints, of which not all happen where it looks: the average is
-    `JointNetwork.average`, which evaluation mode computes with, so that at any time a checkpoint, a snapshot or a
-    rollback holds the trained weights and their average, each under names of their own.
-
-    A step is an update every `update_interval`; a batch that was skipped is no step. Each rank moves its own shards, by
-    `lerp`, which keeps every bit where average and weight are equal, as in a head that is frozen from the start.
-
-    Attributes:
-        num_steps: Made by the optimizer so far.
-
-    Args:
-        config: How fast the average follows.
+    Composer's `EMA` copies the whole model and swaps weights around evaluations and checkpoints. Here the average is
+    `JointNetwork.average`, used in evaluation mode: a checkpoint always holds both weights and average, each by its
+    own name. Skipped batches do not count as steps.
     """
 
     def __init__(self, config: EmaConfig):
@@ -38,36 +28,31 @@ class HeadEMA(Algorithm):
         self.num_steps = 0
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether there is something to do: before the guard takes its snapshot of the batch's end."""
+        """Match the end of a batch, before NaNRollback takes its snapshot."""
         return event is Event.BATCH_END
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """See the class."""
+        """Update the average after every `update_interval` optimizer steps."""
         if all(parameter.grad is None for parameter in state.model.parameters()):
-            return  # the guard has taken them away
+            return  # NaNRollback skipped the batch
         self.num_steps += 1
         if self.num_steps % self.update_interval == 0:
-            update(network_of(state), self.smoothing)
+            model: Any = state.model.module if state.is_model_ddp else state.model
+            update(model.model, self.smoothing)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average itself is among the model's weights."""
+        """Return the number of steps; the average itself is among the model's weights."""
         return {**super().state_dict(), "num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the saved run was."""
+        """Restore the number of steps."""
         self.num_steps = state["num_steps"]
-
-
-def network_of(state: State) -> JointNetwork:
-    """The network that has the averages, which FSDP1 may have wrapped."""
-    model: Any = state.model.module if state.is_model_ddp else state.model
-    return model.model
 
 
 @torch.no_grad()
 def update(network: JointNetwork, smoothing: float) -> None:
-    """Makes of every average `smoothing * average + (1 - smoothing) * weight`; of this rank's shards."""
+    """Set every average to `smoothing * average + (1 - smoothing) * weight`, on this rank's shards."""
     pairs = network.averaged_parameters()
     weights = [local(weight) for weight, _ in pairs]
     averages = [local(average) for _, average in pairs]
-    foreach_lerp_(averages, weights, 1.0 - smoothing)
+    foreach_lerp_(averages, weights, 1.0 - smoothing)  # lerp: bit-equal if both are equal, as in a frozen head

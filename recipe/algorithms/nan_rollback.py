@@ -1,13 +1,13 @@
-"""Skip a batch that would spoil the weights, go back to the last good ones where it already has, and clip gradients.
+"""Skip batches that would spoil the weights, roll back if they already have, and clip gradients.
 
-One small all-reduce a step tells every rank the same numbers, so all do the same, before the optimizer moves.
+One small all-reduce per step gives every rank the same numbers, so all ranks decide alike before the optimizer steps.
 """
 
 import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from composer import Algorithm, Event, Logger, State, Time
@@ -23,127 +23,93 @@ from recipe.upstream.torch_private import foreach_mul_
 
 log = logging.getLogger(__name__)
 
+DIVERGED = os.EX_DATAERR  # 65, exit status: too many rollbacks; the log and the audit file name the batches
+
+_SAVED = ("clip_scale", "num_skipped", "num_rollbacks", "strikes", "recently_skipped")
+
 
 class TrainingDiverged(Exception):
-    """Going on is pointless; raised on all ranks at once."""
+    """Stop training that cannot recover; raised on all ranks at once."""
 
 
 class NaNRollback(Algorithm):
-    """Guards the weights against what is not finite, and clips the gradient; must be the last of the algorithms.
+    """Guard the weights against non-finite values and clip the gradient; must be the last algorithm.
 
-    Composer calls the last algorithm first after the backward pass. A step on which a loss term, an output of the head
-    or a gradient is not finite, on any rank, is no step: no gradient is left, so the optimizer neither moves nor decays
-    nor counts. After `strikes` of them in a row, or where a weight is not finite, the last snapshot is restored, and
-    learning rates and clip norm are cut for good. Neither time, nor data, nor random states are turned back.
+    Composer calls the last algorithm first after the backward pass. If a loss term, a head output or a gradient is not
+    finite on any rank, the gradients are removed, so the optimizer neither moves, decays nor counts. After `strikes`
+    such batches in a row, or if a weight is not finite, the last snapshot is restored, and learning rates and clip
+    norm are cut permanently. Time, data and random states are not rolled back.
 
-    Logs `gradient_norm/{group}` and `gradient_norm/total` at every step, before clipping; and when it acts
+    Logs `gradient_norm/{group}` and `gradient_norm/total` per step, before clipping; and when it acts
     `nan_rollback/skipped_batches`, `nan_rollback/rollbacks` and `nan_rollback/clip_scale`.
 
-    Attributes:
-        gradient_norms: Of the last step, of every group and `total`.
-        clip_scale: Factor on the clip norm, of all cuts.
-        num_skipped: Batches that were no step.
-        num_rollbacks: Snapshots restored.
-
     Args:
-        config: When to do what.
-        clip_norm: Largest norm of the whole gradient; None: any.
-        folder: Gets the audit of bad batches.
+        config: Thresholds and actions.
+        clip_norm: Largest norm of the whole gradient; None: no clipping.
+        folder: For the audit file of bad batches.
     """
 
     def __init__(self, config: NaNRollbackConfig, clip_norm: float | None, folder: str | Path):
         self.config = config
         self.clip_norm = clip_norm
-        self.clip_scale = 1.0
+        self.clip_scale = 1.0  # factor on clip_norm, product of all cuts
         self.snapshot_interval = int(Time.from_timestring(config.snapshot_interval))
         self.watch = Watch(config)
         self.quarantine = Quarantine(folder, config.quarantine_after)
         self.snapshot = Snapshot()
-        self.gradient_norms: dict[str, float] = {}
+        self.gradient_norms: dict[str, float] = {}  # of the last step: every group and `total`
         self.num_skipped = 0
         self.num_rollbacks = 0
-        self._strikes = 0
-        self._recently_skipped: list[int] = []
+        self.strikes = 0
+        self.recently_skipped: list[int] = []
         self._is_saved = False
         self._batch, self._epoch = 0, 0
         self._microbatches: list[MicrobatchFlags] = []
         self._losses: list[Tensor] = []
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether there is something to do."""
-        return event in (
-            Event.FIT_START,
-            Event.EPOCH_START,
-            Event.BATCH_START,
-            Event.BEFORE_TRAIN_BATCH,
-            Event.AFTER_FORWARD,
-            Event.AFTER_LOSS,
-            Event.AFTER_TRAIN_BATCH,
-            Event.BATCH_END,
-        )
+        """Match the events that have a handler."""
+        return event in self._HANDLERS
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """See the class.
+        """Call the event's handler.
 
         Raises:
             TrainingDiverged: On all ranks: a bound is reached, or training starts from weights that are not finite.
         """
-        if event is Event.FIT_START:
-            self._begin(state)
-        elif event is Event.EPOCH_START:
-            self.quarantine.begin_epoch()
-            self.quarantine.apply(state)
-        elif event is Event.BATCH_START:
-            self._begin_batch(state)
-        elif event is Event.BEFORE_TRAIN_BATCH:
-            self._microbatches.clear()
-            self._losses.clear()
-        elif event is Event.AFTER_FORWARD:
-            self._flag_outputs(state)
-        elif event is Event.AFTER_LOSS:
-            self._flag_losses(state)
-        elif event is Event.AFTER_TRAIN_BATCH:
-            self._decide(state, logger)
-        elif event is Event.BATCH_END:
-            self._end_batch(state, logger)
+        self._HANDLERS[event](self, state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decisions depend on, as one text: a sharded checkpoint drops what a new run's state lacks."""
-        # A run resumed from this checkpoint has its weights for a snapshot, so this run takes one too.
+        """Return all that decisions depend on, as one text: a sharded load drops keys that a new run lacks."""
+        # A run resumed from this checkpoint starts with its weights as the snapshot, so this run takes one too.
         self._is_saved = True
-        state = {
-            "clip_scale": self.clip_scale,
-            "num_skipped": self.num_skipped,
-            "num_rollbacks": self.num_rollbacks,
-            "strikes": self._strikes,
-            "recently_skipped": self._recently_skipped,
-            "readings": self.watch.state_dict(),
-            "quarantine": self.quarantine.state_dict(),
-        }
+        state = {name: getattr(self, name) for name in _SAVED}
+        state |= {"readings": self.watch.state_dict(), "quarantine": self.quarantine.state_dict()}
         return {**super().state_dict(), "state": json.dumps(state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the saved run was."""
+        """Restore all that decisions depend on."""
         saved = json.loads(state["state"])
-        self.clip_scale = saved["clip_scale"]
-        self.num_skipped = saved["num_skipped"]
-        self.num_rollbacks = saved["num_rollbacks"]
-        self._strikes = saved["strikes"]
-        self._recently_skipped = saved["recently_skipped"]
+        for name in _SAVED:
+            setattr(self, name, saved[name])
         self.watch.load_state_dict(saved["readings"])
         self.quarantine.load_state_dict(saved["quarantine"])
 
-    def _begin(self, state: State) -> None:
+    def _begin(self, state: State, logger: Logger) -> None:
         self.quarantine.apply(state)
         if not weights_are_finite(state):
             raise TrainingDiverged(
-                f"the weights that training starts from, at batch {int(state.timestamp.batch)}, are not finite: "
+                f"the weights at the start of training, batch {int(state.timestamp.batch)}, are not finite: "
                 "start from an earlier checkpoint"
             )
         self.snapshot.take(state)
         self._is_saved = False
 
-    def _begin_batch(self, state: State) -> None:
+    def _begin_epoch(self, state: State, logger: Logger) -> None:
+        self.quarantine.begin_epoch()
+        self.quarantine.apply(state)
+
+    def _begin_batch(self, state: State, logger: Logger) -> None:
         self._batch, self._epoch = int(state.timestamp.batch), int(state.timestamp.epoch)
         if self._is_saved:
             self._is_saved = False
@@ -153,24 +119,28 @@ class NaNRollback(Algorithm):
             done = self._batch - int(Time.from_timestring(anomaly.start))
             torch.autograd.set_detect_anomaly(0 <= done < anomaly.batches)
 
+    def _forget_microbatches(self, state: State, logger: Logger) -> None:
+        self._microbatches.clear()
+        self._losses.clear()
+
     def _end_batch(self, state: State, logger: Logger) -> None:
         if self.config.detect_anomaly:
             torch.autograd.set_detect_anomaly(False)
-        if int(state.timestamp.batch) % self.snapshot_interval or self._strikes:
+        if int(state.timestamp.batch) % self.snapshot_interval or self.strikes:
             return
         if weights_are_finite(state):
             self.snapshot.take(state)
         else:
             self._reject(state, logger, ["weights"])
 
-    def _flag_outputs(self, state: State) -> None:
+    def _flag_outputs(self, state: State, logger: Logger) -> None:
         flags = MicrobatchFlags([sample.id for sample in state.batch["samples"]])
         outputs = head_outputs(state.outputs)
         flags.add(outputs)
         flags.add_gradients(outputs)
         self._microbatches.append(flags)
 
-    def _flag_losses(self, state: State) -> None:
+    def _flag_losses(self, state: State, logger: Logger) -> None:
         terms: dict[str, Tensor] = state.loss if isinstance(state.loss, dict) else {"total": state.loss}  # pyright: ignore
         self._microbatches[-1].add(terms)
         # A copy: Composer scales the loss in place before the backward pass.
@@ -181,18 +151,18 @@ class NaNRollback(Algorithm):
         logger.log_metrics({f"gradient_norm/{name}": norm for name, norm in self.gradient_norms.items()})
         alarms = self.watch.alarms(reading)
         if alarms and dist.get_global_rank() == 0:
-            told = ", ".join(f"{name} ({action.name.lower()})" for name, action in alarms.items())
-            log.warning("batch %d, loss %g, gradient norm %g: %s", self._batch, *reading[1:], told)
+            names = ", ".join(f"{name} ({action.name.lower()})" for name, action in alarms.items())
+            log.warning("batch %d, loss %g, gradient norm %g: %s", self._batch, *reading[1:], names)
         worst = max(alarms.values(), default=Action.LOG)
         if reading.is_finite and worst is Action.LOG:
-            self._strikes = 0
+            self.strikes = 0
             self._clip(state)
             return
         reasons = [name for name, action in alarms.items() if action > Action.LOG]
         self._reject(state, logger, reasons, from_data=not reading.is_finite, rollback=worst is Action.ROLLBACK)
 
     def _measure(self, state: State) -> Reading:
-        """This step in numbers of all ranks: the one all-reduce and the one wait for the device."""
+        """Reduce this step over all ranks: the only all-reduce and the only wait for the device."""
         groups = named_groups(state.optimizers[0])
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
         sums = square_sums(gradients, self._losses[0].device)
@@ -210,7 +180,7 @@ class NaNRollback(Algorithm):
         return Reading(is_finite, loss / num_losses, total)
 
     def _clip(self, state: State) -> None:
-        """`torch.nn.utils.clip_grad_norm_`, by the norm that is known already."""
+        """Clip like `torch.nn.utils.clip_grad_norm_`, by the norm that is already known."""
         if self.clip_norm is None:
             return
         factor = self.clip_norm * self.clip_scale / (self.gradient_norms["total"] + 1e-6)
@@ -223,27 +193,27 @@ class NaNRollback(Algorithm):
     def _reject(
         self, state: State, logger: Logger, reasons: list[str], from_data: bool = False, rollback: bool = False
     ) -> None:
-        """Makes no step of this batch; restores the snapshot, or stops, where that is not enough."""
+        """Skip this batch; restore the snapshot or stop if that is not enough."""
         for parameter in state.model.parameters():
             parameter.grad = None  # zeros would still move, decay and count
         self.num_skipped += 1
-        self._strikes += 1
-        since = self._batch - self.config.skipped_window
-        self._recently_skipped = [number for number in self._recently_skipped if number > since] + [self._batch]
+        self.strikes += 1
+        window = self.config.skipped_window
+        self.recently_skipped = [batch for batch in self.recently_skipped if batch > self._batch - window]
+        self.recently_skipped.append(self._batch)
         is_sound = weights_are_finite(state)
-        rollback = rollback or not is_sound or self._strikes >= self.config.strikes
+        rollback = rollback or not is_sound or self.strikes >= self.config.strikes
         stop = ""
         if rollback and self.num_rollbacks >= self.config.max_rollbacks:
-            stop = f"a rollback is due after {self.num_rollbacks}, nan_rollback.max_rollbacks"
-        elif len(self._recently_skipped) > self.config.max_skipped:
-            num_bad, window = len(self._recently_skipped), self.config.skipped_window
-            stop = f"{num_bad} of the last {window} batches were bad, above nan_rollback.max_skipped"
+            stop = f"a rollback is due after {self.num_rollbacks}, the limit nan_rollback.max_rollbacks"
+        elif len(self.recently_skipped) > self.config.max_skipped:
+            stop = f"{len(self.recently_skipped)} of the last {window} batches were bad, above nan_rollback.max_skipped"
         action = "stop" if stop else "rollback" if rollback else "skip"
         self._report(reasons if is_sound else ["weights"], action, blame=from_data and is_sound)
         if stop:
             raise TrainingDiverged(
                 f"training diverged at batch {self._batch}: {stop}. The bad batches are listed in "
-                f"{self.quarantine.path}: mend the samples named there, or lower the learning rates"
+                f"{self.quarantine.path}: fix the samples named there, or lower the learning rates"
             )
         if rollback:
             self._restore(state)
@@ -256,13 +226,12 @@ class NaNRollback(Algorithm):
         )
 
     def _report(self, reasons: list[str], action: str, blame: bool) -> None:
-        """Says which samples of which rank were bad; counts them where it was their fault."""
-        bad = [(flags.names(), flags.sample_ids) for flags in self._microbatches]
-        parts = dist.all_gather_object(bad)
-        is_told_apart = any(names for part in parts for names, _ in part)
+        """Log the bad samples of every rank; count them if `blame`."""
+        parts = dist.all_gather_object([(flags.names(), flags.sample_ids) for flags in self._microbatches])
+        is_known = any(names for part in parts for names, _ in part)
         entries = []
         for rank, part in enumerate(parts):
-            suspects = [(names, ids) for names, ids in part if names or not is_told_apart]
+            suspects = [(names, ids) for names, ids in part if names or not is_known]
             if not suspects:
                 continue
             terms = list(dict.fromkeys(name for names, _ in suspects for name in names))
@@ -272,14 +241,14 @@ class NaNRollback(Algorithm):
         self.quarantine.write(entries)
         if dist.get_global_rank() == 0:
             for entry in entries:
-                told = ", ".join(entry.terms[:4]) + (", ..." if len(entry.terms) > 4 else "")
-                log.warning("batch %d: %s, because of %s on rank %d", entry.batch, action, told, entry.rank)
+                terms = ", ".join(entry.terms[:4]) + (", ..." if len(entry.terms) > 4 else "")
+                log.warning("batch %d: %s, because of %s on rank %d", entry.batch, action, terms, entry.rank)
         if blame:
             self.quarantine.blame(name for entry in entries for name in entry.ids)
 
     def _restore(self, state: State) -> None:
         self.snapshot.restore(state)
-        self._strikes = 0
+        self.strikes = 0
         self.watch.readings.clear()
         self.num_rollbacks += 1
         for scheduler in state.schedulers:
@@ -288,12 +257,16 @@ class NaNRollback(Algorithm):
             for name in {"lr", "initial_lr"} & group.keys():
                 group[name] *= self.config.lr_factor
         self.clip_scale *= self.config.clip_factor
-        log.warning(
-            "went back to the weights of batch %d; learning rates x %g, clip norm x %g",
-            self.snapshot.batch,
-            self.config.lr_factor,
-            self.config.clip_factor,
-        )
+        text = "rolled back to the weights of batch %d; learning rates x %g, clip norm x %g"
+        log.warning(text, self.snapshot.batch, self.config.lr_factor, self.config.clip_factor)
 
-
-DIVERGED = os.EX_DATAERR  # 65: too many rollbacks; the log and the audit file say of which batches
+    _HANDLERS: ClassVar = {
+        Event.FIT_START: _begin,
+        Event.EPOCH_START: _begin_epoch,
+        Event.BATCH_START: _begin_batch,
+        Event.BEFORE_TRAIN_BATCH: _forget_microbatches,
+        Event.AFTER_FORWARD: _flag_outputs,
+        Event.AFTER_LOSS: _flag_losses,
+        Event.AFTER_TRAIN_BATCH: _decide,
+        Event.BATCH_END: _end_batch,
+    }

@@ -1,4 +1,4 @@
-"""Norms of parameter groups, the same whether the parameters are whole on every rank or sharded over them."""
+"""Compute norms of parameter groups, for parameters that are whole on every rank or sharded over ranks."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -14,17 +14,17 @@ from recipe.upstream.torch_private import foreach_norm
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor: the shard of a DTensor, else the tensor itself. It shares their memory."""
+    """Return this rank's shard of a DTensor, sharing its memory, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(state: State) -> bool:
-    """Whether each rank holds a part of the parameters (FSDP), so that sums over them are summed over ranks."""
+    """Return whether each rank holds a part of the parameters (FSDP), so that sums need an all-reduce."""
     return state.fsdp_enabled
 
 
 def named_groups(optimizer: Optimizer) -> dict[str, list[Parameter]]:
-    """The optimizer's parameters by the `name` of their group, in its order; decayed and not decayed ones together."""
+    """Return the optimizer's parameters by group `name`, with and without weight decay together."""
     groups: dict[str, list[Parameter]] = {}
     for group in optimizer.param_groups:
         groups.setdefault(group["name"], []).extend(group["params"])
@@ -33,15 +33,7 @@ def named_groups(optimizer: Optimizer) -> dict[str, list[Parameter]]:
 
 @torch.no_grad()
 def square_sums(lists: Sequence[Sequence[Tensor]], device: torch.device | str = "cpu") -> Tensor:
-    """The sum of squares of this rank's part of each list of tensors.
-
-    Args:
-        lists: Of floating-point tensors; a list may be empty.
-        device: Of the result.
-
-    Returns:
-        (len(lists),) float64; not finite where a tensor is not.
-    """
+    """Return the sum of squares of this rank's part of each list: (len(lists),) float64, 0 for an empty list."""
     sums = []
     for tensors in lists:
         parts = [part for part in map(local, tensors) if part.numel()]

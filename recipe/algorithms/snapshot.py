@@ -1,4 +1,4 @@
-"""The last good parameters, optimizer state and buffers, kept in host memory: each rank its own shards."""
+"""Keep the last good parameters, optimizer state and buffers in host memory: each rank its own shards."""
 
 import torch
 from composer.core import State
@@ -11,11 +11,10 @@ from recipe.upstream.torch_private import foreach_copy_
 
 
 class Snapshot:
-    """A copy of all weights and what moves them, of one rank; nothing is gathered. Random states and times stay out.
+    """Copy one rank's weights, buffers and optimizer state; nothing is gathered; random states and times are left out.
 
-    Weights that never train are in it too, as a fault of the memory hits them like others. Host memory: that of the
-    weights and optimizer state on this rank, 12 bytes a trained parameter for AdamW in float32 and 4 of others, over
-    the ranks of a node; pinned memory comes in powers of two, so up to twice as much.
+    Frozen weights are included, since a memory fault hits them too. Costs 12 host bytes per trained AdamW float32
+    parameter and 4 per frozen one; pinned memory is allocated in powers of two, so up to twice as much.
     """
 
     def __init__(self):
@@ -24,36 +23,32 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, state: State) -> None:
-        """Copies everything, into the memory of the last copy."""
+        """Copy everything, reusing the memory of the last copy."""
         live = _live_tensors(state)
         self._copies = {name: _host_copy(self._copies.get(name), tensor) for name, tensor in live.items()}
-        # Nothing waits for the copies: what moves the weights is queued behind them on the same stream.
-        _copy(list(self._copies.values()), list(live.values()))
+        # No wait needed: the next optimizer step is queued after the copies on the same stream.
+        foreach_copy_(list(self._copies.values()), list(live.values()), non_blocking=True)
         self.batch = int(state.timestamp.batch)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
-        """Puts everything back in place. Parameters that had no optimizer state then have none again."""
+        """Copy everything back; drop the optimizer state of parameters that had none."""
         assert self._copies, "no snapshot was taken"
         optimizer = state.optimizers[0]
         for index, parameter in enumerate(_parameters(state)):
             if not any(_state_name(index, key) in self._copies for key in optimizer.state.get(parameter, {})):
                 optimizer.state.pop(parameter, None)
         live = _live_tensors(state)
-        _copy([live[name] for name in self._copies], list(self._copies.values()))
+        foreach_copy_([live[name] for name in self._copies], list(self._copies.values()), non_blocking=True)
 
 
 def weights_are_finite(state: State) -> bool:
-    """Whether all parameters and buffers are finite on all ranks. Collective; one host synchronisation."""
+    """Return whether all parameters and buffers are finite on all ranks; one all-reduce and one host wait."""
     parameters = list(state.model.parameters())
     buffers = [buffer for buffer in state.model.buffers() if buffer.is_floating_point()]
     sums = square_sums([parameters, buffers], parameters[0].device)
     dist.all_reduce(sums)
     return bool(torch.isfinite(sums).all())
-
-
-def _copy(into: list[Tensor], source: list[Tensor]) -> None:
-    foreach_copy_(into, source, non_blocking=True)
 
 
 def _parameters(state: State) -> list[Parameter]:
@@ -65,7 +60,7 @@ def _state_name(index: int, key: str) -> str:
 
 
 def _live_tensors(state: State) -> dict[str, Tensor]:
-    """This rank's part of every weight, buffer and optimizer state, by a name."""
+    """Return this rank's part of every weight, buffer and optimizer state by name."""
     tensors: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in state.model.named_buffers()}
     tensors |= {f"parameter.{name}": parameter for name, parameter in state.model.named_parameters()}
     for index, parameter in enumerate(_parameters(state)):

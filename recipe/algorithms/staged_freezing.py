@@ -1,6 +1,7 @@
-"""Stages of one run: which parameter groups are frozen when, and at which rate each of the others learns."""
+"""Freeze and thaw parameter groups in stages, and set the learning rate of the others."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -19,25 +20,23 @@ from recipe.optim.schedule import Schedule, lr_factor, stage_factor
 log = logging.getLogger(__name__)
 
 _FIXED_AT_START = ("initial_lr", "weight_decay", "betas", "eps")
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 24  # elements: torch sums narrow integers in a 64-bit copy of them
 
 
 class StagedFreezing(Algorithm):
-    """Freezes and thaws parameter groups between steps, and sets the learning rate of every step.
+    """Freeze and thaw parameter groups between steps, and set the learning rate of every step.
 
-    A frozen group has `requires_grad` False and no gradient: autograd keeps nothing for it, and AdamW neither moves nor
-    decays it nor counts its steps. Its Adam state rests; a group that never trained starts from zeros. Those zeros are
-    made before the first step, since Composer loads a checkpoint only into an optimizer that has state for all it
-    holds, so a frozen group takes the memory of a trained one (one with `lr` 0 does not).
+    A frozen group has `requires_grad` False and no gradient: autograd keeps nothing for it, and AdamW neither moves,
+    decays nor counts it. Its Adam state stays; a group that never trained starts from zeros, allocated before the
+    first step because Composer loads a checkpoint only into an optimizer with state for all its parameters. So a frozen
+    group costs the memory of a trained one; a group with `lr` 0 does not.
 
-    All follows from the time, so that nothing has to be saved. Composer's own scheduler stays for its base rates, which
-    checkpoints hold and rollbacks cut; alone it would lag one batch. Logs `lr/{group}` at every step.
+    Nothing is saved, since all follows from the time. Composer's own scheduler stays for its base rates, which
+    checkpoints hold and rollbacks cut; alone it would lag one batch. Logs `lr/{group}` per step.
 
-    At the first step of a run and of every stage a table of the groups is logged; and it is checked that each
-    trainable parameter is in one optimizer group, that the step leaves every bit of the frozen ones, and that it moves
-    the others.
-
-    Args:
-        schedule: Of every group.
+    At the first step of a run and of every stage it logs a table of the groups and checks that each trainable parameter
+    is in one optimizer group, that the step changes no bit of the frozen ones, and that it moves the others.
     """
 
     def __init__(self, schedule: Schedule):
@@ -49,38 +48,35 @@ class StagedFreezing(Algorithm):
 
     @property
     def find_unused_parameters(self) -> bool:
-        """All parameters are trainable when DDP wraps them, so it must expect some to get no gradient."""
+        """Return whether DDP must expect parameters without a gradient: all are trainable when it wraps them."""
         return self.schedule.freezes
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether there is something to do."""
+        """Match the events that `apply` handles."""
         return event in (Event.BEFORE_LOAD, Event.FIT_START, Event.BATCH_START, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """See the class.
+        """Set rates and stages at a batch's start; check the step at its end.
 
         Raises:
             RuntimeError: On all ranks: nothing is trainable, or a check failed.
         """
         optimizer = state.optimizers[0]
         if event is Event.BEFORE_LOAD:
-            self._configured = _fixed_at_start(optimizer)
+            self._configured = _fixed_settings(optimizer)
         elif event is Event.FIT_START:
             self._report_loaded_settings(optimizer)
             _make_missing_state(optimizer)
-            self._take_over_scheduler(state)
+            # So that what the scheduler sets, and others read after a step, is that step's rate.
+            _scheduler(state).lr_lambdas = [
+                lambda _, name=group["name"]: lr_factor(self.schedule, name, state) for group in optimizer.param_groups
+            ]
             self._factors = {}
         elif event is Event.BATCH_START:
             self._begin_batch(state, logger)
         elif self._check is not None:
             self._unchecked -= self._check.finish(int(state.timestamp.batch) - 1, _rates(optimizer))
             self._check = None
-
-    def _take_over_scheduler(self, state: State) -> None:
-        # So that what it sets and what others read after a step is that step's rate.
-        scheduler = _scheduler(state)
-        names = [group["name"] for group in state.optimizers[0].param_groups]
-        scheduler.lr_lambdas = [lambda _, name=name: lr_factor(self.schedule, name, state) for name in names]
 
     def _begin_batch(self, state: State, logger: Logger) -> None:
         optimizer, scheduler = state.optimizers[0], _scheduler(state)
@@ -108,27 +104,25 @@ class StagedFreezing(Algorithm):
             log.info("stage from batch %d (epoch %d) on:\n%s", time.batch.value, time.epoch.value, table)
         if not self._unchecked:
             raise RuntimeError(
-                f"all groups are frozen from batch {int(state.timestamp.batch)} on: mend staged_freezing.groups"
+                f"all groups are frozen from batch {int(state.timestamp.batch)} on: "
+                "leave one trained in staged_freezing.groups"
             )
         check_membership(state.model, optimizer)
 
     def _report_loaded_settings(self, optimizer: Optimizer) -> None:
-        for asked, loaded in zip(self._configured, _fixed_at_start(optimizer), strict=False):
+        if dist.get_global_rank() != 0:
+            return
+        text = "group %s: %s is %s in the configuration but %s in the checkpoint (after any rollbacks), which applies; "
+        text += "to change it, start from the weights alone with trainer.load_weights_only=true"
+        for asked, loaded in zip(self._configured, _fixed_settings(optimizer), strict=False):
             for name in _FIXED_AT_START:
-                if asked[name] != loaded[name] and dist.get_global_rank() == 0:
-                    log.warning(
-                        "group %s: %s is %s by the configuration but %s in the checkpoint (after any rollbacks), which "
-                        "holds; to change it, start from the weights alone, with trainer.load_weights_only",
-                        asked["name"],
-                        name.removeprefix("initial_"),
-                        asked[name],
-                        loaded[name],
-                    )
+                if asked[name] != loaded[name]:
+                    log.warning(text, asked["name"], name.removeprefix("initial_"), asked[name], loaded[name])
 
 
 def _scheduler(state: State) -> LambdaLR:
     (scheduler,) = state.schedulers
-    assert isinstance(scheduler, LambdaLR), "the Trainer was given one of Composer's schedulers"
+    assert isinstance(scheduler, LambdaLR), "the Trainer got one of Composer's schedulers"
     return scheduler
 
 
@@ -136,15 +130,15 @@ def _rates(optimizer: Optimizer) -> dict[str, float]:
     return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
 
-def _fixed_at_start(optimizer: Optimizer) -> list[dict[str, Any]]:
+def _fixed_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: group[name] for name in ("name", *_FIXED_AT_START)} for group in optimizer.param_groups]
 
 
 def _make_missing_state(optimizer: Optimizer) -> None:
-    """Gives every parameter the state that AdamW would give it in its first step."""
+    """Give every parameter the state that AdamW would create in its first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # A rank may hold no part of a parameter under FSDP1, which saves no state of nothing.
+            # Under FSDP1 a rank may hold no part of a parameter; then no state is saved.
             if not optimizer.state.get(parameter) and parameter.numel():
                 optimizer.state[parameter] = {
                     "step": torch.tensor(0.0, dtype=torch.float32),
@@ -154,12 +148,11 @@ def _make_missing_state(optimizer: Optimizer) -> None:
 
 
 def _table(state: State, factors: dict[str, float | None], rates: dict[str, float]) -> str:
-    """One line a group. Collective under FSDP."""
+    """Return one line per group; an all-reduce under FSDP."""
     groups = named_groups(state.optimizers[0])
     held = {id(parameter) for parameters in groups.values() for parameter in parameters}
     rest = [parameter for parameter in state.model.parameters() if id(parameter) not in held]
-    every = [*groups.values(), rest]
-    parts = [sum(local(parameter).numel() for parameter in parameters) for parameters in every]
+    parts = [sum(local(parameter).numel() for parameter in members) for members in (*groups.values(), rest)]
     sizes = torch.tensor(parts, device=local(next(state.model.parameters())).device)
     if is_sharded(state):
         dist.all_reduce(sizes)
@@ -174,42 +167,27 @@ def _table(state: State, factors: dict[str, float | None], rates: dict[str, floa
     return "\n".join(lines)
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 24  # elements: torch sums narrow integers in a 64-bit copy of them
-
-
 def plain_name(name: str) -> str:
-    """A parameter's name in the model that neither DDP nor FSDP1 wraps."""
+    """Return a parameter's name without the prefixes that DDP and FSDP1 add."""
     return name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")
 
 
 def check_membership(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Every trainable parameter is in exactly one optimizer group.
-
-    Raises:
-        RuntimeError: Naming one that is not.
-    """
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    counts = {identity: held.count(identity) for identity in set(held)} if len(set(held)) < len(held) else {}
-    known = set(held)
+    """Raise RuntimeError if a trainable parameter is not in exactly one optimizer group."""
+    counts = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (id(parameter) not in known or counts.get(id(parameter), 1) != 1):
-            number = counts.get(id(parameter), 0)
+        count = counts[id(parameter)]
+        if parameter.requires_grad and count != 1:
             raise RuntimeError(
-                f"{plain_name(name)} is trainable, but {number} optimizer groups hold it instead of one: "
-                "build the optimizer with recipe.optim.groups.build_optimizer after the last change to the model"
+                f"{plain_name(name)} is trainable, but {count} optimizer groups hold it instead of one: build the "
+                "optimizer with recipe.optim.groups.build_optimizer after the last change to the model"
             )
 
 
 class MovementCheck:
-    """Compares the parameters before and after one step, on all ranks: frozen ones bit-equal, trained groups moved.
+    """Compare parameters before and after one step on all ranks: frozen ones bit-equal, trained groups moved.
 
-    Reads the weights twice and copies none.
-
-    Args:
-        state: At the start of the batch.
-        groups: To look at.
-        trained: Those of them that the step is to move.
+    Made at the start of the batch. Reads the weights twice and copies none.
     """
 
     def __init__(self, state: State, trained: set[str]):
@@ -225,14 +203,10 @@ class MovementCheck:
         self.sums = bit_sums([parameter for _, _, parameter in self.parameters])
 
     def finish(self, batch: int, rates: Mapping[str, float]) -> set[str]:
-        """Judges the step and returns the trained groups that it could judge: those with a gradient other than 0.
+        """Return the trained groups that could be checked: those with a gradient other than 0.
 
-        None at all where the optimizer may have made no step, as the gradients were taken away. Collective: one
-        all-reduce and one wait for the device.
-
-        Args:
-            batch: For messages.
-            rates: Learning rate of each group.
+        They are none if the gradients were removed, so that the optimizer may have made no step. One all-reduce and
+        one wait for the device.
 
         Raises:
             RuntimeError: On all ranks: a frozen parameter changed, or a whole group with a gradient did not.
@@ -253,9 +227,9 @@ class MovementCheck:
         for group in sorted(self.trained):
             rows = [index for index, entry in enumerate(self.parameters) if entry[0] == group]
             if not any(gradients[index] > 0 for index in rows):
-                continue  # of the head, where no picture of the batch has annotations
+                continue  # the head, if no image of the batch has annotations
             judged.add(group)
-            # A gradient of zeros is common in the first steps: a layer that starts at zero passes nothing on.
+            # Zero gradients are common in the first steps: a layer initialized to zero passes none back.
             still = [self.parameters[index][1] for index in rows if not moved[index] and gradients[index] != 0]
             if not any(moved[index] for index in rows):
                 raise RuntimeError(
@@ -264,26 +238,19 @@ class MovementCheck:
                 )
             if still and dist.get_global_rank() == 0:
                 some = ", ".join(still[:5]) + (", ..." if len(still) > 5 else "")
-                log.warning(
-                    "batch %d did not move %d parameters of the group %s: %s. They have no gradient, or their update "
-                    "is lost in rounding",
-                    batch,
-                    len(still),
-                    group,
-                    some,
-                )
+                text = "batch %d did not move %d parameters of the group %s: %s. They have no gradient, or their "
+                log.warning(text + "update is lost in rounding", batch, len(still), group, some)
         return judged
 
 
 @torch.no_grad()
 def bit_sums(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of the bits of this rank's part of each tensor, read as integers: (n,) int64, wrapping around."""
-    return torch.stack([_bit_sum(local(tensor)) for tensor in tensors])
-
-
-def _bit_sum(tensor: Tensor) -> Tensor:
-    bits = tensor.detach().view(_INTEGERS[tensor.element_size()]).flatten()
-    return torch.stack([chunk.sum(dtype=torch.int64) for chunk in bits.split(_CHUNK)]).sum()
+    """Return the sum of the bits of this rank's part of each tensor, as integers: (n,) int64, wrapping around."""
+    sums = []
+    for tensor in map(local, tensors):
+        bits = tensor.detach().view(_INTEGERS[tensor.element_size()]).flatten()
+        sums.append(torch.stack([chunk.sum(dtype=torch.int64) for chunk in bits.split(_CHUNK)]).sum())
+    return torch.stack(sums)
 
 
 def _greatest_gradients(parameters: Sequence[Parameter]) -> Tensor:

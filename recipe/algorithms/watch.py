@@ -1,4 +1,4 @@
-"""Watch losses, outputs and gradients: what is not finite, and what no single number shows."""
+"""Watch losses, outputs and gradients for non-finite values and for trends over batches."""
 
 import math
 import statistics
@@ -16,11 +16,11 @@ from recipe.schema import JointOutputs
 from recipe.upstream.torch_private import foreach_mul, foreach_norm
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
-LEAST_SPREAD = 1e-3  # in medians: among losses that are all alike, any other would be a spike
+LEAST_SPREAD = 1e-3  # in medians: among equal losses, any other would be a spike
 
 
 class Action(IntEnum):
-    """What a watcher asks for, the mildest first."""
+    """Name what a watcher asks for, the mildest first."""
 
     LOG = 0
     SKIP = 1
@@ -28,25 +28,15 @@ class Action(IntEnum):
 
 
 class Reading(NamedTuple):
-    """One batch, in numbers of all ranks.
+    """Hold one batch's numbers, reduced over ranks."""
 
-    Attributes:
-        is_finite: Losses, head outputs and gradients.
-        loss: The total.
-        gradient_norm: Of all groups, before clipping.
-    """
-
-    is_finite: bool
-    loss: float
-    gradient_norm: float
+    is_finite: bool  # losses, head outputs and gradients
+    loss: float  # the total
+    gradient_norm: float  # of all groups, before clipping
 
 
 class Watch:
-    """Remembers the last batches and tells which watchers a new one sets off.
-
-    Args:
-        config: Thresholds and actions; a watcher that is None never goes off.
-    """
+    """Remember the last batches and return which watchers a new one triggers; a watcher that is None never does."""
 
     def __init__(self, config: NaNRollbackConfig):
         self.config = config
@@ -55,7 +45,7 @@ class Watch:
         self.readings: deque[Reading] = deque(maxlen=max([1, *counts, *windows]))
 
     def alarms(self, now: Reading) -> dict[str, Action]:
-        """Adds a batch and returns the action of every watcher that it sets off."""
+        """Add a batch and return the action of every watcher that it triggers."""
         past = list(self.readings)
         self.readings.append(now)
         readings = [*past, now]
@@ -79,17 +69,17 @@ class Watch:
         return {name: Action[action.upper()] for name, action in found.items()}
 
     def state_dict(self) -> list[list[Any]]:
-        """The batches remembered; JSON can hold it."""
+        """Return the remembered batches, as JSON can hold them."""
         return [list(item) for item in self.readings]
 
     def load_state_dict(self, state: list[list[Any]]) -> None:
-        """Remembers them again."""
+        """Restore the remembered batches."""
         self.readings.clear()
         self.readings.extend(Reading(*item) for item in state)
 
 
 def consecutive(readings: Sequence[Reading], holds: Callable[[Reading], bool]) -> int:
-    """Of how many readings in a row, up to the last, it holds."""
+    """Return for how many readings in a row, up to the last, `holds` is true."""
     for count, reading in enumerate(reversed(readings)):
         if not holds(reading):
             return count
@@ -97,29 +87,25 @@ def consecutive(readings: Sequence[Reading], holds: Callable[[Reading], bool]) -
 
 
 def nan_ratio(readings: Sequence[Reading], window: int) -> float:
-    """The share of the last `window` batches that were not finite; batches before the first count as finite."""
+    """Return the share of the last `window` batches that were not finite; missing batches count as finite."""
     return sum(not item.is_finite for item in readings[-window:]) / window
 
 
 def finite_values(readings: Sequence[Reading], window: int, value: Callable[[Reading], float]) -> list[float]:
-    """Values of the finite ones of the last `window` readings; none where less than half the window is known."""
+    """Return the values of the finite ones of the last `window` readings; [] if they fill less than half of it."""
     values = [value(item) for item in readings[-window:] if item.is_finite]
     return values if 2 * len(values) >= window else []
 
 
 def is_explosion(norm: float, past: Sequence[float], factor: float) -> bool:
-    """Whether a gradient norm is above `factor` medians of the past ones; not where that is 0 or nothing is known."""
+    """Return whether a gradient norm exceeds `factor` times the past median; False if there is none or it is 0."""
     return bool(past) and norm > factor * statistics.median(past) > 0
 
 
 def robust_z_score(value: float, past: Sequence[float]) -> float:
-    """How many standard deviations a value is above the median, both estimated as outliers cannot sway them.
+    """Return how many standard deviations a value is above the median of at least one past value.
 
-    The deviation is 1.4826 MADs (median absolute deviations from the median), but at least a thousandth of the median.
-
-    Args:
-        value: To judge.
-        past: What to judge it by; at least one.
+    The deviation is robust: 1.4826 median absolute deviations, but at least a thousandth of the median.
     """
     median = statistics.median(past)
     deviation = MAD_TO_SIGMA * statistics.median(abs(item - median) for item in past)
@@ -130,41 +116,38 @@ def robust_z_score(value: float, past: Sequence[float]) -> float:
 
 
 class MicrobatchFlags:
-    """What one microbatch has shown: small tensors, cheaper to keep than to judge one by one.
-
-    Args:
-        sample_ids: Of the microbatch.
-    """
+    """Keep one microbatch's values, small tensors, to check all at once: cheaper than one by one."""
 
     def __init__(self, sample_ids: Sequence[str]):
         self.sample_ids = list(sample_ids)
         self._values: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Keeps the values."""
+        """Keep the values."""
         self._values.update({name: value.detach() for name, value in values.items()})
 
     def add_gradients(self, outputs: Mapping[str, Tensor]) -> None:
-        """Keeps, once the backward pass has come by, the gradients of the outputs."""
+        """Keep the outputs' gradients when the backward pass computes them."""
+
+        def keep(name: str, gradient: Tensor) -> None:
+            self._values[name] = gradient.detach()
+
         for name, output in outputs.items():
             if output.requires_grad:
-                output.register_hook(partial(self._keep_gradient, f"gradient of {name}"))
+                output.register_hook(partial(keep, f"gradient of {name}"))
 
     def count(self) -> Tensor:
-        """How many values are not finite: () float64 on the device."""
+        """Return the number of values that are not finite: () float64 on the device."""
         return _not_finite(list(self._values.values())).sum(dtype=torch.float64)
 
     def names(self) -> list[str]:
-        """Of the values that are not finite. Waits for the device."""
+        """Return the names of the values that are not finite; waits for the device."""
         raised = _not_finite(list(self._values.values())).tolist()
         return [name for name, flag in zip(self._values, raised, strict=True) if flag]
 
-    def _keep_gradient(self, name: str, gradient: Tensor) -> None:
-        self._values[name] = gradient.detach()
-
 
 def head_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Boxes and objectness of every layer, of object queries and denoising ones; none of another model's outputs."""
+    """Return every layer's boxes and objectness, for object and denoising queries; {} for another model's outputs."""
     if not isinstance(outputs, JointOutputs):
         return {}
     named = {}
@@ -177,7 +160,7 @@ def head_outputs(outputs: Any) -> dict[str, Tensor]:
 
 
 def _not_finite(values: list[Tensor]) -> Tensor:
-    """(len(values),) bool."""
-    # 0 times what is finite is 0, else NaN: two fused passes, and nothing finite is too large for them.
+    """Return which values are not finite: (len(values),) bool."""
+    # 0 times a finite number is 0, else NaN: two fused passes that cannot overflow.
     zeros = foreach_mul(values, 0.0)
     return torch.isnan(torch.stack(list(foreach_norm(zeros))))

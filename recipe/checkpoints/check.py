@@ -1,4 +1,4 @@
-"""Check checkpoints: the manifest written after each one, and the newest one that can be trusted."""
+"""Write and check the manifest of each checkpoint; find the newest valid one."""
 
 import hashlib
 import json
@@ -19,12 +19,15 @@ from recipe.redact import redact
 from recipe.schema import Origin
 
 MANIFEST = "manifest.json"
-UNFINISHED = f".unfinished{PARTIAL}"  # ends the name of an empty file, there until the checkpoint has its manifest
+UNFINISHED = f".unfinished{PARTIAL}"  # suffix of an empty file that exists until the checkpoint has its manifest
+REPLACED = ".replaced"  # suffix of a manifest that no longer counts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file must be, in bytes and by its SHA-256."""
+    """Hold a file's size in bytes and its SHA-256."""
 
     size: int
     sha256: str
@@ -32,34 +35,24 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Of one checkpoint.
+    """Describe one checkpoint."""
 
-    Attributes:
-        files: By their paths below the manifest's folder.
-        timestamp: Finished `epoch`, `batch`, `sample` and `token`.
-        origin: Of the run that wrote it.
-        world_size: Ranks of that run.
-        sharded: Whether it is a folder with a file of each rank.
-        weights_only: Whether it lacks all that training needs to go on.
-        metric: Name and value of the one it was kept for as the best; else empty.
-    """
-
-    files: dict[str, FileEntry]
-    timestamp: dict[str, int]
-    origin: Origin
-    world_size: int
-    sharded: bool
-    weights_only: bool
-    metric: dict[str, float]
+    files: dict[str, FileEntry]  # by their paths below the manifest's folder
+    timestamp: dict[str, int]  # finished `epoch`, `batch`, `sample` and `token`
+    origin: Origin  # of the run that wrote it
+    world_size: int  # ranks of that run
+    sharded: bool  # a folder with files of each rank
+    weights_only: bool  # lacks what training needs to continue
+    metric: dict[str, float]  # name and value, if it was kept as the best; else empty
 
     @property
     def batch(self) -> int:
-        """Finished batches."""
+        """Return the number of finished batches."""
         return self.timestamp["batch"]
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Orders checkpoints: after the last batch of an epoch there may be one before and one after its end."""
+        """Return what orders checkpoints: an epoch's last batch may have one before and one after the epoch's end."""
         return self.timestamp["batch"], self.timestamp["epoch"]
 
 
@@ -69,7 +62,7 @@ def describe(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model
     Args:
         saved: The run's configuration, from `configure.as_saved`.
         tokenizer: A fast one.
-        model: Before any rank takes a part of it.
+        model: Not yet sharded.
     """
     backend: Any = tokenizer
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -81,25 +74,25 @@ def describe(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model
 
 
 def manifest_of(checkpoint: str, sharded: bool) -> str:
-    """The path of a checkpoint's manifest."""
+    """Return the path of a checkpoint's manifest."""
     return f"{checkpoint}/{MANIFEST}" if sharded else f"{checkpoint}.{MANIFEST}"
 
 
 def checkpoint_of(manifest: str) -> str | None:
-    """The path of a manifest's checkpoint; None where the path is no manifest's."""
+    """Return the path of a manifest's checkpoint; None if the path is not a manifest's."""
     if PurePosixPath(manifest).name == MANIFEST:
         return str(PurePosixPath(manifest).parent)
     return manifest.removesuffix(f".{MANIFEST}") if manifest.endswith(f".{MANIFEST}") else None
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Writes it whole or not at all, with a checksum over itself."""
+    """Write it whole or not at all, with a checksum over itself."""
     body = asdict(manifest)
     write_whole(path, json.dumps({"sha256": _sha256(body), **body}, indent=1).encode())
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
-    """Reads a manifest.
+    """Return a manifest from its text.
 
     Raises:
         ValueError: It is truncated, was changed, or is another program's.
@@ -112,27 +105,26 @@ def parse_manifest(text: str | bytes) -> Manifest:
 
 
 def verify(manifest: Manifest, folder: Path) -> str | None:
-    """Why the files in the manifest's folder are not what it says; None where they are."""
+    """Return why the files in the manifest's folder are not as it says; None if they are."""
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != entry.size:
             return f"{name} has {path.stat().st_size} bytes instead of {entry.size}"
-    for name, entry in manifest.files.items():
-        if describe_file(folder / name) != entry:
+        if describe_file(path) != entry:
             return f"{name} has another SHA-256 than when it was written"
     return None
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Size and checksum of a file as it is now."""
+    """Return a file's current size and checksum."""
     with path.open("rb") as file:
         return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys in which two configurations differ, as `key: old -> new`."""
+    """Return the keys in which two configurations differ, as `key: old -> new`."""
     before, after = dict(_flatten(old)), dict(_flatten(new))
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
@@ -153,107 +145,96 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-log = logging.getLogger(__name__)
-
-REPLACED = ".replaced"  # ends the name of a manifest that counts no more
-
-
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint whose every byte is as it was written.
+    """Name a checkpoint whose bytes are all as written."""
 
-    Attributes:
-        path: For the Trainer's `load_path`: of a file, or of a sharded checkpoint's folder; or its address.
-        manifest: Of it.
-    """
-
-    path: str
+    path: str  # or address, for the Trainer's `load_path`: a file, or a sharded checkpoint's folder
     manifest: Manifest
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """Files on a disk."""
+    """Read checkpoints of a folder on disk."""
 
     path: Path
 
     def names(self) -> list[str]:
-        """Of all files below, but for links to others."""
+        """Return the paths of all files below; no links."""
         paths = [path for path in self.path.rglob("*") if path.is_file() and not path.is_symlink()]
         return [path.relative_to(self.path).as_posix() for path in paths]
 
     def size(self, name: str) -> int | None:
-        """Bytes; None where there is no such file."""
+        """Return a file's bytes; None if there is no such file."""
         path = self.path / name
         return path.stat().st_size if path.is_file() else None
 
     def fetch(self, names: Sequence[str], scratch: Path) -> Path:
-        """The folder in which they can be read."""
+        """Return the folder in which the names can be read."""
         return self.path
 
     def address(self, name: str) -> str:
-        """Of a file or folder in it."""
+        """Return the full path of a name."""
         return str(self.path / name)
 
 
 @dataclass(frozen=True)
 class StoreFolder:
-    """Objects of a store below an address such as `s3://bucket/run/checkpoints`."""
+    """Read checkpoints of an object store, below an address such as `s3://bucket/run/checkpoints`."""
 
     uri: str
 
+    @property
+    def _store(self) -> Any:
+        return maybe_create_object_store_from_uri(self.uri)
+
     def names(self) -> list[str]:
-        """Of all objects below."""
-        store = maybe_create_object_store_from_uri(self.uri)
-        assert store is not None
+        """Return the names of all objects below."""
         prefix = f"{parse_uri(self.uri)[2].rstrip('/')}/".lstrip("/")
-        return [name.removeprefix(prefix) for name in store.list_objects(prefix)]
+        return [name.removeprefix(prefix) for name in self._store.list_objects(prefix)]
 
     def size(self, name: str) -> int | None:
-        """Bytes; None where there is no such object."""
-        store = maybe_create_object_store_from_uri(self.uri)
-        assert store is not None
+        """Return an object's bytes; None if there is no such object."""
         try:
-            return store.get_object_size(parse_uri(self.address(name))[2])
+            return self._store.get_object_size(parse_uri(self.address(name))[2])
         except FileNotFoundError:
             return None
 
     def fetch(self, names: Sequence[str], scratch: Path) -> Path:
-        """Downloads them; returns the folder."""
-        store = maybe_create_object_store_from_uri(self.uri)
-        assert store is not None
+        """Download the objects to the scratch folder and return it."""
+        store = self._store
         for name in names:
             (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             store.download_object(parse_uri(self.address(name))[2], str(scratch / name), overwrite=True)
         return scratch
 
     def address(self, name: str) -> str:
-        """Of an object, or of those with a common beginning."""
+        """Return the full address of a name."""
         return f"{self.uri.rstrip('/')}/{name}"
 
 
 def open_folder(folder: str) -> LocalFolder | StoreFolder:
-    """A folder by its path or address."""
+    """Return the folder of a path or address."""
     return StoreFolder(folder) if "://" in folder else LocalFolder(Path(folder))
 
 
 def newest_valid(folder: str) -> Found | None:
-    """The checkpoint of the highest batch that is whole and unchanged; those passed over are told as warnings.
+    """Return the whole and unchanged checkpoint of the highest batch; warn of each one skipped.
 
     Args:
-        folder: Of the checkpoints; or an address. From a store, a checkpoint is downloaded to be checked.
+        folder: A path or an address. From a store, a checkpoint is downloaded to be checked.
     """
     place = open_folder(folder)
     manifests, rejected = read_manifests(place)
     for name, reason in rejected.items():
         _warn(place.address(name), reason)
-    # Of two names of one checkpoint, the one it was saved under before the one of the best.
+    # If the best checkpoint has two names, the one it was saved under comes first.
     order = {name: (manifest.progress, not manifest.metric) for name, manifest in manifests.items()}
     for name in sorted(order, key=lambda name: order[name], reverse=True):
         manifest = manifests[name]
         reason = check(place, name, manifest)
         if reason is None and manifest.weights_only:
-            reason = "it holds only weights, training cannot go on from it"
+            reason = "it holds only weights, so training cannot continue from it"
         if reason is None:
             return Found(place.address(name), manifest)
         _warn(place.address(name), reason)
@@ -261,7 +242,7 @@ def newest_valid(folder: str) -> Found | None:
 
 
 def existing(folder: str) -> list[str]:
-    """The names of all checkpoints in a folder or store, valid or not, but those that were never finished."""
+    """Return the names of all checkpoints in a folder or store, valid or not, except those never finished."""
     names = open_folder(folder).names()
     unfinished = {name.removesuffix(UNFINISHED) for name in names if name.endswith(UNFINISHED)}
     unfinished -= {checkpoint_of(name) for name in names}
@@ -269,9 +250,9 @@ def existing(folder: str) -> list[str]:
 
 
 def clean(folder: Path, batch: int) -> None:
-    """Of a run that begins at a batch: what a killed one left half written goes, and later checkpoints are set aside.
+    """Remove half-written files of a killed run and set aside checkpoints later than `batch`, this run's start.
 
-    They are broken, or the run was told to start anew and must not be resumed from what it replaces.
+    Those are broken, or this run was started over and must not resume from what it replaces.
     """
     for path in folder.rglob(f"*{PARTIAL}"):
         checkpoint = Path(str(path).removesuffix(UNFINISHED))
@@ -285,16 +266,16 @@ def clean(folder: Path, batch: int) -> None:
         if manifest.batch > batch:
             path = folder / manifest_of(name, manifest.sharded)
             path.replace(f"{path}{REPLACED}")
-            log.warning("checkpoint %s is set aside: the run begins before it, at batch %d", folder / name, batch)
+            log.warning("checkpoint %s is set aside: this run starts before it, at batch %d", folder / name, batch)
 
 
 def has_manifest(place: LocalFolder | StoreFolder, name: str) -> bool:
-    """Whether a checkpoint was finished."""
+    """Return whether a checkpoint was finished."""
     return any(place.size(manifest_of(name, sharded)) is not None for sharded in (False, True))
 
 
 def read_manifests(place: LocalFolder | StoreFolder) -> tuple[dict[str, Manifest], dict[str, str]]:
-    """The manifests of a folder by their checkpoints' names, and why the other checkpoints have none."""
+    """Return a folder's manifests by checkpoint name, and why the other checkpoints have none."""
     names = place.names()
     manifests: dict[str, Manifest] = {}
     rejected = {found: "no manifest" for name in names if (found := _checkpoint_in(name)) is not None}
@@ -314,7 +295,7 @@ def read_manifests(place: LocalFolder | StoreFolder) -> tuple[dict[str, Manifest
 
 
 def read_manifest(place: LocalFolder | StoreFolder, name: str) -> Manifest | None:
-    """The manifest of one checkpoint; None where it has none.
+    """Return the manifest of one checkpoint; None if it has none.
 
     Raises:
         ValueError: It cannot be read.
@@ -327,13 +308,13 @@ def read_manifest(place: LocalFolder | StoreFolder, name: str) -> Manifest | Non
             text = (place.fetch([path], Path(scratch)) / path).read_bytes()
         try:
             return parse_manifest(text)
-        except (json.JSONDecodeError, ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{place.address(path)} cannot be read: {error}: give another checkpoint") from error
     return None
 
 
 def check(place: LocalFolder | StoreFolder, name: str, manifest: Manifest) -> str | None:
-    """Why a checkpoint is not what its manifest says; None where it is. Sizes are compared before all is read."""
+    """Return why a checkpoint is not as its manifest says; None if it is. Sizes are compared before reading all."""
     folder = name if manifest.sharded else str(PurePosixPath(name).parent)
     paths = {str(PurePosixPath(folder, file)): entry for file, entry in manifest.files.items()}
     for path, entry in paths.items():
@@ -345,7 +326,7 @@ def check(place: LocalFolder | StoreFolder, name: str, manifest: Manifest) -> st
 
 
 def _checkpoint_in(name: str) -> str | None:
-    """The checkpoint that a file belongs to, by its name."""
+    """Return the checkpoint that a file belongs to, by its name."""
     path = PurePosixPath(name)
     if path.name.endswith(".distcp") or path.name == ".metadata":
         return str(path.parent)
@@ -353,4 +334,4 @@ def _checkpoint_in(name: str) -> str | None:
 
 
 def _warn(address: str, reason: str) -> None:
-    log.warning("checkpoint %s is passed over: %s", redact(address), reason)
+    log.warning("checkpoint %s is skipped: %s", redact(address), reason)

@@ -24,7 +24,7 @@ from recipe.checkpoints.check import (
     open_folder,
     read_manifest,
 )
-from recipe.checkpoints.weights import SAFE_GLOBALS, refuse_code
+from recipe.checkpoints.weights import SAFE_GLOBALS, UNREADABLE, refuse_code, some, unreadable
 from recipe.config import TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -38,17 +38,11 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
 
     Its own checkpoints come first: `load_path` is only for a run that has none.
 
-    Args:
-        trainer: Of the run.
-        load_path: A checkpoint to start from.
-        autoresume: Continue from the run's newest valid checkpoint.
-        origin: What the model and tokenizer of this run are.
-
     Raises:
-        ValueError: On every rank: there are checkpoints but none may be resumed from, or the one to start from is
+        ValueError: On every rank: there are checkpoints but none can be resumed from, or the one to start from is
             broken or does not fit.
     """
-    return _of_rank_0(lambda: _look(trainer, load_path, autoresume, origin))
+    return _from_rank_0(lambda: _look(trainer, load_path, autoresume, origin))
 
 
 def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin) -> dict[str, Any]:
@@ -57,34 +51,32 @@ def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin
     Raises:
         ValueError: On every rank: it is broken, or does not fit.
     """
-    return _of_rank_0(lambda: _given(trainer, load_path, origin, weights_only=True))
+    return _from_rank_0(lambda: _given(trainer, load_path, origin, weights_only=True))
 
 
-def _of_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    keywords: dict[str, Any] = {}
+def _from_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    found: list[dict[str, Any]] = [{}]
     error: Exception | None = None
     if dist.get_global_rank() == 0:
         try:
-            keywords = look()
-        except Exception as raised:  # told to the others, then raised
+            found[0] = look()
+        except Exception as raised:  # raised again below, on all ranks
             error = raised
     agree(error)
-    told = [keywords]
-    dist.broadcast_object_list(told)
-    keywords = told[0]
-    path = keywords.get("load_path")
+    dist.broadcast_object_list(found)
+    path = found[0].get("load_path")
     if path is not None and "://" not in path and not Path(path).exists():
-        error = ValueError(f"{path} is not seen by rank {dist.get_global_rank()}: use a folder that all nodes share")
+        error = ValueError(f"{path} does not exist on rank {dist.get_global_rank()}: use a folder that all nodes share")
     agree(error)
-    return keywords
+    return found[0]
 
 
 def is_finished(trainer: Trainer) -> bool:
-    """Whether the checkpoint that a run resumed from was its last."""
+    """Return whether the checkpoint that a run resumed from was its last."""
     assert trainer.state.max_duration is not None
     finished = trainer.state.timestamp >= trainer.state.max_duration
     if finished:
-        log.warning("the run has ended at %s already: raise trainer.max_duration to go on", trainer.state.max_duration)
+        log.warning("the run already ended at %s: raise trainer.max_duration to continue", trainer.state.max_duration)
     return finished
 
 
@@ -92,7 +84,7 @@ def _look(trainer: TrainerView, load_path: str | None, autoresume: bool, origin:
     found = _own_checkpoint(trainer, autoresume)
     if found is not None:
         if load_path is not None:
-            log.info("load_path %s is not read: the run has checkpoints of its own", redact(load_path))
+            log.info("load_path %s is ignored: the run has checkpoints of its own", redact(load_path))
         log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
         _check_fit(trainer, origin, found)
         return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
@@ -106,8 +98,8 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
     found = _described(path)
     if found is None and "://" not in path and Path(path).is_dir():
         raise ValueError(
-            f"load_path {redact(path)} is a folder without {MANIFEST}, so no checkpoint of a run: give one of its .pt "
-            "files; a model in Hugging Face's form is model.pretrained_model_name_or_path"
+            f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint: give one of its .pt "
+            "files; a Hugging Face model belongs in model.pretrained_model_name_or_path"
         )
     if found is None:
         log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
@@ -124,28 +116,25 @@ def _own_checkpoint(trainer: TrainerView, autoresume: bool) -> Found | None:
     folder = trainer.save_folder
     if folder is None:
         return None
-    if autoresume:
-        found = newest_valid(folder)
-        if found is None and (names := existing(folder)):
-            raise ValueError(
-                f"{redact(folder)} holds checkpoints but none to resume from ({_some(names)}), see the warnings above: "
-                "mend one, set another run_folder, or start anew with autoresume: false and trainer.save_overwrite: "
-                "true (load_path then may name one of them, for its weights)"
-            )
+    found = newest_valid(folder) if autoresume else None
+    if found is not None or (trainer.save_overwrite and not autoresume) or not (names := existing(folder)):
         return found
-    if not trainer.save_overwrite and (names := existing(folder)):
+    if autoresume:
         raise ValueError(
-            f"{redact(folder)} holds checkpoints ({_some(names)}) and autoresume is false: set autoresume: true to go "
-            "on from the newest, trainer.save_overwrite: true to start anew over them, or another run_folder"
+            f"{redact(folder)} holds checkpoints but none to resume from ({some(names)}): see the warnings above; "
+            "set another run_folder, or start over with autoresume=false trainer.save_overwrite=true"
         )
-    return None
+    raise ValueError(
+        f"{redact(folder)} holds checkpoints ({some(names)}) and autoresume is false: set autoresume=true to resume, "
+        "trainer.save_overwrite=true to start over, or another run_folder"
+    )
 
 
 def _described(path: str) -> Found | None:
-    """A checkpoint somewhere else with what its manifest says; None where it has none.
+    """Return a checkpoint with its manifest; None if it has none.
 
     Raises:
-        ValueError: It is not what its manifest says.
+        ValueError: The files are not as the manifest says.
     """
     if path.startswith(("http://", "https://")):
         return None
@@ -161,7 +150,7 @@ def _described(path: str) -> Found | None:
 
 
 def _resolve(path: str) -> str:
-    """The checkpoint that a link names, such as `latest-rank0.pt`; of rank 0, which writes what is not sharded."""
+    """Return the checkpoint that a link such as `latest-rank0.pt` names, with 0 for `{rank}`."""
     path = path.replace("{rank}", "0")
     store = maybe_create_object_store_from_uri(path)
     if store is not None:
@@ -173,11 +162,10 @@ def _resolve(path: str) -> str:
 
 
 def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
-    """Logs how the configuration differs from the checkpoint's.
+    """Log how the configuration differs from the checkpoint's.
 
     Raises:
-        ValueError: The checkpoint is of another model or tokenizer, or of another layout, or only one of the two has
-            averages.
+        ValueError: Model, tokenizer, layout or the presence of averages differ.
     """
     manifest, path = found.manifest, redact(found.path)
     saved_ema, ema = manifest.origin.config.get("ema"), origin.config.get("ema")
@@ -191,53 +179,45 @@ def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
     for what in ("tokenizer", "model"):
         if getattr(origin, what) != getattr(manifest.origin, what):
             shape = " in names or shapes of its parameters" if what == "model" else ""
-            changes = _some(changed) or "nothing"
             raise ValueError(
-                f"{path} was made with another {what}{shape}; the configurations differ in {changes}: give "
-                f"the {what} it was trained with, or set another run_folder"
+                f"{path} was made with another {what}{shape}; the configurations differ in "
+                f"{some(changed) or 'nothing'}: give the {what} it was trained with, or set another run_folder"
             )
     if manifest.sharded != trainer.saves_shards:
-        wanted = "sharded" if manifest.sharded else "full"
+        kind, remedy = ("sharded", "sharded") if manifest.sharded else ("whole", "full, or leave fsdp out")
         raise ValueError(
-            f"{path} is a {'sharded' if manifest.sharded else 'whole'} checkpoint and this run reads the other kind: "
-            f"set trainer.parallelism_config.fsdp.state_dict_type: {wanted}"
-            + ("" if manifest.sharded else ", or leave fsdp out")
+            f"{path} is a {kind} checkpoint and this run reads the other kind: "
+            f"set trainer.parallelism_config.fsdp.state_dict_type: {remedy}"
         )
 
 
-def _some(names: list[str], shown: int = 3) -> str:
-    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + rest
-
-
-# Composer would make the algorithms that a checkpoint names, evaluating a text of it; none it can name is wanted.
+# Composer would build the algorithms that a checkpoint names by evaluating its text; exclude all it can name.
 EXCLUDED_ALGORITHMS: Sequence[str] = dir(composer.algorithms)
 
-# All that the index of a sharded checkpoint is made of.
+_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+# All that the index of a sharded checkpoint consists of.
 _METADATA_GLOBALS = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("pathlib", "PosixPath"),
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "torch": {"Size", "device", *_DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
 }
 
 
 @contextmanager
 def safe_loading() -> Iterator[None]:
-    """Within it, whatever Composer and torch load is checked by `check_file` and read as plain data.
-
-    Both are asked through switches of their own; a variable that switches the checks off is not heard.
-    """
+    """Make Composer and torch check files with `check_file` and read plain data only, whatever the environment says."""
     switches = {
         "CHECKPOINT_VALIDATION_FUNCTION": f"{__name__}.check_file",
         "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
@@ -256,14 +236,13 @@ def safe_loading() -> Iterator[None]:
 
 
 def check_file(path: str | Path, specs: list[tuple[int, int]] | None = None) -> bool:
-    """Composer's hook: called with every file of a checkpoint before it is read.
+    """Return True, or raise ValueError if a checkpoint's file holds what could run code or is damaged.
+
+    Composer calls it with every file before reading it.
 
     Args:
         path: Of a checkpoint, a shard or an index of shards.
-        specs: Of a shard, offsets and lengths of what will be read.
-
-    Raises:
-        ValueError: The file holds what could run code, or is no checkpoint.
+        specs: Of a shard: offsets and lengths of what will be read.
     """
     path = Path(path).resolve()
     if path.name == ".metadata":
@@ -271,20 +250,16 @@ def check_file(path: str | Path, specs: list[tuple[int, int]] | None = None) -> 
     elif specs is None:
         try:
             refuse_code(path)
-        except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path} is no readable Composer checkpoint: {reason}: give another one") from error
+        except UNREADABLE as error:
+            raise unreadable(path, error) from error
     return True
 
 
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _METADATA_GLOBALS and not (module == "torch" and name in _DTYPES):
+        if name not in _METADATA_GLOBALS.get(module, set()):
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code: refused")
         return super().find_class(module, name)
-
-
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def _check_metadata(path: Path) -> None:
@@ -292,4 +267,4 @@ def _check_metadata(path: Path) -> None:
         with path.open("rb") as file:
             _Metadata(file).load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is no index of a sharded checkpoint: {error}: give another one") from error
+        raise ValueError(f"{path} is not an index of a sharded checkpoint: {error}: give another one") from error

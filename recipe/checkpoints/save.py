@@ -1,4 +1,4 @@
-"""Save checkpoints that are whole or recognisably not, keep the best one, and outlive a full disk."""
+"""Save checkpoints that are whole or recognizably not, keep the best one, and survive a full disk."""
 
 import logging
 import os
@@ -30,7 +30,6 @@ from recipe.checkpoints.check import (
 )
 from recipe.checkpoints.write import (
     WriteError,
-    check_space,
     failed_uploads,
     link,
     num_bytes,
@@ -41,7 +40,7 @@ from recipe.checkpoints.write import (
     write_shards,
 )
 from recipe.config import SaveBestConfig, TrainerView
-from recipe.records import PARTIAL, rename
+from recipe.records import replacing
 from recipe.redact import redact
 from recipe.schema import Origin
 
@@ -67,18 +66,18 @@ def without_saving(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_saver(trainer: TrainerView, best: SaveBestConfig, origin: Origin) -> "CheckpointSaver | None":
-    """Return the saver that the yaml's `trainer.save_*` keywords ask for; None if `save_folder` is null."""
+    """Return the saver for the `trainer.save_*` keywords; None if `save_folder` is null."""
     if trainer.save_folder is None:
         return None
     keywords = {KEYWORDS[name]: value for name, value in trainer.keywords.items() if name in KEYWORDS}
-    # The folder was checked before the run began: what is overwritten is broken, or meant to be.
+    # The folder was checked before the run began: what is overwritten is broken, or is meant to be overwritten.
     keywords |= {"folder": trainer.save_folder, "overwrite": True}
     return CheckpointSaver(origin, best.metric, best.mode, **keywords)
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """A checkpoint on the disk, and the names of the files that this rank wrote."""
+    """Hold a checkpoint on disk and the names of the files that this rank wrote."""
 
     target: Path
     manifest: Manifest
@@ -90,16 +89,16 @@ class _Saved:
 
 
 class CheckpointSaver(callbacks.CheckpointSaver):
-    """Composer's saver, its names and its uploads, with checkpoints that can be trusted.
+    """Add to Composer's saver, its names and uploads, checkpoints that can be trusted.
 
-    A file is written under another name, flushed and renamed; a sharded folder is whole when its manifest, the last
-    file, is there. A checkpoint that cannot be written, or whose weights are not finite, is told as an error and
-    training goes on; only that the last one of the run could not be written ends it with an error.
+    A file is written under another name, flushed and renamed; a sharded folder is whole once it has its manifest, the
+    last file. If a checkpoint cannot be written or its weights are not finite, an error is logged and training
+    continues. It ends with an error only if its last checkpoint could not be written.
 
     Args:
         origin: Of the run, for the manifest.
         metric: Keep the checkpoint of the best evaluation by this metric, such as `eval/box_ap50`.
-        mode: Whether its greatest (`max`) or its least (`min`) value is the best.
+        mode: Whether the greatest (`max`) or the least (`min`) value is the best.
         keywords: Of Composer's saver.
     """
 
@@ -116,17 +115,18 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self._last: _Saved | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Removes what a killed process left half written."""
+        """Remove what a killed process left half written."""
         if dist.get_global_rank() == 0:
             clean(self._local_folder(state), state.timestamp.batch.value)
         super().fit_start(state, logger)
         if self.metric is not None and not together(lambda: self._has_best(state)):
-            self.best = None  # of another run that this one started from
+            self.best = None  # it belongs to another run that this one started from
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
-        """Keeps the checkpoint of the best evaluation; the state is that of the batch just finished."""
+        """Keep the checkpoint of the best evaluation; the state is that of the batch just finished."""
         value = self._metric_value(state)
-        if value is None or not self._is_better(value):
+        best = self.best
+        if value is None or (best is not None and not (value > best if self.mode == "max" else value < best)):
             return
         self.best = value
         last = self._last
@@ -136,30 +136,21 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             self._attempt(state, lambda: self._keep_best(state, logger, last, value))
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Tells of uploads that failed meanwhile, where Composer's own would end this rank."""
+        """Log failed uploads, for which Composer's own saver would end this rank."""
         for problem in failed_uploads(self.remote_uploader, wait=False):
-            log.error("an upload to %s failed: %s. Training goes on", redact(self._given_folder), problem)
+            log.error("an upload to %s failed: %s. Training continues", redact(self._given_folder), problem)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Waits for uploads.
-
-        Raises:
-            RuntimeError: The last checkpoint could not be written.
-        """
+        """Wait for uploads; raise RuntimeError if the last checkpoint could not be written."""
         self._await_uploads(state)
         if self.failure is not None:
             raise RuntimeError(
-                f"training has ended, but its last checkpoint could not be written: {self.failure}. Where "
-                f"{self._given_folder} is full, make room; then run the same command again: it goes on from the newest "
-                "checkpoint there"
+                f"training has ended, but its last checkpoint could not be written: {self.failure}. Free space in "
+                f"{self._given_folder}, then run the same command again: it resumes from the newest checkpoint there"
             )
 
     def save_now(self, state: State, logger: Logger) -> None:
-        """Saves a checkpoint of the batch just finished, unless there is one, and waits until it is uploaded.
-
-        Raises:
-            RuntimeError: It could not be written.
-        """
+        """Save the batch just finished if it has no checkpoint, and wait for uploads; raise RuntimeError on failure."""
         if self.last_checkpoint_batch != state.timestamp.batch:
             self._save_checkpoint(state, logger)
         self._await_uploads(state)
@@ -167,11 +158,11 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             raise RuntimeError(f"no checkpoint of batch {state.timestamp.batch.value} could be written: {self.failure}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The best metric so far."""
+        """Return the best metric so far."""
         return {"best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on comparing with the best so far."""
+        """Restore the best metric so far."""
         self.best = state.get("best")
 
     def _save_checkpoint(self, state: State, logger: Logger, is_best: bool = False) -> None:
@@ -179,7 +170,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if weights_are_finite(state):
             self.failure = self._attempt(state, lambda: self._save(state, logger, is_best))
             return
-        # A run could not go on from it, nor would it look at older ones.
+        # A run could not continue from it, nor would it look for older ones.
         self.failure = "its weights are not finite"
         if dist.get_global_rank() == 0:
             log.error("no checkpoint of batch %d is written: %s", state.timestamp.batch.value, self.failure)
@@ -192,18 +183,13 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self.failure = self._attempt(state, lambda: together(wait)) or self.failure
 
     def _attempt(self, state: State, action: Callable[[], None]) -> str | None:
-        """Why it failed, on every rank; None where it did not."""
+        """Return why an action failed, on every rank; None if it did not."""
         try:
             action()
         except WriteError as error:
             if dist.get_global_rank() == 0:
-                log.error(
-                    "no checkpoint of batch %d could be written in %s: %s. Training goes on, older checkpoints are "
-                    "untouched: make room",
-                    state.timestamp.batch.value,
-                    self._given_folder,
-                    error,
-                )
+                text = "no checkpoint of batch %d could be written in %s: %s. Training continues; free disk space"
+                log.error(text, state.timestamp.batch.value, self._given_folder, error)
             return str(error)
         return None
 
@@ -225,9 +211,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             metric={},
         )
         self._last = last = _Saved(target, manifest, list(written))
-        if is_best and self.best is not None:
-            # Before the checkpoint is whole: who resumes from it does not measure again, as it is past the evaluation.
-            best = self.best
+        if is_best and (best := self.best) is not None:
+            # Before the checkpoint is whole: a run resumed from it is past the evaluation and does not repeat it.
             self._attempt(state, lambda: self._keep_best(state, logger, last, best))
         together(lambda: self._publish(state, logger, last))
         together(lambda: self._point_latest(state, logger, target))
@@ -237,18 +222,19 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             together(lambda: self._rotate(state))
 
     def _prepare(self, target: Path, content: Mapping[str, Any], sharded: bool) -> None:
-        """A checkpoint of this name is broken, or its run was told to overwrite it: it is no checkpoint any more."""
+        """Check for space and remove an older checkpoint of this name: it is broken, or to be overwritten."""
         rank = dist.get_global_rank()
         is_remote = self.remote_uploader is not None
         if rank == 0 or is_remote:
             target.parent.mkdir(parents=True, exist_ok=True)
+        num_writers = int(rank == 0)
         if sharded:
             num_writers = dist.get_local_world_size() if is_remote else dist.get_world_size()
-        else:
-            num_writers = int(rank == 0)
-        copies = 2 if is_remote else 1  # the uploader stages a copy
         if num_writers:
-            check_space(target.parent, num_bytes(content) * num_writers * copies)
+            copies = 2 if is_remote else 1  # the uploader stages a copy
+            needed, free = num_bytes(content) * num_writers * copies, shutil.disk_usage(target.parent).free
+            if free < needed:
+                raise OSError(f"{target.parent} has {free} bytes free, the checkpoint needs {needed}")
         if rank == 0:
             Path(f"{target}{UNFINISHED}").touch()
             manifest = manifest_of(str(target), sharded)
@@ -263,8 +249,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             return write_shards(content, target, state.fsdp_config.save_planner)
         return write_file(content, target) if dist.get_global_rank() == 0 else {}
 
-    def _publish(self, state: State, logger: Logger, saved: "_Saved") -> None:
-        """The manifest, and the uploads: the manifest after what it describes."""
+    def _publish(self, state: State, logger: Logger, saved: _Saved) -> None:
+        """Write the manifest and upload all, the manifest last."""
         paths = [saved.folder / name for name in saved.own]
         if dist.get_global_rank() == 0:
             for name in saved.manifest.files if self.remote_uploader is None else ():
@@ -278,22 +264,20 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             self._upload_checkpoint(self._remote_name(state, path), str(path), [], logger)
 
     def _point_latest(self, state: State, logger: Logger, target: Path) -> None:
-        """The link to the latest checkpoint, which is never absent once it is there."""
+        """Replace the link to the latest checkpoint, at no time leaving none."""
         if dist.get_global_rank() > 0 or self.latest_filename is None or self.num_checkpoints_to_keep == 0:
             return
         link = Path(self.latest_filename.format(state))
         link.parent.mkdir(parents=True, exist_ok=True)
-        new = link.with_name(link.name + PARTIAL)
-        new.unlink(missing_ok=True)
-        new.symlink_to(os.path.relpath(target, link.parent))
-        rename(new, link)
+        with replacing(link) as new:
+            new.symlink_to(os.path.relpath(target, link.parent))
         self.symlink_count += 1
-        told = Path(self.tmp_dir_for_symlink.name, f"latest.{self.symlink_count}.symlink")
-        create_symlink_file(self._remote_name(state, target), str(told))
-        self._upload_checkpoint(f"{self._remote_name(state, link)}.symlink", str(told), [], logger)
+        symlink = Path(self.tmp_dir_for_symlink.name, f"latest.{self.symlink_count}.symlink")
+        create_symlink_file(self._remote_name(state, target), str(symlink))
+        self._upload_checkpoint(f"{self._remote_name(state, link)}.symlink", str(symlink), [], logger)
 
-    def _keep_best(self, state: State, logger: Logger, last: "_Saved", value: float) -> None:
-        """A second name of the checkpoint, which rotation leaves alone, with the metric in its manifest."""
+    def _keep_best(self, state: State, logger: Logger, last: _Saved, value: float) -> None:
+        """Give the checkpoint a second name, which rotation ignores, with the metric in its manifest."""
         assert self.metric is not None
         sharded = last.manifest.sharded
         target = self._local_folder(state) / (BEST_FOLDER if sharded else BEST_FILE)
@@ -325,11 +309,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         value = dist.all_gather_object(float(state.eval_metric_values[name]))[0]
         return None if isnan(value) else value
 
-    def _is_better(self, value: float) -> bool:
-        return self.best is None or (value > self.best if self.mode == "max" else value < self.best)
-
     def _rotate(self, state: State) -> None:
-        """Removes the oldest local checkpoints, also of earlier launches, down to `num_checkpoints_to_keep`."""
+        """Remove the oldest local checkpoints, also of earlier launches, down to `num_checkpoints_to_keep`."""
         if dist.get_global_rank() > 0:
             # With a store, each rank has a local folder of its own.
             while self.remote_uploader is not None and len(self.saved_checkpoints) > self.num_checkpoints_to_keep:
@@ -337,7 +318,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             return
         folder = self._local_folder(state)
         found, _ = read_manifests(LocalFolder(folder))
-        # Broken ones of later batches must not make valid ones look old.
+        # Broken ones of later batches must not count as newer.
         ours = {name: one for name, one in found.items() if not one.metric and one.batch <= state.timestamp.batch.value}
         newest_first = sorted(ours, key=lambda name: ours[name].progress, reverse=True)
         for name in newest_first[self.num_checkpoints_to_keep :]:
@@ -348,7 +329,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
                 (folder / name).unlink(missing_ok=True)
 
     def _has_best(self, state: State) -> bool:
-        """On every rank, what rank 0 finds."""
+        """Return on every rank what rank 0 finds."""
         name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
         is_there = dist.get_global_rank() == 0 and has_manifest(open_folder(self._given_folder), name)
         return dist.all_gather_object(is_there)[0]

@@ -1,8 +1,9 @@
-"""Obey SIGTERM: finish the batch, save a checkpoint, end with a status that says to start again."""
+"""Handle SIGTERM: finish the batch, save a checkpoint, exit with a status that says to start again."""
 
 import logging
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -15,38 +16,30 @@ from composer.utils import dist
 
 from recipe.checkpoints.save import CheckpointSaver
 
-PREEMPTED = os.EX_TEMPFAIL  # 75: SIGTERM came and all that was done is saved; run the same command again
-
+PREEMPTED = os.EX_TEMPFAIL  # 75: SIGTERM came and all progress is saved; run the same command again
 
 log = logging.getLogger(__name__)
 
 
 def exit_on_sigterm() -> None:
-    """Until training begins there is nothing to save, so SIGTERM ends the process with `exit_codes.PREEMPTED`."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(PREEMPTED)
-
-    signal.signal(signal.SIGTERM, leave)
+    """Exit with `PREEMPTED` on SIGTERM until training begins: there is nothing to save yet."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(PREEMPTED))
 
 
 def ignore_sigterm() -> None:
-    """For a process that leaves with a status of its own: the launcher sends SIGTERM to whoever is not yet gone.
+    """Ignore SIGTERM in a process that exits with its own status: the launcher sends it to all that still run.
 
-    No other handler would do: as it ends, Python gives all others back.
+    Only SIG_IGN works, since Python restores all other handlers as it exits.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Preemption(Callback):
-    """On SIGTERM to any rank, all ranks save at the end of the batch and exit with `exit_codes.PREEMPTED`.
+    """Save on all ranks at the end of the batch after SIGTERM to any rank, and exit with `PREEMPTED`.
 
-    During an evaluation the signal is obeyed at its end, which is where the batch's checkpoint is due: a checkpoint
-    taken earlier would resume without that evaluation. A run that is at its end just ends.
-
-    Args:
-        saver: Writes the checkpoint.
+    During an evaluation this waits for its end, when the batch's checkpoint is due: an earlier checkpoint would resume
+    without that evaluation. A run that has reached `max_duration` ends as usual.
     """
 
     def __init__(self, saver: CheckpointSaver):
@@ -55,28 +48,14 @@ class Preemption(Callback):
         self._before: Any = None
 
     def init(self, state: State, logger: Logger) -> None:
-        """Listens from here on."""
+        """Start listening."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """After the batch, its evaluation and its checkpoint."""
-        self._obey(state, logger)
+        """Save and exit if asked, after the batch, its evaluation and its checkpoint.
 
-    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """After the evaluation at the end of an epoch."""
-        self._obey(state, logger)
-
-    def close(self, state: State, logger: Logger) -> None:
-        """Hands the signal back, unless it has come: the launcher sends it again to those not yet gone."""
-        if signal.getsignal(signal.SIGTERM) == self._note and not self.asked:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-    def _obey(self, state: State, logger: Logger) -> None:
-        """A few bytes over all ranks; the loss was copied to the host before, so nothing is left to wait for.
+        An all-reduce of a few bytes; the loss was copied to the host before, so nothing is left to wait for.
 
         Raises:
             SystemExit: On every rank, after the checkpoint. Composer closes loggers and uploads as the process ends.
@@ -87,7 +66,19 @@ class Preemption(Callback):
         if not asked.item() or state.timestamp >= state.max_duration:
             return
         self.saver.save_now(state, logger)
-        dist.barrier()  # the launcher ends all ranks as soon as one has exited
-        log.warning("SIGTERM: batch %d is saved, the same command goes on from it", state.timestamp.batch.value)
+        dist.barrier()  # the launcher kills all ranks as soon as one has exited
+        log.warning("SIGTERM: batch %d is saved; run the same command to continue from it", state.timestamp.batch.value)
         ignore_sigterm()
         raise SystemExit(PREEMPTED)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save and exit if asked, after the evaluation at the end of an epoch."""
+        self.batch_checkpoint(state, logger)
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Restore the handler, unless SIGTERM has come: the launcher sends it again to all that still run."""
+        if signal.getsignal(signal.SIGTERM) == self._note and not self.asked:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True

@@ -1,4 +1,4 @@
-"""Write the state of training to files, on all ranks at once: either every rank has written, or all know why not."""
+"""Write the training state to files on all ranks: either every rank has written, or all raise why not."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from recipe.algorithms.norms import local
 from recipe.checkpoints.check import FileEntry, describe_file
-from recipe.records import PARTIAL, rename
+from recipe.records import replacing
 from recipe.redact import redact_text
 from recipe.upstream.composer_state import weights_only_state
 from recipe.upstream.torch_private import tree_leaves
@@ -32,15 +32,11 @@ IgnoreKeys = list[str] | Callable[[dict[str, Any]], None]
 
 
 class WriteError(OSError):
-    """A checkpoint could not be written; raised on every rank."""
+    """Report on every rank that a checkpoint could not be written."""
 
 
 def together(action: Callable[[], Value]) -> Value:
-    """Does something on every rank, and waits for all.
-
-    Raises:
-        WriteError: On every rank: it failed on one, as told.
-    """
+    """Run an action on every rank and wait for all; raise WriteError on every rank if it failed on one."""
     result, problem = None, None
     try:
         result = action()
@@ -53,11 +49,11 @@ def together(action: Callable[[], Value]) -> Value:
 
 
 def state_of_training(state: State, weights_only: bool, ignore_keys: IgnoreKeys | None) -> dict[str, Any]:
-    """What Composer puts into a checkpoint; called by all ranks.
+    """Return what Composer puts into a checkpoint; called by all ranks.
 
     Args:
         state: Of the Trainer.
-        weights_only: Leave out all but the weights and what tells of the run.
+        weights_only: Keep only the weights and what describes the run.
         ignore_keys: As `trainer.save_ignore_keys`.
     """
     content: dict[str, Any] = {}
@@ -75,24 +71,13 @@ def state_of_training(state: State, weights_only: bool, ignore_keys: IgnoreKeys 
 
 
 def num_bytes(content: Mapping[str, Any]) -> int:
-    """Bytes of this rank's tensors, those that share memory counted once."""
+    """Return the bytes of this rank's tensors, counting shared memory once."""
     tensors = [local(leaf) for leaf in tree_leaves(content) if isinstance(leaf, Tensor)]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raises where a folder's disk has too few free bytes.
-
-    Raises:
-        OSError: Naming both numbers.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{folder} has {free} bytes free, the checkpoint needs {needed}")
-
-
 class HashingFile:
-    """A file for `torch.save` to write to, which takes the checksum of all that should have reached the disk."""
+    """Pass what `torch.save` writes to a file, and keep the checksum of all that should have reached the disk."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -101,7 +86,7 @@ class HashingFile:
         self.error: OSError | None = None
 
     def write(self, content: bytes) -> int:
-        """Keeps the disk's error: torch tells only that a position is not as expected."""
+        """Write, and keep the disk's error: torch only reports an unexpected position."""
         try:
             self.file.write(content)
         except OSError as error:
@@ -112,52 +97,43 @@ class HashingFile:
         return len(content)
 
     def flush(self) -> None:
-        """Hands all to the system."""
+        """Flush the file."""
         self.file.flush()
 
 
 def write_file(content: Mapping[str, Any], path: Path) -> dict[str, FileEntry]:
-    """Writes a checkpoint of one file under another name, flushes it to the disk, then renames it.
+    """Write a checkpoint of one file under another name, flush it to disk, then rename it.
 
     Raises:
-        OSError: The disk is full or broken; nothing is left of what was written.
+        OSError: The disk is full or broken; the partial file is removed.
     """
-    partial = path.with_name(path.name + PARTIAL)
     try:
-        with partial.open("wb") as file:
-            hashing = HashingFile(file)
-            try:
-                torch.save(content, hashing)  # pyright: ignore[reportArgumentType]
-            except RuntimeError as error:
-                raise hashing.error or error from error
-            file.flush()
-            os.fsync(file.fileno())
-        if partial.stat().st_size != hashing.size:
-            raise OSError(f"{path} got {partial.stat().st_size} of {hashing.size} bytes")
-        rename(partial, path)
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                hashing = HashingFile(file)
+                try:
+                    torch.save(content, hashing)  # pyright: ignore[reportArgumentType]
+                except RuntimeError as error:
+                    raise hashing.error or error from error
+                file.flush()
+                os.fsync(file.fileno())
+            if partial.stat().st_size != hashing.size:
+                raise OSError(f"{path} got {partial.stat().st_size} of {hashing.size} bytes")
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise _told_with_space(error, path.parent) from error
+        raise _with_space(error, path.parent) from error
     return {path.name: FileEntry(hashing.size, hashing.sha256.hexdigest())}
 
 
 def write_shards(content: dict[str, Any], folder: Path, planner: Any) -> dict[str, FileEntry]:
-    """Writes this rank's part of a sharded checkpoint; called by all ranks.
+    """Write this rank's part of a sharded checkpoint and return its files; called by all ranks, OSError on all.
 
-    Returns:
-        What this rank wrote. A shard is hashed as it can be read back: torch writes it by itself.
-
-    Raises:
-        OSError: On every rank.
+    A shard is hashed as read back, since torch writes it by itself.
     """
+    planner = planner or DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     try:
-        save(
-            state_dict=content,
-            storage_writer=FileSystemWriter(folder),
-            planner=planner or DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-        )
+        save(state_dict=content, storage_writer=FileSystemWriter(folder), planner=planner)
     except (OSError, RuntimeError, CheckpointException) as error:
-        raise _told_with_space(error, folder.parent) from error
+        raise _with_space(error, folder.parent) from error
     names = [path.name for path in folder.glob(f"__{dist.get_global_rank()}_*.distcp")]
     if dist.get_global_rank() == 0:
         names.append(".metadata")
@@ -165,12 +141,12 @@ def write_shards(content: dict[str, Any], folder: Path, planner: Any) -> dict[st
 
 
 def upload_executor(num_processes: int) -> ProcessPoolExecutor:
-    """Processes that upload on: SIGTERM may come to all of a job, and the last checkpoint is saved after it."""
+    """Return processes that ignore SIGTERM: a job may receive it before its last checkpoint is uploaded."""
     return ProcessPoolExecutor(num_processes, get_context("spawn"), signal.signal, (signal.SIGTERM, signal.SIG_IGN))
 
 
 def failed_uploads(uploader: RemoteUploader | None, wait: bool) -> list[str]:
-    """Why uploads of this rank failed, each told once; with `wait`, of all that were begun."""
+    """Return why uploads of this rank failed, each once; with `wait`, of all that were started."""
     if uploader is None:
         return []
     ended = [future for future in uploader.futures if wait or future.done()]
@@ -180,17 +156,15 @@ def failed_uploads(uploader: RemoteUploader | None, wait: bool) -> list[str]:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the disk has none, that replaces `target` at once."""
-    new = target.with_name(target.name + PARTIAL)
-    new.unlink(missing_ok=True)
-    try:
-        new.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, new)
-    rename(new, target)
+    """Replace `target` at once by a hard link to `source`, or by a copy if the disk has no hard links."""
+    with replacing(target) as new:
+        try:
+            new.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, new)
 
 
-def _told_with_space(error: BaseException, folder: Path) -> OSError:
+def _with_space(error: BaseException, folder: Path) -> OSError:
     return OSError(f"{_brief(error)} ({folder} has {shutil.disk_usage(folder).free} bytes free)")
 
 

@@ -1,6 +1,6 @@
-"""FSDP through Composer's own configuration: what becomes a unit, and in which precision.
+"""Configure FSDP through Composer: which modules become units, and in which precision.
 
-`recipe.rules` judges what a yaml may say about it, `recipe.checks` whether there is a GPU.
+`recipe.rules` checks its yaml section, `recipe.checks` whether there is a GPU.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,7 @@ from recipe.models.memory import MemoryBuilder
 
 # The root holds the rest: token embedding, output matrix, patch embedding, merger, norms.
 BACKBONE_UNITS: tuple[type[nn.Module], ...] = (Qwen2_5_VLVisionBlock, Qwen2_5_VLDecoderLayer)
-HEAD_UNITS: tuple[type[nn.Module], ...] = (
-    MemoryBuilder,
-    DetectionHead,
-    DecoderLayer,
-    CaptionDecoder,
-    CaptionLayer,
-    Vocabulary,
-)
+HEAD_UNITS = (MemoryBuilder, DetectionHead, DecoderLayer, CaptionDecoder, CaptionLayer, Vocabulary)
 
 FSDP_CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: FSDP2Config}
 
@@ -35,13 +28,13 @@ FSDP_CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfi
 def build_parallelism(
     network: nn.Module, keywords: Mapping[str, Any] | None, precision: str | None, version: int
 ) -> dict[str, FSDPConfig | FSDP2Config] | None:
-    """Mark the units in the network and return Composer's `parallelism_config`; None without FSDP, which is DDP.
+    """Mark the units in the network and return Composer's `parallelism_config`; None means DDP.
 
     Checkpoints are whole unless the keywords say otherwise; Composer's own default depends on the version.
 
     Args:
         network: Before its model is passed to the Trainer.
-        keywords: Of FSDP; None: DDP.
+        keywords: Of Composer's FSDP config; None: DDP.
         precision: Of the computation, such as amp_bf16.
         version: 1 or 2, of FSDP.
 
@@ -54,7 +47,7 @@ def build_parallelism(
     _mark_units(network, version)
     keywords = {"state_dict_type": "full", "mixed_precision": "DEFAULT", **keywords}
     if version == 1 and keywords["mixed_precision"] != "FULL":
-        # Like FSDP2's. Composer's own names would also round buffers, such as the rotary frequencies.
+        # As FSDP2 does. Composer's own names would also round buffers, such as the rotary frequencies.
         summed = precision if keywords["mixed_precision"] == "PURE" else "float32"
         keywords["mixed_precision"] = {"param_dtype": precision, "reduce_dtype": summed}
     return {"fsdp": FSDP_CONFIGS[version](**keywords)}
@@ -70,15 +63,14 @@ def check_device() -> None:
 
 
 def _mark_units(network: nn.Module, version: int) -> None:
-    """Set the function by which Composer asks which modules are units of their own.
+    """Set the function by which Composer asks which modules are units.
 
-    The head's units keep weights and gradients in the precision they are stored in: eight bits of a bfloat16 box are
-    too few.
+    The head's units keep weights and gradients in their stored precision: the eight bits of a bfloat16 box are too few.
     """
     in_full: dict[str, Any] = {"mixed_precision": MixedPrecision()}
     if version == 2:
         in_full = {"mp_policy": MixedPrecisionPolicy()}
-        # Composer passes a unit's keywords to `fully_shard`, but accepts none that takes a policy.
+        # Composer passes a unit's keywords to `fully_shard`, but its FSDP2Config lists none for the policy.
         names = {entry.name for entry in fields(FSDP2Config) if not entry.name.startswith("_")}
         FSDP2Config.settable_attrs = staticmethod(lambda: {*names, "mp_policy"})
 

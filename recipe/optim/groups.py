@@ -1,9 +1,8 @@
-"""Parameter groups by name, AdamW with a learning rate a group, and the algorithms that go with it."""
+"""Assign parameters to groups by name, and build AdamW with a learning rate per group."""
 
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import AdamW
@@ -13,7 +12,7 @@ from recipe.models.network import AVERAGE
 
 log = logging.getLogger(__name__)
 
-# A parameter belongs to the one group whose pattern is found in its name. The vision pattern leaves the merger out.
+# A parameter belongs to the one group whose pattern is found in its name. The vision pattern excludes the merger.
 GROUP_PATTERNS: Mapping[str, str] = {
     "vision": r"\bhf_model\.model\.visual\.(?!merger\.)",
     "merger": r"\bhf_model\.model\.visual\.merger\.",
@@ -24,24 +23,16 @@ GROUP_PATTERNS: Mapping[str, str] = {
 
 
 def group_of(name: str, patterns: Mapping[str, str] = GROUP_PATTERNS) -> str:
-    """The group of a parameter.
-
-    Raises:
-        KeyError: No pattern, or more than one, claims it.
-    """
+    """Return the group of a parameter; raise KeyError unless exactly one pattern matches its name."""
     claims = [group for group, pattern in patterns.items() if re.search(pattern, name)]
     if len(claims) != 1:
         found = f"claimed by {claims}" if claims else "claimed by none"
-        raise KeyError(f"parameter {name} is {found} of the groups {list(patterns)}: mend GROUP_PATTERNS")
+        raise KeyError(f"parameter {name} is {found} of the groups {list(patterns)}: fix GROUP_PATTERNS")
     return claims[0]
 
 
 def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Every parameter of the model but averages under its group, tied ones once; each group in the model's order.
-
-    Raises:
-        KeyError: A parameter belongs to no group or to several.
-    """
+    """Return the parameters by group, in the model's order; averages are left out, tied parameters appear once."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUP_PATTERNS}
     for name, parameter in model.named_parameters():
         if not name.removeprefix("model.").startswith(AVERAGE):
@@ -49,40 +40,25 @@ def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     return groups
 
 
-@dataclass(frozen=True)
-class LrScale:
-    """The factor on all learning rates, and what it was made from."""
-
-    factor: float
-    rule: str
-    tokens: float
-    reference_tokens: int | None
-
-
-def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> LrScale:
-    """The factor that the batch's tokens put on the learning rates.
+def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> float:
+    """Return the factor on all learning rates by `lr_scaling`: 1, linear in the batch's tokens, or their square root.
 
     Args:
-        config: `lr_scaling`: none; linear: in proportion to tokens; sqrt: to their root.
-        tokens_per_batch: Real tokens of one optimizer step over all ranks; NaN where not counted.
+        config: Names the rule and its reference.
+        tokens_per_batch: Real tokens per optimizer step over all ranks; NaN if not counted.
 
     Raises:
         ValueError: The rule needs a number that is missing.
     """
     if config.lr_scaling == "none":
-        return LrScale(1.0, "none", tokens_per_batch, config.reference_tokens)
+        return 1.0
     if not config.reference_tokens or not tokens_per_batch > 0:
         raise ValueError(
             f"optimizer.lr_scaling={config.lr_scaling} needs optimizer.reference_tokens (is {config.reference_tokens}) "
-            f"and the tokens of a batch (are {tokens_per_batch}): set reference_tokens, or lr_scaling=none"
+            f"and the tokens per batch (are {tokens_per_batch}): set reference_tokens, or lr_scaling=none"
         )
     ratio = tokens_per_batch / config.reference_tokens
-    return LrScale(
-        ratio if config.lr_scaling == "linear" else ratio**0.5,
-        config.lr_scaling,
-        tokens_per_batch,
-        config.reference_tokens,
-    )
+    return ratio if config.lr_scaling == "linear" else ratio**0.5
 
 
 def build_optimizer(
@@ -100,7 +76,7 @@ def build_optimizer(
     scale = lr_scale(config, counted)
     optimizer_groups = []
     for group, members in group_parameters(model).items():
-        lr = getattr(config, f"lr_{group}") * scale.factor
+        lr = getattr(config, f"lr_{group}") * scale
         for _, parameter in members:
             parameter.requires_grad_(lr > 0)
         count = sum(parameter.numel() for _, parameter in members)
@@ -114,5 +90,5 @@ def build_optimizer(
                 optimizer_groups.append({"params": parameters, "lr": lr, "weight_decay": weight_decay, "name": group})
     if config.lr_scaling != "none":
         text = "learning rates x %g: lr_scaling %s of %g tokens per step over %s"
-        log.info(text, scale.factor, scale.rule, scale.tokens, scale.reference_tokens)
+        log.info(text, scale, config.lr_scaling, counted, config.reference_tokens)
     return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)

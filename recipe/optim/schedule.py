@@ -1,4 +1,4 @@
-"""Learning rates over time: a group's base curve times the factor of its current stage, or frozen."""
+"""Schedule learning rates: each group's base curve times the factor of its current stage, or frozen."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from recipe.rules import parse_stages
 
 @dataclass(frozen=True)
 class Stage:
-    """From `start` on, a factor on a group's learning rate; None: frozen."""
+    """Scale a group's learning rate from `start` on; None: frozen."""
 
     start: Time
     factor: float | None
@@ -25,7 +25,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The base curve of every group, and the stages of those that have any."""
+    """Hold every group's base curve, and the stages of those that have any."""
 
     curves: Mapping[str, ComposerScheduler]
     stages: Mapping[str, Sequence[Stage]]
@@ -71,16 +71,15 @@ def stage_factor(stages: Sequence[Stage], state: State) -> float | None:
 
 
 def has_come(start: Time, state: State) -> bool:
-    """Return whether a time is reached when a batch starts.
+    """Return whether a time has passed when a batch starts.
 
-    A share of the run is rounded down to whole batches, samples or tokens, as Composer does. But Composer counts an
-    epoch as a fixed number of batches, and epochs of packs differ in length: here half an epoch is half of its own
-    batches.
+    A share of the run is rounded down to whole batches, samples or tokens, as in Composer. But half an epoch is half of
+    that epoch's own batches: epochs of packs differ in length, while Composer assumes a fixed one.
     """
     now, duration = state.timestamp, state.max_duration
     if start.unit != TimeUnit.DURATION:
         return now >= start
-    assert duration is not None, "the Trainer knows how long it trains before it starts"
+    assert duration is not None, "the Trainer sets max_duration before it starts"
     share = round(start.value * duration.value, 9)  # 0.29 * 100 is 28.999999999999996
     if duration.unit != TimeUnit.EPOCH:
         return now.get(duration.unit).value >= int(share)

@@ -216,7 +216,7 @@ def test_a_changed_rate_is_told_and_the_checkpoints_holds(run: Run):
     with messages_of("recipe") as messages:
         train_toy(config, load_path=str(run.folder / "ba4.pt"), loggers=[memory])
     told = [message for message in messages if "in the checkpoint" in message]
-    assert len(told) == 1 and "group llm: lr is 0.005 by the configuration but 0.001 in the checkpoint" in told[0]
+    assert len(told) == 1 and "group llm: lr is 0.005 in the configuration but 0.001 in the checkpoint" in told[0]
     assert [value for _, value in memory.data["lr/llm"]] == run.logged["lr/llm"][4:]
 
 

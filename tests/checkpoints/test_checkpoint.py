@@ -85,7 +85,7 @@ def test_harmful_pickle_is_refused_and_not_run(tmp_path: Path):
     marker = tmp_path / "ran"
     checkpoint = tmp_path / "harmful.pt"
     checkpoint.write_bytes(pickle.dumps(Harmful(marker)))
-    with pytest.raises(ValueError, match=r"is no readable Composer checkpoint"):
+    with pytest.raises(ValueError, match=r"is not a readable Composer checkpoint"):
         read_weights(checkpoint)
     assert not marker.exists()
 
@@ -94,14 +94,14 @@ def test_truncated_checkpoint_is_told(trained_checkpoint: Path, tmp_path: Path):
     short = tmp_path / "short.pt"
     data = trained_checkpoint.read_bytes()
     short.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"short.pt is no readable Composer checkpoint: "):
+    with pytest.raises(ValueError, match=r"short.pt is not a readable Composer checkpoint: "):
         read_weights(short)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"state": {}}, {"state": {"model": {"weight": 3}}}])
 def test_another_programs_file_is_told(content: Any, tmp_path: Path):
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"is no Composer checkpoint: it holds no weights under state.model"):
+    with pytest.raises(ValueError, match=r"is not a Composer checkpoint: it holds no weights under state.model"):
         read_weights(tmp_path / "other.pt")
 
 

@@ -43,7 +43,7 @@ def test_the_newest_of_all_is_found(folder: Path) -> None:
         (lambda folder: truncate(folder / "ba4.pt"), "ba4.pt has "),
         (lambda folder: flip(folder / "ba4.pt"), "ba4.pt has another SHA-256"),
         (lambda folder: (folder / "ba4.pt").unlink(), "ba4.pt is missing"),
-        (lambda folder: (folder / "ba4.pt.manifest.json").unlink(), "ba4.pt is passed over: no manifest"),
+        (lambda folder: (folder / "ba4.pt.manifest.json").unlink(), "ba4.pt is skipped: no manifest"),
         (lambda folder: truncate(folder / "ba4.pt.manifest.json"), "its manifest cannot be read"),
         (lambda folder: flip(folder / "ba4.pt.manifest.json"), "its manifest cannot be read"),
     ],
@@ -60,7 +60,7 @@ def test_a_manifest_that_still_reads_but_was_changed(folder: Path, caplog: pytes
     path = folder / "ba1.pt.manifest.json"
     path.write_text(path.read_text().replace('"batch": 1', '"batch": 9'))
     assert batch_found(folder) == 4
-    assert "ba1.pt is passed over: its manifest cannot be read: its own checksum is wrong" in caplog.text
+    assert "ba1.pt is skipped: its manifest cannot be read: its own checksum is wrong" in caplog.text
 
 
 def test_several_broken_ones(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,7 +69,7 @@ def test_several_broken_ones(folder: Path, caplog: pytest.LogCaptureFixture) -> 
     (folder / "ba5.pt.partial").write_bytes(b"half")
     assert batch_found(folder) == 2
     assert len(caplog.records) == 3
-    assert "ba5.pt.partial is passed over: its run ended while it was being written" in caplog.text
+    assert "ba5.pt.partial is skipped: its run ended while it was being written" in caplog.text
 
 
 def test_the_lying_link_does_not_matter(folder: Path) -> None:

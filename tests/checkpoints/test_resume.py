@@ -92,7 +92,7 @@ def test_never_from_nothing_where_checkpoints_are(run_folder: Path) -> None:
         truncate(run_folder / "checkpoints" / f"ba{batch}.pt")
     for asked in (config(run_folder), config(run_folder, save_overwrite=True)):
         with pytest.raises(
-            ValueError, match=r"holds checkpoints but none to resume from \(ba1.pt, ba2.pt\).*anew with"
+            ValueError, match=r"holds checkpoints but none to resume from \(ba1.pt, ba2.pt\).*start over with"
         ):
             load_keywords(asked, ORIGIN)
     asked = config(run_folder, autoresume=False, save_overwrite=True)

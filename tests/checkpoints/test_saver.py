@@ -312,7 +312,7 @@ def test_a_disk_that_is_full_before_writing(small_disk: Path, caplog: pytest.Log
     assert {path.name for path in small_disk.glob("ba*.pt")} == {"ba1.pt", "ba3.pt"}
     assert f"no checkpoint of batch 2 could be written in {small_disk}" in caplog.text
     assert "bytes free, the checkpoint needs" in caplog.text
-    assert "Training goes on" in caplog.text
+    assert "Training continues" in caplog.text
 
 
 def test_a_disk_that_fills_while_writing(

@@ -88,7 +88,7 @@ def test_a_poisoned_sample_is_left_out_from_the_third_epoch(
     assert epochs == [everyone, everyone, everyone - {POISON}, everyone - {POISON}]
     assert guard.quarantine.counts == {POISON: 2}
     assert guard.num_skipped == 2
-    assert f"left out of this epoch: {POISON}" in caplog.text
+    assert f"excluded from this epoch: {POISON}" in caplog.text
 
 
 def test_a_resumed_run_leaves_it_out_too(tmp_path: Path, config: RecipeConfig, encoder: Encoder):
