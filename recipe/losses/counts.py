@@ -37,9 +37,8 @@ def split_batch(batches: list[Batch], microbatch_size: int | float, equally_many
         ValueError: On every rank, if the numbers differ but must not.
     """
     packs = [batch["num_packs"] for batch in batches]
-    assert max(packs) <= microbatch_size, (
-        f"microbatches of {packs} packs; device_train_microbatch_size={microbatch_size}"
-    )
+    message = f"the loader cuts microbatches of {packs} packs, but device_train_microbatch_size is {microbatch_size}"
+    assert all(count <= microbatch_size for count in packs), message
     each = [count_losses(batch) for batch in batches]
     names = list(LossCounts.__annotations__)
     own = [*(sum(counts[name] for counts in each) for name in names), len(each) ** 2]
