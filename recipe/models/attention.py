@@ -28,17 +28,8 @@ def packed_sdpa(
 ) -> tuple[Tensor, None]:
     """Return the attended values (B, L, heads, ·) and no weights, as transformers' attention functions do.
 
-    Args:
-        module: The attention layer.
-        query: (B, heads, L, ·).
-        key: (B, key heads, L', ·).
-        value: (B, key heads, L', ·).
-        attention_mask: Of padded rows; None for packed ones.
-        dropout: Of the attention weights.
-        scaling: Of the scores.
-        is_causal: Default: the layer's own.
-        segment_lengths: Tokens of each sample of a packed row.
-        **kwargs: Not used.
+    `query` is (B, heads, L, ·), `key` and `value` (B, key heads, L', ·). A packed row has `segment_lengths`, the tokens
+    of each sample, and no mask. `is_causal` is by default the layer's own; `kwargs` are not used.
 
     Raises:
         ValueError: The segments do not cover the row.

@@ -113,10 +113,7 @@ class CaptionDecoder(nn.Module):
     Args:
         hidden_size: D, of the language model's token embedding.
         width: Of the head.
-        num_heads: Of each attention.
-        num_layers: Decoder layers.
         ffn_factor: Width of the feed-forward blocks, as a multiple of `width`.
-        dropout: After each block.
         max_caption_tokens: Longest caption, including end-of-sequence.
         own_vocab_size: Tokens of an own `vocabulary`, with D = `width`; None: embeddings and output matrix are the
             language model's.

@@ -17,12 +17,8 @@ def attention_mask(queries: DenoisingQueries, num_queries: int, num_groups: int 
     """Return the self-attention mask, denoising queries first: (N, 1, total, total) bool, True if row may see column.
 
     Object queries never see denoising queries, which hold the ground truth. Groups do not see one another, except that
-    denoising queries see the first group of object queries. Padding is seen only by itself.
-
-    Args:
-        queries: R of them per image.
-        num_queries: Object queries of all groups.
-        num_groups: Of object queries.
+    denoising queries see the first group of object queries. Padding is seen only by itself. `num_queries` counts the
+    object queries of all `num_groups` groups.
     """
     device, count = queries.boxes.device, len(queries)
     noised = torch.arange(queries.num_groups, device=device).repeat_interleave(count // queries.num_groups)  # (R,)
@@ -52,16 +48,13 @@ def make_denoising_queries(
         box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times as much;
             then both are clipped to the image, as in DINO.
     """
-    boxes = [None if target is None else target["boxes"] for target in targets]
-    if num_groups == 0 or not any(b is not None and len(b) for b in boxes):
+    annotated = [target["boxes"] for target in targets if target is not None]
+    if num_groups == 0 or not any(map(len, annotated)):
         return None
-    device = next(b for b in boxes if b is not None).device
-    noised, clean, counts = [], [], []
-    for box, seed in zip(boxes, noise_seeds, strict=True):
-        box = torch.zeros(0, 4, device=device) if box is None else box
-        noised.append(_noise(box, seed, num_groups, box_noise).transpose(0, 1))  # (T, 2G, 4)
-        clean.append(box)
-        counts.append(len(box))
+    device = annotated[0].device
+    clean = [torch.zeros(0, 4, device=device) if target is None else target["boxes"] for target in targets]
+    noised = [_noise(boxes, seed, num_groups, box_noise) for boxes, seed in zip(clean, noise_seeds, strict=True)]
+    noised, counts = [part.transpose(0, 1) for part in noised], [len(boxes) for boxes in clean]
     references = pad_sequence(noised, batch_first=True, padding_value=0.5)  # (N, T, 2G, 4)
     target_boxes = pad_sequence(clean, batch_first=True, padding_value=0.5)  # (N, T, 4)
     num_images, longest = target_boxes.shape[:2]

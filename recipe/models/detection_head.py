@@ -64,11 +64,7 @@ class DetectionHead(nn.Module):
 
     Args:
         width: Of the memory; a multiple of 8 and of `num_heads`.
-        num_queries: Objects per image at most.
-        num_heads: Of each attention.
-        num_layers: Decoder layers.
         ffn_factor: Width of the feed-forward blocks, as a multiple of `width`.
-        dropout: After each block.
         refine_boxes: Each layer's boxes are the next one's references; else all layers share the first.
         local_attention: Queries initially look around their reference boxes, each head at its own place; else they
             learn slowly how their positions relate to the memory's.

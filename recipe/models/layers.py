@@ -17,7 +17,6 @@ class Attention(nn.Module):
 
     Args:
         width: Of queries, keys and values; a multiple of `num_heads`.
-        num_heads: Of the attention.
         positional: Queries and keys come with positions.
         local: With sine embeddings as positions, a query at first looks around its own position: both projections start
             equal, so large that an equal position adds about `LOCALITY`.

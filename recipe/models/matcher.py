@@ -29,16 +29,11 @@ def match(
 ) -> list[Matches]:
     """Return the cheapest one-to-one assignment for every layer, all images together.
 
-    There may be more objects than queries: the best are matched. Non-finite predictions never reach scipy.
+    A pair costs `cost_bbox` times the L1 distance of its cxcywh boxes, `cost_giou` times 1 - GIoU and `cost_objectness`
+    times the focal cost of calling the query an object (Deformable DETR's class cost). There may be more objects than
+    queries: the best are matched. Non-finite predictions never reach scipy.
 
-    Args:
-        layers: Outputs of the decoder layers, for N images and Q queries each.
-        targets: N of them; None (not annotated) and no objects both match nothing.
-        cost_bbox: Weight of the L1 distance of cxcywh boxes.
-        cost_giou: Weight of 1 - GIoU.
-        cost_objectness: Weight of the focal cost of calling the query an object (Deformable DETR's class cost).
-        focal_alpha: Of the focal cost.
-        focal_gamma: Of the focal cost.
+    `layers` are for N images and Q queries each; of N `targets`, None (not annotated) and no objects match nothing.
     """
     device = layers[0].pred_boxes.device
     counts = [0 if target is None else len(target["boxes"]) for target in targets]

@@ -33,7 +33,6 @@ Result = TypeVar("Result")
 
 AVERAGE = "average."  # prefix of averaged weights in a network: average.memory.* averages memory.*
 
-
 # FSDP2 finds the tensors that enter and leave its units only in registered structures.
 for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
     register_dataclass(kind)
@@ -53,11 +52,6 @@ class JointNetwork(nn.Module):
         average: Averages of memory, detection head and caption decoder, which replace them in evaluation; or None.
 
     Args:
-        vlm: The language model.
-        memory: Builds an image's memory.
-        detection_head: Reads it.
-        caption_decoder: Writes what the queries found.
-        matcher: Weights of the matching costs.
         loss: For the focal parameters of the matching cost.
         num_denoising_groups: 0: no denoising queries.
         box_noise: See `make_denoising_queries`.
