@@ -88,7 +88,7 @@ class MemoryBuilder(nn.Module):
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
             positions = sine_embedding(cells[..., :2], self.width) * (cells[..., 2:3] > 0)
-            tokens = tokens + positions  # so that what a query reads tells its position
+            tokens = tokens + positions  # so that what a query reads includes its position
         return Memory(tokens, positions, masks, cells)
 
 
