@@ -7,6 +7,7 @@ PYTHON ?= $(shell for candidate in python3 python3.12 python3.11 python; do \
 BIN := .venv/bin
 INSTALLED := .venv/.complete
 PYTEST := $(BIN)/python -m pytest
+FAST := not gpu and not slow and not drill
 
 # With small tensors on few cores, more threads only wait for each other. No test uses the network.
 export OMP_NUM_THREADS ?= 1
@@ -21,7 +22,7 @@ help:
 	@echo "make quickstart   environment, synthetic data, tiny checkpoint, joint training, evaluation, drawings"
 	@echo "make test         environment, all tests but the slow ones and those that need a GPU"
 	@echo "make test-slow    the slow ones"
-	@echo "make test-all     everything, GPU tests where there is one"
+	@echo "make test-all     everything, the long SIGKILL drill and, if there is a GPU, its tests too"
 	@echo "make test-next    the fast ones on newer torch and transformers, in .venv-next"
 	@echo "make lint types   ruff, pyright"
 	@echo "make format       ruff format and the import order"
@@ -42,10 +43,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/quickstart.py
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not gpu and not slow"
+	$(PYTEST) -n 2 --dist loadfile -m "$(FAST)"
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not drill"
 
 test-all: $(INSTALLED)
 	$(PYTEST)
@@ -61,7 +62,7 @@ NEXT := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
 	touch $@
 
 test-next: .venv-next/.complete
-	.venv-next/bin/python -m pytest -m "not gpu and not slow"
+	.venv-next/bin/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from convert.coco import read_instances
 from convert.items import Rejected
 from convert.jsonl import find as find_jsonl
 from convert.records import FileRecord
-from convert.target import REJECTED_FILE
+from convert.store import REJECTED_FILE
 from recipe.schema import Sample
 
 

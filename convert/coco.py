@@ -3,8 +3,8 @@
     python -m convert.coco --annotations instances.json --images DIR --out OUT --split train [--captions regions.json]
 
 A box's caption is its category's name, or its phrase in the `--captions` file:
-`{"regions": [{"annotation_id": 1, "phrase": "a white stove"}, ...]}`. Where an annotation has several phrases the
-first is taken. A picture without annotations is known to hold nothing. Crowd regions (`iscrowd`) are kept and marked,
+`{"regions": [{"annotation_id": 1, "phrase": "a white stove"}, ...]}`. If an annotation has several phrases, the
+first is taken. An image without annotations is known to hold nothing. Crowd regions (`iscrowd`) are kept and marked,
 `area` is kept.
 """
 
@@ -15,17 +15,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.cli import build_parser, run
 from convert.items import Found, Note, Rejected
-from convert.records import BadRecord, Parse, Record, list_records, parse_box, parse_dict, parse_number, parse_text
+from convert.records import (
+    BadRecord,
+    Parse,
+    Record,
+    check_file,
+    list_records,
+    parse_box,
+    parse_dict,
+    parse_number,
+    parse_text,
+)
+from convert.write import build_parser, run
 from recipe.schema import Object
 
 
 def read_instances(path: Path) -> dict[str, list[Any]]:
-    """The lists `images`, `annotations` and `categories` of a COCO instances file.
+    """Return the lists `images`, `annotations` and `categories` of a COCO instances file.
 
     Raises:
-        ValueError: It is no such file.
+        ValueError: It is not such a file.
     """
     return _read_lists(path, ("images", "annotations", "categories"))
 
@@ -33,7 +43,7 @@ def read_instances(path: Path) -> dict[str, list[Any]]:
 def find(
     instances: Mapping[str, Sequence[Any]], images: Path, captions: Path | None = None, source: str = "instances"
 ) -> Found:
-    """One record an image, in the file's order.
+    """Return one record per image, in the file's order.
 
     Annotations of no image and phrases of no annotation come first, as rejected records.
 
@@ -44,7 +54,7 @@ def find(
         source: Name of the instances file, for rejected records.
 
     Raises:
-        ValueError: `images` is no folder, a category has no name, or `captions` is no file of phrases.
+        ValueError: `images` is not a folder, a category has no name, or `captions` is not a file of phrases.
     """
     names, leading = _category_names(instances["categories"]), []
     image_ids = {_key(image, "id") for image in instances["images"]}
@@ -116,7 +126,7 @@ def _category_names(categories: Sequence[Any]) -> dict[Any, str]:
 
 
 def _read_phrases(path: Path, known: set[Any], phrases: dict[Any, str]) -> Iterator[Rejected | Note]:
-    """Fills `phrases` (annotation id → phrase); yields those that were not used."""
+    """Fill `phrases` (annotation id → phrase) and yield those that were not used."""
     for position, entry in enumerate(_read_lists(path, ("regions",))["regions"]):
         key = _key(entry, "annotation_id")
         where = f"{path.name}: region {position}"
@@ -131,30 +141,35 @@ def _read_phrases(path: Path, known: set[Any], phrases: dict[Any, str]) -> Itera
 
 
 def _read_lists(path: Path, keys: tuple[str, ...]) -> dict[str, list[Any]]:
+    wanted = f"a COCO file with the lists {', '.join(keys)}"
+    check_file(path, wanted)
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON ({error}): give {wanted}") from error
     missing = [key for key in keys if not (isinstance(data, dict) and isinstance(data.get(key), list))]
     if missing:
-        raise ValueError(f"{path} lacks the lists {missing}")
+        raise ValueError(f"{path} lacks the lists {missing}: give {wanted}")
     return {key: data[key] for key in keys}
 
 
 def _key(entry: Any, name: str) -> int | str | None:
-    """An id of `entry`, or None where it has none."""
+    """Return an id of `entry`, None if it has none."""
     value = entry.get(name) if isinstance(entry, dict) else None
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None
 
 
 def main() -> None:
-    """The command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="the instances file")
-    parser.add_argument("--images", type=Path, required=True, help="folder that file_name is relative to")
-    parser.add_argument("--captions", type=Path, help="phrases by annotation_id, in place of the category's name")
-    args = parser.parse_args()
-    run(lambda: find(read_instances(args.annotations), args.images, args.captions, args.annotations.name), args)
+    """Run the command line."""
+    parser = build_parser("coco", __doc__)
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the instances file")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: file_name is relative to it"
+    )
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help="phrases by annotation_id, in place of the category's name"
+    )
+    run(parser, lambda args: find(read_instances(args.annotations), args.images, args.captions, args.annotations.name))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a converter finds: samples, records it leaves out, notes of what it mended; and the count of it all."""
+"""What a converter finds: samples, records it leaves out, notes on what it fixed; and the count of it all."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from textwrap import shorten
+from typing import Any, Protocol
 
 from recipe.schema import Sample
 
@@ -27,30 +28,32 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Note:
-    """Something done to `count` parts of good records, such as boxes clipped by rounding. Strict lets it pass."""
+    """Something done to `count` parts of good records, such as boxes clipped by rounding. Not an error for --strict."""
 
     what: str
     count: int
 
 
 Item = Sample | Rejected | Note
+MOST_CAPTIONS = 1000  # counted one by one: captions in free text may all differ
+_SHOWN_CAPTIONS = 10
 
 
 class Entry(Protocol):
     """One record of a data set, not yet read; a worker process reads it."""
 
     def fingerprint(self) -> str:
-        """All that the outcome of `read` depends on, found out without decoding a picture."""
+        """Return all that the result of `read` depends on, without decoding an image."""
         ...
 
     def read(self) -> Iterator[Item]:
-        """The record's sample, or why it is rejected; notes before it."""
+        """Yield notes, then the record's sample or why it is rejected."""
         ...
 
 
 @dataclass(frozen=True)
 class Found:
-    """A data set before any picture is read.
+    """A data set before any image is read.
 
     Attributes:
         entries: Its records, in order.
@@ -63,10 +66,13 @@ class Found:
 
 @dataclass
 class Summary:
-    """What was written; `kept` of its `parts` by an earlier run."""
+    """What was written; `kept` of its `parts` by an earlier run.
+
+    `captions` counts the objects per caption, crowds left out; it stops at more than `MOST_CAPTIONS` different ones.
+    """
 
     samples: int = 0
-    pictures: int = 0
+    images: int = 0
     not_annotated: int = 0
     empty: int = 0
     objects: int = 0
@@ -75,40 +81,67 @@ class Summary:
     num_bytes: int = 0
     parts: int = 0
     kept: int = 0
+    captions: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
+    rejected: list[Rejected] = field(default_factory=list)
 
     def add(self, item: Item) -> None:
-        """Counts one item."""
+        """Count one item."""
         if isinstance(item, Note):
             self.notes[item.what] += item.count
         elif isinstance(item, Rejected):
-            self.rejected[item.reason] += 1
+            self.rejected.append(item)
         else:
+            objects = item.objects or ()
             self.samples += 1
-            self.pictures += bool(item.image)
+            self.images += bool(item.image)
             self.not_annotated += item.objects is None
             self.empty += item.objects == ()
-            self.objects += len(item.objects or ())
-            self.crowd += sum(thing.iscrowd for thing in item.objects or ())
+            self.objects += len(objects)
+            self.crowd += sum(thing.iscrowd for thing in objects)
+            if len(self.captions) <= MOST_CAPTIONS:
+                self.captions.update(thing.caption for thing in objects if not thing.iscrowd)
 
     def merge(self, other: "Summary") -> None:
-        """Adds the counts of `other`."""
+        """Add the counts of `other`."""
         for name, value in vars(other).items():
             mine = getattr(self, name)
             if isinstance(mine, Counter):
-                mine.update(value)
+                if name != "captions" or len(mine) <= MOST_CAPTIONS:
+                    mine.update(value)
             else:
                 setattr(self, name, mine + value)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {**vars(self), "rejected": [asdict(item) for item in self.rejected]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Summary":
+        """Return the summary that `to_json` was called on."""
+        summary = cls(**{**value, "rejected": [Rejected(**item) for item in value["rejected"]]})
+        summary.captions, summary.notes = Counter(summary.captions), Counter(summary.notes)
+        return summary
+
     def __str__(self) -> str:
         lines = [
-            f"  samples   {self.samples:>8}  ({self.pictures} with a picture, {self.empty} known to hold nothing, "
+            f"  samples   {self.samples:>8}  ({self.images} with an image, {self.empty} known to hold nothing, "
             f"{self.not_annotated} not annotated)",
             f"  objects   {self.objects:>8}  ({self.crowd} crowd regions)",
-            f"  shards    {self.shards:>8}  ({self.num_bytes / 2**20:.1f} MiB)",
         ]
+        if self.captions:
+            lines.append(f"  captions  {self._describe_captions()}")
+        lines.append(f"  shards    {self.shards:>8}  ({self.num_bytes / 2**20:.1f} MiB)")
         lines += [f"  note      {count:>8}  {what}" for what, count in self.notes.most_common()]
-        lines += [f"  rejected  {self.rejected.total():>8}"]
-        lines += [f"            {count:>8}  {reason}" for reason, count in self.rejected.most_common()]
+        lines += [f"  rejected  {len(self.rejected):>8}"]
+        reasons = Counter(item.reason for item in self.rejected)
+        lines += [f"            {count:>8}  {reason}" for reason, count in reasons.most_common()]
         return "\n".join(lines)
+
+    def _describe_captions(self) -> str:
+        number = len(self.captions)
+        if number > MOST_CAPTIONS:
+            return f"{f'> {MOST_CAPTIONS}':>8}  (different ones)"
+        shown = [f"{shorten(text, 40)} {count}" for text, count in self.captions.most_common(_SHOWN_CAPTIONS)]
+        more = f", and {number - len(shown)} more" if number > len(shown) else ""
+        return f"{number:>8}  ({', '.join(shown)}{more})"

@@ -2,13 +2,13 @@
 
     python -m convert.jsonl --annotations train.jsonl --images DIR --out OUT --split train
 
-One record a line, boxes xyxy in absolute pixels of the displayed picture:
+One record per line, boxes xyxy in absolute pixels of the displayed image:
 
     {"id": "a", "images": ["a.jpg"], "objects": [{"bbox_2d": [x1, y1, x2, y2], "desc": "a red car"}],
      "messages": [{"role": "user", "content": "..."}, ...], "width": 640, "height": 480}
 
 `objects` may also be parallel lists: `{"ref": ["a red car"], "bbox": [[x1, y1, x2, y2]]}`. Absent or null `objects`:
-not annotated; empty: known to hold nothing. A record without a picture is text only and needs `messages`. All keys
+not annotated; empty: known to hold nothing. A record without an image is text only and needs `messages`. All keys
 but these are ignored. The default id is FILE-LINE, the line counted from 1.
 """
 
@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.cli import build_parser, run
 from convert.items import Found
 from convert.records import (
     BadRecord,
     Parse,
     Record,
+    check_file,
     list_records,
     parse_box,
     parse_dict,
@@ -32,30 +32,32 @@ from convert.records import (
     parse_number,
     parse_text,
 )
+from convert.write import build_parser, run
 from recipe.schema import Object
 
 
 def find(annotations: Path, images: Path) -> Found:
-    """One record a line; blank lines are passed over.
+    """Return one record per line; blank lines are skipped.
 
     Args:
         annotations: File of JSON lines.
         images: Folder that `images` are relative to.
 
     Raises:
-        ValueError: `images` is no folder.
+        ValueError: `annotations` is not a file, or `images` is not a folder.
     """
+    check_file(annotations, "a file of JSON lines")
     return Found(list_records(images, _rows(annotations)))
 
 
 def _rows(annotations: Path) -> Iterator[tuple[str, str, Parse]]:
-    """Only the id is taken here: the lines wait as text, a fraction of what they are parsed."""
+    """Yield the lines with only their id parsed: as text they take a fraction of the memory."""
     with annotations.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             sample_id = f"{annotations.stem}-{number:06d}"
-            with suppress(BadRecord):  # parsing it again will tell
+            with suppress(BadRecord):  # parsing it again reports it
                 sample_id = _parse_id(_parse_line(line)) or sample_id
             yield sample_id, f"{annotations.name}: line {number}", partial(_parse, line)
 
@@ -64,7 +66,8 @@ def _parse_line(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadRecord("malformed json", error) from error
+        start = line[:60].decode(errors="replace").strip()
+        raise BadRecord("malformed json", f"{start!r} is not one JSON object on one line ({error})") from error
     return parse_dict(value, "the line")
 
 
@@ -117,12 +120,13 @@ def _parse_objects(value: Any) -> list[Object] | None:
 
 
 def main() -> None:
-    """The command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="the file of JSON lines")
-    parser.add_argument("--images", type=Path, required=True, help="folder that images are relative to")
-    args = parser.parse_args()
-    run(lambda: find(args.annotations, args.images), args)
+    """Run the command line."""
+    parser = build_parser("jsonl", __doc__)
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the file of JSON lines")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: their paths are relative to it"
+    )
+    run(parser, lambda args: find(args.annotations, args.images))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,37 @@
-"""Parts of a conversion: a fixed number of records, read, checked and written by one process.
+"""Parts of a conversion: a fixed number of records, read, checked and written by one process; merged at the end.
 
-A finished part is a marker file in the staging folder, which tells what the part was made from and what came of it.
-It appears by a rename, after everything it speaks of is safe on disk or in the object store, so that a conversion
-that was killed goes on after its finished parts.
+The staging folder of a part holds its index, its records and, written last, its summary: everything else is then safe
+on the disk or in the object store, so a killed conversion continues after its finished parts. Importing this module
+imports Streaming, and with it torch.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from streaming import MDSWriter
+from tqdm import tqdm
 
+from convert import store
 from convert.items import Entry, Rejected, Summary
-from convert.store import upload
-from recipe.records import to_record, write_part
+from recipe.records import INDEX_FILE, RECORDS_FILE, join_parts, parse_index, sync, to_record, write_part, write_whole
 from recipe.schema import MDS_COLUMNS, Sample
 
-PART_RECORDS = 1024  # never depends on the number of workers: it decides where shards end
-_VERSION = 1  # raise it when a converter makes something else of the same record
+_VERSION = 2  # increase it when the same record gives other bytes
+_REFRESH = 0.2  # seconds between two looks at the counter of records
+_make: Callable[[int], Summary]  # of a worker process: set once, when it starts
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,12 @@ class Job:
 
     Attributes:
         entries: All records.
-        staging: Folder of markers and unfinished parts.
+        staging: Folder of the parts' state; `data` in it becomes the data set, or holds what is uploaded last.
         address: Object store that finished shards go to; None: they wait in `data`.
-        stored: Names of the shards in that store at the start, None where it cannot list them.
-        part_records: Records of a part.
+        stored: Names in that store at the start, None if it cannot list them.
+        part_records: Records per part.
         hashes: Checksums kept in the index, sorted.
-        size_limit: Bytes of one shard, as `MDSWriter` takes it.
+        size_limit: Bytes per shard, as `MDSWriter` takes it.
         strict: A part ends at its first rejected record.
         restartable: Finished parts of an earlier run are kept.
     """
@@ -53,80 +61,121 @@ class Job:
     restartable: bool
 
     @property
-    def num_parts(self) -> int:
-        """Parts of the data set, at least one."""
-        return max(1, -(-len(self.entries) // self.part_records))
-
-    @property
     def data(self) -> Path:
-        """Folder that becomes the data set, or what is uploaded last."""
+        """See `staging`."""
         return self.staging / "data"
 
-    def records_file(self, number: int) -> Path:
-        """The part's lines of the sidecar."""
-        return self.staging / f"{number:05d}.records.gz"
+    @cached_property
+    def folders(self) -> list[Path]:
+        """The staging folder of each part, at least one; its name is also that of its shards' folder."""
+        return [self.staging / f"{number:05d}" for number in range(max(1, -(-len(self.entries) // self.part_records)))]
 
 
-@dataclass
-class Part:
-    """What came of a part, as its marker holds it; `kept`: by an earlier run."""
-
-    fingerprint: str
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    summary: Summary = field(default_factory=Summary)
-    kept: bool = False
-
-
-def make_part(job: Job, number: int, advance: Callable[[int], object]) -> Part:
-    """Reads and writes part `number`, or finds that an earlier run did.
-
-    Args:
-        job: The conversion.
-        number: Of the part, from 0.
-        advance: Told the number of records that are done.
+def iter_parts(job: Job, num_workers: int) -> Generator[Summary, None, None]:
+    """Make all parts and yield their summaries in order, with a progress bar; 0 or 1 workers: this process alone.
 
     Raises:
         ValueError: An entry cannot be read at all.
-        OSError: The disk or the object store failed.
+        OSError: The disk or the object store failed, or a worker died.
     """
-    entries = job.entries[number * job.part_records : (number + 1) * job.part_records]
-    marker = job.staging / f"{number:05d}.json"
-    fingerprint = _fingerprint(job, entries) if job.restartable else ""
-    part = _load_part(job, marker, fingerprint) if job.restartable else None
-    if part is not None and _is_whole(job, part, number):
-        advance(len(entries))
-        return part
-    marker.unlink(missing_ok=True)
-    part = _write_part(job, number, entries, fingerprint, advance)
-    _save_part(marker, part)
-    return part
+    numbers = range(len(job.folders))
+    hidden = None if job.restartable else True  # None: hidden unless on a terminal
+    bar = partial(tqdm, total=len(job.entries), unit=" records", file=sys.stderr, disable=hidden)
+    if min(num_workers, len(numbers)) <= 1:
+        with bar() as progress:
+            yield from (make_part(job, number, progress.update) for number in numbers)
+        return
+    # By fork, workers inherit the records, whatever they hold: nothing is pickled or parsed twice.
+    context = multiprocessing.get_context("fork")
+    done = context.Value("q", 0)
 
+    def advance(num_records: int) -> None:
+        with done.get_lock():
+            done.value += num_records
 
-def write_durably(path: Path, text: str) -> None:
-    """Puts the file in place by a rename, with its bytes on disk before and its name on disk after."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    sync(new)
-    new.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's bytes, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    make = partial(make_part, job, advance=advance)
+    executor = ProcessPoolExecutor(min(num_workers, len(numbers)), context, _start_worker, (make,))
     try:
-        os.fsync(descriptor)
+        futures = [executor.submit(_call_make, number) for number in numbers]
+        with bar() as progress:  # after the fork, because it may start a thread
+            for future in futures:
+                while not wait([future], timeout=_REFRESH).done:
+                    progress.update(done.value - progress.n)
+                progress.update(done.value - progress.n)
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a worker process was killed, perhaps because memory ran out: run the same command again, with fewer "
+            "--num-workers"
+        ) from error
     finally:
-        os.close(descriptor)
+        executor.shutdown(cancel_futures=True)
+
+
+def make_part(job: Job, number: int, advance: Callable[[int], object]) -> Summary:
+    """Read and write part `number`, unless an earlier run did; `advance` is called with the number of records done."""
+    folder = job.folders[number]
+    entries = job.entries[number * job.part_records : (number + 1) * job.part_records]
+    fingerprint = _fingerprint(job, entries) if job.restartable else ""
+    kept = _load_part(job, folder, fingerprint) if job.restartable else None
+    if kept is not None:
+        advance(len(entries))
+        return kept
+    shutil.rmtree(folder, ignore_errors=True)
+    summary, records = Summary(), []
+    writer = _ShardWriter(
+        columns=dict(MDS_COLUMNS), out=str(folder), hashes=list(job.hashes), size_limit=job.size_limit
+    )
+    try:
+        for item in (item for entry in entries for item in _read(entry, advance)):
+            summary.add(item)
+            if isinstance(item, Sample):
+                writer.write(item.to_mds())
+                records.append(to_record(item))
+            elif isinstance(item, Rejected) and job.strict:
+                break
+    except BaseException:
+        writer.cancel_future_jobs()  # `finish`, and so `with`, would write an index that looks whole
+        raise
+    writer.finish()
+    summary.shards = len(writer.shards)
+    summary.num_bytes = sum(shard["raw_data"]["bytes"] for shard in writer.shards)
+    write_part(folder / RECORDS_FILE, records)
+    _save_part(job, folder, [shard["raw_data"]["basename"] for shard in writer.shards])
+    state = {"fingerprint": fingerprint, "summary": summary.to_json()}
+    write_whole(folder / store.PART_FILE, json.dumps(state).encode())
+    return summary
+
+
+def merge_parts(job: Job) -> None:
+    """Write the index and the records of the whole data set; remove what an earlier run left in `job.data`.
+
+    The index is the one that Streaming's `merge_index` writes. That function names shards that do not exist if there
+    is a # or ? in the folder's path, fails if a killed run left an index, does not flush it to the disk, and warns on
+    every call.
+    """
+    names = {folder.name for folder in job.folders}
+    for path in (path for path in job.data.iterdir() if path.name not in names):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    index = {"version": 2, "shards": [shard for folder in job.folders for shard in _read_shards(folder)]}
+    join_parts(job.data / RECORDS_FILE, [folder / RECORDS_FILE for folder in job.folders], index)
+    sync(job.data / RECORDS_FILE)
+    write_whole(job.data / INDEX_FILE, json.dumps(index, sort_keys=True).encode())
 
 
 class _ShardWriter(MDSWriter):
-    """`MDSWriter`, which flushes an empty shard when the first sample alone is over `size_limit`."""
+    """`MDSWriter` without its empty shard if the first sample alone is over `size_limit`, and without its sleep."""
 
     def flush_shard(self) -> None:
         if self.new_samples:
             super().flush_shard()
+            # Nothing is uploaded here, but `finish` sleeps for a second if the queue of uploads is not empty yet.
+            self.executor.submit(int).result()
+
+
+def _read(entry: Entry, advance: Callable[[int], object]) -> Iterator[Any]:
+    yield from entry.read()
+    advance(1)
 
 
 def _fingerprint(job: Job, entries: Iterable[Entry]) -> str:
@@ -136,91 +185,63 @@ def _fingerprint(job: Job, entries: Iterable[Entry]) -> str:
     return digest.hexdigest()
 
 
-def _save_part(marker: Path, part: Part) -> None:
-    rejected = [asdict(item) for item in part.rejected]
-    value = {
-        "fingerprint": part.fingerprint,
-        "shards": part.shards,
-        "rejected": rejected,
-        "summary": vars(part.summary),
-    }
-    write_durably(marker, json.dumps(value))
+def _read_shards(folder: Path) -> list[dict[str, Any]]:
+    """Return the shards in the index of a part, their names relative to the data set."""
+    shards = parse_index(folder / INDEX_FILE)["shards"]
+    for shard in shards:
+        shard["raw_data"]["basename"] = f"{folder.name}/{shard['raw_data']['basename']}"
+    return shards
 
 
-def _load_part(job: Job, marker: Path, fingerprint: str) -> Part | None:
-    """The part that the marker tells of, or None: there is none, or it was made from something else."""
-    try:
-        value = json.loads(marker.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    if value["fingerprint"] != fingerprint:
-        return None
-    counts = value["summary"]
-    summary = Summary(**{**counts, "notes": Counter(counts["notes"]), "rejected": Counter(counts["rejected"])})
-    rejected = [Rejected(**item) for item in value["rejected"]]
-    return Part(fingerprint, value["shards"], rejected, summary, kept=True)
-
-
-def _is_whole(job: Job, part: Part, number: int) -> bool:
-    """Nobody removed what the marker speaks of."""
-    if not job.records_file(number).is_file():
-        return False
-    files = [shard["raw_data"] for shard in part.shards]
+def _save_part(job: Job, folder: Path, names: Sequence[str]) -> None:
+    """Move the shards to `job.data` or the object store, and wait until all files are on the disk."""
+    for path in folder.iterdir():
+        sync(path)
+    target = job.data / folder.name
+    shutil.rmtree(target, ignore_errors=True)
     if job.address is not None:
-        return job.stored is None or all(file["basename"] in job.stored for file in files)
-    paths = [(job.data / file["basename"], file["bytes"]) for file in files]
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
-
-
-def _write_part(
-    job: Job, number: int, entries: Iterable[Entry], fingerprint: str, advance: Callable[[int], object]
-) -> Part:
-    """Leaves the shards in `job.data` or the object store, and the lines of the sidecar beside the marker."""
-    folder = job.staging / f"{number:05d}.unfinished"
-    shutil.rmtree(folder, ignore_errors=True)
-    part, records = Part(fingerprint), []
-    writer = _ShardWriter(
-        columns=dict(MDS_COLUMNS), out=str(folder), hashes=list(job.hashes), size_limit=job.size_limit
-    )
-    try:
-        for entry in entries:
-            for item in entry.read():
-                part.summary.add(item)
-                if isinstance(item, Sample):
-                    writer.write(item.to_mds())
-                    records.append(to_record(item))
-                elif isinstance(item, Rejected):
-                    part.rejected.append(item)
-                    if job.strict:
-                        break
-            advance(1)
-            if job.strict and part.rejected:
-                break
-        writer.flush_shard()
-    finally:
-        writer.executor.shutdown()  # not `finish`: it writes an index, after a second of waiting for no uploads
-    part.shards = writer.shards
-    _name_shards(folder, number, part.shards)
-    write_part(job.records_file(number), records)
-    sync(job.records_file(number))
-    _hand_over(job, folder, [shard["raw_data"]["basename"] for shard in part.shards])
-    return part
-
-
-def _name_shards(folder: Path, number: int, shards: list[dict[str, Any]]) -> None:
-    """Gives shards names that are the same for any number of workers and sort in order."""
-    for position, shard in enumerate(shards):
-        name = f"shard.{number:05d}.{position:05d}.mds"
-        (folder / shard["raw_data"]["basename"]).rename(folder / name)
-        shard["raw_data"]["basename"] = name
-
-
-def _hand_over(job: Job, folder: Path, names: Sequence[str]) -> None:
-    if job.address is not None:
-        upload(folder, names, job.address)
-    else:
+        store.upload(folder, names, store.join(job.address, folder.name))
+    elif names:
+        target.mkdir()
         for name in names:
-            sync(folder / name)
-            (folder / name).replace(job.data / name)
+            (folder / name).replace(target / name)
+        sync(target)
         sync(job.data)
-    shutil.rmtree(folder)
+
+
+def _load_part(job: Job, folder: Path, fingerprint: str) -> Summary | None:
+    """Return the summary of a part that an earlier run made from the same entries, None if it is not whole."""
+    try:
+        state = json.loads((folder / store.PART_FILE).read_bytes())
+        files = [shard["raw_data"] for shard in _read_shards(folder)]
+    except (OSError, ValueError):
+        return None
+    if job.address is not None:
+        whole = job.stored is None or all(file["basename"] in job.stored for file in files)
+    else:
+        paths = [(job.data / file["basename"], file["bytes"]) for file in files]
+        whole = all(path.is_file() and path.stat().st_size == size for path, size in paths)
+    if not whole or not (folder / RECORDS_FILE).is_file() or state["fingerprint"] != fingerprint:
+        return None
+    summary = Summary.from_json(state["summary"])
+    summary.kept = 1
+    return summary
+
+
+def _start_worker(make: Callable[[int], Summary]) -> None:
+    global _make
+    _make = make
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent decides
+    Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """End a worker whose parent was killed: it would wait indefinitely and hold the conversion's lock."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _call_make(number: int) -> Summary:
+    return _make(number)

@@ -1,4 +1,4 @@
-"""The checks that every record of every format goes through on its way to a `Sample`."""
+"""What makes a record good: the checks of every format on its way to a `Sample`."""
 
 import io
 import math
@@ -12,20 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from convert.items import Item, Note, Rejected
-from recipe.boxes import clip_boxes
 from recipe.images import describe_decode_error, displayed_size, open_image
 from recipe.schema import Box, Message, Object, Sample
 
-ROUNDING = 1.0  # a box may stick out of the picture by so many pixels: it is clipped, and counted
-PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 ROLES = ("system", "user", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")  # such as <|im_end|>: it would break a conversation apart
-# What Pillow raises on broken files, beside OSError.
+# What Pillow raises on broken files.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -40,7 +38,7 @@ _DECODE_ERRORS = (
 
 
 class BadRecord(ValueError):
-    """A record that is to be left out, with its reason and the offending value."""
+    """A record that must be left out, with its reason and the offending value."""
 
     def __init__(self, reason: str, detail: object = "") -> None:
         super().__init__(f"{reason}: {detail}")
@@ -50,12 +48,12 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """What a format file says of one record, not yet checked against the picture.
+    """What a format file says about one record, not yet checked against the image.
 
     Attributes:
         image: Path under the image root, or None for a text-only record.
         objects: As in `Sample`.
-        size: Stated (width, height) of the displayed picture, or None.
+        size: Stated (width, height) of the displayed image, or None.
         messages: As in `Sample`.
     """
 
@@ -73,9 +71,9 @@ class FileRecord:
     """A record of a format file, not yet parsed: an `Entry`.
 
     Attributes:
-        image_root: Real path of the pictures' folder; nothing outside it is read.
+        image_root: Real path of the images' folder; nothing outside it is read.
         id: Of the record.
-        source: Where it stands, for the reader of rejected.jsonl.
+        source: Its file and place in it, for the reader of rejected.jsonl.
         parse: Makes the record; may raise `BadRecord`.
     """
 
@@ -85,18 +83,18 @@ class FileRecord:
     parse: Parse
 
     def fingerprint(self) -> str:
-        """What the file says, and the size and time of the picture it names."""
+        """Return what the file says, and the size and time of the image it names."""
         try:
-            record, picture = self.parse(), None
+            record, file = self.parse(), None
             if record.image is not None:
-                stat = os.stat(find_picture(self.image_root, record.image))
-                picture = (stat.st_size, stat.st_mtime_ns)
+                stat = os.stat(find_image(self.image_root, record.image))
+                file = (stat.st_size, stat.st_mtime_ns)
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
-        return repr((self.id, self.source, record, picture))
+        return repr((self.id, self.source, record, file))
 
     def read(self) -> Iterator[Item]:
-        """Yields the sample (after a note of boxes it clipped), or why it is rejected."""
+        """Yield the sample (after a note on clipped boxes), or why it is rejected."""
         try:
             _check_text(self.id)
             sample, num_clipped = self._check(self.parse())
@@ -104,23 +102,23 @@ class FileRecord:
             yield Rejected(self.id, self.source, error.reason, error.detail)
             return
         if num_clipped:
-            yield Note("boxes clipped to the picture by rounding", num_clipped)
+            yield Note("boxes clipped to the image by rounding", num_clipped)
         yield sample
 
     def _check(self, record: Record) -> tuple[Sample, int]:
-        """The sample, and how many of its boxes were clipped."""
+        """Return the sample, and how many of its boxes were clipped."""
         messages = None if record.messages is None else tuple(record.messages)
-        _check_messages(messages or (), num_pictures=int(record.image is not None))
+        _check_messages(messages or (), num_images=int(record.image is not None))
         if record.image is None:
             if messages is None:
-                raise BadRecord("neither picture nor messages")
+                raise BadRecord("neither image nor messages")
             if record.objects:
-                raise BadRecord("objects without a picture", f"{len(record.objects)} objects")
+                raise BadRecord("objects without an image", f"{len(record.objects)} objects")
             return Sample(self.id, b"", 0, 0, None, messages), 0
-        data, width, height = read_picture(find_picture(self.image_root, record.image))
+        data, width, height = read_image(find_image(self.image_root, record.image))
         if record.size is not None and record.size != (width, height):
             stated = f"{record.size[0]:g}x{record.size[1]:g}"
-            raise BadRecord("wrong size", f"stated {stated}, the displayed picture is {width}x{height}")
+            raise BadRecord("wrong size", f"stated {stated}, the displayed image is {width}x{height}")
         if record.objects is None:
             return Sample(self.id, data, width, height, None, messages), 0
         objects = tuple(check_object(item, width, height) for item in record.objects)
@@ -129,14 +127,14 @@ class FileRecord:
 
 
 def list_records(image_root: Path, rows: Iterable[tuple[str, str, Parse]]) -> list[FileRecord]:
-    """The records of a format file, in order; the first with an id owns it, later ones are rejected.
+    """Return the records of a format file, in order; the first with an id owns it, later ones are rejected.
 
     Args:
-        image_root: Folder of the pictures.
-        rows: (id, source, parse) of each record; the id is empty where it has none.
+        image_root: Folder of the images.
+        rows: (id, source, parse) of each record; the id is empty if it has none.
 
     Raises:
-        ValueError: `image_root` is no folder.
+        ValueError: `image_root` is not a folder.
     """
     if not image_root.is_dir():
         raise ValueError(f"image folder {image_root} does not exist")
@@ -149,15 +147,21 @@ def list_records(image_root: Path, rows: Iterable[tuple[str, str, Parse]]) -> li
     return records
 
 
+def check_file(path: Path, wanted: str) -> None:
+    """Raise ValueError if the annotation file is not there."""
+    if not path.is_file():
+        raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give {wanted}")
+
+
 def _refuse_duplicate(sample_id: str) -> Record:
     raise BadRecord("duplicate id", sample_id)
 
 
-def find_picture(root: str, name: str) -> str:
-    """The real path of the file `name` under `root`.
+def find_image(root: str, name: str) -> str:
+    """Return the real path of the file `name` under `root`.
 
     Raises:
-        BadRecord: It is absolute, leaves `root` (links followed), or is no file.
+        BadRecord: It is absolute, leaves `root` (links followed), or is not a file.
     """
     if "\0" in name:
         raise BadRecord("missing file", repr(name))
@@ -165,36 +169,36 @@ def find_picture(root: str, name: str) -> str:
     if os.path.isabs(name) or os.path.commonpath([root, path]) != root:
         raise BadRecord("path leaves the image root", name)
     if not os.path.isfile(path):
-        raise BadRecord("missing file", repr(name))
+        raise BadRecord("missing file", f"{os.path.join(root, name)!r}")
     return path
 
 
-def read_picture(path: str) -> tuple[bytes, int, int]:
-    """The file's bytes, and the width and height of the picture as displayed (EXIF orientation applied).
+def read_image(path: str) -> tuple[bytes, int, int]:
+    """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied).
 
-    Every byte is decoded, so that no truncated file passes. A JPEG's pixels are then not needed: at an eighth of its
-    size, in gray, the check takes half the time of a whole one.
+    Every byte is decoded, so no truncated file passes. The pixels of a JPEG are not needed: decoding it at an eighth of
+    its size, in gray, takes half the time.
 
     Raises:
         BadRecord: It cannot be decoded.
     """
     try:
         data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data), formats=PICTURE_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.format != "JPEG":
                 return data, *open_image(data).size
             image.draft("L", (1, 1))
             image.load()
         return data, *displayed_size(data)
     except _DECODE_ERRORS as error:
-        raise BadRecord("unreadable picture", f"{os.path.basename(path)}: {describe_decode_error(error)}") from error
+        raise BadRecord("unreadable image", f"{os.path.basename(path)}: {describe_decode_error(error)}") from error
 
 
 def check_object(item: Object, width: int, height: int) -> Object:
-    """The object, its box cut to the picture where it sticks out by at most `ROUNDING` pixels.
+    """Return the object, its box cut to the image if it sticks out by at most `ROUNDING` pixels.
 
     Raises:
-        BadRecord: The box is not finite, inverted, of no area or outside the picture, or the caption is empty
+        BadRecord: The box is not finite, inverted, of no area or outside the image, or the caption is empty
             or holds a control token.
     """
     if not item.caption and not item.iscrowd:
@@ -207,10 +211,11 @@ def check_object(item: Object, width: int, height: int) -> Object:
     excess = max(-x1, -y1, x2 - width, y2 - height)
     if excess <= 0:
         return item
-    where = f"{item.box} in a picture of {width}x{height}"
+    where = f"{item.box} in an image of {width}x{height}"
     if excess > ROUNDING + 1e-6:
-        raise BadRecord("box outside the picture", where)
-    x1, y1, x2, y2 = clip_boxes(torch.tensor(item.box, dtype=torch.float64), width, height).tolist()
+        raise BadRecord("box outside the image", where)
+    limits = (width, height, width, height)
+    x1, y1, x2, y2 = (min(max(value, 0.0), float(limit)) for value, limit in zip(item.box, limits, strict=True))
     _check_extent((x1, y1, x2, y2))
     return replace(item, box=(x1, y1, x2, y2))
 
@@ -226,7 +231,7 @@ def _check_extent(box: Box) -> None:
 
 
 def parse_box(values: Any) -> Box:
-    """Four numbers, or `BadRecord`."""
+    """Return four numbers, or raise `BadRecord`."""
     if not isinstance(values, list) or len(values) != 4:
         raise BadRecord("malformed box", f"{values!r} is not four numbers")
     first, second, third, fourth = (parse_number(value, "malformed box") for value in values)
@@ -234,7 +239,7 @@ def parse_box(values: Any) -> Box:
 
 
 def parse_number(value: Any, reason: str = "malformed record") -> float:
-    """A number as float (also NaN and infinite), or `BadRecord` with `reason`."""
+    """Return a number as float (also NaN and infinite), or raise `BadRecord` with `reason`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRecord(reason, f"{value!r} is not a number")
     try:
@@ -244,21 +249,21 @@ def parse_number(value: Any, reason: str = "malformed record") -> float:
 
 
 def parse_text(value: Any, what: str) -> str:
-    """Text without the white space around it, or `BadRecord`."""
+    """Return text without the white space around it, or raise `BadRecord`."""
     if not isinstance(value, str):
         raise BadRecord("malformed record", f"{what} is {value!r}, not text")
     return value.strip()
 
 
 def parse_dict(value: Any, what: str) -> dict[str, Any]:
-    """A JSON object, or `BadRecord`."""
+    """Return a JSON object, or raise `BadRecord`."""
     if not isinstance(value, dict):
         raise BadRecord("malformed record", f"{what} is {value!r}, not a JSON object")
     return value
 
 
 def parse_messages(value: Any) -> list[Message] | None:
-    """A chat whose contents are text or lists of text and image parts, None for none, or `BadRecord`."""
+    """Return a chat of text or lists of text and image parts, None for none, or raise `BadRecord`."""
     if value is None:
         return None
     if not isinstance(value, list) or not value:
@@ -276,7 +281,7 @@ def parse_messages(value: Any) -> list[Message] | None:
 
 
 def message_parts(message: Message) -> list[Any]:
-    """The content of a message as a list of parts; `<image>` in a user's plain text is an image part."""
+    """Return the content of a message as a list of parts; `<image>` in a user's plain text is an image part."""
     content = message.get("content")
     if not isinstance(content, str):
         return content if isinstance(content, list) else [content]
@@ -290,14 +295,14 @@ def _is_part(part: Any) -> bool:
     return kind == "image" or (kind == "text" and isinstance(part.get("text"), str))
 
 
-def _check_messages(messages: Sequence[Message], num_pictures: int) -> None:
-    """Refuses what training would refuse: control tokens, and placeholders for more pictures than there are."""
+def _check_messages(messages: Sequence[Message], num_images: int) -> None:
+    """Refuse what training would refuse: control tokens, and placeholders for more images than there are."""
     parts = [part for message in messages for part in message_parts(message)]
     for part in parts:
         _check_text(part.get("text", ""))
     found = sum(part["type"] == "image" for part in parts)
-    if found > num_pictures:
-        raise BadRecord("malformed messages", f"{found} image placeholders and {num_pictures} pictures")
+    if found > num_images:
+        raise BadRecord("malformed messages", f"{found} image placeholders and {num_images} images")
 
 
 def _check_text(text: str) -> None:

@@ -6,18 +6,17 @@ Scene `index` of seed `seed` depends on nothing else, so two splits with differe
 run begins with the scenes of a shorter one.
 """
 
+import argparse
 import io
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import cache
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torchvision.ops import box_iou
 
-from convert.cli import build_parser, run
 from convert.items import Found
+from convert.write import build_parser, run
 from recipe.schema import Box, Object, Sample
 
 COLORS = {
@@ -28,17 +27,17 @@ COLORS = {
     "purple": (142, 48, 176),
     "orange": (244, 132, 24),
 }
-SIZES = {"small": (0.25, 0.32), "large": (0.40, 0.50)}  # side of the shape, as a share of the picture's
+SIZES = {"small": (0.25, 0.32), "large": (0.40, 0.50)}  # side of the shape, as a share of the image's
 SHAPES = ("circle", "square", "triangle", "star")
 MAX_IOU = 0.1
-_OVERSAMPLE = 4  # shapes are drawn so many times larger and reduced, for smooth edges
-_PLACES = 100  # tried for a shape
-_SCENES = 20  # tried for a count of shapes
+_OVERSAMPLE = 4  # shapes are drawn this many times larger and reduced, for smooth edges
+_PLACES = 100  # tried per shape
+_SCENES = 20  # tried per count of shapes
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """A placed shape: `mask` (side, side) uint8 coverage, its corner in the picture, the tight box around it."""
+    """A placed shape: `mask` (side, side) uint8 coverage, its corner in the image, the tight box around it."""
 
     mask: np.ndarray
     left: int
@@ -49,7 +48,7 @@ class _Shape:
 
 
 def draw_scene(seed: int, index: int, image_size: int = 140, min_objects: int = 1, max_objects: int = 4) -> Sample:
-    """Draws one scene: a PNG, and the tight boxes of its shapes, which overlap by at most `MAX_IOU`.
+    """Draw one scene: a PNG, and the tight boxes of its shapes, which overlap by at most `MAX_IOU`.
 
     Args:
         seed: Of the data set.
@@ -84,7 +83,7 @@ def draw_scene(seed: int, index: int, image_size: int = 140, min_objects: int = 
 def iter_samples(
     num_samples: int, seed: int, image_size: int = 140, min_objects: int = 1, max_objects: int = 4
 ) -> Iterator[Sample]:
-    """The scenes 0 to `num_samples` - 1 of `seed`; see `draw_scene`."""
+    """Yield the scenes 0 to `num_samples` - 1 of `seed`; see `draw_scene`."""
     for index in range(num_samples):
         yield draw_scene(seed, index, image_size, min_objects, max_objects)
 
@@ -100,11 +99,11 @@ class Scene:
     max_objects: int = 4
 
     def fingerprint(self) -> str:
-        """The arguments decide everything."""
+        """Return the arguments, which decide everything."""
         return repr(self)
 
     def read(self) -> Iterator[Sample]:
-        """Draws the scene."""
+        """Draw the scene."""
         yield draw_scene(*astuple(self))
 
 
@@ -120,18 +119,23 @@ def _background(rng: np.random.Generator, image_size: int) -> np.ndarray:
 
 
 def _place_shapes(rng: np.random.Generator, count: int, image_size: int) -> list[_Shape] | None:
-    """`count` shapes that hardly overlap, or None where one found no place."""
+    """`count` shapes that hardly overlap, or None if one found no place."""
     shapes: list[_Shape] = []
     for _ in range(count):
         for _ in range(_PLACES):
             shape = _random_shape(rng, image_size)
-            placed = torch.tensor([other.box for other in shapes]).reshape(-1, 4)
-            if not (box_iou(torch.tensor([shape.box]), placed) > MAX_IOU).any():
+            if all(_iou(shape.box, other.box) <= MAX_IOU for other in shapes):
                 shapes.append(shape)
                 break
         else:
             return None
     return shapes
+
+
+def _iou(box: Box, other: Box) -> float:
+    (x1, y1, x2, y2), (u1, v1, u2, v2) = box, other
+    overlap = max(0.0, min(x2, u2) - max(x1, u1)) * max(0.0, min(y2, v2) - max(y1, v1))
+    return overlap / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - overlap)
 
 
 def _random_shape(rng: np.random.Generator, image_size: int) -> _Shape:
@@ -167,7 +171,7 @@ def _mask(name: str, side: int) -> tuple[np.ndarray, Box]:
 
 
 def _paint(rng: np.random.Generator, pixels: np.ndarray, shape: _Shape) -> None:
-    """Paints a shape into `pixels` (H, W, 3), its colour a little off the named one."""
+    """Paint a shape into `pixels` (H, W, 3), its colour a little off the named one."""
     color = np.asarray(COLORS[shape.color]) + rng.uniform(-10, 10, size=3)
     side = len(shape.mask)
     area = pixels[shape.top : shape.top + side, shape.left : shape.left + side]
@@ -175,16 +179,19 @@ def _paint(rng: np.random.Generator, pixels: np.ndarray, shape: _Shape) -> None:
 
 
 def main() -> None:
-    """The command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--num-samples", type=int, required=True)
+    """Run the command line."""
+    parser = build_parser("shapes", __doc__)
+    parser.add_argument("--num-samples", type=int, required=True, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image-size", type=int, default=140, help="pixels, width and height; default %(default)s")
     parser.add_argument("--min-objects", type=int, default=1)
     parser.add_argument("--max-objects", type=int, default=4)
-    args = parser.parse_args()
+    run(parser, _find)
+
+
+def _find(args: argparse.Namespace) -> Found:
     options = (args.image_size, args.min_objects, args.max_objects)
-    run(lambda: Found([Scene(args.seed, index, *options) for index in range(args.num_samples)]), args)
+    return Found([Scene(args.seed, index, *options) for index in range(args.num_samples)])
 
 
 if __name__ == "__main__":

@@ -1,23 +1,26 @@
-"""Chooses a diverse pool of teachers from a converted data set, into an MDS folder of its own.
+"""Choose a diverse pool of teachers from a converted data set, into an MDS folder of its own.
 
     python -m convert.teachers --local OUT --split train --out POOL --num-samples 32 --seed 1
 
 Each pick adds the most captions that the pool lacks; among equals, and once all captions are there, the one whose
 object count and object size are farthest from those picked. The pool is in the order of picking, so its first
-samples are the most telling. Only annotated samples with a picture and an object that is no crowd can be teachers.
+samples are the most telling. Only annotated samples with an image and an object that is not a crowd can be teachers.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from streaming import StreamingDataset
 
-from convert.cli import build_parser, run_items
 from convert.verify import check_shard, read_index
+from convert.write import WRITE_OPTIONS, build_parser, parse_args, report, write_split
 from recipe.redact import redact
 from recipe.schema import Sample
+
+if TYPE_CHECKING:
+    from streaming import StreamingDataset
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Candidate:
 
     Attributes:
         index: Position in the data set.
-        captions: Of the objects that are no crowd.
-        num_objects: That are no crowd.
-        object_size: Mean side of the boxes, as a share of the picture's.
+        captions: Of the objects that are not crowds.
+        num_objects: That are not crowds.
+        object_size: Mean side of the boxes, as a share of the image's.
     """
 
     index: int
@@ -38,7 +41,7 @@ class Candidate:
 
 
 def candidate(index: int, sample: Sample) -> Candidate | None:
-    """The sample as a candidate, or None where it cannot teach."""
+    """Return the sample as a candidate, None if it cannot teach."""
     objects = [item for item in sample.objects or () if not item.iscrowd]
     if not objects or not sample.image:
         return None
@@ -48,7 +51,7 @@ def candidate(index: int, sample: Sample) -> Candidate | None:
 
 
 def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list[int]:
-    """The `index` of the picked candidates, in the order of picking.
+    """Return the `index` of the picked candidates, in the order of picking.
 
     Args:
         candidates: To pick from.
@@ -60,8 +63,8 @@ def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list
     """
     if len(candidates) < num_samples:
         raise ValueError(
-            f"{num_samples} teachers asked, but only {len(candidates)} samples can be one (annotated, with a picture "
-            "and an object that is no crowd): lower --num-samples"
+            f"{num_samples} teachers asked, but only {len(candidates)} samples can be one (annotated, with an image "
+            "and an object that is not a crowd): lower --num-samples"
         )
     features = np.log([(item.num_objects, item.object_size) for item in candidates]).reshape(-1, 2)
     features = (features - features.min(axis=0)) / np.maximum(np.ptp(features, axis=0), 1e-12)
@@ -80,8 +83,8 @@ def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list
     return [candidates[position].index for position in picked]
 
 
-def iter_samples(dataset: StreamingDataset, num_samples: int, seed: int) -> Iterator[Sample]:
-    """The pool, in the order of picking.
+def iter_samples(dataset: "StreamingDataset", num_samples: int, seed: int) -> Iterator[Sample]:
+    """Yield the pool, in the order of picking.
 
     Args:
         dataset: A converted data set; read twice.
@@ -97,14 +100,16 @@ def iter_samples(dataset: StreamingDataset, num_samples: int, seed: int) -> Iter
 
 
 def main() -> None:
-    """The command line."""
-    parser = build_parser(__doc__, with_split=False)
+    """Run the command line."""
+    parser = build_parser("teachers", __doc__)
     parser.add_argument("--local", required=True, help="the data set's folder, or the cache of --remote")
     parser.add_argument("--remote", help="the data set's object-store address")
-    parser.add_argument("--split", help="folder of the shards under --local and --remote")
-    parser.add_argument("--num-samples", type=int, required=True)
+    parser.add_argument("--split", metavar="NAME", help="folder of the shards under --local and --remote")
+    parser.add_argument("--num-samples", type=int, required=True, metavar="N", help="size of the pool")
     parser.add_argument("--seed", type=int, default=0, help="decides between equals")
-    args = parser.parse_args()
+    args = parse_args(parser, with_split=False)
+    from streaming import StreamingDataset  # imports torch
+
     folder = Path(args.local, args.split or "")
     try:
         dataset = StreamingDataset(local=args.local, remote=args.remote, split=args.split, batch_size=1)
@@ -118,7 +123,8 @@ def main() -> None:
     problems = [line for shard in shards for line in check_shard(folder, shard, decode=False)[1]]
     if problems:
         parser.exit(1, "".join(f"error: {problem}\n" for problem in problems))
-    run_items(iter_samples(dataset, args.num_samples, args.seed), args)
+    options = {name: getattr(args, name) for name in WRITE_OPTIONS}
+    report(lambda: write_split(iter_samples(dataset, args.num_samples, args.seed), args.out, "", **options), args.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 VOC counts pixels from 1 and includes the last one, so its box (xmin, ymin, xmax, ymax) is the xyxy box
 (xmin - 1, ymin - 1, xmax, ymax) here. The caption is the object's `name`. Objects marked `difficult` or `truncated`
-are kept as any other; the boxes of `part`s of an object are not read. The id of a sample is the xml file's path under
+are kept like any other; the boxes of `part`s of an object are not read. The id of a sample is the xml file's path under
 the annotation folder, without suffix.
 """
 
@@ -13,33 +13,35 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from convert.cli import build_parser, run
 from convert.items import Found
 from convert.records import BadRecord, Record, list_records
+from convert.write import build_parser, run
 from recipe.schema import Object
 
 
 def find_annotations(folder: Path) -> list[Path]:
-    """The xml files under `folder`, sorted.
+    """Return the xml files under `folder`, sorted.
 
     Raises:
         ValueError: There is none.
     """
+    if not folder.is_dir():
+        raise ValueError(f"annotation folder {folder} does not exist: give a folder of Pascal VOC .xml files")
     paths = sorted(folder.rglob("*.xml"))
     if not paths:
-        raise ValueError(f"no .xml file under the annotation folder {folder}")
+        raise ValueError(f"no .xml file under the annotation folder {folder}: give one of Pascal VOC files")
     return paths
 
 
 def find(annotations: Path, images: Path) -> Found:
-    """One record an xml file, sorted by path.
+    """Return one record per xml file, sorted by path.
 
     Args:
         annotations: Folder of xml files, searched in depth.
         images: Folder that `filename` is relative to.
 
     Raises:
-        ValueError: `annotations` holds no xml file, or `images` is no folder.
+        ValueError: `annotations` holds no xml file, or `images` is not a folder.
     """
     paths = find_annotations(annotations)
     names = [path.relative_to(annotations) for path in paths]
@@ -82,12 +84,13 @@ def _number(element: Element, name: str) -> float:
 
 
 def main() -> None:
-    """The command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--annotations", type=Path, required=True, help="folder of xml files")
-    parser.add_argument("--images", type=Path, required=True, help="folder that <filename> is relative to")
-    args = parser.parse_args()
-    run(lambda: find(args.annotations, args.images), args)
+    """Run the command line."""
+    parser = build_parser("voc", __doc__)
+    parser.add_argument("--annotations", type=Path, required=True, metavar="DIR", help="folder of xml files")
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: <filename> is relative to it"
+    )
+    run(parser, lambda args: find(args.annotations, args.images))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from recipe.config import EvaluationConfig, RecipeConfig, view_trainer
 from recipe.configure import as_saved, from_command_line, one_line_errors, parser_of
 from recipe.console import setup_logging
+from recipe.redact import redact
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -31,6 +32,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from composer.utils import dist, get_device, reproducibility
 
     from recipe.build import build_all_callbacks, build_model
+    from recipe.callbacks.progress import headline
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.resume import safe_loading, weights_keywords
@@ -38,6 +40,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from recipe.data.loader import build_eval_loader
     from recipe.data.stream import read_teachers
     from recipe.load import build_encoder, load_processor
+    from recipe.metrics.gather import UNDEFINED
     from recipe.optim.fsdp import build_parallelism
     from recipe.upstream.agreement import DIST_TIMEOUT
     from recipe.upstream.shared_memory import clean_dead_shared_memory
@@ -60,19 +63,22 @@ def main(config: RecipeConfig) -> dict[str, float]:
             model=model,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
             callbacks=build_all_callbacks(config, processor.tokenizer),
-            loggers=build_loggers(config.loggers, config.run_folder),
+            loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),
             seed=config.seed,
             **start,
             parallelism_config=build_parallelism(model.model, view.fsdp, view.precision, config.fsdp_version),
             precision=view.precision,
-            progress_bar=view.progress_bar,
+            progress_bar=False,  # see recipe.callbacks.progress
         )
     trainer.eval()
     scores = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     if dist.get_global_rank() == 0:
         Path(config.run_folder, "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
+        names = ", ".join(config.eval_loader.streams)
+        print(f"{eval_loader.num_samples} samples of {names}, checkpoint {redact(str(config.load_path))}")
+        print(headline(scores))
         for name, value in scores.items():
-            print(f"{name:24} {value:.4f}")
+            print(f"  {name:24} {'-' if value == UNDEFINED else format(value, '.4f')}")
         calibrate(trainer, config.evaluation, config.run_folder)
     return scores
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from PIL import Image
@@ -26,7 +27,7 @@ from convert.annotated import read_coco
 from recipe.console import setup_logging
 from recipe.images import open_image
 from recipe.metrics.gather import FALSE, IGNORED, found_truths, normalized_caption
-from recipe.prediction.files import least_score, part_of, read_entries, rounded_score, write_json_text
+from recipe.prediction.files import least_score, read_entries, rounded_score, write_json_text
 from recipe.prediction.inputs import entry_of, names_by_file, refuse_shared
 from recipe.schema import DetectedObject, Object, PredictedFile, Sample
 from recipe.upstream.storage import read_mds
@@ -108,8 +109,8 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise ValueError(f"{out} exists: give another --out, or --overwrite")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part_of(out).touch()
-        part_of(out).unlink()
+        with TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
         raise ValueError(f"cannot write {out} ({error}): give another --out") from error
 

@@ -1,24 +1,71 @@
-"""Read and write the records next to an index (every column but the image), and read the index of shards itself."""
+"""The files next to a data set's shards: `index.json`, the records (every column but the image), and how to write one.
+
+`records.jsonl.gz` lets a run count the tokens of a data set without its images, for any tokenizer and prompt. Its
+first line binds it to the shards of the index next to it.
+"""
 
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-from streaming.base.format import FileInfo
 
 from recipe.schema import Sample
 
 INDEX_FILE = "index.json"
+PARTIAL = ".partial"  # ends the name of a file that is being written
 _FILE_KEYS = (("raw_data", "zip_data"), ("raw_meta", "zip_meta"))
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file; after a crash it holds its old content or the new one, never a part.
+
+    Raises:
+        OSError: The disk is full or broken; nothing of the new content is left.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two runs may write one cache
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or folder, replacing a file at `target`; the new name survives a loss of power."""
+    source.replace(target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file in an index: the fields of Streaming's class of this name, which costs an import of torch."""
+
+    basename: str
+    bytes: int
+    hashes: Mapping[str, str]
+
+
 def parse_index(path: Path) -> dict[str, Any]:
-    """Return a parsed index.json after checking all that this module relies on.
+    """Return a parsed index.json, checked as one that a stranger may have written.
 
     Raises:
         ValueError: What is wrong, worded to follow the file's name.

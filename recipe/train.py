@@ -29,6 +29,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from composer.utils import dist, get_device, reproducibility
 
     from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length
+    from recipe.callbacks.progress import Summary
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.resume import is_finished, load_keywords, safe_loading
@@ -78,17 +79,19 @@ def main(config: RecipeConfig) -> "Trainer":
             ),
             schedulers=build_curve(config.scheduler),
             algorithms=build_algorithms(config),
-            # The savers come last, after all whose state is saved.
+            # The savers come after all whose state is saved.
             callbacks=[
                 *build_all_callbacks(config, tokenizer),
                 *([] if saver is None else [saver, Preemption(saver)]),
+                Summary(config.run_folder, view.save_folder, view.keywords.get("eval_interval", 1)),
             ],
-            loggers=build_loggers(config.loggers, config.run_folder),
+            loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),
             seed=config.seed,
             accumulate_train_batch_on_tokens=True,  # see recipe.data.loader.get_num_tokens_in_batch
             **{
                 **without_saving(view.keywords),
                 **start,
+                "progress_bar": False,  # see recipe.callbacks.progress
                 "parallelism_config": build_parallelism(model.model, view.fsdp, view.precision, config.fsdp_version),
             },
         )

@@ -11,15 +11,17 @@ import torch.distributed
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import Example
-from tests.float64 import compute_in_float64
-from tests.gallery_cases import make_gallery_files
-from tests.s3_server import S3Server, find_juicefs, s3_server
-from tests.tiny_cases import build_checkpoint, make_config, make_examples, make_model
-from tests.tiny_run import train_tiny_run
+from tests.support.float64 import compute_in_float64
+from tests.support.gallery_cases import make_gallery_files
+from tests.support.s3_server import S3Server, find_juicefs, s3_server
+from tests.support.segments import number_segments_apart
+from tests.support.tiny_cases import build_checkpoint, make_config, make_examples, make_model
+from tests.support.tiny_run import train_tiny_run
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 compute_in_float64()
+number_segments_apart()
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +81,7 @@ def tiny_model(shared_model: JointModel) -> JointModel:
 
 @pytest.fixture(scope="session")
 def tiny_examples(tiny_config: Callable[..., RecipeConfig]) -> dict[str, Example]:
-    """Encoded samples of every kind, by name; see `tests.tiny_cases.make_samples`."""
+    """Encoded samples of every kind, by name; see `tests.support.tiny_cases.make_samples`."""
     return make_examples(tiny_config())
 
 

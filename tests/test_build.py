@@ -12,7 +12,7 @@ from recipe.config import ConfigError, RecipeConfig
 from recipe.load import load_processor
 from recipe.models.network import JointNetwork
 from recipe.schema import Example
-from tests.tiny_cases import collator, make_model
+from tests.support.tiny_cases import collator, make_model
 
 Read = Callable[[JointNetwork], Any]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import DetectionOutputs, Example, JointOutputs, Role
-from tests.tiny_cases import (
+from tests.support.tiny_cases import (
     ALL_SWITCHES,
     collator,
     gradient_error,

@@ -11,7 +11,7 @@ from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.losses.counts import split_batch
 from recipe.models.attention import register
 from recipe.schema import Batch, Example
-from tests.tiny_cases import make_model
+from tests.support.tiny_cases import make_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -144,7 +144,7 @@ def private_names(path: Path) -> set[str]:
         name for node in ast.walk(tree) for name in (getattr(node, "name", None), getattr(node, "attr", None)) if name
     }
     own -= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and not is_self(node.value)}
-    return {name for name in names - own if name.startswith("_") and not name.startswith("__")} - {"_exit"}
+    return {name for name in names - own if name.startswith("_") and not name.startswith("__")} - {"_exit", "_replace"}
 
 
 def is_self(node: ast.expr) -> bool:

@@ -13,6 +13,7 @@ from composer.core import State
 from composer.loggers import FileLogger, Logger, LoggerDestination, TensorboardLogger
 from composer.utils import dist
 
+from recipe.records import write_whole
 from recipe.redact import redact_text
 from recipe.upstream.loggers import GuardedLogger
 
@@ -96,9 +97,7 @@ def set_aside(path: Path, step: int) -> None:
         return
     with path.with_name(path.name + REPLACED_SUFFIX).open("a", encoding="utf-8") as file:
         file.writelines(line.rstrip("\n") + "\n" for line in replaced)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(kept).encode())
     log.info("%s: the %d lines after step %d are in %s%s", path, len(replaced), step, path.name, REPLACED_SUFFIX)
 
 

@@ -63,7 +63,7 @@ class ProgressLogger(ProgressBarLogger):
         self.hparams_already_logged_to_console = True  # config.yaml has them
         self._has_terminal = is_notebook() or sys.stderr.isatty()
         self._postfix: dict[str, str] = {}
-        self._begun = 0
+        self._begun: int | None = None  # the first step of `fit`
         self._last = self._start = time.monotonic()
 
     @property
@@ -91,21 +91,23 @@ class ProgressLogger(ProgressBarLogger):
         """Move the bar, or print a line if one is due."""
         super().batch_end(state, logger)
         batch, now = int(state.timestamp.batch), time.monotonic()
-        is_due = batch % LINE_EVERY == 0 or batch == self._begun + 1 or now - self._last > LONGEST_SILENCE
+        done = batch - (self._begun or 0)
+        is_due = batch % LINE_EVERY == 0 or done == 1 or now - self._last > LONGEST_SILENCE
         if self._has_terminal or not is_due or dist.get_global_rank() != 0:
             return
         self._last = now
-        pace = (now - self._start) / (batch - self._begun)
+        pace = (now - self._start) / done
         elapsed = state.get_elapsed_duration()
         share = 0.0 if elapsed is None else float(elapsed.value)
-        left = f", {timedelta(seconds=round((now - self._start) / share * (1 - share)))} left" if share else ""
+        steps_left = batch / share - batch if share else 0
+        left = f", {timedelta(seconds=round(pace * steps_left))} left" if steps_left else ""
         loss = f", loss {self._postfix['loss']}" if self._postfix else ""
         log.info("step %d (%.0f %%)%s, %.3g s per step%s", batch, 100 * share, loss, pace, left)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Close the bar and print the headline."""
+        """Close the bar; log the headline if this is part of a training run."""
         super().eval_end(state, logger)
-        if dist.get_global_rank() == 0:
+        if dist.get_global_rank() == 0 and self._begun is not None:
             log.info("evaluation at step %d: %s", int(state.timestamp.batch), headline(scores_of(state)))
 
     # The bar belongs to the console, not to the run: a checkpoint that held it would redraw it on resume.
@@ -123,13 +125,13 @@ class Summary(Callback):
     Args:
         run_folder: Where the run writes.
         save_folder: Where checkpoints go; None: none are saved.
-        evaluation: When evaluations run, in words.
+        eval_interval: As configured: a duration, or a number of epochs.
     """
 
-    def __init__(self, run_folder: str, save_folder: str | None, evaluation: str):
+    def __init__(self, run_folder: str, save_folder: str | None, eval_interval: str | int):
         self.run_folder = run_folder
         self.save_folder = save_folder
-        self.evaluation = evaluation
+        self.eval_interval = eval_interval if isinstance(eval_interval, str) else f"{eval_interval}ep"
         self._start = (0, 0.0)  # step and time
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -172,7 +174,8 @@ class Summary(Callback):
         num_packs = dataset.plan(int(state.timestamp.epoch)).num_packs
         packs = "" if num_packs == dataset.num_samples else f" in {num_packs} packs"
         steps = len(state.train_dataloader)
-        return f"  data        {dataset.num_samples} samples{packs}, {steps} steps per epoch; {self.evaluation}"
+        evaluation = f"evaluation every {self.eval_interval}"
+        return f"  data        {dataset.num_samples} samples{packs}, {steps} steps per epoch; {evaluation}"
 
     def _num_steps(self, state: State) -> int | None:
         """Return the steps of the whole run, or None if its duration is in samples, tokens or seconds."""
@@ -194,8 +197,9 @@ class Summary(Callback):
         if is_sharded(state):
             dist.all_reduce(numbers)
         *sizes, total = numbers.tolist()
-        parts = ", ".join(f"{name} {short(size)}" for name, size in zip(groups, sizes, strict=True))
-        return f"  trains      {parts} of {short(total)} parameters"
+        rates = {group["name"]: group["initial_lr"] for group in state.optimizers[0].param_groups}
+        parts = [f"{name} {short(size)} at {rates[name]:g}" for name, size in zip(groups, sizes, strict=True)]
+        return f"  trains      {', '.join(parts)}; {short(sum(sizes))} of {short(total)} parameters"
 
     def _device(self, state: State) -> str:
         processes = dist.get_world_size()

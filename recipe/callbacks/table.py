@@ -22,6 +22,7 @@ from composer.loggers import LoggerDestination
 from recipe.callbacks.group_metrics import GroupMetrics
 from recipe.callbacks.loggers import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
 from recipe.callbacks.loss_terms import LossGradients, LossShares
+from recipe.callbacks.progress import ProgressLogger
 from recipe.callbacks.throughput import Throughput
 from recipe.upstream.loggers import SafeWandBLogger
 
@@ -60,14 +61,21 @@ def build_callbacks(chosen: Mapping[str, Any], run_folder: str) -> list[Callback
     ]
 
 
-def build_loggers(chosen: Mapping[str, Any], run_folder: str) -> list[LoggerDestination]:
-    """Return the loggers that a yaml names, each writing into the run folder unless its keywords say otherwise."""
+def build_loggers(chosen: Mapping[str, Any], run_folder: str, progress: bool = False) -> list[LoggerDestination]:
+    """Return the loggers that a yaml names, each writing into the run folder unless its keywords say otherwise.
+
+    Args:
+        chosen: {name: keywords}; None switches one off.
+        run_folder: Is created.
+        progress: Show progress on the console too.
+    """
     Path(run_folder).mkdir(parents=True, exist_ok=True)
-    return [
+    loggers = [
         LOGGERS[name](**_logger_keywords(name, keywords, run_folder))
         for name, keywords in chosen.items()
         if keywords is not None
     ]
+    return [*loggers, ProgressLogger()] if progress else loggers
 
 
 def _logger_keywords(name: str, keywords: Mapping[str, Any], run_folder: str) -> dict[str, Any]:

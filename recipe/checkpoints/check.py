@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +14,11 @@ from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from recipe.records import PARTIAL, write_whole
 from recipe.redact import redact
 from recipe.schema import Origin
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"  # ends the name of a file that is being written
 UNFINISHED = f".unfinished{PARTIAL}"  # ends the name of an empty file, there until the checkpoint has its manifest
 
 
@@ -140,30 +139,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key, "absent") != after.get(key, "absent")
     ]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under another name, flushes it to the disk, then renames it."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def rename(source: Path, target: Path) -> None:
-    """Renames a file, replacing any at its place; the new name survives a loss of power."""
-    source.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _flatten(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

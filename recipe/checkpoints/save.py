@@ -16,7 +16,6 @@ from composer.utils import checkpoint, create_symlink_file, dist, format_name_wi
 
 from recipe.algorithms.snapshot import weights_are_finite
 from recipe.checkpoints.check import (
-    PARTIAL,
     REPLACED,
     UNFINISHED,
     FileEntry,
@@ -27,7 +26,6 @@ from recipe.checkpoints.check import (
     manifest_of,
     open_folder,
     read_manifests,
-    rename,
     write_manifest,
 )
 from recipe.checkpoints.write import (
@@ -43,6 +41,7 @@ from recipe.checkpoints.write import (
     write_shards,
 )
 from recipe.config import SaveBestConfig, TrainerView
+from recipe.records import PARTIAL, rename
 from recipe.redact import redact
 from recipe.schema import Origin
 

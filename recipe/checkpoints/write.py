@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from recipe.algorithms.norms import local
-from recipe.checkpoints.check import PARTIAL, FileEntry, describe_file, rename
+from recipe.checkpoints.check import FileEntry, describe_file
+from recipe.records import PARTIAL, rename
 from recipe.redact import redact_text
 from recipe.upstream.composer_state import weights_only_state
 from recipe.upstream.torch_private import tree_leaves

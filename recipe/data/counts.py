@@ -2,10 +2,10 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +14,7 @@ from composer.utils import dist
 from streaming import Stream
 from tqdm import tqdm
 
-from recipe.records import RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
+from recipe.records import RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256, write_whole
 from recipe.schema import Sample
 from recipe.upstream.agreement import agree
 from recipe.upstream.storage import INDEX_FILE, fetch_beside_index
@@ -43,15 +43,9 @@ def write_arrays(path: Path, value: Any) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **vars(value))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    content = BytesIO()
+    np.savez(content, **vars(value))
+    write_whole(path, content.getvalue())
 
 
 Counts = TypeVar("Counts")

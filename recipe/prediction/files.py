@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recipe.records import write_whole
 from recipe.schema import DetectedObject, PredictedFile, Prediction
 
 PREDICTIONS_FILE = "predictions.json"
@@ -102,15 +103,8 @@ def write_entries(out: Path, entries: Sequence[PredictedFile]) -> None:
 
 def write_json_text(path: Path, text: str) -> None:
     """Write JSON, or a page that holds it: the file appears whole."""
-    part = part_of(path)
     # Python reads a file name that is not UTF-8 as lone surrogates, which become JSON's escapes.
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    part.replace(path)
-
-
-def part_of(path: Path) -> Path:
-    """Return the file next to `path` that becomes it."""
-    return path.with_name(f".{path.name}.part")
+    write_whole(path, text.encode(errors="backslashreplace"))
 
 
 def read_entries(path: Path) -> list[PredictedFile]:

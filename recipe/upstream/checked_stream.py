@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from streaming import Stream
+from streaming.base import format
 from streaming.base.compression import decompress
-from streaming.base.format import FileInfo, Reader
+from streaming.base.format import Reader
 from streaming.base.hashing import get_hash, is_hash
 from streaming.base.world import World
 
-from recipe.records import INDEX_FILE, file_pairs, parse_index
+from recipe.records import INDEX_FILE, FileInfo, file_pairs, parse_index
 from recipe.upstream.fetch import RemoteFolder, remove_dead_parts
 
 log = logging.getLogger(__name__)
 
+AnyFileInfo = format.FileInfo | FileInfo  # of a reader, or of an index
 DOWNLOAD_RETRY = 4
 DOWNLOAD_TIMEOUT = 60.0
 
@@ -130,7 +132,7 @@ class CheckedStream(Stream):
                 shard.evict()
 
     def _prepare_shard_part(
-        self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
+        self, raw_info: AnyFileInfo, zip_info: AnyFileInfo | None = None, compression: str | None = None
     ) -> int:
         """Makes the file be there, checked; returns its bytes on disk, those of a kept compressed form included.
 
@@ -151,7 +153,7 @@ class CheckedStream(Stream):
             zip_path.unlink(missing_ok=True)
         return raw_info.bytes + (zip_info.bytes if zip_path.is_file() else 0)
 
-    def _is_good(self, info: FileInfo, with_hash: bool = True) -> bool:
+    def _is_good(self, info: AnyFileInfo, with_hash: bool = True) -> bool:
         """Whether a file is there and right; a wrong one that can be fetched anew is removed.
 
         Raises:
@@ -170,7 +172,7 @@ class CheckedStream(Stream):
             return False
         return True
 
-    def _check(self, path: Path, info: FileInfo, with_hash: bool = True) -> None:
+    def _check(self, path: Path, info: AnyFileInfo, with_hash: bool = True) -> None:
         """Raises ValueError, in words that follow the file's name, where its content is not that of `info`."""
         size = path.stat().st_size
         if size != info.bytes:
@@ -181,7 +183,7 @@ class CheckedStream(Stream):
             if found != info.hashes[algorithm]:
                 raise ValueError(f"has the {algorithm} {found}, its index says {info.hashes[algorithm]}")
 
-    def _fetch_shard(self, info: FileInfo) -> None:
+    def _fetch_shard(self, info: AnyFileInfo) -> None:
         if self.source is None:
             raise ValueError(f"{self.folder / info.basename} is missing, and the stream has no `remote`")
 
@@ -209,7 +211,7 @@ class CheckedStream(Stream):
         path = self.folder / name
         return self.source.fetch(source, path, check, self.download_retry, self.download_timeout, must_exist)
 
-    def _decompress(self, raw_info: FileInfo, zip_info: FileInfo, compression: str | None) -> None:
+    def _decompress(self, raw_info: AnyFileInfo, zip_info: AnyFileInfo, compression: str | None) -> None:
         zip_path, raw_path = self.folder / zip_info.basename, self.folder / raw_info.basename
         part = raw_path.with_name(f".{raw_path.name}.{os.getpid()}.part")
         try:

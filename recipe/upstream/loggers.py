@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import os
 import sys
 import threading
 import time
@@ -109,7 +110,7 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
         settings = {"disable_git": True, "disable_code": True, "init_timeout": START_SECONDS, "_args": []}
         # Else a table asks the server for its version, offline too, and waits minutes for an answer.
         settings["allow_offline_artifacts"] = False
-        settings["silent"] = True  # else it prints some 90 lines of sparklines at the end
+        os.environ.setdefault("WANDB_SILENT", "true")  # else four lines at the start and some 90 at the end
         settings |= self._init_kwargs.get("settings") or {}
         self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}  # settings may hold the key to log in
         if self._enabled and self._init_kwargs.get("mode") == "online":

@@ -20,8 +20,8 @@ from recipe.config import EmaConfig, NaNRollbackConfig, RecipeConfig
 from recipe.joint import JointModel
 from recipe.optim.schedule import build_schedule
 from recipe.schema import Batch, Example
-from tests.staged_cases import MANY_STAGES, config_with, make_steps, train
-from tests.tiny_cases import collator, make_model
+from tests.support.staged_cases import MANY_STAGES, config_with, make_steps, train
+from tests.support.tiny_cases import collator, make_model
 
 PARTS = ("memory", "detection_head", "caption_decoder")
 Weights = dict[str, Tensor]

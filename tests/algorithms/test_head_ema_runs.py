@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.checkpoints.weights import answering_weights, export_model, read_weights
 from recipe.config import EmaConfig, LoaderConfig, OptimizerConfig, RecipeConfig
 from recipe.eval import main as evaluate
 from recipe.train import main as train
-from tests.tiny_cases import load_model
+from tests.support.tiny_cases import load_model
 
 STEPS = 4
 

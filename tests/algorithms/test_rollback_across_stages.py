@@ -15,7 +15,7 @@ from recipe.algorithms.staged_freezing import StagedFreezing
 from recipe.config import NaNRollbackConfig, SchedulerConfig
 from recipe.optim.schedule import build_curve, build_schedule
 from tests.algorithms.test_staged_freezing import Recorder, Toy, toy_optimizer
-from tests.staged_cases import MANY_STAGES, config_with, differing
+from tests.support.staged_cases import MANY_STAGES, config_with, differing
 
 CONFIG = config_with(MANY_STAGES, SchedulerConfig("cosine", "2ba", 0.1))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from recipe.algorithms.staged_freezing import StagedFreezing, bit_sums, check_membership
 from recipe.config import GROUPS, OptimizerConfig, RecipeConfig, SchedulerConfig
 from recipe.optim.schedule import build_curve, build_schedule
-from tests.staged_cases import (
+from tests.support.staged_cases import (
     MANY_STAGES,
     TWO_STAGES,
     Parts,

@@ -12,8 +12,17 @@ from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig
 from recipe.joint import JointModel
 from recipe.optim.groups import build_optimizer, group_of
 from recipe.schema import Example
-from tests.staged_cases import MANY_STAGES, TWO_STAGES, by_hand, config_with, differing, make_steps, parts_of, train
-from tests.tiny_cases import collator, make_model
+from tests.support.staged_cases import (
+    MANY_STAGES,
+    TWO_STAGES,
+    by_hand,
+    config_with,
+    differing,
+    make_steps,
+    parts_of,
+    train,
+)
+from tests.support.tiny_cases import collator, make_model
 
 COSINE = SchedulerConfig("cosine", "2ba", 0.1)
 

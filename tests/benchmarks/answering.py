@@ -52,7 +52,7 @@ from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.generate import generate_answers
 from recipe.schema import Batch, Prediction, Sample
 from recipe.upstream.storage import CheckedDataset, open_streams
-from tests.tiny_cases import load_model
+from tests.support.tiny_cases import load_model
 
 CHECKPOINT = "quickstart/run/checkpoints/latest-rank0.pt"
 BATCH_SIZES = (1, 8)

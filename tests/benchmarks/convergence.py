@@ -38,7 +38,7 @@ from composer import Callback, Logger, State
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from peer_detr import Budget, build_peer, train_peer
 from real_sets import REAL, make_real_set
 from recipe.callbacks import table

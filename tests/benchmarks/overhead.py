@@ -50,7 +50,7 @@ from composer.loggers import Logger
 from composer.optim import DecoupledAdamW
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.watch import MicrobatchFlags
 from recipe.build import build_algorithms, build_model

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
-from convert.writer import write_split
+from convert.write import write_split
 from peer_detr import pixel_statistics
 from recipe.schema import Object, Sample
 from recipe.tiny import build_tiny_checkpoint

@@ -15,8 +15,8 @@ from composer.utils import dist
 from recipe.callbacks import table
 from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
 from recipe.train import main
-from tests.launch import leave
-from tests.tiny_cases import make_config
+from tests.launches.launch import leave
+from tests.support.tiny_cases import make_config
 
 STEPS = 5
 

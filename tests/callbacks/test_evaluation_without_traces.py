@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.callbacks import table
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.log_first_sample import LogFirstSample
 from tests.callbacks.evaluated_run import STEPS, train
 from tests.callbacks.test_table import ToyModel
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 
 SLEEP = 0.3  # seconds of an evaluation
 

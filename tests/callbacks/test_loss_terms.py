@@ -16,7 +16,7 @@ from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Batch, Example
-from tests.tiny_cases import make_batches, make_model, microbatches_of
+from tests.support.tiny_cases import make_batches, make_model, microbatches_of
 
 RATES = OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3)
 

@@ -15,7 +15,7 @@ from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.losses.counts import split_batch
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example
-from tests.tiny_cases import make_model, microbatches_of
+from tests.support.tiny_cases import make_model, microbatches_of
 
 PEAK = 1e12
 

@@ -16,7 +16,7 @@ from recipe.callbacks.training_data import TrainingData, num_unmatched
 from recipe.data.stream import make_inert
 from recipe.joint import JointModel
 from recipe.schema import Batch, Example
-from tests.tiny_cases import NUM_QUERIES, make_batches
+from tests.support.tiny_cases import NUM_QUERIES, make_batches
 
 
 def unmatched_of(batches: Sequence[Batch], folder: Path, num_queries: int) -> float:

@@ -18,7 +18,7 @@ from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, safe_loading
 from recipe.checkpoints.sigterm import Preemption
 from tests.checkpoints.checkpoint_cases import TinyModel, make_saver
 from tests.distributed.fsdp_shim import install
-from tests.launch import leave
+from tests.launches.launch import leave
 
 
 class Measure(Callback):

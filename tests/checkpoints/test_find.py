@@ -9,7 +9,7 @@ import torch
 
 from recipe.checkpoints.check import differences, existing, newest_valid
 from tests.checkpoints.checkpoint_cases import flip, train, truncate
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 
 @pytest.fixture(scope="module")

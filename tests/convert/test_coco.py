@@ -82,7 +82,7 @@ def test_phrases(tmp_path: Path, images: Path) -> None:
         (annotation(4, 7, [1, 1, -2, 2]), "inverted box"),
         (annotation(4, 7, [1, 1, 0, 2]), "zero-area box"),
         (annotation(4, 7, [1, 1, float("nan"), 2]), "non-finite box"),
-        (annotation(4, 7, [1, 1, 30, 2]), "box outside the picture"),
+        (annotation(4, 7, [1, 1, 30, 2]), "box outside the image"),
         (annotation(4, 7, [1, 1, 2]), "malformed box"),
         (annotation(4, 7, [1, 1, 2, 2], area=float("inf")), "malformed area"),
     ],
@@ -131,7 +131,7 @@ def test_file_that_is_not_coco(tmp_path: Path, images: Path, monkeypatch: pytest
         read_instances(tmp_path / "b.json")
     with pytest.raises(ValueError, match="lacks an id or a name"):
         read_items(find({**INSTANCES, "categories": [{"id": 3}]}, images))
-    with pytest.raises(SystemExit, match=r"^error: .*No such file"):
+    with pytest.raises(SystemExit, match=r"^error: .*no does not exist: give a COCO file"):
         run_main(
             monkeypatch, "coco", "--annotations", tmp_path / "no", "--images", images, "--out", "o", "--split", "s"
         )

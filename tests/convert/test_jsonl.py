@@ -57,5 +57,5 @@ def test_real_sentences(shared_data: Path, tmp_path: Path, monkeypatch: pytest.M
     run_main(monkeypatch, "jsonl", *arguments)
     samples, rejected = read_samples(tmp_path / "out"), read_rejected(tmp_path / "out")
     assert len(rows) == len(samples) + len(rejected) == 1000
-    assert {row["reason"] for row in rejected} == {"box outside the picture"}
+    assert {row["reason"] for row in rejected} == {"box outside the image"}
     assert [row["id"] for row in rejected] == ["423.jpg", "1428.jpg", "939.jpg"]  # the fourth is out by 1 pixel

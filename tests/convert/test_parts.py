@@ -7,18 +7,22 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from convert_helpers import picture, read_rejected, read_samples
 from filelock import FileLock
+from streaming.base.util import merge_index
 
+from convert import parts
 from convert.items import Entry, Found, Item, Note, Rejected
 from convert.jsonl import find
 from convert.shapes import Scene
-from convert.target import staging_folder
-from convert.writer import convert_split
+from convert.store import staging_folder
+from convert.write import convert_split
+from recipe import records
 from recipe.records import RECORDS_FILE, read_records
 from recipe.schema import Sample
 
@@ -76,6 +80,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def fail_at(name: str, write: Callable[[Path, bytes], None], path: Path, content: bytes) -> None:
+    if path.name == name:
+        raise OSError("full")
+    write(path, content)
+
+
 def with_entry(found: Found, position: int, change: Callable[[Entry], Entry]) -> Found:
     entries = list(found.entries)
     entries[position] = change(entries[position])
@@ -95,14 +105,14 @@ def test_by_hand(found: Found, tmp_path: Path) -> None:
     samples = read_samples(tmp_path / "out")
     assert [sample.id for sample in samples] == [f"train-{index + 1:06d}" for index in good]
     assert [row["id"] for row in read_rejected(tmp_path / "out")] == ["x", *(f"train-{i + 1:06d}" for i in BAD)]
-    assert (summary.samples, summary.parts, summary.kept, summary.rejected.total()) == (13, 5, 0, 6)
-    assert summary.notes == {"left out": 1, "boxes clipped to the picture by rounding": 1}
+    assert (summary.samples, summary.parts, summary.kept, len(summary.rejected)) == (13, 5, 0, 6)
+    assert summary.notes == {"left out": 1, "boxes clipped to the image by rounding": 1}
     index = json.loads((tmp_path / "out" / "train" / "index.json").read_text())
     names = [shard["raw_data"]["basename"] for shard in index["shards"]]
     assert names == sorted(names)
-    assert {name.split(".")[1] for name in names} == {"00000", "00001", "00003", "00004"}
-    assert names[:2] == ["shard.00000.00000.mds", "shard.00000.00001.mds"]
-    assert {path.name for path in (tmp_path / "out" / "train").iterdir()} == {*names, "index.json", RECORDS_FILE}
+    assert {name.split("/")[0] for name in names} == {"00000", "00001", "00003", "00004"}
+    assert names[:2] == ["00000/shard.00000.mds", "00000/shard.00001.mds"]
+    assert files(tmp_path / "out" / "train").keys() == {*names, "index.json", RECORDS_FILE}
     records = list(read_records(tmp_path / "out" / "train" / RECORDS_FILE, index))
     assert records == [replace(sample, image=b"") for sample in samples]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train", "rejected.jsonl"}
@@ -125,7 +135,7 @@ def test_killed_and_begun_again_ends_the_same(found: Found, tmp_path: Path, befo
     process = context.Process(target=convert, args=(slow, out), kwargs={"num_workers": before})
     process.start()
     staging = staging_folder(str(out / "train"))
-    while len(list(staging.glob("*.json"))) < 2:
+    while len(list(staging.glob("*/part.json"))) < 2:
         assert process.is_alive()
         time.sleep(0.01)
     assert process.pid is not None
@@ -140,10 +150,13 @@ def test_killed_and_begun_again_ends_the_same(found: Found, tmp_path: Path, befo
 
 def test_fails_while_it_is_published(found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = convert(found, tmp_path / "whole")
-    for name in ("join_parts", "write_durably", "save_rejected", "sync"):
+    for name in ("parts.join_parts", "parts.write_whole", "store.save_rejected", "write.rename"):
         with monkeypatch.context() as patch:
-            module = "convert.writer" if name == "save_rejected" else "convert.target"
-            patch.setattr(f"{module}.{name}", lambda *_: (_ for _ in ()).throw(OSError("full")))
+            if name == "parts.write_whole":  # of the index, not of a part
+                write_index = partial(fail_at, "index.json", records.write_whole)
+                patch.setattr("convert.parts.write_whole", write_index)
+            else:
+                patch.setattr(f"convert.{name}", lambda *_: (_ for _ in ()).throw(OSError("full")))
             with pytest.raises(OSError, match="full"):
                 convert(found, tmp_path / name)
         assert not (tmp_path / name / "train").exists()
@@ -151,6 +164,36 @@ def test_fails_while_it_is_published(found: Found, tmp_path: Path, monkeypatch: 
         assert summary.kept == 5
         assert str(summary) == str(expected)
         assert files(tmp_path / name) == files(tmp_path / "whole")
+
+
+def test_the_layout_is_that_of_merge_index(found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming's own function makes the same index of the parts; ours also works in a folder that it gets wrong."""
+    merge_parts = parts.merge_parts
+
+    def merge_twice(job: parts.Job) -> None:
+        indexes = [str(folder / "index.json") for folder in job.folders]
+        merge_index(indexes, str(tmp_path / "merged"))
+        merge_parts(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.parts.merge_parts", merge_twice)
+        convert(found, tmp_path / "out")
+    expected = json.loads((tmp_path / "merged" / "index.json").read_text())
+    assert json.loads((tmp_path / "out" / "train" / "index.json").read_text()) == expected
+    convert(found, tmp_path / "no. #1?")
+    assert files(tmp_path / "no. #1?") == files(tmp_path / "out")
+    assert read_samples(tmp_path / "no. #1?") == read_samples(tmp_path / "out")
+
+
+def test_what_a_killed_merge_left_is_not_published(found: Found, tmp_path: Path) -> None:
+    stop_at(found, 17, tmp_path / "out")
+    staging = staging_folder(str(tmp_path / "out" / "train"))
+    (staging / "data" / "index.json.1.partial").touch()
+    (staging / "data" / "00009").mkdir()
+    convert(found, tmp_path / "out")
+    convert(found, tmp_path / "whole")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not (tmp_path / "out" / "train" / "00009").exists()
 
 
 def test_overwrite_keeps_the_old_until_the_new_is_whole(found: Found, tmp_path: Path) -> None:
@@ -202,7 +245,9 @@ def test_fewer_records_than_before_leave_no_stray_shard(found: Found, tmp_path: 
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("lost", ["data/shard.00001.00000.mds", "00001.records.gz", "00001.json"])
+@pytest.mark.parametrize(
+    "lost", ["data/00001/shard.00000.mds", f"00001/{RECORDS_FILE}", "00001/part.json", "00001/index.json"]
+)
 def test_a_part_that_lost_a_file_is_made_again(found: Found, tmp_path: Path, lost: str) -> None:
     stop_at(found, 17, tmp_path / "out")
     (staging_folder(str(tmp_path / "out" / "train")) / lost).unlink()
@@ -237,7 +282,7 @@ def test_a_worker_that_dies_fails_the_conversion(found: Found, tmp_path: Path) -
 
 
 def test_two_conversions_do_not_mix(found: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.target._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("convert.store._LOCK_SECONDS", 0.1)
     staging = staging_folder(str(tmp_path / "train"))
     staging.mkdir()
     with FileLock(staging / "lock"):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from convert.items import Note, Rejected
 from convert.jsonl import find
-from convert.records import BadRecord, check_object, find_picture
+from convert.records import BadRecord, check_object, find_image
 from recipe.schema import Object, Sample
 
 USER = {"role": "user", "content": "hi"}
@@ -57,10 +57,10 @@ BAD_RECORDS: list[tuple[Any, str]] = [
     ({"images": ["a\0b.jpg"]}, "missing file"),
     ({"images": ["x" * 5000]}, "missing file"),
     ({"images": ["loop.jpg"]}, "missing file"),
-    ({"images": ["truncated.jpg"]}, "unreadable picture"),
-    ({"images": ["truncated.png"]}, "unreadable picture"),
-    ({"images": ["text.jpg"]}, "unreadable picture"),
-    ({"images": ["empty.jpg"]}, "unreadable picture"),
+    ({"images": ["truncated.jpg"]}, "unreadable image"),
+    ({"images": ["truncated.png"]}, "unreadable image"),
+    ({"images": ["text.jpg"]}, "unreadable image"),
+    ({"images": ["empty.jpg"]}, "unreadable image"),
     ({"images": ["../outside.jpg"]}, "path leaves the image root"),
     ({"images": ["link.jpg"]}, "path leaves the image root"),
     ({"images": ["/etc/hostname"]}, "path leaves the image root"),
@@ -77,10 +77,10 @@ BAD_RECORDS: list[tuple[Any, str]] = [
     (boxed(1, 5, 2, 3), "inverted box"),
     (boxed(2, 1, 2, 3), "zero-area box"),
     (boxed(20, 1, 20.5, 3), "zero-area box"),
-    (boxed(30, 1, 40, 3), "box outside the picture"),
-    (boxed(1, 1, 21.5, 3), "box outside the picture"),
-    (boxed(-1.5, 1, 5, 3), "box outside the picture"),
-    (boxed(1, 1, 5, 11.5), "box outside the picture"),
+    (boxed(30, 1, 40, 3), "box outside the image"),
+    (boxed(1, 1, 21.5, 3), "box outside the image"),
+    (boxed(-1.5, 1, 5, 3), "box outside the image"),
+    (boxed(1, 1, 5, 11.5), "box outside the image"),
     (boxed(1, 2, 3), "malformed box"),
     (boxed(1, 2, 3, "4"), "malformed box"),
     (boxed(1, 2, 3, True), "malformed box"),
@@ -94,9 +94,9 @@ BAD_RECORDS: list[tuple[Any, str]] = [
     ({"images": ["good.jpg"], "objects": {"ref": ["a"]}}, "malformed record"),
     ({"images": ["good.jpg"], "objects": "cat"}, "malformed record"),
     ({"images": ["good.jpg"], "objects": ["cat"]}, "malformed record"),
-    ({"objects": []}, "neither picture nor messages"),
-    ({}, "neither picture nor messages"),
-    (chat(USER, ANSWER, objects=[{"bbox_2d": [1, 1, 2, 2], "desc": "cat"}]), "objects without a picture"),
+    ({"objects": []}, "neither image nor messages"),
+    ({}, "neither image nor messages"),
+    (chat(USER, ANSWER, objects=[{"bbox_2d": [1, 1, 2, 2], "desc": "cat"}]), "objects without an image"),
     (chat(), "malformed messages"),
     (chat("hi"), "malformed messages"),
     (chat(ANSWER), "malformed messages"),
@@ -123,7 +123,7 @@ def test_bad_record_is_rejected_whole(root: Path, record: Any, reason: str) -> N
     assert isinstance(item, Rejected)
     assert item.reason == reason
     assert item.source == "train.jsonl: line 1"
-    assert item.detail or reason == "neither picture nor messages"
+    assert item.detail or reason == "neither image nor messages"
 
 
 @pytest.mark.parametrize("cut", [3, 20, 200, 600])
@@ -136,7 +136,7 @@ def test_every_part_of_a_jpeg_is_read(root: Path, cut: int, progressive: bool) -
         (root / name).write_bytes(data)
     whole, bad = items(root, {"images": ["noise.jpg"], "width": 64, "height": 64}, {"images": ["cut.jpg"]})
     assert isinstance(whole, Sample)
-    assert bad.reason == "unreadable picture"
+    assert bad.reason == "unreadable image"
 
 
 def test_the_same_picture_is_rejected_in_the_same_words(root: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_same_picture_is_rejected_in_the_same_words(root: Path) -> None:
 def test_a_picture_that_training_cannot_use(root: Path) -> None:
     (root / "floats.tiff").write_bytes(picture(mode="F", kind="TIFF"))
     [item] = items(root, {"images": ["floats.tiff"]})
-    assert (item.reason, "floats" in item.detail) == ("unreadable picture", True)
+    assert (item.reason, "floats" in item.detail) == ("unreadable image", True)
 
 
 def test_one_bad_box_rejects_the_whole_record(root: Path) -> None:
@@ -179,7 +179,7 @@ def test_check_object_keeps_a_crowd_without_caption() -> None:
 
 
 def test_link_inside_the_root_is_followed(root: Path) -> None:
-    assert find_picture(str(root.resolve()), "inner.jpg") == str((root / "good.jpg").resolve())
+    assert find_image(str(root.resolve()), "inner.jpg") == str((root / "good.jpg").resolve())
 
 
 def _palette_png() -> bytes:
@@ -228,7 +228,7 @@ def test_boxes_are_checked_in_the_displayed_orientation(root: Path) -> None:
     wide = {"images": ["turned.jpg"], "objects": [{"bbox_2d": [1, 1, 19, 9], "desc": "cat"}]}
     good, bad = items(root, tall, wide)
     assert good.objects[0].box == (1, 1, 9, 19)
-    assert bad.reason == "box outside the picture"
+    assert bad.reason == "box outside the image"
 
 
 def test_command_line_rejects_and_counts(

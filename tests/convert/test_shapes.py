@@ -102,5 +102,5 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run_main(monkeypatch, "shapes", *arguments, "--min-objects", 0, "--max-objects", 2)
     assert read_samples(tmp_path / "a", "eval") == [draw_scene(2, index, 56, 0, 2) for index in range(5)]
     assert read_rejected(tmp_path / "a") == []
-    shards = [(tmp_path / name / "eval" / "shard.00000.00000.mds").read_bytes() for name in "ab"]
+    shards = [(tmp_path / name / "eval" / "00000" / "shard.00000.mds").read_bytes() for name in "ab"]
     assert shards[0] == shards[1]

@@ -15,9 +15,9 @@ from streaming.base.storage import LocalUploader, upload
 
 from convert.items import Found, Item, Rejected
 from convert.shapes import Scene, draw_scene
-from convert.target import save_rejected
+from convert.store import save_rejected
 from convert.verify import verify
-from convert.writer import convert_split, write_split
+from convert.write import convert_split, write_split
 from recipe.records import RECORDS_FILE
 
 ADDRESS = "s3://bucket/set"
@@ -38,16 +38,19 @@ class FakeStore(LocalUploader):
         super().__init__((out[0], str(self.root / urlparse(out[1]).path.lstrip("/"))))
 
     def upload_file(self, filename: str) -> None:
-        if filename in self.broken:
+        key = str(Path(str(self.remote), filename).relative_to(self.root))
+        name = key.split("/", maxsplit=2)[-1]  # below the split
+        if name in self.broken:
             raise ConnectionError("503 slow down")
-        self.uploaded.append(filename)
+        self.uploaded.append(name)
         super().upload_file(filename)
 
     def list_objects(self, prefix: str | None = None) -> list[str]:
         if not self.can_list:
             raise NotImplementedError
         start = f"{self.remote}/{prefix or ''}"
-        return [str(path) for path in self.root.rglob("*") if str(path).startswith(start)]
+        paths = [path for path in self.root.rglob("*") if str(path).startswith(start) and path.is_file()]
+        return [str(path.relative_to(self.root)) for path in paths]
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(FakeStore, "uploaded", [], raising=False)
     monkeypatch.setattr(upload, "S3Uploader", FakeStore)
     monkeypatch.setattr(
-        "convert.store.CloudDownloader.direct_download",
+        "streaming.base.storage.CloudDownloader.direct_download",
         lambda remote, local: shutil.copy(root / urlparse(remote).path.lstrip("/"), local),
     )
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
@@ -76,7 +79,7 @@ def convert(split: str = "train", num_workers: int = 1, **options: object) -> in
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def staged(tmp_path: Path) -> list[str]:
@@ -96,7 +99,7 @@ def test_a_store_gets_what_a_folder_gets(bucket: Path, tmp_path: Path, num_worke
 def test_the_index_goes_last(bucket: Path) -> None:
     convert()
     assert FakeStore.uploaded[-2:] == [RECORDS_FILE, "index.json"]
-    assert sum(name.startswith("shard.") for name in FakeStore.uploaded) == 3
+    assert sum("/shard." in name for name in FakeStore.uploaded) == 3
 
 
 def test_items_and_rejected_records(bucket: Path) -> None:
@@ -118,7 +121,7 @@ def test_a_data_set_is_not_overwritten(bucket: Path) -> None:
     assert files(bucket / "set" / "train") == before
 
 
-@pytest.mark.parametrize("broken", ["shard.00002.00000.mds", RECORDS_FILE, "index.json"])
+@pytest.mark.parametrize("broken", ["00002/shard.00000.mds", RECORDS_FILE, "index.json"])
 def test_a_failed_upload_fails_and_can_go_on(
     bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -129,8 +132,8 @@ def test_a_failed_upload_fails_and_can_go_on(
     assert not any(name.endswith(".mds") for name in staged(tmp_path))
     monkeypatch.setattr(FakeStore, "broken", frozenset())
     FakeStore.uploaded.clear()
-    assert convert() == (2 if broken.startswith("shard") else 3)
-    assert ("shard.00000.00000.mds" in FakeStore.uploaded) is False
+    assert convert() == (2 if "shard" in broken else 3)
+    assert ("00000/shard.00000.mds" in FakeStore.uploaded) is False
     assert read_samples(bucket / "set") == SAMPLES
     assert list(verify(bucket / "set" / "train")) == []
     assert staged(tmp_path) == []
@@ -140,7 +143,7 @@ def test_a_shard_that_left_the_store_is_made_again(bucket: Path, monkeypatch: py
     monkeypatch.setattr(FakeStore, "broken", frozenset({"index.json"}))
     with pytest.raises(OSError, match="cannot upload"):
         convert()
-    (bucket / "set" / "train" / "shard.00001.00000.mds").unlink()
+    (bucket / "set" / "train" / "00001" / "shard.00000.mds").unlink()
     monkeypatch.setattr(FakeStore, "broken", frozenset())
     assert convert() == 2
     assert list(verify(bucket / "set" / "train")) == []
@@ -197,7 +200,7 @@ def test_splits_converted_at_the_same_time_keep_all_rejected_records(tmp_path: P
         thread.join()
     assert sorted(row["split"] for row in read_rejected(tmp_path / "out")) == names
     (tmp_path / "out" / "rejected.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"out/rejected\.jsonl is no list of rejected records .*move it away"):
+    with pytest.raises(ValueError, match=r"out/rejected\.jsonl is not a list of rejected records .*move it away"):
         save_rejected(str(tmp_path / "out"), "more", [BAD])
 
 
@@ -206,7 +209,7 @@ def test_staging(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(OSError, match="cannot upload"):
         convert(staging=str(tmp_path / "chosen"))
     assert staged(tmp_path) == []
-    assert len(list((tmp_path / "chosen").rglob("0000?.json"))) == 3
+    assert len(list((tmp_path / "chosen").rglob("0000?/part.json"))) == 3
     monkeypatch.setattr(FakeStore, "broken", frozenset())
     assert convert(staging=str(tmp_path / "chosen")) == 3
     with pytest.raises(ValueError, match="--staging is for object stores"):

@@ -12,10 +12,10 @@ import pytest
 
 from convert.items import Found
 from convert.shapes import Scene
-from convert.target import staging_folder
-from convert.writer import convert_split
+from convert.store import staging_folder
+from convert.write import convert_split
 from recipe.schema import Sample
-from tests.s3_server import FaultProxy, S3Server
+from tests.support.s3_server import FaultProxy, S3Server
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,8 @@ def fetch(s3: S3Server, address: str) -> dict[str, bytes]:
 @pytest.fixture
 def expected(tmp_path: Path) -> dict[str, bytes]:
     convert(Found(SCENES), str(tmp_path / "local"), num_workers=1)
-    return {path.name: path.read_bytes() for path in (tmp_path / "local" / "train").iterdir()}
+    folder = tmp_path / "local" / "train"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_bucket_gets_what_a_folder_gets(s3: S3Server, address: str, expected: dict[str, bytes]) -> None:
@@ -80,7 +81,7 @@ def test_killed_and_begun_again_ends_the_same(s3: S3Server, address: str, expect
     process = multiprocessing.get_context("fork").Process(target=convert, args=(slow, address))
     process.start()
     staging = staging_folder(f"{address}/train")
-    while len(list(staging.glob("0000?.json"))) < 2:
+    while len(list(staging.glob("0000?/part.json"))) < 2:
         assert process.is_alive()
         time.sleep(0.02)
     assert process.pid is not None
@@ -100,14 +101,14 @@ def test_a_store_with_a_cold(
         monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
         monkeypatch.setattr("convert.store.ATTEMPTS", 1)
-        proxy.inject("status", "shard.00005", times=None)
-        with pytest.raises(OSError, match=r"cannot upload s3://.*shard\.00005\.00000\.mds: .*503"):
+        proxy.inject("status", "00005/shard", times=None)
+        with pytest.raises(OSError, match=r"cannot upload s3://.*00005/shard\.00000\.mds: .*503"):
             convert(Found(SCENES), address, num_workers=1)
         proxy.refuse()
         with pytest.raises(OSError, match="cannot reach s3://"):
             convert(Found(SCENES), address, num_workers=1)
         proxy.accept()
         proxy.faults.clear()
-        proxy.inject("status", "shard.00005", times=1)
+        proxy.inject("status", "00005/shard", times=1)
         assert convert(Found(SCENES), address, num_workers=1) == 5
     assert fetch(s3, address) == expected

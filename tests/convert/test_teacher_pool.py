@@ -9,7 +9,7 @@ from convert.coco import find, read_instances
 from convert.shapes import draw_scene
 from convert.shapes import iter_samples as iter_shapes
 from convert.teachers import Candidate, candidate, choose
-from convert.writer import convert_split, write_split
+from convert.write import convert_split, write_split
 from recipe.schema import Object, Sample
 
 
@@ -67,9 +67,9 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = {item.caption for sample in samples[:12] for item in sample.objects or ()}
     assert len(captions) > len(first)
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "00000",
         "index.json",
         "records.jsonl.gz",
-        "shard.00000.00000.mds",
     ]
     with pytest.raises(SystemExit, match="61 teachers asked"):
         run_main(monkeypatch, "teachers", *arguments, "--num-samples", 61, "--out", tmp_path / "c")
@@ -81,7 +81,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_damaged_shard_makes_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     write_split((draw_scene(1, index, 56) for index in range(4)), str(tmp_path / "d"), "train")
-    (shard,) = (tmp_path / "d" / "train").glob("*.mds")
+    (shard,) = (tmp_path / "d" / "train").rglob("*.mds")
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     arguments = ["--local", tmp_path / "d", "--split", "train", "--out", tmp_path / "pool", "--num-samples", 2]
     with pytest.raises(SystemExit) as stop:

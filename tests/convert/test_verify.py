@@ -10,13 +10,13 @@ from convert_helpers import picture, run_main
 
 from convert.shapes import draw_scene
 from convert.verify import verify
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.records import RECORDS_FILE, join_parts, to_record, write_part
 from recipe.schema import Sample
 
 CHAT = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"})
 SAMPLES = [*(draw_scene(1, index, 56) for index in range(5)), Sample("chat", b"", 0, 0, None, CHAT)]
-SECOND = "shard.00000.00001.mds"
+SECOND = "00000/shard.00001.mds"
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_command_line_exits_1(
     with pytest.raises(SystemExit) as stop:
         run_main(monkeypatch, "verify", "--local", folder)
     assert stop.value.code == 1
-    assert f"{SECOND}: is missing: convert the data set anew" in capsys.readouterr().out
+    assert f"{SECOND}: is missing: convert the data set again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", [5, -5])
@@ -75,17 +75,17 @@ def test_a_truncated_shard(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index.pop("shards"), "no index of shards"),
+        (lambda index: index.pop("shards"), "not an index of shards"),
         (lambda index: index["shards"].clear(), "lists no MDS shards"),
         (lambda index: index["shards"][1].update(samples=0), "lists no MDS shards"),
         (lambda index: index["shards"][1].update(format="json"), "lists no MDS shards"),
-        (lambda index: index["shards"][1].update(raw_data=None), "no index of shards"),
+        (lambda index: index["shards"][1].update(raw_data=None), "not an index of shards"),
         (lambda index: index["shards"][1]["raw_data"].update(basename="../index.json"), "outside its folder"),
         (lambda index: index["shards"][1].update(zip_data={"basename": "../x", "bytes": 1, "hashes": {}}), "outside"),
         (lambda index: index["shards"][1]["raw_data"].update(basename="/etc/hostname"), "outside its folder"),
         (lambda index: index["shards"][1]["raw_data"].update(basename="a/../../b"), "outside its folder"),
         (lambda index: index["shards"][1].update(index["shards"][0]), "one file twice"),
-        (lambda index: index["shards"][1]["raw_data"].pop("hashes"), "no index of shards"),
+        (lambda index: index["shards"][1]["raw_data"].pop("hashes"), "not an index of shards"),
     ],
 )
 def test_a_wrong_index(folder: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
@@ -96,7 +96,7 @@ def test_a_wrong_index(folder: Path, change: Callable[[dict[str, Any]], object],
 
 def test_no_index(folder: Path) -> None:
     (folder / "index.json").write_text("{")
-    assert "no index of shards" in problems(folder)[0]
+    assert "not an index of shards" in problems(folder)[0]
     (folder / "index.json").unlink()
     assert "name the folder of a converted data set" in problems(folder)[0]
 

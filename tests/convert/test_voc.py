@@ -69,7 +69,7 @@ def test_by_hand(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) 
         (voc(box("nan", 1, 20, 10)), "non-finite box"),
         (voc(box(9, 1, 3, 10)), "inverted box"),
         (voc(box(9, 1, 8, 10)), "zero-area box"),
-        (voc(box(9, 1, 22, 10)), "box outside the picture"),
+        (voc(box(9, 1, 22, 10)), "box outside the image"),
         (voc(box(9, 1, 10, 10, name="")), "empty caption"),
         (voc(box(9, 1, 10, 10).replace("<name>cat</name>", "<part><name>head</name></part>")), "empty caption"),
     ],

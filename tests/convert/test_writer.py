@@ -8,7 +8,7 @@ import pytest
 from convert_helpers import read_rejected, read_samples
 
 from convert.items import Item, Note, Rejected
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.schema import Object, Sample
 
 SAMPLES = [
@@ -33,13 +33,13 @@ def names(folder: Path) -> list[str]:
 def test_samples_come_back_equal(tmp_path: Path) -> None:
     summary = write_split(SAMPLES, str(tmp_path), "train", hashes=["xxh64"])
     assert read_samples(tmp_path) == SAMPLES
-    assert (summary.samples, summary.pictures, summary.empty, summary.not_annotated) == (3, 2, 1, 1)
+    assert (summary.samples, summary.images, summary.empty, summary.not_annotated) == (3, 2, 1, 1)
     assert (summary.objects, summary.crowd, summary.shards) == (2, 1, 1)
     shard = json.loads((tmp_path / "train" / "index.json").read_text())["shards"][0]
     assert list(shard["raw_data"]["hashes"]) == ["xxh64"]
     assert shard["compression"] is None
     assert names(tmp_path) == ["rejected.jsonl", "train"]
-    assert names(tmp_path / "train") == ["index.json", "records.jsonl.gz", "shard.00000.00000.mds"]
+    assert names(tmp_path / "train") == ["00000", "index.json", "records.jsonl.gz"]
 
 
 def test_first_sample_above_size_limit_makes_no_empty_shard(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_rejected_rows_of_other_splits_stay(tmp_path: Path) -> None:
     write_split([BAD, *SAMPLES], str(tmp_path), "eval")
     assert [row["split"] for row in read_rejected(tmp_path)] == ["train", "train", "eval"]
     summary = write_split([*SAMPLES, BAD], str(tmp_path), "train", overwrite=True)
-    assert summary.rejected == {"some reason": 1}
+    assert [item.reason for item in summary.rejected] == ["some reason"]
     assert sorted(row["split"] for row in read_rejected(tmp_path)) == ["eval", "train"]
     assert read_rejected(tmp_path)[0] == {
         "split": "eval", "id": "x", "source": "file: line 9", "reason": "some reason", "detail": "value"
@@ -108,14 +108,14 @@ def test_strict_stops_at_the_first_rejected(tmp_path: Path) -> None:
 
 
 def test_nothing_good_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no record was good"):
+    with pytest.raises(ValueError, match=r"no record is usable; file: line 9 .*some reason: value"):
         write_split([BAD], str(tmp_path), "train")
     assert names(tmp_path) == ["rejected.jsonl"]
 
 
 def test_summary_text(tmp_path: Path) -> None:
     text = str(write_split([*SAMPLES, BAD, Note("mended", 2), Note("mended", 3)], str(tmp_path), "train"))
-    assert "3  (2 with a picture, 1 known to hold nothing, 1 not annotated)" in text
+    assert "3  (2 with an image, 1 known to hold nothing, 1 not annotated)" in text
     assert "2  (1 crowd regions)" in text
     assert "5  mended" in text
     assert "1  some reason" in text

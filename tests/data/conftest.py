@@ -22,7 +22,7 @@ from recipe.records import RECORDS_FILE, join_parts, to_record, write_part
 from recipe.schema import MDS_COLUMNS, ImageSpec, Object, Sample
 from recipe.tiny import build_tiny_checkpoint
 from tests.data.storage_cases import write_rows
-from tests.s3_server import FaultProxy, S3Server
+from tests.support.s3_server import FaultProxy, S3Server
 
 MakeSample = Callable[..., Sample]
 WriteShards = Callable[[Path, Sequence[Sample]], dict[str, str]]

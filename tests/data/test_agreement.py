@@ -1,17 +1,15 @@
 """An error in one rank's loader is raised by all ranks at the same step."""
 
-import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from composer.utils import dist
-from torch.multiprocessing.spawn import spawn
 from torch.utils.data import Dataset
 
 from recipe.upstream.agreement import LockstepLoader, agree
-from tests.launch import leave
-from tests.s3_server import free_port
+from tests.launches.launch import leave, run_composer
 
 
 class Numbers(Dataset[int]):
@@ -36,20 +34,17 @@ def outcome_of_loop() -> tuple[list[int], str]:
     return seen, ""
 
 
-def one_rank(rank: int, port: int, folder: str) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
+def one_rank(folder: str) -> None:
     dist.initialize_dist("cpu", timeout=60)
     outcome = outcome_of_loop()
     agree(None)  # the ranks are still in step
-    torch.save(outcome, Path(folder) / f"{rank}.pt")
+    torch.save(outcome, Path(folder) / f"{dist.get_global_rank()}.pt")
     leave()
 
 
 @pytest.mark.world_size(2)
 def test_every_rank_raises_what_one_rank_met(tmp_path: Path):
-    spawn(one_rank, args=(free_port(), str(tmp_path)), nprocs=2)
+    run_composer(2, __file__, str(tmp_path), timeout=120)
     well, ill = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     seen = [0, 1, 2, 3, 4, 5]
     assert ill == (seen, "ValueError: number 6 is bad")
@@ -75,3 +70,7 @@ def test_what_began_it_is_told_where_the_others_never_come(monkeypatch: pytest.M
     assert "timed out" in str(raised.value.__cause__)
     with pytest.raises(RuntimeError, match="timed out"):
         agree(None)
+
+
+if __name__ == "__main__":
+    one_rank(sys.argv[1])

@@ -1,7 +1,7 @@
 """Two gloo processes read what one reads, count what one counts, and resume as one."""
 
-import os
-import socket
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from composer import Trainer
 from composer.models import ComposerModel
 from composer.utils import dist
-from torch.multiprocessing.spawn import spawn
 
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.data.encode import Encoder
@@ -18,6 +17,7 @@ from recipe.data.loader import build_eval_loader, build_train_loader
 from recipe.data.stream import read_teachers
 from recipe.losses.counts import count_losses, split_batch
 from recipe.schema import CountedBatch
+from tests.launches.launch import run_composer
 
 NUM_SAMPLES = 10
 Seen = list[list[tuple[str, int, int]]]  # of each step: id, hash of the tokens, noise
@@ -81,13 +81,9 @@ def train(config: RecipeConfig, encoder: Encoder, folder: Path, load_path: str |
     return model.seen
 
 
-def one_rank(rank: int, world_size: int, port: int, arguments: tuple[Any, ...], folder: str) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world_size}
-    names |= {"LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)
+def one_rank(folder: str) -> None:
     dist.initialize_dist("cpu", timeout=60)
-    encoder, stream, pool, load_paths = arguments
+    encoder, stream, pool, load_paths = pickle.loads(Path(folder, "arguments.pickle").read_bytes())
     config = make_config(stream, pool)
     runs = [train(config, encoder, Path(folder) / f"run{i}", path) for i, path in enumerate(load_paths)]
     spec = build_eval_loader(config.eval_loader, encoder, read_teachers(config.teachers, config.seed), config.seed)
@@ -98,16 +94,17 @@ def one_rank(rank: int, world_size: int, port: int, arguments: tuple[Any, ...], 
         for sample in batch["samples"]
     ]
     counts = [batch["loss_counts"] for batch in runs[0]]
-    torch.save(([[row(batch) for batch in seen] for seen in runs], counts, scored), Path(folder) / f"{rank}.pt")
+    torch.save(
+        ([[row(batch) for batch in seen] for seen in runs], counts, scored),
+        Path(folder, f"{dist.get_global_rank()}.pt"),
+    )
     torch.distributed.destroy_process_group()
 
 
 def run(world_size: int, folder: Path, arguments: tuple[Any, ...]) -> list[tuple[list, list, list]]:
     folder.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(one_rank, args=(world_size, port, arguments, str(folder)), nprocs=world_size)
+    (folder / "arguments.pickle").write_bytes(pickle.dumps(arguments))
+    run_composer(world_size, __file__, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -142,3 +139,7 @@ def test_two_ranks_read_count_evaluate_and_resume_as_one(tmp_path: Path, encoder
 
     for resumed, left in zip(alone[0][1:], checkpoints.values(), strict=True):
         assert [item for batch in resumed for item in batch] == everything[-left:]
+
+
+if __name__ == "__main__":
+    one_rank(sys.argv[1])

@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from recipe.data.encode import rope_positions
-from tests.tiny_cases import token_types
+from tests.support.tiny_cases import token_types
 
 
 def test_positions_of_text_count_up(hf_config: Qwen2_5_VLConfig):

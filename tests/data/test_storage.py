@@ -24,7 +24,7 @@ from tests.data.storage_cases import (
     read_numbers,
     write_rows,
 )
-from tests.s3_server import SECRET_KEY
+from tests.support.s3_server import SECRET_KEY
 
 ALL = list(range(NUM_ROWS))
 

@@ -33,9 +33,9 @@ from recipe.schema import EvalOutputs
 from recipe.train import main
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters
-from tests.float64 import compute_in_float64
-from tests.launch import leave
-from tests.tiny_cases import ALL_SWITCHES, make_config
+from tests.launches.launch import leave
+from tests.support.float64 import compute_in_float64
+from tests.support.tiny_cases import ALL_SWITCHES, make_config
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class Recorder(Callback):
 
 
 def config_of(leg: Leg) -> RecipeConfig:
-    """Steps of four samples, evaluated after every second and the last, saved after the third."""
+    """Return steps of four samples, evaluated after the fourth and the last, saved after the third."""
     trainer: dict[str, Any] = {
         "max_duration": f"{leg.steps}ba",
-        "eval_interval": "2ba",
+        "eval_interval": "4ba",
         "save_interval": "3ba",
         "device_train_microbatch_size": 1 if dist.get_world_size() > 1 else 2,
         "precision": "fp32",
@@ -139,7 +139,7 @@ def config_of(leg: Leg) -> RecipeConfig:
         fsdp_version=1 if leg.mode == "fsdp1" else 2,
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
-        evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6),
+        evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6, num_logged_images=1),
         optimizer=OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
         scheduler=SchedulerConfig("constant"),
         ema=EmaConfig(half_life="2ba") if leg.ema else None,

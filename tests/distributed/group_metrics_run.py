@@ -23,9 +23,9 @@ from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer, group_of
 from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import CASES, whole, whole_parameters
-from tests.float64 import compute_in_float64
-from tests.launch import leave
-from tests.tiny_cases import make_config, make_examples, make_model, microbatches_of
+from tests.launches.launch import leave
+from tests.support.float64 import compute_in_float64
+from tests.support.tiny_cases import make_config, make_examples, make_model, microbatches_of
 
 RATES = OptimizerConfig(lr_vision=1e-3, lr_merger=2e-3, lr_llm=0.0, lr_adapter=3e-3, lr_detection=4e-3)
 

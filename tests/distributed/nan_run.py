@@ -24,8 +24,8 @@ from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from tests.distributed.fsdp_shim import install
-from tests.launch import leave
-from tests.tiny_cases import make_config, make_examples, make_model, microbatches_of
+from tests.launches.launch import leave
+from tests.support.tiny_cases import make_config, make_examples, make_model, microbatches_of
 
 NAN = float("nan")
 HIT = 2  # the bad batch

@@ -29,9 +29,9 @@ from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch
 from tests.distributed.fsdp_shim import install
-from tests.float64 import compute_in_float64
-from tests.launch import leave
-from tests.tiny_cases import ALL_SWITCHES, make_config, make_examples, make_model, microbatches_of
+from tests.launches.launch import leave
+from tests.support.float64 import compute_in_float64
+from tests.support.tiny_cases import ALL_SWITCHES, make_config, make_examples, make_model, microbatches_of
 
 MIXED = (["two", "text", "crowded"], ["unannotated", "empty", "one"])
 TEXT_ONLY_RANK = (["text", "text"], ["two", "one"])

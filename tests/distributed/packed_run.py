@@ -22,8 +22,8 @@ from recipe.callbacks import table
 from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
 from recipe.console import setup_logging
 from recipe.train import main
-from tests.launch import leave
-from tests.tiny_cases import make_config
+from tests.launches.launch import leave
+from tests.support.tiny_cases import make_config
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from composer.utils import dist
 from recipe.config import SchedulerConfig
 from recipe.joint import JointModel
 from tests.distributed.fsdp_shim import install
-from tests.launch import leave
-from tests.staged_cases import (
+from tests.launches.launch import leave
+from tests.support.staged_cases import (
     MANY_STAGES,
     TWO_STAGES,
     Parts,
@@ -26,7 +26,7 @@ from tests.staged_cases import (
     parts_of,
     train,
 )
-from tests.tiny_cases import make_config, make_examples, make_model
+from tests.support.tiny_cases import make_config, make_examples, make_model
 
 
 def finish(trainer: Trainer) -> Parts:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert.writer import write_split
+from convert.write import write_split
 from tests.distributed.fsdp_run import Leg
 from tests.distributed.test_fsdp_runs import SAMPLES, Run, assert_same, read_run
-from tests.launch import run_composer
-from tests.tiny_cases import make_samples
+from tests.launches.launch import run_composer
+from tests.support.tiny_cases import make_samples
 
 TWO_RANKS = {
     "ddp": Leg("", "", "", "ddp"),

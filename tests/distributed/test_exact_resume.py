@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from tests.distributed.packed_run import Settings
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 
 STEPS = 12
 SCRIPT = Path(__file__).with_name("packed_run.py")

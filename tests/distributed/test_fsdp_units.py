@@ -36,7 +36,7 @@ from recipe.optim.schedule import build_schedule
 from recipe.rules import check_config, check_fields, check_trainer
 from recipe.schema import Example, ImageSpec
 from tests.distributed import fsdp_shim
-from tests.tiny_cases import make_batches, make_model
+from tests.support.tiny_cases import make_batches, make_model
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 TRAINER = {"precision": "amp_bf16", "parallelism_config": {"fsdp": {}}}

@@ -10,8 +10,8 @@ from recipe.config import RecipeConfig
 from recipe.schema import Example
 from tests.callbacks.test_loss_terms import expected_gradients
 from tests.distributed.one_step import CASES
-from tests.launch import run_composer
-from tests.tiny_cases import make_batches, make_model
+from tests.launches.launch import run_composer
+from tests.support.tiny_cases import make_batches, make_model
 
 
 @pytest.mark.slow

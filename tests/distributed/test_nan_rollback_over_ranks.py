@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.algorithms.nan_rollback import DIVERGED
 from tests.distributed.nan_run import CASES, HIT
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 
 MODES = ("ddp", "fsdp1", "fsdp2")
 SKIPPED = [name for name in CASES if name not in ("weight", "given_up")]
@@ -107,6 +107,7 @@ def test_a_run_that_diverges_ends_with_its_exit_code(tiny_checkpoint: str, tmp_p
         "nan_rollback.strikes=1",
         "nan_rollback.max_rollbacks=1",
         check=False,
+        forked=False,
     )
     assert launch.returncode == DIVERGED, launch.output
     assert f"a rollback is due after 1, nan_rollback.max_rollbacks. The bad batches are listed in {tmp_path}/run" in (

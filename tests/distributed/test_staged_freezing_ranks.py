@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 
 
 @pytest.mark.slow

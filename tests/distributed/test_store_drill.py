@@ -1,11 +1,8 @@
 """From an object store alone: convert into a bucket, train from it, be killed, resume from a checkpoint in it."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -15,8 +12,8 @@ import pytest
 
 from tests.distributed.packed_run import Settings
 from tests.distributed.test_exact_resume import SCRIPT, read_steps
-from tests.launch import REPOSITORY, Launch, run_composer
-from tests.s3_server import FaultProxy, S3Server
+from tests.launches.launch import Launch, run_composer
+from tests.support.s3_server import FaultProxy, S3Server
 
 STEPS = 8
 BUCKET = "drill"
@@ -49,10 +46,9 @@ class Drill:
 
 
 def convert(out: str, split: str, num_samples: int, env: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "convert.shapes", "--out", out, "--split", split, "--size-limit", "30kb"]
-    command += ["--num-samples", str(num_samples), "--seed", str(len(split)), "--image-size", "84"]
-    command += ["--max-objects", "5", "--num-workers", "1"]
-    subprocess.run(command, check=True, cwd=REPOSITORY, env={**os.environ, **env}, capture_output=True)
+    arguments = ["--out", out, "--split", split, "--size-limit", "30kb", "--num-samples", str(num_samples)]
+    arguments += ["--seed", str(len(split)), "--image-size", "84", "--max-objects", "5", "--num-workers", "1"]
+    run_composer(0, "convert/shapes.py", *arguments, env=env)
 
 
 @pytest.fixture(scope="module")

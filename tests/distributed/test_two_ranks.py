@@ -10,8 +10,8 @@ import torch
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Example
 from tests.distributed.one_step import CASES, cases_of, make_case_model
-from tests.launch import run_composer
-from tests.tiny_cases import gradient_error, loss_error, losses_and_gradients, make_batches
+from tests.launches.launch import run_composer
+from tests.support.tiny_cases import gradient_error, loss_error, losses_and_gradients, make_batches
 
 Records = Callable[[str], dict[str, list[dict[str, Any]]]]
 MODES = ("ddp", "fsdp1", "fsdp2")

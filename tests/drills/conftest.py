@@ -1,13 +1,12 @@
-"""What the drills share: data, a server of quick launches, a training that was never stopped."""
+"""What the drills share: data, and a training that was never stopped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.drills.drill_cases import STEPS, write_data, write_yaml
 from tests.drills.drill_run import Run
-from tests.drills.launches import ForkServer, fork_server, launch
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +23,8 @@ def make_run(tiny_checkpoint: str, folder: Path) -> Callable[[str], Run]:
 
 
 @pytest.fixture(scope="session")
-def server(folder: Path) -> Iterator[ForkServer]:
-    with fork_server(folder / "server.log") as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
 def whole(make_run: Callable[[str], Run], folder: Path) -> Run:
-    """Never stopped, by the true command."""
+    """Run the real command, never stopped."""
     run = make_run("whole")
-    run.finish(launch(1, run.yaml, folder / "whole.log"))
+    run.finish(run.launch("whole", forked=False))
     return run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.config import (
     LoaderConfig,
     PackingConfig,
@@ -20,7 +20,7 @@ from recipe.config import (
     TeacherConfig,
 )
 from recipe.configure import save_config
-from tests.tiny_cases import make_config
+from tests.support.tiny_cases import make_config
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 24, 2, 3  # batches
 

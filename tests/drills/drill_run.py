@@ -8,8 +8,8 @@ from pathlib import Path
 
 from recipe.checkpoints.check import newest_valid
 from tests.drills.drill_cases import STEPS, assert_same_training
-from tests.drills.launches import Running
 from tests.drills.moments import START, File, Moment, first_step, losses, moment_of, unfinished
+from tests.launches.launch import Running, start
 
 PATIENCE = 120  # seconds without the moment that is waited for
 
@@ -33,6 +33,18 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    def launch(self, name: str, world_size: int = 1, forked: bool = True) -> Running:
+        """Start `composer -n WORLD_SIZE recipe/train.py YAML`; a forked one of one rank needs no launcher.
+
+        Args:
+            name: Of the log, next to the yaml.
+            world_size: Number of ranks.
+            forked: Skip the imports.
+        """
+        log = self.yaml.with_name(f"{name}.log")
+        num_ranks = 0 if forked and world_size == 1 else world_size
+        return start(num_ranks, "recipe/train.py", str(self.yaml), log=log, forked=forked)
 
     def newest(self) -> int:
         """Batches of the newest valid checkpoint; 0: there is none."""

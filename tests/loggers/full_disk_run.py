@@ -4,7 +4,9 @@ Writes FOLDER/trained.json, since a thread's traceback can stand in the middle o
 """
 
 import json
+import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from recipe.console import setup_logging
 from tests.callbacks.test_table import train
 
 if __name__ == "__main__":
+    # A pipe to the console: the file that the test keeps of it would be bounded too.
+    console = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    assert console.stdin is not None
+    for stream in (1, 2):
+        os.dup2(console.stdin.fileno(), stream)
     setup_logging()
     folder = Path(sys.argv[1])
     loggers = build_loggers({"json_lines": {}, "tensorboard": {}, "file": {}}, str(folder))

@@ -16,7 +16,7 @@ from composer.loggers import LoggerDestination
 from recipe.callbacks.loggers import GuardedJsonLinesLogger, TextLogger
 from recipe.upstream import loggers as guarded
 from recipe.upstream.loggers import GuardedLogger
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 
 NOTHING = cast(Any, None)
 

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from convert.shapes import iter_samples
-from convert.writer import write_split
+from convert.write import write_split
 from recipe.config import LoaderConfig
-from tests.launch import REPOSITORY, Launch, run_composer
-from tests.tiny_cases import make_config
+from tests.launches.launch import REPOSITORY, Launch, run_composer
+from tests.support.tiny_cases import make_config
 
 MARK = "PLANTED"  # in every secret, and nowhere else
 ENVIRONMENT = {

@@ -12,7 +12,7 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
 from recipe.upstream.loggers import ask_server, within
-from tests.launch import run_composer
+from tests.launches.launch import run_composer
 from tests.loggers.wandb_run import FINISH_SECONDS, NUM_BATCHES, PROBE_SECONDS, START_SECONDS
 from tests.loggers.wandb_server import ILLS, wandb_server
 

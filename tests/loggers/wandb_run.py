@@ -21,7 +21,7 @@ from recipe.config import RecipeConfig
 from recipe.console import setup_logging
 from recipe.upstream import loggers as our_wandb
 from tests.callbacks.test_table import ToyModel
-from tests.launch import leave
+from tests.launches.launch import leave
 
 PROBE_SECONDS, START_SECONDS, FINISH_SECONDS = 3.0, 8.0, 5.0
 NUM_BATCHES = 60

@@ -11,7 +11,7 @@ from recipe.config import LossConfig
 from recipe.losses.detection import caption_loss, denoising_losses, detection_losses
 from recipe.models.denoising import make_denoising_queries
 from recipe.models.matcher import match
-from tests.waits import Waits
+from tests.support.waits import Waits
 
 
 def test_the_counter_sees_masks_and_items():

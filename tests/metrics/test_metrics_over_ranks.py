@@ -1,21 +1,20 @@
 """Two gloo processes score as one, with unequal shares."""
 
-import os
+import sys
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from composer.utils import dist
 from metric_cases import make_prediction, make_sample
-from torch import distributed
-from torch.multiprocessing.spawn import spawn
 
 from recipe.joint import all_scores
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import MeteorLite, default_text_scorer
 from recipe.schema import Box, LossCounts, Prediction, Sample
-from tests.launch import leave
+from tests.launches.launch import leave, run_composer
 
 CAPTIONS = ["a black cat", "a dog that runs", "the bird"]
 
@@ -66,43 +65,37 @@ def chosen_scorers(rank: int) -> list[str]:
     return names
 
 
-def scorers_of_rank(rank: int, folder: str) -> None:
-    begin(rank, folder)
-    Path(folder, f"{rank}.txt").write_text(" ".join(chosen_scorers(rank)))
-    leave()
-
-
-def begin(rank: int, folder: str) -> None:
-    """Composer reads the variables too; training in the tests before leaves its own."""
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "NODE_RANK": 0}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    distributed.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=2)
-
-
-def one_rank(rank: int, folder: str) -> None:
-    begin(rank, folder)
-    pairs = scenes()
+def one_rank(folder: str) -> None:
+    dist.initialize_dist("cpu", timeout=60)
+    rank, pairs = dist.get_global_rank(), scenes()
     metric = Evaluation(scores)
     # rank 0 gets the one sample that is not annotated, so its tensors are empty at first
     for batch in [pairs[:1], pairs[7:]] if rank == 0 else [pairs[3:6], pairs[1:3], pairs[6:7]]:
         feed(metric, batch)
     first = values_of(metric)
     feed(metric, pairs[:1])  # after a reduction each rank continues with its own share
-    torch.save((first, values_of(metric)), Path(folder) / f"{rank}.pt")
+    torch.save((first, values_of(metric)), Path(folder, f"{rank}.pt"))
+    Path(folder, f"{rank}.txt").write_text(" ".join(chosen_scorers(rank)))
     leave()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which two ranks left what they computed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_composer(2, __file__, str(folder), timeout=120)
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-def test_two_ranks_score_as_one(tmp_path: Path):
+def test_two_ranks_score_as_one(ranks: Path):
     metric = Evaluation(scores)
     for start in range(0, 10, 2):  # five batches, as the ranks have
         feed(metric, scenes()[start : start + 2])
     expected = values_of(metric)
-    spawn(one_rank, (str(tmp_path),), nprocs=2)
-    assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt")
-    first, again = torch.load(tmp_path / "0.pt")
+    assert torch.load(ranks / "0.pt") == torch.load(ranks / "1.pt")
+    first, again = torch.load(ranks / "0.pt")
     assert first == expected
     assert again[1] == first[1]  # what is not annotated changes no score
     values = expected[0]
@@ -120,9 +113,8 @@ def test_two_ranks_score_as_one(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-def test_two_ranks_take_one_text_scorer(tmp_path: Path):
-    spawn(scorers_of_rank, (str(tmp_path),), nprocs=2)
-    assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {"meteor15 meteor_lite2"}
+def test_two_ranks_take_one_text_scorer(ranks: Path):
+    assert {(ranks / f"{rank}.txt").read_text() for rank in range(2)} == {"meteor15 meteor_lite2"}
 
 
 def test_batches_score_as_a_whole_and_reset_forgets():
@@ -133,3 +125,7 @@ def test_batches_score_as_a_whole_and_reset_forgets():
         feed(metric, [pair])
     feed(whole, scenes())
     assert values_of(metric) == values_of(whole)
+
+
+if __name__ == "__main__":
+    one_rank(sys.argv[1])

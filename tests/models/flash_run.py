@@ -17,8 +17,15 @@ import torch
 from recipe.joint import JointModel
 from recipe.prediction.generate import generate_answers
 from recipe.schema import Batch, Example, JointOutputs
-from tests.flash_stub import Call, install
-from tests.tiny_cases import collator, gradient_error, losses_and_gradients, make_config, make_examples, make_model
+from tests.support.flash_stub import Call, install
+from tests.support.tiny_cases import (
+    collator,
+    gradient_error,
+    losses_and_gradients,
+    make_config,
+    make_examples,
+    make_model,
+)
 
 
 def difference(found: JointOutputs, expected: JointOutputs) -> float:

@@ -11,7 +11,7 @@ from recipe.joint import JointModel
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.prediction.generate import generate_captions
 from recipe.schema import CaptionPlaces, Memory
-from tests.tiny_cases import make_model
+from tests.support.tiny_cases import make_model
 
 LENGTH = 10
 NUM_TOKENS = 320

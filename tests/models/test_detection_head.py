@@ -17,7 +17,7 @@ from recipe.models.layers import LOCALITY, Attention
 from recipe.models.matcher import match
 from recipe.models.memory import grid_cells, sine_embedding
 from recipe.schema import DetectionOutputs, Example, LossCounts, Memory, Target
-from tests.tiny_cases import ALL_SWITCHES, NUM_QUERIES, collator, losses_and_gradients, make_batches, make_model
+from tests.support.tiny_cases import ALL_SWITCHES, NUM_QUERIES, collator, losses_and_gradients, make_batches, make_model
 
 WIDTH, QUERIES = 16, 4
 NAMES = ("pred_boxes", "pred_boxes_raw", "pred_objectness", "query_features")

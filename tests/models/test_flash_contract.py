@@ -1,27 +1,22 @@
 """The flash-attention path on CPU: what the kernel would be called with, and the same numbers as `packed_sdpa`.
 
-A stand-in takes the kernel's place (`tests/flash_stub.py`), in a process of its own as it changes transformers.
+A stand-in takes the kernel's place (`tests/support/flash_stub.py`), in a process of its own as it changes transformers.
 """
 
 import json
-import subprocess
-import sys
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launches.launch import run_composer
+
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def report(tiny_checkpoint: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.models.flash_run", tiny_checkpoint]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    return json.loads(finished.stdout.splitlines()[-1])
+    return json.loads(run_composer(0, "tests/models/flash_run.py", tiny_checkpoint).output.splitlines()[-1])
 
 
 def split_calls(report: dict[str, Any], layout: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -11,7 +11,7 @@ from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.optim.groups import group_parameters
 from recipe.schema import Batch, Example
-from tests.tiny_cases import ALL_SWITCHES, make_batches, make_model
+from tests.support.tiny_cases import ALL_SWITCHES, make_batches, make_model
 
 GROUPS = ("vision", "merger", "llm", "adapter", "detection")
 NAMES = ["one", "text"]

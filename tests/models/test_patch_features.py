@@ -13,7 +13,7 @@ from recipe.data.image import image_spec, patchify
 from recipe.models.memory import Adapter, MemoryBuilder, grid_cells, split_cells
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm
 from recipe.schema import Example, ImageSpec
-from tests.tiny_cases import collator
+from tests.support.tiny_cases import collator
 
 SIZES = [(84, 140), (252, 140), (56, 56), (140, 308)]  # width, height; windows are 112 wide, so all are cut but one
 

@@ -29,7 +29,7 @@ from recipe.models.vlm import (
 )
 from recipe.prediction.generate import generate_answers
 from recipe.schema import Batch, Example
-from tests.tiny_cases import collator, make_samples, token_types
+from tests.support.tiny_cases import collator, make_samples, token_types
 
 PICTURED = ("two", "empty", "crowded")
 

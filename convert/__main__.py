@@ -1,0 +1,15 @@
+"""`python -m convert` lists the converters."""
+
+COMMANDS = {
+    "coco": "COCO instances (instances.json)",
+    "voc": "Pascal VOC (a folder of .xml files)",
+    "jsonl": "JSON lines (one record per line, chats too)",
+    "shapes": "synthetic scenes, to try things out",
+    "teachers": "choose a pool of teachers from a converted data set",
+    "verify": "check a converted data set",
+}
+
+if __name__ == "__main__":
+    print("Convert a data set to MDS shards; each command explains itself with --help:\n")
+    for name, what in COMMANDS.items():
+        print(f"  python -m convert.{name:<9} {what}")

@@ -1,0 +1,210 @@
+"""`recipe.gallery`: the page's data worked by hand, and its command line."""
+
+import json
+import os
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from convert.write import write_split
+from recipe.gallery import (
+    main,
+    num_errors,
+    page_data,
+    parse,
+    render,
+    threshold_of,
+    thumbnail,
+    truths_of_coco,
+    truths_of_mds,
+)
+from recipe.metrics.gather import IGNORED
+from recipe.prediction.files import write_entries
+from recipe.schema import Sample
+from tests.support.gallery_cases import NASTY, entry, found, options, row, sample, true
+
+
+def test_errors_at_a_threshold_and_which_pictures_are_kept() -> None:
+    rows = [
+        entry("right", [found(0, 0.9)]),
+        entry("false", [found(80, 0.5), found(0, 0.9)]),
+        entry("missed", []),
+        entry("unknown", [found(0, 0.9)]),
+        entry("broken", None, error="no picture", width=None, height=None),
+        entry("text", None, answer="[]", answer_objects=[]),
+    ]
+    truths = {name: sample(name, true(0), true(30)) for name in ("right", "false", "missed", "text")}
+    pictures = page_data(rows, truths, 0.3, 6, 64)["pictures"]
+    assert [num_errors(picture, "head", 0.3) for picture in pictures] == [1, 2, 2, -1, float("inf"), 2]
+    assert num_errors(pictures[1], "head", 0.6) == 1
+    assert num_errors(pictures[0], "head", 0.95) == 2
+    kept = page_data(rows, truths, 0.3, 3, 64)
+    assert [picture["id"] for picture in kept["pictures"]] == ["false", "missed", "broken"]
+    assert kept["left_out"] == [
+        {
+            "error": None,
+            "num_wanted": num_wanted,
+            "head": head and [{"match": match, "other_words": False, "score": 0.9} for match in head],
+            "text": text,
+        }
+        for num_wanted, head, text in ((2, [0], None), (None, [IGNORED], None), (2, None, []))
+    ]
+
+
+def test_other_words_at_the_right_place() -> None:
+    """Compared as the metrics compare captions; they are errors where words count, and else decide between equals."""
+    captions = {"same": " STRASSE", "other": "street", "none": ""}
+    rows = [entry(name, [found(0, 0.9, caption)]) for name, caption in captions.items()]
+    truths = {name: sample(name, true(0, "straße ")) for name in captions}
+    pictures = page_data(rows, truths, 0.3, 3, 64)["pictures"]
+    assert [picture["head"][0]["other_words"] for picture in pictures] == [False, True, True]
+    assert [num_errors(picture, "head", 0.3) for picture in pictures] == [0, 0, 0]
+    assert [num_errors(picture, "head", 0.3, words_count=True) for picture in pictures] == [0, 1, 1]
+    assert [num_errors(picture, "head", 0.95, words_count=True) for picture in pictures] == [1, 1, 1]  # missed
+    assert [picture["id"] for picture in page_data(rows, truths, 0.3, 2, 64)["pictures"]] == ["other", "none"]
+
+
+def test_the_slider_begins_where_the_predictions_do() -> None:
+    older, rows = [entry("a", [])], [entry("a", [], score_threshold=0.2), entry("b", [], score_threshold=0.45)]
+    assert (threshold_of(older, None), threshold_of(older, 0.0)) == (0.3, 0)
+    assert (threshold_of(rows[:1], None), threshold_of(rows, None), threshold_of(rows, 0.45)) == (0.3, 0.45, 0.45)
+    with pytest.raises(ValueError, match=r"threshold 0.3: .* what scored 0.45 or more; give at least that, or predict"):
+        threshold_of(rows, 0.3)
+    assert threshold_of([entry("a", [], score_threshold=0.123457)], 0.12345678) == 0.123457  # the threshold, as written
+
+
+def test_pictures_are_small_and_text_stays_text() -> None:
+    data = BytesIO()
+    Image.effect_noise((2000, 500), 50).save(data, "PNG")
+    address = thumbnail(data.getvalue(), 200)
+    assert address is not None and address.startswith("data:image/jpeg;base64,") and len(address) < 20_000
+    assert thumbnail(b"no picture", 200) is None
+    page = render({"pictures": [{"id": NASTY}]})
+    assert page.count("</script>") == 2 and "<img" not in page.split('id="data">')[1]
+    assert json.loads(page.split('id="data">')[1].split("</script>")[0])["pictures"][0]["id"] == NASTY
+
+
+def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = options(gallery, "--truth", str(gallery / "instances.json"))
+    assert main(parse(arguments)) == 1
+    printed = capsys.readouterr()
+    assert (
+        "4 of 4 images" in printed.out
+        and "1 images: not in" in printed.err
+        and "folders count" in printed.err
+        and "broken.png" in printed.err
+    )
+    with pytest.raises(ValueError, match="exists: give another --out, or --overwrite"):
+        main(parse(arguments))
+    rows = json.loads((gallery / "predictions.json").read_text())
+    (gallery / "predictions.json").write_text(json.dumps([{**rows[0], "width": 99}]))
+    with pytest.raises(ValueError, match=r"99 x 50 pixels, but its truth is of 100 x 50"):
+        main(parse([*arguments, "--overwrite"]))
+    (gallery / "predictions.json").write_text('[{"id": NaN}]')
+    with pytest.raises(ValueError, match="a number in it is NaN"):
+        main(parse([*arguments, "--overwrite"]))
+    (gallery / "predictions.json").write_text(json.dumps([{**rows[0], "score_threshold": 0.5}]))
+    with pytest.raises(ValueError, match=r"threshold 0.4: the predictions hold only what scored 0.5 or more"):
+        main(parse([*arguments, "--overwrite", "--score-threshold", "0.4"]))
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(gallery: Path) -> None:
+    (gallery / "file").touch()
+    (gallery / "predictions.json").unlink()  # nothing is read before
+    for out, problem in (
+        (gallery, r"is a folder: give a file as --out, such as .*gallery.html"),
+        (gallery / "file" / "page.html", r"cannot write .*page.html \(.*\): give another --out"),
+        (Path("/proc/page.html"), "cannot write /proc/page.html"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            main(parse(options(gallery, "--out", str(out), "--overwrite")))
+
+
+def test_a_page_appears_whole(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing fails, the former page is still there."""
+    (gallery / "page.html").write_text("former")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("recipe.records.os.fsync", full)
+    with pytest.raises(ValueError, match=r"cannot write .*No space left on device.: give another --out"):
+        main(parse(options(gallery, "--overwrite")))
+    assert (gallery / "page.html").read_text() == "former"
+    assert not list(gallery.glob("*.partial"))
+    monkeypatch.undo()
+    main(parse(options(gallery, "--overwrite")))
+    assert (gallery / "page.html").read_text().startswith("<!DOCTYPE html>")
+    assert not list(gallery.glob(".*"))
+
+
+def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    odd = os.fsdecode(bytes(tmp_path / "stra") + b"\xdfe.png")
+    Image.new("RGB", (60, 40)).save(odd)
+    write_entries(tmp_path, [entry("a", [], file=odd, image_id=1)])
+    assert main(parse(options(tmp_path))) == 0
+    assert r"stra\udcdfe.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_pictures_beside_the_predictions(
+    gallery: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Found from where the command runs, else from the folder of the predictions; else it is told where was looked."""
+    rows = [row(name, [], f"{name}.png") for name in ("good", "gone")]
+    (gallery / "predictions.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(elsewhere := tmp_path_factory.mktemp("elsewhere"))
+    assert main(parse(options(gallery))) == 1
+    page = (gallery / "page.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [bool(item["image"]) for item in data["pictures"]] == [True, False]
+    printed = capsys.readouterr().err
+    assert "1 images" in printed and f"neither from {elsewhere}" in printed and f"nor from {gallery}" in printed
+    assert "run it in the folder where predict.py ran: gone.png" in printed
+
+
+def test_truth_of_a_converted_data_set(gallery: Path) -> None:
+    """Pictures are known by their bytes, whatever their samples are called, or by their names."""
+    samples = [
+        Sample("1", (gallery / "good.png").read_bytes(), 100, 50, (true(0),)),
+        sample("worst", true(0), true(30)),
+        sample("elsewhere", true(0)),
+    ]
+    write_split(samples, str(gallery / "data"), "val")
+    (gallery / "worst.png").unlink()
+    assert main(parse(options(gallery, "--data", str(gallery / "data"), "--split", "val"))) == 2
+    page = (gallery / "page.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [len(item["truth"]) if item["truth"] else None for item in data["pictures"]] == [1, 2, None, None]
+    assert data["pictures"][1]["image"].startswith("data:")  # of the data set
+
+
+def test_no_truth_is_that_of_two_pictures(tmp_path: Path) -> None:
+    rows = [entry("x", [], "val/x.png"), entry("x-2", [], "train/x.png")]
+    alone = truths_of_coco(rows, {"train/x.png": sample("train", true(0))})
+    assert {name: truth.id for name, truth in alone.items()} == {"x-2": "train"}
+    both = r"val/x.png and train/x.png can both be x(.png)? of the data set: predict the images of one folder at a"
+    with pytest.raises(ValueError, match=both):
+        truths_of_coco(rows, {"x.png": sample("plain", true(0))})
+    with pytest.raises(ValueError, match=both):
+        truths_of_mds(rows, [sample("x", true(0))])
+
+    twice = [entry("x", [], "x.png"), entry("x-2", [], "x.png")]
+    assert len(truths_of_coco(twice, {"x.png": sample("plain", true(0))})) == 2
+
+    # The same bytes are the same picture, of which the truth is the same; another of its name is not.
+    files = {"a/x.png": "x", "b/x.png": "x", "c/x.png": "other"}
+    for file, content in files.items():
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_bytes(sample(content).image)
+    rows = [entry(file, [], str(tmp_path / file)) for file in files]
+    assert sorted(truths_of_mds(rows, [sample("x", true(0))])) == ["a/x.png", "b/x.png"]
+
+    # One that its bytes tell claims no name.
+    by_bytes, by_name = Sample("1", sample("x").image, 100, 50, ()), Sample("x", sample("third").image, 100, 50, ())
+    truths = truths_of_mds(rows, [by_name, by_bytes])
+    assert {name: truth.id for name, truth in truths.items()} == {"a/x.png": "1", "b/x.png": "1", "c/x.png": "x"}

@@ -1,0 +1,151 @@
+"""Predictions of a batch are each sample's alone: boxes, scores, captions and answers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torchvision.ops import box_iou
+
+from recipe.config import EvaluationConfig
+from recipe.joint import JointModel
+from recipe.prediction import decode
+from recipe.prediction.decode import Decoding, eos_token_id, rank_queries
+from recipe.prediction.generate import generate_captions
+from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Memory, Prediction
+from tests.support.tiny_cases import NUM_QUERIES, collator
+
+
+@torch.no_grad()
+def predict(
+    model: JointModel, examples: list[Example], layout: str, evaluation: EvaluationConfig | None = None
+) -> list[Prediction]:
+    batch = collator(layout)(examples)
+    decoding = Decoding(model.tokenizer, evaluation or model.evaluation, model.prompt)
+    return decode.predict(model.eval().model, batch, decoding)[1]
+
+
+@pytest.mark.parametrize("layout", ["standard", "packed"])
+def test_a_batch_is_each_sample_alone(tiny_model: JointModel, tiny_examples: dict[str, Example], layout: str):
+    together = predict(tiny_model, list(tiny_examples.values()), layout)
+    for (name, example), found in zip(tiny_examples.items(), together, strict=True):
+        (alone,) = predict(tiny_model, [example], "standard")
+        assert (found.id, found.answer, found.answer_objects) == (alone.id, alone.answer, alone.answer_objects), name
+        assert len(found.objects) == len(alone.objects) == (0 if name == "text" else NUM_QUERIES)
+        for one, other in zip(found.objects, alone.objects, strict=True):
+            assert one.caption == other.caption
+            assert one.score == pytest.approx(other.score, rel=1e-6)
+            assert one.box == pytest.approx(other.box, rel=1e-6)
+    assert len({item.caption for found in together for item in found.objects}) > 1
+
+
+@torch.no_grad()
+def test_a_caption_is_that_of_its_own_query(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """Written for one query alone, from its features and its box."""
+    names = ["two", "crowded"]
+    batch = collator("standard")([tiny_examples[name] for name in names])
+    network, outputs = tiny_model.model, tiny_model.eval()(batch)
+    predictions = predict(tiny_model, [tiny_examples[name] for name in names], "standard")
+    for row, prediction in enumerate(predictions):
+        memory = Memory(*(part[row : row + 1] for part in vars(outputs.memory).values()))
+        order = outputs.detection.pred_objectness[row].argsort(descending=True, stable=True).tolist()
+        for item, query in zip(prediction.objects, order, strict=True):
+            one = (slice(row, row + 1), query)
+            found_by = (outputs.detection.query_features[one], outputs.detection.pred_boxes[one])
+            places = CaptionPlaces(torch.tensor([0]), torch.tensor([0]), 1, 1)
+            end = eos_token_id(tiny_model.tokenizer)
+            ids = generate_captions(network.caption_decoder, *found_by, places, memory, *network.caption_words, end)
+            assert item.caption == tiny_model.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    assert len({item.caption for prediction in predictions for item in prediction.objects}) > 2
+
+
+def test_objects_fall_in_score_and_stay_in_the_picture(tiny_model: JointModel, tiny_examples: dict[str, Example]):
+    (found,) = predict(tiny_model, [tiny_examples["two"]], "standard")
+    scores = [item.score for item in found.objects]
+    assert scores == sorted(scores, reverse=True)
+    for item in found.objects:
+        x1, y1, x2, y2 = item.box
+        assert 0 <= x1 <= x2 <= found.width and 0 <= y1 <= y2 <= found.height
+
+
+def detected(boxes: list[list[list[float]]], logits: list[list[float]]) -> DetectionOutputs:
+    """`boxes` as xywh of the upper left corner, in tenths of the picture."""
+    corners = torch.tensor(boxes) / 10
+    centers = torch.cat([corners[..., :2] + corners[..., 2:] / 2, corners[..., 2:]], -1)
+    return DetectionOutputs(centers, centers.logit(), torch.tensor(logits), centers)
+
+
+def test_nms_by_hand() -> None:
+    """Image 0: 2 is the best and 0 has an IoU of 2/3 with it; 1 and 3 are one box. Image 1: no two overlap."""
+    doubled = [[0.0, 0.0, 4.0, 5.0], [6.0, 6.0, 2.0, 2.0], [0.0, 0.0, 6.0, 5.0], [6.0, 6.0, 2.0, 2.0]]
+    apart = [[0.0, 0.0, 2.0, 2.0], [2.0, 0.0, 2.0, 2.0], [0.0, 4.0, 2.0, 2.0], [5.0, 5.0, 4.0, 4.0]]
+    detection = detected([doubled, apart], [[1.0, -1.0, 2.0, -2.0], [0.0, 1.0, 1.0, 3.0]])
+    plain = rank_queries(detection, EvaluationConfig())
+    assert plain.queries.tolist() == [[2, 0, 1, 3], [3, 1, 2, 0]]
+    assert plain.num_objects.tolist() == [4, 4]
+    for nms_iou, expected in ((0.6, [2, 1]), (0.7, [2, 0, 1])):
+        ranking = rank_queries(detection, EvaluationConfig(nms_iou=nms_iou))
+        assert ranking.num_objects.tolist() == [len(expected), 4]
+        assert ranking.queries[0, : len(expected)].tolist() == expected
+        assert ranking.queries[1].tolist() == [3, 1, 2, 0]
+        scores = detection.pred_objectness.sigmoid()
+        assert torch.equal(ranking.scores, scores.gather(1, ranking.queries))
+
+
+def test_of_equal_scores_nms_keeps_the_first() -> None:
+    detection = detected([[[1.0, 1.0, 3.0, 3.0]] * 3], [[0.5, 0.5, 0.5]])
+    ranking = rank_queries(detection, EvaluationConfig(nms_iou=0.5))
+    assert ranking.num_objects.tolist() == [1] and ranking.queries[0, 0] == 0
+
+
+def test_what_nms_removes_is_no_object_and_changes_no_other(
+    tiny_model: JointModel, tiny_examples: dict[str, Example]
+) -> None:
+    """With captions written for the best two only, the third best moves up where the second is a double."""
+    examples = [tiny_examples[name] for name in ("two", "text", "one", "empty")]
+    evaluation = replace(tiny_model.evaluation, generate_answer=False)
+    everything = predict(tiny_model, examples, "packed", evaluation)
+    boxes = torch.tensor([item.box for item in everything[0].objects])
+    nms_iou = float(box_iou(boxes, boxes).triu(diagonal=1).max()) - 1e-3  # so that it removes at least one
+    pruned = predict(tiny_model, examples, "packed", replace(evaluation, nms_iou=nms_iou, max_captions=2))
+    removed = 0
+    for before, after in zip(everything, pruned, strict=True):
+        removed += len(before.objects) - len(after.objects)
+        kept = {item.box: item for item in before.objects}
+        for place, item in enumerate(after.objects):
+            expected = kept[item.box]
+            assert item.score == expected.score
+            assert item.caption == (expected.caption if place < 2 else "")
+    assert 0 < removed < 3 * (NUM_QUERIES - 1)
+    unpruned = predict(tiny_model, examples, "packed", replace(evaluation, nms_iou=1.0))
+    assert unpruned == everything
+
+
+def test_calibration_at_prediction(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """Boxes and captions stay, scores are the sigmoid of what the yaml says."""
+    examples = [tiny_examples["two"], tiny_examples["one"]]
+    evaluation = replace(tiny_model.evaluation, generate_answer=False)
+    plain = predict(tiny_model, examples, "standard", evaluation)
+    found = predict(tiny_model, examples, "standard", replace(evaluation, score_scale=0.5, score_shift=1.0))
+    for before, after in zip(plain, found, strict=True):
+        kept = [[(item.box, item.caption) for item in prediction.objects] for prediction in (before, after)]
+        assert kept[0] == kept[1]
+        scores = torch.tensor([item.score for item in before.objects], dtype=torch.float64)
+        expected = (0.5 * scores.logit() + 1).sigmoid().tolist()
+        assert [item.score for item in after.objects] == pytest.approx(expected, abs=1e-6)
+
+
+@torch.no_grad()
+def test_metrics_see_the_captions_of_all_objects(
+    tiny_model: JointModel, tiny_examples: dict[str, Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Average precision ranks what lies under the score threshold of predictions too."""
+    batch = collator("standard")([tiny_examples["two"], tiny_examples["crowded"]])
+    found = []
+    for score_threshold in (0.0, 0.99):
+        evaluation = replace(tiny_model.evaluation, score_threshold=score_threshold, generate_answer=False)
+        monkeypatch.setattr(tiny_model, "evaluation", evaluation)
+        found.append(tiny_model.eval_forward(batch).predictions)
+    assert found[0] == found[1]
+    objects = [item for prediction in found[1] for item in prediction.objects]
+    assert len(objects) == 2 * NUM_QUERIES and max(item.score for item in objects) < 0.99
+    assert any(item.caption for item in objects)
