@@ -1,13 +1,13 @@
 """Estimate the memory of a run: `python -m recipe.estimate YAML [--world-size N] [key.sub=value ...]`; see --help.
 
-Weights, gradients, moments and the snapshot are counted from the model's shapes, built on the meta device; nothing is
-loaded. Activations are a formula; what it assumes is printed under the table.
+It counts weights, gradients, moments and the snapshot from the model's shapes on the meta device and loads nothing.
+Activations follow a formula, whose assumptions it prints below the table.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipe.config import (
     CaptionDecoderConfig,
@@ -22,7 +22,6 @@ from recipe.rules import check_ranks
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import Qwen2_5_VLConfig
 
     from recipe.models.network import JointNetwork
@@ -32,38 +31,22 @@ EXAMPLES = """  python -m recipe.estimate yamls/joint.yaml --world-size 8
   python -m recipe.estimate yamls/joint.yaml optimizer.lr_vision=0 train_loader.packing.max_tokens=2048
   python -m recipe.estimate yamls/joint.yaml model.pretrained_model_name_or_path=Qwen/Qwen2.5-VL-7B-Instruct"""
 
-_TEXT: Mapping[str, Mapping[str, Any]] = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "Qwen/Qwen2.5-VL-7B-Instruct": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
+_TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_TEXT = {  # sizes as above, vocab_size, tie_word_embeddings
+    "Qwen/Qwen2.5-VL-3B-Instruct": ((2048, 11008, 36, 16, 2), 151936, True),
+    "Qwen/Qwen2.5-VL-7B-Instruct": ((3584, 18944, 28, 28, 4), 152064, False),
 }
 
 
 def model_config(pretrained_model_name_or_path: str) -> "Qwen2_5_VLConfig":
-    """Return the configuration of a published size, or of a checkpoint folder or other name.
+    """Return the configuration of a published size, a checkpoint folder or another name on the hub.
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: The name is none of these.
     """
     from transformers import Qwen2_5_VLConfig
 
-    text = _TEXT.get(pretrained_model_name_or_path)
-    if text is None:
+    if pretrained_model_name_or_path not in _TEXT:
         try:
             return Qwen2_5_VLConfig.from_pretrained(pretrained_model_name_or_path)
         except OSError as error:
@@ -71,9 +54,12 @@ def model_config(pretrained_model_name_or_path: str) -> "Qwen2_5_VLConfig":
                 f"model.pretrained_model_name_or_path is {pretrained_model_name_or_path!r}, which is neither a folder "
                 f"nor a reachable name: give a checkpoint folder or one of {', '.join(_TEXT)}"
             ) from error
+    sizes, vocab_size, tied = _TEXT[pretrained_model_name_or_path]
     return Qwen2_5_VLConfig(
         text_config={
-            **text,
+            **dict(zip(_TEXT_FIELDS, sizes, strict=True)),
+            "vocab_size": vocab_size,
+            "tie_word_embeddings": tied,
             "max_position_embeddings": 128000,
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e6,
@@ -83,7 +69,7 @@ def model_config(pretrained_model_name_or_path: str) -> "Qwen2_5_VLConfig":
         vision_config={
             "depth": 32,
             "hidden_size": 1280,
-            "out_hidden_size": text["hidden_size"],
+            "out_hidden_size": sizes[0],
             "intermediate_size": 3420,
             "num_heads": 16,
             "patch_size": 14,
@@ -93,7 +79,7 @@ def model_config(pretrained_model_name_or_path: str) -> "Qwen2_5_VLConfig":
             "fullatt_block_indexes": [7, 15, 23, 31],
             "tokens_per_second": 2,
         },
-        tie_word_embeddings=text["tie_word_embeddings"],
+        tie_word_embeddings=tied,
     )
 
 
@@ -108,22 +94,22 @@ ASSUMED = """Assumed:
                {words} tokens per caption
   attention    flash or packed sdpa: no score matrix is kept
   all groups with a learning rate are trained at once; DDP keeps the bf16 copies that autocast makes
-  FSDP         FULL_SHARD: two of the largest blocks are whole at a time, and what lies in no block always
+  FSDP         FULL_SHARD: two of the largest blocks are whole at a time, and all that is in no block always
   not counted  the allocator's fragmentation (10-20 %), CUDA's and NCCL's own memory (1-2 GiB), evaluation"""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU, and per process in the host's memory.
+    """Bytes per GPU, except `snapshot`.
 
     Attributes:
-        weights: As the optimizer moves them, and their averages.
-        gradients: Of what is trained; twice if DDP has buckets too.
+        weights: As the optimizer updates them, and their averages.
+        gradients: Of trained weights; twice if DDP adds buckets.
         moments: AdamW's two.
-        compute_copies: Weights in the precision of the computation, or not sharded for as long as they are used.
-        activations: Kept for the backward pass, and one block's that is recomputed.
+        compute_copies: Weights in the precision of the computation, or unsharded while in use.
+        activations: Kept for the backward pass, plus one recomputed block.
         logits: Of supervised positions and captions, with their gradient.
-        snapshot: In the host's memory: weights and moments of this rank.
+        snapshot: In the host's memory per process: weights and moments of this rank.
     """
 
     weights: int
@@ -136,16 +122,12 @@ class Memory:
 
     @property
     def device_total(self) -> int:
-        """All but the snapshot."""
+        """Return the sum without the snapshot."""
         return sum(vars(self).values()) - self.snapshot
 
 
 def build_on_meta(config: RecipeConfig) -> "JointNetwork":
-    """Return the run's network without memory for its weights.
-
-    Raises:
-        ValueError: The model's configuration is not at hand.
-    """
+    """Return the run's network on the meta device, which needs no memory for its weights."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -160,28 +142,21 @@ def build_on_meta(config: RecipeConfig) -> "JointNetwork":
         network = build_network(config, vlm, spec)
         if config.ema is not None:
             network.add_average()
-        return network.to("meta")  # after a `from_pretrained` of transformers 5, linspace overlooks the device above
+        return network.to("meta")  # after a `from_pretrained` of transformers 5, linspace ignores the device above
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass holds at most.
-
-    Attributes:
-        tokens: Of all samples.
-        patches: Of their images.
-        images: That the head solves: at most as many as fit the tokens at 256 each.
-        width: Bytes of a number in the computation.
-    """
+    """Upper bounds for one forward pass."""
 
     tokens: int
     patches: int
-    images: int
-    width: int
+    images: int  # of the head, at 256 tokens each
+    width: int  # bytes per number in the computation
 
 
 def microbatch_shape(config: RecipeConfig, merge_size: int) -> tuple[int, int]:
-    """Return the tokens and image patches of one forward pass, at most."""
+    """Return the largest number of tokens and of image patches in one forward pass."""
     packing = config.train_loader.packing
     row = config.max_seq_len if packing is None else packing.max_tokens or config.max_seq_len
     microbatch = view_trainer(config).microbatch_size or 1
@@ -190,13 +165,7 @@ def microbatch_shape(config: RecipeConfig, merge_size: int) -> tuple[int, int]:
 
 
 def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> Memory:
-    """Return the memory of each of `world_size` GPUs.
-
-    Args:
-        config: The run's.
-        network: From `build_on_meta`, or a real one.
-        world_size: GPUs of the run.
-    """
+    """Return the memory of each of `world_size` GPUs; `network` is from `build_on_meta`, or a real one."""
     from recipe.optim.groups import group_parameters
 
     view = view_trainer(config)
@@ -214,25 +183,28 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     copies = elements * 2 if amp else 0
     model = network.vlm.hf_model.model
     if view.is_sharded:
-        blocks = [_elements(block) for block in (*model.visual.blocks, *model.language_model.layers)]
+        blocks = [
+            sum(parameter.numel() for parameter in block.parameters())
+            for block in (*model.visual.blocks, *model.language_model.layers)
+        ]
         copies = (elements - sum(blocks) + 2 * max(blocks)) * width
     tokens, patches = microbatch_shape(config, network.vlm.hf_model.config.vision_config.spatial_merge_size)
     of_pass = Pass(tokens, patches, max(1, tokens // 256), width)
-    head = config.detection_head
+    activations = _activations(config.model, network, of_pass)
+    activations += _head_activations(config.detection_head, config.caption_decoder, network, of_pass)
     return Memory(
         weights=weights // shards,
         gradients=gradients // shards,
         moments=2 * trained // shards,
         compute_copies=copies,
-        activations=_activations(config.model, network, of_pass)
-        + _head_activations(head, config.caption_decoder, network, of_pass),
+        activations=activations,
         logits=_logits(network, of_pass),
         snapshot=(weights + 2 * trained) // shards,
     )
 
 
 def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width: int) -> int:
-    """Return what one transformer block of Qwen2.5-VL keeps for its backward pass.
+    """Return the bytes that one transformer block of Qwen2.5-VL keeps for its backward pass.
 
     Autograd saves per row: each norm's input in float32 and its normalised row; queries, keys, values and the
     attention's result; four rows of the gated feed-forward.
@@ -240,9 +212,9 @@ def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width
     Args:
         rows: Tokens or patches.
         hidden: Width of the block.
-        key_width: Of keys, and of values; of all heads after they are repeated.
+        key_width: Of keys, and of values, of all heads after repetition.
         intermediate: Width of the feed-forward part.
-        width: Bytes of a number in the computation.
+        width: Bytes per number in the computation.
     """
     norms = 2 * (hidden * 4 + 2 * hidden * width)
     attention = (4 * hidden + 2 * key_width) * width
@@ -263,9 +235,9 @@ def _activations(model: ModelConfig, network: "JointNetwork", of_pass: Pass) -> 
 def _head_activations(
     head: DetectionHeadConfig, captions: CaptionDecoderConfig, network: "JointNetwork", of_pass: Pass
 ) -> int:
-    """Count about 20 rows of the head's width per query or caption token, the feed-forward's, 4 per memory token.
+    """Count rows of the head's width: 20 and the feed-forward's per query or caption token, 4 per memory token.
 
-    The adapter of the patches keeps 5 rows of the tower's width per patch, the selection of queries 3 per memory token.
+    The patch adapter keeps 5 rows of the tower's width per patch, the query selection 3 per memory token.
     """
     memory = of_pass.tokens + (of_pass.patches if head.patch_features else 0)
     queries = of_pass.images * (head.num_query_groups * head.num_queries + 2 * head.num_denoising_groups * OBJECTS)
@@ -278,17 +250,13 @@ def _head_activations(
 
 
 def _logits(network: "JointNetwork", of_pass: Pass) -> int:
-    """Count each logit of the losses: itself, in float32, its log-probability and its gradient."""
+    """Count each logit of the losses four times: itself, in float32, its log-probability and its gradient."""
     numbers = round(of_pass.tokens * SUPERVISED) + of_pass.images * OBJECTS * CAPTION_TOKENS
     return numbers * (of_pass.width + 12) * network.vlm.text_config.vocab_size
 
 
-def _elements(module: "nn.Module") -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str:
-    """Return what the command prints."""
+    """Return the text that the command prints."""
     from recipe.optim.groups import group_parameters
 
     memory = estimate(config, network, world_size)
@@ -307,15 +275,14 @@ def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the estimate of a yaml that `train.py` would accept; on a mistake print one line and exit with status 2."""
-    parser = parser_of(
-        USAGE, "Estimate the memory of a run, per GPU; nothing is loaded and no GPU is needed.", EXAMPLES
-    )
+    """Print the estimate for a yaml that `train.py` accepts; on a mistake print one line and exit with status 2."""
+    purpose = "Estimate the memory of a run, per GPU; nothing is loaded and no GPU is needed."
+    parser = parser_of(USAGE, purpose, EXAMPLES)
     parser.add_argument("--world-size", type=int, default=1, help="GPUs of the run; default %(default)s")
     with one_line_errors():
         config, args = from_command_line(parser, arguments)
         if args.world_size < 1:
-            raise ConfigError(f"--world-size is {args.world_size}: it must be 1 or more")
+            raise ConfigError(f"--world-size is {args.world_size}: give 1 or more")
         check_ranks(config, args.world_size)
         from recipe.checks import check_libraries
 

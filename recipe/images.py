@@ -1,4 +1,4 @@
-"""Decode a picture file into the RGB pixels a person would see, whatever it is stored as."""
+"""Decode an image file into the RGB pixels a person would see, whatever its format."""
 
 from io import BytesIO
 
@@ -11,23 +11,26 @@ _DECODE_ERRORS = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decodes a picture file to RGB in its displayed orientation.
+    """Decode an image file to RGB in its displayed orientation.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grayscale is scaled to 8 bits.
+    Applies the EXIF orientation, composites transparency over white and scales 16-bit grayscale to 8 bits.
 
     Raises:
-        ValueError: The bytes are no picture, are cut short, or hold values without a known white point.
+        ValueError: The bytes are not an image, are truncated, or hold values without a known white point.
     """
     try:
         with Image.open(BytesIO(data)) as stored:
             stored.load()
             image = ImageOps.exif_transpose(stored)
     except _DECODE_ERRORS as error:
-        raise ValueError(f"cannot decode a picture of {len(data)} bytes: {describe_decode_error(error)}") from error
-    if image.mode in _DEEP_GRAY_MODES:
-        return _deep_gray_to_rgb(image)
+        raise ValueError(f"cannot decode an image of {len(data)} bytes: {describe_decode_error(error)}") from error
+    if image.mode in _DEEP_GRAY_MODES:  # `convert` would cut 16-bit gray off at 255: 65535 becomes white instead
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"gray values {values.min()} to {values.max()} do not fit 16 bits: store 8 or 16 bits")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("the picture holds floats, of which black and white are not known: store 8 or 16 bits")
+        raise ValueError("the image holds floats, whose black and white are unknown: store 8 or 16 bits")
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
@@ -35,10 +38,10 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def displayed_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of what `open_image` returns, from the file's header where the format allows.
+    """Return (width, height) in pixels of what `open_image` returns, from the file's header if the format allows.
 
     Raises:
-        ValueError: The bytes are no picture.
+        ValueError: The bytes are not an image.
     """
     try:
         with Image.open(BytesIO(data)) as stored:
@@ -46,16 +49,13 @@ def displayed_size(data: bytes) -> tuple[int, int]:
             orientation = stored.getexif().get(ExifTags.Base.Orientation)
             already_turned = stored.format == "TIFF"
     except _DECODE_ERRORS as error:
-        raise ValueError(
-            f"cannot read the size of a picture of {len(data)} bytes: {describe_decode_error(error)}"
-        ) from error
-    if orientation in _TURNED_ORIENTATIONS and not already_turned:
-        return height, width
-    return width, height
+        message = f"cannot read the size of an image of {len(data)} bytes: {describe_decode_error(error)}"
+        raise ValueError(message) from error
+    return (height, width) if orientation in _TURNED_ORIENTATIONS and not already_turned else (width, height)
 
 
 def is_plain_jpeg(data: bytes) -> bool:
-    """Whether the header says: a JPEG of three colours, stored upright, so any libjpeg gives `open_image`'s pixels."""
+    """Return whether this is an upright three-colour JPEG, of which any libjpeg gives `open_image`'s pixels."""
     try:
         with Image.open(BytesIO(data)) as stored:
             plain = stored.format == "JPEG" and stored.mode == "RGB"
@@ -65,13 +65,5 @@ def is_plain_jpeg(data: bytes) -> bool:
 
 
 def describe_decode_error(error: Exception) -> str:
-    """The decoder's words, the same for the same bytes: one of PIL's errors tells an address in memory."""
-    return "no known picture format" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
-def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit gray, which `convert` would cut off at 255, scaled so that 65535 is white."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"gray values {values.min()} to {values.max()} do not fit 16 bits: store 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    """Return the decoder's message, the same for the same bytes: one of PIL's errors names an address in memory."""
+    return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)

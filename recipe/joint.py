@@ -1,4 +1,4 @@
-"""The model that Composer's Trainer sees: where the network, the losses and the metrics meet."""
+"""The model that Composer's Trainer sees: it joins the network, the losses and the metrics."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,15 +28,7 @@ from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCo
 
 
 class JointModel(ComposerModel):
-    """Losses, metrics and predictions of a `JointNetwork`.
-
-    Args:
-        network: The one child module.
-        tokenizer: Decodes captions and answers.
-        loss: Weights of the terms.
-        evaluation: How predictions are made.
-        prompt: Holds the frame in which an answer counts its boxes.
-    """
+    """Losses, metrics and predictions of a `JointNetwork`."""
 
     def __init__(
         self,
@@ -60,20 +52,20 @@ class JointModel(ComposerModel):
     def loss(  # pyright: ignore[reportIncompatibleMethodOverride] - Composer's Trainer takes a dict too
         self, outputs: JointOutputs, batch: Batch | CountedBatch, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """Return the named terms and their weighted `total`; a batch without counts is taken for a whole global batch.
+        """Return the named terms and their weighted `total`; a batch without counts counts as a whole global batch.
 
-        Composer averages over all microbatches of all ranks. Each term is multiplied by their number, so what it logs
-        and differentiates is the global batch's sum over the global batch's count.
+        Composer averages over all microbatches of all ranks. Each term is multiplied by their number, so that it logs
+        and differentiates the global batch's sum divided by the global batch's count.
         """
         counts = batch["loss_counts"] if "loss_counts" in batch else count_losses(batch)
         terms = self.loss_terms(outputs, batch, counts)
-        # The one weighted sum; terms of earlier layers and the like weigh as the term they repeat.
+        # The one weighted sum; repeated terms (earlier layers, groups, ...) have the weight of their base term.
         weighted = [getattr(self.loss_config, f"weight_{base_term(name)}") * term for name, term in terms.items()]
         terms["total"] = torch.stack(weighted).sum()
         return {name: term * counts["microbatches"] for name, term in terms.items()}
 
     def loss_terms(self, outputs: JointOutputs, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
-        """Return the unweighted terms, divided by `counts`: the same names on every rank, whatever its batch holds."""
+        """Return the unweighted terms, divided by `counts`, with the same names on every rank for any batch."""
         terms = language_losses(outputs.label_logits, batch["labels"], batch["label_roles"], counts)
         terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, self.loss_config)
         terms["loss_caption"] = caption_loss(
@@ -84,8 +76,8 @@ class JointModel(ComposerModel):
         return terms
 
     def eval_forward(self, batch: Batch, outputs: JointOutputs | None = None) -> EvalOutputs:
-        """Return loss sums and predictions of one evaluation batch; ignores `outputs`, as captions need a new pass."""
-        # Average precision judges the captions of all objects; metrics that need a threshold apply it themselves.
+        """Return loss sums and predictions of one evaluation batch; ignore `outputs`, as captions need a new pass."""
+        # Average precision scores the captions of all objects; metrics that need a threshold apply it themselves.
         evaluation = replace(self.evaluation, score_threshold=0.0)
         made, predictions = predict(self.model, batch, Decoding(self.tokenizer, evaluation, self.prompt))
         return EvalOutputs(predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
@@ -116,7 +108,7 @@ def all_scores(
     scorer: TextScorer,
     with_answers: bool,
 ) -> dict[str, float]:
-    """Return every score that an evaluation reports, losses apart."""
+    """Return every score that an evaluation reports, except the losses."""
     return {
         **box_average_precision(predictions, samples),
         **category_average_precision(predictions, samples),

@@ -78,10 +78,10 @@ class FileInfo:
 
 
 def parse_index(path: Path) -> dict[str, Any]:
-    """Read an index.json as something that a stranger may have written.
+    """Return a parsed index.json, checked as one that a stranger may have written.
 
     Raises:
-        ValueError: What is wrong, in words that follow the file's name.
+        ValueError: What is wrong, worded to follow the file's name.
     """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def parse_index(path: Path) -> dict[str, Any]:
 
 
 def file_pairs(shard: Mapping[str, Any]) -> list[tuple[FileInfo, FileInfo | None]]:
-    """Return (raw, compressed or None) of the files of a shard in an index."""
+    """Return (raw, compressed or None) for each file of a shard in an index."""
     pairs = []
     for raw, packed in _FILE_KEYS:
         if raw in shard or raw == "raw_data":
@@ -109,55 +109,33 @@ def file_pairs(shard: Mapping[str, Any]) -> list[tuple[FileInfo, FileInfo | None
 
 RECORDS_FILE = "records.jsonl.gz"  # no *.json: Streaming's merge_index would take it for an index
 _VERSION = 1
-# What a damaged file leads to: gzip hands on what it has unpacked before it compares the checksum behind it.
-_DAMAGE = (
-    OSError,
-    EOFError,
-    zlib.error,
-    UnicodeDecodeError,
-    json.JSONDecodeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-)
+# What a damaged file raises: gzip returns what it has unpacked before it compares the checksum at the end.
+_DAMAGE = (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError)
 
 
 class DamagedRecordsError(ValueError):
-    """The file is not what was written, or not of this index."""
+    """The file is not what was written, or was written for another index."""
 
 
 def shards_sha256(index: Mapping[str, Any]) -> str:
-    """The fingerprint of the shards that a parsed index.json lists: names, sizes, counts and checksums."""
+    """Return the fingerprint of the shards of a parsed index.json: names, sizes, counts and checksums."""
     return hashlib.sha256(json.dumps(index["shards"], sort_keys=True).encode()).hexdigest()
 
 
 def to_record(sample: Sample) -> dict[str, Any]:
-    """A line of the file: the sample's MDS row without its picture."""
-    row = sample.to_mds()
-    del row["image"]
-    return row
+    """Return a line of the file: the sample's MDS row without its image."""
+    return {column: value for column, value in sample.to_mds().items() if column != "image"}
 
 
 def write_part(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the lines of one part, of which `join_parts` makes the file; equal records give equal bytes.
-
-    Args:
-        path: Of the part.
-        records: From `to_record`, in the order of the shards.
-    """
+    """Write records (from `to_record`, in the order of the shards) as one part; equal records give equal bytes."""
     with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
         for record in records:
             file.write(json.dumps(record).encode() + b"\n")
 
 
 def join_parts(path: Path, parts: Iterable[Path], index: Mapping[str, Any]) -> None:
-    """Writes the file: its first line and all parts, which gzip reads as one.
-
-    Args:
-        path: Of the file.
-        parts: From `write_part`, in the order of the shards.
-        index: The parsed index.json.
-    """
+    """Write the file: a first line for `index`, then all `parts` in the order of the shards; gzip reads them as one."""
     write_part(path, [{"version": _VERSION, "shards_sha256": shards_sha256(index)}])
     with path.open("ab") as file:
         for part in parts:
@@ -166,18 +144,17 @@ def join_parts(path: Path, parts: Iterable[Path], index: Mapping[str, Any]) -> N
 
 
 def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
-    """The samples in stored order, without their pictures: `width` tells which have one.
+    """Yield the samples in stored order, without their images (`width` is 0 if there is none).
 
     Args:
         path: Of the file.
-        index: The parsed index.json beside it.
+        index: The parsed index.json next to it.
 
     Raises:
         DamagedRecordsError: The file is damaged, or was written for other shards.
     """
-    remedy = "convert the data set anew"
-    expected = sum(shard["samples"] for shard in index["shards"])
-    found = 0
+    remedy = "convert the data set again"
+    expected, found = sum(shard["samples"] for shard in index["shards"]), 0
     try:
         with gzip.open(path, "rb") as file:
             header = json.loads(file.readline())

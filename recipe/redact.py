@@ -1,4 +1,4 @@
-"""Take secrets out of a configuration, and out of any text, before it is written anywhere."""
+"""Remove secrets from a configuration or any text before it is written anywhere."""
 
 import os
 import re
@@ -18,16 +18,16 @@ _QUERY_VALUE = re.compile(
 _ASSIGNED = re.compile(
     r"(?<![\w-])(?!key\b)(?P<name>[\w.-]+)(?P<sign>=|[\"']\s?:\s?)(?:\"[^\"]*\"|'[^']*'|[^\s\"',;&{\[(]+)", re.ASCII
 )
-_WORKING_DIRECTORY = "PWD"  # of every shell; elsewhere the word stands for a password
+_WORKING_DIRECTORY = "PWD"  # set by every shell; elsewhere the word means a password
 _SHORTEST_SECRET = 6  # an environment variable such as SSH_KEY=1 must not blank every 1
 
 _remembered: set[str] = set()
 
 
 def remember_secrets(value: Any, name: str = "") -> None:
-    """From here on what `redact` hides in these nested dicts and lists is hidden wherever else it turns up.
+    """Remember the secrets of nested dicts and lists, so that `redact` hides them in any text.
 
-    Libraries tell an address in parts: of `s3://KEY:SECRET@host` boto names the bucket `KEY:SECRET`.
+    Libraries report parts of an address: of `s3://KEY:SECRET@host` boto names the bucket `KEY:SECRET`.
     """
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -42,11 +42,10 @@ def remember_secrets(value: Any, name: str = "") -> None:
 
 
 def redact(value: Any) -> Any:
-    """A copy of nested dicts and lists without secrets.
+    """Return a copy of nested dicts and lists without secrets.
 
-    Replaced are: whatever a secret-looking key holds (`api_key`, not `max_new_tokens`), the user and the query secrets
-    of addresses, and wherever they stand, the value of every environment variable with such a name and what
-    `remember_secrets` was given.
+    Replaces whatever a secret-looking key holds (`api_key`, not `max_new_tokens`), and the user and query secrets of
+    addresses. Replaces in any text the environment variables with such a name and what `remember_secrets` was given.
     """
     secrets = {
         text
@@ -57,20 +56,17 @@ def redact(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """A log line, an error or a traceback without secrets: as `redact`, and the values of `api_key=...`."""
-    return _ASSIGNED.sub(_hide_assigned, redact(text))
+    """Return a log line, an error or a traceback without secrets: as `redact`, and the values of `api_key=...`."""
+    return _ASSIGNED.sub(
+        lambda match: f"{match['name']}{match['sign']}{REDACTED}" if is_secret(match["name"]) else match[0],
+        redact(text),
+    )
 
 
 def is_secret(name: str) -> bool:
-    """Whether something of this name is a secret: `apiKey` and `HF_TOKEN` are, `max_new_tokens` is not."""
+    """Return whether a name is of a secret: `apiKey` and `HF_TOKEN` are, `max_new_tokens` is not."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     return not _SECRET_WORDS.isdisjoint(re.split(r"[^a-z0-9]+", words))
-
-
-def _hide_assigned(match: re.Match[str]) -> str:
-    if not is_secret(match["name"]):
-        return match[0]
-    return f"{match['name']}{match['sign']}{REDACTED}"
 
 
 def _redact(value: Any, secrets: list[str]) -> Any:

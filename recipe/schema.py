@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypedDict
 
-if TYPE_CHECKING:  # torch takes two seconds to import, which the converters can do without
+if TYPE_CHECKING:  # torch takes two seconds to import, and the converters do not need it
     from torch import Tensor
 
 Box = tuple[float, float, float, float]
@@ -43,7 +43,7 @@ class Object:
     Attributes:
         box: xyxy, absolute pixels of the displayed image.
         caption: What the object is, in words; never empty unless `iscrowd`.
-        iscrowd: A region of many objects: never trained on, ignored in scoring as COCO does.
+        iscrowd: A region of many objects: never trained on, ignored in scoring as in COCO.
         area: Pixels of the object's mask, for COCO's size ranges; None if the data set does not give it.
     """
 
@@ -53,14 +53,9 @@ class Object:
     area: float | None = None
 
 
-MDS_COLUMNS: Mapping[str, str] = {
-    "id": "str",
-    "image": "bytes",
-    "width": "int",
-    "height": "int",
-    "objects": "json",
-    "messages": "json",
-}
+MDS_COLUMNS: Mapping[str, str] = dict(
+    id="str", image="bytes", width="int", height="int", objects="json", messages="json"
+)
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,9 @@ class Sample:
     Attributes:
         id: Unique in its data set.
         image: The original file, never re-encoded; empty for a text-only sample.
-        width: Pixels, after EXIF orientation; 0 without an image.
-        height: Pixels, after EXIF orientation; 0 without an image.
+        width, height: Pixels, after EXIF orientation; 0 without an image.
         objects: Empty: an image known to hold nothing. None: not annotated, so no detection loss.
-        messages: A chat (`[{"role": ..., "content": text}, ...]`), or None: then the detection chat is made
-            from `objects`.
+        messages: A chat (`[{"role": ..., "content": text}, ...]`); None: the detection chat is made from `objects`.
     """
 
     id: str
@@ -86,29 +79,18 @@ class Sample:
 
     @property
     def has_image(self) -> bool:
-        """Return whether the sample has an image; the sidecar of records holds samples without their bytes."""
+        """Return whether the sample has an image, even if `image` is empty as in the file of records."""
         return self.width > 0
 
     def to_mds(self) -> dict[str, Any]:
         """Return the row of `MDS_COLUMNS` that `from_mds` reads."""
         objects: list[dict[str, Any]] | None = None
         if self.objects is not None:
-            objects = []
-            for item in self.objects:
-                row: dict[str, Any] = {"box": list(item.box), "caption": item.caption}
-                if item.iscrowd:
-                    row["iscrowd"] = True
-                if item.area is not None:
-                    row["area"] = item.area
-                objects.append(row)
-        return {
-            "id": self.id,
-            "image": self.image,
-            "width": self.width,
-            "height": self.height,
-            "objects": objects,
-            "messages": None if self.messages is None else list(self.messages),
-        }
+            objects = [{"box": list(item.box), "caption": item.caption} for item in self.objects]
+            for row, item in zip(objects, self.objects, strict=True):
+                row |= ({"iscrowd": True} if item.iscrowd else {}) | ({} if item.area is None else {"area": item.area})
+        messages = None if self.messages is None else list(self.messages)
+        return {**vars(self), "objects": objects, "messages": messages}
 
     @classmethod
     def from_mds(cls, row: Mapping[str, Any]) -> Sample:
@@ -141,8 +123,7 @@ class ImageSpec:
         merge_size: Patches along one side of a vision token.
         min_pixels: Smaller images are enlarged to it.
         max_pixels: Larger images are reduced to it.
-        image_mean: Per channel, of pixels in [0, 1].
-        image_std: Per channel, of pixels in [0, 1].
+        image_mean, image_std: Per channel, of pixels in [0, 1].
     """
 
     patch_size: int
@@ -159,7 +140,7 @@ class ImageSpec:
 
 
 class Target(TypedDict):
-    """What the head should find in one image; crowd regions left out.
+    """What the head should find in one image, without crowd regions.
 
     Attributes:
         boxes: (T, 4) float32, cxcywh normalised.
@@ -185,7 +166,7 @@ class Example:
         has_student_image: The last image is the one the head solves.
         target: None: not annotated, so no detection loss.
         noise_seed: Of this sample's denoising queries in this epoch.
-        is_inert: Keeps ranks in step: has nothing to learn or to score, and is not counted.
+        is_inert: Added to keep ranks in step: nothing is learned from it or scored, and it is not counted.
     """
 
     sample: Sample
@@ -209,7 +190,7 @@ class Pack:
         number: In the plan of the epoch.
         examples: In order; never empty.
         skipped: Samples of the pack that could not be used: id → reason.
-        is_inert: Given out a second time to keep ranks in step; not counted.
+        is_inert: A repetition that keeps ranks in step; not counted.
     """
 
     number: int
@@ -231,13 +212,13 @@ class LossCounts(TypedDict):
 class Batch(TypedDict):
     """One microbatch, collated. `standard`: right-padded rows. `packed`: one row, no padding.
 
-    The index fields count in the flattened (B * L) tokens, so that every reader is the same for both.
+    The index fields index the flattened (B * L) tokens, so that readers need not distinguish the two layouts.
 
     Attributes:
         samples: The students' records, in order.
         input_ids: (B, L) int64.
         attention_mask: (B, L) int64, 1 for tokens and 0 for padding; None when packed.
-        position_ids: (3, B, L) int64; when packed (4, 1, L), row 0 restarting at 0 for every sample.
+        position_ids: (3, B, L) int64; when packed (4, 1, L), with row 0 restarting at 0 for every sample.
         segment_lengths: Tokens of each sample of a packed row; None for padded rows.
         label_index: (K,) int64, the positions that predict a supervised token (the token before it).
         labels: (K,) int64, the supervised tokens.
@@ -251,7 +232,7 @@ class Batch(TypedDict):
         noise_seeds: N of them, see `Example`.
         num_tokens: Real tokens: without padding and inert samples.
         num_samples: Without the inert ones.
-        num_packs: Without the inert ones: the unit in which training data is counted and resumed.
+        num_packs: Without the inert ones; training data is counted and resumed in packs.
         skipped: Samples that could not be used: id → reason.
     """
 
@@ -277,7 +258,7 @@ class Batch(TypedDict):
 
 
 class CountedBatch(Batch):
-    """A microbatch of training together with the denominators of its whole global batch."""
+    """A training microbatch with the denominators of its whole global batch."""
 
     loss_counts: LossCounts
 
@@ -287,8 +268,8 @@ class Memory:
     """What the head may look at: one padded row of tokens per image.
 
     Attributes:
-        tokens: (N, M, W), `positions` added: Qwen2.5-VL's features do not hold where they are, as its rotary
-            positions are relative, and what a query attends to must.
+        tokens: (N, M, W), with `positions` added: Qwen2.5-VL's rotary positions are relative, so its features do not
+            hold their position, which a query needs.
         positions: (N, M, W) sine embedding of the token's centre; zero for words.
         mask: (N, M) bool, True at real tokens.
         cells: (N, M, 4) cxcywh in [0, 1], the part of the image that a vision token covers; zero for words.
@@ -309,7 +290,7 @@ class DenoisingQueries:
         valid: (N, R) bool, False at padding.
         target_boxes: (N, R, 4) cxcywh: what each query should become.
         positive: (N, R) bool: True if the query is an object, False if it should be rejected.
-        num_groups: G, copies of the ground truth.
+        num_groups: G.
     """
 
     boxes: Tensor
@@ -328,7 +309,7 @@ class CaptionPlaces:
 
     Attributes:
         image: (R,) int64.
-        slot: (R,) int64, different for the captions of an image.
+        slot: (R,) int64, distinct within an image.
         num_images: N.
         num_slots: T, more than any slot.
     """
@@ -357,9 +338,9 @@ class DetectionOutputs:
         pred_boxes_raw: (N, Q, 4) before the sigmoid.
         pred_objectness: (N, Q) logits.
         query_features: (N, Q, W).
-        aux_outputs: The same after each earlier layer, without features and aux outputs of their own.
-        groups: Of the further groups of queries, in training.
-        selection: Of the proposals that the queries were chosen from; None: the queries are learned.
+        aux_outputs: The same after each earlier layer, without their own features and aux outputs.
+        groups: Of the other groups of queries, in training.
+        selection: Of the proposals that the queries were chosen from; None if queries are learned.
     """
 
     pred_boxes: Tensor
@@ -371,7 +352,7 @@ class DetectionOutputs:
     selection: DetectionOutputs | None = None
 
     def layers(self) -> list[tuple[str, DetectionOutputs]]:
-        """Return all that is matched to the objects, each with the suffix of its loss terms; the last layer last."""
+        """Return all outputs that are matched to objects, each with the suffix of its loss terms; last layer last."""
         found = [] if self.selection is None else [("_selection", self.selection)]
         found += [("_group", layer) for group in self.groups for layer in [*group.aux_outputs, group]]
         return [*found, *(("_aux", layer) for layer in self.aux_outputs), ("", self)]
@@ -383,8 +364,8 @@ class Matches:
 
     Attributes:
         image: (n,) int64, which of the N images.
-        query: (n,) int64, the query.
-        target: (n,) int64, the object, counted within its image.
+        query: (n,) int64, within its image.
+        target: (n,) int64, the object within its image.
     """
 
     image: Tensor
@@ -407,8 +388,7 @@ class JointOutputs:
         matches: One for each of `detection.layers()`.
         targets: N of them.
         caption_logits: (k, V), of the tokens of all matched captions.
-        caption_labels: (k,) int64.
-        caption_images: (k,) int64, each token's image.
+        caption_labels, caption_images: (k,) int64, each token and its image.
     """
 
     label_logits: Tensor
@@ -446,13 +426,12 @@ class Prediction:
 
     Attributes:
         id: The sample's id, or the file's name.
-        width: Pixels of the displayed image.
-        height: Pixels of the displayed image.
-        objects: By falling score.
-        answer: The language model's text; None if it was not asked.
-        answer_objects: The objects parsed from `answer` (score 1.0); None if it was not asked or did not parse.
+        width, height: Pixels of the displayed image.
+        objects: By decreasing score.
+        answer: The language model's text; None if it did not run.
+        answer_objects: The objects parsed from `answer` (score 1.0); None without an answer or if it does not parse.
         answer_is_cut: The answer reached `evaluation.max_new_tokens`, so its end is missing.
-        with_head: False: the head was not asked, so `objects` is empty.
+        with_head: False: the head did not run, so `objects` is empty.
     """
 
     id: str
@@ -470,26 +449,20 @@ class Prediction:
         for row in answered or ():
             if row["score"] == 1:  # as all objects of a text answer have
                 del row["score"]
-        return {
-            "id": self.id,
-            "width": self.width,
-            "height": self.height,
-            "objects": [item.to_json() for item in self.objects] if self.with_head else None,
-            "answer": self.answer,
-            "answer_objects": answered,
-            "answer_is_cut": self.answer_is_cut,
-        }
+        row = {**vars(self), "objects": None, "answer_objects": answered}
+        if row.pop("with_head"):
+            row["objects"] = [item.to_json() for item in self.objects]
+        return row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Prediction:
-        """Read what `to_json` wrote, or a version that did not know `answer_is_cut`."""
+        """Read what `to_json` wrote, also in a version without `answer_is_cut`."""
         objects, answered = (
             None if row[name] is None else tuple(map(DetectedObject.from_json, row[name]))
             for name in ("objects", "answer_objects")
         )
-        is_cut = bool(row.get("answer_is_cut"))
-        size = (row["width"], row["height"])
-        return cls(row["id"], *size, objects or (), row["answer"], answered, is_cut, objects is not None)
+        made = (objects or (), row["answer"], answered, bool(row.get("answer_is_cut")), objects is not None)
+        return cls(row["id"], row["width"], row["height"], *made)
 
 
 @dataclass(frozen=True)
@@ -498,10 +471,10 @@ class PredictedFile:
 
     Attributes:
         id: Of the entry and its drawing; unique in the file.
-        file: Path of the image, as the command line named it.
+        file: Path of the image, as given on the command line.
         image_id: In COCO results; None in files of older versions.
-        prediction: Holds the objects from `score_threshold` up; None if the image could not be used.
-        score_threshold: None if the head was not asked, and in files of older versions.
+        prediction: Holds the objects with at least `score_threshold`; None if the image could not be used.
+        score_threshold: None if the head did not run, and in files of older versions.
         error: Why the image could not be used.
     """
 
@@ -513,16 +486,16 @@ class PredictedFile:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads: everything but `error` and the names is null if the image was not used."""
-        names = ("width", "height", "objects", "answer", "answer_objects", "answer_is_cut")
-        known = dict.fromkeys(names) if self.prediction is None else self.prediction.to_json()
-        row = {"id": self.id, "file": self.file, "image_id": self.image_id, **{name: known[name] for name in names[:2]}}
+        """Return what `from_json` reads; if the image was not used, all but `error` and the names is null."""
+        size, made = ("width", "height"), ("objects", "answer", "answer_objects", "answer_is_cut")
+        known = dict.fromkeys((*size, *made)) if self.prediction is None else self.prediction.to_json()
+        row = {"id": self.id, "file": self.file, "image_id": self.image_id, **{name: known[name] for name in size}}
         row["score_threshold"] = self.score_threshold
-        return {**row, **{name: known[name] for name in names[2:]}, "error": self.error}
+        return {**row, **{name: known[name] for name in made}, "error": self.error}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> PredictedFile:
-        """Read what `to_json` wrote, or a version that did not know `score_threshold`."""
+        """Read what `to_json` wrote, also in a version without `score_threshold`."""
         prediction = None if row["error"] is not None else Prediction.from_json(row)
         threshold = row.get("score_threshold")
         return cls(row["id"], row["file"], row.get("image_id"), prediction, threshold, row["error"])
@@ -530,12 +503,12 @@ class PredictedFile:
 
 @dataclass
 class EvalOutputs:
-    """Of one evaluation batch.
+    """Predictions and losses of one evaluation batch.
 
     Attributes:
         predictions: Aligned with `batch["samples"]`.
         loss_sums: Each term before the division.
-        counts: What the terms are divided by, of this batch alone.
+        counts: Denominators of this batch alone.
     """
 
     predictions: list[Prediction]
@@ -545,10 +518,10 @@ class EvalOutputs:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run is made from.
+    """What a run was made from.
 
     Attributes:
-        config: All of it, without secrets.
+        config: The whole configuration, without secrets.
         tokenizer: Fingerprint of the tokenizer and its chat template.
         model: Fingerprint of the names and shapes of all parameters.
     """

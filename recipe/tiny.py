@@ -2,9 +2,9 @@
 
     python -m recipe.tiny --out DIR
 
-Everything is made offline: a byte-level BPE tokenizer with all of Qwen's special tokens and its chat template, the
-image processor, and a random model of 1.5 million parameters. Its ids differ from the real ones, so code that
-takes an id from anywhere but the config or the tokenizer fails on it.
+It works offline and holds a byte-level BPE tokenizer with Qwen's special tokens and chat template, the image processor
+and a random model of 1.5 million parameters. Its ids differ from the real ones, so code that does not take every id
+from the config or the tokenizer fails.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SPECIAL_TOKENS = [
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
-# Qwen2's own pre-tokenizer: every digit is a token of its own.
+# Qwen2's pre-tokenizer: every digit is one token.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,7 +54,7 @@ OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def tokenizer_corpus() -> Iterator[str]:
-    """Text like the recipe's own: detection answers and prompts, colours, shapes and everyday words."""
+    """Yield text like the recipe's: detection answers and prompts, colours, shapes and everyday words."""
     colours = ["red", "green", "blue", "yellow", "orange", "purple", "cyan", "white", "black", "gray", "brown", "pink"]
     shapes = ["circle", "square", "triangle", "rectangle", "star", "diamond", "cross", "ellipse", "hexagon"]
     chess = ["pawn", "knight", "bishop", "rook", "queen", "king"]
@@ -68,15 +68,12 @@ def tokenizer_corpus() -> Iterator[str]:
 
 
 def build_tiny_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> Qwen2TokenizerFast:
-    """A byte-level BPE tokenizer of Qwen2's kind, trained on `corpus`; any text can be encoded."""
+    """Return a byte-level BPE tokenizer like Qwen2's, trained on `corpus`; it encodes any text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated", invert=False)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
@@ -103,7 +100,7 @@ def tiny_config(
     vision_depth: int,
     tie_word_embeddings: bool,
 ) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL's architecture at a small size; every id is the tokenizer's own."""
+    """Return the config of a small Qwen2.5-VL with the tokenizer's ids."""
     ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     num_heads = max(2, hidden_size // 32)
     head_pairs = hidden_size // num_heads // 2
@@ -120,7 +117,7 @@ def tiny_config(
             "rms_norm_eps": 1e-6,
             "initializer_range": 0.08,
             "tie_word_embeddings": tie_word_embeddings,
-            # Height and width turn the slow pairs of a head: at the real base of 1e6, 16 pairs would not turn at all.
+            # Height and width rotate a head's slow pairs: at the real base of 1e6, 16 pairs would not rotate at all.
             "rope_theta": 20.0,
             "rope_scaling": {"type": "mrope", "mrope_section": [head_pairs - 2 * side, side, side]},
             "use_sliding_window": False,
@@ -162,19 +159,19 @@ def build_tiny_checkpoint(
     image_mean: Sequence[float] = OPENAI_MEAN,
     image_std: Sequence[float] = OPENAI_STD,
 ) -> None:
-    """Writes a checkpoint folder that `AutoProcessor` and `from_pretrained` load.
+    """Write a checkpoint folder that `AutoProcessor` and `from_pretrained` load.
 
     Args:
-        folder: Made if absent.
+        folder: Created if absent.
         hidden_size: Of the language model; a multiple of 64.
         num_layers: Of the language model.
         vision_hidden_size: Of the vision tower; a multiple of 32.
-        vision_depth: Blocks of the vision tower; the last attends over the whole picture, the others in windows.
-        vocab_size: Of the tokenizer, special tokens not counted.
+        vision_depth: Blocks of the vision tower; the last attends over the whole image, the others in windows.
+        vocab_size: Of the tokenizer, without special tokens.
         seed: Of the random weights.
-        tie_word_embeddings: The output matrix is the token embedding, as in the 3B; not so in the 7B.
-        image_mean: Of each channel, of values in [0, 1]: what the model sees as 0; Qwen's own by default.
-        image_std: Of each channel: what it sees as 1.
+        tie_word_embeddings: The output matrix is the token embedding, as in the 3B but not the 7B.
+        image_mean: Per channel, of values in [0, 1].
+        image_std: Per channel, of values in [0, 1].
     """
     tokenizer = build_tiny_tokenizer(tokenizer_corpus(), vocab_size)
     image_processor = Qwen2VLImageProcessorFast(
@@ -186,28 +183,25 @@ def build_tiny_checkpoint(
         image_mean=list(image_mean),
         image_std=list(image_std),
     )
+    video_processor = Qwen2VLVideoProcessor()  # pyright: ignore[reportCallIssue] - all have defaults
     processor = Qwen2_5_VLProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),  # pyright: ignore[reportCallIssue] - all have defaults
+        video_processor=video_processor,
         chat_template=CHAT_TEMPLATE,
     )
+    config = tiny_config(tokenizer, hidden_size, num_layers, vision_hidden_size, vision_depth, tie_word_embeddings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(
-            tiny_config(tokenizer, hidden_size, num_layers, vision_hidden_size, vision_depth, tie_word_embeddings)
-        )
-    model.generation_config = GenerationConfig(
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=False,
-    )
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=False)
     processor.save_pretrained(folder)
     model.save_pretrained(folder)
 
 
 def main() -> None:
-    """Command line: `python -m recipe.tiny --out DIR`."""
+    """Run `python -m recipe.tiny --out DIR`."""
     parser = argparse.ArgumentParser(description="Write a tiny random Qwen2.5-VL checkpoint folder.")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--hidden-size", type=int, default=128)

@@ -1,7 +1,7 @@
-"""The denominators of the loss terms: those of the whole global batch, counted before the forward pass.
+"""Count the denominators of the loss terms over the whole global batch, before the forward pass.
 
-They are counted here and not by the loader, since what a term is divided by is part of its definition. Composer splits
-every batch of training through the loader's DataSpec, so the loader is given `split_batch` as an argument.
+They are part of the terms' definition, so the loader does not count them. Composer splits training batches through the
+loader's DataSpec, so the loader receives `split_batch` as an argument.
 """
 
 import torch
@@ -30,16 +30,15 @@ def split_batch(batches: list[Batch], microbatch_size: int | float, equally_many
     Args:
         batches: A device batch, already cut into microbatches.
         microbatch_size: What the Trainer expects, in packs.
-        equally_many: Every rank must have the same number: FSDP gathers weights in each, so that a rank with one more
-            would wait indefinitely.
+        equally_many: Every rank must have the same number of microbatches: FSDP gathers weights in each, so a rank with
+            one more would wait indefinitely.
 
     Raises:
         ValueError: On every rank, if the numbers differ but must not.
     """
-    assert all(batch["num_packs"] <= microbatch_size for batch in batches), (
-        f"the loader cuts microbatches of {[batch['num_packs'] for batch in batches]} packs, "
-        f"but the Trainer's device_train_microbatch_size is {microbatch_size}"
-    )
+    packs = [batch["num_packs"] for batch in batches]
+    message = f"the loader cuts microbatches of {packs} packs, but device_train_microbatch_size is {microbatch_size}"
+    assert all(count <= microbatch_size for count in packs), message
     each = [count_losses(batch) for batch in batches]
     names = list(LossCounts.__annotations__)
     own = [*(sum(counts[name] for counts in each) for name in names), len(each) ** 2]
@@ -51,7 +50,7 @@ def split_batch(batches: list[Batch], microbatch_size: int | float, equally_many
     counts = LossCounts(**dict(zip(names, totals, strict=True)))
     if equally_many and counts["microbatches"] ** 2 != squares * dist.get_world_size():
         raise ValueError(
-            f"this rank has {len(each)} microbatches per step and the {dist.get_world_size()} ranks together "
-            f"{counts['microbatches']:.0f}: FSDP needs the same number on each; give every rank as many packs"
+            f"this rank has {len(each)} microbatches per step, all {dist.get_world_size()} ranks together "
+            f"{counts['microbatches']:.0f}: FSDP needs the same number on each; give every rank equally many packs"
         )
     return [CountedBatch(**batch, loss_counts=counts) for batch in batches]

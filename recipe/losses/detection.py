@@ -1,13 +1,13 @@
-"""The head's loss terms, unweighted and named; each divided by the whole global batch's count, see `LossCounts`.
+"""The head's loss terms, unweighted and named; each is divided by the whole global batch's count, see `LossCounts`.
 
     loss_bbox         L1 of matched cxcywh boxes                        / objects
     loss_giou         1 - GIoU of matched boxes                         / objects
     loss_objectness   of every query (see `objectness_loss`), summed    / images
     loss_caption      mean cross-entropy over the tokens of an image's matched captions / images
 
-The first three are repeated: `*_aux` summed over the earlier layers, `*_selection` of the proposals that the queries
-were chosen from, `*_group` summed over all layers and averaged over the further groups of queries, `*_dn` summed over
-all layers of the denoising queries and averaged over their groups.
+The first three repeat: `*_aux` summed over the earlier layers, `*_selection` for the proposals that the queries were
+chosen from, `*_group` summed over all layers and averaged over the other groups of queries, `*_dn` summed over all
+layers of the denoising queries and averaged over their groups.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
 from recipe.boxes import elementwise_iou
@@ -38,7 +39,7 @@ def detection_losses(
     counts: LossCounts,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Return box and objectness terms of the object queries, all layers and images at once.
+    """Return `loss_bbox loss_giou loss_objectness` of the object queries, and each with the suffixes of `layers()`.
 
     Args:
         outputs: Of N images.
@@ -46,32 +47,32 @@ def detection_losses(
         targets: N of them; None (not annotated) takes no part.
         counts: Denominators.
         config: The objectness loss and its parameters.
-
-    Returns:
-        `loss_bbox loss_giou loss_objectness`, and the same with the suffixes of `outputs.layers()`.
     """
     suffixes, layers = zip(*outputs.layers(), strict=True)
     boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
     logits = _logits(layers)  # (layers, N, Q)
     annotated = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
-    image, query, target = (
-        torch.cat([getattr(match, key) for match in matches]) for key in ("image", "query", "target")
-    )
+    fields = ("image", "query", "target")
+    image, query, target = (torch.cat([getattr(match, key) for match in matches]) for key in fields)
     lengths = torch.tensor([len(match) for match in matches])
     layer = torch.arange(len(layers)).repeat_interleave(lengths).to(image.device, non_blocking=True)
-    predicted, true = boxes[layer, image, query], _padded_boxes(targets, boxes)[image, target]
+    objects = [boxes.new_zeros(0, 4) if target is None else target["boxes"].to(boxes) for target in targets]
+    predicted, true = boxes[layer, image, query], pad_sequence(objects, batch_first=True)[image, target]
     quality = torch.zeros_like(logits).index_put((layer, image, query), _quality(predicted, true, config).to(logits))
     is_object = torch.zeros_like(logits).index_put((layer, image, query), torch.ones_like(logits[layer, image, query]))
     annotated = annotated.to(logits.device, non_blocking=True)
     objectness = objectness_loss(logits[:, annotated], is_object[:, annotated], quality[:, annotated], config)
     terms = {
-        **{
-            name: loss.new_zeros(len(layers)).index_add(0, layer, loss) / max(counts["objects"], 1)
-            for name, loss in box_losses(predicted, true).items()
-        },
-        "loss_objectness": objectness.sum((1, 2)) / max(counts["images"], 1),
+        name: loss.new_zeros(len(layers)).index_add(0, layer, loss) / max(counts["objects"], 1)
+        for name, loss in box_losses(predicted, true).items()
     }
-    return _by_suffix(terms, suffixes, max(1, len(outputs.groups)))
+    terms["loss_objectness"] = objectness.sum((1, 2)) / max(counts["images"], 1)
+    summed = {}  # over the layers of each suffix
+    for suffix in dict.fromkeys(reversed(suffixes)):
+        rows = [row for row, other in enumerate(suffixes) if other == suffix]
+        for name, term in terms.items():
+            summed[name + suffix] = term[rows].sum() / (max(1, len(outputs.groups)) if suffix == "_group" else 1)
+    return summed
 
 
 def denoising_losses(
@@ -80,24 +81,21 @@ def denoising_losses(
     counts: LossCounts,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """Return box and objectness terms of the denoising queries, which know their targets, over all layers.
+    """Return `loss_bbox_dn loss_giou_dn loss_objectness_dn` of the denoising queries, which know their targets.
 
     Args:
         denoising: The queries and their outputs; None if no image of the batch has an object: all terms are 0.
         detection: Of the object queries.
         counts: Denominators; each group counts as its own batch.
         config: The objectness loss and its parameters.
-
-    Returns:
-        `loss_bbox_dn loss_giou_dn loss_objectness_dn`.
     """
     if denoising is None:
         zero = 0.0 * detection.pred_boxes.sum()
-        return {"loss_bbox_dn": zero, "loss_giou_dn": zero, "loss_objectness_dn": zero}
+        return dict.fromkeys(("loss_bbox_dn", "loss_giou_dn", "loss_objectness_dn"), zero)
     queries, outputs = denoising
     layers = [*outputs.aux_outputs, outputs]
     logits = _logits(layers)  # (layers, N, R)
-    # Nothing is gathered by a mask: the number of its entries would have to be waited for on a GPU.
+    # Nothing is gathered by a mask: a GPU would wait for the number of its entries.
     repaired = (queries.valid & queries.positive).expand_as(logits)
     predicted = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, R, 4)
     true = queries.target_boxes.to(predicted)
@@ -105,15 +103,11 @@ def denoising_losses(
     is_object = queries.positive.to(logits).expand_as(logits)
     objectness = objectness_loss(logits, is_object, quality, config)
     num_objects, num_images = (max(counts[key], 1) * queries.num_groups for key in ("objects", "images"))
-    terms = {name: _sum_of(loss, repaired) / num_objects for name, loss in box_losses(predicted, true).items()}
-    return {
-        **{f"{name}_dn": term for name, term in terms.items()},
-        "loss_objectness_dn": _sum_of(objectness, queries.valid) / num_images,
+    terms = {
+        f"{name}_dn": torch.where(repaired, loss, 0.0).sum() / num_objects
+        for name, loss in box_losses(predicted, true).items()
     }
-
-
-def _sum_of(losses: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, losses, 0.0).sum()
+    return {**terms, "loss_objectness_dn": torch.where(queries.valid, objectness, 0.0).sum() / num_images}
 
 
 def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
@@ -126,17 +120,15 @@ def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
 def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: LossConfig) -> Tensor:
     """Return the loss of every query's objectness.
 
-    focal: Lin et al. 2017: the target is 1 for a matched query, and easy queries weigh less.
-    mal: Huang et al. 2025 (DEIM): the target is IoU ** gamma and the weight 1, so that a poor match is pushed too.
+    focal: Lin et al. 2017: the target is 1 for a matched query, and easy queries weigh less; `focal_alpha` weighs
+        objects, 1 - `focal_alpha` empty queries.
+    mal: Huang et al. 2025 (DEIM): the target is IoU ** gamma and the weight 1, so that a poor match is trained too.
 
     Args:
-        logits: Of any shape.
-        is_object: Of the same; 1 if the query is matched, else 0.
-        quality: Of the same; the IoU of matched queries' boxes, else 0. Not read by focal.
-        config: Names the loss. With focal, `focal_alpha` weighs objects and 1 - `focal_alpha` empty queries.
-
-    Returns:
-        Of the same shape.
+        logits: Of any shape, which the others and the result share.
+        is_object: 1 if the query is matched, else 0.
+        quality: IoU of matched queries' boxes, else 0; not read by focal.
+        config: Names the loss.
     """
     gamma = config.focal_gamma
     if config.objectness == "focal":
@@ -149,12 +141,7 @@ def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: 
 def caption_loss(logits: Tensor, labels: Tensor, images: Tensor, num_images: int, counts: LossCounts) -> Tensor:
     """Return the mean cross-entropy over each image's caption tokens, summed, divided by the batch's images.
 
-    Args:
-        logits: (k, V), of the tokens of all matched captions.
-        labels: (k,) int64.
-        images: (k,) int64, the image of each token, in [0, num_images).
-        num_images: N.
-        counts: Denominators.
+    `logits` (k, V), `labels` (k,) and `images` (k,), in [0, num_images), are of the tokens of all matched captions.
     """
     nll = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="none")
     sums = nll.new_zeros(num_images).index_add(0, images, nll)
@@ -175,19 +162,3 @@ def _logits(layers: Sequence[DetectionOutputs]) -> Tensor:
     """Return logits in float32 at least: a target IoU in bfloat16 would be off by up to 0.002."""
     logits = torch.stack([layer.pred_objectness for layer in layers])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _padded_boxes(targets: Sequence[Target | None], like: Tensor) -> Tensor:
-    """Return the boxes as (N, T, 4), padded with zeros."""
-    rows = [like.new_zeros(0, 4) if target is None else target["boxes"].to(like) for target in targets]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def _by_suffix(terms: dict[str, Tensor], suffixes: Sequence[str], num_groups: int) -> dict[str, Tensor]:
-    """Sum {name: (layers,)} to {name + suffix: ()}."""
-    summed = {}
-    for suffix in dict.fromkeys(reversed(suffixes)):
-        rows = [row for row, other in enumerate(suffixes) if other == suffix]
-        for name, term in terms.items():
-            summed[name + suffix] = term[rows].sum() / (num_groups if suffix == "_group" else 1)
-    return summed

@@ -1,4 +1,4 @@
-"""The language model's loss: cross-entropy on the answers, separate for teachers and student, from one pass."""
+"""The language model's loss: cross-entropy on the answers, separate for teachers and student."""
 
 import torch
 from torch import Tensor
@@ -10,14 +10,7 @@ from recipe.schema import LossCounts, Role
 def language_losses(logits: Tensor, labels: Tensor, roles: Tensor, counts: LossCounts) -> dict[str, Tensor]:
     """Return each role's summed cross-entropy, divided by the role's tokens in the whole global batch.
 
-    Args:
-        logits: (K, V), of the supervised positions only.
-        labels: (K,) int64.
-        roles: (K,) int64 of `Role`; teacher or student.
-        counts: Denominators.
-
-    Returns:
-        `loss_lm_teacher` and `loss_lm_student`.
+    `logits` (K, V), `labels` (K,) and `roles` (K,) of `Role` are of the supervised positions only.
     """
     nll = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="none")
     sums = nll.new_zeros(len(Role)).index_add(0, roles, nll)

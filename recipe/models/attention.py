@@ -1,4 +1,4 @@
-"""Attention for packed rows on any device: one `scaled_dot_product_attention` a sample, no mask, no padding.
+"""Attention for packed rows on any device: one `scaled_dot_product_attention` per sample, no mask, no padding.
 
 Registered with transformers under `NAME`; flash-attention 2, if installed, has a kernel that does the same.
 """
@@ -26,22 +26,10 @@ def packed_sdpa(
     segment_lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function.
+    """Return the attended values (B, L, heads, ·) and no weights, as transformers' attention functions do.
 
-    Args:
-        module: The attention layer.
-        query: (B, heads, L, ·).
-        key: (B, key heads, L', ·).
-        value: (B, key heads, L', ·).
-        attention_mask: Of padded rows; None for packed ones.
-        dropout: Of the attention weights.
-        scaling: Of the scores.
-        is_causal: Default: what the layer says.
-        segment_lengths: Tokens of each sample of a packed row.
-        **kwargs: Not used.
-
-    Returns:
-        (B, L, heads, ·), and no weights.
+    `query` is (B, heads, L, ·), `key` and `value` (B, key heads, L', ·). A packed row has `segment_lengths`, the tokens
+    of each sample, and no mask. `is_causal` is by default the layer's own; `kwargs` are not used.
 
     Raises:
         ValueError: The segments do not cover the row.
@@ -67,12 +55,12 @@ def packed_sdpa(
 
 
 def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask for a packed row; sdpa's own for padded rows and cached generation."""
+    """Return no mask for a packed row, and sdpa's own for padded rows and cached generation."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
 def register() -> str:
-    """Makes `NAME` known to transformers and returns it."""
+    """Register `NAME` with transformers and return it."""
     AttentionInterface.register(NAME, packed_sdpa)
     AttentionMaskInterface.register(NAME, packed_mask)
     return NAME

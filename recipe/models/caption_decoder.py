@@ -1,9 +1,8 @@
 """The caption decoder: writes what a query found, token by token.
 
-A caption's sequence begins with its query's features in the place of a start token, so every later token attends to
-them in every layer. A caption is a row of its own; only cross-attention lays all captions of an image side by side, so
-that the image's memory is never copied per caption. Token embedding and output matrix are the language model's, or one
-matrix of its own.
+A caption's sequence begins with its query's features instead of a start token, so every later token attends to them in
+every layer. Each caption is one row; only cross-attention concatenates the captions of an image, so that the image's
+memory is never copied per caption. Token embedding and output matrix are the language model's, or one own matrix.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ class LayerCache:
 
     Attributes:
         memory: Keys and values of the memory.
-        positions: (N, heads, T, ·), where each caption looks.
+        positions: (N, heads, T, ·), the position each caption looks at.
         past: Keys and values of the tokens so far.
     """
 
@@ -45,13 +44,9 @@ class CaptionCache:
 
 
 class Vocabulary(nn.Module):
-    """One matrix that is read as a token embedding and written through as an output matrix.
+    """One (V, W) matrix, used as token embedding and as output matrix.
 
-    One `forward` for both, since a unit of FSDP has its weights only there.
-
-    Args:
-        vocab_size: V, of the language model's tokenizer.
-        width: W, of a token's vector.
+    One `forward` does both, because an FSDP unit has its weights only there.
     """
 
     def __init__(self, vocab_size: int, width: int):
@@ -62,21 +57,12 @@ class Vocabulary(nn.Module):
         nn.init.normal_(self.weight, std=0.02)  # transformers' initializer_range: logits start near 0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Token ids int64 (...) → embeddings (..., W); states (..., W) → logits (..., V)."""
-        if inputs.is_floating_point():
-            return F.linear(inputs, self.weight)
-        return F.embedding(inputs, self.weight)
+        """Return embeddings (..., W) of token ids int64 (...), or logits (..., V) of states (..., W)."""
+        return (F.linear if inputs.is_floating_point() else F.embedding)(inputs, self.weight)
 
 
 class CaptionLayer(nn.Module):
-    """Causal self-attention along a caption, cross-attention to the image's memory, feed-forward; pre-norm.
-
-    Args:
-        width: Of the decoder and the memory.
-        num_heads: Heads.
-        ffn_factor: Width of the feed-forward block in widths.
-        dropout: Of each block's result.
-    """
+    """Causal self-attention along a caption, cross-attention to the image's memory, feed-forward; pre-norm."""
 
     def __init__(self, width: int, num_heads: int, ffn_factor: int, dropout: float):
         super().__init__()
@@ -89,31 +75,23 @@ class CaptionLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self,
-        states: Tensor,
-        places: CaptionPlaces,
-        memory: Memory,
-        centers: Tensor | None,
-        cache: LayerCache | None,
+        self, states: Tensor, places: CaptionPlaces, memory: Memory, centers: Tensor | None, cache: LayerCache | None
     ) -> tuple[Tensor, LayerCache]:
-        """Advances all captions by `C` tokens.
+        """Advance R captions by C tokens: return their states (R, C, W) and the cache including these tokens.
 
         Args:
             states: (R, C, W).
             places: Of the captions.
             memory: Of the N images.
-            centers: (N, T, W) embedding of the box centres; read at the first token alone.
-            cache: Of the tokens before; None at the first.
-
-        Returns:
-            (R, C, W), and the cache with these tokens in it.
+            centers: (N, T, W) embedding of the box centres; read only at the first token.
+            cache: Of earlier tokens; None at the first.
         """
         length = states.shape[1]
         normed = self.self_norm(states)
         keys, values = self.self_attention.keys_values(normed)
         if cache is None:
             memory_keys_values = self.cross_attention.keys_values(memory.tokens, memory.positions)
-            assert centers is not None, "a caption begins at its box"
+            assert centers is not None, "the first token needs its box"
             positions = self.cross_attention.query_positions(centers)
         else:
             assert length == 1, "with a cache, one token at a time"
@@ -135,13 +113,10 @@ class CaptionDecoder(nn.Module):
     Args:
         hidden_size: D, of the language model's token embedding.
         width: Of the head.
-        num_heads: Heads of each attention.
-        num_layers: Layers.
-        ffn_factor: Width of the feed-forward blocks in widths.
-        dropout: Of each block's result.
-        max_caption_tokens: Longest caption, end-of-sequence counted.
-        own_vocab_size: Tokens of a `vocabulary` of its own, as wide as the head, which then stands for D; None: there
-            is none, and embeddings and output matrix are the language model's.
+        ffn_factor: Width of the feed-forward blocks, as a multiple of `width`.
+        max_caption_tokens: Longest caption, including end-of-sequence.
+        own_vocab_size: Tokens of an own `vocabulary`, with D = `width`; None: embeddings and output matrix are the
+            language model's.
     """
 
     def __init__(
@@ -180,21 +155,18 @@ class CaptionDecoder(nn.Module):
         token_embeds: Tensor | None,
         cache: CaptionCache | None = None,
     ) -> Tensor:
-        """Hidden states that predict the next token of each caption.
+        """Return the hidden states (R, C, D), ready for the output matrix, that predict each caption's next token.
 
-        Teacher forcing: `token_embeds` are a caption's tokens but the last; step i then predicts token i. With a
-        cache, one step at a time: first without `token_embeds`, then with the token just chosen.
+        Teacher forcing: `token_embeds` are a caption's tokens but the last; step i then predicts token i. With a cache,
+        one step at a time (C = 1): first without `token_embeds`, then with the token just chosen.
 
         Args:
             query_features: (R, W).
             boxes: (R, 4) cxcywh in [0, 1] of the queries; no gradient flows into them.
             places: Of the captions.
             memory: Of the N images.
-            token_embeds: (R, C - 1, D), the embeddings of the tokens so far; None for none.
-            cache: Advanced in place; a new one to begin with.
-
-        Returns:
-            (R, C, D), ready for the output matrix; with a cache C = 1.
+            token_embeds: (R, C - 1, D), embeddings of the tokens so far; None for none.
+            cache: Advanced in place; start with a new one.
         """
         parts, centers = [], None
         if cache is None or not cache.layers:

@@ -1,4 +1,4 @@
-"""Denoising queries (DN-DETR; contrastive as in DINO, section 3.3): noised ground truth that the decoder must repair.
+"""Denoising queries (DN-DETR; contrastive as in DINO, section 3.3): noised ground truth that the decoder must restore.
 
 They need no matching, so they teach the decoder to refine boxes from the first step. The noise of an image depends
 on its seed alone, never on the rest of the batch, so training stays exact under microbatches, ranks and resume.
@@ -14,18 +14,11 @@ from recipe.schema import DenoisingQueries, Target
 
 
 def attention_mask(queries: DenoisingQueries, num_queries: int, num_groups: int = 1) -> Tensor:
-    """Return which query may look at which in self-attention, with the denoising queries first.
+    """Return the self-attention mask, denoising queries first: (N, 1, total, total) bool, True if row may see column.
 
     Object queries never see denoising queries, which hold the ground truth. Groups do not see one another, except that
-    denoising queries see the first group of object queries. Padding is seen by nobody but itself.
-
-    Args:
-        queries: R of them per image.
-        num_queries: Object queries of all groups.
-        num_groups: Of object queries.
-
-    Returns:
-        (N, 1, total, total) bool, True if a row may look at a column.
+    denoising queries see the first group of object queries. Padding is seen only by itself. `num_queries` counts the
+    object queries of all `num_groups` groups.
     """
     device, count = queries.boxes.device, len(queries)
     noised = torch.arange(queries.num_groups, device=device).repeat_interleave(count // queries.num_groups)  # (R,)
@@ -46,28 +39,22 @@ def group_numbers(num_queries: int, num_groups: int, device: torch.device) -> Te
 def make_denoising_queries(
     targets: Sequence[Target | None], noise_seeds: Sequence[int], num_groups: int, box_noise: float
 ) -> DenoisingQueries | None:
-    """Add noise to the ground truth of N images.
+    """Return noised ground truth of N images; None if no image has an object or `num_groups` is 0.
 
     Args:
         targets: N of them; None if not annotated.
         noise_seeds: N integers; the same seed and boxes give the same noise.
         num_groups: G.
-        box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times it; then
-            both are cut at the image's edges, as in DINO.
-
-    Returns:
-        None if no image has an object or `num_groups` is 0.
+        box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times as much;
+            then both are clipped to the image, as in DINO.
     """
-    boxes = [None if target is None else target["boxes"] for target in targets]
-    if num_groups == 0 or not any(b is not None and len(b) for b in boxes):
+    annotated = [target["boxes"] for target in targets if target is not None]
+    if num_groups == 0 or not any(map(len, annotated)):
         return None
-    device = next(b for b in boxes if b is not None).device
-    noised, clean, counts = [], [], []
-    for box, seed in zip(boxes, noise_seeds, strict=True):
-        box = torch.zeros(0, 4, device=device) if box is None else box
-        noised.append(_noise(box, seed, num_groups, box_noise).transpose(0, 1))  # (T, 2G, 4)
-        clean.append(box)
-        counts.append(len(box))
+    device = annotated[0].device
+    clean = [torch.zeros(0, 4, device=device) if target is None else target["boxes"] for target in targets]
+    noised = [_noise(boxes, seed, num_groups, box_noise) for boxes, seed in zip(clean, noise_seeds, strict=True)]
+    noised, counts = [part.transpose(0, 1) for part in noised], [len(boxes) for boxes in clean]
     references = pad_sequence(noised, batch_first=True, padding_value=0.5)  # (N, T, 2G, 4)
     target_boxes = pad_sequence(clean, batch_first=True, padding_value=0.5)  # (N, T, 4)
     num_images, longest = target_boxes.shape[:2]
@@ -83,12 +70,12 @@ def make_denoising_queries(
 
 
 def _noise(boxes: Tensor, seed: int, num_groups: int, box_noise: float) -> Tensor:
-    """(T, 4) cxcywh → (2G, T, 4): for each group the positives, then the negatives."""
+    """Return boxes (T, 4) cxcywh with noise, as (2G, T, 4): for each group the positives, then the negatives."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_groups, 2, len(boxes), 4)
     size = torch.rand(shape, generator=generator)
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    size[:, 1] += 1  # a negative is at least as far off as the farthest positive
+    size[:, 1] += 1  # a negative moves at least as far as the farthest positive
     shift = (size * sign * box_noise).to(boxes, non_blocking=True)
     half = boxes[:, 2:] / 2
     corners = torch.cat([boxes[:, :2] - half, boxes[:, :2] + half], dim=-1)

@@ -1,8 +1,8 @@
 """The detection head: object queries with reference boxes that read an image's memory, layer by layer.
 
-DETR's set prediction (Carion et al. 2020) with anchor boxes as queries (DAB-DETR), positions matched apart from
+DETR's set prediction (Carion et al. 2020) with anchor boxes as queries (DAB-DETR), positions matched separately from
 contents in cross-attention (Conditional DETR), boxes refined by each layer (Deformable DETR) and denoising queries
-(DN-DETR, DINO). There is no class list: a query has one objectness logit, and its words come from the caption decoder.
+(DN-DETR, DINO). There is no class list: a query has one objectness logit, and the caption decoder writes its words.
 """
 
 import math
@@ -16,21 +16,13 @@ from recipe.models.layers import MLP, Attention, FeedForward
 from recipe.models.memory import sine_embedding
 from recipe.schema import DenoisingQueries, DetectionOutputs, Memory
 
-PRIOR_PROBABILITY = 0.01  # of objectness at the start (focal loss, Lin et al. 2017, section 3.3)
-PROPOSAL_CELLS = 3.0  # sides of a proposal at the start, in those of its token's cell
+PRIOR_PROBABILITY = 0.01  # initial objectness (focal loss, Lin et al. 2017, section 3.3)
+PROPOSAL_CELLS = 3.0  # initial sides of a proposal, as a multiple of its token's cell
 NO_PROPOSAL = -20.0  # the logit of a query that no vision token proposed
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among queries, cross-attention to the memory, feed-forward; pre-norm.
-
-    Args:
-        width: Of the queries and the memory.
-        num_heads: Heads.
-        ffn_factor: Width of the feed-forward block in widths.
-        dropout: Of each block's result.
-        local_attention: See `DetectionHead`.
-    """
+    """Self-attention among queries, cross-attention to the memory, feed-forward; pre-norm."""
 
     def __init__(self, width: int, num_heads: int, ffn_factor: int, dropout: float, local_attention: bool):
         super().__init__()
@@ -45,7 +37,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, queries: Tensor, box_positions: Tensor, place_positions: Tensor, memory: Memory, mask: Tensor | None
     ) -> Tensor:
-        """(N, Q, W) → (N, Q, W).
+        """Return the next layer's queries (N, Q, W).
 
         Args:
             queries: (N, Q, W).
@@ -68,20 +60,17 @@ class DecoderLayer(nn.Module):
 
 
 class DetectionHead(nn.Module):
-    """`num_queries` objects an image: box, objectness logit and the features a caption is written from.
+    """Up to `num_queries` objects per image: box, objectness logit and the features a caption is written from.
 
     Args:
         width: Of the memory; a multiple of 8 and of `num_heads`.
-        num_queries: Objects an image at most.
-        num_heads: Heads of each attention.
-        num_layers: Decoder layers.
-        ffn_factor: Width of the feed-forward blocks in widths.
-        dropout: Of each block's result.
+        ffn_factor: Width of the feed-forward blocks, as a multiple of `width`.
         refine_boxes: Each layer's boxes are the next one's references; else all layers share the first.
-        local_attention: Queries first look around their reference boxes, each head at a place of its own; else it takes
-            them long to find out what their positions have to do with the memory's.
+        local_attention: Queries initially look around their reference boxes, each head at its own place; else they
+            learn slowly how their positions relate to the memory's.
         select_queries: The first references are the best proposals of the vision tokens; else they are learned.
-        num_query_groups: Groups of queries in training, each matched apart (Group DETR); the first one answers.
+        num_query_groups: Groups of queries in training, each matched separately (Group DETR); only the first one
+            predicts.
     """
 
     def __init__(
@@ -103,33 +92,25 @@ class DetectionHead(nn.Module):
         self.refine_boxes = refine_boxes
         self.num_query_groups = num_query_groups
         self.query_content = nn.Embedding(num_query_groups * num_queries, width)
-        # Small next to what is read from the memory: else slots learn where objects often are before how they look.
+        # Small compared with what is read from the memory: else queries learn frequent places before appearance.
         nn.init.normal_(self.query_content.weight, std=0.1)
         self.query_boxes = nn.Parameter(initial_boxes(num_queries).repeat(num_query_groups, 1))
         self.denoising_content = nn.Parameter(torch.zeros(width))
         self.box_position = MLP(width, width, width, 2)
-        self.place_scale = _place_scale(width)
+        self.place_scale = _constant_mlp(width, width, 2, start=1.0)  # at first, places as they are
         self.places = nn.Parameter(compass(num_heads) * local_attention)
         self.layers = nn.ModuleList(
             DecoderLayer(width, num_heads, ffn_factor, dropout, local_attention) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(width)
         self.objectness = _objectness(width)
-        self.box_delta = _box_delta(width)
+        self.box_delta = _constant_mlp(width, 4, 3, start=0.0)  # at first, the reference box itself
         self.selection = QuerySelection(width) if select_queries else None
 
     def forward(
         self, memory: Memory, denoising: DenoisingQueries | None = None
     ) -> tuple[DetectionOutputs, DetectionOutputs | None]:
-        """Decodes N images.
-
-        Args:
-            memory: Of the N images.
-            denoising: Training only.
-
-        Returns:
-            The outputs of the object queries, and those of the denoising queries, if given.
-        """
+        """Return the outputs of the object queries of N images, and those of the denoising queries if given."""
         num_images, num_groups = len(memory.tokens), self.num_query_groups if self.training else 1
         num_queries = num_groups * self.num_queries
         queries = self.query_content.weight[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, W)
@@ -165,10 +146,10 @@ class DetectionHead(nn.Module):
         return first, None if denoising is None else _outputs(boxes, logits, features, slice(0, num_denoising))
 
     def _positions(self, queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of the reference boxes (N, Q, W) and of where each head looks (N, heads, Q, W).
+        """Return embeddings of the reference boxes (N, Q, W) and of where each head looks (N, heads, Q, W).
 
-        As in DAB-DETR, section 4.3, but that each head looks at a learned place of its own, in half box sizes from
-        the centre, as the sampling points of Deformable DETR.
+        As in DAB-DETR, section 4.3, except that each head looks at its own learned place, in half box sizes from the
+        centre, like the sampling points of Deformable DETR.
         """
         boxes = references.sigmoid()
         box_positions = self.box_position(sine_embedding(boxes, self.width))
@@ -179,11 +160,8 @@ class DetectionHead(nn.Module):
 class QuerySelection(nn.Module):
     """A proposal from every vision token; the best become reference boxes (two-stage Deformable DETR, DINO).
 
-    The queries' contents stay learned (DINO's mixed selection). The selected proposals are matched and taught as a
-    layer of their own.
-
-    Args:
-        width: Of the memory.
+    The queries' contents stay learned (DINO's mixed selection). The selected proposals are matched and trained as a
+    separate layer.
     """
 
     def __init__(self, width: int):
@@ -191,15 +169,10 @@ class QuerySelection(nn.Module):
         self.inputs = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.objectness = _objectness(width)
-        self.box_delta = _box_delta(width)
+        self.box_delta = _constant_mlp(width, 4, 3, start=0.0)  # at first, the proposal itself
 
     def forward(self, memory: Memory, spare: Tensor) -> DetectionOutputs:
-        """The Q best proposals of N images.
-
-        Args:
-            memory: Of the N images.
-            spare: (N, Q, 4) before the sigmoid: take the place of proposals that an image is short of.
-        """
+        """Return the Q best proposals of N images; `spare` (N, Q, 4), before the sigmoid, fills in for missing ones."""
         features = self.norm(self.inputs(memory.tokens))
         logits = self.objectness(features).squeeze(-1)  # (N, M)
         is_proposal = memory.cells[..., 2] > 0
@@ -216,7 +189,7 @@ class QuerySelection(nn.Module):
 
 
 def initial_boxes(num_queries: int) -> Tensor:
-    """Learned references start as a grid of boxes over the image: (Q, 4) cxcywh before the sigmoid."""
+    """Return the initial learned references, a grid of boxes over the image: (Q, 4) cxcywh before the sigmoid."""
     side = math.ceil(math.sqrt(num_queries))
     cells = torch.linspace(0, side * side - 1, num_queries).round().long()
     centers = torch.stack([cells % side, cells // side], dim=-1).add(0.5) / side  # (Q, 2)
@@ -230,25 +203,17 @@ def _objectness(width: int) -> nn.Linear:
 
 
 def compass(num_heads: int) -> Tensor:
-    """(heads, 2) points on the edge of the square [-1, 1]²: the first sampling points of Deformable DETR."""
+    """Return (heads, 2) points on the edge of the square [-1, 1]²: the initial sampling points of Deformable DETR."""
     angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
     points = torch.stack([angles.cos(), angles.sin()], dim=-1)
     return points / points.abs().amax(-1, keepdim=True)
 
 
-def _place_scale(width: int) -> MLP:
-    """Starts as 1: places as they are."""
-    mlp = MLP(width, width, width, 2)
+def _constant_mlp(width: int, out_features: int, num_layers: int, start: float) -> MLP:
+    """Return an MLP whose output is initially `start` for any input."""
+    mlp = MLP(width, width, out_features, num_layers)
     nn.init.zeros_(mlp[-1].weight)  # type: ignore[arg-type]
-    nn.init.ones_(mlp[-1].bias)  # type: ignore[arg-type]
-    return mlp
-
-
-def _box_delta(width: int) -> MLP:
-    """Starts as 0: the reference box itself."""
-    mlp = MLP(width, width, 4, 3)
-    nn.init.zeros_(mlp[-1].weight)  # type: ignore[arg-type]
-    nn.init.zeros_(mlp[-1].bias)  # type: ignore[arg-type]
+    nn.init.constant_(mlp[-1].bias, start)  # type: ignore[arg-type]
     return mlp
 
 

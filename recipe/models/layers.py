@@ -6,21 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOCALITY = 4.0  # what an equal position adds to the argument of the softmax at first
+LOCALITY = 4.0  # what an equal position initially adds to the argument of the softmax
 
 
 class Attention(nn.Module):
     """Multi-head attention over `F.scaled_dot_product_attention`, with keys that can be cached.
 
-    Positions, if given, get projections of their own and are matched next to the contents (Conditional DETR,
-    section 3.3): the score of a pair is content · content + position · position.
+    Positions, if given, have their own projections, and the score of a pair is content · content + position · position
+    (Conditional DETR, section 3.3).
 
     Args:
         width: Of queries, keys and values; a multiple of `num_heads`.
-        num_heads: Heads.
         positional: Queries and keys come with positions.
-        local: With sine embeddings as positions, a query starts with looking around its own place: both projections
-            begin as one, large enough that an equal position is worth about `LOCALITY`.
+        local: With sine embeddings as positions, a query at first looks around its own position: both projections start
+            equal, so large that an equal position adds about `LOCALITY`.
     """
 
     def __init__(self, width: int, num_heads: int, positional: bool = False, local: bool = False):
@@ -33,14 +32,14 @@ class Attention(nn.Module):
         self.query_position = nn.Linear(width, width) if positional else None
         self.key_position = nn.Linear(width, width, bias=False) if positional else None
         if self.query_position is not None and self.key_position is not None and local:
-            # Of a head d wide: d rows of entries of variance 1 / 3W, times W / 2 waves, over the softmax's sqrt(2d).
+            # Per head of width d: d rows with entries of variance 1 / 3W, times W / 2 waves, over softmax's sqrt(2d).
             gain = (LOCALITY * 6 * (2 / (width // num_heads)) ** 0.5) ** 0.5
             with torch.no_grad():
                 self.key_position.weight.copy_(self.query_position.weight.mul_(gain))
                 self.query_position.bias.zero_()
 
     def keys_values(self, states: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(N, M, W) → keys and values (N, heads, M, ·), to be passed to `forward`."""
+        """Return keys and values (N, heads, M, ·) for `forward` from states (N, M, W)."""
         keys = self._split(self.key(states))
         if self.key_position is not None:
             assert positions is not None
@@ -48,7 +47,7 @@ class Attention(nn.Module):
         return keys, self._split(self.value(states))
 
     def query_positions(self, positions: Tensor) -> Tensor:
-        """(N, Q, W), or of each head its own (N, heads, Q, W) → (N, heads, Q, ·), to be passed to `forward`."""
+        """Return (N, heads, Q, ·) for `forward` from positions (N, Q, W), or per head (N, heads, Q, W)."""
         assert self.query_position is not None
         if positions.dim() == 3:
             return self._split(self.query_position(positions))
@@ -64,13 +63,13 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attends from `states` (N, Q, W) to the keys.
+        """Attend from `states` to the keys: (N, Q, W).
 
         Args:
             states: (N, Q, W).
             keys_values: From `keys_values`.
             positions: From `query_positions`, if the module is positional.
-            mask: Bool, broadcastable to (N, heads, Q, M); True if a query may look.
+            mask: Bool, broadcastable to (N, heads, Q, M); True if a query may see a key.
             is_causal: Query i sees keys 0 to i.
         """
         queries = self._split(self.query(states))
@@ -88,9 +87,8 @@ class FeedForward(nn.Sequential):
     """The transformer's feed-forward block, `factor` times as wide inside."""
 
     def __init__(self, width: int, factor: int, dropout: float):
-        super().__init__(
-            nn.Linear(width, width * factor), nn.GELU(), nn.Dropout(dropout), nn.Linear(width * factor, width)
-        )
+        inner = width * factor
+        super().__init__(nn.Linear(width, inner), nn.GELU(), nn.Dropout(dropout), nn.Linear(inner, width))
 
 
 class MLP(nn.Sequential):

@@ -1,6 +1,6 @@
 """Hungarian matching of queries and objects (Carion et al. 2020, section 3.1), all layers and images at once.
 
-The cost matrix is one batched float32 expression on the device, moved to the host in one copy.
+The cost matrix is one batched float32 expression on the device, copied to the host once.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from recipe.boxes import elementwise_iou
 from recipe.schema import DetectionOutputs, Matches, Target
 
-UNUSABLE = 1e6  # the cost of a pair whose prediction is not finite: taken only when nothing else is left
+UNUSABLE = 1e6  # cost of a pair whose prediction is not finite: chosen only if nothing else is left
 
 
 @torch.no_grad()
@@ -27,21 +27,13 @@ def match(
     focal_alpha: float = 0.25,
     focal_gamma: float = 2.0,
 ) -> list[Matches]:
-    """Find the cheapest one-to-one assignment for every layer and image.
+    """Return the cheapest one-to-one assignment for every layer, all images together.
 
-    More objects than queries is legal: the best are matched. Non-finite predictions never reach scipy.
+    A pair costs `cost_bbox` times the L1 distance of its cxcywh boxes, `cost_giou` times 1 - GIoU and `cost_objectness`
+    times the focal cost of calling the query an object (Deformable DETR's class cost). There may be more objects than
+    queries: the best are matched. Non-finite predictions never reach scipy.
 
-    Args:
-        layers: Outputs of the decoder layers, for N images and Q queries each.
-        targets: N of them; None (not annotated) and no objects both match nothing.
-        cost_bbox: Weight of the L1 distance of cxcywh boxes.
-        cost_giou: Weight of 1 - GIoU.
-        cost_objectness: Weight of the focal cost of calling the query an object (Deformable DETR's class cost).
-        focal_alpha: Of the focal cost.
-        focal_gamma: Of the focal cost.
-
-    Returns:
-        One `Matches` per layer.
+    `layers` are for N images and Q queries each; of N `targets`, None (not annotated) and no objects match nothing.
     """
     device = layers[0].pred_boxes.device
     counts = [0 if target is None else len(target["boxes"]) for target in targets]
@@ -72,20 +64,9 @@ def cost_matrix(
     focal_alpha: float,
     focal_gamma: float,
 ) -> Tensor:
-    """Return the cost of every (query, object) pair of every layer and image, finite everywhere.
+    """Return the cost of every (query, object) pair: (layers, N, Q, T) float32, always finite; weights as in `match`.
 
-    Args:
-        pred_boxes: (layers, N, Q, 4) cxcywh.
-        pred_objectness: (layers, N, Q) logits.
-        target_boxes: (N, T, 4) cxcywh, padded.
-        cost_bbox: See `match`.
-        cost_giou: See `match`.
-        cost_objectness: See `match`.
-        focal_alpha: See `match`.
-        focal_gamma: See `match`.
-
-    Returns:
-        (layers, N, Q, T) float32.
+    `pred_boxes` is (layers, N, Q, 4) cxcywh, `pred_objectness` (layers, N, Q), `target_boxes` (N, T, 4) cxcywh, padded.
     """
     queries = pred_boxes.float()[..., None, :]  # (layers, N, Q, 1, 4)
     objects = target_boxes.float()[:, None]  # (N, 1, T, 4)

@@ -1,7 +1,7 @@
 """The detection memory: what the head may look at, one padded row of tokens per image.
 
-Vision tokens of the student image (with their 2-D positions), then the hidden states of the sample's prompt. The
-student's answer is never part of it: it holds the ground truth and does not exist at inference.
+It holds the vision tokens of the student image (with their 2-D positions), then the hidden states of the sample's
+prompt. It never holds the student's answer, which is the ground truth and does not exist at inference.
 """
 
 import math
@@ -15,23 +15,18 @@ from recipe.schema import Memory
 
 
 class Adapter(nn.Module):
-    """Residual bottleneck MLP from the language model's width to the head's.
-
-    Args:
-        hidden_size: Width of the input.
-        width: Width of the output.
-        ratio: The bottleneck is `hidden_size // ratio` wide.
-    """
+    """Residual MLP from `hidden_size` to `width`, with a bottleneck of `hidden_size // ratio`."""
 
     def __init__(self, hidden_size: int, width: int, ratio: int):
         super().__init__()
+        inner = max(1, hidden_size // ratio)
         self.norm = nn.LayerNorm(hidden_size)
-        self.down = nn.Linear(hidden_size, max(1, hidden_size // ratio))
-        self.up = nn.Linear(max(1, hidden_size // ratio), hidden_size)
+        self.down = nn.Linear(hidden_size, inner)
+        self.up = nn.Linear(inner, hidden_size)
         self.project = nn.Linear(hidden_size, width) if width != hidden_size else nn.Identity()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return (..., D) as (..., W)."""
+        """Project (..., D) to (..., W)."""
         hidden_states = self.norm(hidden_states)
         return self.project(hidden_states + self.up(nn.functional.gelu(self.down(hidden_states))))
 
@@ -43,7 +38,7 @@ class MemoryBuilder(nn.Module):
         hidden_size: Width of the vision features and hidden states.
         width: Of the head; a multiple of 4.
         adapter_ratio: See `Adapter`.
-        memory_positions: False: the plain design, whose keys hold no positions.
+        memory_positions: False: keys hold no positions.
         patch_width: Width of the vision features before the merger, which become tokens too; None: they do not.
     """
 
@@ -65,7 +60,7 @@ class MemoryBuilder(nn.Module):
         prompt_mask: Tensor,
         patch_features: Sequence[Tensor] = (),
     ) -> Memory:
-        """Build the memory of N images; vision tokens first, patches, then words, each part padded by itself.
+        """Return the memory of N images: vision tokens, patches, then words, each part padded separately.
 
         Args:
             image_features: N of (tokens, D), raster order.
@@ -79,11 +74,8 @@ class MemoryBuilder(nn.Module):
         grids = [cells_of[size] for size in grid_sizes]
         parts = [(self.vision_adapter, image_features, grids)]
         if self.patch_adapter is not None:
-            # Of each token the patches stand together.
-            split = [
-                split_cells(cells, round(features.shape[1] ** 0.5))
-                for cells, features in zip(grids, patch_features, strict=True)
-            ]
+            sides = [round(features.shape[1] ** 0.5) for features in patch_features]
+            split = [split_cells(cells, side) for cells, side in zip(grids, sides, strict=True)]
             parts.append((self.patch_adapter, [features.flatten(0, 1) for features in patch_features], split))
         tokens, cells, masks = [], [], []
         for adapter, features, places in parts:
@@ -96,12 +88,12 @@ class MemoryBuilder(nn.Module):
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
             positions = sine_embedding(cells[..., :2], self.width) * (cells[..., 2:3] > 0)
-            tokens = tokens + positions  # so that what a query reads holds its place
+            tokens = tokens + positions  # so that what a query reads includes its position
         return Memory(tokens, positions, masks, cells)
 
 
 def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """Return a grid's cells in raster order: (rows * columns, 4) cxcywh in [0, 1]."""
+    """Return the cells of a grid in raster order: (rows * columns, 4) cxcywh in [0, 1]."""
     y = (torch.arange(rows, device=device) + 0.5) / rows
     x = (torch.arange(columns, device=device) + 0.5) / columns
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
@@ -110,22 +102,19 @@ def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> T
 
 
 def split_cells(cells: Tensor, parts: int) -> Tensor:
-    """Split each cell (n, 4) into `parts` x `parts` in raster order: (n * parts², 4)."""
-    inner = grid_cells(parts, parts, cells.device)  # of a cell
+    """Split each cell (n, 4) into `parts` x `parts` cells in raster order: (n * parts², 4)."""
+    inner = grid_cells(parts, parts, cells.device)
     corner, size = cells[:, None, :2] - cells[:, None, 2:] / 2, cells[:, None, 2:]  # (n, 1, 2)
     return torch.cat([corner + inner[:, :2] * size, size * inner[:, 2:]], dim=-1).flatten(0, 1)
 
 
 def sine_embedding(coordinates: Tensor, width: int, temperature: float = 20.0) -> Tensor:
-    """Return sine and cosine waves of each coordinate, as in DETR (temperature as in DAB-DETR).
+    """Return sine and cosine waves of each coordinate (..., width), as in DETR (temperature as in DAB-DETR).
 
     Args:
         coordinates: (..., n) in [0, 1].
-        width: Of the embedding; a multiple of 2n.
-        temperature: Ratio of the shortest to the longest wave.
-
-    Returns:
-        (..., width), `width / n` numbers per coordinate.
+        width: Of the embedding, `width / n` numbers per coordinate; a multiple of 2n.
+        temperature: Ratio of the longest to the shortest wave.
     """
     num_waves = width // coordinates.shape[-1] // 2
     exponents = torch.arange(num_waves, device=coordinates.device, dtype=coordinates.dtype) / num_waves

@@ -31,10 +31,9 @@ from recipe.upstream.torch_private import register_dataclass
 
 Result = TypeVar("Result")
 
-AVERAGE = "average."  # begins the names of averaged weights in a network: average.memory.* is that of memory.*
+AVERAGE = "average."  # prefix of averaged weights in a network: average.memory.* averages memory.*
 
-
-# FSDP2 finds the tensors that pass in and out of its units only in structures that it knows.
+# FSDP2 finds the tensors that enter and leave its units only in registered structures.
 for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
     register_dataclass(kind)
 
@@ -42,26 +41,20 @@ for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
 class JointNetwork(nn.Module):
     """One forward pass from a batch to everything the losses and predictions need.
 
-    Every parameter takes part in every step, even if a batch has no image, no object or no text: otherwise
-    ranks wait for one another indefinitely. Such parts run on a blank row that no loss term counts.
+    Every parameter takes part in every step, even if a batch has no image, object or text: otherwise ranks wait for one
+    another indefinitely. Such parts run on a blank row that no loss term counts.
 
-    While no parameter of memory, detection head and caption decoder is trainable, they run without autograd: their
-    losses are still reported, but teach nothing, as a head that is not trained yet would lead the vision tower astray.
-    A trainable memory under a frozen head passes gradients on.
+    If memory, detection head and caption decoder are all frozen, they run without autograd: their losses are reported
+    but train nothing, because an untrained head would mislead the vision tower. A trainable memory under a frozen head
+    still passes gradients.
 
     Attributes:
-        average: Averages of memory, detection head and caption decoder, with which evaluation computes in their places;
-            None: there are none.
+        average: Averages of memory, detection head and caption decoder, which replace them in evaluation; or None.
 
     Args:
-        vlm: The language model.
-        memory: Builds an image's memory.
-        detection_head: Reads it.
-        caption_decoder: Writes what the queries found.
-        matcher: Weights of the matching costs.
         loss: For the focal parameters of the matching cost.
         num_denoising_groups: 0: no denoising queries.
-        box_noise: Of the denoising queries.
+        box_noise: See `make_denoising_queries`.
         aux_loss: False: earlier layers' outputs are dropped.
     """
 
@@ -92,14 +85,14 @@ class JointNetwork(nn.Module):
     def add_average(self) -> None:
         """Create `average` from the current weights; `recipe.algorithms.head_ema` updates it.
 
-        It is frozen parameters of this network, so that whatever holds weights holds it too: checkpoints of all kinds,
-        the snapshot of the NaN rollback, the shards of FSDP.
+        Its parameters are frozen ones of this network, so that whatever holds the weights holds them too: all
+        checkpoints, the snapshot of the NaN rollback, FSDP's shards.
         """
         parts = {name: deepcopy(getattr(self, name)) for name in ("memory", "detection_head", "caption_decoder")}
         self.average = nn.ModuleDict(parts).requires_grad_(False)
 
     def averaged_parameters(self) -> list[tuple[Parameter, Parameter]]:
-        """Return each averaged parameter: as it is trained, and its average."""
+        """Return each averaged parameter with its average."""
         parts = {} if self.average is None else self.average
         return [
             pair
@@ -119,8 +112,8 @@ class JointNetwork(nn.Module):
 
         Args:
             batch: The microbatch.
-            then: Called with the outputs; its result is returned next to them. Whatever uses the network's parameters
-                once more must run here: outside, they are sharded under FSDP.
+            then: Called with the outputs; its result is returned with them. Any further use of the network's parameters
+                must be in here: outside, FSDP has sharded them.
         """
         with self._average_in_evaluation():
             outputs = self._outputs(batch.content)
@@ -128,7 +121,7 @@ class JointNetwork(nn.Module):
 
     @contextmanager
     def _average_in_evaluation(self) -> Iterator[None]:
-        """Put the averages in the place of what is trained, in evaluation mode."""
+        """In evaluation mode, use the averages instead of the trained modules."""
         if self.training or self.average is None:
             yield
             return
@@ -141,10 +134,10 @@ class JointNetwork(nn.Module):
             for name, part in trained.items():
                 setattr(self, name, part)
             for part in self.average.modules():
-                reshard(part)  # no backward pass follows that would
+                reshard(part)  # no backward pass follows that would do so
 
     def _outputs(self, batch: Batch) -> JointOutputs:
-        # Read here: once the language model's pass is queued, a GPU would finish it before it answers.
+        # Read now: after the language model's pass is queued, the host would wait until a GPU has finished it.
         grids = batch["image_grid_thw"].tolist()
         student_grids = {image: grids[image] for image in batch["student_images"].tolist()}
         states = self.vlm(
@@ -157,13 +150,11 @@ class JointNetwork(nn.Module):
             with_patches=self.memory.patch_adapter is not None,
         )
         label_logits = self.vlm.logits(states.last_hidden_state[batch["label_index"]])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._head_trains()):
+        parts = (self.memory, self.detection_head, self.caption_decoder)
+        head_trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and head_trains):
             memory = self._build_memory(states, batch["prompt_index"], student_grids)
             return self._head_outputs(batch, memory, label_logits)
-
-    def _head_trains(self) -> bool:
-        parts = (self.memory, self.detection_head, self.caption_decoder)
-        return any(parameter.requires_grad for part in parts for parameter in part.parameters())
 
     def _head_outputs(self, batch: Batch, memory: Memory, label_logits: Tensor) -> JointOutputs:
         targets: Sequence[Target | None] = batch["targets"] or [None]
@@ -185,17 +176,15 @@ class JointNetwork(nn.Module):
     def _build_memory(
         self, states: VlmOutputs, prompt_index: Tensor, student_grids: Mapping[int, Sequence[int]]
     ) -> Memory:
-        """Return the memory of the batch's N student images; of one blank image if there are none.
+        """Return the memory of the batch's N student images, or of one blank image if there are none.
 
-        Args:
-            states: Of the language model.
-            prompt_index: (N, S) int64, -1 for padding.
-            student_grids: Of each student image, by its place among all: time, height and width in patches.
+        `prompt_index` is (N, S) int64, -1 for padding; `student_grids` maps each student image's index among all images
+        to its time, height and width in patches.
         """
         hidden, vision = states.last_hidden_state, self.vlm.hf_model.config.vision_config
         merge = vision.spatial_merge_size
         if not student_grids:
-            # Needs a gradient if an image's row does: FSDP reduces a unit's gradients when those of its inputs come.
+            # Needs a gradient as an image's row does: FSDP reduces a unit's gradients when its inputs' gradients come.
             blank = 0.0 * hidden[:1]
             patches = hidden.new_zeros(1, merge**2, vision.hidden_size)
             mask = torch.ones(1, 1, dtype=torch.bool, device=hidden.device)
@@ -210,7 +199,7 @@ class JointNetwork(nn.Module):
 
     @property
     def caption_words(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """Return how captions read and write tokens: ids (...) → (..., D), and states (..., D) → logits (..., V).
+        """Return the captions' token embedding, ids (...) → (..., D), and output matrix, (..., D) → (..., V).
 
         Both are the language model's, or both the caption decoder's own.
         """
@@ -220,15 +209,15 @@ class JointNetwork(nn.Module):
     def _caption_logits(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return teacher-forced logits of the captions of matched queries: (k, V), labels (k,), images (k,)."""
+        """Return teacher-forced logits (k, V), labels (k,) and images (k,) of the matched queries' caption tokens."""
         embed, logits = self.caption_words
-        # A prediction has no captions to learn from. Ranks that share weights must still call the decoder together.
+        # Prediction has no captions to learn from, but ranks that share weights must call the decoder together.
         if not (any(targets) or self.training or is_sharded(self)):
             hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
             return logits(hidden), matches.image[:0], matches.image[:0]
         captions = padded_captions(targets, memory.mask.device)  # (N, T, C)
         image, query, slot = matches.image, matches.query, matches.target
-        if len(matches) == 0:  # a caption without a word, so that the decoder takes part
+        if len(matches) == 0:  # one caption without words, so that the decoder takes part
             image = query = slot = torch.zeros(1, dtype=torch.int64, device=captions.device)
         labels = captions[image, slot]  # (R, C)
         row, token = (labels != -100).nonzero(as_tuple=True)
@@ -243,7 +232,7 @@ class JointNetwork(nn.Module):
 
 
 def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:
-    """Return the captions of all objects: (N, T, C) int64, -100 elsewhere; T and C are at least 1."""
+    """Return the captions of all objects: (N, T, C) int64, padded with -100; T and C are at least 1."""
     captions = [torch.empty(0, 1, dtype=torch.int64) if t is None else t["caption_ids"] for t in targets]
     num_slots = max(1, *(len(ids) for ids in captions))
     length = max(1, *(ids.shape[1] for ids in captions if len(ids)), 1)

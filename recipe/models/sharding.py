@@ -1,4 +1,4 @@
-"""What sharding (FSDP) asks of the model: every rank runs every unit equally often, or all wait indefinitely."""
+"""What sharding (FSDP) requires of the model: every rank runs every unit equally often, or all wait indefinitely."""
 
 from typing import Generic, TypeVar
 
@@ -12,7 +12,7 @@ Content = TypeVar("Content")
 
 
 class Sealed(Generic[Content]):
-    """Carries a root unit's input past FSDP, which rounds all it finds to the weights' precision: target boxes too."""
+    """Hide a root unit's input from FSDP, which rounds all it finds to the weights' precision, even target boxes."""
 
     def __init__(self, content: Content):
         self.content = content
@@ -20,15 +20,14 @@ class Sealed(Generic[Content]):
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether other ranks hold parts of a module's parameters."""
-    return distributed.is_initialized() and any(
-        isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules()
-    )
+    units = (FSDPModule, FullyShardedDataParallel)
+    return distributed.is_initialized() and any(isinstance(part, units) for part in module.modules())
 
 
 def reshard(root: nn.Module) -> None:
-    """Gives a root unit's gathered weights back, which FSDP keeps after a forward pass that no backward pass follows.
+    """Free a root unit's gathered weights, which FSDP keeps after a forward pass without a backward pass.
 
-    The next forward pass would compute with them: with those of before a rollback, or before their group was frozen.
+    The next forward pass would compute with these: stale after a rollback or after their group was frozen.
     """
     if isinstance(root, FSDPModule):
         root.reshard()

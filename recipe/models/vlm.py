@@ -21,8 +21,8 @@ class VlmOutputs:
     Attributes:
         last_hidden_state: (B * L, D), after the final norm.
         image_features: I tensors of (tokens of the image, D), raster order, after the merger.
-        patch_features: I tensors of (tokens of the image, merge², C), before it: of each token its patches in raster
-            order, C wide as the vision tower; none if they were not asked for.
+        patch_features: I tensors of (tokens of the image, merge², C), before it: each token's patches in raster order,
+            C the vision tower's width; empty if not requested.
     """
 
     last_hidden_state: Tensor
@@ -31,11 +31,9 @@ class VlmOutputs:
 
 
 class PixelNormalizer(nn.Module):
-    """uint8 patches → the `pixel_values` of Hugging Face's image processor, on the device, one frame of the equal ones.
+    """Compute the `pixel_values` of Hugging Face's image processor on the device, for one of the equal frames.
 
-    Args:
-        image_mean: Of each channel, of values in [0, 1].
-        image_std: Of each channel, of values in [0, 1].
+    `image_mean` and `image_std` are per channel, of values in [0, 1].
     """
 
     def __init__(self, image_mean: Sequence[float], image_std: Sequence[float]):
@@ -47,20 +45,18 @@ class PixelNormalizer(nn.Module):
         self.std: Tensor
 
     def forward(self, pixel_patches: Tensor) -> Tensor:
-        """(P, 3 * patch * patch) uint8 → (P, 3 * patch * patch) float32."""
+        """Return uint8 patches (P, 3 * patch * patch) as normalized float32."""
         pixels = pixel_patches.view(len(pixel_patches), self.mean.shape[1], -1).to(self.mean.dtype, copy=True)
-        # In place: fresh memory costs a CPU more than the arithmetic.
+        # In place: new memory costs a CPU more than the arithmetic.
         return pixels.sub_(self.mean).div_(self.std).flatten(1)
 
 
 class ImageEmbedding(nn.Module):
     """Qwen's patch embedding of images: one matrix product with the sum of the frames' weights.
 
-    Qwen's is a convolution over the frames of a film, in which an image is a film of equal frames. The sum gives the
-    same at half the cost; and a convolution whose stride is its kernel is slower than the product that it is.
-
-    Args:
-        patch_embed: Hugging Face's; its weights stay where they are under the same name.
+    Qwen's is a convolution over video frames, and an image is a video of equal frames. Summed weights give the same at
+    half the cost, and a convolution whose stride equals its kernel is slower than the equivalent product. Hugging
+    Face's weights keep their place and name.
     """
 
     def __init__(self, patch_embed: nn.Module):
@@ -68,17 +64,15 @@ class ImageEmbedding(nn.Module):
         self.proj: Any = patch_embed.proj
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(P, 3 * patch * patch), of one frame → (P, C)."""
+        """Embed patches of one frame: (P, 3 * patch * patch) → (P, C)."""
         weight: Tensor = self.proj.weight.sum(2)  # (C, 3, frames, patch, patch) → (C, 3, patch, patch)
         return F.linear(pixel_values.to(weight.dtype), weight.flatten(1))
 
 
 class VisionLanguageModel(nn.Module):
-    """Wraps `Qwen2_5_VLForConditionalGeneration`: one pass gives hidden states and the image features they read.
+    """`Qwen2_5_VLForConditionalGeneration`, one pass of which gives hidden states and the image features they read.
 
-    Args:
-        hf_model: The loaded model; its patch embedding is replaced by a `ImageEmbedding`.
-        normalizer: Turns the batch's uint8 patches into `pixel_values`.
+    Its patch embedding is replaced by an `ImageEmbedding`.
     """
 
     def __init__(self, hf_model: PreTrainedModel, normalizer: PixelNormalizer):
@@ -90,27 +84,28 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def text_config(self) -> Any:
-        """The language model's part of the checkpoint's config."""
+        """Return the language model's part of the checkpoint's config."""
         return self.hf_model.config.get_text_config()
 
     @property
     def embed_tokens(self) -> nn.Module:
-        """The token embedding, shared with the caption decoder."""
+        """Return the token embedding, shared with the caption decoder."""
         return self.hf_model.get_input_embeddings()
 
     def image_features(
         self, pixel_patches: Tensor, image_grid_thw: Tensor, with_patches: bool = False
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Vision features of every image: after the merger (tokens, D), and before it (tokens, merge², C).
+        """Return the vision features of every image: after the merger (tokens, D), and before it (tokens, merge², C).
 
         Args:
             pixel_patches: (P, 3 * patch * patch) uint8.
             image_grid_thw: (I, 3).
-            with_patches: False: none of the second kind.
+            with_patches: False: the second tuple is empty.
         """
         pixel_values = self.normalizer(pixel_patches).to(self.hf_model.dtype)
         visual = self.hf_model.model.visual
-        order = window_order(visual, image_grid_thw.cpu()) if with_patches else None  # read before the tower is queued
+        # Read before the tower's pass is queued, or the host would wait for it.
+        order = window_order(visual, image_grid_thw.cpu()) if with_patches else None
         merged: list[Tensor] = []
         hook = visual.merger.register_forward_pre_hook(lambda _, inputs: merged.append(inputs[0]))
         try:
@@ -134,19 +129,12 @@ class VisionLanguageModel(nn.Module):
         image_grid_thw: Tensor,
         with_patches: bool = False,
     ) -> VlmOutputs:
-        """Runs the vision tower once and the language model over its features.
+        """Run the vision tower once and the language model over its features.
 
-        Args:
-            input_ids: (B, L).
-            attention_mask: (B, L) for padded rows; None for one packed row.
-            position_ids: (3, B, L) for padded rows; (4, 1, L) for one packed row.
-            segment_lengths: Tokens of each sample of a packed row; None for padded rows.
-            pixel_patches: (P, 3 * patch * patch) uint8.
-            image_grid_thw: (I, 3).
-            with_patches: Give the vision features before the merger too.
+        The arguments are fields of `recipe.schema.Batch`; `with_patches` requests the features before the merger too.
 
         Raises:
-            ValueError: The image placeholders of `input_ids` are not as many as the vision tokens.
+            ValueError: `input_ids` hold more or fewer image placeholders than there are vision tokens.
         """
         check_packing_contract(input_ids, attention_mask, position_ids, segment_lengths)
         inputs_embeds = self.embed_tokens(input_ids)
@@ -155,35 +143,33 @@ class VisionLanguageModel(nn.Module):
             flat = torch.cat(features).to(inputs_embeds.dtype)
             inputs_embeds = scatter_features(inputs_embeds, input_ids == self.hf_model.config.image_token_id, flat)
         else:
-            # Every rank must touch the vision tower in every step, or DDP and FSDP wait for ever.
+            # Every rank must run the vision tower in every step, or DDP and FSDP wait indefinitely.
             features, patch_features = (), ()
-            inputs_embeds = inputs_embeds + 0.0 * self._blank_features(input_ids.device).sum()
+            (blank,), _ = self.image_features(*self.blank_image(input_ids.device))
+            inputs_embeds = inputs_embeds + 0.0 * blank.sum()
         outputs = self.hf_model.model.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            use_cache=False,  # the default makes a cache, which switches the detection of packed rows off
+            use_cache=False,  # with a cache, the default, transformers does not detect packed rows
             **packing_arguments(segment_lengths, input_ids.device),
         )
         return VlmOutputs(outputs.last_hidden_state.flatten(0, 1), features, patch_features)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """The language model's head on chosen positions: (..., D) → (..., V)."""
+        """Return the language model's logits (..., V) of hidden states (..., D)."""
         return self.hf_model.lm_head(hidden_states.to(self.hf_model.dtype))
 
     def blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the smallest image the vision tower takes, black: (patches uint8, grid)."""
+        """Return the smallest image the vision tower accepts, black: (patches uint8, grid)."""
         config = self.hf_model.config.vision_config
         side = config.spatial_merge_size
         patches = torch.zeros(side * side, 3 * config.patch_size**2, dtype=torch.uint8, device=device)
         return patches, torch.tensor([[1, side, side]], device=device)
 
-    def _blank_features(self, device: torch.device) -> Tensor:
-        return torch.cat(self.image_features(*self.blank_image(device))[0])
-
 
 def window_order(visual: Any, image_grid_thw: Tensor) -> Tensor:
-    """(vision tokens,) int64: the order in which the tower keeps the tokens of all images, by attention windows."""
+    """Return the order in which the tower keeps the tokens of all images, by attention windows: (tokens,) int64."""
     if hasattr(visual, "get_window_index"):
         return visual.get_window_index(image_grid_thw)[0]
     from transformers.vision_utils import get_vision_window_index  # type: ignore[import-not-found]  # transformers 5
@@ -192,12 +178,7 @@ def window_order(visual: Any, image_grid_thw: Tensor) -> Tensor:
 
 
 def scatter_features(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor) -> Tensor:
-    """Puts vision features in the places of the image placeholders.
-
-    Args:
-        inputs_embeds: (B, L, D).
-        image_mask: (B, L), True at placeholders.
-        features: (number of vision tokens, D).
+    """Return `inputs_embeds` (B, L, D) with `features` (vision tokens, D) at the placeholders, True in `image_mask`.
 
     Raises:
         ValueError: There are more or fewer placeholders than features.
@@ -208,18 +189,17 @@ def scatter_features(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor
             f"input_ids hold {len(index)} image placeholders but the images give {len(features)} vision tokens: "
             "encode the text with recipe.data.encode and the images with the same image settings"
         )
-    flat = inputs_embeds.flatten(0, 1).index_copy(0, index, features)
-    return flat.view_as(inputs_embeds)
+    return inputs_embeds.flatten(0, 1).index_copy(0, index, features).view_as(inputs_embeds)
 
 
 def check_packing_contract(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, segment_lengths: list[int] | None
 ) -> None:
-    """Holds transformers' contract for packed rows, whose breach mixes samples silently (4.57, measured).
+    """Raise if a call breaks transformers' contract for packed rows, which would mix samples silently (4.57, measured).
 
     Raises:
-        ValueError: The call is neither padded rows (a mask, 3 position rows) nor one packed row (no mask, 4 rows, its
-            segments known).
+        ValueError: The call is neither padded rows (a mask, 3 rows of positions) nor one packed row (no mask, 4 rows,
+            segment lengths).
     """
     packed = attention_mask is None
     expected = (4 if packed else 3, *input_ids.shape)
@@ -236,22 +216,16 @@ def check_packing_contract(
 
 
 def packing_arguments(segment_lengths: list[int] | None, device: torch.device) -> dict[str, Any]:
-    """What the attention functions need to keep the samples of a packed row apart; nothing for padded rows."""
+    """Return what attention functions need to separate the samples of a packed row; nothing for padded rows."""
     if segment_lengths is None:
         return {}
     ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32, device=device)
-    longest = max(segment_lengths)
-    return {
-        "segment_lengths": segment_lengths,
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    lengths = dict.fromkeys(("max_length_q", "max_length_k"), max(segment_lengths))
+    return {"segment_lengths": segment_lengths, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
 
 
 def resolve_attention(attn_implementation: str) -> str:
-    """`auto` → flash-attention 2 on CUDA if it is installed, else `recipe.models.attention`; others pass through."""
+    """Resolve `auto` to flash-attention 2 if usable, else to `recipe.models.attention`; return others unchanged."""
     if attn_implementation != "auto":
         return attn_implementation
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else register()
@@ -260,14 +234,7 @@ def resolve_attention(attn_implementation: str) -> str:
 def load_vlm(
     pretrained_model_name_or_path: str, attn_implementation: str, dtype: str, gradient_checkpointing: bool = False
 ) -> PreTrainedModel:
-    """Loads Qwen2.5-VL from a local folder or the hub.
-
-    Args:
-        pretrained_model_name_or_path: As in transformers.
-        attn_implementation: As in transformers, or `auto`.
-        dtype: float32, bfloat16 or float64.
-        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant: the reentrant kind drops
-            gradients if the inputs need none).
+    """Load Qwen2.5-VL from a local folder or the hub; `attn_implementation` may also be `auto`.
 
     Raises:
         ValueError: The folder or name holds no checkpoint.
@@ -278,11 +245,11 @@ def load_vlm(
             attn_implementation=resolve_attention(attn_implementation),
             dtype=getattr(torch, dtype),
         )
-    except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
+    except (OSError, ValueError) as error:  # ValueError: the hub does not allow the name
         raise ValueError(
             f"model.pretrained_model_name_or_path={pretrained_model_name_or_path!r} is neither a checkpoint folder "
             f"nor a reachable name on the hub ({str(error).splitlines()[0]})"
         ) from error
-    if gradient_checkpointing:
+    if gradient_checkpointing:  # non-reentrant: the reentrant kind drops gradients if the inputs need none
         vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return vlm

@@ -141,7 +141,7 @@ def test_every_part_of_a_jpeg_is_read(root: Path, cut: int, progressive: bool) -
 
 def test_the_same_picture_is_rejected_in_the_same_words(root: Path) -> None:
     [item] = items(root, {"images": ["empty.jpg"]})
-    assert item.detail == "empty.jpg: no known picture format"
+    assert item.detail == "empty.jpg: no known image format"
 
 
 def test_a_picture_that_training_cannot_use(root: Path) -> None:

@@ -159,7 +159,7 @@ def test_skipped_samples_are_counted_and_listed(
     assert sum(logged(trainer)["data/samples"]) == 6
     rows = [json.loads(line) for line in (tmp_path / "skipped_samples.jsonl").read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == ["sample-2", "sample-5", "sample-7"]
-    assert all("cannot decode a picture" in row["reason"] and row["reason"] in caplog.text for row in rows)
+    assert all("cannot decode an image" in row["reason"] and row["reason"] in caplog.text for row in rows)
 
 
 def test_a_list_that_cannot_be_written_stops_no_rank(

@@ -157,7 +157,7 @@ def test_unusable_pictures_are_told_and_the_others_done(
     rows = predict(trained_checkpoint, tmp_path / "out", *images, options="--answer boxes --batch-size 2")
     reasons = {
         missing: "cannot read the file: No such file",
-        text: "no known picture format",
+        text: "no known image format",
         cut: "image file is truncated",
         strip: "over 200 times as long as wide",
     }
