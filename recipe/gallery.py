@@ -25,7 +25,7 @@ from convert.annotated import read_coco
 from recipe.console import setup_logging
 from recipe.images import open_image
 from recipe.metrics.gather import FALSE, IGNORED, found_truths, normalized_caption
-from recipe.prediction.files import least_score, part_of, read_entries, rounded_score, write_json_text
+from recipe.prediction.files import least_score, part_of, read_entries, rounded_score, write_whole
 from recipe.prediction.inputs import entry_of, names_by_file, refuse_shared
 from recipe.schema import DetectedObject, Object, PredictedFile, Sample
 from recipe.upstream.storage import read_mds
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
         truths = {} if args.truth is None else truths_of_coco(entries, read_coco(args.truth))
     page = page_data(entries, truths, threshold, args.max_images, args.image_size)
     try:
-        write_json_text(args.out, render(page))
+        write_whole(args.out, render(page))
     except OSError as error:
         raise ValueError(f"cannot write {args.out} ({error}): give another --out") from error
     print(f"{len(page['images'])} of {len(entries)} images: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
