@@ -70,7 +70,7 @@ def test_the_slider_begins_where_the_predictions_do() -> None:
     older, rows = [entry("a", [])], [entry("a", [], score_threshold=0.2), entry("b", [], score_threshold=0.45)]
     assert (threshold_of(older, None), threshold_of(older, 0.0)) == (0.3, 0)
     assert (threshold_of(rows[:1], None), threshold_of(rows, None), threshold_of(rows, 0.45)) == (0.3, 0.45, 0.45)
-    with pytest.raises(ValueError, match=r"threshold 0.3: .* what scored 0.45 or more; give at least that, or predict"):
+    with pytest.raises(ValueError, match=r"threshold 0.3: .* only scores from 0.45; give at least that, or predict"):
         threshold_of(rows, 0.3)
     assert threshold_of([entry("a", [], score_threshold=0.123457)], 0.12345678) == 0.123457  # the threshold, as written
 
