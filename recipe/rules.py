@@ -1,7 +1,8 @@
-"""Judge a configuration by all that needs no other library: values, combinations, keywords that the recipe owns.
+"""Check what needs no other library: values, combinations, and keywords that the recipe owns.
 
-Bounds and choices of a single key stand next to it in `recipe.config`; here is what walks them, and what concerns more
-than one key. What needs libraries, the machine or data is judged by `recipe.checks`.
+`recipe.config` holds the bounds and choices of each key; this file applies them and checks combinations of keys.
+`recipe.checks` checks what needs libraries, the machine or data. Every function raises ConfigError with the key, its
+value and the remedy.
 """
 
 import os
@@ -35,11 +36,7 @@ from recipe.upstream.owned_keywords import (
 
 
 def check_config(config: RecipeConfig) -> None:
-    """Judge every key and every combination that can be judged without another library.
-
-    Raises:
-        ConfigError: Naming the key, its value and the remedy.
-    """
+    """Raise ConfigError at the first wrong key or combination of keys."""
     check_fields(config)
     _check_model(config)
     _check_optimization(config)
@@ -60,11 +57,7 @@ def check_config(config: RecipeConfig) -> None:
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
-    """Judge each value of a dataclass and of those in it by the rule at its field in `recipe.config`.
-
-    Raises:
-        ConfigError: Naming the key, its value and what it may be.
-    """
+    """Raise ConfigError if a value of a dataclass, or of one inside it, breaks the rule at its field."""
     for entry in fields(section):
         key, value, rule = prefix + entry.name, getattr(section, entry.name), entry.metadata
         if is_dataclass(value):
@@ -94,7 +87,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
 def _check_number(
     key: str, value: float, least: float | None, most: float | None, above: float | None, below: float | None
 ) -> None:
-    # Each comparison is written so that NaN fails it too.
+    # Written so that NaN fails each comparison.
     fits = (
         -inf < value < inf
         and (least is None or value >= least)
@@ -127,7 +120,7 @@ def parse_duration(text: object) -> tuple[float, str] | None:
 
 def check_duration(key: str, value: object) -> None:
     """Raise ConfigError unless Composer reads the value as a duration; a plain number counts epochs."""
-    # Composer reads a text without a unit as seconds, which nobody means.
+    # Not a text without a unit, which Composer reads as seconds and nobody means.
     is_clock = isinstance(value, str) and re.fullmatch(r"(?=\d)(\d+h)?(\d+m)?(\d+s)?", value)
     if is_clock or (isinstance(value, str) and parse_duration(value)) or (type(value) is int and value >= 0):
         return
@@ -135,15 +128,11 @@ def check_duration(key: str, value: object) -> None:
 
 
 def check_width(width: int, head: DetectionHeadConfig, decoder: CaptionDecoderConfig) -> None:
-    """Judge the width of the head.
-
-    Raises:
-        ConfigError: It is not a multiple of the attention heads, or of 8: sine and cosine of four coordinates.
-    """
+    """Raise ConfigError if the head's width is not a multiple of the attention heads or of 8."""
     divisors = {
         f"detection_head.num_heads {head.num_heads}": head.num_heads,
         f"caption_decoder.num_heads {decoder.num_heads}": decoder.num_heads,
-        "8, as the positions of boxes need": 8,
+        "8, as the positions of boxes need": 8,  # sine and cosine of four coordinates
     }
     for name, divisor in divisors.items():
         if width % divisor:
@@ -177,14 +166,13 @@ def _check_optimization(config: RecipeConfig) -> None:
     if optimizer.lr_scaling != "none" and optimizer.reference_tokens is None:
         raise ConfigError(
             f"optimizer.lr_scaling is {optimizer.lr_scaling} but optimizer.reference_tokens is missing: "
-            "set the tokens per step that the rates are meant for, or lr_scaling: none"
+            "set it to the tokens per step that the rates are meant for, or set lr_scaling: none"
         )
     if not any(value for name, value in vars(config.loss).items() if name.startswith("weight_")):
         raise ConfigError("loss.weight_*: all are 0, so nothing would train; set at least one above 0")
     if ema is not None and (ema.half_life is None) == (ema.smoothing is None):
         raise ConfigError(
-            f"ema.half_life is {ema.half_life} and ema.smoothing is {ema.smoothing}: set one of them, and the other to "
-            "null"
+            f"ema.half_life is {ema.half_life} and ema.smoothing is {ema.smoothing}: set one, and the other to null"
         )
 
 
@@ -238,11 +226,7 @@ def _check_data(config: RecipeConfig) -> None:
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Judge the section `trainer` but for the names of Composer's keywords.
-
-    Raises:
-        ConfigError: Naming the key, its value and the remedy.
-    """
+    """Raise ConfigError at a wrong value of the section `trainer`; `recipe.checks` checks the names of its keys."""
     _check_owned("trainer", trainer, OWNED_BY_TRAINER)
     if "max_duration" not in trainer:
         raise ConfigError("missing trainer.max_duration: set how long to train, such as 10ep or 500ba")
@@ -261,14 +245,14 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         _check_choice("trainer.precision", trainer["precision"], ("fp32", "amp_bf16", "amp_fp8", "amp_fp16"))
     if trainer.get("precision") == "amp_fp16":
         raise ConfigError(
-            "trainer.precision amp_fp16 finds its loss scale by gradients that overflow, which nan_rollback would take "
-            "for divergence: use amp_bf16"
+            "trainer.precision amp_fp16 finds its loss scale by gradient overflows, which nan_rollback would take for "
+            "divergence: use amp_bf16"
         )
     _check_parallelism(trainer)
 
 
 def _check_parallelism(trainer: Mapping[str, Any]) -> None:
-    """Judge `trainer.parallelism_config`, of which Composer ignores what it does not know."""
+    """Check `trainer.parallelism_config`, whose unknown keys Composer ignores."""
     where = "trainer.parallelism_config"
     sections = trainer.get("parallelism_config") or {}
     if not isinstance(sections, Mapping):
@@ -335,24 +319,17 @@ FROZEN = "frozen"
 
 @dataclass(frozen=True)
 class StageEntry:
-    """From `start` on (such as 2ep or 0.75dur), a factor on a group's learning rate; None: frozen."""
+    """A factor on a group's learning rate from a time on."""
 
-    start: str
-    factor: float | None
+    start: str  # such as 2ep or 0.75dur
+    factor: float | None  # None: frozen
 
 
 def parse_stages(staged: StagedFreezingConfig, optimizer: OptimizerConfig) -> dict[str, list[StageEntry]]:
-    """Return the stages of each group that has any, `detection_freeze_epochs` written out.
-
-    Raises:
-        ConfigError: Naming the key and the remedy.
-    """
+    """Return the stages of each group that has any, those of `detection_freeze_epochs` included."""
     where, epochs = "staged_freezing.groups", staged.detection_freeze_epochs
-    groups = {
-        group: _parse_entries(f"{where}.{group}", entries)
-        for group, entries in staged.groups.items()
-        if entries is not None
-    }
+    given = {group: entries for group, entries in staged.groups.items() if entries is not None}
+    groups = {group: _parse_entries(f"{where}.{group}", entries) for group, entries in given.items()}
     if epochs is not None:
         for group in ("adapter", "detection"):
             if group in groups:
@@ -380,7 +357,7 @@ def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
                 f"{where}[{index}].from is {start!r}: it must be a time such as 2ep, 500ba, 1000sp (packs), 20000tok "
                 "or 0.75dur; part of an epoch is a share of the run (dur)"
             )
-        # Written so that NaN fails too.
+        # Written so that NaN fails.
         is_factor = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 <= factor < inf
         if factor != FROZEN and not is_factor:
             raise ConfigError(
@@ -391,7 +368,7 @@ def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
 
 
 def check_stages(config: RecipeConfig, max_duration: str | int | None) -> None:
-    """Raise ConfigError if a group has stages but never trains, or if nothing trains at first."""
+    """Raise ConfigError if a group with stages never trains, or if nothing trains at first."""
     groups, where = parse_stages(config.staged_freezing, config.optimizer), "staged_freezing.groups"
     for group, stages in groups.items():
         if not getattr(config.optimizer, f"lr_{group}"):
@@ -417,10 +394,8 @@ def _first_factor(stages: Sequence[StageEntry]) -> float | None:
 
 
 def _is_never(start: str, max_duration: str | int | None) -> bool:
-    begin, end = (
-        parse_duration(start),
-        parse_duration(f"{max_duration}ep" if isinstance(max_duration, int) else max_duration),
-    )
+    begin = parse_duration(start)
+    end = parse_duration(f"{max_duration}ep" if isinstance(max_duration, int) else max_duration)
     assert begin is not None
     if begin[1] == "dur":
         return begin[0] >= 1

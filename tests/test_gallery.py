@@ -164,7 +164,7 @@ def test_images_beside_the_predictions(
     assert [bool(item["thumbnail"]) for item in data["images"]] == [True, False]
     printed = capsys.readouterr().err
     assert "1 images" in printed and f"neither from {elsewhere}" in printed and f"nor from {gallery}" in printed
-    assert "run it in the folder where predict.py ran: gone.png" in printed
+    assert "run this command in the folder where predict.py ran: gone.png" in printed
 
 
 def test_truth_of_a_converted_data_set(gallery: Path) -> None:

@@ -1,7 +1,7 @@
 """Gather predictions over ranks, choose the samples that count, and match boxes.
 
-A score is a function of (predictions, samples). `Evaluation` is the only metric of an evaluation: it gathers predictions
-and samples over batches and ranks, then calls all score functions.
+A score is a function of (predictions, samples). `Evaluation` is the only metric: it gathers predictions and samples
+over batches and ranks, then calls all score functions.
 """
 
 import json
