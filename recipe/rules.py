@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from math import inf
+from operator import ge, gt, le, lt
 from typing import Any
 
 from recipe.config import (
@@ -49,10 +50,10 @@ def check_config(config: RecipeConfig) -> None:
     check_stages(config, view.max_duration)
     _check_saving(config, view)
     for where, section in (("callbacks", config.callbacks), ("loggers", config.loggers)):
-        for name, keywords in section.items():
-            if keywords is not None and not isinstance(keywords, Mapping):
+        for name, value in section.items():
+            if value is not None and not isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{where}.{name} is {keywords!r}: give keywords, {{}} for none, or null to switch it off"
+                    f"{where}.{name} is {value!r}: give keywords, {{}} for none, or null to switch it off"
                 )
 
 
@@ -87,21 +88,14 @@ def check_fields(section: Any, prefix: str = "") -> None:
 def _check_number(
     key: str, value: float, least: float | None, most: float | None, above: float | None, below: float | None
 ) -> None:
-    # Written so that NaN fails each comparison.
-    fits = (
-        -inf < value < inf
-        and (least is None or value >= least)
-        and (most is None or value <= most)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )
-    if fits:
+    rules = (("above {}", above, gt), ("{} or more", least, ge), ("below {}", below, lt), ("{} or less", most, le))
+    bounds = [(text, bound, holds) for text, bound, holds in rules if bound is not None]
+    if -inf < value < inf and all(holds(value, bound) for _, bound, holds in bounds):  # NaN fails too
         return
     if least is not None and most is not None:
         span = f"between {least} and {most}"
     else:
-        parts = {"above {}": above, "{} or more": least, "below {}": below, "{} or less": most}
-        span = " and ".join(text.format(bound) for text, bound in parts.items() if bound not in (None, -inf))
+        span = " and ".join(text.format(bound) for text, bound, _ in bounds if bound != -inf)
     raise ConfigError(f"{key} is {value}: it must be {span or 'a finite number'}")
 
 
@@ -134,11 +128,10 @@ def check_width(width: int, head: DetectionHeadConfig, decoder: CaptionDecoderCo
         f"caption_decoder.num_heads {decoder.num_heads}": decoder.num_heads,
         "8, as the positions of boxes need": 8,  # sine and cosine of four coordinates
     }
-    for name, divisor in divisors.items():
+    for what, divisor in divisors.items():
         if width % divisor:
-            raise ConfigError(
-                f"detection_head.width {width} is not a multiple of {name}; null takes the language model's width"
-            )
+            why = f"is not a multiple of {what}; null takes the language model's width"
+            raise ConfigError(f"detection_head.width {width} {why}")
 
 
 def _check_model(config: RecipeConfig) -> None:
@@ -277,9 +270,9 @@ def _check_parallelism(trainer: Mapping[str, Any]) -> None:
             _check_choice(f"{where}.{key}", keywords[key], allowed)
     is_sharded = keywords.get("state_dict_type") == "sharded"
     if "sharded_ckpt_prefix_dir" in keywords and not is_sharded:
-        raise ConfigError(f"{where}.sharded_ckpt_prefix_dir is ignored without state_dict_type: sharded")
+        raise ConfigError(f"{where}.sharded_ckpt_prefix_dir is ignored without state_dict_type: sharded; leave it out")
     if keywords.get("load_monolith_rank0_only") and is_sharded:
-        raise ConfigError(f"{where}.load_monolith_rank0_only is for state_dict_type: full, leave it out")
+        raise ConfigError(f"{where}.load_monolith_rank0_only is for state_dict_type: full; leave it out")
     if trainer.get("precision") is None:
         raise ConfigError(f"missing trainer.precision: {where} needs it, such as amp_bf16 (fp32 on the CPU)")
 
@@ -287,7 +280,7 @@ def _check_parallelism(trainer: Mapping[str, Any]) -> None:
 def _check_saving(config: RecipeConfig, view: TrainerView) -> None:
     trainer, folder = config.trainer, view.save_folder
     name = trainer.get("save_filename", "ba{batch}.pt")
-    why = "so that an older checkpoint is left if the newest is broken"
+    why = "so that an older checkpoint remains if the newest is broken"
     if "{batch}" not in name or not name.endswith(".pt"):
         raise ConfigError(f"trainer.save_filename is {name!r}: it must hold {{batch}}, {why}, and end in .pt")
     prefix = (view.fsdp or {}).get("sharded_ckpt_prefix_dir", "ba{batch}")
@@ -296,14 +289,14 @@ def _check_saving(config: RecipeConfig, view: TrainerView) -> None:
         raise ConfigError(f"{where} is {prefix!r}: it must hold {{batch}}, {why}")
     if folder is not None and "{" in folder:
         raise ConfigError(
-            f"trainer.save_folder, or run_folder, makes {folder!r}: write the name out, so that the checkpoints are "
+            f"trainer.save_folder, or run_folder, gives {folder!r}: write the name out, so that the checkpoints are "
             "found when the run is started again"
         )
     kept = trainer.get("save_num_checkpoints_to_keep", -1)
     if type(kept) is not int or not (kept == -1 or kept >= 1):
         raise ConfigError(
-            f"trainer.save_num_checkpoints_to_keep is {kept!r}: it must be 1 or more, or -1 for all; what is uploaded "
-            "to a store is never removed"
+            f"trainer.save_num_checkpoints_to_keep is {kept!r}: it must be 1 or more, or -1 for all; uploaded ones are "
+            "never removed"
         )
     if config.autoresume and trainer.get("save_ignore_keys"):
         raise ConfigError(
