@@ -49,18 +49,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     truth.add_argument("--truth", type=Path, metavar="JSON", help="COCO instances file")
     truth.add_argument("--data", type=Path, metavar="FOLDER", help="data set written by convert/")
     parser.add_argument("--split", metavar="NAME", help="of --data")
-    parser.add_argument(
-        "--score-threshold",
-        type=float,
-        metavar="F",
-        help=f"of the slider at first; default {SCORE_THRESHOLD}, or the predictions' own if that is higher",
-    )
-    parser.add_argument(
-        "--max-images", type=int, default=200, metavar="N", help="those with most errors; default %(default)s"
-    )
-    parser.add_argument(
-        "--image-size", type=int, default=720, metavar="PIXELS", help="longest side in the page; default %(default)s"
-    )
+    what = f"of the slider at first; default {SCORE_THRESHOLD}, or the predictions' own if that is higher"
+    parser.add_argument("--score-threshold", type=float, metavar="F", help=what)
+    what = "those with most errors; default %(default)s"
+    parser.add_argument("--max-images", type=int, default=200, metavar="N", help=what)
+    what = "longest side in the page; default %(default)s"
+    parser.add_argument("--image-size", type=int, default=720, metavar="PIXELS", help=what)
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
@@ -135,11 +129,9 @@ def report(
     """Print what is missing from the page; return the number of images concerned."""
     without_truth = [entry.file for entry in entries if truth is not None and entry.id not in truths]
     without_image = [item["file"] for item in page["images"] if not item["thumbnail"] and item["error"] is None]
-    unread = (
-        f"the image cannot be read, neither from {Path.cwd()} nor from {folder.resolve()}: run this command in the "
-        "folder where predict.py ran"
-    )
     absent = f"not in {truth} (folders count if its names have them)"
+    unread = f"the image cannot be read, neither from {Path.cwd()} nor from {folder.resolve()}"
+    unread += ": run this command in the folder where predict.py ran"
     for files, what in ((without_truth, absent), (without_image, unread)):
         if files:
             print(f"{len(files)} images: {what}: {', '.join(files[:5])}", file=sys.stderr)
@@ -150,7 +142,7 @@ def truths_of_coco(entries: Sequence[PredictedFile], samples: Mapping[str, Sampl
     """Return the truth of each prediction by its id, from samples by `file_name`.
 
     Raises:
-        ValueError: Several samples can be an image's, or one several images', or it is of an image of another size.
+        ValueError: Samples and images do not match one to one, or their sizes differ.
     """
     names = names_by_file(samples)
     found = {entry.id: entry_of(Path(entry.file), names) for entry in entries}
@@ -165,7 +157,7 @@ def truths_of_mds(entries: Sequence[PredictedFile], samples: Iterable[Sample]) -
     A name counts only if no prediction has the sample's bytes. An image that was predicted twice has its truth twice.
 
     Raises:
-        ValueError: Several images are named like one sample, or the truth is of an image of another size.
+        ValueError: Several images are named like one sample, or sizes differ.
     """
     by_bytes, by_name = defaultdict[bytes, list[str]](list), defaultdict[str, list[str]](list)
     for entry in entries:
@@ -258,24 +250,19 @@ def render(page: Mapping[str, Any]) -> str:
 
 
 def _image(entry: PredictedFile, truth: Sample | None) -> dict[str, Any]:
+    image: dict[str, Any] = {"id": entry.id, "file": entry.file, "error": entry.error}
+    image |= dict.fromkeys(("width", "height", "answer", "thumbnail", "head", "text", "truth", "num_wanted"))
     wanted, prediction = None if truth is None else truth.objects, entry.prediction
-    found = None if prediction is None or not prediction.with_head else prediction.objects
-    answered = None if prediction is None else prediction.answer_objects
-    return {
-        "id": entry.id,
-        "file": entry.file,
-        "width": None if prediction is None else prediction.width,
-        "height": None if prediction is None else prediction.height,
-        "answer": None if prediction is None else prediction.answer,
-        "error": entry.error,
-        "thumbnail": None,
-        "head": None if found is None else _judged(found, wanted, with_score=True),
-        "text": None if answered is None else _judged(answered, wanted, with_score=False),
-        "truth": None
-        if wanted is None
-        else [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted],
-        "num_wanted": None if wanted is None else sum(not item.iscrowd for item in wanted),
-    }
+    if prediction is not None:
+        image |= {"width": prediction.width, "height": prediction.height, "answer": prediction.answer}
+        if prediction.with_head:
+            image["head"] = _judged(prediction.objects, wanted, with_score=True)
+        if prediction.answer_objects is not None:
+            image["text"] = _judged(prediction.answer_objects, wanted, with_score=False)
+    if wanted is not None:
+        image["truth"] = [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted]
+        image["num_wanted"] = sum(not item.iscrowd for item in wanted)
+    return image
 
 
 def _judged(found: Iterable[DetectedObject], wanted: Sequence[Object] | None, with_score: bool) -> list[dict[str, Any]]:

@@ -126,11 +126,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def inputs_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Namespace) -> list[Input]:
-    """Return the images, with the ids and the truth that COCO instances files give them.
-
-    Raises:
-        ValueError: Such a file cannot be read, or it has no entry or a shared entry for an image.
-    """
+    """Return the images, with the ids and the truth that COCO instances files give them."""
     ids: Sequence[ImageId] = range(1, len(paths) + 1)
     if args.image_ids is not None:
         known = read_image_ids(args.image_ids)
@@ -154,9 +150,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     if args.num_teachers is not None and args.num_teachers > len(teachers):
         raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated images")
     if args.num_teachers is None and num_teachers < len(teachers):
-        print(
-            f"each image gets {num_teachers} of {len(teachers)} teachers, as in training; --num-teachers N changes it"
-        )
+        print(f"each image gets {num_teachers} of {len(teachers)} teachers, as in training: or give --num-teachers N")
     return Predictor(
         network=network.eval().to(device),
         encoder=build_encoder(processor, network, config.image, prompt, config.max_seq_len, keep_image=True),
@@ -171,11 +165,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
 
 
 def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
-    """Return autocast's dtype for a run's `trainer.precision`, with Composer's defaults; None: no autocast.
-
-    Raises:
-        ValueError: The precision needs more than autocast.
-    """
+    """Return autocast's dtype for a run's `trainer.precision`, with Composer's defaults; None: no autocast."""
     precision = (precision or "amp_fp16").lower()
     if precision not in DTYPES:
         raise ValueError(f"trainer.precision is {precision!r}: give a --config with one of {', '.join(DTYPES)}")
