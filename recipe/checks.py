@@ -1,7 +1,4 @@
-"""Judge what needs other libraries, the machine or the data, before anything is built.
-
-`recipe.rules` has judged the rest by then.
-"""
+"""Check what needs other libraries, the machine or the data, before anything is built and after `recipe.rules`."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +19,7 @@ from recipe.upstream.owned_keywords import OWNED_BY_DATALOADER, OWNED_BY_DATASET
 
 
 def check_libraries(config: RecipeConfig) -> None:
-    """Judge the keywords of other libraries by the signatures of what they are passed to.
-
-    Raises:
-        ConfigError: Naming the key and the remedy.
-    """
+    """Raise ConfigError if another library's keyword does not fit the signature that it is passed to."""
     for where, loader in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         for name, keywords in loader.streams.items():
             check_keywords(f"{where}.streams.{name}", keywords, Stream, {})
@@ -52,20 +45,13 @@ def check_libraries(config: RecipeConfig) -> None:
 def check_keywords(
     where: str, keywords: Mapping[str, Any], function: Callable[..., Any], owned: Mapping[str, str]
 ) -> None:
-    """Judge keywords by the signature of what they will be passed to.
+    """Raise ConfigError if a keyword of section `where` is unknown to `function`, or required and missing.
 
-    Args:
-        where: The section, for the message.
-        keywords: To judge.
-        function: A class, or what will be called.
-        owned: Keywords that the recipe passes itself.
-
-    Raises:
-        ConfigError: A keyword is unknown, or required and missing.
+    `owned` are the keywords that the recipe passes itself.
     """
     parameters = dict(inspect.signature(function).parameters)
     if isinstance(function, type) and function.__init__ is Callback.__init__:
-        parameters = {}  # Composer's base class swallows any keyword
+        parameters = {}  # Composer's base class accepts any keyword
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in keywords:
         if key not in parameters and not takes_any:
@@ -78,15 +64,7 @@ def check_keywords(
 
 
 def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader", "eval_loader")) -> None:
-    """Judge, before data and model are touched, whether this machine can run the configuration.
-
-    Args:
-        config: The run's.
-        loaders: The sections whose data is needed.
-
-    Raises:
-        ConfigError: With every reason at once, each with its remedy as `key=value`.
-    """
+    """Raise ConfigError if this machine lacks a device or the data of `loaders`, with every reason and its remedy."""
     problems = _device_problems(view_trainer(config))
     for where in loaders:
         loader: LoaderConfig = getattr(config, where)
@@ -95,7 +73,7 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
     if config.teachers.num_teachers and config.teachers.stream is not None:
         problems += _folder_problems("teachers.stream", config.teachers.stream)
     if problems:
-        header = [] if len(problems) == 1 else [f"{len(problems)} things cannot be run on this machine:"]
+        header = [] if len(problems) == 1 else [f"{len(problems)} settings do not fit this machine:"]
         raise ConfigError("\n  ".join([*header, *problems]))
 
 
@@ -105,7 +83,7 @@ def _device_problems(trainer: TrainerView) -> list[str]:
     if trainer.device == "gpu" and not has_gpu:
         problems.append("trainer.device is gpu, but no GPU is found: set trainer.device=cpu, or check the driver")
     if not has_gpu or trainer.device == "cpu":
-        why = "needs a GPU, but trainer.device is cpu" if has_gpu else "needs a GPU, but none is found"
+        why = f"needs a GPU, but {'trainer.device is cpu' if has_gpu else 'none is found'}"
         if (trainer.precision or "").startswith("amp_"):
             problems.append(f"trainer.precision {trainer.precision} {why}: set trainer.precision=fp32")
         # On the CPU gloo sums the gradients that FSDP2 asks it to average (torch 2.7).
@@ -117,11 +95,11 @@ def _device_problems(trainer: TrainerView) -> list[str]:
 
 
 def _folder_problems(where: str, keywords: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a stream that is read from a folder alone; the loader judges what is fetched."""
+    """Return what is wrong with the folder of a stream without `remote`; the loader checks what is fetched."""
     if keywords.get("remote") is not None:
         return []
     folder = Path(keywords["local"], keywords.get("split") or "")
     if (folder / INDEX_FILE).is_file():
         return []
-    what = "has no " + INDEX_FILE if folder.is_dir() else "does not exist"
+    what = f"has no {INDEX_FILE}" if folder.is_dir() else "does not exist"
     return [f"{where}.local: {folder} {what}: convert a data set into it first (see convert/), or give another folder"]

@@ -1,7 +1,7 @@
-"""The configuration: one dataclass per yaml section. Defaults, bounds and choices live here and nowhere else.
+"""Define the configuration: one dataclass per yaml section, with all defaults, bounds and choices.
 
 Sections that hold another library's keywords (`trainer`, `callbacks`, `loggers`, `streams`, `dataset`, `dataloader`)
-keep that library's spelling. `recipe.configure` reads a configuration, `recipe.rules` judges all that needs no other
+keep that library's spelling. `recipe.configure` reads a configuration, `recipe.rules` checks what needs no other
 library, `recipe.checks` the rest.
 """
 
@@ -31,7 +31,7 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Return a field for a finite number within bounds; null is always within them."""
+    """Return a field for a finite number within bounds; null is always allowed."""
     return field(default=default, metadata={"least": least, "most": most, "above": above, "below": below})
 
 
@@ -50,14 +50,14 @@ def in_batches(default: str | None, *, least: int) -> Any:
     return field(default=default, metadata={"batches": least})
 
 
-# Keys that were deleted: {dotted key: its default}. A yaml of an older run that holds one still loads if it holds this
-# value, which changes nothing; with any other it is refused.
+# Deleted keys: {dotted key: its default}. A yaml of an older run that sets one to its default, which changes nothing,
+# still loads; any other value is an error.
 REMOVED_KEYS: Mapping[str, Any] = {
     "matcher.cost_caption": 0.0,
     "evaluation.num_beams": 1,
     "evaluation.length_penalty": 1.0,
 }
-REMOVED_VALUES: Mapping[str, Sequence[Any]] = {"loss.objectness": ("varifocal",)}  # refused by name, as such keys are
+REMOVED_VALUES: Mapping[str, Sequence[Any]] = {"loss.objectness": ("varifocal",)}  # an error too
 
 
 @dataclass
@@ -83,14 +83,14 @@ class DetectionHeadConfig:
     dropout: float = number(0.0, least=0, most=1)
     adapter_ratio: int = number(8, least=1)  # the memory adapters' bottleneck is hidden_size / adapter_ratio wide
     memory_positions: bool = True  # 2-D positions on the vision part of the memory
-    local_attention: bool = True  # each head of the cross-attention starts out at its own place around the box
+    local_attention: bool = True  # each cross-attention head starts at its own place around the box
     patch_features: bool = False  # use the vision tower's features before the merger (stride 14) too
     select_queries: bool = False  # the first reference boxes are the best proposals of the vision tokens (two-stage)
-    num_query_groups: int = number(1, least=1)  # of training, each matched separately (Group DETR)
+    num_query_groups: int = number(1, least=1)  # in training, each matched separately (Group DETR)
     refine_boxes: bool = True  # each layer refines the reference boxes of the layer before
     aux_loss: bool = True  # compute the losses after every earlier layer too
-    num_denoising_groups: int = number(4, least=0)  # copies of the noised ground truth in training; 0: none
-    box_noise: float = number(1.0, least=0, most=1)  # of the denoising queries, in half box sizes (as in DINO)
+    num_denoising_groups: int = number(4, least=0)  # noised copies of the ground truth in training
+    box_noise: float = number(1.0, least=0, most=1)  # of denoising queries, in half box sizes (as in DINO)
 
 
 @dataclass
@@ -115,12 +115,12 @@ class PromptConfig:
     candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect`
     # absolute: pixels of the resized image; normalized_1000: 0 to 1000
     box_coordinates: str = one_of("absolute", "normalized_1000")
-    student_answer: bool = True  # false: train the head without an answer to learn; sequences are much shorter
+    student_answer: bool = True  # false: train the head without the text answer, on much shorter sequences
 
 
 @dataclass
 class ImageConfig:
-    """The pixel budget of one image; one token is 28 x 28 pixels. null: the checkpoint's image processor decides."""
+    """The pixel budget per image; one token is 28 x 28 pixels. null: the checkpoint's image processor decides."""
 
     min_pixels: int | None = number(None, least=1)
     max_pixels: int | None = number(None, least=1)
@@ -137,13 +137,14 @@ class TeacherConfig:
 
 @dataclass
 class PackingConfig:
-    """Packs planned before pixels are read; see `recipe/data/plan.py`. For training only."""
+    """Packs planned before pixels are read, for training only; see `recipe/data/plan.py`."""
 
-    max_tokens: int | None = number(None, least=1)  # of one pack; null: max_seq_len
-    max_patches: int | None = number(None, least=1)  # image patches of one pack, which bound the vision tower's memory
-    # Shuffled samples packed together. More: fuller packs; fewer: an order closer to the shuffle.
-    window: int = number(1024, least=1)
-    on_long_sample: str = one_of("raise", "skip")  # what to do if one sample alone exceeds the budget
+    max_tokens: int | None = number(None, least=1)  # per pack; null: max_seq_len
+    max_patches: int | None = number(None, least=1)  # image patches per pack; bounds the vision tower's memory
+    window: int = number(
+        1024, least=1
+    )  # samples packed together; more: fuller packs, an order further from the shuffle
+    on_long_sample: str = one_of("raise", "skip")  # if one sample alone exceeds the budget
 
 
 @dataclass
@@ -151,24 +152,24 @@ class LoaderConfig:
     """Where samples come from and how they are batched."""
 
     streams: dict[str, Any] = MISSING  # {name: streaming.Stream keywords}
-    global_batch_size: int = number(least=1)  # of one optimizer step over all ranks: packs with `packing`, else samples
+    global_batch_size: int = number(least=1)  # per step, over all ranks: packs with `packing`, else samples
     collator: str = one_of("standard", "packed")  # standard: padded rows; packed: one row without padding
     packing: PackingConfig | None = None  # {}: packs of max_seq_len tokens; null: one sample counts as one
-    on_bad_sample: str = one_of("raise", "skip")  # for samples that cannot be used, such as a broken image; train only
-    max_bad_samples: int = number(100, least=0)  # skipped per run over all ranks; one more stops the run
+    on_bad_sample: str = one_of("raise", "skip")  # if a sample is unusable, such as a broken image; training only
+    max_bad_samples: int = number(100, least=0)  # skipped per run, over all ranks; one more stops the run
     dataset: dict[str, Any] = field(default_factory=dict[str, Any])  # streaming.StreamingDataset keywords
-    # torch.utils.data.DataLoader keywords; `KEY: null` drops one. With num_workers: 0 those that only concern workers
-    # (prefetch_factor, persistent_workers ...) do not apply.
+    # torch.utils.data.DataLoader keywords; `KEY: null` drops one. num_workers: 0 drops those that only concern workers
+    # (prefetch_factor, persistent_workers ...).
     dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass
 class EvaluationConfig:
-    """How predictions are made for the metrics, the logged images and `predict.py`."""
+    """How predictions are made for metrics, logged images and `predict.py`."""
 
     score_threshold: float = number(0.3, least=0, most=1)  # least score of a prediction; AP counts all queries
     # score = sigmoid(score_scale * logit + score_shift). eval.py fits both and writes them to calibration.yaml, so that
-    # of the objects scored 0.8 eight of ten are right.
+    # eight of ten objects scored 0.8 are right.
     score_scale: float = number(1.0, above=0)
     score_shift: float = number(0.0, above=-inf)
     nms_iou: float | None = number(None, least=0, most=1)  # drop the worse of two boxes that overlap more; null: none
@@ -215,8 +216,8 @@ class OptimizerConfig:
     eps: float = number(1e-8, least=0)
     clip_norm: float | None = number(1.0, least=1e-6)  # largest norm of the whole gradient; null: no clipping
     weight_decay: float = number(0.01, least=0)  # of matrices; vectors (biases, norms) get none
-    lr_scaling: str = one_of("none", "linear", "sqrt")  # in the ratio of the batch's tokens to `reference_tokens`
-    reference_tokens: int | None = number(None, least=1)  # tokens per optimizer step that the rates above are meant for
+    lr_scaling: str = one_of("none", "linear", "sqrt")  # by the ratio of tokens per step to `reference_tokens`
+    reference_tokens: int | None = number(None, least=1)  # tokens per step that the rates above are meant for
 
 
 @dataclass
@@ -232,29 +233,28 @@ class CurveConfig:
 class SchedulerConfig(CurveConfig):
     """The course of all learning rates."""
 
-    # {group: a whole curve of its own}
+    # {group: its own complete curve}
     groups: dict[str, CurveConfig] = field(default_factory=dict[str, CurveConfig], metadata={"names": GROUPS})
 
 
 @dataclass
 class StagedFreezingConfig:
-    """Which groups are frozen, or learn at another rate, in which part of the run; see `recipe/optim/schedule.py`.
+    """When groups are frozen or learn at another rate; see `recipe/optim/schedule.py`.
 
     The latest entry whose start (2ep, 500ba, 0.75dur) has passed applies; before the first: `lr: 1.0`.
     """
 
     # {group: [{from: time, lr: factor | frozen}, ...]}; null drops a group
     groups: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"names": GROUPS})
-    detection_freeze_epochs: int | None = number(None, least=0)  # short for: freeze adapter and detection for N epochs
+    detection_freeze_epochs: int | None = number(None, least=0)  # short for freezing adapter and detection for N epochs
 
 
 @dataclass
 class EmaConfig:
     """An exponential moving average of adapter and head, as `composer.algorithms.EMA`; see `algorithms/head_ema.py`."""
 
-    half_life: str | None = in_batches(
-        "100ba", least=1
-    )  # steps after which a weight counts half; null with `smoothing`
+    # Steps after which a weight counts half; null with `smoothing`.
+    half_life: str | None = in_batches("100ba", least=1)
     smoothing: float | None = number(None, above=0, below=1)  # share of the average that an update keeps, such as 0.99
     update_interval: str = in_batches("1ba", least=1)  # steps between updates
 
@@ -335,14 +335,13 @@ class SaveBestConfig:
 
 @dataclass
 class RecipeConfig:
-    """A run. `composer recipe/train.py YAML [key.sub=value ...]`."""
+    """A run: `composer recipe/train.py YAML [key.sub=value ...]`."""
 
     seed: int = 17
     run_folder: str = MISSING  # checkpoints, logs, images and the resolved config; `trainer.save_folder` may differ
-    # A Composer checkpoint: for eval.py the one to evaluate, for train.py the one to start from.
-    load_path: str | None = None
+    load_path: str | None = None  # a Composer checkpoint: train.py starts from it, eval.py evaluates it
     autoresume: bool = True  # continue from the run's newest valid checkpoint; `load_path` is then not read
-    max_seq_len: int = number(4096, least=1)  # tokens of one sample; a longer one is an error that names it
+    max_seq_len: int = number(4096, least=1)  # tokens per sample; a longer one is an error that names it
     model: ModelConfig = field(default_factory=ModelConfig)
     detection_head: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
     caption_decoder: CaptionDecoderConfig = field(default_factory=CaptionDecoderConfig)
@@ -357,7 +356,7 @@ class RecipeConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     staged_freezing: StagedFreezingConfig = field(default_factory=StagedFreezingConfig)
-    ema: EmaConfig | None = None  # {}: evaluation, readers of checkpoints and export use averaged weights of the head
+    ema: EmaConfig | None = None  # {}: evaluation, predict and export use averaged weights of the head
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     save_best: SaveBestConfig = field(default_factory=SaveBestConfig)
     fsdp_version: int = one_of(1, 2, default=2)  # if `trainer.parallelism_config.fsdp` is set; recipe/optim/fsdp.py
@@ -369,33 +368,19 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class TrainerView:
-    """What the recipe itself reads of the section `trainer`.
+    """What the recipe itself reads of the section `trainer`."""
 
-    Attributes:
-        keywords: The whole section without `parallelism_config`, for composer.Trainer.
-        max_duration: Such as 10ep; a number counts epochs.
-        precision: Of the computation; None: Composer's default for the device.
-        device: Such as cpu or gpu; None: a GPU if there is one.
-        microbatch_size: Packs of one forward pass on one device; None: the whole device batch.
-        fsdp: Keywords of FSDP; None: DDP.
-        save_folder: Where checkpoints go; None: nowhere.
-        save_overwrite: Checkpoints of another run there may be replaced.
-        load_weights_only: Read no more than weights from `load_path`.
-        progress_bar: Show one.
-        dist_timeout: Seconds that ranks wait for each other; None: the recipe's default.
-    """
-
-    keywords: Mapping[str, Any]
-    max_duration: str | int | None
-    precision: str | None
-    device: str | None
-    microbatch_size: int | None
-    fsdp: Mapping[str, Any] | None
-    save_folder: str | None
-    save_overwrite: bool
-    load_weights_only: bool
+    keywords: Mapping[str, Any]  # the section without `parallelism_config`, for composer.Trainer
+    max_duration: str | int | None  # such as 10ep; a number counts epochs
+    precision: str | None  # None: Composer's default for the device
+    device: str | None  # such as cpu or gpu; None: a GPU if there is one
+    microbatch_size: int | None  # packs of one forward pass on one device; None: the whole device batch
+    fsdp: Mapping[str, Any] | None  # FSDP's keywords; None: DDP
+    save_folder: str | None  # of the checkpoints; None: none are saved
+    save_overwrite: bool  # whether checkpoints of another run there may be replaced
+    load_weights_only: bool  # whether only weights are read from `load_path`
     progress_bar: bool
-    dist_timeout: float | None
+    dist_timeout: float | None  # seconds that ranks wait for each other; None: the recipe's default
 
     @property
     def is_sharded(self) -> bool:
@@ -409,7 +394,7 @@ class TrainerView:
 
 
 def view_trainer(config: RecipeConfig) -> TrainerView:
-    """Return what the recipe reads of the section `trainer`; the one place that knows its keys by name."""
+    """Return what the recipe reads of the section `trainer`, whose keys only this function names."""
     section = config.trainer
     parallelism: dict[str, Any] = section.get("parallelism_config") or {}
     return TrainerView(
@@ -428,10 +413,10 @@ def view_trainer(config: RecipeConfig) -> TrainerView:
 
 
 class ConfigError(ValueError):
-    """A mistake in the yaml or on the command line; the message names the key, the value and the remedy."""
+    """A mistake in the yaml or on the command line; the message names key, value and remedy."""
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str:
-    """Return the end of an error message: the allowed name most like `name`, or all of them if none is like it."""
+    """Return the end of an error message: the allowed name most similar to `name`, or all if none is similar."""
     close = difflib.get_close_matches(name, allowed, n=1)
     return f"did you mean {close[0]}?" if close else f"one of: {', '.join(sorted(allowed))}"

@@ -1,7 +1,7 @@
 """Read a configuration from a yaml file and the command line, and write it back.
 
 A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments override the yaml. This file and
-`recipe.rules`, which judges what was read, import neither torch nor Composer: a mistake is reported within a second.
+`recipe.rules`, which checks the result, import neither torch nor Composer: a mistake is reported within a second.
 """
 
 import argparse
@@ -28,20 +28,12 @@ _NO_DEFAULT = object()
 
 
 def guard_environment() -> None:
-    """Let `${oc.env:NAME}` read only the allowed variables from here on, however it is nested or written.
-
-    It is the only resolver of OmegaConf that reads the machine. The library's own is replaced for the whole process.
-    """
+    """Let `${oc.env:NAME}`, OmegaConf's only resolver that reads the machine, read only allowed variables."""
     OmegaConf.register_resolver("oc.env", _read_variable, replace=True)
 
 
 def _read_variable(name: str, default: Any = _NO_DEFAULT) -> Any:
-    """Return an allowed variable as OmegaConf's own resolver does.
-
-    Raises:
-        ValueError: The name is not allowed; the message does not reveal whether the variable exists.
-        KeyError: The variable is not set, and there is no default.
-    """
+    """Return an allowed variable as OmegaConf's own resolver does; errors do not reveal whether others exist."""
     if is_secret(name) or not (name in ALLOWED_NAMES or name.startswith(ALLOWED_PREFIX)):
         raise ValueError(
             f"${{oc.env:{name}}} may not be read, because what is read is saved: only {', '.join(ALLOWED_NAMES)} and "
@@ -59,8 +51,8 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     """Read a configuration: the defaults, overridden by the yaml, overridden by `key.sub=value` texts.
 
     Raises:
-        ConfigError: The yaml is missing or not a yaml, a key is unknown, a value has the wrong type or is missing, or
-            an environment variable may not be read.
+        ConfigError: The yaml cannot be read, a key is unknown, a value is missing or has the wrong type, or an
+            environment variable may not be read.
     """
     guard_environment()
     config = OmegaConf.structured(RecipeConfig)
@@ -79,7 +71,7 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
 
 
 def as_saved(config: RecipeConfig, max_caption_tokens: int | None = None) -> dict[str, Any]:
-    """Return the configuration as it is saved: without secrets, with the caption length that was found in the data."""
+    """Return the configuration as it is saved: without secrets, with the caption length found in the data."""
     saved = redact(asdict(config))
     saved["caption_decoder"]["max_caption_tokens"] = max_caption_tokens or config.caption_decoder.max_caption_tokens
     return saved
@@ -112,14 +104,14 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         try:
             OmegaConf.from_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"cannot read the value of {key}: {_flatten(error)}") from error  # it may be a secret
+            raise ConfigError(f"cannot read the value of {key}: {_flatten(error)}") from error  # value: maybe a secret
     return OmegaConf.from_dotlist(list(overrides))
 
 
 def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
     sections = {entry.name for entry in fields(RecipeConfig) if callable(entry.default_factory)}
     for name, value in _without_removed(cast(dict[str, Any], OmegaConf.to_container(updates)), source).items():
-        # One section at a time: OmegaConf names no key where a section is of the wrong kind.
+        # One section at a time: OmegaConf names no key if a section has the wrong type.
         if name in sections and not isinstance(value, dict) and not str(value).startswith("${"):
             raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
         try:
@@ -133,22 +125,20 @@ def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
 
 
 def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return `updates` without `REMOVED_KEYS` that hold their default.
-
-    Raises:
-        ConfigError: One holds another value, or a key holds one of `REMOVED_VALUES`.
-    """
-    for key, default in REMOVED_KEYS.items():
+    """Return `updates` without `REMOVED_KEYS` at their default; raise ConfigError at other removed keys and values."""
+    for key in (*REMOVED_KEYS, *REMOVED_VALUES):
         section, _, name = key.partition(".")
         values = updates.get(section)
-        if isinstance(values, dict) and name in values and (value := values.pop(name)) != default:
-            raise ConfigError(
-                f"{key} in {source} is {value!r}: this key was removed; delete it to run with {default!r}"
-            )
-    for key, removed in REMOVED_VALUES.items():
-        section, _, name = key.partition(".")
-        values = updates.get(section)
-        if isinstance(values, dict) and (value := values.get(name)) in removed:
+        if not isinstance(values, dict) or name not in values:
+            continue
+        value = values[name]
+        if key in REMOVED_KEYS:
+            del values[name]
+            if value != (old := REMOVED_KEYS[key]):
+                raise ConfigError(
+                    f"{key} in {source} is {value!r}: this key was removed; delete it to run with {old!r}"
+                )
+        elif value in REMOVED_VALUES[key]:
             raise ConfigError(f"{key} in {source} is {value!r}: this value was removed; delete the key or give another")
     return updates
 
@@ -181,13 +171,13 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        # On every rank: the launcher may end rank 0 before it prints, and then shows what the others wrote.
+        # On every rank: if the launcher ends rank 0 before it prints, it shows what the others wrote.
         print(redact_text(f"configuration error: {error}"), file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def parser_of(usage: str, what: str, examples: str) -> argparse.ArgumentParser:
-    """Return the parser of a command that takes a yaml and overrides; it explains both in its --help."""
+    """Return the parser of a command that takes a yaml and overrides, and explains both in its --help."""
     parser = argparse.ArgumentParser(
         usage=usage,
         description=what,
@@ -213,13 +203,9 @@ def from_command_line(
     """Return the checked configuration that a command line names, and the parsed options.
 
     Args:
-        parser: From `parser_of`, perhaps with options of the command's own.
+        parser: From `parser_of`, perhaps with more options.
         arguments: Of the command.
-        required: Keys at the top of the yaml that this command needs although they may be null.
-
-    Raises:
-        ConfigError: Naming the key and the remedy.
-        SystemExit: After --help.
+        required: Top-level keys of the yaml that may not be null for this command.
     """
     args, unknown = parser.parse_known_intermixed_args(arguments)
     if args.yaml is None or "=" in args.yaml:

@@ -1,4 +1,4 @@
-"""Export: `python recipe/export.py --checkpoint CKPT --out DIR [--config YAML]`; see --help.
+"""Export a checkpoint: `python recipe/export.py --checkpoint CKPT --out DIR [--config YAML]`; see --help.
 
 DIR then loads with transformers' `from_pretrained`, and with `recipe/predict.py --checkpoint DIR`.
 """
@@ -17,8 +17,8 @@ EXAMPLES = """examples:
   python recipe/predict.py --checkpoint exported --out found images/
 
 DIR holds the language model and processor for transformers' from_pretrained, which read text and images but find no
-boxes, and next to them the detection head (detection_head.safetensors) and the run's configuration (recipe.yaml; its
-keys: recipe/config.py)."""
+boxes; the detection head (detection_head.safetensors); and the run's configuration (recipe.yaml), whose keys
+recipe/config.py documents."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -35,15 +35,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load the checkpoint and write the folder.
-
-    Raises:
-        ValueError: The checkpoint cannot be loaded, or the folder is not empty.
-    """
+    """Write the folder; raise ValueError if the checkpoint cannot be loaded or the folder is not empty."""
     config = load_config(args.config) if args.config else None
     if config is not None:
         check_fields(config)
-    # Imported here because they take seconds: a mistake in the yaml is reported before.
+    # Imported late because they take seconds: a mistake in the yaml is reported before.
     from recipe.checkpoints.weights import export_model
     from recipe.load import load_network
 

@@ -1,11 +1,10 @@
 """Draw predictions next to the truth: `python -m recipe.gallery --predictions DIR/predictions.json --out PAGE.html`.
 
 The truth is a COCO instances file (`--truth instances.json`) or a converted data set (`--data FOLDER --split val`). The
-page is one file that any browser opens, also from disk: small images are in it, nothing is loaded from elsewhere.
-Images with the most missed and false boxes come first, at the threshold of its slider. The slider goes down to the
-threshold that the images were predicted with, as lower scores are not in the file. Boxes at the right place in other
-words are marked, and are errors if one sets "words count". The totals are of all images, also of those that
-`--max-images` leaves out.
+page is one file that any browser opens from disk: it holds small images and loads nothing else. Images with the most
+missed and false boxes at the slider's threshold come first. The slider starts at the threshold of the predictions, as
+lower scores are not in the file. Boxes at the right place in other words are marked; "words count" makes them errors.
+The totals are of all images, also of those that `--max-images` leaves out.
 """
 
 import argparse
@@ -33,12 +32,12 @@ from recipe.schema import DetectedObject, Object, PredictedFile, Sample
 from recipe.upstream.storage import read_mds
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
-IOU = 0.5  # from which on a prediction is at the right place
+IOU = 0.5  # the least of a prediction at the right place
 SCORE_THRESHOLD = 0.3  # if none is given
 SOURCES = ("head", "text")  # of boxes
 JPEG_QUALITY = 82
 
-Page = Mapping[str, Any]  # or a part of it
+Page = Mapping[str, Any]  # or one of its images
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -51,18 +50,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     truth.add_argument("--truth", type=Path, metavar="JSON", help="COCO instances file")
     truth.add_argument("--data", type=Path, metavar="FOLDER", help="data set written by convert/")
     parser.add_argument("--split", metavar="NAME", help="of --data")
-    parser.add_argument(
-        "--score-threshold",
-        type=float,
-        metavar="F",
-        help=f"of the slider at first; default {SCORE_THRESHOLD}, or the predictions' own if that is higher",
-    )
-    parser.add_argument(
-        "--max-images", type=int, default=200, metavar="N", help="those with most errors; default %(default)s"
-    )
-    parser.add_argument(
-        "--image-size", type=int, default=720, metavar="PIXELS", help="longest side in the page; default %(default)s"
-    )
+    what = f"of the slider at first; default {SCORE_THRESHOLD}, or the predictions' own if that is higher"
+    parser.add_argument("--score-threshold", type=float, metavar="F", help=what)
+    what = "those with most errors; default %(default)s"
+    parser.add_argument("--max-images", type=int, default=200, metavar="N", help=what)
+    what = "longest side in the page; default %(default)s"
+    parser.add_argument("--image-size", type=int, default=720, metavar="PIXELS", help=what)
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
@@ -93,16 +86,12 @@ def main(args: argparse.Namespace) -> int:
         write_json_text(args.out, render(page))
     except OSError as error:
         raise ValueError(f"cannot write {args.out} ({error}): give another --out") from error
-    print(f"{len(page['pictures'])} of {len(entries)} images: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
+    print(f"{len(page['images'])} of {len(entries)} images: {args.out} ({args.out.stat().st_size / 2**20:.1f} MiB)")
     return report(entries, truths, page, args.truth or args.data, folder)
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Make the page's folder and try to write there, before any work.
-
-    Raises:
-        ValueError: The page would overwrite something, or cannot be written.
-    """
+    """Make the page's folder; raise ValueError if the page would overwrite something or cannot be written."""
     if out.is_dir():
         raise ValueError(f"{out} is a folder: give a file as --out, such as {out / 'gallery.html'}")
     if out.exists() and not overwrite:
@@ -116,25 +105,21 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def found_file(file: str, folder: Path) -> str:
-    """Return where an image is: as predict.py was given it, else from the folder of the predictions, else `file`."""
+    """Return the path of an image: as predict.py was given it, or else relative to the folder of the predictions."""
     if not Path(file).exists() and (folder / file).exists():
         return str(folder / file)
     return file
 
 
 def threshold_of(entries: Sequence[PredictedFile], wanted: float | None) -> float:
-    """Return where the slider is at first.
-
-    Raises:
-        ValueError: The entries lack objects of the score that is wanted.
-    """
+    """Return the slider's first value; raise ValueError if the entries lack objects of that score."""
     least = least_score(entries)
     if wanted is None:
         return max(SCORE_THRESHOLD, least)
     if rounded_score(wanted) < least:
         raise ValueError(
-            f"--score-threshold {wanted}: the predictions hold only what scored {least} or more; give at least that, "
-            f"or predict again with --score-threshold {wanted}"
+            f"--score-threshold {wanted}: the predictions hold only scores from {least}; give at least that, or "
+            f"predict again with --score-threshold {wanted}"
         )
     return rounded_score(wanted)
 
@@ -142,17 +127,13 @@ def threshold_of(entries: Sequence[PredictedFile], wanted: float | None) -> floa
 def report(
     entries: Sequence[PredictedFile], truths: Mapping[str, Sample], page: Page, truth: Path | None, folder: Path
 ) -> int:
-    """Print what is missing from the page; return how much that is."""
+    """Print what is missing from the page; return the number of images concerned."""
     without_truth = [entry.file for entry in entries if truth is not None and entry.id not in truths]
-    without_image = [item["file"] for item in page["pictures"] if not item["image"] and item["error"] is None]
-    unread = (
-        f"the image cannot be read, neither from {Path.cwd()}, where this command runs, nor from {folder.resolve()}: "
-        "run it in the folder where predict.py ran"
-    )
-    for files, what in (
-        (without_truth, f"not in {truth} (folders count if its names have them)"),
-        (without_image, unread),
-    ):
+    without_image = [item["file"] for item in page["images"] if not item["thumbnail"] and item["error"] is None]
+    absent = f"not in {truth} (folders count if its names have them)"
+    unread = f"the image cannot be read, neither from {Path.cwd()} nor from {folder.resolve()}"
+    unread += ": run this command in the folder where predict.py ran"
+    for files, what in ((without_truth, absent), (without_image, unread)):
         if files:
             print(f"{len(files)} images: {what}: {', '.join(files[:5])}", file=sys.stderr)
     return len(without_truth) + len(without_image)
@@ -162,7 +143,7 @@ def truths_of_coco(entries: Sequence[PredictedFile], samples: Mapping[str, Sampl
     """Return the truth of each prediction by its id, from samples by `file_name`.
 
     Raises:
-        ValueError: Several samples can be an image's, or one several images', or it is of an image of another size.
+        ValueError: Samples and images do not match one to one, or their sizes differ.
     """
     names = names_by_file(samples)
     found = {entry.id: entry_of(Path(entry.file), names) for entry in entries}
@@ -174,10 +155,10 @@ def truths_of_coco(entries: Sequence[PredictedFile], samples: Mapping[str, Sampl
 def truths_of_mds(entries: Sequence[PredictedFile], samples: Iterable[Sample]) -> dict[str, Sample]:
     """Return the truth of each prediction by its id: the sample of the same bytes, else the one named like its file.
 
-    An image that was predicted twice has its truth twice. A name counts only if no prediction has the sample's bytes.
+    A name counts only if no prediction has the sample's bytes. An image that was predicted twice has its truth twice.
 
     Raises:
-        ValueError: Several images are named like one sample, or the truth is of an image of another size.
+        ValueError: Several images are named like one sample, or sizes differ.
     """
     by_bytes, by_name = defaultdict[bytes, list[str]](list), defaultdict[str, list[str]](list)
     for entry in entries:
@@ -204,55 +185,55 @@ def page_data(
     max_images: int,
     image_size: int,
 ) -> dict[str, Any]:
-    """Return all that the page shows, of the `max_images` images with the most errors at the threshold.
+    """Return all that the page shows of the `max_images` images with the most errors, and the totals of the others.
 
-    Of the others it holds what the totals need. Among images with equally many errors, those with more other words are
-    kept.
+    Among images with equally many errors at the threshold, those with more other words are kept.
     """
-    pictures = [_picture(entry, truths.get(entry.id)) for entry in entries]
-    source = next((name for name in SOURCES if any(picture[name] is not None for picture in pictures)), "head")
+    images = [_image(entry, truths.get(entry.id)) for entry in entries]
+    source = next((name for name in SOURCES if any(image[name] is not None for image in images)), "head")
 
     def worst_first(index: int) -> list[float]:
-        return [-num_errors(pictures[index], source, score_threshold, words_count) for words_count in (False, True)]
+        return [-num_errors(images[index], source, score_threshold, words_count) for words_count in (False, True)]
 
     order = sorted(range(len(entries)), key=worst_first)
     kept, left_out = sorted(order[:max_images]), sorted(order[max_images:])
     for index in kept:
         truth = truths.get(entries[index].id)
         data = _read(entries[index].file) or (b"" if truth is None else truth.image)
-        pictures[index]["image"] = thumbnail(data, image_size)
+        images[index]["thumbnail"] = thumbnail(data, image_size)
     return {
         "threshold": score_threshold,
         "least": least_score(entries),
         "iou": IOU,
-        "pictures": [pictures[index] for index in kept],
-        "left_out": [_counted(pictures[index]) for index in left_out],
+        "images": [images[index] for index in kept],
+        "left_out": [_counted(images[index]) for index in left_out],
     }
 
 
-def num_errors(picture: Page, source: str, score_threshold: float, words_count: bool = False) -> float:
+def num_errors(image: Page, source: str, score_threshold: float, words_count: bool = False) -> float:
     """Return the missed and false boxes of one of `SOURCES`, as the page counts them.
 
-    -1 if the truth is not known, infinite if the image could not be used.
+    -1 if the truth is not known, infinite if the image could not be used. Boxes of the text answer have no score and
+    always count.
 
     Args:
-        picture: Of `page_data`'s `pictures`.
-        source: Whose boxes.
-        score_threshold: From which on they are shown; those of the text answer have no score, and always are.
-        words_count: A box at the right place in other words is an error too.
+        image: One of `page_data`'s `images`.
+        source: One of `SOURCES`.
+        score_threshold: The least score of a box that counts.
+        words_count: Whether a box at the right place in other words is an error too.
     """
-    if picture["error"] is not None:
+    if image["error"] is not None:
         return float("inf")
-    if picture["num_wanted"] is None:
+    if image["num_wanted"] is None:
         return -1
-    shown = [item for item in picture[source] or () if item.get("score", 1.0) >= score_threshold]
+    shown = [item for item in image[source] or () if item.get("score", 1.0) >= score_threshold]
     num_false = sum(item["match"] == FALSE for item in shown)
-    num_missed = picture["num_wanted"] - sum(item["match"] >= 0 for item in shown)
+    num_missed = image["num_wanted"] - sum(item["match"] >= 0 for item in shown)
     return num_false + num_missed + (sum(item["other_words"] for item in shown) if words_count else 0)
 
 
 def thumbnail(data: bytes, size: int) -> str | None:
-    """Return a JPEG of at most `size` pixels per side as an address that holds it; None if `data` is not an image."""
+    """Return a JPEG of at most `size` pixels per side as a data URL; None if `data` is not an image."""
     try:
         image = open_image(data)
     except ValueError:
@@ -269,46 +250,38 @@ def render(page: Mapping[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", data)
 
 
-def _picture(entry: PredictedFile, truth: Sample | None) -> dict[str, Any]:
+def _image(entry: PredictedFile, truth: Sample | None) -> dict[str, Any]:
+    image: dict[str, Any] = {"id": entry.id, "file": entry.file, "error": entry.error}
+    image |= dict.fromkeys(("width", "height", "answer", "thumbnail", "head", "text", "truth", "num_wanted"))
     wanted, prediction = None if truth is None else truth.objects, entry.prediction
-    found = None if prediction is None or not prediction.with_head else prediction.objects
-    answered = None if prediction is None else prediction.answer_objects
-    return {
-        "id": entry.id,
-        "file": entry.file,
-        "width": None if prediction is None else prediction.width,
-        "height": None if prediction is None else prediction.height,
-        "answer": None if prediction is None else prediction.answer,
-        "error": entry.error,
-        "image": None,
-        "head": None if found is None else _judged(found, wanted, with_score=True),
-        "text": None if answered is None else _judged(answered, wanted, with_score=False),
-        "truth": None
-        if wanted is None
-        else [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted],
-        "num_wanted": None if wanted is None else sum(not item.iscrowd for item in wanted),
-    }
+    if prediction is not None:
+        image |= {"width": prediction.width, "height": prediction.height, "answer": prediction.answer}
+        if prediction.with_head:
+            image["head"] = _judged(prediction.objects, wanted, with_score=True)
+        if prediction.answer_objects is not None:
+            image["text"] = _judged(prediction.answer_objects, wanted, with_score=False)
+    if wanted is not None:
+        image["truth"] = [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted]
+        image["num_wanted"] = sum(not item.iscrowd for item in wanted)
+    return image
 
 
 def _judged(found: Iterable[DetectedObject], wanted: Sequence[Object] | None, with_score: bool) -> list[dict[str, Any]]:
-    """Return objects by falling score, with the truth that each finds, and whether that has another caption."""
+    """Return objects by falling score, with the truth that each finds and whether its caption differs."""
     found = sorted(found, key=lambda item: -item.score)
     matches = [IGNORED] * len(found) if wanted is None else found_truths(found, wanted, IOU)
     rows = []
     for item, match in zip(found, matches, strict=True):
-        same = match < 0 or wanted is None or _same_words(item.caption, wanted[match].caption)
+        truth = item if match < 0 or wanted is None else wanted[match]
+        differs = normalized_caption(item.caption) != normalized_caption(truth.caption)
         score = {"score": item.score} if with_score else {}
-        rows.append({"box": item.box, **score, "caption": item.caption, "match": match, "other_words": not same})
+        rows.append({"box": item.box, **score, "caption": item.caption, "match": match, "other_words": differs})
     return rows
 
 
-def _same_words(caption: str, other: str) -> bool:
-    return normalized_caption(caption) == normalized_caption(other)
-
-
-def _counted(picture: Page) -> dict[str, Any]:
-    """Return what `num_errors` and the totals of the page need: no image, no boxes, no words."""
-    counted: dict[str, Any] = {key: picture[key] for key in ("error", "num_wanted", *SOURCES)}
+def _counted(image: Page) -> dict[str, Any]:
+    """Return what `num_errors` and the page's totals need, without thumbnail, boxes and words."""
+    counted: dict[str, Any] = {key: image[key] for key in ("error", "num_wanted", *SOURCES)}
     for source in SOURCES:
         if counted[source] is not None:
             keys = ("match", "other_words", "score") if source == "head" else ("match", "other_words")
@@ -323,14 +296,14 @@ def _checked(entries: Iterable[PredictedFile], truths: dict[str, Sample]) -> dic
             continue
         if (truth.width, truth.height) != (prediction.width, prediction.height):
             raise ValueError(
-                f"{entry.file} was predicted on {prediction.width} x {prediction.height} pixels, but its truth is of "
+                f"{entry.file} was predicted on {prediction.width} x {prediction.height} pixels, but its truth has "
                 f"{truth.width} x {truth.height}: give the truth of the same images"
             )
     return truths
 
 
 def _read(file: str) -> bytes:
-    """Return the bytes of a file; none if it cannot be read."""
+    """Return the bytes of a file; empty if it cannot be read."""
     try:
         return Path(file).read_bytes()
     except OSError:

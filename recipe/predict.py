@@ -1,9 +1,8 @@
-"""Predict: `python recipe/predict.py --checkpoint CKPT --out DIR IMAGE [IMAGE ...]`; a folder or a glob will do.
+"""Predict: `python recipe/predict.py --checkpoint CKPT --out DIR IMAGE [IMAGE ...]`; IMAGE may be a folder or a glob.
 
-Writes DIR/predictions.json (see `recipe/prediction/files.py`), DIR/coco_results.json and one drawn PNG per image. If
-an image cannot be used, the reason is in the JSON and on the terminal, the others are still predicted, and the exit
-status is 1. When it is stopped or fails, both files keep what was done until then. `python -m recipe.gallery` makes a
-page of DIR, with the truth next to the predictions if it is known.
+Writes DIR/predictions.json (see `recipe/prediction/files.py`), DIR/coco_results.json and one drawing per image. If an
+image cannot be used, the JSON and the terminal say why, the others are still predicted, and the exit status is 1. If
+the command is stopped or fails, both files keep what was done. `python -m recipe.gallery` makes a page of DIR.
 """
 
 import sys
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from tqdm import tqdm
 
 from convert.annotated import read_coco, read_image_ids
@@ -49,11 +47,7 @@ DTYPES = {"fp32": None, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
 
 
 def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """Return the run's way to predict, changed by the command line.
-
-    Raises:
-        ValueError: The calibration cannot be used.
-    """
+    """Return the run's `evaluation`, changed by the command line; raise ValueError if the calibration is unusable."""
     if args.calibration is not None:
         evaluation = read_calibration(args.calibration, evaluation)
     names = ("score_threshold", "max_new_tokens", "nms_iou")
@@ -66,11 +60,7 @@ def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> Eva
 
 
 def prompt_of(args: argparse.Namespace, prompt: PromptConfig) -> PromptConfig:
-    """Return the run's prompt, changed by the command line.
-
-    Raises:
-        ValueError: A text cannot be asked.
-    """
+    """Return the run's prompt, changed by the command line; raise ValueError if a text cannot be asked."""
     if args.prompt is not None:
         prompt = replace(prompt, detect=checked(args.prompt), candidate_phrases=[])
     if args.expression is not None:
@@ -80,45 +70,27 @@ def prompt_of(args: argparse.Namespace, prompt: PromptConfig) -> PromptConfig:
 
 @dataclass(frozen=True)
 class Input:
-    """A file to predict.
+    """A file to predict."""
 
-    Attributes:
-        path: As the command line names it.
-        name: Of its entry and its drawing.
-        image_id: In COCO results.
-        truth: What is on it, if that is known.
-    """
-
-    path: Path
-    name: str
-    image_id: ImageId
+    path: Path  # as the command line names it
+    name: str  # of its entry and its drawing
+    image_id: ImageId  # in COCO results
     truth: Sample | None
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """What every batch of images is predicted with.
+    """What every batch of images is predicted with."""
 
-    Attributes:
-        network: In evaluation mode, on `device`.
-        encoder: Of the prompt that is asked.
-        decoding: The run's, changed by the command line.
-        dtype: Of autocast; None: there is none.
-        device: Of the network.
-        teachers: Solved examples shown before each image, in order; one more than `num_teachers` if there are.
-        num_teachers: Shown to each image: an image is never its own teacher.
-        with_head: Whether the head's objects are wanted.
-        with_drawings: Whether drawn images are wanted.
-    """
-
-    network: JointNetwork
+    network: JointNetwork  # in evaluation mode, on `device`
     encoder: Encoder
     decoding: Decoding
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # of autocast; None: no autocast
     device: torch.device
+    # Solved examples in order, one more than `num_teachers` if there are: an image is never its own teacher.
     teachers: Sequence[Sample]
-    num_teachers: int
-    with_head: bool
+    num_teachers: int  # shown before each image
+    with_head: bool  # whether the head's objects are wanted
     with_drawings: bool
 
 
@@ -126,8 +98,8 @@ def main(args: argparse.Namespace) -> int:
     """Predict every image that can be read; return the number of those that could not.
 
     Raises:
-        ValueError: Nothing can be predicted: no images, no checkpoint, teachers or prompt that cannot be used, or
-            files that would be overwritten. Or the device's memory or the disk is full.
+        ValueError: Nothing can be predicted (images, checkpoint, teachers or prompt cannot be used, or files would be
+            overwritten), or the device's memory or the disk is full.
     """
     out = Path(args.out)
     paths, left_out = find_images(args.images, left_out=out)
@@ -149,16 +121,12 @@ def main(args: argparse.Namespace) -> int:
                 progress.update(len(part))
     finally:
         if entries:
-            write_entries(out, entries)  # whatever ends the run, what is done is kept
+            write_entries(out, entries)  # whatever ends the run, finished work is kept
     return report(entries, out, left_out)
 
 
 def inputs_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Namespace) -> list[Input]:
-    """Return the images, with the numbers and the truth that instances files give them.
-
-    Raises:
-        ValueError: Such a file cannot be read, an image is not in it, or two are the same in it.
-    """
+    """Return the images, with the ids and the truth that COCO instances files give them."""
     ids: Sequence[ImageId] = range(1, len(paths) + 1)
     if args.image_ids is not None:
         known = read_image_ids(args.image_ids)
@@ -171,12 +139,10 @@ def inputs_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Namesp
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
-    """Return the checkpoint's network, and what the command line asks of it.
-
-    Raises:
-        ValueError: The checkpoint, the teachers, the prompt or the precision cannot be used.
-    """
-    device = find_device()
+    """Return the network and the settings; raise ValueError if one of them cannot be used."""
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":  # as Composer does for the evaluation of a run
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     teachers = [] if args.teachers is None else read_annotated_folder(args.teachers)
     network, processor, config = load_network(args.checkpoint, load_config(args.config) if args.config else None)
     prompt = prompt_of(args, config.prompt)
@@ -184,7 +150,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     if args.num_teachers is not None and args.num_teachers > len(teachers):
         raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated images")
     if args.num_teachers is None and num_teachers < len(teachers):
-        print(f"each image is shown {num_teachers} of {len(teachers)} teachers, as in training: else --num-teachers N")
+        print(f"each image gets {num_teachers} of {len(teachers)} teachers, as in training: or give --num-teachers N")
     return Predictor(
         network=network.eval().to(device),
         encoder=build_encoder(processor, network, config.image, prompt, config.max_seq_len, keep_image=True),
@@ -198,28 +164,16 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     )
 
 
-def find_device() -> torch.device:
-    """Return the first GPU, set up as Composer does for the evaluation of a run, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return torch.device("cuda:0")
-
-
 def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
-    """Return what autocast computes in under a run's `trainer.precision`, None for none, with Composer's defaults.
-
-    Raises:
-        ValueError: The precision needs more than autocast.
-    """
+    """Return autocast's dtype for a run's `trainer.precision`, with Composer's defaults; None: no autocast."""
     precision = (precision or "amp_fp16").lower()
     if precision not in DTYPES:
-        raise ValueError(f"trainer.precision is {precision!r}: give --config with one of {', '.join(DTYPES)}")
+        raise ValueError(f"trainer.precision is {precision!r}: give a --config with one of {', '.join(DTYPES)}")
     return DTYPES[precision] if device.type == "cuda" else None  # Composer ignores it on the CPU
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Return a batch with all its tensors on the device."""
+    """Return the batch with all its tensors on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
@@ -228,41 +182,33 @@ def to_device(value: Any, device: torch.device) -> Any:
 
 
 def encode_image(data: bytes, name: str, encoder: Encoder, teachers: Sequence[Sample] = ()) -> Example:
-    """Return the prompt about one image, after the turns of its teachers.
-
-    Raises:
-        ValueError: It is not an image, or the model cannot take it.
-    """
+    """Return the prompt about one image, after its teachers; raise ValueError if the model cannot take the image."""
     width, height = displayed_size(data)
     return encoder(Sample(name, data, width, height, objects=None), teachers)
 
 
 def predict_examples(examples: Sequence[Example], predictor: Predictor) -> list[Prediction]:
-    """Return one prediction per example, in the precision that the run was evaluated in.
-
-    Raises:
-        ValueError: They are too many for the device's memory.
-    """
+    """Return one prediction per example, in the run's precision; raise ValueError if the GPU's memory is full."""
     batch = collate_standard(one_each(examples), predictor.encoder.pad_token_id)
     device, dtype = predictor.device, predictor.dtype
     try:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             return predict(predictor.network, to_device(batch, device), predictor.decoding)[1]
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{len(examples)} images at once are too many for the GPU: lower --batch-size") from error
+        raise ValueError(f"{len(examples)} images at once do not fit on the GPU: lower --batch-size") from error
 
 
 def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) -> int:
-    """Print what was done and what was not; return the number of images that could not be used."""
+    """Print a summary and every failure; return the number of images that could not be used."""
     predictions = [entry.prediction for entry in entries if entry.prediction is not None]
     num_objects = sum(len(item.objects or item.answer_objects or ()) for item in predictions)
     print(f"{len(predictions)} images, {num_objects} objects: {out / PREDICTIONS_FILE}")
     cut = [entry.file for entry in entries if entry.prediction is not None and entry.prediction.answer_is_cut]
     if cut:
-        print(f"{len(cut)} answers lack their end, such as of {cut[0]}: raise --max-new-tokens", file=sys.stderr)
+        print(f"{len(cut)} answers were cut off, such as of {cut[0]}: raise --max-new-tokens", file=sys.stderr)
     if left_out:
         kinds = ", ".join(f"{suffix or 'no suffix'} {number}" for suffix, number in sorted(left_out.items()))
-        print(f"left out {left_out.total()} files of folders that are not images ({kinds})", file=sys.stderr)
+        print(f"left out {left_out.total()} files in folders that are not images ({kinds})", file=sys.stderr)
     for entry in entries:
         if entry.error is not None:
             print(f"failed: {entry.file}: {entry.error}", file=sys.stderr)
@@ -270,7 +216,7 @@ def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) 
 
 
 def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path) -> list[PredictedFile]:
-    """Return one entry per image, in order; draw those that could be read."""
+    """Return one entry per image, in order; draw the usable ones."""
     examples: list[Example] = []
     shown: list[tuple[Sample | None, list[Sample]]] = []
     failures: dict[str, str] = {}
@@ -282,8 +228,8 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path) -> 
             size, truth = (example.sample.width, example.sample.height), item.truth
             if truth is not None and (truth.width, truth.height) != size:
                 raise ValueError(
-                    f"its truth is of {truth.width} x {truth.height} pixels, it of {size[0]} x {size[1]}: give the "
-                    "truth of the same images"
+                    f"it has {size[0]} x {size[1]} pixels, its truth {truth.width} x {truth.height}: "
+                    "give --truth of the same images"
                 )
             examples.append(example)
             shown.append((truth, teachers))
@@ -297,7 +243,11 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path) -> 
         if predictor.with_drawings:
             image = open_image(example.sample.image)
             drawing = draw_prediction(image, prediction, truth, threshold, teachers, with_head)
-            _save(drawing, out / f"{prediction.id}.png")
+            path = out / f"{prediction.id}.png"
+            try:
+                drawing.save(path, compress_level=1)  # the default takes longer than the rest of the drawing
+            except OSError as error:
+                raise ValueError(f"cannot write {path}: {error.strerror or error}: give another --out") from error
     found = {item.id: rounded(item, threshold, with_head) for item in predictions}
     written = rounded_score(threshold) if with_head else None
     return [
@@ -306,13 +256,6 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path) -> 
         else PredictedFile(item.name, str(item.path), item.image_id, None, error=failures[item.name])
         for item in inputs
     ]
-
-
-def _save(drawing: Image, path: Path) -> None:
-    try:
-        drawing.save(path, compress_level=1)  # the default takes longer than the rest of the drawing
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}: give another --out") from error
 
 
 if __name__ == "__main__":

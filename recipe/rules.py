@@ -1,7 +1,8 @@
-"""Judge a configuration by all that needs no other library: values, combinations, keywords that the recipe owns.
+"""Check what needs no other library: values, combinations, and keywords that the recipe owns.
 
-Bounds and choices of a single key stand next to it in `recipe.config`; here is what walks them, and what concerns more
-than one key. What needs libraries, the machine or data is judged by `recipe.checks`.
+`recipe.config` holds the bounds and choices of each key; this file applies them and checks combinations of keys.
+`recipe.checks` checks what needs libraries, the machine or data. Every function raises ConfigError with the key, its
+value and the remedy.
 """
 
 import os
@@ -9,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from math import inf
+from operator import ge, gt, le, lt
 from typing import Any
 
 from recipe.config import (
@@ -35,11 +37,7 @@ from recipe.upstream.owned_keywords import (
 
 
 def check_config(config: RecipeConfig) -> None:
-    """Judge every key and every combination that can be judged without another library.
-
-    Raises:
-        ConfigError: Naming the key, its value and the remedy.
-    """
+    """Raise ConfigError at the first wrong key or combination of keys."""
     check_fields(config)
     _check_model(config)
     _check_optimization(config)
@@ -52,19 +50,15 @@ def check_config(config: RecipeConfig) -> None:
     check_stages(config, view.max_duration)
     _check_saving(config, view)
     for where, section in (("callbacks", config.callbacks), ("loggers", config.loggers)):
-        for name, keywords in section.items():
-            if keywords is not None and not isinstance(keywords, Mapping):
+        for name, value in section.items():
+            if value is not None and not isinstance(value, Mapping):
                 raise ConfigError(
-                    f"{where}.{name} is {keywords!r}: give keywords, {{}} for none, or null to switch it off"
+                    f"{where}.{name} is {value!r}: give keywords, {{}} for none, or null to switch it off"
                 )
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
-    """Judge each value of a dataclass and of those in it by the rule at its field in `recipe.config`.
-
-    Raises:
-        ConfigError: Naming the key, its value and what it may be.
-    """
+    """Raise ConfigError if a value of a dataclass, or of one inside it, breaks the rule at its field."""
     for entry in fields(section):
         key, value, rule = prefix + entry.name, getattr(section, entry.name), entry.metadata
         if is_dataclass(value):
@@ -94,21 +88,14 @@ def check_fields(section: Any, prefix: str = "") -> None:
 def _check_number(
     key: str, value: float, least: float | None, most: float | None, above: float | None, below: float | None
 ) -> None:
-    # Each comparison is written so that NaN fails it too.
-    fits = (
-        -inf < value < inf
-        and (least is None or value >= least)
-        and (most is None or value <= most)
-        and (above is None or value > above)
-        and (below is None or value < below)
-    )
-    if fits:
+    rules = (("above {}", above, gt), ("{} or more", least, ge), ("below {}", below, lt), ("{} or less", most, le))
+    bounds = [(text, bound, holds) for text, bound, holds in rules if bound is not None]
+    if -inf < value < inf and all(holds(value, bound) for _, bound, holds in bounds):  # NaN fails too
         return
     if least is not None and most is not None:
         span = f"between {least} and {most}"
     else:
-        parts = {"above {}": above, "{} or more": least, "below {}": below, "{} or less": most}
-        span = " and ".join(text.format(bound) for text, bound in parts.items() if bound not in (None, -inf))
+        span = " and ".join(text.format(bound) for text, bound, _ in bounds if bound != -inf)
     raise ConfigError(f"{key} is {value}: it must be {span or 'a finite number'}")
 
 
@@ -127,7 +114,7 @@ def parse_duration(text: object) -> tuple[float, str] | None:
 
 def check_duration(key: str, value: object) -> None:
     """Raise ConfigError unless Composer reads the value as a duration; a plain number counts epochs."""
-    # Composer reads a text without a unit as seconds, which nobody means.
+    # Not a text without a unit, which Composer reads as seconds and nobody means.
     is_clock = isinstance(value, str) and re.fullmatch(r"(?=\d)(\d+h)?(\d+m)?(\d+s)?", value)
     if is_clock or (isinstance(value, str) and parse_duration(value)) or (type(value) is int and value >= 0):
         return
@@ -135,21 +122,16 @@ def check_duration(key: str, value: object) -> None:
 
 
 def check_width(width: int, head: DetectionHeadConfig, decoder: CaptionDecoderConfig) -> None:
-    """Judge the width of the head.
-
-    Raises:
-        ConfigError: It is not a multiple of the attention heads, or of 8: sine and cosine of four coordinates.
-    """
+    """Raise ConfigError if the head's width is not a multiple of the attention heads or of 8."""
     divisors = {
         f"detection_head.num_heads {head.num_heads}": head.num_heads,
         f"caption_decoder.num_heads {decoder.num_heads}": decoder.num_heads,
-        "8, as the positions of boxes need": 8,
+        "8, as the positions of boxes need": 8,  # sine and cosine of four coordinates
     }
-    for name, divisor in divisors.items():
+    for what, divisor in divisors.items():
         if width % divisor:
-            raise ConfigError(
-                f"detection_head.width {width} is not a multiple of {name}; null takes the language model's width"
-            )
+            why = f"is not a multiple of {what}; null takes the language model's width"
+            raise ConfigError(f"detection_head.width {width} {why}")
 
 
 def _check_model(config: RecipeConfig) -> None:
@@ -177,14 +159,13 @@ def _check_optimization(config: RecipeConfig) -> None:
     if optimizer.lr_scaling != "none" and optimizer.reference_tokens is None:
         raise ConfigError(
             f"optimizer.lr_scaling is {optimizer.lr_scaling} but optimizer.reference_tokens is missing: "
-            "set the tokens per step that the rates are meant for, or lr_scaling: none"
+            "set it to the tokens per step that the rates are meant for, or set lr_scaling: none"
         )
     if not any(value for name, value in vars(config.loss).items() if name.startswith("weight_")):
         raise ConfigError("loss.weight_*: all are 0, so nothing would train; set at least one above 0")
     if ema is not None and (ema.half_life is None) == (ema.smoothing is None):
         raise ConfigError(
-            f"ema.half_life is {ema.half_life} and ema.smoothing is {ema.smoothing}: set one of them, and the other to "
-            "null"
+            f"ema.half_life is {ema.half_life} and ema.smoothing is {ema.smoothing}: set one, and the other to null"
         )
 
 
@@ -238,11 +219,7 @@ def _check_data(config: RecipeConfig) -> None:
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Judge the section `trainer` but for the names of Composer's keywords.
-
-    Raises:
-        ConfigError: Naming the key, its value and the remedy.
-    """
+    """Raise ConfigError at a wrong value of the section `trainer`; `recipe.checks` checks the names of its keys."""
     _check_owned("trainer", trainer, OWNED_BY_TRAINER)
     if "max_duration" not in trainer:
         raise ConfigError("missing trainer.max_duration: set how long to train, such as 10ep or 500ba")
@@ -261,14 +238,14 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         _check_choice("trainer.precision", trainer["precision"], ("fp32", "amp_bf16", "amp_fp8", "amp_fp16"))
     if trainer.get("precision") == "amp_fp16":
         raise ConfigError(
-            "trainer.precision amp_fp16 finds its loss scale by gradients that overflow, which nan_rollback would take "
-            "for divergence: use amp_bf16"
+            "trainer.precision amp_fp16 finds its loss scale by gradient overflows, which nan_rollback would take for "
+            "divergence: use amp_bf16"
         )
     _check_parallelism(trainer)
 
 
 def _check_parallelism(trainer: Mapping[str, Any]) -> None:
-    """Judge `trainer.parallelism_config`, of which Composer ignores what it does not know."""
+    """Check `trainer.parallelism_config`, whose unknown keys Composer ignores."""
     where = "trainer.parallelism_config"
     sections = trainer.get("parallelism_config") or {}
     if not isinstance(sections, Mapping):
@@ -293,9 +270,9 @@ def _check_parallelism(trainer: Mapping[str, Any]) -> None:
             _check_choice(f"{where}.{key}", keywords[key], allowed)
     is_sharded = keywords.get("state_dict_type") == "sharded"
     if "sharded_ckpt_prefix_dir" in keywords and not is_sharded:
-        raise ConfigError(f"{where}.sharded_ckpt_prefix_dir is ignored without state_dict_type: sharded")
+        raise ConfigError(f"{where}.sharded_ckpt_prefix_dir is ignored without state_dict_type: sharded; leave it out")
     if keywords.get("load_monolith_rank0_only") and is_sharded:
-        raise ConfigError(f"{where}.load_monolith_rank0_only is for state_dict_type: full, leave it out")
+        raise ConfigError(f"{where}.load_monolith_rank0_only is for state_dict_type: full; leave it out")
     if trainer.get("precision") is None:
         raise ConfigError(f"missing trainer.precision: {where} needs it, such as amp_bf16 (fp32 on the CPU)")
 
@@ -303,7 +280,7 @@ def _check_parallelism(trainer: Mapping[str, Any]) -> None:
 def _check_saving(config: RecipeConfig, view: TrainerView) -> None:
     trainer, folder = config.trainer, view.save_folder
     name = trainer.get("save_filename", "ba{batch}.pt")
-    why = "so that an older checkpoint is left if the newest is broken"
+    why = "so that an older checkpoint remains if the newest is broken"
     if "{batch}" not in name or not name.endswith(".pt"):
         raise ConfigError(f"trainer.save_filename is {name!r}: it must hold {{batch}}, {why}, and end in .pt")
     prefix = (view.fsdp or {}).get("sharded_ckpt_prefix_dir", "ba{batch}")
@@ -312,14 +289,14 @@ def _check_saving(config: RecipeConfig, view: TrainerView) -> None:
         raise ConfigError(f"{where} is {prefix!r}: it must hold {{batch}}, {why}")
     if folder is not None and "{" in folder:
         raise ConfigError(
-            f"trainer.save_folder, or run_folder, makes {folder!r}: write the name out, so that the checkpoints are "
+            f"trainer.save_folder, or run_folder, gives {folder!r}: write the name out, so that the checkpoints are "
             "found when the run is started again"
         )
     kept = trainer.get("save_num_checkpoints_to_keep", -1)
     if type(kept) is not int or not (kept == -1 or kept >= 1):
         raise ConfigError(
-            f"trainer.save_num_checkpoints_to_keep is {kept!r}: it must be 1 or more, or -1 for all; what is uploaded "
-            "to a store is never removed"
+            f"trainer.save_num_checkpoints_to_keep is {kept!r}: it must be 1 or more, or -1 for all; uploaded ones are "
+            "never removed"
         )
     if config.autoresume and trainer.get("save_ignore_keys"):
         raise ConfigError(
@@ -335,24 +312,17 @@ FROZEN = "frozen"
 
 @dataclass(frozen=True)
 class StageEntry:
-    """From `start` on (such as 2ep or 0.75dur), a factor on a group's learning rate; None: frozen."""
+    """A factor on a group's learning rate from a time on."""
 
-    start: str
-    factor: float | None
+    start: str  # such as 2ep or 0.75dur
+    factor: float | None  # None: frozen
 
 
 def parse_stages(staged: StagedFreezingConfig, optimizer: OptimizerConfig) -> dict[str, list[StageEntry]]:
-    """Return the stages of each group that has any, `detection_freeze_epochs` written out.
-
-    Raises:
-        ConfigError: Naming the key and the remedy.
-    """
+    """Return the stages of each group that has any, those of `detection_freeze_epochs` included."""
     where, epochs = "staged_freezing.groups", staged.detection_freeze_epochs
-    groups = {
-        group: _parse_entries(f"{where}.{group}", entries)
-        for group, entries in staged.groups.items()
-        if entries is not None
-    }
+    given = {group: entries for group, entries in staged.groups.items() if entries is not None}
+    groups = {group: _parse_entries(f"{where}.{group}", entries) for group, entries in given.items()}
     if epochs is not None:
         for group in ("adapter", "detection"):
             if group in groups:
@@ -380,7 +350,7 @@ def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
                 f"{where}[{index}].from is {start!r}: it must be a time such as 2ep, 500ba, 1000sp (packs), 20000tok "
                 "or 0.75dur; part of an epoch is a share of the run (dur)"
             )
-        # Written so that NaN fails too.
+        # Written so that NaN fails.
         is_factor = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 <= factor < inf
         if factor != FROZEN and not is_factor:
             raise ConfigError(
@@ -391,7 +361,7 @@ def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
 
 
 def check_stages(config: RecipeConfig, max_duration: str | int | None) -> None:
-    """Raise ConfigError if a group has stages but never trains, or if nothing trains at first."""
+    """Raise ConfigError if a group with stages never trains, or if nothing trains at first."""
     groups, where = parse_stages(config.staged_freezing, config.optimizer), "staged_freezing.groups"
     for group, stages in groups.items():
         if not getattr(config.optimizer, f"lr_{group}"):
@@ -417,10 +387,8 @@ def _first_factor(stages: Sequence[StageEntry]) -> float | None:
 
 
 def _is_never(start: str, max_duration: str | int | None) -> bool:
-    begin, end = (
-        parse_duration(start),
-        parse_duration(f"{max_duration}ep" if isinstance(max_duration, int) else max_duration),
-    )
+    begin = parse_duration(start)
+    end = parse_duration(f"{max_duration}ep" if isinstance(max_duration, int) else max_duration)
     assert begin is not None
     if begin[1] == "dur":
         return begin[0] >= 1

@@ -1,4 +1,4 @@
-"""How large each parameter group is, and how much of it a step moves."""
+"""Log how large each parameter group is, and how much of it a step moves."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,21 +15,17 @@ from torch.optim import AdamW
 from recipe.algorithms.norms import is_sharded, local, named_groups, square_sums
 from recipe.upstream.torch_private import foreach_add_, foreach_addcdiv_, foreach_mul, foreach_norm, foreach_sqrt
 
-# Elements that are worked on at once: what the update of a group takes beside the parameters is twice this. On a GPU
-# many, so that launches are few; on the CPU what its caches hold.
+# Elements processed at once; the temporary memory is twice this. Many on a GPU, so that launches are few; on the CPU as
+# many as its caches hold.
 PIECE = 2**25
 CPU_PIECE = 2**18
 
 
 def every_batches(interval: str) -> int:
-    """`10ba` → 10.
-
-    Raises:
-        ValueError: It is not a number of batches above 0.
-    """
+    """Return 10 for `10ba`; raise ValueError if it is not a number of batches above 0."""
     time = Time.from_timestring(interval)
     if time.unit != TimeUnit.BATCH or time.value < 1:
-        raise ValueError(f"interval {interval!r} is not a number of batches: write it like 10ba")
+        raise ValueError(f"interval {interval!r} is not a number of batches above 0: write it like 10ba")
     return time.value
 
 
@@ -37,11 +33,11 @@ class GroupMetrics(Callback):
     """Logs `weight_norm/{group}` and `update_ratio/{group}` of every parameter group of the optimizer.
 
     The ratio is the norm of what the step added to the group's weights, over the norm of its weights after the step.
-    The update is read off AdamW's own state, so no copy of the weights is kept; a parameter that the step left alone
-    (frozen, or its batch skipped) adds 0. Gradient norms are logged by `recipe.algorithms.nan_rollback`.
+    The update is computed from AdamW's own state, so no copy of the weights is kept. A parameter that was not stepped
+    (frozen, or its batch skipped) adds 0. `recipe.algorithms.nan_rollback` logs gradient norms.
 
     Args:
-        interval: Number of batches between two looks, such as `10ba`.
+        interval: Batches between two measurements, such as `10ba`.
     """
 
     def __init__(self, interval: str = "10ba"):
@@ -49,33 +45,31 @@ class GroupMetrics(Callback):
         self.rates: list[float] = []
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Checks that the optimizer is one whose update is known.
-
-        Raises:
-            ValueError: It is not a plain AdamW.
-        """
+        """Raise ValueError if the optimizer is not a plain AdamW, the one whose update is known."""
         optimizer = state.optimizers[0]
         plain = isinstance(optimizer, AdamW) and not any(
             group["amsgrad"] or group["maximize"] for group in optimizer.param_groups
         )
         if not plain:
-            raise ValueError(f"group_metrics reads the update of AdamW, not of {optimizer}: leave group_metrics out")
+            raise ValueError(
+                f"group_metrics reads the update of AdamW, not of {optimizer}: set callbacks.group_metrics=null"
+            )
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Keeps the learning rates: the schedulers move on between the optimizer's step and the batch's end."""
+        """Keep the learning rates of this step, before the schedulers change them."""
         self.rates = []
         if (int(state.timestamp.batch) + 1) % self.num_batches == 0:
             self.rates = [float(group["lr"]) for group in state.optimizers[0].param_groups]
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Logs the norms after every `interval`-th step: one all-reduce (none under DDP), one wait for the device."""
+        """Log the norms at every `interval`-th step; costs one wait for the device, and one all-reduce under FSDP."""
         if not self.rates:
             return
         optimizer = state.optimizers[0]
         assert isinstance(optimizer, AdamW)
-        names = list(named_groups(optimizer))
-        device = next(state.model.parameters()).device
-        weights = square_sums(list(named_groups(optimizer).values()), device)
+        groups = named_groups(optimizer)
+        names = list(groups)
+        weights = square_sums(list(groups.values()), next(state.model.parameters()).device)
         updates = torch.zeros_like(weights)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             updates[names.index(group["name"])] += update_square_sum(optimizer, group, rate).to(updates.device)
@@ -83,26 +77,24 @@ class GroupMetrics(Callback):
         if is_sharded(state):
             dist.all_reduce(sums)
         weight_norms, update_norms = sums.sqrt().tolist()
-        metrics = {f"weight_norm/{name}": norm for name, norm in zip(names, weight_norms, strict=True)}
+        metrics: dict[str, float] = {}
         for name, weight, update in zip(names, weight_norms, update_norms, strict=True):
+            metrics[f"weight_norm/{name}"] = weight
             metrics[f"update_ratio/{name}"] = update / weight if weight else math.nan
         logger.log_metrics(metrics)
 
 
 @torch.no_grad()
 def update_square_sum(optimizer: AdamW, group: dict[str, Any], rate: float) -> Tensor:
-    """The squared norm of what AdamW's last step added to this rank's part of an optimizer group.
+    """Return the squared norm of what AdamW's last step added to this rank's part of an optimizer group, () float64.
 
     With u = rate * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the step made w = (1 - rate * decay) * old - u.
-    So w - old = -(rate * decay * w + u) / (1 - rate * decay), from what is there after the step.
+    So w - old = -(rate * decay * w + u) / (1 - rate * decay), which needs only what exists after the step.
 
     Args:
         optimizer: After its step, gradients not yet cleared: a parameter without one was not stepped.
         group: One of its groups.
         rate: The learning rate of the step.
-
-    Returns:
-        () float64, on the device of the parameters.
     """
     stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
     if not stepped:
@@ -117,18 +109,18 @@ def update_square_sum(optimizer: AdamW, group: dict[str, Any], rate: float) -> T
         # u = scale * m / (sqrt(v) + floor)
         roots = [math.sqrt(1 - beta2**step) for step in counts]
         scales = [rate * root / (1 - beta1**step) for root, step in zip(roots, counts, strict=True)]
-        denominators = foreach_sqrt(squares)
+        denominators = foreach_sqrt(list(squares))
         foreach_add_(denominators, [group["eps"] * root for root in roots])
-        updates = foreach_mul(weights, shrink)
-        foreach_addcdiv_(updates, means, denominators, scales)
+        updates = foreach_mul(list(weights), shrink)
+        foreach_addcdiv_(updates, list(means), denominators, scales)
         norms += foreach_norm(updates)
     return torch.stack(norms).double().square().sum() / (1 - shrink) ** 2
 
 
 def _pieces(
     tensors: Sequence[tuple[Tensor, ...]], steps: Sequence[float]
-) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]]:
-    """Weights, both moments and steps, cut and gathered to about `PIECE` elements, in float32 at least."""
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], list[float]]]:
+    """Yield weights, both moments and steps, cut and gathered to about `PIECE` elements, in float32 or wider."""
     device = tensors[0][0].device
     length = min(PIECE, CPU_PIECE) if device.type == "cpu" else PIECE
     gathered: list[tuple[Tensor, ...]] = []
@@ -138,15 +130,12 @@ def _pieces(
         for cut in zip(*(tensor.flatten().split(length) for tensor in row), strict=True):
             number = cut[0].numel()
             if size and size + number > length:
-                yield (*_columns(gathered), counts)
+                weights, means, squares = zip(*gathered, strict=True)
+                yield weights, means, squares, counts
                 gathered, counts, size = [], [], 0
             gathered.append(tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in cut))
             counts.append(step)
             size += number
     if gathered:
-        yield (*_columns(gathered), counts)
-
-
-def _columns(rows: Sequence[tuple[Tensor, ...]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    weights, means, squares = zip(*rows, strict=True)
-    return list(weights), list(means), list(squares)
+        weights, means, squares = zip(*gathered, strict=True)
+        yield weights, means, squares, counts

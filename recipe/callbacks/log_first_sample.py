@@ -1,4 +1,4 @@
-"""Write down the first training and evaluation sample as the model sees it, decoded, with every token's role."""
+"""Write the first training and evaluation sample as the model sees it, decoded, with the role of each segment."""
 
 import logging
 import math
@@ -11,7 +11,6 @@ from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from recipe.schema import Batch, Role, Target
@@ -23,12 +22,7 @@ _TAGS = {Role.NONE: "prompt", Role.TEACHER: "teacher answer", Role.STUDENT: "stu
 
 
 class LogFirstSample(Callback):
-    """Writes the first sample of rank 0 to a text file, once in training and once in evaluation.
-
-    Args:
-        tokenizer: Of the checkpoint.
-        folder: Gets `first_train_sample.txt` and `first_eval_sample.txt`.
-    """
+    """Writes rank 0's first sample to `folder/first_train_sample.txt` and `folder/first_eval_sample.txt`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: str | Path):
         self.tokenizer = tokenizer
@@ -36,30 +30,29 @@ class LogFirstSample(Callback):
         self._shown: set[str] = set()
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Shows the first training sample."""
+        """Write the first training sample."""
         self._show("train", state.batch)
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
-        """Shows the first evaluation sample."""
+        """Write the first evaluation sample."""
         self._show("eval", state.batch)
 
     def _show(self, name: str, microbatches: Sequence[Batch]) -> None:
         if name in self._shown or dist.get_global_rank() != 0:
             return
         self._shown.add(name)
-        text = describe_first_sample(microbatches[0], self.tokenizer)
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"first_{name}_sample.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(describe_first_sample(microbatches[0], self.tokenizer) + "\n", encoding="utf-8")
         log.info("first %s sample, as the model sees it: %s", name, path)
 
 
 def describe_first_sample(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first sample of a batch as text: its segments of equal role, image placeholders collapsed, and its target."""
+    """Return the first sample as text: its segments of equal role, image placeholders collapsed, and its target."""
     length = _first_length(batch)
     ids = batch["input_ids"][0, :length].tolist()
     roles = torch.full((length,), int(Role.NONE))
-    supervised = batch["label_index"] + 1  # where each label stands, in the flattened tokens
+    supervised = batch["label_index"] + 1  # the position of each label in the flattened tokens
     inside = supervised < length
     roles[supervised[inside].cpu()] = batch["label_roles"][inside].cpu()
 
@@ -88,14 +81,13 @@ def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, grids: Itera
     texts = []
     for is_image, group in groupby(ids, key=lambda token: token == image_pad):
         tokens = list(group)
-        texts.append(_image_tag(len(tokens), next(grids)) if is_image else str(tokenizer.decode(tokens)))
+        if is_image:
+            time, height, width = next(grids)
+            merge = math.isqrt(time * height * width // len(tokens))
+            texts.append(f"<image {width // merge}x{height // merge}>")
+        else:
+            texts.append(str(tokenizer.decode(tokens)))
     return "".join(texts)
-
-
-def _image_tag(num_tokens: int, grid: Sequence[int]) -> str:
-    time, height, width = grid
-    merge = math.isqrt(time * height * width // num_tokens)
-    return f"<image {width // merge}x{height // merge}>"
 
 
 def _describe_target(target: Target | None, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -103,10 +95,6 @@ def _describe_target(target: Target | None, tokenizer: PreTrainedTokenizerBase) 
         return "[target] not annotated: no detection loss"
     lines = [f"[target] {len(target['boxes'])} objects, boxes as centre and size in 0 to 1"]
     for box, caption_ids in zip(target["boxes"].tolist(), target["caption_ids"], strict=True):
-        caption = tokenizer.decode(_without_padding(caption_ids), skip_special_tokens=True)
+        caption = tokenizer.decode(caption_ids[caption_ids >= 0].tolist(), skip_special_tokens=True)  # -1: padding
         lines.append(f"  ({', '.join(f'{value:.3f}' for value in box)}) {caption}")
     return "\n".join(lines)
-
-
-def _without_padding(caption_ids: Tensor) -> list[int]:
-    return caption_ids[caption_ids >= 0].tolist()

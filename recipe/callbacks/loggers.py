@@ -1,4 +1,4 @@
-"""Loggers that write files: JSON lines, TensorBoard, text."""
+"""Write metrics to files: JSON lines, TensorBoard, text."""
 
 import json
 import logging
@@ -25,40 +25,36 @@ REPLACED_SUFFIX = ".replaced"
 class JsonLinesLogger(LoggerDestination):
     """Appends `{"step", "epoch", "time", "in_batch", "metrics"}` to a file at every logging call, on rank 0 only.
 
-    A step may have several lines: Composer logs the loss, the rates and the clock in separate calls. Step n counts the
-    batches that are done: with `in_batch` the line belongs to the batch that comes next, else to what follows the
-    batch before, such as an evaluation. Numbers that JSON does not know are the texts "nan", "inf" and "-inf", which
-    Python's `float` reads.
+    A step may have several lines: Composer logs the loss, the rates and the clock in separate calls. `step` counts the
+    batches that are done. With `in_batch` a line belongs to the next batch, otherwise to what follows the last one,
+    such as an evaluation. Numbers that JSON lacks are the texts "nan", "inf" and "-inf", which Python's `float` reads.
 
-    A run that goes on from a checkpoint does some batches again: their first lines are moved to `PATH.replaced`, so
-    that the file holds every batch once.
-
-    Args:
-        path: The file; folders are made.
+    A run that resumes from a checkpoint repeats some batches. Their first lines move to `PATH.replaced`, so that the
+    file holds every batch once.
     """
 
     def __init__(self, path: str = "metrics.jsonl"):
         self.path = Path(path)
         self._state: State | None = None
         self._file: TextIO | None = None
-        self._begun: int | None = None  # the batch that was begun last
+        self._begun: int | None = None  # the batch that began last
 
     def init(self, state: State, logger: Logger) -> None:
-        """Keeps the state, to know the epoch."""
+        """Keep the state, which knows the epoch."""
         self._state = state
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Sets aside what will be logged again."""
+        """Set aside what will be logged again."""
         if dist.get_global_rank() == 0 and self.path.exists():
-            self._close_file()
+            self.close(state, logger)
             set_aside(self.path, int(state.timestamp.batch))
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """A batch begins."""
+        """Note that a batch begins."""
         self._begun = int(state.timestamp.batch)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Writes one line and flushes it."""
+        """Write one line and flush it."""
         if dist.get_global_rank() != 0 or not metrics:
             return
         if self._file is None:
@@ -75,19 +71,16 @@ class JsonLinesLogger(LoggerDestination):
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def close(self, state: State, logger: Logger) -> None:
-        """Closes the file."""
-        self._close_file()
-
-    def _close_file(self) -> None:
+        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def set_aside(path: Path, step: int) -> None:
-    """Moves the lines of `path` that a run which goes on from `step` logs again to the end of `PATH.replaced`.
+    """Move the lines of `path` that a run resumed from `step` logs again to the end of `PATH.replaced`.
 
-    Lines that are no JSON, such as half of one that was written when a disk was full, are moved too.
+    Lines that are not JSON, such as one cut off by a full disk, move too.
     """
     kept, replaced = [], []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -120,21 +113,21 @@ def _plain(value: Any) -> Any:
 
 
 class GuardedJsonLinesLogger(GuardedLogger, JsonLinesLogger):
-    """One JSON object a line; see `recipe/callbacks/loggers.py`."""
+    """`JsonLinesLogger`, whose failures do not end the run."""
 
 
 class GuardedTensorboardLogger(GuardedLogger, TensorboardLogger):
-    """Composer's. A resumed run of the same name adds event files, of which TensorBoard shows each step's last value.
+    """Composer's. A resumed run of the same name adds event files; TensorBoard shows the last value of each step.
 
-    After a write that failed it stays silent until the run is started again: its writer does not recover.
+    After a failed write it logs nothing until the run is started again, as its writer does not recover.
     """
 
 
 class TextLogger(GuardedLogger, FileLogger):
-    """Composer's text log of metrics and of all that is printed; a resumed run appends, where Composer's overwrites."""
+    """Composer's text log of metrics and of all that is printed, but a resumed run appends instead of overwriting."""
 
     def init(self, state: State, logger: Logger) -> None:
-        """Opens the file."""
+        """Open the file."""
         self._run_name = state.run_name
         path = Path(self.filename)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,5 +135,5 @@ class TextLogger(GuardedLogger, FileLogger):
         self._flush_queue()
 
     def write(self, prefix: str, s: str) -> None:
-        """One text; also called at every `print`, which must not fail where the disk is full."""
+        """Write a text; also called at every `print`, which must not fail if the disk is full."""
         self._attempt(super().write, prefix, redact_text(s))

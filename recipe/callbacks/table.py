@@ -1,4 +1,4 @@
-"""The callbacks and loggers that a yaml may name; `recipe.config` lists the names next to their keys."""
+"""List and build the callbacks and loggers that a yaml may name; `recipe.config` lists the names too."""
 
 import os
 from collections.abc import Mapping
@@ -54,38 +54,25 @@ def build_callbacks(chosen: Mapping[str, Any], run_folder: str) -> list[Callback
     defaults = {  # Composer's own is a folder next to the run's
         "oom_observer": {"folder": f"{run_folder}/out_of_memory", "remote_file_name": None, "overwrite": True}
     }
-    return [
-        CALLBACKS[name](**{**defaults.get(name, {}), **keywords})
-        for name, keywords in chosen.items()
-        if keywords is not None
-    ]
+    given = {name: keywords for name, keywords in chosen.items() if keywords is not None}
+    return [CALLBACKS[name](**{**defaults.get(name, {}), **keywords}) for name, keywords in given.items()]
 
 
 def build_loggers(chosen: Mapping[str, Any], run_folder: str, progress: bool = False) -> list[LoggerDestination]:
-    """Return the loggers that a yaml names, each writing into the run folder unless its keywords say otherwise.
+    """Return the loggers that a yaml names, which write into the run folder unless their keywords say otherwise.
 
-    Args:
-        chosen: {name: keywords}; None switches one off.
-        run_folder: Is created.
-        progress: Show progress on the console too.
+    With `progress` the console shows it too.
     """
     Path(run_folder).mkdir(parents=True, exist_ok=True)
-    loggers = [
-        LOGGERS[name](**_logger_keywords(name, keywords, run_folder))
-        for name, keywords in chosen.items()
-        if keywords is not None
-    ]
+    defaults: dict[str, dict[str, Any]] = {
+        "file": {"filename": f"{run_folder}/log-rank{{rank}}.txt"},
+        "json_lines": {"path": f"{run_folder}/metrics.jsonl"},
+        "tensorboard": {"log_dir": f"{run_folder}/tensorboard"},
+        "wandb": {"project": "qwen-detect-recipe"},
+    }
+    given = {name: {**defaults[name], **keywords} for name, keywords in chosen.items() if keywords is not None}
+    if "wandb" in given:  # offline unless the user says otherwise
+        init_kwargs = {"dir": run_folder, "mode": os.environ.get("WANDB_MODE", "offline")}
+        given["wandb"]["init_kwargs"] = init_kwargs | (given["wandb"].get("init_kwargs") or {})
+    loggers = [LOGGERS[name](**keywords) for name, keywords in given.items()]
     return [*loggers, ProgressLogger()] if progress else loggers
-
-
-def _logger_keywords(name: str, keywords: Mapping[str, Any], run_folder: str) -> dict[str, Any]:
-    if name == "file":
-        return {"filename": f"{run_folder}/log-rank{{rank}}.txt", **keywords}
-    if name == "json_lines":
-        return {"path": f"{run_folder}/metrics.jsonl", **keywords}
-    if name == "tensorboard":
-        return {"log_dir": f"{run_folder}/tensorboard", **keywords}
-    # Offline unless the user says otherwise.
-    init_kwargs = {"dir": run_folder, "mode": os.environ.get("WANDB_MODE", "offline")}
-    init_kwargs |= keywords.get("init_kwargs") or {}
-    return {"project": "qwen-detect-recipe", **keywords, "init_kwargs": init_kwargs}

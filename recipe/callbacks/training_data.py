@@ -1,4 +1,4 @@
-"""Watch the training data: how long the epoch is, how much was read, how full packs are, what was left out."""
+"""Watch the training data: the length of the epoch, what was read, how full packs are, what was skipped."""
 
 import json
 import logging
@@ -22,19 +22,19 @@ SKIPPED_FILE = "skipped_samples.jsonl"
 
 
 class TrainingData(Callback):
-    """Keeps the Trainer's epoch length true, logs what each step read, and bounds the samples that are skipped.
+    """Keeps the Trainer's epoch length right, logs what each step read, and bounds the number of skipped samples.
 
-    Packs differ in number between epochs, and the Trainer would cut off an epoch that is longer than it believes.
+    The number of packs differs between epochs, and the Trainer would cut off an epoch that is longer than it expects.
 
-    Logged at each step, over all ranks: `data/samples` and `data/packs` of the step, `data/samples_seen` since the
-    start, `data/packing_fill` (tokens of the packs' budget), `data/skipped_samples` since the start, each once;
-    `train/unmatched_objects` of the step: those of a picture beyond the queries, which therefore teach nothing.
+    Logged per step, over all ranks: `data/samples` and `data/packs` of the step, `data/samples_seen` since the start,
+    `data/packing_fill` (share of the packs' token budget), `data/skipped_samples` since the start, each counted once,
+    and `train/unmatched_objects`: objects of the step beyond their image's queries, which teach nothing.
 
     Args:
-        max_tokens: Of a pack; None: not packed.
-        max_bad_samples: Different skipped samples, over all ranks, after which the run stops.
+        max_tokens: Per pack; None: not packed.
+        max_bad_samples: One more skipped sample, over all ranks, stops the run.
         folder: Gets the id and reason of every skipped sample.
-        num_queries: Objects that the head finds in a picture, at most.
+        num_queries: The most objects that the head finds in one image.
     """
 
     def __init__(self, max_tokens: int | None, max_bad_samples: int, folder: str | Path, num_queries: int):
@@ -46,27 +46,20 @@ class TrainingData(Callback):
         self.skipped: set[str] = set()
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """After a resume no epoch starts, so its length is set here too."""
+        """Set the epoch length, since no epoch starts after a resume."""
         self._set_epoch_length(state)
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        """The length of the epoch that begins."""
+        """Set the length of the epoch that begins."""
         self._set_epoch_length(state)
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Counts the batch over all ranks.
-
-        Raises:
-            RuntimeError: On every rank: more samples were skipped than `max_bad_samples`.
-        """
+        """Count the batch over all ranks; raise RuntimeError on every rank after too many skipped samples."""
         batches: list[Batch] = state.batch
         skipped = {name: reason for batch in batches for name, reason in batch["skipped"].items()}
-        sums = torch.tensor(
-            [sum(batch[name] for batch in batches) for name in ("num_samples", "num_packs", "num_tokens")]
-            + [len(skipped), num_unmatched(batches, self.num_queries)],
-            dtype=torch.float64,
-        )
-        sums = state.device.tensor_to_device(sums)
+        counts = [sum(batch[name] for batch in batches) for name in ("num_samples", "num_packs", "num_tokens")]
+        counts += [len(skipped), num_unmatched(batches, self.num_queries)]
+        sums = state.device.tensor_to_device(torch.tensor(counts, dtype=torch.float64))
         dist.all_reduce(sums)
         samples, packs, tokens, num_skipped, unmatched = (int(value) for value in sums.tolist())
         self.num_samples += samples
@@ -84,11 +77,11 @@ class TrainingData(Callback):
         logger.log_metrics(metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been counted, so that it goes on after a resume."""
+        """Return the counts, which continue after a resume."""
         return {"num_samples": self.num_samples, "skipped": sorted(self.skipped)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues counting."""
+        """Restore the counts."""
         self.num_samples, self.skipped = state["num_samples"], set(state["skipped"])
 
     def _set_epoch_length(self, state: State) -> None:
@@ -99,31 +92,31 @@ class TrainingData(Callback):
         state.dataloader_len = len(state.dataloader)
         num_left_out = len(dataset.plan(epoch).left_out)
         if num_left_out and dist.get_global_rank() == 0:
-            log.warning("epoch %d: %d samples are over the budget of a pack and are left out", epoch, num_left_out)
+            log.warning("epoch %d: %d samples exceed the budget of a pack and are left out", epoch, num_left_out)
 
     def _report(self, skipped: dict[str, str]) -> None:
-        told = {name: reason for part in dist.all_gather_object(skipped) for name, reason in part.items()}
-        told = {name: reason for name, reason in told.items() if name not in self.skipped}  # else of an epoch before
-        self.skipped |= told.keys()
+        found = {name: reason for part in dist.all_gather_object(skipped) for name, reason in part.items()}
+        new = {name: reason for name, reason in found.items() if name not in self.skipped}  # else in an earlier epoch
+        self.skipped |= new.keys()
         if dist.get_global_rank() == 0:
-            for reason in told.values():
+            for reason in new.values():
                 log.warning("skipped a sample: %s", reason)
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a", encoding="utf-8") as file:
-                    for name, reason in told.items():
+                    for name, reason in new.items():
                         file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
-            except OSError as error:  # the other ranks go on
-                log.error("%s could not be written: %s. Training goes on: make room", self.path.name, error)
-        if told and len(self.skipped) > self.max_bad_samples:
+            except OSError as error:  # the other ranks continue
+                log.error("cannot write %s: %s; training continues: free disk space", self.path.name, error)
+        if new and len(self.skipped) > self.max_bad_samples:
             raise RuntimeError(
                 f"{len(self.skipped)} samples could not be used, above train_loader.max_bad_samples "
-                f"{self.max_bad_samples}; the last: {'; '.join(told.values())}. They are listed in {self.path}: "
-                "mend the data set, or raise the bound"
+                f"{self.max_bad_samples}; the last: {'; '.join(new.values())}. They are listed in {self.path}: "
+                "fix the data set, or raise train_loader.max_bad_samples"
             )
 
 
 def num_unmatched(batches: Iterable[Batch], num_queries: int) -> int:
-    """Objects that the matching leaves without a query: it gives each of a picture's queries one at most."""
+    """Return the number of objects without a query: the matching gives each query at most one object."""
     objects = [len(target["boxes"]) for batch in batches for target in batch["targets"] if target is not None]
     return sum(max(0, count - num_queries) for count in objects)

@@ -1,1 +1,1 @@
-"""(Predictions, Samples) → numbers. Begin with gather.py."""
+"""Compute scores of (predictions, samples). Read gather.py first."""

@@ -1,4 +1,4 @@
-"""How good are the boxes that the language model writes in its answer?"""
+"""Score the boxes that the language model writes in its answer."""
 
 from collections.abc import Sequence
 
@@ -18,16 +18,16 @@ from recipe.schema import Prediction, Sample
 
 
 def answer_boxes(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
-    """Compare boxes parsed from the answers with the ground truth, without regard to captions.
+    """Compare boxes parsed from the answers with the ground truth, ignoring captions.
 
-    Boxes and truths are paired one to one for the largest total overlap. An answer that does not parse counts as no
-    boxes; a sample without an answer, or whose chat asks for something else, does not count. A box in a crowd region is
-    not a false positive.
+    Boxes and truths are paired one to one for the largest total overlap. An answer that cannot be parsed counts as no
+    boxes. A sample without an answer, or whose chat asks for something else, does not count. A box in a crowd region
+    is not a false positive.
 
     Returns:
         `text_f1`, `text_f1_95`: over the boxes of all images at an IoU of at least .5 and .95.
         `text_miou`: over ground truths, the mean IoU of the box each is paired with, 0 if none.
-        `text_parse_failure_rate`. Values without anything to count are -1.
+        `text_parse_failure_rate`. A value is -1 if there is nothing to count.
     """
     answers, failures, num_truths, total_iou = 0, 0, 0, 0.0
     hits, boxes = {0.5: 0, 0.95: 0}, {0.5: 0, 0.95: 0}  # by least IoU
@@ -58,7 +58,7 @@ def answer_boxes(predictions: Sequence[Prediction], samples: Sequence[Sample]) -
 
 
 def _hits_and_boxes(iou: Tensor, boxes: Tensor, crowds: Tensor, threshold: float) -> tuple[int, int]:
-    """Count boxes that hit a truth, and boxes that count at all: all but those that only hit a crowd region."""
+    """Count the boxes that hit a truth, and all boxes except those that only hit a crowd region."""
     hits = match_by_overlap(iou, threshold)
     counted = ~inside_crowd(boxes, crowds, threshold)
     counted[[row for row, _ in hits]] = True

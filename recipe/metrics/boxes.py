@@ -1,4 +1,4 @@
-"""Boxes against the truth: COCO average precision, what the queries could find, referring expressions."""
+"""Score boxes: COCO average precision, what the queries could find, referring expressions."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,20 +9,13 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from recipe.metrics.gather import (
-    UNDEFINED,
-    asks_for_boxes,
-    boxes_of,
-    normalized_caption,
-    scored_pairs,
-    split_crowds,
-)
+from recipe.metrics.gather import UNDEFINED, asks_for_boxes, boxes_of, normalized_caption, scored_pairs, split_crowds
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
-# COCO's own. torchmetrics' defaults are these rounded to float32, which shifts AP: .5035 for .5046 on COCO's reference.
+# COCO's own. torchmetrics rounds them to float32, which shifts AP: .5035 instead of .5046 on COCO's reference.
 _IOU_THRESHOLDS: list[float] = np.linspace(0.5, 0.95, 10).tolist()
 _RECALL_THRESHOLDS: list[float] = np.linspace(0.0, 1.0, 101).tolist()
-# Our names of COCO's summary: torchmetrics' keys.
+# Our name of each value of COCO's summary, and torchmetrics' name.
 _COCO_NAMES = {
     "ap": "map", "ap50": "map_50", "ap75": "map_75", "ap_small": "map_small", "ap_medium": "map_medium",
     "ap_large": "map_large", "ar1": "mar_1", "ar10": "mar_10", "ar100": "mar_100",
@@ -30,26 +23,24 @@ _COCO_NAMES = {
 
 
 def box_average_precision(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
-    """Compute COCO's average precision and recall without regard to captions.
+    """Compute COCO's average precision and recall, ignoring captions.
 
-    Images without objects or without predictions count; crowd regions are ignored as COCO does.
+    Images without objects or without predictions count; crowd regions are ignored as in COCO.
 
     Returns:
-        `box_ap` (mean over IoU .50:.95), `box_ap50`, `box_ap75`, `box_ap_small`, `box_ap_medium`, `box_ap_large` (32²
-        and 96² pixels apart, by `Object.area` if given), and the average recalls `box_ar1`, `box_ar10`, `box_ar100` of
-        at most N boxes per image; AP takes the 100 best. -1 if no ground truth defines a value, 0 without predictions.
-
-    Raises:
-        ValueError: The predictions do not belong to the samples.
+        `box_ap` (mean over IoU .50:.95), `box_ap50`, `box_ap75`, `box_ap_small`, `box_ap_medium`, `box_ap_large`
+        (divided at 32² and 96² pixels, by `Object.area` if given), and the average recalls `box_ar1`, `box_ar10`,
+        `box_ar100` of at most N boxes per image. AP uses the 100 best. -1 if no ground truth defines a value, 0
+        without predictions.
     """
     return _coco_summary("box", predictions, samples, lambda caption: "object")
 
 
 def category_average_precision(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
-    """Compute `category_ap` and so on: `box_average_precision` per category, averaged over categories.
+    """Compute `category_ap` and so on: `box_average_precision` averaged over categories.
 
-    For data whose captions are category names. They are compared without case and outer blanks. Objects without a
-    caption are left out; categories without ground truth do not count.
+    Captions are the category names, compared without case and outer blanks. Objects without a caption are left out;
+    categories without ground truth do not count.
     """
     return _coco_summary("category", predictions, samples, normalized_caption)
 
@@ -57,7 +48,7 @@ def category_average_precision(predictions: Sequence[Prediction], samples: Seque
 def _coco_summary(
     prefix: str, predictions: Sequence[Prediction], samples: Sequence[Sample], category_of: Callable[[str], str]
 ) -> dict[str, float]:
-    """Average over the categories of captions; objects whose category is empty are left out."""
+    """Return COCO's summary over the categories of captions; objects whose category is empty are left out."""
     coco = MeanAveragePrecision(
         iou_thresholds=_IOU_THRESHOLDS,
         rec_thresholds=_RECALL_THRESHOLDS,
@@ -92,17 +83,12 @@ def query_recall(
 ) -> dict[str, float]:
     """Compute how many ground truths the queries reach, whatever their scores.
 
-    What lies between `query_recall50` and `recall` is lost by the scores, not by the boxes.
-
-    Args:
-        predictions: Every query gives an object, except those that NMS removes.
-        samples: Theirs.
-        num_queries: Q, the head's queries per image.
-        iou_threshold: Least IoU of a query that finds a truth.
+    The gap between `query_recall50` and `recall` is lost by the scores, not by the boxes.
 
     Returns:
-        `recall_ceiling`: share of ground truths for which there is a query at all, min(Q, T) of the T of each image.
-        `query_recall50`: share that some one-to-one assignment of predicted objects finds. -1 without ground truth.
+        `recall_ceiling`: share of ground truths for which there is a query, min(`num_queries`, T) of T per image.
+        `query_recall50`: share that the best one-to-one assignment of predicted objects finds at `iou_threshold`.
+        Both are -1 without ground truth.
     """
     found, reachable, total = 0, 0, 0
     for prediction, _, objects in scored_pairs(predictions, samples):
@@ -120,8 +106,8 @@ def expression_accuracy(
 ) -> dict[str, float]:
     """Compute RefCOCO's accuracy: is the best-scored box on the one object that an expression names?
 
-    A sample counts if its `messages` hold a user turn (the detection chat, the same for all, is not an expression),
-    boxes are asked for, and it has exactly one object.
+    A sample counts if its `messages` hold a user turn that asks for boxes, and it has exactly one object. The
+    detection chat, the same for all samples, is not an expression.
 
     Returns:
         `refcoco_acc`: share whose best-scored box overlaps the object enough; -1 if no sample counts.

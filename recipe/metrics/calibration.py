@@ -17,47 +17,32 @@ from recipe.schema import Prediction, Sample
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Detections of like score.
+    """Detections of similar score."""
 
-    Attributes:
-        low: Least score, included; the first bin starts at 0, however few detections the floor leaves it.
-        high: Greatest score, excluded; of the last bin 1, included.
-        count: Of detections.
-        mean_score: 0 where there are none.
-        precision: Share of true ones; 0 where there are none.
-    """
-
-    low: float
-    high: float
-    count: int
-    mean_score: float
-    precision: float
+    low: float  # least score, included
+    high: float  # greatest score, excluded except in the last bin
+    count: int  # of detections
+    mean_score: float  # 0 without detections
+    precision: float  # share of true detections; 0 without any
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was detected on some images.
+    """What was detected on some images."""
 
-    Attributes:
-        scores: (D,) float64, in no order.
-        is_true: (D,) bool.
-        num_images: That were annotated.
-        num_truths: Objects on them.
-    """
-
-    scores: Tensor
-    is_true: Tensor
-    num_images: int
-    num_truths: int
+    scores: Tensor  # (D,) float64, in no order
+    is_true: Tensor  # (D,) bool
+    num_images: int  # annotated ones
+    num_truths: int  # objects on them
 
 
 def detections_of(
     predictions: Sequence[Prediction], samples: Sequence[Sample], iou_threshold: float = 0.5
 ) -> Detections:
-    """Judge every detection.
+    """Judge every detection as COCO does.
 
-    A detection is true if it is matched one to one, by falling score, to the free truth it overlaps most, at an IoU of
-    at least `iou_threshold`, as COCO matches. Unmatched ones in a crowd region do not count.
+    By falling score, a detection is true if it takes the free truth that it overlaps most, at an IoU of at least
+    `iou_threshold`. Unmatched detections in a crowd region do not count.
     """
     scores, is_true = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.bool)]
     num_images, num_truths = 0, 0
@@ -73,12 +58,9 @@ def detections_of(
 
 
 def detections_of_halves(evaluation: Evaluation) -> tuple[Detections, Detections]:
-    """Judge the detections of one half of the images and of the other, after `evaluation.compute()`.
-
-    Which half an image is in depends on the image alone.
-    """
-    even, odd = ([row for row in evaluation.evaluated if row[0] % 2 == half] for half in (0, 1))
-    first, second = (detections_of([row[1] for row in half], [row[2] for row in half]) for half in (even, odd))
+    """Judge the detections of both halves of the images, split by sample key, after `evaluation.compute()`."""
+    even, odd = ([row[1:] for row in evaluation.evaluated if row[0] % 2 == half] for half in (0, 1))
+    first, second = (detections_of([row[0] for row in half], [row[1] for row in half]) for half in (even, odd))
     return first, second
 
 
@@ -87,25 +69,19 @@ def calibration(predictions: Sequence[Prediction], samples: Sequence[Sample]) ->
 
     Returns:
         `ece`: expected calibration error, see `reliability_bins`.
-        `best_score_threshold`: score from which up the F1 of all images is best, of equal ones the highest.
+        `best_score_threshold`: the least score to keep for the best F1 over all images; of equal ones the highest.
         `best_f1`: that F1. A value is -1 if nothing defines it.
     """
     found = detections_of(predictions, samples)
     threshold, f1 = best_threshold(found.scores, found.is_true, found.num_truths)
-    return {
-        "ece": expected_calibration_error(reliability_bins(found)),
-        "best_score_threshold": threshold,
-        "best_f1": f1,
-    }
+    error = expected_calibration_error(reliability_bins(found))
+    return {"ece": error, "best_score_threshold": threshold, "best_f1": f1}
 
 
 def reliability_bins(detections: Detections, floor: float = 0.05, num_bins: int = 10) -> list[ReliabilityBin]:
-    """Sort detections into bins of equal width.
+    """Sort detections into `num_bins` bins of [0, 1] of equal width.
 
-    Args:
-        detections: Scores and whether they are true.
-        floor: Lower scores are left out: the many queries that found nothing would make any head look calibrated.
-        num_bins: Of [0, 1].
+    Scores below `floor` are left out: the many queries that found nothing would make any head look calibrated.
     """
     kept = detections.scores >= floor
     scores, is_true = detections.scores[kept], detections.is_true[kept].double()
@@ -120,7 +96,7 @@ def reliability_bins(detections: Detections, floor: float = 0.05, num_bins: int 
 
 
 def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
-    """Mean distance of score and precision, weighted by the detections of the bins; -1 without any."""
+    """Return the mean distance of score and precision, weighted by the bins' detections; -1 without any."""
     total = sum(item.count for item in bins)
     if not total:
         return UNDEFINED
@@ -128,7 +104,7 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
 
 
 def best_threshold(scores: Tensor, is_true: Tensor, num_truths: int) -> tuple[float, float]:
-    """The score from which up F1 is best, and that F1; equal scores are kept or dropped together.
+    """Return the least score to keep for the best F1, and that F1; equal scores are kept or dropped together.
 
     Args:
         scores: (D,), in any order.
@@ -136,7 +112,7 @@ def best_threshold(scores: Tensor, is_true: Tensor, num_truths: int) -> tuple[fl
         num_truths: Of all images.
 
     Returns:
-        (-1, 0) without detections, (-1, -1) without detections and truths, (-1, 0) where no detection is true.
+        (-1, -1) without detections and truths, otherwise (-1, 0) if no detection is true.
     """
     if not len(scores):
         return UNDEFINED, 0.0 if num_truths else UNDEFINED
@@ -151,14 +127,14 @@ def best_threshold(scores: Tensor, is_true: Tensor, num_truths: int) -> tuple[fl
 
 
 def f1_from(detections: Detections, threshold: float) -> float:
-    """F1 of the detections scored `threshold` or more; -1 where there are neither such nor objects."""
+    """Return the F1 of the detections scored `threshold` or more; -1 if there are neither such nor objects."""
     kept = detections.is_true[detections.scores >= threshold]
     total = len(kept) + detections.num_truths
     return 2 * float(kept.sum()) / total if total else UNDEFINED
 
 
 def fit_platt(score_logits: Tensor, is_true: Tensor, max_steps: int = 100) -> tuple[float, float]:
-    """Platt scaling: the `scale` and `bias` with which `sigmoid(scale * logit + bias)` is the share of true ones.
+    """Fit Platt scaling: `sigmoid(scale * logit + bias)` becomes the share of true detections.
 
     Newton's method on Platt's smoothed targets, (T + 1) / (T + 2) for the T true and 1 / (F + 2) for the F false
     ones (Platt 1999; Lin, Lin and Weng 2007), so that all true or all false gives a finite answer.
@@ -166,11 +142,11 @@ def fit_platt(score_logits: Tensor, is_true: Tensor, max_steps: int = 100) -> tu
     Args:
         score_logits: (D,) objectness before the sigmoid.
         is_true: (D,) bool.
-        max_steps: Newton steps at most; it mostly takes under ten.
+        max_steps: Bound on Newton steps; usually fewer than ten are taken.
 
     Returns:
-        `(1, 0)`, which changes nothing, without detections. Where all are true or all are false, or all logits are
-        equal, they say nothing about the scale: it stays 1, and only the bias is fitted.
+        Scale and bias; (1, 0), which changes nothing, without detections. If all are true, all are false or all logits
+        are equal, the scale stays 1 and only the bias is fitted.
 
     Raises:
         ValueError: A logit is not finite.
@@ -210,50 +186,36 @@ def fit_platt(score_logits: Tensor, is_true: Tensor, max_steps: int = 100) -> tu
 
 CALIBRATION_FILE = "calibration.yaml"
 KEYS = ("score_scale", "score_shift", "score_threshold")
-_LEAST_SCORE = 1e-7  # and greatest, from 1: what is nearer to 0 or 1 has no finite logit in single precision
+_LEAST_SCORE = 1e-7  # also the least distance from 1: nearer scores have no finite logit in single precision
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """How well the scores of some images are calibrated.
+    """How well the scores of some images are calibrated."""
 
-    Attributes:
-        images: That were annotated.
-        detections: On them.
-        ece: Expected calibration error; -1 without detections.
-        f1: Of the detections from the score threshold up; -1 without detections and objects.
-        bins: The reliability curve.
-    """
-
-    images: int
-    detections: int
-    ece: float
-    f1: float
+    images: int  # annotated ones
+    detections: int  # on them
+    ece: float  # expected calibration error; -1 without detections
+    f1: float  # of the detections from the score threshold up; -1 without detections and objects
     bins: list[ReliabilityBin]
 
 
 @dataclass(frozen=True)
 class CalibrationFit:
-    """What was found.
+    """A calibration, and how well it works."""
 
-    Attributes:
-        evaluation: Values of `KEYS`.
-        fitted: The half of the images that they were found on, (before, after).
-        held_out: The other half.
-    """
-
-    evaluation: dict[str, float]
-    fitted: tuple[Reliability, Reliability]
-    held_out: tuple[Reliability, Reliability]
+    evaluation: dict[str, float]  # values of `KEYS`
+    fitted: tuple[Reliability, Reliability]  # (before, after) on the half of the images that it was fitted on
+    held_out: tuple[Reliability, Reliability]  # (before, after) on the other half
 
 
 def find_calibration(fitted: Detections, held_out: Detections, evaluation: EvaluationConfig) -> CalibrationFit:
-    """Fits Platt's curve, and the threshold of the best F1 after it, on one half of the images; judges on both.
+    """Fit Platt's curve, and then the threshold of the best F1, on one half of the images; judge both halves.
 
     Args:
-        fitted: What both are found on.
-        held_out: What tells how well they do elsewhere.
-        evaluation: What the scores were made with; the result stands in its place.
+        fitted: The half to fit on.
+        held_out: The half that shows how well the fit generalizes.
+        evaluation: What the scores were computed with; the result replaces its values.
 
     Raises:
         ValueError: The fitted half has no true detection, or better scores are not truer.
@@ -283,19 +245,19 @@ def find_calibration(fitted: Detections, held_out: Detections, evaluation: Evalu
 
 
 def logits_of(scores: Tensor) -> Tensor:
-    """Scores → logits, finite for scores of 0 and 1 too."""
+    """Return the logits of scores, finite for scores of 0 and 1 too."""
     return torch.logit(scores, eps=_LEAST_SCORE)
 
 
 def _middle_threshold(detections: Detections) -> float:
-    """The threshold of the best F1, half-way to the next lower score: what is as good or nearly so is kept."""
+    """Return the threshold of the best F1, moved half-way to the next lower score."""
     lowest, _ = best_threshold(detections.scores, detections.is_true, detections.num_truths)
     below = detections.scores[detections.scores < lowest]
     return (lowest + (float(below.max()) if len(below) else 0.0)) / 2
 
 
 def calibration_text(calibration: CalibrationFit) -> str:
-    """What was found, as lines to print."""
+    """Return the calibration as text to print."""
     values = calibration.evaluation
     lines = [
         f"calibrated score = sigmoid({values['score_scale']:.4g} * logit {values['score_shift']:+.4g}), "
@@ -313,7 +275,7 @@ def calibration_text(calibration: CalibrationFit) -> str:
 
 
 def write_calibration(calibration: CalibrationFit, path: Path) -> None:
-    """Writes `CALIBRATION_FILE`."""
+    """Write a calibration as yaml."""
     names = ("before", "after")
     report = {
         half: {name: asdict(part) for name, part in zip(names, getattr(calibration, half), strict=True)}
@@ -324,23 +286,16 @@ def write_calibration(calibration: CalibrationFit, path: Path) -> None:
 
 
 def read_calibration(path: Path, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """The way to predict with the values of a calibration file in it.
-
-    Raises:
-        ValueError: It is no such file, or a value cannot be.
-    """
+    """Return `evaluation` with the values of a calibration file; raise ValueError if they are missing or invalid."""
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot read the calibration {path}: {reason}") from error
     values = content.get("evaluation") if isinstance(content, dict) else None
-    if not isinstance(values, dict) or set(values) != set(KEYS) or not _are_numbers(list(values.values())):
-        raise ValueError(f"{path} is no calibration: it needs evaluation with the numbers {', '.join(KEYS)}")
+    are_numbers = isinstance(values, dict) and all(type(v) in (int, float) and -inf < v < inf for v in values.values())
+    if not isinstance(values, dict) or set(values) != set(KEYS) or not are_numbers:
+        raise ValueError(f"{path} is not a calibration: it needs evaluation with the numbers {', '.join(KEYS)}")
     if not values["score_scale"] > 0 or not 0 <= values["score_threshold"] <= 1:
         raise ValueError(f"{path}: score_scale must be above 0 and score_threshold between 0 and 1, not {values}")
     return replace(evaluation, **values)
-
-
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(type(value) in (int, float) and -inf < value < inf for value in values)

@@ -1,4 +1,4 @@
-"""Captions against the truth: matched boxes (equal, METEOR, CIDEr-D) and dense-captioning mAP.
+"""Score captions: of matched boxes (equal, METEOR, CIDEr-D), and by dense-captioning mAP.
 
 - Dense-captioning mAP: Johnson, Karpathy and Fei-Fei, "DenseCap", 2016, section 4.2.
 - CIDEr-D: Vedantam, Zitnick and Parikh, 2015: rare words count more.
@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from recipe.metrics.gather import (
-    UNDEFINED,
-    boxes_of,
-    match_by_score,
-    normalized_caption,
-    scored_pairs,
-    split_crowds,
-)
+from recipe.metrics.gather import UNDEFINED, boxes_of, match_by_score, normalized_caption, scored_pairs, split_crowds
 from recipe.metrics.scorers import TextScorer, words_of
 from recipe.schema import Object, Prediction, Sample
 
@@ -31,8 +24,8 @@ def match_captions(
 ) -> list[tuple[str, str]]:
     """Return (predicted, true) captions of matched boxes.
 
-    Predictions from `score_threshold` up are matched by falling score, each to the free ground truth it overlaps most,
-    at an IoU of at least `iou_threshold`; crowd regions take no part.
+    Predictions with at least `score_threshold` are matched by falling score, each to the free ground truth that it
+    overlaps most, at an IoU of at least `iou_threshold`. Crowd regions are ignored.
     """
     kept = [item for item in prediction.objects if item.score >= score_threshold]
     kept.sort(key=lambda item: -item.score)
@@ -51,7 +44,7 @@ def caption_match(
         `caption_{scorer.name}`: mean score of the pairs.
         `matched_boxes`: number of pairs.
         `recall`: share of ground truths that were matched.
-        Without a pair the first two are 0; without ground truth all but `matched_boxes` are -1.
+        Without pairs the first two are 0; without ground truth all but `matched_boxes` are -1.
     """
     equal, alike, matched, num_truths = 0, 0.0, 0, 0
     for prediction, _, objects in scored_pairs(predictions, samples):
@@ -73,9 +66,9 @@ def caption_cider(
 ) -> dict[str, float]:
     """Compute `caption_cider_d`, the mean CIDEr-D of the captions of matched boxes (`match_captions`).
 
-    Document frequencies are those of all ground-truth captions of the set, matched or not, so the scale does not move
-    with what a model finds. 0 without a pair, -1 without ground truth. Captions of fewer than four words cannot reach
-    10: each of the four n-gram lengths that a caption lacks counts 0.
+    Document frequencies are those of all ground-truth captions, matched or not, so the scale does not depend on what a
+    model finds. 0 without pairs, -1 without ground truth. Captions of fewer than four words cannot reach 10: each of
+    the four n-gram lengths that a caption lacks counts 0.
     """
     corpus, pairs = [], []
     for prediction, _, objects in scored_pairs(predictions, samples):
@@ -87,7 +80,7 @@ def caption_cider(
     return {"caption_cider_d": sum(scores) / max(len(scores), 1)}
 
 
-FRAME = 720  # pixels of the longer side of the picture in which boxes are compared
+FRAME = 720  # pixels of the longer side of an image when boxes are compared
 MERGE_IOU = 0.7
 IOU_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 TEXT_THRESHOLDS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)
@@ -96,7 +89,7 @@ RECALLS = torch.arange(100, dtype=torch.float64) / 100
 
 @dataclass(frozen=True)
 class MergedTruth:
-    """Ground truths that name one region: their mean box, in the frame, and all their captions."""
+    """Ground truths of one region: their mean box, in pixels of the frame, and all their captions."""
 
     box: Tensor
     references: list[str]
@@ -107,15 +100,15 @@ def dense_captioning(
 ) -> dict[str, float]:
     """Compute the average precision of boxes with captions, over thresholds of both.
 
-    Ground truths that overlap are merged. Detections go by falling score to the merged truth they overlap most; the
-    first one there takes it, even if it then fails a threshold. A detection is true from an IoU threshold up, with a
-    text score strictly above a text threshold.
+    Overlapping ground truths are merged. By falling score, each detection is assigned the merged truth that it overlaps
+    most; only the first one assigned can be true, even if it fails a threshold. It is true if its IoU reaches the IoU
+    threshold and its text score is strictly above the text threshold.
 
-    Corners are taken as they are: `Sample`'s x2 is x1 + width, and an inclusive area is a pixel wider than that. The
-    original code's corners are last pixels, x1 + width - 1, so its scores are a little lower.
+    Corners are used as they are: `Sample`'s x2 is x1 + width, and an inclusive area is a pixel wider than that. The
+    original code's corners are last pixels, x1 + width - 1, so its scores are slightly lower.
 
     Beyond the definition: a detection that overlaps nothing takes no truth (the original code gives it the last one);
-    crowd regions are not truths, and what lies in one is ignored as COCO does; equal scores keep the given order.
+    crowd regions are not truths, and detections in one are ignored as in COCO; equal scores keep the given order.
 
     Returns:
         `densecap_map_{scorer.name}`: mean AP of the 30 pairs of thresholds.
@@ -146,13 +139,14 @@ def dense_captioning(
 def _measure(
     prediction: Prediction, sample: Sample, objects: Sequence[Object], scorer: TextScorer
 ) -> tuple[Tensor, int]:
-    """Return (D, 5) of the detections of one image, see `dense_captioning`, and its number of merged truths."""
+    """Return (D, 5), the `rows` of `dense_captioning` for one image, and its number of merged truths."""
     scale = FRAME / max(sample.width, sample.height)
     found = sorted(prediction.objects, key=lambda item: -item.score)
     boxes = boxes_of(found) * scale
     singles, crowds = split_crowds(objects)
     truths = merge_truths(singles, scale)
-    overlaps, owners, is_first = assign(inclusive_iou(boxes, _stacked([truth.box for truth in truths])))
+    truth_boxes = torch.stack([truth.box for truth in truths]) if truths else boxes.new_empty(0, 4)
+    overlaps, owners, is_first = assign(inclusive_iou(boxes, truth_boxes))
     rows = torch.zeros(len(found), 5, dtype=torch.float64)
     rows[:, 0] = torch.tensor([item.score for item in found], dtype=torch.float64)
     rows[:, 1], rows[:, 2], rows[:, 4] = overlaps, is_first.double(), share_inside(boxes, crowds * scale)
@@ -163,11 +157,11 @@ def _measure(
 
 
 def merge_truths(truths: list[Object], scale: float) -> list[MergedTruth]:
-    """Greedily merges truths with an IoU of at least `MERGE_IOU`, the largest cluster first, the first among equals.
+    """Merge truths with an IoU of at least `MERGE_IOU` greedily, the largest cluster first, of equal ones the first.
 
     Args:
-        truths: With boxes in pixels.
-        scale: From pixels to the frame.
+        truths: Boxes in pixels of the image.
+        scale: From pixels of the image to pixels of the frame.
     """
     boxes = boxes_of(truths) * scale
     is_near = inclusive_iou(boxes, boxes).numpy() >= MERGE_IOU
@@ -181,13 +175,13 @@ def merge_truths(truths: list[Object], scale: float) -> list[MergedTruth]:
 
 
 def assign(iou: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives each detection the truth that it overlaps most, whether or not another has it.
+    """Assign each detection the truth that it overlaps most, whether or not another has it.
 
     Args:
         iou: (D, T), detections by falling score.
 
     Returns:
-        (D,) the overlap; (D,) the truth, -1 where none is overlapped; (D,) whether it is the first with this truth.
+        (D,) the overlap; (D,) the truth, -1 if none is overlapped; (D,) whether it is the first with this truth.
     """
     if not iou.numel():
         nothing = torch.zeros(len(iou), dtype=torch.float64)
@@ -201,7 +195,7 @@ def assign(iou: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def average_precision(is_true: Tensor, num_truths: int) -> float:
-    """Mean over `RECALLS` of the best precision at such a recall or above.
+    """Return the mean over `RECALLS` of the best precision at that recall or above.
 
     Args:
         is_true: (D,) bool, by falling score.
@@ -217,13 +211,13 @@ def average_precision(is_true: Tensor, num_truths: int) -> float:
 
 
 def inclusive_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """(N, M) of (N, 4) and (M, 4) xyxy, whose last pixel belongs to them: a box from 0 to 9 is 10 pixels wide."""
+    """Return the IoU (N, M) of (N, 4) and (M, 4) xyxy with inclusive corners: a box from 0 to 9 is 10 pixels wide."""
     shared = _inclusive_intersection(boxes, others)
     return shared / (_inclusive_area(boxes)[:, None] + _inclusive_area(others) - shared)
 
 
 def share_inside(boxes: Tensor, regions: Tensor) -> Tensor:
-    """(N,) of each box the largest share that lies in one of (C, 4) regions, with inclusive areas; 0 without any."""
+    """Return (N,) the largest share of each box inside one of (C, 4) regions, with inclusive areas; 0 without any."""
     if not len(regions):
         return boxes.new_zeros(len(boxes))
     return (_inclusive_intersection(boxes, regions) / _inclusive_area(boxes)[:, None]).amax(1)
@@ -239,10 +233,6 @@ def _inclusive_area(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
 
 
-def _stacked(boxes: list[Tensor]) -> Tensor:
-    return torch.stack(boxes) if boxes else torch.empty(0, 4, dtype=torch.float64)
-
-
 MAX_NGRAM = 4
 SIGMA = 6.0  # of the penalty on a difference in length, in words
 SCALE = 10.0
@@ -253,13 +243,13 @@ NGram = tuple[str, ...]
 def cider_d(
     candidates: Sequence[str], references: Sequence[Sequence[str]], corpus: Sequence[Sequence[str]] | None = None
 ) -> list[float]:
-    """CIDEr-D of each candidate, mean over its references, from 0 to 10.
+    """Return the CIDEr-D of each candidate, the mean over its references, from 0 to 10.
 
     Args:
-        candidates: One caption each.
-        references: At least one caption each.
-        corpus: Documents, each the captions of one thing, from which the rarity of n-grams is counted; default:
-            `references`. A corpus of one document makes every score 0: nothing in it is rare.
+        candidates: Captions.
+        references: At least one caption per candidate.
+        corpus: Documents, each the captions of one thing, which define how rare n-grams are; default: `references`.
+            With one document every score is 0, as nothing is rare.
 
     Raises:
         ValueError: A candidate has no reference.
@@ -290,7 +280,7 @@ class _Vector:
         self.norms = [math.sqrt(norm) for norm in self.norms]
 
     def similarity(self, other: "_Vector") -> float:
-        """Mean over n of the clipped cosine, less for another length; in [0, 1]."""
+        """Return the mean over n of the clipped cosine, reduced for another length; in [0, 1]."""
         products = [0.0] * MAX_NGRAM
         for ngram, weight in self.weights.items():
             wanted = other.weights.get(ngram, 0.0)
@@ -307,7 +297,7 @@ def _ngrams(words: Sequence[str]) -> Counter[NGram]:
 
 
 def _rarity(documents: Sequence[Sequence[str]]) -> dict[NGram, float]:
-    """The logarithm of all documents over those with the n-gram."""
+    """Return log(number of documents / number of those that hold the n-gram)."""
     holders: Counter[NGram] = Counter()
     for texts in documents:
         holders.update({ngram for text in texts for ngram in _ngrams(words_of(text))})

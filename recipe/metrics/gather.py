@@ -1,7 +1,7 @@
-"""Gather predictions over ranks, and what every score shares: which samples count, and how boxes are matched.
+"""Gather predictions over ranks, choose the samples that count, and match boxes.
 
-A score is a function of (predictions, samples). `Evaluation` is the one metric of an evaluation: it gathers predictions
-and samples over batches and ranks, then calls all functions.
+A score is a function of (predictions, samples). `Evaluation` is the only metric: it gathers predictions and samples
+over batches and ranks, then calls all score functions.
 """
 
 import json
@@ -19,21 +19,20 @@ from torchvision.ops import box_area, box_iou
 from recipe.schema import DetectedObject, LossCounts, Object, Prediction, Sample
 
 FALSE, IGNORED = -1, -2  # instead of the truth that a detection finds
-UNDEFINED = -1.0
-"""A ratio over nothing, as COCO writes it: finite, so that every logger takes it, and no possible score."""
+UNDEFINED = -1.0  # a ratio over nothing, as in COCO: finite, so that every logger takes it, and not a possible score
 Scores = Callable[[Sequence[Prediction], Sequence[Sample]], dict[str, float]]
 # `recipe.data.chat` reads boxes from a JSON object with this key, or from an empty list.
 _TEXT_OF_BOXES = re.compile(r'"bbox_2d"\s*:|\[\s*\]')
 
 
 class Evaluation(Metric):
-    """Loss averages and scores of a whole evaluation set, over all batches and ranks.
+    """Computes loss averages and scores of a whole evaluation set, over all batches and ranks.
 
     Each loss term is its summed numerators over its summed counts; 0 if nothing was counted.
 
     Args:
-        scores: Gets all annotated images of all ranks, ordered by `sample_key`, samples without their image bytes.
-            Called without any it must return the same names.
+        scores: Called with all annotated samples of all ranks, ordered by `sample_key` and without image bytes. Called
+            without samples it must return the same names.
     """
 
     full_state_update = False
@@ -72,12 +71,9 @@ class Evaluation(Metric):
 
         Args:
             predictions: One per sample, in the same order.
-            samples: Samples without annotation or without an image are left out.
+            samples: Those without annotation or without an image are left out.
             loss_sums: Terms before division.
-            counts: What they are divided by.
-
-        Raises:
-            ValueError: The predictions do not belong to the samples.
+            counts: Their divisors.
         """
         lines = [
             json.dumps([sample_key(sample), prediction.to_json(), {**sample.to_mds(), "image": None}]) + "\n"
@@ -90,7 +86,7 @@ class Evaluation(Metric):
         self.loss_counts += self.loss_counts.new_tensor([counts[name] for name in self.denominators.values()])
 
     def compute(self) -> dict[str, Tensor]:
-        """Return all `names`, over all ranks. `evaluated` then holds what they were computed from.
+        """Return all `names`, over all ranks; fills `evaluated` with what the scores were computed from.
 
         Raises:
             ValueError: Nothing was added, not even an empty batch.
@@ -99,7 +95,7 @@ class Evaluation(Metric):
             raise ValueError("compute() before any update(): evaluate at least one batch")
         records = torch.cat(self.records) if isinstance(self.records, list) else self.records
         rows = [json.loads(line) for line in records.cpu().numpy().tobytes().splitlines()]
-        # An order that neither ranks nor batches change, so equal scores always rank the same.
+        # The order does not depend on ranks or batches, so equal scores always rank the same.
         rows.sort(key=lambda row: row[0])
         self.evaluated = [
             (key, Prediction.from_json(prediction), Sample.from_mds({**sample, "image": b""}))
@@ -110,18 +106,12 @@ class Evaluation(Metric):
         return {name: torch.tensor(value) for name, value in values.items()}
 
     def entries(self) -> dict[str, Metric]:
-        """Return one scalar metric per name, as Composer logs them; the first passes updates on."""
+        """Return one scalar metric per name, as Composer logs them; only the first passes updates on."""
         return {name: MetricEntry(self, name, owns=index == 0) for index, name in enumerate(self.names)}
 
 
 class MetricEntry(Metric):
-    """One scalar of an `Evaluation`. Entries share their source, which is updated and computed once.
-
-    Args:
-        source: The evaluation.
-        key: Which of its values.
-        owns: Only the owning entry passes updates on.
-    """
+    """One scalar of an `Evaluation`, which all entries share; only the entry that `owns` it passes updates on."""
 
     full_state_update = False
 
@@ -147,20 +137,20 @@ class MetricEntry(Metric):
 
 
 def sample_key(sample: Sample) -> int:
-    """Return the number that orders samples; equal for equal samples alone, whatever rank or batch they are in."""
+    """Return a number to order samples by, equal only for equal samples, whatever their rank or batch."""
     fields = (sample.id, sample.width, sample.height, sample.objects, sample.messages, stable_hash(sample.image))
     return stable_hash(repr(fields).encode())
 
 
 def stable_hash(data: bytes) -> int:
-    """Return 63 bits of `data` that all processes agree on."""
+    """Return a 63-bit hash of `data` that is the same in all processes."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 def scored_pairs(
     predictions: Sequence[Prediction], samples: Sequence[Sample]
 ) -> Iterator[tuple[Prediction, Sample, tuple[Object, ...]]]:
-    """Yield each prediction with its sample and the sample's objects, if annotated and with an image.
+    """Yield each prediction with its sample and objects, if the sample is annotated and has an image.
 
     Raises:
         ValueError: The lists do not belong together.
@@ -176,15 +166,12 @@ def scored_pairs(
 
 
 def split_crowds(objects: Sequence[Object]) -> tuple[list[Object], Tensor]:
-    """Return the objects that are no crowd regions, and the crowd regions' boxes (C, 4)."""
+    """Return the objects that are not crowd regions, and the crowd regions' boxes (C, 4)."""
     return [item for item in objects if not item.iscrowd], boxes_of([item for item in objects if item.iscrowd])
 
 
 def asks_for_boxes(sample: Sample) -> bool:
-    """Return whether boxes are the answer, by the first answer of the chat, which is what evaluation generates.
-
-    The detection chat asks for boxes, and so may a chat without an answer.
-    """
+    """Return whether the chat's first answer, which evaluation generates, is boxes; True if it has no answer."""
     answer = next((turn["content"] for turn in sample.messages or () if turn["role"] == "assistant"), None)
     if answer is None:
         return True
@@ -193,7 +180,7 @@ def asks_for_boxes(sample: Sample) -> bool:
 
 
 def normalized_caption(caption: str) -> str:
-    """Return the form in which captions are compared."""
+    """Return the form in which captions are compared: no outer blanks, no case."""
     return caption.strip().casefold()
 
 
@@ -203,7 +190,7 @@ def boxes_of(objects: Sequence[Object] | Sequence[DetectedObject]) -> Tensor:
 
 
 def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
-    """Give each detection, in the order of the rows, the free truth it overlaps most.
+    """Assign each detection, in the order of the rows, the free truth that it overlaps most.
 
     Args:
         iou: (detections by falling score, truths).
@@ -222,7 +209,8 @@ def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
 def found_truths(found: Sequence[DetectedObject], objects: Sequence[Object], threshold: float) -> list[int]:
     """Return which truth each detection finds, as COCO matches: its position, `FALSE`, or `IGNORED` in a crowd region.
 
-    Best scores first, each the free truth it overlaps most. So the matches above a score do not depend on those below.
+    Best scores first, each takes the free truth that it overlaps most, so lower scores never change the matches of
+    higher ones.
 
     Args:
         found: By falling score.
@@ -251,7 +239,7 @@ def match_by_overlap(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
 
 
 def inside_crowd(boxes: Tensor, crowds: Tensor, threshold: float) -> Tensor:
-    """Return which of (N, 4) boxes have at least `threshold` of their area in one of (C, 4) crowd regions, as COCO."""
+    """Return which of (N, 4) boxes have at least `threshold` of their area in one of (C, 4) crowd regions."""
     if not len(crowds):
         return torch.zeros(len(boxes), dtype=torch.bool)
     low, high = torch.maximum(boxes[:, None, :2], crowds[:, :2]), torch.minimum(boxes[:, None, 2:], crowds[:, 2:])

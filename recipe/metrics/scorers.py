@@ -1,4 +1,4 @@
-"""Score one caption against another: METEOR 1.5 where Java and its package are installed, else `MeteorLite`."""
+"""Score one caption against another: METEOR 1.5 if Java and its package are installed, else `MeteorLite`."""
 
 import importlib.util
 import re
@@ -15,21 +15,17 @@ from snowballstemmer.english_stemmer import EnglishStemmer
 
 
 class TextScorer(Protocol):
-    """How alike captions are, in [0, 1].
+    """Scores how similar captions are, in [0, 1]."""
 
-    Attributes:
-        name: Part of the name of every metric that depends on it: numbers of two scorers do not compare.
-    """
-
-    name: str
+    name: str  # part of the name of every metric that uses it, as two scorers are not comparable
 
     def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """The score of each candidate against all its references together."""
+        """Return the score of each candidate against all its references together."""
         ...
 
 
 class Meteor15:
-    """METEOR 1.5, English, by `pycocoevalcap`: one Java process, started at the first call. Copies start their own."""
+    """METEOR 1.5 for English by `pycocoevalcap`: one Java process per copy, started at the first call."""
 
     name = "meteor15"
 
@@ -37,15 +33,11 @@ class Meteor15:
         self._meteor: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Composer copies metrics; a process cannot be copied."""
+        """Copy without the process: Composer copies metrics."""
         return Meteor15, ()
 
     def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """The score of each candidate against the best of its references; 0 for one without words.
-
-        Raises:
-            RuntimeError: Java does not answer.
-        """
+        """Return the best score of each candidate over its references, 0 without words; RuntimeError if Java fails."""
         lines = [_one_line(candidate) for candidate in candidates]
         others = [[line for text in own if (line := _one_line(text))] for own in references]
         asked = [index for index, line in enumerate(lines) if line and others[index]]
@@ -71,7 +63,7 @@ class Meteor15:
         return scores
 
     def _stop(self) -> None:
-        """Ends Java. A call that failed or was interrupted holds a lock, for which Python's end would wait for ever."""
+        """Kill Java and release the lock of a failed call, for which Python's exit would wait indefinitely."""
         meteor, self._meteor = self._meteor, None
         meteor.meteor_p.kill()
         with suppress(OSError):  # what it did not read
@@ -81,16 +73,13 @@ class Meteor15:
 
 
 def default_text_scorer() -> TextScorer:
-    """METEOR 1.5 where Java and `pycocoevalcap` are installed for every rank, else `MeteorLite`.
-
-    All ranks call it together and get the same: what they score is gathered under one name.
-    """
+    """Return METEOR 1.5 if every rank has Java and `pycocoevalcap`, else `MeteorLite`; all ranks call it together."""
     can_run = shutil.which("java") is not None and importlib.util.find_spec("pycocoevalcap") is not None
     return Meteor15() if all(dist.all_gather_object(can_run)) else MeteorLite()
 
 
 def _one_line(text: str) -> str:
-    """Without what the Java process takes for the end of a line or a field."""
+    """Return the text without what the Java process takes for the end of a line or a field."""
     return " ".join(text.replace("|||", " ").split())
 
 
@@ -109,27 +98,20 @@ under up us very was we were what when where which while who whom whose why will
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which words of a candidate stand for which of a reference.
+    """Pairs of words of a candidate and a reference."""
 
-    Attributes:
-        pairs: (position in the candidate, position in the reference), by rising candidate position.
-        num_chunks: Runs of pairs that are neighbours in both.
-        distance: Sum of the differences of the positions.
-        used: Bits of the reference positions taken.
-    """
-
-    pairs: tuple[tuple[int, int], ...] = ()
-    num_chunks: int = 0
-    distance: int = 0
-    used: int = 0
+    pairs: tuple[tuple[int, int], ...] = ()  # (candidate position, reference position), by candidate position
+    num_chunks: int = 0  # runs of pairs that are neighbours in both
+    distance: int = 0  # sum of the differences of the positions
+    used: int = 0  # bits of the reference positions taken
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """More words first, then fewer chunks, then straighter pairs."""
+        """Return the sort key: more pairs first, then fewer chunks, then less distance."""
         return -len(self.pairs), self.num_chunks, self.distance
 
     def with_pair(self, candidate: int, reference: int) -> "Alignment":
-        """One pair more."""
+        """Return the alignment with one more pair."""
         continues = bool(self.pairs) and self.pairs[-1] == (candidate - 1, reference - 1)
         return Alignment(
             (*self.pairs, (candidate, reference)),
@@ -142,12 +124,12 @@ class Alignment:
 class MeteorLite:
     """METEOR 1.5 for English with two of its four stages: exact words and stems.
 
-    Missing are its synonyms (WordNet) and paraphrases (a table of 60 MB), so a caption in other words mostly scores
-    lower; punctuation is dropped, words keep their apostrophes, and the function words are our list. With METEOR's own
-    function words and without those two stages, scores are equal where no word has an apostrophe, no stem occurs
-    twice in a sentence, and Snowball 3 stems the words as METEOR's older Snowball does (it stems 56 of 164,835 words in
-    another way). Where a stem occurs twice, METEOR drops stem matches that compete, as it counts half a match as none,
-    and we do not. In other languages equal words still count.
+    Synonyms (WordNet) and paraphrases (a table of 60 MB) are missing, so a caption in other words usually scores lower.
+    Punctuation is dropped, words keep their apostrophes, and the list of function words is ours. Scores equal METEOR's
+    with its function words and without those two stages, with three exceptions: words with apostrophes; the 56 of
+    164,835 words that Snowball 3 stems differently from METEOR's older Snowball; and stems that occur twice in a
+    sentence, for which METEOR drops competing matches because it rounds half a match to none. In other languages equal
+    words still count.
 
     Args:
         function_words: Separated by blanks. They weigh 1 - `DELTA`, others `DELTA`.
@@ -159,14 +141,14 @@ class MeteorLite:
         self.function_words = frozenset(function_words.split())
 
     def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """Of each candidate the best score against one of its references, in [0, 1]; 0 without references."""
+        """Return the best score of each candidate over its references, in [0, 1]; 0 without references."""
         return [
             max((self.score(words_of(candidate), words_of(reference)) for reference in own), default=0.0)
             for candidate, own in zip(candidates, references, strict=True)
         ]
 
     def score(self, candidate: Sequence[str], reference: Sequence[str]) -> float:
-        """Of one pair of sentences, in words."""
+        """Return the score of one pair of sentences, as lists of words."""
         found = align(candidate, reference)
         if not found.pairs:
             return 0.0
@@ -179,7 +161,7 @@ class MeteorLite:
         return mean * (1 - GAMMA * (found.num_chunks / len(found.pairs)) ** BETA)
 
     def _share(self, weights: Sequence[float], matched: Sequence[str], words: Sequence[str]) -> float:
-        """The weighted share of `words` that is `matched`, content words counting more."""
+        """Return the weighted share of `words` that is `matched`; content words weigh more."""
         hits = sum(weight * self._importance(word) for weight, word in zip(weights, matched, strict=True))
         return hits / sum(self._importance(word) for word in words)
 
@@ -194,7 +176,7 @@ def stem(word: str) -> str:
 
 
 def align(candidate: Sequence[str], reference: Sequence[str]) -> Alignment:
-    """The best one-to-one alignment of equal words and stems, by METEOR's beam search."""
+    """Return the best one-to-one alignment of equal words and stems, by METEOR's beam search."""
     stems = [stem(word) for word in reference]
     beam = [Alignment()]
     for position, word in enumerate(candidate):
@@ -211,11 +193,7 @@ _APOSTROPHES = str.maketrans({"\u2019": "'", "\u02bc": "'"})
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words without punctuation; an apostrophe inside a word stays, a character of Chinese is a word."""
+    """Return lower-case words without punctuation, keeping inner apostrophes; each Chinese character is a word."""
     text = unicodedata.normalize("NFC", text).translate(_APOSTROPHES).lower()
-    kept = "".join(character if _belongs_to_word(character) else " " for character in text)
+    kept = "".join(char if char == "'" or unicodedata.category(char)[0] not in "PSZC" else " " for char in text)
     return [word for part in _UNSPACED.sub(r" \1 ", kept).split() if (word := part.strip("'"))]
-
-
-def _belongs_to_word(character: str) -> bool:
-    return character == "'" or unicodedata.category(character)[0] not in "PSZC"

@@ -15,40 +15,26 @@ from recipe.data.chat import answer_frame, text_to_objects
 from recipe.models.network import JointNetwork
 from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.prediction.generate import generate_answers, generate_captions
-from recipe.schema import (
-    Batch,
-    CaptionPlaces,
-    DetectedObject,
-    DetectionOutputs,
-    JointOutputs,
-    Prediction,
-    Sample,
-)
+from recipe.schema import Batch, CaptionPlaces, DetectedObject, DetectionOutputs, JointOutputs, Prediction, Sample
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the outputs of a network become predictions.
-
-    Attributes:
-        tokenizer: Decodes captions and answers.
-        evaluation: Thresholds, lengths and calibration.
-        prompt: Holds the frame in which an answer counts its boxes.
-    """
+    """How the outputs of a network become predictions."""
 
     tokenizer: PreTrainedTokenizerBase
     evaluation: EvaluationConfig
-    prompt: PromptConfig
+    prompt: PromptConfig  # says in which frame an answer gives its boxes
 
 
 @torch.no_grad()
 def predict(network: JointNetwork, batch: Batch, decoding: Decoding) -> tuple[JointOutputs, list[Prediction]]:
-    """Run the network on a batch; return its outputs and one prediction per sample, in the order of the samples.
+    """Run the network on a batch; return its outputs and one prediction per sample, in order.
 
-    Every query gives an object, by falling score, except those that NMS removes if `nms_iou` is set; those below the
+    Every query gives an object, by falling score, except those that NMS removes if `nms_iou` is set. Objects below the
     score threshold have no caption. A sample without an image has no objects.
     """
-    # Inside the forward pass: outside, FSDP has sharded the parameters that generation needs.
+    # Decoded inside the forward pass: outside it, FSDP has sharded the parameters that generation needs.
     result = network(Sealed(batch), lambda outputs: decode(network, batch, outputs, decoding))
     reshard(network)
     return result
@@ -67,40 +53,30 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
     patch = network.vlm.hf_model.config.vision_config.patch_size
     predictions = []
     for position, sample in enumerate(batch["samples"]):
-        objects: tuple[DetectedObject, ...] = ()
-        size = (sample.width, sample.height)
+        row, size = rows.get(position), (sample.width, sample.height)
+        objects: tuple[DetectedObject, ...] = () if row is None else objects_of[row]
         (answer, is_cut), answer_objects = answers.get(position, (None, False)), None
-        if position in rows:
-            row = rows[position]
-            objects = objects_of[row]
-            if answer is not None:
-                _, height, width = batch["image_grid_thw"][batch["student_images"][row]].tolist()
-                frame = answer_frame(decoding.prompt.box_coordinates, (width * patch, height * patch))
-                parsed = text_to_objects(answer, size, frame)
-                answer_objects = None if parsed is None else tuple(parsed)
+        if row is not None and answer is not None:
+            _, height, width = batch["image_grid_thw"][batch["student_images"][row]].tolist()
+            frame = answer_frame(decoding.prompt.box_coordinates, (width * patch, height * patch))
+            parsed = text_to_objects(answer, size, frame)
+            answer_objects = None if parsed is None else tuple(parsed)
         predictions.append(Prediction(sample.id, *size, objects, answer, answer_objects, is_cut))
     return predictions
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The queries of N images, best first.
+    """The queries of N images, best first."""
 
-    Attributes:
-        queries: (N, Q) int64, the objects by falling score, then those that NMS removed.
-        scores: (N, Q) in [0, 1], of `queries`.
-        boxes: (N, Q, 4) cxcywh in [0, 1], float32, of `queries`.
-        num_objects: (N,) int64.
-    """
-
-    queries: Tensor
-    scores: Tensor
-    boxes: Tensor
-    num_objects: Tensor
+    queries: Tensor  # (N, Q) int64, the objects by falling score, then those that NMS removed
+    scores: Tensor  # (N, Q) in [0, 1], of `queries`
+    boxes: Tensor  # (N, Q, 4) cxcywh in [0, 1], float32, of `queries`
+    num_objects: Tensor  # (N,) int64
 
 
 def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> Ranking:
-    """Score all queries; with `nms_iou`, those that overlap a better one by more than that are not objects."""
+    """Rank all queries by score; those that overlap a better one by more than `nms_iou` are not objects."""
     scores = calibrated_scores(detection.pred_objectness, evaluation)
     scores, queries = scores.sort(dim=1, descending=True, stable=True)
     rows = torch.arange(len(queries), device=queries.device)[:, None]
@@ -108,7 +84,11 @@ def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> R
     num_objects = torch.full_like(queries[:, 0], queries.shape[1])
     if evaluation.nms_iou is not None:
         corners = normalized_to_pixels(boxes, 1, 1)  # IoU is the same in any unit of x and of y
-        removed = torch.stack([_doubles(row, evaluation.nms_iou) for row in corners])  # (N, Q)
+        # By falling rank instead of score, so that equal scores keep their order.
+        falling = torch.arange(queries.shape[1], 0, -1, dtype=boxes.dtype, device=boxes.device)
+        removed = torch.ones_like(queries, dtype=torch.bool)  # (N, Q)
+        for image, row in enumerate(corners):
+            removed[image, nms(row, falling, evaluation.nms_iou)] = False
         order = removed.int().argsort(dim=1, stable=True)
         scores, queries, boxes = scores.gather(1, order), queries.gather(1, order), boxes[rows, order]
         num_objects = (~removed).sum(1)
@@ -116,23 +96,15 @@ def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> R
 
 
 def calibrated_scores(logits: Tensor, evaluation: EvaluationConfig) -> Tensor:
-    """Return objectness logits as scores; in double precision if calibrated, as a steep scale makes the best equal."""
+    """Return objectness logits as scores; float64 if calibrated, as a steep scale would make the best ones equal."""
     scale, shift = evaluation.score_scale, evaluation.score_shift
     return (logits.float() if (scale, shift) == (1.0, 0.0) else logits.double() * scale + shift).sigmoid()
-
-
-def _doubles(boxes: Tensor, nms_iou: float) -> Tensor:
-    """Return which of (Q, 4) boxes by falling score NMS removes: (Q,) bool."""
-    falling = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype, device=boxes.device)  # equal scores keep their order
-    removed = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    removed[nms(boxes, falling, nms_iou)] = False
-    return removed
 
 
 def _objects(
     ranking: Ranking, captions: Sequence[dict[int, str]], samples: Sequence[Sample]
 ) -> list[tuple[DetectedObject, ...]]:
-    """Return the objects of each image, by falling score; `captions` by query. One copy each leaves the device."""
+    """Return the objects of each image, by falling score; `captions` are by query."""
     if not samples:
         return []
     sizes = torch.tensor([(sample.width, sample.height) for sample in samples])
@@ -160,7 +132,7 @@ def _captions(
     is_blank = len(image) == 0
     if is_blank and not lockstep:
         return captions
-    if is_blank:  # one that is thrown away, since other ranks may have some to write
+    if is_blank:  # write one and discard it, since other ranks may have some to write
         image = rank = ranks[:1]
     queries = ranking.queries[image, rank]
     ids = generate_captions(
@@ -181,7 +153,7 @@ def _captions(
 
 
 def _answers(network: JointNetwork, batch: Batch, decoding: Decoding, lockstep: bool) -> dict[int, tuple[str, bool]]:
-    """Return the answer about each image and whether its end is missing, by the sample's position in the batch."""
+    """Return the answer about each image and whether it was cut off, by the sample's position in the batch."""
     tokens = batch["input_ids"].flatten()
     prompts = [tokens[row[row >= 0]] for row in batch["prompt_index"]]
     patches, grids = batch["pixel_patches"], batch["image_grid_thw"]
@@ -200,7 +172,7 @@ def _answers(network: JointNetwork, batch: Batch, decoding: Decoding, lockstep: 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that ends a caption and an answer."""
-    assert isinstance(tokenizer.eos_token_id, int), "the checkpoint's tokenizer has an end-of-sequence token"
+    assert isinstance(tokenizer.eos_token_id, int), "the checkpoint's tokenizer has no end-of-sequence token"
     return tokenizer.eos_token_id
 
 

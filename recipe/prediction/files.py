@@ -1,4 +1,4 @@
-"""What `predict.py` writes and `gallery.py` reads: predictions in our form, and as COCO results.
+"""Write and read the files of `predict.py`: predictions in our own form, and as COCO results.
 
 `predictions.json` is a list of one entry per image, each a `recipe.schema.PredictedFile`:
 
@@ -7,9 +7,9 @@
      "answer": "[...]", "answer_objects": [{"box": [...], "caption": "a cat"}, ...],
      "answer_is_cut": false, "error": null}
 
-Boxes are xyxy in pixels of the displayed image. `objects`, by falling score, are all from `score_threshold` up; both
-are null if the head was not asked, `answer` if the language model was not, `answer_objects` also if its answer could
-not be parsed. If an image could not be used, everything but `error`, its name and its number is null.
+Boxes are xyxy in pixels of the displayed image. `objects` are all with at least `score_threshold`, by falling score;
+both are null if the head was not asked. `answer` is null if the language model was not asked, `answer_objects` also if
+its answer could not be parsed. If an image could not be used, all but `error`, `id`, `file` and `image_id` is null.
 """
 
 import json
@@ -28,13 +28,10 @@ _KEYS = {"id", "file", "width", "height", "objects", "answer", "answer_objects",
 
 
 def rounded(prediction: Prediction, score_threshold: float, with_head: bool = True) -> Prediction:
-    """Return a prediction as it is written: without objects below the threshold, or without the head's at all.
-
-    Boxes are in hundredths of a pixel, scores by `rounded_score`.
-    """
+    """Return a prediction as it is written: without objects below the threshold, or without the head's at all."""
 
     def written(objects: Iterable[DetectedObject]) -> tuple[DetectedObject, ...]:
-        boxes = ((item, [round(value, 2) for value in item.box]) for item in objects)
+        boxes = ((item, [round(value, 2) for value in item.box]) for item in objects)  # hundredths of a pixel
         return tuple(
             DetectedObject((x1, y1, x2, y2), rounded_score(item.score), item.caption)
             for item, (x1, y1, x2, y2) in boxes
@@ -49,14 +46,14 @@ def rounded(prediction: Prediction, score_threshold: float, with_head: bool = Tr
 
 
 def rounded_score(score: float) -> float:
-    """Return a score as it is written: six significant digits, so that small ones keep their order too."""
+    """Return a score as it is written: six significant digits, so that small scores keep their order too."""
     return float(f"{score:.6g}")
 
 
 def coco_results(entries: Iterable[PredictedFile]) -> list[dict[str, Any]]:
-    """Return the entries as COCO results, all of category 1, with the caption next to it.
+    """Return the head's objects as COCO results, all of category 1, with their captions.
 
-    The head's objects, or those of the text answer (score 1) if the head was not asked.
+    If the head was not asked, the objects of the text answer, with score 1.
     """
     results = []
     for entry in entries:
@@ -77,16 +74,12 @@ def coco_results(entries: Iterable[PredictedFile]) -> list[dict[str, Any]]:
 
 
 def least_score(entries: Iterable[PredictedFile]) -> float:
-    """Return the score from which on every entry holds its objects; 0 if a file of an older version does not say."""
+    """Return the least score of which every entry holds its objects; 0 if a file of an older version does not say."""
     return max((entry.score_threshold or 0.0 for entry in entries), default=0.0)
 
 
 def refuse_to_overwrite(out: Path, names: Sequence[str]) -> None:
-    """Raise if `out` holds a file that would be written.
-
-    Raises:
-        ValueError: It does.
-    """
+    """Raise ValueError if `out` holds a file that would be written."""
     files = [out / PREDICTIONS_FILE, out / COCO_RESULTS_FILE, *(out / f"{name}.png" for name in names)]
     there = [path.name for path in files if path.exists()]
     if there:
@@ -108,11 +101,7 @@ def write_json_text(path: Path, text: str) -> None:
 
 
 def read_entries(path: Path) -> list[PredictedFile]:
-    """Read a `predictions.json`, also of older versions.
-
-    Raises:
-        ValueError: It is not one, or an entry of it cannot be used.
-    """
+    """Read a `predictions.json`, also of older versions; raise ValueError if an entry cannot be used."""
     try:
         rows = json.loads(path.read_bytes(), parse_constant=_refuse_number)
     except (OSError, ValueError) as error:
@@ -125,7 +114,7 @@ def read_entries(path: Path) -> list[PredictedFile]:
             if not _IS[kind](value):
                 raise ValueError(f"{path}: image {row['id']!r}: {name} is {value!r}, not {kind}: predict again")
         if row["id"] in ids:
-            raise ValueError(f"{path}: several images are called {row['id']!r}: predict them in one run")
+            raise ValueError(f"{path}: several images have the id {row['id']!r}: predict them in one run")
         ids.add(row["id"])
     return [PredictedFile.from_json(row) for row in rows]
 
@@ -144,7 +133,7 @@ _IS: dict[str, Callable[[Any], bool]] = {
 
 
 def _fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Yield what an entry must hold if it is not null: name, value, and which check of `_IS` it must pass."""
+    """Yield the name and value of each field of an entry, and which check of `_IS` the value must pass."""
     yield "id", row["id"], "a text"
     yield "file", row["file"], "a text"
     if row["error"] is None:

@@ -1,4 +1,4 @@
-"""Generation: captions of kept queries with a key/value cache, and the language model's own answer."""
+"""Generate the captions of kept queries with a key/value cache, and the language model's answers."""
 
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -26,13 +26,13 @@ def generate_captions(
     eos_token_id: int,
     lockstep: bool = False,
 ) -> Tensor:
-    """Write the captions of R queries of N images, all at once; each token is the likeliest after those before it.
+    """Write the captions of R queries of N images, all at once and greedily.
 
     Args:
         decoder: The caption decoder.
         query_features: (R, W).
         boxes: (R, 4) cxcywh in [0, 1].
-        places: Of the captions.
+        places: Where each caption belongs.
         memory: Of the N images.
         embed: Token ids → (..., D).
         logits: (..., D) → (..., V).
@@ -64,7 +64,7 @@ def generate_answers(
     max_new_tokens: int,
     lockstep: bool = False,
 ) -> list[Tensor]:
-    """Let the language model answer, through transformers' own `generate`.
+    """Generate the language model's answers with transformers' `generate`, greedily.
 
     Args:
         vlm: The language model.
@@ -88,7 +88,7 @@ def generate_answers(
         pixel_values = vlm.normalizer(pixel_patches).to(hf_model.dtype)
         images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         if "mm_token_type_ids" in signature(hf_model.forward).parameters:
-            # Without them transformers 5 gives the tokens of an image the positions of words.
+            # Without them transformers 5 gives image tokens the positions of words.
             images["mm_token_type_ids"] = (input_ids == hf_model.config.image_token_id).int()
     generated = hf_model.generate(
         input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""Find the image files that a command line names, and name what is written about each."""
+"""Find the images that a command line names, match them to entries of data sets, and read annotated folders."""
 
 import glob
 import os
@@ -17,17 +17,14 @@ SUFFIXES = (
 
 
 def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the images that files, folders and globs name, in the order given, each once.
+    """Return the images that files, folders and globs name, in order, each once, and counts of other files by suffix.
 
-    A file is taken whatever its name, even if it does not exist: reading it reports that. A folder gives all files
-    below it with the suffix of an image, by name, without hidden ones. `**` in a glob stands for any folders.
+    A named file is always taken: if it does not exist, reading it reports that. A folder gives all files below it with
+    an image suffix, by name, except hidden ones. `**` in a glob matches any folders.
 
     Args:
-        arguments: Of the command line.
-        left_out: Folder that neither folders nor globs search unless it is named, since the drawings go there.
-
-    Returns:
-        The images, and the number of other files in folders by suffix.
+        arguments: Files, folders and globs.
+        left_out: Folder that is not searched unless it is named itself, since the drawings go there.
 
     Raises:
         ValueError: A folder or a glob holds no image, or a folder cannot be read.
@@ -37,7 +34,7 @@ def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], C
     for argument in arguments:
         paths = list(_expand(argument, left_out.resolve(), others))
         if not paths:
-            raise ValueError(f"{argument} names no image: give files, globs, or folders of {' '.join(SUFFIXES)}")
+            raise ValueError(f"{argument} holds no image: give files, globs, or folders of {' '.join(SUFFIXES)}")
         for path in paths:
             found.setdefault(path.resolve(), path)
     return list(found.values()), others
@@ -56,9 +53,13 @@ def _expand(argument: str, left_out: Path, others: Counter[str]) -> Iterator[Pat
 
 
 def _below(folder: Path, left_out: Path, others: Counter[str]) -> Iterator[Path]:
-    """Search through links too, each folder once; count in `others` what is not an image."""
+    """Yield the images below a folder, through links too, each folder once; count other files in `others`."""
     seen = {left_out} - {folder.resolve()}
-    for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         seen.add(Path(root).resolve())
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and Path(root, name).resolve() not in seen
@@ -70,12 +71,8 @@ def _below(folder: Path, left_out: Path, others: Counter[str]) -> Iterator[Path]
                 others[Path(name).suffix.lower()] += 1
 
 
-def _refuse_folder(error: OSError) -> None:
-    raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-
 def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
-    """Return a name per image, its stem if free; no drawing `{out}/{name}.png` overwrites another or an input."""
+    """Return a name per image, its stem if free: no drawing `{out}/{name}.png` overwrites another or an input."""
     taken = {str(path.resolve()).casefold() for path in paths}
     names = []
     for path in paths:
@@ -89,7 +86,7 @@ def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
 
 
 def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return relative paths, as data sets write them, by the file's own name: what `entry_of` searches."""
+    """Return relative paths, as data sets write them, by their last part, which `entry_of` searches."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(Path(name).name, []).append(name)
@@ -97,56 +94,40 @@ def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
-    """Return the one of `names`, from `names_by_file`, that is the file; None if none is.
+    """Return the entry of `names` (from `names_by_file`) that names the file, or None; raise ValueError if several do.
 
-    The folders of a name must be the last ones of the path, as it is given or with its links followed: `train/x.png`
-    is not a name of `val/x.png`.
-
-    Raises:
-        ValueError: Several are.
+    The folders of a name must be the last ones of the path, as given or with its links resolved: `train/x.png` does
+    not name `val/x.png`.
     """
     places = (path.absolute().parts, path.resolve().parts)
-    alike = []
-    for name in names.get(path.name, ()):
-        parts = Path(name).parts
-        if any(place[-len(parts) :] == parts for place in places):
-            alike.append(name)
+    split = [(name, Path(name).parts) for name in names.get(path.name, ())]
+    alike = [name for name, parts in split if any(place[-len(parts) :] == parts for place in places)]
     if len(alike) > 1:
         raise ValueError(f"{path} can be any of {alike[:3]} of the data set: give files of different names")
     return alike[0] if alike else None
 
 
 def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list[str]:
-    """Return the entry of each file, a different one for each.
+    """Return the entry of each file; raise ValueError if a file has none, or shares it with another.
 
     Args:
         paths: The files.
         names: Relative paths, as data sets write them.
-        source: Of the names, as the command line gives it.
-
-    Raises:
-        ValueError: A file has none, or two have the same.
+        source: Of the names, for messages.
     """
     by_file = names_by_file(names)
     entries: list[str] = []
     for path in paths:
         name = entry_of(path, by_file)
         if name is None:
-            raise ValueError(f"{path} is not among the images of {source}: leave one or the other out")
+            raise ValueError(f"{path} is not among the images of {source}: leave one of them out")
         entries.append(name)
     refuse_shared(zip(map(str, paths), entries, strict=True))
     return entries
 
 
 def refuse_shared(claims: Iterable[tuple[str, str]]) -> None:
-    """Raise if two files claim the same entry of a data set.
-
-    Args:
-        claims: Files and their entries; a file may come twice.
-
-    Raises:
-        ValueError: They do.
-    """
+    """Raise ValueError if two files have the same entry of a data set; `claims`: (file, entry), repeated or not."""
     files: dict[str, str] = {}
     for file, name in claims:
         if files.setdefault(name, file) != file:
@@ -160,12 +141,12 @@ def read_annotated_folder(folder: Path) -> list[Sample]:
     """Return the annotated images of a folder: MDS shards, or one file of JSON lines and the images it names.
 
     Raises:
-        ValueError: It is neither, or an image of it cannot be used or is not annotated.
+        ValueError: It is neither, or one of its images cannot be used or is not annotated.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give one of MDS shards, or of images and their annotations")
     if (folder / INDEX_FILE).is_file():
-        from recipe.upstream.storage import read_mds  # brings Composer, which takes seconds to import
+        from recipe.upstream.storage import read_mds  # imports Composer, which takes seconds
 
         samples = list(read_mds(folder))
     else:

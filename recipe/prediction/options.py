@@ -1,4 +1,4 @@
-"""The command line of `recipe/predict.py`. Imports no heavy library: its mistakes are reported within a second."""
+"""Parse the command line of `recipe/predict.py`, without heavy imports: mistakes are reported within a second."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ EXAMPLES = """examples:
   python recipe/predict.py --checkpoint exported --out found --expression "a red car" 'images/*.jpg'
   python -m recipe.gallery --predictions found/predictions.json --out found/gallery.html   # one page of all images
 
-found/predictions.json holds objects and answers, found/coco_results.json the objects in COCO's form. What the flags
-leave out is the run's: the sections evaluation and prompt of its config.yaml; recipe/config.py documents their keys."""
+found/predictions.json holds objects and answers, found/coco_results.json the objects in COCO's form. Defaults come from
+the sections evaluation and prompt of the run's config.yaml; recipe/config.py documents their keys."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -30,42 +30,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in DIR")
     parser.add_argument("--no-drawings", action="store_true", help="write the JSON files alone")
     parser.add_argument("--config", metavar="YAML", help="default: what was saved with the checkpoint")
-    parser.add_argument(
-        "--answer",
-        choices=("text", "boxes", "both"),
-        help="text: the language model's, boxes: the head's; default: the run's",
-    )
-    parser.add_argument(
-        "--score-threshold", type=float, metavar="F", help="least score of a prediction; default: the run's"
-    )
-    parser.add_argument(
-        "--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores and their threshold"
-    )
+    what = "text: the language model's, boxes: the head's; default: the run's"
+    parser.add_argument("--answer", choices=("text", "boxes", "both"), help=what)
+    parser.add_argument("--score-threshold", type=float, metavar="F", help="least score; default: the run's")
+    what = "from eval.py: calibrated scores and their threshold"
+    parser.add_argument("--calibration", type=Path, metavar="YAML", help=what)
     parser.add_argument("--nms-iou", type=float, metavar="F", help="drop the worse of two boxes that overlap more")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
-    parser.add_argument(
-        "--expression", action="append", metavar="TEXT", help="look for this (candidate phrase); repeatable"
-    )
-    parser.add_argument(
-        "--teachers",
-        type=Path,
-        metavar="FOLDER",
-        help="solved examples: MDS shards, or a .jsonl and images",
-    )
-    parser.add_argument(
-        "--num-teachers",
-        type=int,
-        metavar="N",
-        help="first N of FOLDER; default: as in training, else all",
-    )
-    parser.add_argument(
-        "--truth", type=Path, metavar="JSON", help="COCO instances file: draw the truth next to the prediction"
-    )
-    parser.add_argument(
-        "--image-ids", type=Path, metavar="JSON", help="COCO instances file with their ids; default: 1, 2, ..."
-    )
+    what = "look for this (candidate phrase); repeatable"
+    parser.add_argument("--expression", action="append", metavar="TEXT", help=what)
+    what = "solved examples: MDS shards, or a .jsonl and images"
+    parser.add_argument("--teachers", type=Path, metavar="FOLDER", help=what)
+    what = "first N of FOLDER; default: as in training, else all"
+    parser.add_argument("--num-teachers", type=int, metavar="N", help=what)
+    what = "COCO instances file: draw the truth next to the prediction"
+    parser.add_argument("--truth", type=Path, metavar="JSON", help=what)
+    what = "COCO instances file with their ids; default: 1, 2, ..."
+    parser.add_argument("--image-ids", type=Path, metavar="JSON", help=what)
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")

@@ -32,7 +32,7 @@ def test_it_is_set_key_by_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["ema.smoothing=0.9"], "ema.half_life is 100ba and ema.smoothing is 0.9: set one of them.*other to null"),
+        (["ema.smoothing=0.9"], "ema.half_life is 100ba and ema.smoothing is 0.9: set one, and the other to null"),
         (["ema.half_life=null"], "ema.half_life is None and ema.smoothing is None: set one"),
         (["ema.half_life=null", "ema.smoothing=1.0"], "ema.smoothing is 1.0: it must be above 0 and below 1"),
         (["ema.half_life=1ep"], "ema.half_life is '1ep': it must be 1 batch or more"),

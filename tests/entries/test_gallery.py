@@ -26,22 +26,22 @@ from recipe.schema import Sample
 from tests.support.gallery_cases import NASTY, entry, found, options, row, sample, true
 
 
-def test_errors_at_a_threshold_and_which_pictures_are_kept() -> None:
+def test_errors_at_a_threshold_and_which_images_are_kept() -> None:
     rows = [
         entry("right", [found(0, 0.9)]),
         entry("false", [found(80, 0.5), found(0, 0.9)]),
         entry("missed", []),
         entry("unknown", [found(0, 0.9)]),
-        entry("broken", None, error="no picture", width=None, height=None),
+        entry("broken", None, error="no image", width=None, height=None),
         entry("text", None, answer="[]", answer_objects=[]),
     ]
     truths = {name: sample(name, true(0), true(30)) for name in ("right", "false", "missed", "text")}
-    pictures = page_data(rows, truths, 0.3, 6, 64)["pictures"]
-    assert [num_errors(picture, "head", 0.3) for picture in pictures] == [1, 2, 2, -1, float("inf"), 2]
-    assert num_errors(pictures[1], "head", 0.6) == 1
-    assert num_errors(pictures[0], "head", 0.95) == 2
+    images = page_data(rows, truths, 0.3, 6, 64)["images"]
+    assert [num_errors(image, "head", 0.3) for image in images] == [1, 2, 2, -1, float("inf"), 2]
+    assert num_errors(images[1], "head", 0.6) == 1
+    assert num_errors(images[0], "head", 0.95) == 2
     kept = page_data(rows, truths, 0.3, 3, 64)
-    assert [picture["id"] for picture in kept["pictures"]] == ["false", "missed", "broken"]
+    assert [image["id"] for image in kept["images"]] == ["false", "missed", "broken"]
     assert kept["left_out"] == [
         {
             "error": None,
@@ -58,32 +58,32 @@ def test_other_words_at_the_right_place() -> None:
     captions = {"same": " STRASSE", "other": "street", "none": ""}
     rows = [entry(name, [found(0, 0.9, caption)]) for name, caption in captions.items()]
     truths = {name: sample(name, true(0, "straße ")) for name in captions}
-    pictures = page_data(rows, truths, 0.3, 3, 64)["pictures"]
-    assert [picture["head"][0]["other_words"] for picture in pictures] == [False, True, True]
-    assert [num_errors(picture, "head", 0.3) for picture in pictures] == [0, 0, 0]
-    assert [num_errors(picture, "head", 0.3, words_count=True) for picture in pictures] == [0, 1, 1]
-    assert [num_errors(picture, "head", 0.95, words_count=True) for picture in pictures] == [1, 1, 1]  # missed
-    assert [picture["id"] for picture in page_data(rows, truths, 0.3, 2, 64)["pictures"]] == ["other", "none"]
+    images = page_data(rows, truths, 0.3, 3, 64)["images"]
+    assert [image["head"][0]["other_words"] for image in images] == [False, True, True]
+    assert [num_errors(image, "head", 0.3) for image in images] == [0, 0, 0]
+    assert [num_errors(image, "head", 0.3, words_count=True) for image in images] == [0, 1, 1]
+    assert [num_errors(image, "head", 0.95, words_count=True) for image in images] == [1, 1, 1]  # missed
+    assert [image["id"] for image in page_data(rows, truths, 0.3, 2, 64)["images"]] == ["other", "none"]
 
 
 def test_the_slider_begins_where_the_predictions_do() -> None:
     older, rows = [entry("a", [])], [entry("a", [], score_threshold=0.2), entry("b", [], score_threshold=0.45)]
     assert (threshold_of(older, None), threshold_of(older, 0.0)) == (0.3, 0)
     assert (threshold_of(rows[:1], None), threshold_of(rows, None), threshold_of(rows, 0.45)) == (0.3, 0.45, 0.45)
-    with pytest.raises(ValueError, match=r"threshold 0.3: .* what scored 0.45 or more; give at least that, or predict"):
+    with pytest.raises(ValueError, match=r"threshold 0.3: .* only scores from 0.45; give at least that, or predict"):
         threshold_of(rows, 0.3)
     assert threshold_of([entry("a", [], score_threshold=0.123457)], 0.12345678) == 0.123457  # the threshold, as written
 
 
-def test_pictures_are_small_and_text_stays_text() -> None:
+def test_images_are_small_and_text_stays_text() -> None:
     data = BytesIO()
     Image.effect_noise((2000, 500), 50).save(data, "PNG")
     address = thumbnail(data.getvalue(), 200)
     assert address is not None and address.startswith("data:image/jpeg;base64,") and len(address) < 20_000
-    assert thumbnail(b"no picture", 200) is None
-    page = render({"pictures": [{"id": NASTY}]})
+    assert thumbnail(b"no image", 200) is None
+    page = render({"images": [{"id": NASTY}]})
     assert page.count("</script>") == 2 and "<img" not in page.split('id="data">')[1]
-    assert json.loads(page.split('id="data">')[1].split("</script>")[0])["pictures"][0]["id"] == NASTY
+    assert json.loads(page.split('id="data">')[1].split("</script>")[0])["images"][0]["id"] == NASTY
 
 
 def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,13 +100,13 @@ def test_command_line(gallery: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(parse(arguments))
     rows = json.loads((gallery / "predictions.json").read_text())
     (gallery / "predictions.json").write_text(json.dumps([{**rows[0], "width": 99}]))
-    with pytest.raises(ValueError, match=r"99 x 50 pixels, but its truth is of 100 x 50"):
+    with pytest.raises(ValueError, match=r"99 x 50 pixels, but its truth has 100 x 50"):
         main(parse([*arguments, "--overwrite"]))
     (gallery / "predictions.json").write_text('[{"id": NaN}]')
     with pytest.raises(ValueError, match="a number in it is NaN"):
         main(parse([*arguments, "--overwrite"]))
     (gallery / "predictions.json").write_text(json.dumps([{**rows[0], "score_threshold": 0.5}]))
-    with pytest.raises(ValueError, match=r"threshold 0.4: the predictions hold only what scored 0.5 or more"):
+    with pytest.raises(ValueError, match=r"threshold 0.4: the predictions hold only scores from 0.5"):
         main(parse([*arguments, "--overwrite", "--score-threshold", "0.4"]))
 
 
@@ -148,7 +148,7 @@ def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
     assert r"stra\udcdfe.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_pictures_beside_the_predictions(
+def test_images_beside_the_predictions(
     gallery: Path,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,10 +161,10 @@ def test_pictures_beside_the_predictions(
     assert main(parse(options(gallery))) == 1
     page = (gallery / "page.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert [bool(item["image"]) for item in data["pictures"]] == [True, False]
+    assert [bool(item["thumbnail"]) for item in data["images"]] == [True, False]
     printed = capsys.readouterr().err
     assert "1 images" in printed and f"neither from {elsewhere}" in printed and f"nor from {gallery}" in printed
-    assert "run it in the folder where predict.py ran: gone.png" in printed
+    assert "run this command in the folder where predict.py ran: gone.png" in printed
 
 
 def test_truth_of_a_converted_data_set(gallery: Path) -> None:
@@ -179,11 +179,11 @@ def test_truth_of_a_converted_data_set(gallery: Path) -> None:
     assert main(parse(options(gallery, "--data", str(gallery / "data"), "--split", "val"))) == 2
     page = (gallery / "page.html").read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert [len(item["truth"]) if item["truth"] else None for item in data["pictures"]] == [1, 2, None, None]
-    assert data["pictures"][1]["image"].startswith("data:")  # of the data set
+    assert [len(item["truth"]) if item["truth"] else None for item in data["images"]] == [1, 2, None, None]
+    assert data["images"][1]["thumbnail"].startswith("data:")  # of the data set
 
 
-def test_no_truth_is_that_of_two_pictures(tmp_path: Path) -> None:
+def test_no_truth_is_that_of_two_images(tmp_path: Path) -> None:
     rows = [entry("x", [], "val/x.png"), entry("x-2", [], "train/x.png")]
     alone = truths_of_coco(rows, {"train/x.png": sample("train", true(0))})
     assert {name: truth.id for name, truth in alone.items()} == {"x-2": "train"}
@@ -196,7 +196,7 @@ def test_no_truth_is_that_of_two_pictures(tmp_path: Path) -> None:
     twice = [entry("x", [], "x.png"), entry("x-2", [], "x.png")]
     assert len(truths_of_coco(twice, {"x.png": sample("plain", true(0))})) == 2
 
-    # The same bytes are the same picture, of which the truth is the same; another of its name is not.
+    # The same bytes are the same image, of which the truth is the same; another of its name is not.
     files = {"a/x.png": "x", "b/x.png": "x", "c/x.png": "other"}
     for file, content in files.items():
         (tmp_path / file).parent.mkdir()

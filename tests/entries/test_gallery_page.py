@@ -26,10 +26,10 @@ def browser() -> Iterator[Page]:
 
 
 STATE = """({
-  summary: byId('shown-pictures').textContent + byId('summary').textContent,
+  summary: byId('shown-images').textContent + byId('summary').textContent,
   cards: cards.slice().sort((a, b) => a.article.compareDocumentPosition(b.article) & 4 ? -1 : 1)
     .filter((card) => !card.article.hidden)
-    .map((card) => [card.picture.id, card.article.checkVisibility() ? card.counts.textContent : null]),
+    .map((card) => [card.image.id, card.article.checkVisibility() ? card.counts.textContent : null]),
   boxes: [...document.querySelectorAll('.box')].filter((box) => box.checkVisibility())
     .map((box) => [box.title, KINDS.filter((kind) => box.classList.contains(kind)).join()])
     .map((pair) => pair.join(': ')),
@@ -74,7 +74,7 @@ def test_page_in_a_browser(gallery: Path, browser: Page) -> None:
         ["good", "0 missed, 0 false, 1 in other words"],
     ]
     assert first["summary"] == (
-        "4 of 4 pictures shown · in the 3 with known truth: found 2 of 5 (40.0 %) · 3 missed"
+        "4 of 4 images shown · in the 3 with known truth: found 2 of 5 (40.0 %) · 3 missed"
         " · 2 false (precision 50.0 %) · 1 in other words, which count as found"
     )
     assert [box for box in first["boxes"] if not box.startswith("cat: ")] == [
@@ -88,7 +88,7 @@ def test_page_in_a_browser(gallery: Path, browser: Page) -> None:
         ["none", "0 missed, 0 false"],
     ]
     assert [card[0] for card in choose("errors-only", "true")["cards"]] == ["broken", "worst", "good"]
-    assert choose("threshold", "0.7")["summary"].startswith("3 of 4 pictures shown")
+    assert choose("threshold", "0.7")["summary"].startswith("3 of 4 images shown")
     lowest = choose("threshold", "0")
     assert dict(lowest["cards"])["good"] == "0 missed, 1 false, 1 in other words"
     text = choose("source", "text")
@@ -115,7 +115,7 @@ def test_words_count_where_one_says_so(gallery: Path, browser: Page) -> None:
     assert label == [["dog 0.60 ≠ cat", True, True], ["cat", True, True]]
 
 
-def test_totals_are_of_all_pictures(gallery: Path, browser: Page) -> None:
+def test_totals_are_of_all_images(gallery: Path, browser: Page) -> None:
     """Also of those that the page does not show; at every threshold, and of either source."""
     totals = {}
     for most in 4, 2:
@@ -127,8 +127,8 @@ def test_totals_are_of_all_pictures(gallery: Path, browser: Page) -> None:
             set_control(browser, field, value)
             totals[most].append(browser.evaluate("byId('summary').textContent"))
     assert totals[2] == totals[4] and len(set(totals[4])) == 5
-    assert browser.evaluate("byId('shown-pictures').textContent") == (
-        "2 of 4 pictures shown (2 of them are not in this page, but in the totals)"
+    assert browser.evaluate("byId('shown-images').textContent") == (
+        "2 of 4 images shown (2 of them are not in this page, but in the totals)"
     )
 
 
@@ -141,7 +141,7 @@ def test_the_page_counts_as_python_does(tmp_path: Path, browser: Page) -> None:
     rows = [row(str(number), boxes(), answer="[...]", answer_objects=boxes()) for number in range(12)]
     for item in (item for written in rows for item in written["answer_objects"]):
         del item["score"]
-    rows += [row("unknown", boxes()), row("broken", None, error="no picture", width=None, height=None)]
+    rows += [row("unknown", boxes()), row("broken", None, error="no image", width=None, height=None)]
     truths = {
         str(number): sample(str(number), *(true(random.uniform(0, 80), iscrowd=place == 5) for place in range(6)))
         for number in range(12)
@@ -154,7 +154,7 @@ def test_the_page_counts_as_python_does(tmp_path: Path, browser: Page) -> None:
         set_control(browser, "threshold", str(threshold))
         set_control(browser, "words-count", "true" if words else "false")
         counted = browser.evaluate("cards.map((card) => Number.isFinite(card.errors) ? card.errors : null)")
-        expected = [num_errors(picture, source, threshold, words) for picture in page["pictures"]]
+        expected = [num_errors(image, source, threshold, words) for image in page["images"]]
         assert [float("inf") if number is None else number for number in counted] == expected
         assert len(set(expected)) > 4
 
@@ -173,7 +173,7 @@ def test_nothing_moves_while_the_slider_is_held(gallery: Path, browser: Page) ->
 
 
 def test_what_is_not_seen_costs_nothing(gallery: Path, browser: Page) -> None:
-    """Cards outside the window are not laid out; pictures have their place before they are decoded."""
+    """Cards outside the window are not laid out; images have their place before they are decoded."""
     main(parse(options(gallery)))
     browser.open(gallery / "page.html")
     assert browser.evaluate("getComputedStyle(document.querySelector('article')).contentVisibility") == "auto"
@@ -181,7 +181,7 @@ def test_what_is_not_seen_costs_nothing(gallery: Path, browser: Page) -> None:
     assert browser.evaluate(f"['width', 'height'].map((name) => {image}.getAttribute(name))") == ["100", "50"]
 
 
-def test_pictures_by_their_captions(gallery: Path, browser: Page) -> None:
+def test_images_by_their_captions(gallery: Path, browser: Page) -> None:
     """Those of the boxes that are shown, and of the truth; the totals stay those of all."""
     main(parse(options(gallery, "--truth", str(gallery / "instances.json"))))
     browser.open(gallery / "page.html")
@@ -192,7 +192,7 @@ def test_pictures_by_their_captions(gallery: Path, browser: Page) -> None:
         return [name for name, _ in browser.evaluate(STATE)["cards"]]
 
     assert holding(" CAT ") == ["worst", "good"] and holding("</SCRIPT>") == ["none"] and holding("dog") == ["good"]
-    assert browser.evaluate("byId('shown-pictures').textContent") == "1 of 4 pictures shown"
+    assert browser.evaluate("byId('shown-images').textContent") == "1 of 4 images shown"
     assert browser.evaluate("byId('summary').textContent") == totals
     set_control(browser, "threshold", "0.7")
     assert browser.evaluate(STATE)["cards"] == []
@@ -212,7 +212,7 @@ def test_labels_lie_above_the_boxes_beside(gallery: Path, browser: Page) -> None
     assert browser.evaluate(f"document.elementFromPoint({x}, {y}).textContent") == "cat 0.90"
 
 
-def test_labels_that_would_hide_the_picture_wait_for_the_mouse(gallery: Path, browser: Page) -> None:
+def test_labels_that_would_hide_the_image_wait_for_the_mouse(gallery: Path, browser: Page) -> None:
     rows = [entry("a", [found(5 * place, 0.9 - 0.02 * place) for place in range(16)])]
     page = page_data(rows, {"a": sample("a")}, 0.3, 1, 64)
     (gallery / "page.html").write_text(render(page), encoding="utf-8")
@@ -252,7 +252,7 @@ def test_keys_and_touch_light_boxes_up(gallery: Path, browser: Page) -> None:
 
 
 def test_the_slider_promises_nothing_that_is_not_there(gallery: Path, browser: Page) -> None:
-    """Of pictures predicted from 0.37284 on, the page cannot be asked for less; older files are taken to hold all."""
+    """Of images predicted from 0.37284 on, the page cannot be asked for less; older files are taken to hold all."""
     slider = "[Number(byId('threshold').min), Number(byId('threshold').value), byId('shown').textContent]"
     to_the_left = "(byId('threshold').value = 0, byId('threshold').dispatchEvent(new Event('input')))"
     main(parse(options(gallery)))
@@ -281,7 +281,7 @@ def test_page_is_harmless_and_shows_what_it_says(gallery: Path, browser: Page, t
     assert browser.evaluate("document.querySelector('.failed').textContent") == NASTY
     assert browser.evaluate("document.querySelector('pre').textContent") == NASTY
 
-    # A box lies where it is in the picture: the false one of "worst", from (45, 0) to (55, 10) of 100 x 50 pixels.
+    # A box lies where it is in the image: the false one of "worst", from (45, 0) to (55, 10) of 100 x 50 pixels.
     place = browser.evaluate(
         "(() => { const box = document.querySelector('.box.false').getBoundingClientRect();"
         "const image = document.querySelector('.box.false').parentElement.querySelector('img').getBoundingClientRect();"

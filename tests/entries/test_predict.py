@@ -215,7 +215,7 @@ def test_full_memory_and_disk_name_the_remedy(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("recipe.predict.predict", too_many)
-    with pytest.raises(ValueError, match="1 images at once are too many for the GPU: lower --batch-size"):
+    with pytest.raises(ValueError, match="1 images at once do not fit on the GPU: lower --batch-size"):
         predict(trained_checkpoint, tmp_path / "b", picture, options="--answer boxes")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot make the folder --out"):
@@ -233,7 +233,7 @@ def test_a_cut_answer_is_told(
     other.write_bytes(picture.read_bytes())
     rows = predict(trained_checkpoint, tmp_path / "out", picture, other)
     assert [row["answer_is_cut"] for row in rows] == [True, False]
-    assert f"1 answers lack their end, such as of {picture}: raise --max-new-tokens" in capsys.readouterr().err
+    assert f"1 answers were cut off, such as of {picture}: raise --max-new-tokens" in capsys.readouterr().err
 
 
 def test_drawings_can_be_left_out_and_files_that_are_none_are_told(
@@ -243,7 +243,7 @@ def test_drawings_can_be_left_out_and_files_that_are_none_are_told(
     options = ["--checkpoint", str(trained_checkpoint), "--out", str(tmp_path / "out"), "--answer", "boxes"]
     assert main(parse([*options, "--no-drawings", str(tmp_path)])) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"predictions.json", "coco_results.json"}
-    assert "left out 1 files of folders that are not images (.txt 1)" in capsys.readouterr().err
+    assert "left out 1 files in folders that are not images (.txt 1)" in capsys.readouterr().err
 
 
 def test_doubles_can_be_removed(trained_checkpoint: Path, picture: Path, tmp_path: Path):
@@ -331,7 +331,7 @@ def test_the_truth_is_drawn_beside(
     rows = predict(trained_checkpoint, tmp_path / "out", picture, other, options=f"--answer boxes --truth {truth}")
     assert [sample.objects for sample in drawn] == [(Object((10, 20, 40, 60), "cat"),)]
     assert rows[0]["error"] is None
-    assert "its truth is of 300 x 200 pixels, it of 60 x 40" in rows[1]["error"]
+    assert "it has 60 x 40 pixels, its truth 300 x 200" in rows[1]["error"]
     with pytest.raises(ValueError, match=r"gone.png is not among the images of --truth"):
         main(parse(["--checkpoint", "c", "--out", str(tmp_path / "o"), "--truth", str(truth), "gone.png"]))
 

@@ -25,7 +25,7 @@ def test_files_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found("**/*.png") == ["[1].png"]
     (tmp_path / "empty").mkdir()
     for nothing in ("*.gif", "empty"):
-        with pytest.raises(ValueError, match="names no image"):
+        with pytest.raises(ValueError, match="holds no image"):
             found(nothing)
 
 

@@ -118,7 +118,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], probl
 def test_rows_of_one_name(tmp_path: Path) -> None:
     path = tmp_path / "predictions.json"
     path.write_text(json.dumps([row("a", []), row("a", [])]))
-    with pytest.raises(ValueError, match="several images are called 'a'"):
+    with pytest.raises(ValueError, match="several images have the id 'a'"):
         read_entries(path)
     path.write_text("[" + json.dumps(row("a", [], score_threshold=0.5)).replace("0.5", "1e999") + "]")
     with pytest.raises(ValueError, match="score_threshold is inf"):

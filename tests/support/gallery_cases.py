@@ -41,7 +41,7 @@ def name_colour(name: str) -> tuple[int, int, int]:
 
 
 def make_gallery_files(folder: Path) -> Path:
-    """Four pictures in `folder`, what was predicted of them, and the truth."""
+    """Four images in `folder`, what was predicted of them, and the truth."""
     rows, images, annotations = [], [], []
     truths = {
         "good": [true(0), true(30)],
