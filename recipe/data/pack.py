@@ -218,7 +218,7 @@ def _first_alike(sizes: Sequence[int], tokens: Sequence[int]) -> list[int]:
 
 
 def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the sorted values and masks of ranks: `masks[bisect_right(sorted, x)]` are the ranks with values up to x."""
+    """Return the sorted values, and masks of ranks: `masks[bisect_right(sorted, x)]` are those of values up to x."""
     order = sorted(range(len(values)), key=values.__getitem__)
     masks = accumulate(order, lambda mask, rank: mask | 1 << rank, initial=0)
     return [values[rank] for rank in order], list(masks)

@@ -138,7 +138,7 @@ def deal(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDA
 
 
 def deal_to_worker(packs: NDArray[np.int64], worker: int, num_workers: int, batch_size: int) -> NDArray[np.int64]:
-    """Return the packs of one loader worker of a rank: every `num_workers`-th batch, as the DataLoader collects them."""
+    """Return a loader worker's packs of a rank: every `num_workers`-th batch, as the DataLoader collects them."""
     return packs[np.arange(len(packs)) // batch_size % num_workers == worker]
 
 

@@ -27,39 +27,37 @@ log = logging.getLogger(__name__)
 
 
 def read_teachers(config: TeacherConfig, seed: int) -> TeacherPool | None:
-    """Reads the whole teacher pool into memory; None where the yaml asks for no teachers.
+    """Read the teacher pool into memory; None if `num_teachers` is 0.
 
     Raises:
-        ValueError: Teachers are asked for without a pool, or the pool cannot serve, or a picture of it is broken.
+        ValueError: There is no pool, or it cannot be used, or an image of it is broken.
     """
     if config.num_teachers == 0:
         return None
     if config.stream is None:
-        raise ValueError(f"teachers.num_teachers is {config.num_teachers}, but teachers.stream is null: name a pool")
+        raise ValueError(
+            f"teachers.num_teachers is {config.num_teachers}, but teachers.stream is null: set it to a pool"
+        )
     rows = CheckedDataset(streams=open_streams({"teachers": config.stream}), batch_size=1)
     samples = [Sample.from_mds(rows[index]) for index in range(rows.num_samples)]
     for sample in samples:
         try:
             open_image(sample.image)
-        except ValueError as error:  # here, where it is not taken for a fault of the sample it is shown with
-            raise ValueError(f"teacher {sample.id!r} of the pool: {error}: choose the pool anew") from error
+        except ValueError as error:  # later it would be blamed on the sample that it is shown with
+            raise ValueError(f"teacher {sample.id!r} of the pool: {error}: choose the pool again") from error
     return TeacherPool(samples, config, seed)
 
 
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Row → Example, with the teachers and noise of its place in the data and in time."""
+    """Row → Example, with the teachers and noise of its occurrence in an epoch."""
 
     encoder: Encoder
     teachers: TeacherPool | None
     seed: int
 
     def __call__(self, row: Mapping[str, Any], epoch: int, occurrence: int) -> Example:
-        """The Example of a row at one of its occurrences in an epoch.
-
-        Raises:
-            ValueError: The sample cannot be used; its id and the remedy are named.
-        """
+        """Encode a row; raise ValueError with its id and the remedy if it cannot be used."""
         sample = Sample.from_mds(row)
         shown = []
         if self.teachers is not None and takes_teachers(sample):
@@ -68,7 +66,7 @@ class ExampleMaker:
 
 
 def make_inert(example: Example) -> Example:
-    """The same pictures and tokens with nothing to learn or to score: keeps ranks in step, counts for nothing."""
+    """Return the same images and tokens with nothing to learn or score: it keeps ranks in step and is not counted."""
     return replace(
         example,
         sample=replace(example.sample, objects=None, messages=None),
@@ -85,7 +83,7 @@ class Packing:
     Attributes:
         budget: Of a pack.
         lengths: Of the samples.
-        skips_long_samples: Leave those out that are over the budget alone, instead of an error.
+        skips_long_samples: Leave out samples that are over the budget alone, instead of raising.
     """
 
     budget: Budget
@@ -96,17 +94,17 @@ class Packing:
 class PackStream(CheckedDataset):
     """The training set. Its items are packs: the unit of batch size, length, position and resumption.
 
-    Streaming resamples and shuffles an epoch's samples and fetches their shards; the plan says which of them share a
-    pack, and every rank and worker is dealt its packs of it.
+    Streaming resamples and shuffles an epoch's samples and fetches their shards. The plan says which samples share a
+    pack and assigns the packs to ranks and workers.
     """
 
     def __init__(self, maker: ExampleMaker, packing: Packing | None, skips_bad_samples: bool, **keywords: Any):
-        """Opens the shards.
+        """Open the shards.
 
         Args:
             maker: Row → Example.
-            packing: None: a pack a sample.
-            skips_bad_samples: Leave out samples that cannot be used, and say so in `Pack.skipped`; else raise.
+            packing: None: one sample per pack.
+            skips_bad_samples: Leave out samples that cannot be used and list them in `Pack.skipped`, else raise.
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)
@@ -115,38 +113,38 @@ class PackStream(CheckedDataset):
         self._skips_bad_samples = skips_bad_samples
         self._asked_block_size = self.shuffle_block_size
         self._asked_canonical_nodes = self.num_canonical_nodes
-        # Streaming would set both when the first epoch starts, but its length has to be known before.
+        # Streaming would set both when the first epoch starts, but its length must be known before.
         if not self.num_canonical_nodes:
             self.num_canonical_nodes = self._parallel_rank_world.num_nodes
         self._set_shuffle_block_size(self._parallel_rank_world)
         if keywords.get("predownload") is None:
             self.predownload = self._default_predownload()
         if packing is not None and not packing.skips_long_samples:
-            self._check_lengths()
+            self._check_lengths(packing)
         self._fixed_identity = self._identify_data()
         self.epoch_of_length = 0
-        self.quarantined: set[str] = set()  # ids left out of their packs; a change reaches workers started after it
+        self.quarantined: set[str] = set()  # ids left out; only workers started later see a change
         self._plan: tuple[str, Plan] | None = None
         self._packs: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._epoch = 0
 
     def __len__(self) -> int:
-        """Packs of one rank in the epoch `epoch_of_length`: they differ between epochs."""
+        """Return the packs of one rank in `epoch_of_length`: epochs differ."""
         return -(-self.plan(self.epoch_of_length).num_packs // self._parallel_rank_world.num_ranks)
 
     def plan(self, epoch: int) -> Plan:
-        """The packs of an epoch, of all ranks."""
+        """Return the packs of an epoch, of all ranks."""
         key = f"epoch{epoch}-{_digest(self.identity())}"
         if self._plan is None or self._plan[0] != key:
             self._plan = (key, cached_plan(key, lambda: self._make_plan(epoch)))
         return self._plan[1]
 
     def example(self, position: int) -> Example:
-        """The Example of a stored sample, as its first epoch would show it unrepeated."""
+        """Return the Example of a stored sample, as epoch 0 shows it without resampling."""
         return self._maker(self[position], 0, position)
 
     def identity(self) -> dict[str, str]:
-        """All that the plans depend on, by the words that an error message uses."""
+        """Return all that the plans depend on, by the names that error messages use."""
         shuffle = (self.shuffle_algo, self.shuffle_block_size) if self.shuffle else None
         return {
             **self._fixed_identity,
@@ -156,17 +154,13 @@ class PackStream(CheckedDataset):
         }
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where the run stands: Streaming's state, in packs, and what the plan was made of."""
+        """Return Streaming's state, counted in packs, and what the plan depends on."""
         state = super().state_dict(num_samples, from_beginning)
         digest = self.plan(state["epoch"]).digest() if state["sample_in_epoch"] else ""
         return {**state, "plan": {**self.identity(), "digest": digest}}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Continues where a run stood.
-
-        Raises:
-            ValueError: The plan is not the one of that run, and why.
-        """
+        """Resume from a state; raise ValueError if the plan is not that run's, and say why."""
         self.num_canonical_nodes = obj["num_canonical_nodes"]
         self.shuffle_block_size = self._asked_block_size
         self._set_shuffle_block_size(self._parallel_rank_world)
@@ -178,17 +172,17 @@ class PackStream(CheckedDataset):
         if asked and asked != obj["num_canonical_nodes"]:
             changed.append(f"num_canonical_nodes was {obj['num_canonical_nodes']}, now {asked}")
         if not changed and then["digest"] and then["digest"] != self.plan(obj["epoch"]).digest():
-            changed = ["the packer, Streaming's shuffle or numpy is of another version"]
+            changed = ["the packer, Streaming's shuffle or numpy has another version"]
         if changed:
             raise ValueError(
                 f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}), so its "
-                "position means nothing now. Undo the change, or start a new run from the weights alone with "
+                "position is not valid. Undo the change, or start a new run from the weights alone with "
                 "trainer.load_weights_only=true"
             )
         super().load_state_dict(obj)
 
     def __iter__(self) -> Iterator[Pack]:
-        """This worker's packs of the epoch."""
+        """Yield this worker's packs of the epoch."""
         examples: list[Example] = []
         skipped: dict[str, str] = {}
         members: Iterator[tuple[int, int, int, bool]] | None = None
@@ -207,7 +201,7 @@ class PackStream(CheckedDataset):
                 examples, skipped = [], {}
 
     def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """The stored positions of this worker's samples, pack by pack; Streaming fetches their shards ahead."""
+        """Return the stored positions of this worker's samples, pack by pack; Streaming fetches their shards ahead."""
         plan, world = self.plan(epoch), self._parallel_worker_world
         packs = deal(plan.num_packs, sample_in_epoch, world.num_nodes, world.ranks_per_node)
         assert isinstance(self.batch_size, int)
@@ -219,13 +213,13 @@ class PackStream(CheckedDataset):
         return np.concatenate(entries) if entries else np.empty(0, dtype=np.int64)
 
     def _ranges(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
-        """(start, end, number) of this worker's packs in the plan's arrays; an inert pack's number is `-1 - pack`."""
+        """Yield (start, end, number) of this worker's packs in the plan's arrays; an inert pack's is `-1 - pack`."""
         for number in self._packs.tolist():
             pack = number if number >= 0 else -1 - number
             yield int(plan.offsets[pack]), int(plan.offsets[pack + 1]), number
 
     def _members(self) -> Iterator[tuple[int, int, int, bool]]:
-        """(pack, occurrence, planned tokens, last of its pack) of this worker's samples."""
+        """Yield (pack, occurrence, planned tokens, is last of its pack) of this worker's samples."""
         plan = self.plan(self._epoch)
         for start, end, number in self._ranges(plan):
             for entry in range(start, end):
@@ -236,7 +230,7 @@ class PackStream(CheckedDataset):
         if num_tokens and len(example.input_ids) != num_tokens:
             raise RuntimeError(
                 f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were planned: its "
-                "records.jsonl.gz does not belong to its shards; convert the data set anew"
+                "records.jsonl.gz does not belong to its shards: convert the data set again"
             )
         return example
 
@@ -248,15 +242,15 @@ class PackStream(CheckedDataset):
         return Pack(-1 - number, [make_inert(example) for example in examples], is_inert=True)
 
     def _find_filler(self) -> Example:
-        """An inert example, in the place of a pack of which no sample can be used."""
+        """Return an inert example, for a pack without a usable sample."""
         for index in range(self.num_samples):
             with suppress(ValueError):
                 if self[index]["id"] not in self.quarantined:
                     return make_inert(self.example(index))
-        raise ValueError("no sample of the data set can be used: convert it anew, with --strict to see why")
+        raise ValueError("no sample of the data set can be used: convert it again, with --strict to see why")
 
     def _identify_data(self) -> dict[str, str]:
-        """The part of the identity that never changes while the data set is open."""
+        """Return the part of `identity` that is constant while the data set is open."""
         shards = [(shard.samples, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]) for shard in self.shards]
         sampling = (self.sampling_method, self.sampling_granularity, [int(stream.choose) for stream in self.streams])
         packing, teachers = self._packing, self._maker.teachers
@@ -282,30 +276,29 @@ class PackStream(CheckedDataset):
         budget = self._packing.budget
         if not budget.fits(tokens, patches).any():
             raise ValueError(
-                f"all {len(samples)} samples of epoch {epoch} are over the budget of a pack, so nothing is left to "
-                "train on: raise train_loader.packing.max_tokens, max_seq_len or max_patches"
+                f"all {len(samples)} samples of epoch {epoch} are over the budget of a pack: "
+                "raise train_loader.packing.max_tokens, max_seq_len or max_patches"
             )
         return plan_packs(order, samples, tokens, patches, self.num_canonical_nodes, budget, self.shuffle_seed, epoch)
 
-    def _check_lengths(self) -> None:
-        """Raises ValueError where a sample could be over the budget alone, in whatever epoch, and is not left out."""
-        assert self._packing is not None
-        budget = self._packing.budget
-        tokens, patches = self._packing.lengths.longest()
+    def _check_lengths(self, packing: Packing) -> None:
+        """Raise ValueError if a sample could be over the budget alone, in any epoch."""
+        budget = packing.budget
+        tokens, patches = packing.lengths.longest()
         long = np.flatnonzero(~budget.fits(tokens, patches))
         if not len(long):
             return
-        beside = "" if self._maker.teachers is None else ", beside the longest teachers that it can be shown"
+        shown = "" if self._maker.teachers is None else ", including its longest teachers"
         raise ValueError(
             f"{len(long)} samples can be over the budget of a pack: {budget.max_tokens} tokens (of one sample "
             f"{budget.max_seq_len}) and {budget.max_patches or 'any number of'} image patches. The first is "
             f"{sample_id(self.streams, int(long[0]))!r} with {tokens[long[0]]} tokens and {patches[long[0]]} patches"
-            f"{beside}. Raise train_loader.packing.max_tokens, max_seq_len or max_patches, lower image.max_pixels or "
+            f"{shown}. Raise train_loader.packing.max_tokens, max_seq_len or max_patches, lower image.max_pixels or "
             "teachers.num_teachers, or leave such samples out with train_loader.packing.on_long_sample=skip"
         )
 
     def _default_predownload(self) -> int:
-        """Samples of some batches ahead: Streaming's own default would take packs for samples."""
+        """Return the samples of some batches: Streaming's own default would count packs as samples."""
         per_pack = 1.0
         if self._packing is not None:
             per_pack = max(1.0, self._packing.budget.max_tokens / float(self._packing.lengths.samples.tokens.mean()))
@@ -320,12 +313,7 @@ class EvalSamples(Dataset[Pack]):
     """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert."""
 
     def __init__(self, maker: ExampleMaker, **keywords: Any):
-        """Opens the shards.
-
-        Args:
-            maker: Row → Example.
-            **keywords: Of `streaming.StreamingDataset`.
-        """
+        """Open the shards; `keywords` are those of `streaming.StreamingDataset`."""
         self._rows = CheckedDataset(**keywords)
         self._maker = maker
 
@@ -339,12 +327,12 @@ class EvalSamples(Dataset[Pack]):
 
 
 class EvalSampler(DistributedSampler):
-    """Rank r of W reads r, r + W, ...; short ranks are filled with inert items, so that all take as many steps."""
+    """Rank r of W reads r, r + W, ...; inert items fill short ranks, so that all take equally many steps."""
 
     def __init__(self, dataset: EvalSamples):
-        """Splits `dataset` over Composer's ranks."""
+        """Split `dataset` over Composer's ranks."""
         super().__init__(dataset, num_replicas=dist.get_world_size(), rank=dist.get_global_rank(), shuffle=False)
-        # Composer cuts `total_size - len(dataset)` samples off the last batch: here there is nothing to cut.
+        # Composer cuts `total_size - len(dataset)` samples off the last batch: here, none.
         self.total_size = len(dataset)
 
     def __iter__(self) -> Iterator[int]:

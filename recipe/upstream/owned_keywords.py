@@ -1,4 +1,7 @@
-"""Keywords of Composer, Streaming and torch that the recipe sets itself, and what to write instead."""
+"""Keywords of Composer 0.32, Streaming 0.13 and torch 2.7 that the recipe sets itself, and what to write instead.
+
+Not a fix: their signatures cannot say so. Remove an entry if its library drops the keyword.
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -26,10 +26,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "503": ({"kind": "status", "status": 503}, r"ClientError: .*\(503\)"),
     "500": ({"kind": "status", "status": 500}, r"ClientError: .*\(500\)"),
     "missing": ({"kind": "status", "status": 404}, r"ClientError: Object s3://rows/set/shard\.00003\.mds not found"),
-    "drip": ({"kind": "drip", "bytes_per_second": 200}, r"TimeoutError: not there after 2 s"),
+    "drip": ({"kind": "drip", "bytes_per_second": 200}, r"TimeoutError: not complete after 2 s"),
     "truncate": ({"kind": "truncate"}, r"has 1133 bytes, its index says 2266"),
     "cut": ({"kind": "cut"}, "RetriesExceededError|IncompleteRead"),
-    "reset": ({"kind": "reset"}, "ConnectionClosedError|not there after 2 s"),
+    "reset": ({"kind": "reset"}, "ConnectionClosedError|not complete after 2 s"),
     "flip": ({"kind": "flip"}, r"has the xxh64 \w+, its index says \w+"),
 }
 
@@ -134,7 +134,7 @@ def test_the_bound_of_a_fetch_is_by_the_clock(tmp_path: Path, store: FaultProxy)
     store.inject("drip", "shard.00003", bytes_per_second=400)
     source = RemoteFolder("s3://rows/set")
     begin = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"shard\.00003\.mds in 2 attempts: TimeoutError: not there after 0\.7 s"):
+    with pytest.raises(RuntimeError, match=r"shard\.00003\.mds in 2 attempts: TimeoutError: not complete after 0\.7 s"):
         source.fetch("shard.00003.mds", tmp_path / "shard", lambda part: None, 2, 0.7)
     assert 1.4 <= time.monotonic() - begin < 3.0
 
