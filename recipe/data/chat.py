@@ -57,7 +57,8 @@ def message_segments(messages: Sequence[Message], has_image: bool) -> list[Segme
         ValueError: A turn is malformed, or the number of placeholders is wrong.
     """
     turns = [(message.get("role"), _content(message)) for message in messages]
-    turns = turns[1:] if turns and turns[0][0] == "system" else turns
+    if turns and turns[0][0] == "system":
+        del turns[0]
     if any(role == "system" for role, _ in turns):
         raise ValueError("`messages` has a system turn that is not the first: move it to the front")
     questions = [position for position, (role, _) in enumerate(turns) if role == "user"]
@@ -87,11 +88,7 @@ def system_of(messages: Sequence[Message], default: str) -> str:
 
 
 def answer_frame(box_coordinates: str, resized_size: tuple[int, int]) -> tuple[int, int]:
-    """Return the (width, height) that an answer's integers span, given that of the resized image.
-
-    Raises:
-        ValueError: `box_coordinates` is neither `absolute` nor `normalized_1000`.
-    """
+    """Return the (width, height) that an answer's integers span, given that of the resized image."""
     if box_coordinates == "absolute":
         return resized_size
     if box_coordinates == "normalized_1000":
@@ -153,16 +150,18 @@ def _content(message: Message) -> str:
         return IMAGE.join(checked(part) for part in parts)
     if not isinstance(content, Sequence):
         raise ValueError(f"the content of a {role} message is {type(content).__name__}: write text or a list of parts")
-    return "".join(_part(part, role) for part in content)
-
-
-def _part(part: Any, role: str) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text":
-        return checked(part["text"])
-    if kind == "image" and role == "user":
-        return IMAGE
-    raise ValueError(f"a {role} message holds the part {str(part)[:80]}: only text is read, and images of the user")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            texts.append(checked(part["text"]))
+        elif kind == "image" and role == "user":
+            texts.append(IMAGE)
+        else:
+            raise ValueError(
+                f"a {role} message holds the part {str(part)[:80]}: only text is read, and images of the user"
+            )
+    return "".join(texts)
 
 
 def _json_elements(text: str) -> list[Any] | None:

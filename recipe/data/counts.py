@@ -72,11 +72,7 @@ class KeptCount(Generic[Counts]):
     count: Callable[[Iterable[Sample]], Counts]
 
     def of(self, stream: Stream) -> Counts:
-        """Return a stream's count, read if it is kept, else computed and kept.
-
-        Raises:
-            ValueError: The stream has no records next to its index, or a sample cannot be used.
-        """
+        """Return a stream's count, read or computed; raise ValueError if there are no records or one cannot be used."""
         index, folder = index_of(stream), Path(stream.local, stream.split)
         name = f"{self.name}-{shards_sha256(index)[:16]}-{self.fingerprint}.npz"
         path = fetch_beside_index(stream, name)

@@ -108,11 +108,7 @@ class Encoder:
         )
 
     def segments(self, sample: Sample, teachers: Sequence[Sample] = ()) -> tuple[list[Segment], list[Segment]]:
-        """Return the segments before the student turn, and its own; decodes no image.
-
-        Raises:
-            ValueError: The sample or a teacher cannot be used.
-        """
+        """Return the segments before the student turn, and its own, without decoding images; raises as `__call__`."""
         if sample.objects is not None and not sample.has_image:
             raise ValueError("it has objects but no image: add the image, or write null for the objects")
         head = system_segments(system_of(sample.messages or (), self.prompt.system))
@@ -176,21 +172,20 @@ class Encoder:
         kept = [item for item in objects if not item.iscrowd]
         boxes = torch.tensor([item.box for item in kept], dtype=torch.float32).view(-1, 4)
         rows = self.ids([checked(item.caption) for item in kept])
-        captions = [self._caption_ids(item.caption, row) for item, row in zip(kept, rows, strict=True)]
+        for item, row in zip(kept, rows, strict=True):
+            row.append(cast(int, self.tokenizer.eos_token_id))
+            if len(row) > self.max_caption_tokens:
+                raise ValueError(
+                    f"its caption {item.caption!r} is {len(row)} tokens long with end-of-sequence, above "
+                    f"{self.max_caption_tokens}: raise caption_decoder.max_caption_tokens or shorten the caption"
+                )
+        captions = [torch.tensor(row, dtype=torch.int64) for row in rows]
         return Target(
             boxes=pixels_to_normalized(boxes, sample.width, sample.height),
             caption_ids=pad_sequence(captions, batch_first=True, padding_value=-100)
             if captions
             else torch.empty(0, 1, dtype=torch.int64),
         )
-
-    def _caption_ids(self, caption: str, ids: list[int]) -> Tensor:
-        if len(ids) + 1 > self.max_caption_tokens:
-            raise ValueError(
-                f"its caption {caption!r} is {len(ids) + 1} tokens long with end-of-sequence, above "
-                f"{self.max_caption_tokens}: raise caption_decoder.max_caption_tokens or shorten the caption"
-            )
-        return torch.tensor([*ids, self.tokenizer.eos_token_id], dtype=torch.int64)
 
 
 def _check_size(sample: Sample, grid: tuple[int, int, int], spec: ImageSpec) -> None:

@@ -23,11 +23,7 @@ MAX_ASPECT_RATIO = 200
 
 
 def image_spec(image_processor: Any, image_config: ImageConfig) -> ImageSpec:
-    """Read a Hugging Face image processor, slow or fast; a pixel budget in `image_config` overrides its own.
-
-    Raises:
-        ValueError: The budget is missing or empty.
-    """
+    """Read a Hugging Face image processor, slow or fast; a pixel budget in `image_config` overrides its own."""
     size = image_processor.size or {}
     limits = {}
     for name, size_key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -49,11 +45,7 @@ def image_spec(image_processor: Any, image_config: ImageConfig) -> ImageSpec:
 
 
 def resized_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
-    """Return the (width, height) in pixels at which the model sees an image: the one owner of the resize rule.
-
-    Raises:
-        ValueError: The image is more than 200 times as long as wide.
-    """
+    """Return the (width, height) in pixels at which the model sees an image: the one owner of the resize rule."""
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
             f"an image of {width} x {height} pixels is over {MAX_ASPECT_RATIO} times as long as wide: "
@@ -86,11 +78,7 @@ def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[Tensor, tuple
 
 
 def decode_pixels(data: bytes) -> Tensor:
-    """Return (3, height, width) uint8, the pixels of `open_image`: a plain JPEG decodes faster without Pillow.
-
-    Raises:
-        ValueError: As `open_image`.
-    """
+    """Return (3, height, width) uint8, the pixels of `open_image`: a plain JPEG decodes faster without Pillow."""
     if is_plain_jpeg(data):
         try:
             return cast(Tensor, decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)))

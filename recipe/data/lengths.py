@@ -117,11 +117,7 @@ def takes_teachers(sample: Sample) -> bool:
 
 
 def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
-    """Count what `encoder` would make of each sample, without its image.
-
-    Raises:
-        ValueError: A sample cannot be used; names its id and the remedy.
-    """
+    """Count what `encoder` would make of each sample, without its image; raise ValueError if one cannot be used."""
     chunks = []
     for chunk in _chunks(samples):
         tokens, patches = _count_chunk(chunk, [_conversation(sample, encoder) for sample in chunk], encoder)
@@ -149,8 +145,7 @@ def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int6
 
 def read_length_table(streams: Sequence[Stream], encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
     """Return the lengths of all streams and of the pool; raise ValueError as `read_lengths`."""
-    none = np.empty(0, dtype=np.int64)
-    added = (none, none) if teachers is None else count_teachers(teachers, encoder)
+    added = (np.empty(0, dtype=np.int64),) * 2 if teachers is None else count_teachers(teachers, encoder)
     return LengthTable(read_lengths(streams, encoder), teachers, *added)
 
 
@@ -181,11 +176,7 @@ def read_lengths(streams: Sequence[Stream], encoder: Encoder) -> Lengths:
 
 
 def read_longest_caption(streams: Sequence[Stream], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokens of the longest caption of all streams, including end-of-sequence; counted as `read_lengths`.
-
-    Raises:
-        ValueError: A stream has no records next to its index.
-    """
+    """Return the tokens of the longest caption of all streams, including end-of-sequence; counted as `read_lengths`."""
     backend: Any = tokenizer
     kept = KeptCount(
         form=CaptionLengths,

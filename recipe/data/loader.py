@@ -61,11 +61,8 @@ def build_train_loader(
         batch_size=batch_size,
         **{"shuffle_seed": seed, **loader.dataset},
     )
-    collate = make_collator(loader.collator, encoder.pad_token_id)
     return DataSpec(
-        _dataloader(
-            loader, dataset, batch_size, partial(collate_microbatches, collate=collate, microbatch_size=microbatch_size)
-        ),
+        _dataloader(loader, dataset, encoder.pad_token_id, batch_size, microbatch_size),
         split_batch=split_batch,
         get_num_samples_in_batch=get_num_packs_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
@@ -73,27 +70,12 @@ def build_train_loader(
 
 
 def build_eval_loader(loader: LoaderConfig, encoder: Encoder, teachers: TeacherPool | None, seed: int) -> DataSpec:
-    """Return the evaluation loader: every sample once, in stored order; each batch is one microbatch.
-
-    Raises:
-        ValueError: The shards are missing, or the ranks do not divide the batch.
-    """
+    """Return the evaluation loader: every sample once, in stored order; each batch is one microbatch."""
     batch_size = device_batch_size(loader)
-    dataset = EvalSamples(
-        ExampleMaker(encoder, teachers, seed),
-        streams=open_streams(loader.streams),
-        batch_size=batch_size,
-        **loader.dataset,
-    )
-    collate = make_collator(loader.collator, encoder.pad_token_id)
+    maker = ExampleMaker(encoder, teachers, seed)
+    dataset = EvalSamples(maker, streams=open_streams(loader.streams), batch_size=batch_size, **loader.dataset)
     return DataSpec(
-        _dataloader(
-            loader,
-            dataset,
-            batch_size,
-            partial(collate_microbatches, collate=collate, microbatch_size=batch_size),
-            sampler=EvalSampler(dataset),
-        ),
+        _dataloader(loader, dataset, encoder.pad_token_id, batch_size, batch_size, sampler=EvalSampler(dataset)),
         num_samples=len(dataset),
         split_batch=lambda batches, microbatch_size: batches,
         get_num_samples_in_batch=get_num_samples_in_batch,
@@ -176,10 +158,12 @@ def _build_packing(
 def _dataloader(
     loader: LoaderConfig,
     dataset: PackStream | EvalSamples,
+    pad_token_id: int,
     batch_size: int,
-    collate_fn: Callable[[Any], list[Batch]],
+    microbatch_size: int,
     **keywords: Any,
 ) -> DataLoader:
+    collate = make_collator(loader.collator, pad_token_id)
     given = {name: value for name, value in loader.dataloader.items() if value is not None}
     if not given.get("num_workers"):  # torch rejects these without workers
         given = {name: value for name, value in given.items() if name not in _OF_WORKERS}
@@ -188,7 +172,7 @@ def _dataloader(
     return LockstepLoader(
         dataset,
         batch_size=batch_size,
-        collate_fn=collate_fn,
+        collate_fn=partial(collate_microbatches, collate=collate, microbatch_size=microbatch_size),
         worker_init_fn=obey_only_parent,
         generator=torch.Generator(),  # seeds workers, so that an epoch's start or resume leaves training's generator
         **{"pin_memory": torch.cuda.is_available(), **keywords, **given},

@@ -208,13 +208,8 @@ def _near(ranks: int, share: float) -> int:
 
 def _first_alike(sizes: Sequence[int], tokens: Sequence[int]) -> list[int]:
     """Return per rank the first rank of the same size and tokens: a search need not choose between these."""
-    first = 0
-    firsts: list[int] = []
-    for rank in range(len(sizes)):
-        if sizes[rank] != sizes[first] or tokens[rank] != tokens[first]:
-            first = rank
-        firsts.append(first)
-    return firsts
+    firsts: dict[tuple[int, int], int] = {}
+    return [firsts.setdefault(alike, rank) for rank, alike in enumerate(zip(sizes, tokens, strict=True))]
 
 
 def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -227,11 +222,7 @@ def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:
 def _check_budget(
     tokens: NDArray[np.int64], patches: NDArray[np.int64], max_tokens: int, max_patches: int | None
 ) -> int | None:
-    """Return `max_patches`, or None if no pack within `max_tokens` can exceed it.
-
-    Raises:
-        ValueError: A sample is over a budget alone, or has no token.
-    """
+    """Check all samples; return `max_patches`, or None if no pack within `max_tokens` can exceed it."""
     if len(tokens) and tokens.min() < 1:
         raise ValueError(f"the sample at position {int(tokens.argmin())} has {int(tokens.min())} tokens: it needs one")
     for values, budget, noun, option in (

@@ -108,9 +108,7 @@ class PackStream(CheckedDataset):
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)
-        self._maker = maker
-        self._packing = packing
-        self._skips_bad_samples = skips_bad_samples
+        self._maker, self._packing, self._skips_bad_samples = maker, packing, skips_bad_samples
         self._asked_block_size = self.shuffle_block_size
         self._asked_canonical_nodes = self.num_canonical_nodes
         # Streaming would set both when the first epoch starts, but its length must be known before.
@@ -118,7 +116,11 @@ class PackStream(CheckedDataset):
             self.num_canonical_nodes = self._parallel_rank_world.num_nodes
         self._set_shuffle_block_size(self._parallel_rank_world)
         if keywords.get("predownload") is None:
-            self.predownload = self._default_predownload()
+            # Streaming's own default would count packs as samples.
+            per_pack = 1.0
+            if packing is not None:
+                per_pack = max(1.0, packing.budget.max_tokens / float(packing.lengths.samples.tokens.mean()))
+            self.predownload = max(64, round(8 * (self.batch_size or 1) * per_pack))
         if packing is not None and not packing.skips_long_samples:
             self._check_lengths(packing)
         self._fixed_identity = self._identify_data()
@@ -175,9 +177,8 @@ class PackStream(CheckedDataset):
             changed = ["the packer, Streaming's shuffle or numpy has another version"]
         if changed:
             raise ValueError(
-                f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}), so its "
-                "position is not valid. Undo the change, or start a new run from the weights alone with "
-                "trainer.load_weights_only=true"
+                f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}). "
+                "Undo the change, or start a new run from the weights alone with trainer.load_weights_only=true"
             )
         super().load_state_dict(obj)
 
@@ -197,7 +198,11 @@ class PackStream(CheckedDataset):
                     raise
                 skipped[row["id"]] = str(error)
             if is_last:
-                yield self._close(number, examples, skipped)
+                examples = examples or [self._find_filler()]
+                if number >= 0:
+                    yield Pack(number, examples, skipped)
+                else:
+                    yield Pack(-1 - number, [make_inert(example) for example in examples], is_inert=True)
                 examples, skipped = [], {}
 
     def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
@@ -233,13 +238,6 @@ class PackStream(CheckedDataset):
                 "records.jsonl.gz does not belong to its shards: convert the data set again"
             )
         return example
-
-    def _close(self, number: int, examples: list[Example], skipped: dict[str, str]) -> Pack:
-        if not examples:
-            examples = [self._find_filler()]
-        if number >= 0:
-            return Pack(number, examples, skipped)
-        return Pack(-1 - number, [make_inert(example) for example in examples], is_inert=True)
 
     def _find_filler(self) -> Example:
         """Return an inert example, for a pack without a usable sample."""
@@ -290,19 +288,11 @@ class PackStream(CheckedDataset):
             return
         shown = "" if self._maker.teachers is None else ", including its longest teachers"
         raise ValueError(
-            f"{len(long)} samples can be over the budget of a pack: {budget.max_tokens} tokens (of one sample "
-            f"{budget.max_seq_len}) and {budget.max_patches or 'any number of'} image patches. The first is "
-            f"{sample_id(self.streams, int(long[0]))!r} with {tokens[long[0]]} tokens and {patches[long[0]]} patches"
-            f"{shown}. Raise train_loader.packing.max_tokens, max_seq_len or max_patches, lower image.max_pixels or "
-            "teachers.num_teachers, or leave such samples out with train_loader.packing.on_long_sample=skip"
+            f"{len(long)} samples can be over {budget.max_tokens} tokens per pack, {budget.max_seq_len} per sample and "
+            f"{budget.max_patches or 'any number of'} patches; first {sample_id(self.streams, int(long[0]))!r}, with "
+            f"{tokens[long[0]]} tokens and {patches[long[0]]} patches{shown}. Raise train_loader.packing.max_tokens, "
+            "max_seq_len or max_patches, or set train_loader.packing.on_long_sample=skip"
         )
-
-    def _default_predownload(self) -> int:
-        """Return the samples of some batches: Streaming's own default would count packs as samples."""
-        per_pack = 1.0
-        if self._packing is not None:
-            per_pack = max(1.0, self._packing.budget.max_tokens / float(self._packing.lengths.samples.tokens.mean()))
-        return max(64, round(8 * (self.batch_size or 1) * per_pack))
 
 
 def _digest(value: object) -> str:
@@ -313,7 +303,6 @@ class EvalSamples(Dataset[Pack]):
     """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert."""
 
     def __init__(self, maker: ExampleMaker, **keywords: Any):
-        """Open the shards; `keywords` are those of `streaming.StreamingDataset`."""
         self._rows = CheckedDataset(**keywords)
         self._maker = maker
 
@@ -330,13 +319,10 @@ class EvalSampler(DistributedSampler):
     """Rank r of W reads r, r + W, ...; inert items fill short ranks, so that all take equally many steps."""
 
     def __init__(self, dataset: EvalSamples):
-        """Split `dataset` over Composer's ranks."""
         super().__init__(dataset, num_replicas=dist.get_world_size(), rank=dist.get_global_rank(), shuffle=False)
         # Composer cuts `total_size - len(dataset)` samples off the last batch: here, none.
         self.total_size = len(dataset)
 
     def __iter__(self) -> Iterator[int]:
-        size = self.total_size
-        for step in range(self.num_samples):
-            index = step * self.num_replicas + self.rank
-            yield index if index < size else -1 - index % size
+        for index in range(self.rank, self.num_samples * self.num_replicas, self.num_replicas):
+            yield index if index < self.total_size else -1 - index % self.total_size

@@ -71,9 +71,7 @@ class TeacherPool:
         unusable = [sample.id for sample in samples if sample.objects is None or not sample.image]
         if unusable:
             raise ValueError(f"the teacher pool has samples without image or objects, {unusable[:5]}: choose it again")
-        self.samples = samples
-        self.config = config
-        self.seed = seed
+        self.samples, self.config, self.seed = samples, config, seed
         self.id_hashes = np.array([id_hash(sample.id) for sample in samples], dtype=np.int64)
 
     def draw(self, epoch: int, first: int, id_hashes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -40,7 +40,6 @@ class CheckedStream(Stream):
     checks_all_at_start = False
 
     def __init__(self, *, local: str, remote: str | None = None, **keywords: Any):
-        """Keep the keywords of `streaming.Stream`; raise ValueError if it knows no such store as `remote`."""
         if remote is not None and os.path.abspath(remote) == os.path.abspath(local):
             remote = None
         self.source = None if remote is None else RemoteFolder(remote)
@@ -126,11 +125,7 @@ class CheckedStream(Stream):
     def _prepare_shard_part(
         self, raw_info: FileInfo, zip_info: FileInfo | None = None, compression: str | None = None
     ) -> int:
-        """Fetch and check a file; return its bytes on disk, including its compressed form if kept.
-
-        Raises:
-            RuntimeError: It cannot be fetched or decompressed; names it and the reason.
-        """
+        """Fetch and check a file; return its bytes on disk, including its compressed form if kept."""
         has_raw = self._is_good(raw_info)
         if zip_info is None:
             if not has_raw:
@@ -146,11 +141,7 @@ class CheckedStream(Stream):
         return raw_info.bytes + (zip_info.bytes if zip_path.is_file() else 0)
 
     def _is_good(self, info: FileInfo, with_hash: bool = True) -> bool:
-        """Return whether a file is present and right; a wrong one is removed.
-
-        Raises:
-            ValueError: It is wrong, and there is no remote to fetch it from again.
-        """
+        """Return whether a file is present and right; remove a wrong one, or raise ValueError without a remote."""
         path = self.folder / info.basename
         if not path.is_file():
             return False
@@ -194,11 +185,7 @@ class CheckedStream(Stream):
         self._fetch(info.basename, check)
 
     def fetch_beside_index(self, name: str) -> Path | None:
-        """Return the local path of another file of the folder, fetched if needed; None if it does not exist.
-
-        Raises:
-            RuntimeError: The store does not answer.
-        """
+        """Return the local path of another file of the folder, fetched if needed; None if it does not exist."""
         path = self.folder / name
         found = path.is_file() or (self.source is not None and self._fetch(name, lambda part: None, must_exist=False))
         return path if found else None

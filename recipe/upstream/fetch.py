@@ -31,7 +31,6 @@ class RemoteFolder:
     """A folder of an object store such as `s3://bucket/folder`, or a local one; each process opens its own client."""
 
     def __init__(self, address: str):
-        """Keep the address; raise ValueError if Streaming knows no such store."""
         scheme = urlparse(address).scheme
         if scheme not in DOWNLOADER_MAPPINGS:
             known = ", ".join(f"{name}://" for name in sorted(DOWNLOADER_MAPPINGS) if name)

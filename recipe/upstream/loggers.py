@@ -167,12 +167,7 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
 
 
 def ask_server() -> None:
-    """Ask W&B whose the API key is.
-
-    Raises:
-        ValueError: There is no key, or the server does not know it.
-        requests.RequestException: The server does not answer, or with an error.
-    """
+    """Ask W&B whose the API key is; raise if there is no key, no answer, or the server does not know the key."""
     key = wandb.api.api_key
     if not key:
         raise ValueError("no API key: set WANDB_API_KEY or run `wandb login`")
@@ -188,12 +183,7 @@ def ask_server() -> None:
 
 
 def within(seconds: float, call: Callable[[], object]) -> None:
-    """Run a call in a thread that is abandoned after `seconds`.
-
-    Raises:
-        TimeoutError: It took longer.
-        Exception: The call's own.
-    """
+    """Run a call in a thread, raise its error, or abandon it after `seconds` with a TimeoutError."""
     errors: list[Exception] = []
 
     def work() -> None:

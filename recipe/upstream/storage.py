@@ -103,11 +103,7 @@ class CheckedDataset(StreamingDataset):
         return ids
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield this worker's rows.
-
-        Raises:
-            RuntimeError: A shard cannot be read, or rows are missing; names the shards and the counts.
-        """
+        """Yield this worker's rows; raise RuntimeError with shards and counts if a shard or a row is missing."""
         self._raise_failure()
         num_found, self._num_expected = 0, 0
         expected: int | None = None

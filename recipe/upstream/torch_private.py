@@ -10,23 +10,9 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
-from torch.utils._pytree import register_dataclass, tree_leaves
+from torch.utils._pytree import register_dataclass as register_dataclass
+from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils.data import DataLoader
-
-__all__ = [
-    "foreach_add_",
-    "foreach_addcdiv_",
-    "foreach_copy_",
-    "foreach_lerp_",
-    "foreach_mul",
-    "foreach_mul_",
-    "foreach_norm",
-    "foreach_sqrt",
-    "register_dataclass",
-    "reshard_fsdp1",
-    "restart_workers",
-    "tree_leaves",
-]
 
 # pyright: reportPrivateImportUsage=false
 foreach_add_ = torch._foreach_add_

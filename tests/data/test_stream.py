@@ -212,7 +212,7 @@ def test_proportions_of_streams_hold(config: RecipeConfig, encoder: Encoder, dat
 def test_a_sample_over_the_budget_is_named_or_left_out(config: RecipeConfig, encoder: Encoder):
     config.train_loader.packing = PackingConfig(max_tokens=MAX_TOKENS, max_patches=80)
     with pytest.raises(
-        ValueError, match=r"\d+ samples can be over .*400 tokens .* and 80 .*'sample-.*longest teachers.*max_patches"
+        ValueError, match=r"\d+ samples can be over 400 tokens .* and 80 .*'sample-.*longest teachers.*max_patches"
     ):
         len(open_loader(config, encoder))
     config.train_loader.packing.on_long_sample = "skip"
