@@ -150,18 +150,16 @@ def _content(message: Message) -> str:
         return IMAGE.join(checked(part) for part in parts)
     if not isinstance(content, Sequence):
         raise ValueError(f"the content of a {role} message is {type(content).__name__}: write text or a list of parts")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            texts.append(checked(part["text"]))
-        elif kind == "image" and role == "user":
-            texts.append(IMAGE)
-        else:
-            raise ValueError(
-                f"a {role} message holds the part {str(part)[:80]}: only text is read, and images of the user"
-            )
-    return "".join(texts)
+    return "".join(_part(part, role) for part in content)
+
+
+def _part(part: Any, role: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return checked(part["text"])
+    if kind == "image" and role == "user":
+        return IMAGE
+    raise ValueError(f"a {role} message holds the part {str(part)[:80]}: only text is read, and images of the user")
 
 
 def _json_elements(text: str) -> list[Any] | None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from recipe.records import RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
 from recipe.schema import Sample
 from recipe.upstream.agreement import agree
-from recipe.upstream.storage import INDEX_FILE, fetch_beside_index
+from recipe.upstream.storage import INDEX_FILE, fetch_next_to_index
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class KeptCount(Generic[Counts]):
         """Return a stream's count, read or computed; raise ValueError if there are no records or one cannot be used."""
         index, folder = index_of(stream), Path(stream.local, stream.split)
         name = f"{self.name}-{shards_sha256(index)[:16]}-{self.fingerprint}.npz"
-        path = fetch_beside_index(stream, name)
+        path = fetch_next_to_index(stream, name)
         kept = None if path is None else read_arrays(path, self.form)
         if kept is not None:
             return kept
@@ -98,7 +98,7 @@ class KeptCount(Generic[Counts]):
         return counts
 
     def _count(self, stream: Stream) -> Counts:
-        records = fetch_beside_index(stream, RECORDS_FILE)
+        records = fetch_next_to_index(stream, RECORDS_FILE)
         if records is None:
             raise ValueError(
                 f"{Path(stream.local, stream.split)} has no {RECORDS_FILE} next to its {INDEX_FILE}, so its lengths "

@@ -172,14 +172,14 @@ class Encoder:
         kept = [item for item in objects if not item.iscrowd]
         boxes = torch.tensor([item.box for item in kept], dtype=torch.float32).view(-1, 4)
         rows = self.ids([checked(item.caption) for item in kept])
+        captions: list[Tensor] = []
         for item, row in zip(kept, rows, strict=True):
-            row.append(cast(int, self.tokenizer.eos_token_id))
-            if len(row) > self.max_caption_tokens:
+            if len(row) + 1 > self.max_caption_tokens:
                 raise ValueError(
-                    f"its caption {item.caption!r} is {len(row)} tokens long with end-of-sequence, above "
+                    f"its caption {item.caption!r} is {len(row) + 1} tokens long with end-of-sequence, above "
                     f"{self.max_caption_tokens}: raise caption_decoder.max_caption_tokens or shorten the caption"
                 )
-        captions = [torch.tensor(row, dtype=torch.int64) for row in rows]
+            captions.append(torch.tensor([*row, self.tokenizer.eos_token_id], dtype=torch.int64))
         return Target(
             boxes=pixels_to_normalized(boxes, sample.width, sample.height),
             caption_ids=pad_sequence(captions, batch_first=True, padding_value=-100)

@@ -23,7 +23,7 @@ from recipe.data.image import resized_size
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.records import RECORDS_FILE, read_records
 from recipe.schema import ImageSpec, Object, Sample
-from recipe.upstream.storage import fetch_beside_index
+from recipe.upstream.storage import fetch_next_to_index
 
 _CHUNK = 1024  # samples whose texts are tokenized per call
 _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))
@@ -195,7 +195,7 @@ def sample_id(streams: Sequence[Stream], position: int) -> str:
         index = index_of(stream)
         num_samples = sum(shard["samples"] for shard in index["shards"])
         if position < num_samples:
-            path = fetch_beside_index(stream, RECORDS_FILE)
+            path = fetch_next_to_index(stream, RECORDS_FILE)
             return "" if path is None else next(islice(read_records(path, index), position, None)).id
         position -= num_samples
     raise IndexError(position)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 PAIRS_TRIED = 8
 GOOD_FILL = 0.98  # samples of emptier packs move to the next window
-MOST_HANDOVERS = 4  # of one sample, so that none strays far from its place in the shuffled order
+MOST_DELAYS = 4  # of one sample, so that none strays far from its place in the shuffled order
 ENOUGH_FILL = 0.99  # of a window: no other way is tried
 
 
@@ -46,7 +46,7 @@ def pack_ordered(
     """Pack samples in their order, window by window.
 
     A window's packs are returned in random order, because packing emits long samples first. The samples of badly
-    filled packs move to the next window, at most `MOST_HANDOVERS` times each.
+    filled packs move to the next window, at most `MOST_DELAYS` times each.
 
     Args:
         tokens: (N,) per sample.
@@ -66,23 +66,23 @@ def pack_ordered(
     token_list, patch_list = tokens.tolist(), patches.tolist()
     num_samples = len(token_list)
     packs: list[list[int]] = []
-    handed_over: list[int] = []
-    handovers: dict[int, int] = {}
+    postponed: list[int] = []
+    delays: dict[int, int] = {}
     for start in range(0, num_samples, window):
         stop = min(start + window, num_samples)
-        positions = [*handed_over, *range(start, stop)]
+        positions = [*postponed, *range(start, stop)]
         some_tokens = [token_list[position] for position in positions]
         some_patches = [patch_list[position] for position in positions]
         done: list[list[int]] = []
-        counts, handovers, handed_over = handovers, {}, []
+        counts, delays, postponed = delays, {}, []
         for fill, pack in _pack_best(some_tokens, some_patches, max_tokens, max_patches):
             members = sorted(positions[index] for index in pack)
             times = max(counts.get(position, 0) for position in members)
-            if fill >= GOOD_FILL or times == MOST_HANDOVERS or stop == num_samples:
+            if fill >= GOOD_FILL or times == MOST_DELAYS or stop == num_samples:
                 done.append(members)
             else:
-                handed_over += members
-                handovers |= {position: counts.get(position, 0) + 1 for position in members}
+                postponed += members
+                delays |= {position: counts.get(position, 0) + 1 for position in members}
         packs += [done[index] for index in rng.permutation(len(done))]
     return packs
 

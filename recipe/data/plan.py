@@ -121,7 +121,7 @@ def plan_packs(
     return _assemble(rows, order, samples, tokens, left_out=samples[~fits])
 
 
-def deal(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDArray[np.int64]:
+def assign_packs(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDArray[np.int64]:
     """Assign the packs from `first` on to ranks in turn, so that a step takes the same packs at any world size.
 
     If the ranks do not divide the remaining packs, the last pack is repeated as `-1 - pack`: it keeps ranks in step
@@ -137,7 +137,7 @@ def deal(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDA
     return left.reshape(-1, ranks_per_node, num_nodes).transpose(2, 1, 0)
 
 
-def deal_to_worker(packs: NDArray[np.int64], worker: int, num_workers: int, batch_size: int) -> NDArray[np.int64]:
+def assign_to_worker(packs: NDArray[np.int64], worker: int, num_workers: int, batch_size: int) -> NDArray[np.int64]:
     """Return a loader worker's packs of a rank: every `num_workers`-th batch, as the DataLoader collects them."""
     return packs[np.arange(len(packs)) // batch_size % num_workers == worker]
 

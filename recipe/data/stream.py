@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from recipe.config import TeacherConfig
 from recipe.data.encode import Encoder
 from recipe.data.lengths import LengthTable, sample_id, takes_teachers
-from recipe.data.plan import Budget, Plan, cached_plan, deal, deal_to_worker, plan_packs, plan_samples
+from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
 from recipe.data.teachers import TeacherPool, noise_seed
 from recipe.images import open_image
 from recipe.schema import Example, Pack, Sample
@@ -208,10 +208,10 @@ class PackStream(CheckedDataset):
     def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """Return the stored positions of this worker's samples, pack by pack; Streaming fetches their shards ahead."""
         plan, world = self.plan(epoch), self._parallel_worker_world
-        packs = deal(plan.num_packs, sample_in_epoch, world.num_nodes, world.ranks_per_node)
+        packs = assign_packs(plan.num_packs, sample_in_epoch, world.num_nodes, world.ranks_per_node)
         assert isinstance(self.batch_size, int)
         self._epoch = epoch
-        self._packs = deal_to_worker(
+        self._packs = assign_to_worker(
             packs[world.node, world.rank_of_node], world.worker_of_rank, world.workers_per_rank, self.batch_size
         )
         entries = [plan.samples[start:end] for start, end, _ in self._ranges(plan)]

@@ -184,7 +184,7 @@ class CheckedStream(Stream):
 
         self._fetch(info.basename, check)
 
-    def fetch_beside_index(self, name: str) -> Path | None:
+    def fetch_next_to_index(self, name: str) -> Path | None:
         """Return the local path of another file of the folder, fetched if needed; None if it does not exist."""
         path = self.folder / name
         found = path.is_file() or (self.source is not None and self._fetch(name, lambda part: None, must_exist=False))

@@ -280,10 +280,10 @@ def _open_stream(name: str, keywords: Mapping[str, Any]) -> CheckedStream:
     return CheckedStream(**keywords)
 
 
-def fetch_beside_index(stream: Stream, name: str) -> Path | None:
-    """Call `CheckedStream.fetch_beside_index`."""
+def fetch_next_to_index(stream: Stream, name: str) -> Path | None:
+    """Call `CheckedStream.fetch_next_to_index`."""
     assert isinstance(stream, CheckedStream), "streams come from open_streams"
-    return stream.fetch_beside_index(name)
+    return stream.fetch_next_to_index(name)
 
 
 def read_mds(folder: Path, split: str | None = None) -> Iterator[Sample]:
