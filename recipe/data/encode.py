@@ -14,17 +14,8 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLModel
 
 from recipe.boxes import pixels_to_normalized
 from recipe.config import PromptConfig
-from recipe.data.chat import (
-    Segment,
-    answer_frame,
-    answer_segments,
-    checked,
-    detection_question,
-    message_segments,
-    objects_to_text,
-    system_of,
-    system_segments,
-)
+from recipe.data import chat
+from recipe.data.chat import Segment
 from recipe.data.image import patchify, resized_size
 from recipe.schema import Example, ImageSpec, Object, Role, Sample, Target
 
@@ -111,7 +102,7 @@ class Encoder:
         """Return the segments before the student turn, and its own, without decoding images; raises as `__call__`."""
         if sample.objects is not None and not sample.has_image:
             raise ValueError("it has objects but no image: add the image, or write null for the objects")
-        head = system_segments(system_of(sample.messages or (), self.prompt.system))
+        head = chat.system_segments(chat.system_of(sample.messages or (), self.prompt.system))
         for teacher in teachers:
             head += self.teacher_segments(teacher)
         return head, self._student_segments(sample)
@@ -121,24 +112,25 @@ class Encoder:
         if teacher.objects is None or not teacher.has_image:
             raise ValueError(f"its teacher {teacher.id!r} is not an annotated image: choose the pool again")
         try:
-            answer = answer_segments(self._answer(teacher, teacher.objects), Role.TEACHER)
+            answer = chat.answer_segments(self._answer(teacher, teacher.objects), Role.TEACHER)
         except ValueError as error:
             raise ValueError(f"its teacher {teacher.id!r}: {error}") from error
-        return [Segment(detection_question(self.prompt)), *answer]
+        return [Segment(chat.detection_question(self.prompt)), *answer]
 
     def _student_segments(self, sample: Sample) -> list[Segment]:
         if sample.messages is not None:
-            return message_segments(sample.messages, sample.has_image)
+            return chat.message_segments(sample.messages, sample.has_image)
         if not sample.has_image:
             raise ValueError("it has neither an image nor messages: add one of them, or remove the sample")
-        segments = [Segment(detection_question(self.prompt))]
+        segments = [Segment(chat.detection_question(self.prompt))]
         if sample.objects is not None and self.prompt.student_answer:
-            segments += answer_segments(self._answer(sample, sample.objects), Role.STUDENT)
+            segments += chat.answer_segments(self._answer(sample, sample.objects), Role.STUDENT)
         return segments
 
     def _answer(self, sample: Sample, objects: Sequence[Object]) -> str:
-        frame = answer_frame(self.prompt.box_coordinates, resized_size(sample.width, sample.height, self.image_spec))
-        return objects_to_text(objects, (sample.width, sample.height), frame)
+        size = resized_size(sample.width, sample.height, self.image_spec)
+        frame = chat.answer_frame(self.prompt.box_coordinates, size)
+        return chat.objects_to_text(objects, (sample.width, sample.height), frame)
 
     def _tokenize(
         self, head: list[Segment], student: list[Segment], tokens_per_image: list[int]
@@ -171,7 +163,7 @@ class Encoder:
     def _target(self, sample: Sample, objects: Sequence[Object]) -> Target:
         kept = [item for item in objects if not item.iscrowd]
         boxes = torch.tensor([item.box for item in kept], dtype=torch.float32).view(-1, 4)
-        rows = self.ids([checked(item.caption) for item in kept])
+        rows = self.ids([chat.checked(item.caption) for item in kept])
         captions: list[Tensor] = []
         for item, row in zip(kept, rows, strict=True):
             if len(row) + 1 > self.max_caption_tokens:

@@ -62,14 +62,7 @@ class CaptionLengths:
 
 @dataclass(frozen=True)
 class LengthTable:
-    """The lengths of a data set and of its teachers.
-
-    Attributes:
-        samples: Of the data set.
-        teachers: The pool; None: no sample is shown teachers.
-        teacher_tokens: (T,) int64, that each teacher adds to a conversation.
-        teacher_patches: (T,) int64, of each teacher's image.
-    """
+    """The lengths of a data set and, each (T,) int64, of what a teacher adds to a conversation."""
 
     samples: Lengths
     teachers: TeacherPool | None

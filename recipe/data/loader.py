@@ -47,9 +47,6 @@ def build_train_loader(
         seed: Of shuffling, teachers and noise.
         microbatch_size: Packs per forward pass on one device.
         split_batch: Called by Composer with each device batch; adds the loss denominators of the global batch.
-
-    Raises:
-        ValueError: The shards are missing, a sample is too long, or the ranks do not divide the batch.
     """
     batch_size = device_batch_size(loader)
     streams = open_streams(loader.streams)

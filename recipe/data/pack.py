@@ -58,9 +58,6 @@ def pack_ordered(
 
     Returns:
         Packs of ascending positions; every position is in exactly one.
-
-    Raises:
-        ValueError: A sample is over a budget alone, or has no token.
     """
     max_patches = _check_budget(tokens, patches, max_tokens, max_patches)
     token_list, patch_list = tokens.tolist(), patches.tolist()

@@ -78,13 +78,7 @@ def make_inert(example: Example) -> Example:
 
 @dataclass(frozen=True)
 class Packing:
-    """How samples are packed.
-
-    Attributes:
-        budget: Of a pack.
-        lengths: Of the samples.
-        skips_long_samples: Leave out samples that are over the budget alone, instead of raising.
-    """
+    """How samples are packed; `skips_long_samples` leaves out those over the budget alone instead of raising."""
 
     budget: Budget
     lengths: LengthTable
@@ -104,7 +98,7 @@ class PackStream(CheckedDataset):
         Args:
             maker: Row → Example.
             packing: None: one sample per pack.
-            skips_bad_samples: Leave out samples that cannot be used and list them in `Pack.skipped`, else raise.
+            skips_bad_samples: List samples that cannot be used in `Pack.skipped`, else raise.
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)

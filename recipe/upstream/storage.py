@@ -27,14 +27,8 @@ from composer.utils import dist
 from filelock import BaseFileLock, FileLock, Timeout
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
-from streaming.base.dataset import (
-    _Iterator,  # pyright: ignore[reportPrivateUsage]
-    _ShardState,  # pyright: ignore[reportPrivateUsage]
-)
-from streaming.base.shared import (
-    SharedArray,
-    _get_path,  # pyright: ignore[reportPrivateUsage]
-)
+from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.shared import SharedArray, _get_path
 
 from recipe.records import INDEX_FILE
 from recipe.schema import Sample
@@ -42,6 +36,7 @@ from recipe.upstream.agreement import agree
 from recipe.upstream.checked_stream import DOWNLOAD_RETRY, DOWNLOAD_TIMEOUT, CheckedStream
 from recipe.upstream.shared_memory import FAILURE_SEGMENT
 
+# pyright: reportPrivateUsage=false
 FAILED = _ShardState.INVALID  # a state that Streaming never uses
 _WATCH_INTERVAL = 0.25  # seconds
 _LONGEST_REASON = 4096  # bytes
@@ -56,20 +51,8 @@ class CheckedDataset(StreamingDataset):
     set is unusable afterwards.
     """
 
-    def __init__(
-        self,
-        *,
-        streams: Sequence[Stream],
-        cache_limit: int | str | None = None,
-        download_retry: int = DOWNLOAD_RETRY,
-        download_timeout: float = DOWNLOAD_TIMEOUT,
-        **keywords: Any,
-    ):
-        """Open the shards of streams from `open_streams`; keywords are those of `streaming.StreamingDataset`.
-
-        Raises:
-            ValueError: `cache_limit` would delete the only copy of the data.
-        """
+    def __init__(self, *, streams: Sequence[Stream], cache_limit: int | str | None = None, **keywords: Any):
+        """Open the shards of streams from `open_streams`; keywords are those of `streaming.StreamingDataset`."""
         for stream in streams:
             assert isinstance(stream, CheckedStream), "streams come from open_streams"
             if cache_limit and stream.source is None:
@@ -81,13 +64,8 @@ class CheckedDataset(StreamingDataset):
         self._num_expected = 0
         self._thread_error: BaseException | None = None
         with _only_run_that_starts():
-            super().__init__(
-                streams=streams,
-                cache_limit=cache_limit,
-                download_retry=download_retry,
-                download_timeout=download_timeout,
-                **keywords,
-            )
+            bounds = {"download_retry": DOWNLOAD_RETRY, "download_timeout": DOWNLOAD_TIMEOUT}
+            super().__init__(streams=streams, cache_limit=cache_limit, **{**bounds, **keywords})
         # Why a shard failed, for all ranks and workers of the node.
         self._reason = SharedArray(_LONGEST_REASON, np.uint8, _get_path(self._shm_prefix_int, FAILURE_SEGMENT))
         if dist.get_local_rank() == 0:
