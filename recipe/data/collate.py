@@ -13,15 +13,12 @@ Collator = Callable[[Sequence[Pack]], Batch]
 
 
 def one_each(examples: Sequence[Example]) -> list[Pack]:
-    """Return a pack for each example, as without packing."""
+    """Return one pack per example, as without packing."""
     return [Pack(number, [item], is_inert=item.is_inert) for number, item in enumerate(examples)]
 
 
 def collate_microbatches(packs: Sequence[Pack], collate: Collator, microbatch_size: int) -> list[Batch]:
-    """Cut the packs of a device batch into microbatches and collate each.
-
-    Cutting before collation pads a microbatch to its own longest row only, and images are never sliced apart again.
-    """
+    """Cut the packs of a device batch into microbatches and collate each, so that each has its own row length."""
     return [collate(packs[start : start + microbatch_size]) for start in range(0, len(packs), microbatch_size)]
 
 
@@ -47,7 +44,7 @@ def collate_packed(packs: Sequence[Pack]) -> Batch:
     """Return one row without padding: `input_ids` (1, L), no mask, `position_ids` (4, 1, L)."""
     examples = [example for pack in packs for example in pack.examples]
     lengths = [len(item.input_ids) for item in examples]
-    # Restarts at 0 for every sample, which is how transformers keeps the samples of a row apart.
+    # They restart at 0 for every sample, which is how transformers separates the samples of a row.
     starts = torch.cat([torch.arange(length) for length in lengths])
     rotary = torch.cat([item.position_ids for item in examples], dim=1)  # (3, L)
     return _batch(
@@ -70,13 +67,12 @@ def _batch(
     position_ids: Tensor,
     segment_lengths: list[int] | None,
 ) -> Batch:
-    """Add what both layouts share; sample i begins at `offsets[i]` of the flattened tokens."""
+    """Add what both layouts share; sample i starts at `offsets[i]` of the flattened tokens."""
     supervised = [item.roles.nonzero()[:, 0] for item in examples]
     assert all(int(Role.NONE) == 0 and bool((index > 0).all()) for index in supervised), "no token predicts the first"
     image_ends = list(accumulate(len(item.image_grid_thw) for item in examples))
     solved = [position for position, item in enumerate(examples) if item.has_student_image]
     prompts = [offsets[position] + torch.arange(examples[position].prompt_length) for position in solved]
-    pairs = list(zip(examples, supervised, strict=True))
     return Batch(
         samples=[item.sample for item in examples],
         input_ids=input_ids,
@@ -84,8 +80,8 @@ def _batch(
         position_ids=position_ids,
         segment_lengths=segment_lengths,
         label_index=torch.cat([index + offset - 1 for index, offset in zip(supervised, offsets, strict=True)]),
-        labels=torch.cat([item.input_ids[index] for item, index in pairs]),
-        label_roles=torch.cat([item.roles[index].long() for item, index in pairs]),
+        labels=torch.cat([item.input_ids[index] for item, index in zip(examples, supervised, strict=True)]),
+        label_roles=torch.cat([item.roles[index].long() for item, index in zip(examples, supervised, strict=True)]),
         prompt_index=pad_sequence(prompts, batch_first=True, padding_value=-1)
         if prompts
         else torch.empty(0, 0, dtype=torch.int64),

@@ -1,7 +1,7 @@
-"""One picture → uint8 patches in Qwen2-VL order, ready for normalisation on the device.
+"""One image → uint8 patches in Qwen2-VL order, normalised later on the device.
 
-Keeping bytes until the device moves eight times fewer of them (no float32, no repeated frame), with the same numbers:
-`Qwen2VLImageProcessorFast` resizes uint8 pixels too, and normalises after.
+Bytes instead of float32 with a repeated frame are an eighth of the transfer. The numbers are the same:
+`Qwen2VLImageProcessorFast` also resizes uint8 pixels and normalises afterwards.
 """
 
 from typing import Any, cast
@@ -23,22 +23,14 @@ MAX_ASPECT_RATIO = 200
 
 
 def image_spec(image_processor: Any, image_config: ImageConfig) -> ImageSpec:
-    """Reads the checkpoint's image processor; the pixel budget of `image_config` wins where given.
-
-    Args:
-        image_processor: Hugging Face's, slow or fast; both spellings of the budget are read.
-        image_config: The yaml's section.
-
-    Raises:
-        ValueError: The budget is empty.
-    """
+    """Read a Hugging Face image processor, slow or fast; a pixel budget in `image_config` overrides its own."""
     size = image_processor.size or {}
     limits = {}
     for name, size_key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         candidates = (getattr(image_config, name), getattr(image_processor, name, None), size.get(size_key))
         limits[name] = next((int(value) for value in candidates if value is not None), None)
         if limits[name] is None:
-            raise ValueError(f"the checkpoint's image processor says no {name}: set image.{name}")
+            raise ValueError(f"the checkpoint's image processor has no {name}: set image.{name}")
     if limits["min_pixels"] > limits["max_pixels"]:
         raise ValueError(
             f"image.min_pixels {limits['min_pixels']} is above image.max_pixels {limits['max_pixels']}: set both"
@@ -53,14 +45,10 @@ def image_spec(image_processor: Any, image_config: ImageConfig) -> ImageSpec:
 
 
 def resized_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
-    """(width, height) in pixels at which the model sees a picture: the one owner of the resize rule.
-
-    Raises:
-        ValueError: The picture is more than 200 times as long as wide.
-    """
+    """Return the (width, height) in pixels at which the model sees an image: the one owner of the resize rule."""
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"a picture of {width} x {height} pixels is over {MAX_ASPECT_RATIO} times as long as wide: "
+            f"an image of {width} x {height} pixels is over {MAX_ASPECT_RATIO} times as long as wide: "
             "crop or tile it before conversion"
         )
     factor = spec.patch_size * spec.merge_size
@@ -69,14 +57,10 @@ def resized_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
 
 
 def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[Tensor, tuple[int, int, int]]:
-    """Resizes a picture and cuts it into patches.
-
-    Args:
-        image: An encoded file, or an RGB picture.
-        spec: Of the checkpoint.
+    """Resize an image, encoded or RGB, and cut it into patches.
 
     Returns:
-        (P, 3 * patch * patch) uint8 patches, those of one merged vision token side by side; and the grid
+        (P, 3 * patch * patch) uint8 patches, those of one merged vision token adjacent; and the grid
         (1, patches along height, patches along width).
     """
     pixels = decode_pixels(image) if isinstance(image, bytes) else F.pil_to_tensor(image)  # (3, height, width)
@@ -86,7 +70,7 @@ def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[Tensor, tuple
         pixels = F.resize(pixels, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
     patch, merge = spec.patch_size, spec.merge_size
     rows, columns = height // patch, width // patch
-    # One row of a patch is one element, so that the transposition copies `patch` bytes at a time.
+    # One row of a patch is one element, so the transposition copies `patch` bytes at a time.
     strips = np.ascontiguousarray(pixels.numpy()).view(np.dtype((np.void, patch)))  # (3, height, columns)
     blocks = strips.reshape(3, rows // merge, merge, patch, columns // merge, merge)
     blocks = np.ascontiguousarray(blocks.transpose(1, 4, 2, 5, 0, 3))  # (rows / m, columns / m, m, m, 3, patch)
@@ -94,14 +78,10 @@ def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[Tensor, tuple
 
 
 def decode_pixels(data: bytes) -> Tensor:
-    """(3, height, width) uint8: the pixels of `open_image`, which a plain JPEG gives faster without Pillow.
-
-    Raises:
-        ValueError: As `open_image`.
-    """
+    """Return (3, height, width) uint8, the pixels of `open_image`: a plain JPEG decodes faster without Pillow."""
     if is_plain_jpeg(data):
         try:
             return cast(Tensor, decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)))
-        except RuntimeError:  # broken: Pillow says how
+        except RuntimeError:  # broken: Pillow gives the reason
             pass
     return F.pil_to_tensor(open_image(data))

@@ -1,7 +1,7 @@
-"""How long every sample is, known without its picture: tokens of conversation and captions, vision patches.
+"""How long every sample is, without decoding its image: tokens of conversation and captions, vision patches.
 
-Texts and picture sizes lie beside the index (`recipe/records.py`); they are counted once for each tokenizer, prompt and
-pixel budget, and the counts are kept beside the index too, under a name that holds the fingerprint of all these.
+Texts and image sizes are stored next to the index (`recipe/records.py`). They are counted once per tokenizer, prompt
+and pixel budget; the counts are kept next to the index too, with the fingerprint of all these in their name.
 """
 
 import hashlib
@@ -22,22 +22,22 @@ from recipe.data.encode import Encoder
 from recipe.data.image import resized_size
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.records import RECORDS_FILE, read_records
-from recipe.schema import Object, Sample
-from recipe.upstream.storage import fetch_beside_index
+from recipe.schema import ImageSpec, Object, Sample
+from recipe.upstream.storage import fetch_next_to_index
 
-_CHUNK = 1024  # samples whose texts are tokenized in one call
+_CHUNK = 1024  # samples whose texts are tokenized per call
 _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of the samples of a data set, in stored order.
+    """Lengths of the samples of a data set, in stored order.
 
     Attributes:
-        tokens: (N,) int64, of the conversation without teachers, image tokens among them.
-        patches: (N,) int64, of the sample's own picture; 0 without one.
-        takes_teachers: (N,) bool: is asked with the detection chat, which teachers can be shown with.
-        id_hashes: (N,) int64, from `recipe.data.teachers.id_hash`.
+        tokens: (N,) int64, of the conversation without teachers, including image tokens.
+        patches: (N,) int64, of the sample's own image; 0 without one.
+        takes_teachers: (N,) bool, see `takes_teachers`.
+        id_hashes: (N,) int64, see `id_hash`.
     """
 
     tokens: NDArray[np.int64]
@@ -51,10 +51,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class CaptionLengths:
-    """Of the captions of a data set.
+    """The longest caption of a data set.
 
     Attributes:
-        longest: (1,) int64, tokens of the longest, end-of-sequence counted; 0 where no object has a caption.
+        longest: (1,) int64, its tokens including end-of-sequence; 0 if no object has a caption.
     """
 
     longest: NDArray[np.int64]
@@ -62,14 +62,7 @@ class CaptionLengths:
 
 @dataclass(frozen=True)
 class LengthTable:
-    """The lengths of a data set and of the teachers it is shown.
-
-    Attributes:
-        samples: Of the data set.
-        teachers: The pool; None: no sample is shown any.
-        teacher_tokens: (T,) int64, that each teacher adds to a conversation.
-        teacher_patches: (T,) int64, of each teacher's picture.
-    """
+    """The lengths of a data set and, each (T,) int64, of what a teacher adds to a conversation."""
 
     samples: Lengths
     teachers: TeacherPool | None
@@ -77,7 +70,7 @@ class LengthTable:
     teacher_patches: NDArray[np.int64]
 
     def of_epoch(self, epoch: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(tokens, patches) of every occurrence of an epoch, each (S,); `samples`: their stored positions (S,)."""
+        """Return (tokens, patches), each (S,), of an epoch's occurrences, given their stored positions (S,)."""
         tokens, patches = self.samples.tokens[samples], self.samples.patches[samples]
         if self.teachers is not None:
             drawn = self.teachers.draw(epoch, 0, self.samples.id_hashes[samples])
@@ -87,7 +80,7 @@ class LengthTable:
         return tokens, patches
 
     def longest(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(tokens, patches) of every stored sample beside the longest teachers that an epoch may draw, each (N,)."""
+        """Return (tokens, patches), each (N,), of every sample with the longest teachers that it can be shown."""
         tokens, patches = self.samples.tokens, self.samples.patches
         if self.teachers is not None:
             tokens = tokens + self._most_added(self.teachers, self.teacher_tokens)
@@ -95,7 +88,7 @@ class LengthTable:
         return tokens, patches
 
     def _most_added(self, teachers: TeacherPool, added: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(N,) the most that teachers, which add `added` (T,) each, can add to a sample, itself not among them."""
+        """Return (N,) the most that teachers other than the sample can add to it, each adding `added` (T,)."""
         *longest, spare = np.argsort(-added)[: teachers.config.num_teachers + 1]
         most = self.samples.takes_teachers * added[longest].sum()
         for teacher in longest:
@@ -104,7 +97,7 @@ class LengthTable:
         return most
 
     def digest(self) -> str:
-        """16 hex digits that tell these lengths from any other."""
+        """Return 16 hex digits that identify these lengths."""
         content = hashlib.sha256()
         for array in (*vars(self.samples).values(), self.teacher_tokens, self.teacher_patches):
             content.update(array.tobytes())
@@ -112,16 +105,12 @@ class LengthTable:
 
 
 def takes_teachers(sample: Sample) -> bool:
-    """Teachers are shown with the detection chat only, not with a sample's own `messages`."""
+    """Return whether a sample can be shown with teachers: only with the detection chat, not its own `messages`."""
     return sample.messages is None and sample.has_image
 
 
 def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
-    """Counts what `encoder` would make of each sample; reads no picture.
-
-    Raises:
-        ValueError: A sample cannot be used; its id and the remedy are named.
-    """
+    """Count what `encoder` would make of each sample, without its image; raise ValueError if one cannot be used."""
     chunks = []
     for chunk in _chunks(samples):
         tokens, patches = _count_chunk(chunk, [_conversation(sample, encoder) for sample in chunk], encoder)
@@ -131,10 +120,10 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
 
 
 def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> CaptionLengths:
-    """Counts the tokens of what the head is to say of each object, as `Encoder` does."""
+    """Find the longest caption that the head must predict, tokenized as by `Encoder`."""
     longest = 0
     for chunk in _chunks(samples):
-        objects = [item for sample in chunk for item in sample.objects or () if not item.iscrowd]
+        objects = (item for sample in chunk for item in sample.objects or () if not item.iscrowd)
         captions = list(dict.fromkeys(item.caption for item in objects))
         if captions:
             rows: Any = tokenizer(captions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -143,23 +132,18 @@ def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase
 
 
 def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(tokens, patches) that each teacher of the pool adds to a conversation."""
+    """Return (tokens, patches), each (T,), that the teachers of the pool add to a conversation."""
     return _count_chunk(pool.samples, [encoder.teacher_segments(teacher) for teacher in pool.samples], encoder)
 
 
 def read_length_table(streams: Sequence[Stream], encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
-    """The lengths of all streams and of the pool.
-
-    Raises:
-        ValueError: A stream has no records beside its index, or a sample cannot be used.
-    """
-    none = np.empty(0, dtype=np.int64)
-    added = (none, none) if teachers is None else count_teachers(teachers, encoder)
+    """Return the lengths of all streams and of the pool; raise ValueError as `read_lengths`."""
+    added = (np.empty(0, dtype=np.int64),) * 2 if teachers is None else count_teachers(teachers, encoder)
     return LengthTable(read_lengths(streams, encoder), teachers, *added)
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """16 hex digits of all that token counts depend on, beside the samples."""
+    """Return 16 hex digits of all that token counts depend on, except the samples."""
     probe = [segment.text for part in encoder.segments(_PROBE, [_PROBE]) for segment in part]
     tokenizer: Any = encoder.tokenizer
     parts = [tokenizer.backend_tokenizer.to_str(), asdict(encoder.prompt), asdict(encoder.image_spec), probe]
@@ -167,42 +151,44 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 def read_lengths(streams: Sequence[Stream], encoder: Encoder) -> Lengths:
-    """The lengths of all streams, one after the other: counted by global rank 0 where not kept yet, told to all ranks.
+    """Return the lengths of all streams, concatenated; global rank 0 counts those not kept yet and broadcasts.
 
     Raises:
-        ValueError: A stream has no records beside its index, or a sample cannot be used.
+        ValueError: A stream has no records next to its index, or a sample cannot be used.
     """
-    what = "this tokenizer, prompt and pixel budget"
-    remedy = "train without train_loader.packing"
     kept = KeptCount(
-        Lengths, "lengths", fingerprint(encoder), what, remedy, lambda samples: count_lengths(samples, encoder)
+        form=Lengths,
+        name="lengths",
+        fingerprint=fingerprint(encoder),
+        what="this tokenizer, prompt and pixel budget",
+        remedy="train without train_loader.packing",
+        count=lambda samples: count_lengths(samples, encoder),
     )
     parts = count_on_rank_0(streams, kept)
     return Lengths(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(Lengths)))
 
 
 def read_longest_caption(streams: Sequence[Stream], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens of the longest caption of all streams, end-of-sequence counted; counted and told as `read_lengths`.
-
-    Raises:
-        ValueError: A stream has no records beside its index.
-    """
+    """Return the tokens of the longest caption of all streams, including end-of-sequence; counted as `read_lengths`."""
     backend: Any = tokenizer
-    of_tokenizer = hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    what, remedy = "the longest caption", "set caption_decoder.max_caption_tokens"
     kept = KeptCount(
-        CaptionLengths, "captions", of_tokenizer, what, remedy, lambda samples: count_captions(samples, tokenizer)
+        form=CaptionLengths,
+        name="captions",
+        fingerprint=hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest()[:16],
+        what="the longest caption",
+        remedy="set caption_decoder.max_caption_tokens",
+        count=lambda samples: count_captions(samples, tokenizer),
     )
     return max(int(part.longest[0]) for part in count_on_rank_0(streams, kept))
 
 
 def sample_id(streams: Sequence[Stream], position: int) -> str:
-    """The id of the sample at a position in all streams, for an error message; read from the records."""
+    """Return the id of the sample at a position in all streams, read from the records."""
     for stream in streams:
         index = index_of(stream)
         num_samples = sum(shard["samples"] for shard in index["shards"])
         if position < num_samples:
-            path = fetch_beside_index(stream, RECORDS_FILE)
+            path = fetch_next_to_index(stream, RECORDS_FILE)
             return "" if path is None else next(islice(read_records(path, index), position, None)).id
         position -= num_samples
     raise IndexError(position)
@@ -225,24 +211,23 @@ def _conversation(sample: Sample, encoder: Encoder) -> list[Segment]:
 def _count_chunk(
     samples: Sequence[Sample], conversations: Sequence[Sequence[Segment]], encoder: Encoder
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(tokens, patches) of each; every text is tokenized once, though all samples share the prompt."""
+    """Return (tokens, patches) per sample; each text is tokenized once, as most samples share the prompt."""
     texts = list(dict.fromkeys(segment.text for segments in conversations for segment in segments))
     num_tokens = {text: len(row) for text, row in zip(texts, encoder.ids(texts), strict=True)}
-    spec = encoder.image_spec
-    patches = [_num_patches(sample, encoder) for sample in samples]
+    patches = [_num_patches(sample, encoder.image_spec) for sample in samples]
     tokens = []
     for num_patches, segments in zip(patches, conversations, strict=True):
         placeholders = sum(segment.text.count(IMAGE) for segment in segments)
-        num_image_tokens = num_patches // spec.merge_size**2
+        num_image_tokens = num_patches // encoder.image_spec.merge_size**2
         tokens.append(sum(num_tokens[segment.text] for segment in segments) + placeholders * (num_image_tokens - 1))
     return np.array(tokens, dtype=np.int64), np.array(patches, dtype=np.int64)
 
 
-def _num_patches(sample: Sample, encoder: Encoder) -> int:
+def _num_patches(sample: Sample, spec: ImageSpec) -> int:
     if not sample.has_image:
         return 0
     try:
-        width, height = resized_size(sample.width, sample.height, encoder.image_spec)
+        width, height = resized_size(sample.width, sample.height, spec)
     except ValueError as error:
         raise ValueError(f"sample {sample.id!r}: {error}") from error
-    return (width // encoder.image_spec.patch_size) * (height // encoder.image_spec.patch_size)
+    return (width // spec.patch_size) * (height // spec.patch_size)

@@ -43,13 +43,10 @@ def build_train_loader(
     Args:
         loader: The section `train_loader`.
         encoder: Sample → Example.
-        teachers: From `read_teachers`; None: no sample is shown any.
+        teachers: From `read_teachers`.
         seed: Of shuffling, teachers and noise.
-        microbatch_size: Packs of one forward pass on one device.
+        microbatch_size: Packs per forward pass on one device.
         split_batch: Called by Composer with each device batch; adds the loss denominators of the global batch.
-
-    Raises:
-        ValueError: The shards are missing, a sample is too long, or the ranks do not divide the batch.
     """
     batch_size = device_batch_size(loader)
     streams = open_streams(loader.streams)
@@ -61,11 +58,8 @@ def build_train_loader(
         batch_size=batch_size,
         **{"shuffle_seed": seed, **loader.dataset},
     )
-    collate = make_collator(loader.collator, encoder.pad_token_id)
     return DataSpec(
-        _dataloader(
-            loader, dataset, batch_size, partial(collate_microbatches, collate=collate, microbatch_size=microbatch_size)
-        ),
+        _dataloader(loader, dataset, encoder.pad_token_id, batch_size, microbatch_size),
         split_batch=split_batch,
         get_num_samples_in_batch=get_num_packs_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
@@ -73,33 +67,12 @@ def build_train_loader(
 
 
 def build_eval_loader(loader: LoaderConfig, encoder: Encoder, teachers: TeacherPool | None, seed: int) -> DataSpec:
-    """Return the evaluation loader: every sample once, in stored order; one microbatch per batch, counted alone.
-
-    Args:
-        loader: The section `eval_loader`.
-        encoder: Sample → Example.
-        teachers: From `read_teachers`; None: no sample is shown any.
-        seed: Of teachers and noise.
-
-    Raises:
-        ValueError: The shards are missing, or the ranks do not divide the batch.
-    """
+    """Return the evaluation loader: every sample once, in stored order; each batch is one microbatch."""
     batch_size = device_batch_size(loader)
-    dataset = EvalSamples(
-        ExampleMaker(encoder, teachers, seed),
-        streams=open_streams(loader.streams),
-        batch_size=batch_size,
-        **loader.dataset,
-    )
-    collate = make_collator(loader.collator, encoder.pad_token_id)
+    maker = ExampleMaker(encoder, teachers, seed)
+    dataset = EvalSamples(maker, streams=open_streams(loader.streams), batch_size=batch_size, **loader.dataset)
     return DataSpec(
-        _dataloader(
-            loader,
-            dataset,
-            batch_size,
-            partial(collate_microbatches, collate=collate, microbatch_size=batch_size),
-            sampler=EvalSampler(dataset),
-        ),
+        _dataloader(loader, dataset, encoder.pad_token_id, batch_size, batch_size, sampler=EvalSampler(dataset)),
         num_samples=len(dataset),
         split_batch=lambda batches, microbatch_size: batches,
         get_num_samples_in_batch=get_num_samples_in_batch,
@@ -125,26 +98,18 @@ def tokens_per_batch(loader: LoaderConfig, spec: DataSpec, num_samples: int = 32
 
 
 def device_batch_size(loader: LoaderConfig) -> int:
-    """Packs (samples, where they are not packed) of a global batch that one rank reads.
-
-    Raises:
-        ValueError: The ranks do not divide the batch.
-    """
+    """Return the packs of a global batch that one rank reads; raise ValueError if the ranks do not divide it."""
     world_size = dist.get_world_size()
     if loader.global_batch_size < 1 or loader.global_batch_size % world_size:
         raise ValueError(
-            f"global_batch_size {loader.global_batch_size} cannot be shared out over {world_size} ranks: "
+            f"global_batch_size {loader.global_batch_size} cannot be split over {world_size} ranks: "
             f"make it a multiple of {world_size}"
         )
     return loader.global_batch_size // world_size
 
 
 def make_collator(name: str, pad_token_id: int) -> Collator:
-    """`standard` or `packed`, as a function of the examples alone.
-
-    Raises:
-        ValueError: Another name.
-    """
+    """Return the collator `standard` or `packed`; raise ValueError for another name."""
     if name == "standard":
         return partial(collate_standard, pad_token_id=pad_token_id)
     if name == "packed":
@@ -153,20 +118,20 @@ def make_collator(name: str, pad_token_id: int) -> Collator:
 
 
 def get_num_packs_in_batch(batch: list[Batch] | Batch) -> int:
-    """Packs of a device batch or of one microbatch: the unit in which training is dealt and resumed."""
+    """Return the packs of a device batch or a microbatch: the unit in which training is counted and resumed."""
     return sum(item["num_packs"] for item in _microbatches(batch))
 
 
 def get_num_samples_in_batch(batch: list[Batch] | Batch) -> int:
-    """Samples of a device batch or of one microbatch, without those that only keep ranks in step."""
+    """Return the samples of a device batch or a microbatch, except inert ones."""
     return sum(item["num_samples"] for item in _microbatches(batch))
 
 
 def get_num_tokens_in_batch(batch: list[Batch] | Batch) -> dict[str, int]:
-    """Real tokens, and as `loss_generating` the number of microbatches.
+    """Return the real tokens, and as `loss_generating` the number of microbatches.
 
-    With `accumulate_train_batch_on_tokens` Composer weighs each microbatch by its share of the latter: by making all
-    weigh the same, the loss can be divided by the global denominators instead.
+    With `accumulate_train_batch_on_tokens` Composer weights a microbatch by its share of the latter. Equal weights
+    leave the division to the global loss denominators.
     """
     microbatches = _microbatches(batch)
     return {"total": sum(item["num_tokens"] for item in microbatches), "loss_generating": len(microbatches)}
@@ -190,38 +155,40 @@ def _build_packing(
 def _dataloader(
     loader: LoaderConfig,
     dataset: PackStream | EvalSamples,
+    pad_token_id: int,
     batch_size: int,
-    collate_fn: Callable[[Any], list[Batch]],
+    microbatch_size: int,
     **keywords: Any,
 ) -> DataLoader:
+    collate = make_collator(loader.collator, pad_token_id)
     given = {name: value for name, value in loader.dataloader.items() if value is not None}
-    if not given.get("num_workers"):  # torch refuses keywords of workers if there are none
+    if not given.get("num_workers"):  # torch rejects these without workers
         given = {name: value for name, value in given.items() if name not in _OF_WORKERS}
-    # The tokenizer has its own threads, which do not survive the fork into workers: it would warn in each.
+    # The tokenizer's threads do not survive the fork into workers: it would warn in each.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return LockstepLoader(
         dataset,
         batch_size=batch_size,
-        collate_fn=collate_fn,
+        collate_fn=partial(collate_microbatches, collate=collate, microbatch_size=microbatch_size),
         worker_init_fn=obey_only_parent,
-        generator=torch.Generator(),  # of the workers' seeds: an epoch that begins or goes on draws none of training's
+        generator=torch.Generator(),  # seeds workers, so that an epoch's start or resume leaves training's generator
         **{"pin_memory": torch.cuda.is_available(), **keywords, **given},
     )
 
 
 def obey_only_parent(worker_id: int) -> None:
-    """Lets a worker end on a SIGTERM of the process that made it, and on no other; a DataLoader's `worker_init_fn`.
+    """Make a loader's worker end on its parent's SIGTERM only.
 
-    Schedulers send SIGTERM to all processes at once. torch's workers would end at once, and the run with an error,
-    before the batch it is at can be finished and saved.
+    Schedulers send SIGTERM to all processes at once. torch's workers would end immediately, and the run with an error
+    before it could finish the current batch and save.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_wait_for, args=(parent.pid,), daemon=True).start()
 
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+            pass
+        os._exit(0)
 
-def _wait_for(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+    threading.Thread(target=wait_for_parent, daemon=True).start()

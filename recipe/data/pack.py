@@ -1,8 +1,8 @@
 """Which samples share a pack: lengths in, positions out, under a budget of tokens and one of image patches.
 
-A pack begins with the longest sample left, goes on with any that fit, and is closed by the pair that fits best. To take
-the longest throughout is the textbook's way, but it puts like with like, and then the gaps are all alike too: samples
-of 599 to 864 tokens fill 0.94 of 4,096 so, and 0.99 this way.
+A pack starts with the longest sample left, continues with any that fit, and ends with the pair that fits best. Taking
+the longest throughout, as textbooks do, groups samples of similar length and leaves similar gaps: samples of 599 to
+864 tokens then fill 0.94 of 4,096, and 0.99 this way.
 """
 
 from bisect import bisect_right
@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 PAIRS_TRIED = 8
-GOOD_FILL = 0.98  # packs below it are taken apart and handed to the next window
-MOST_HANDOVERS = 4  # of one sample, so that none strays far from its place in the shuffled order
+GOOD_FILL = 0.98  # samples of emptier packs move to the next window
+MOST_DELAYS = 4  # of one sample, so that none strays far from its place in the shuffled order
 ENOUGH_FILL = 0.99  # of a window: no other way is tried
 
 
 class _Way(NamedTuple):
-    """How packs are filled; no way is the best for all lengths, so a window may be packed in several.
+    """How packs are filled; no way is best for all lengths, so a window may be packed in several.
 
     Attributes:
-        reach: A pack is closed when less room is left than for this many samples of middling size.
-        longest_first: Pairs are tried from the longest sample down; else at random.
+        reach: A pack is closed once it has room for fewer than this many samples of medium size.
+        longest_first: Try pairs from the longest sample down; else at random.
     """
 
     reach: float
@@ -43,48 +43,43 @@ def pack_ordered(
     window: int,
     rng: np.random.Generator,
 ) -> list[list[int]]:
-    """Packs samples in their order, one window after the other.
+    """Pack samples in their order, window by window.
 
-    A window's packs come out in random order, since packing emits long samples first. Badly filled ones are taken
-    apart and their samples handed to the next window, at most `MOST_HANDOVERS` times each.
+    A window's packs are returned in random order, because packing emits long samples first. The samples of badly
+    filled packs move to the next window, at most `MOST_DELAYS` times each.
 
     Args:
-        tokens: (N,) of each sample.
-        patches: (N,) image patches of each sample.
-        max_tokens: Of a pack.
-        max_patches: Of a pack; None: any number.
-        window: Samples taken from the order at a time.
+        tokens: (N,) per sample.
+        patches: (N,) image patches per sample.
+        max_tokens: Per pack.
+        max_patches: Per pack; None: any number.
+        window: Samples per window.
         rng: Of the order within windows.
 
     Returns:
-        Packs of ascending positions; every position stands in exactly one.
-
-    Raises:
-        ValueError: A sample is over a budget alone, or has no token.
+        Packs of ascending positions; every position is in exactly one.
     """
-    _check(tokens, patches, max_tokens, max_patches)
-    if not _patches_can_bind(tokens, patches, max_tokens, max_patches):
-        max_patches = None
+    max_patches = _check_budget(tokens, patches, max_tokens, max_patches)
     token_list, patch_list = tokens.tolist(), patches.tolist()
     num_samples = len(token_list)
     packs: list[list[int]] = []
-    handed_over: list[int] = []
-    handovers: dict[int, int] = {}
+    postponed: list[int] = []
+    delays: dict[int, int] = {}
     for start in range(0, num_samples, window):
         stop = min(start + window, num_samples)
-        positions = [*handed_over, *range(start, stop)]
+        positions = [*postponed, *range(start, stop)]
         some_tokens = [token_list[position] for position in positions]
         some_patches = [patch_list[position] for position in positions]
         done: list[list[int]] = []
-        counts, handovers, handed_over = handovers, {}, []
+        counts, delays, postponed = delays, {}, []
         for fill, pack in _pack_best(some_tokens, some_patches, max_tokens, max_patches):
             members = sorted(positions[index] for index in pack)
             times = max(counts.get(position, 0) for position in members)
-            if fill >= GOOD_FILL or times == MOST_HANDOVERS or stop == num_samples:
+            if fill >= GOOD_FILL or times == MOST_DELAYS or stop == num_samples:
                 done.append(members)
             else:
-                handed_over += members
-                handovers |= {position: counts.get(position, 0) + 1 for position in members}
+                postponed += members
+                delays |= {position: counts.get(position, 0) + 1 for position in members}
         packs += [done[index] for index in rng.permutation(len(done))]
     return packs
 
@@ -92,37 +87,21 @@ def pack_ordered(
 def pack_window(
     tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None
 ) -> list[list[int]]:
-    """Packs a set of samples at once; the same input always gives the same packs.
-
-    Args:
-        tokens: Of each of N samples.
-        patches: Image patches of each.
-        max_tokens: Of a pack.
-        max_patches: Of a pack; None: any number.
-
-    Returns:
-        Packs of positions 0 ... N - 1; every position stands in exactly one.
-
-    Raises:
-        ValueError: A sample is over a budget alone, or has no token.
-    """
-    token_array, patch_array = np.asarray(tokens, np.int64), np.asarray(patches, np.int64)
-    _check(token_array, patch_array, max_tokens, max_patches)
-    if not _patches_can_bind(token_array, patch_array, max_tokens, max_patches):
-        max_patches = None
+    """Pack all samples as one window; like `pack_ordered`, but deterministic and in no particular order."""
+    max_patches = _check_budget(np.asarray(tokens, np.int64), np.asarray(patches, np.int64), max_tokens, max_patches)
     return [pack for _, pack in _pack_best(tokens, patches, max_tokens, max_patches)]
 
 
 def _pack_best(
     tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None
 ) -> list[tuple[float, list[int]]]:
-    """The fullest of several packings: (fill, positions) of each pack."""
+    """Return the fullest of several packings: (fill, positions) per pack."""
     window = _Window(tokens, patches, max_tokens, max_patches)
     best: list[tuple[float, list[int]]] = []
     best_fill = -1.0
     for way in _WAYS:
         packs = window.pack(way)
-        fills = sorted(fill for fill, _ in packs)[1:]  # the emptiest is the rest, which tells nothing
+        fills = sorted(fill for fill, _ in packs)[1:]  # without the emptiest, which holds the rest
         mean_fill = sum(fills) / max(1, len(fills))
         if mean_fill > best_fill:
             best, best_fill = packs, mean_fill
@@ -132,10 +111,10 @@ def _pack_best(
 
 
 class _Window:
-    """The samples that are in no pack yet, as the bits of one integer: bit r is the sample of rank r by size.
+    """The samples that are not in a pack yet, as bits of one integer: bit r is the sample of rank r by size.
 
-    A sample's size is the larger of its shares of the two budgets, in units that keep it an integer. "The largest
-    that fits" is then the highest bit of what is left, of what fits the tokens, and of what fits the patches.
+    A sample's size is the larger of its shares of the two budgets, scaled to an integer. The largest sample that fits
+    is then the highest bit of what is left AND what fits the tokens AND what fits the patches.
     """
 
     def __init__(self, tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None):
@@ -155,7 +134,7 @@ class _Window:
         self._random = Random(0)
 
     def pack(self, way: _Way) -> list[tuple[float, list[int]]]:
-        """Packs all samples: (fill, positions) of each pack."""
+        """Return (fill, positions) per pack."""
         self._left = (1 << len(self._positions)) - 1
         self._random = Random(0)
         packs: list[tuple[float, list[int]]] = []
@@ -177,7 +156,7 @@ class _Window:
         return packs
 
     def _fitting(self, room: int, patch_room: int) -> int:
-        """The samples left that fit into so many tokens and patches."""
+        """Return the samples left that fit into `room` tokens and `patch_room` patches."""
         if self._max_patches is None:
             return self._left & ((1 << bisect_right(self._tokens, room)) - 1)
         return (
@@ -187,7 +166,7 @@ class _Window:
         )
 
     def _choose(self, room: int, patch_room: int, way: _Way) -> tuple[int, ...]:
-        """The next sample or two of a pack; none if none fits."""
+        """Return the next one or two samples of a pack; none if none fits."""
         fitting = self._fitting(room, patch_room)
         if not fitting:
             return ()
@@ -199,7 +178,7 @@ class _Window:
         return self._best_pair(fitting, room, patch_room, way.longest_first)
 
     def _best_pair(self, fitting: int, room: int, patch_room: int, longest_first: bool) -> tuple[int, ...]:
-        """Of a bounded number of pairs, the one with the largest sum of sizes; or the largest sample, if larger."""
+        """Return the largest of `PAIRS_TRIED` pairs by sum of sizes; or the largest sample, if larger."""
         best: tuple[int, ...] = (fitting.bit_length() - 1,)
         best_size = self._sizes[best[0]]
         full = room * (self._max_patches or 1)
@@ -209,9 +188,9 @@ class _Window:
                 break
             first = candidates.bit_length() - 1 if longest_first else _near(fitting, self._random.random())
             candidates &= (1 << self._first_alike[first]) - 1 if longest_first else -1
-            beside = self._fitting(room - self._tokens[first], patch_room - self._patches[first]) & ~(1 << first)
-            if beside:
-                second = beside.bit_length() - 1
+            partners = self._fitting(room - self._tokens[first], patch_room - self._patches[first]) & ~(1 << first)
+            if partners:
+                second = partners.bit_length() - 1
                 size = self._sizes[first] + self._sizes[second]
                 if size > best_size:
                     best, best_size = (first, second), size
@@ -219,37 +198,28 @@ class _Window:
 
 
 def _near(ranks: int, share: float) -> int:
-    """Of a set of ranks, the highest up to a share (in [0, 1)) of the way from its lowest to its highest."""
+    """Return the highest rank of a set up to a share (in [0, 1)) of the way from its lowest to its highest."""
     highest, lowest = ranks.bit_length() - 1, (ranks & -ranks).bit_length() - 1
     return (ranks & ((2 << lowest + int(share * (highest - lowest + 1))) - 1)).bit_length() - 1
 
 
 def _first_alike(sizes: Sequence[int], tokens: Sequence[int]) -> list[int]:
-    """Of each rank, the first rank of the same size and tokens: between those a search need not choose."""
-    first = 0
-    firsts: list[int] = []
-    for rank in range(len(sizes)):
-        if sizes[rank] != sizes[first] or tokens[rank] != tokens[first]:
-            first = rank
-        firsts.append(first)
-    return firsts
+    """Return per rank the first rank of the same size and tokens: a search need not choose between these."""
+    firsts: dict[tuple[int, int], int] = {}
+    return [firsts.setdefault(alike, rank) for rank, alike in enumerate(zip(sizes, tokens, strict=True))]
 
 
 def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The values sorted, and the ranks of the first k of them: `masks[bisect_right(sorted, x)]` are those up to x."""
+    """Return the sorted values, and masks of ranks: `masks[bisect_right(sorted, x)]` are those of values up to x."""
     order = sorted(range(len(values)), key=values.__getitem__)
     masks = accumulate(order, lambda mask, rank: mask | 1 << rank, initial=0)
     return [values[rank] for rank in order], list(masks)
 
 
-def _patches_can_bind(
+def _check_budget(
     tokens: NDArray[np.int64], patches: NDArray[np.int64], max_tokens: int, max_patches: int | None
-) -> bool:
-    """False where every sample's share of the patches is at most its share of the tokens."""
-    return max_patches is not None and bool((patches * max_tokens > tokens * max_patches).any())
-
-
-def _check(tokens: NDArray[np.int64], patches: NDArray[np.int64], max_tokens: int, max_patches: int | None) -> None:
+) -> int | None:
+    """Check all samples; return `max_patches`, or None if no pack within `max_tokens` can exceed it."""
     if len(tokens) and tokens.min() < 1:
         raise ValueError(f"the sample at position {int(tokens.argmin())} has {int(tokens.min())} tokens: it needs one")
     for values, budget, noun, option in (
@@ -262,3 +232,6 @@ def _check(tokens: NDArray[np.int64], patches: NDArray[np.int64], max_tokens: in
                 f"the sample at position {position} has {int(values[position])} {noun}, above the {budget} of a pack: "
                 f"raise {option} or lower image.max_pixels"
             )
+    if max_patches is None or not (patches * max_tokens > tokens * max_patches).any():
+        return None
+    return max_patches

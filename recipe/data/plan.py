@@ -1,6 +1,5 @@
-"""The plan of an epoch: which samples share a pack, in which order packs are dealt; kept on this node's disk."""
+"""The plan of an epoch: which samples share a pack, and the order of packs; kept on this node's disk."""
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 from recipe.data.counts import read_arrays, write_arrays
 from recipe.data.pack import pack_ordered
 
-_PURPOSE = 2  # keeps the generators of packs apart from those of Streaming's shuffle, which are seeded alike
+_PURPOSE = 2  # separates the generators of packs from those of Streaming's shuffle, which have the same seeds
+_SECONDS_KEPT = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Budget:
 
     Attributes:
         max_tokens: Of all its conversations.
-        max_patches: Of all its pictures; None: any number.
+        max_patches: Of all its images; None: any number.
         window: Samples, in shuffled order, that are packed together.
         max_seq_len: Tokens of one sample; None: as many as a pack.
     """
@@ -40,21 +40,21 @@ class Budget:
     max_seq_len: int | None = None
 
     def fits(self, tokens: NDArray[np.int64], patches: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(S,) which samples are within the budget alone."""
+        """Return (S,) which samples are within the budget alone."""
         max_tokens = min(self.max_tokens, self.max_seq_len or self.max_tokens)
         return (tokens <= max_tokens) & (self.max_patches is None or patches <= self.max_patches)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The packs of one epoch, in the order they are dealt; pack p holds entries `offsets[p]` to `offsets[p + 1]`.
+    """The packs of one epoch, in order; pack p holds entries `offsets[p]` to `offsets[p + 1]`.
 
     Attributes:
         occurrences: (S,) int64, the epoch's samples by their place before the shuffle.
         samples: (S,) int64, their positions in the stored data.
-        tokens: (S,) int64, their planned tokens; 0 where lengths are not known.
+        tokens: (S,) int64, their planned tokens; 0 if lengths are unknown.
         offsets: (P + 1,) int64.
-        left_out: (K,) int64, the stored positions of occurrences that no pack could hold.
+        left_out: (K,) int64, the stored positions of occurrences too large for any pack.
     """
 
     occurrences: NDArray[np.int64]
@@ -65,25 +65,19 @@ class Plan:
 
     @property
     def num_packs(self) -> int:
-        """P."""
+        """Return P."""
         return len(self.offsets) - 1
 
     def digest(self) -> str:
-        """16 hex digits that tell this plan from any other."""
-        content = hashlib.sha256()
+        """Return 16 hex digits that identify the plan."""
+        content = sha256()
         for array in vars(self).values():
             content.update(array.tobytes())
         return content.hexdigest()[:16]
 
 
 def plan_samples(order: NDArray[np.int64], samples: NDArray[np.int64], num_canonical_nodes: int) -> Plan:
-    """A pack a sample: for training without packing.
-
-    Args:
-        order: (S,) the epoch's occurrences, shuffled.
-        samples: (S,) the stored position of each occurrence.
-        num_canonical_nodes: Shares of the order that Streaming keeps on one node each.
-    """
+    """Return a plan with one sample per pack, for training without packing; arguments as of `plan_packs`."""
     rows = [[[position] for position in row] for row in _rows(len(order), num_canonical_nodes)]
     none = np.empty(0, dtype=np.int64)
     return _assemble(rows, order, samples, tokens=np.zeros(len(samples), dtype=np.int64), left_out=none)
@@ -99,13 +93,13 @@ def plan_packs(
     seed: int,
     epoch: int,
 ) -> Plan:
-    """Packs each canonical node's share of the order, so that a node goes on reading its own shards.
+    """Pack each canonical node's share of the order, so that a node keeps reading its own shards.
 
     Args:
         order: (S,) the epoch's occurrences, shuffled; those over the budget alone are left out.
         samples: (S,) the stored position of each occurrence.
-        tokens: (S,) of each occurrence, its teachers counted.
-        patches: (S,) of each occurrence, its teachers counted.
+        tokens: (S,) of each occurrence, including its teachers.
+        patches: (S,) of each occurrence, including its teachers.
         num_canonical_nodes: Shares of the order that Streaming keeps on one node each.
         budget: Of a pack.
         seed: Of the run.
@@ -127,11 +121,11 @@ def plan_packs(
     return _assemble(rows, order, samples, tokens, left_out=samples[~fits])
 
 
-def deal(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDArray[np.int64]:
-    """The packs of every rank from `first` on: the next `num_nodes * ranks_per_node` packs are one each.
+def assign_packs(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDArray[np.int64]:
+    """Assign the packs from `first` on to ranks in turn, so that a step takes the same packs at any world size.
 
-    So a global step takes the same packs at any world size. Where the ranks do not divide what is left, the last pack
-    is dealt again as `-1 - pack`: it keeps a rank in step and counts for nothing.
+    If the ranks do not divide the remaining packs, the last pack is repeated as `-1 - pack`: it keeps ranks in step
+    and is not counted.
 
     Returns:
         (num_nodes, ranks_per_node, packs of a rank) int64.
@@ -143,23 +137,21 @@ def deal(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDA
     return left.reshape(-1, ranks_per_node, num_nodes).transpose(2, 1, 0)
 
 
-def deal_to_worker(packs: NDArray[np.int64], worker: int, num_workers: int, batch_size: int) -> NDArray[np.int64]:
-    """The packs of one loader worker of a rank: every `num_workers`-th batch, as the DataLoader collects them."""
-    batch = np.arange(len(packs)) // batch_size
-    return packs[batch % num_workers == worker]
+def assign_to_worker(packs: NDArray[np.int64], worker: int, num_workers: int, batch_size: int) -> NDArray[np.int64]:
+    """Return a loader worker's packs of a rank: every `num_workers`-th batch, as the DataLoader collects them."""
+    return packs[np.arange(len(packs)) // batch_size % num_workers == worker]
 
 
 def _rows(num_samples: int, num_canonical_nodes: int) -> list[range]:
-    """The share of each canonical node, as Streaming's partition cuts them."""
+    """Return the share of each canonical node, as Streaming's partition cuts them."""
     ends = [num_samples * node // num_canonical_nodes for node in range(num_canonical_nodes + 1)]
     return [range(start, end) for start, end in pairwise(ends)]
 
 
 def _split_emptiest(packs: list[list[int]], num_packs: int, tokens: NDArray[np.int64]) -> list[list[int]]:
-    """Halves the emptiest packs until there are `num_packs`, as far as there are packs of two samples.
+    """Halve the emptiest packs of two or more samples until there are `num_packs`, if there are enough.
 
-    Nodes with equally many packs read in step. Moving whole packs between nodes instead was measured to touch a third
-    more shards.
+    Nodes with equally many packs read in step. Moving whole packs between nodes read a third more shards (measured).
     """
     divisible = [index for index, pack in enumerate(packs) if len(pack) > 1]
     divisible.sort(key=lambda index: (int(tokens[packs[index]].sum()), index))
@@ -177,7 +169,7 @@ def _assemble(
     tokens: NDArray[np.int64],
     left_out: NDArray[np.int64],
 ) -> Plan:
-    """Interleaves the canonical nodes' packs, one of each in turn."""
+    """Interleave the canonical nodes' packs, one of each in turn."""
     longest = max(len(row) for row in rows)
     packs = [row[turn] for turn in range(longest) for row in rows if turn < len(row)]
     positions = np.fromiter((position for pack in packs for position in pack), dtype=np.int64)
@@ -186,19 +178,15 @@ def _assemble(
     return Plan(occurrences, samples[occurrences], tokens[occurrences], offsets, left_out)
 
 
-_SECONDS_KEPT = 24 * 3600
-
-
 def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
-    """The plan kept under `key`, made by the first process that asks.
+    """Return the plan kept under `key`, made by the first process of the node that asks.
 
-    Where making it fails, it fails in every process: nobody waits for a plan that will never be.
-
-    A plan that other code made is never read: it may be another one.
+    If `make` fails, it fails in every process, so none waits for it. Plans made by another version of the code are
+    not read: they may differ.
 
     Args:
-        key: All data and settings that the plan depends on, as a file name.
-        make: Makes it.
+        key: Digest of all data and settings that the plan depends on; part of the file name.
+        make: Makes the plan.
     """
     folder = Path(gettempdir(), f"recipe-plans-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -208,7 +196,10 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
     with FileLock(f"{path}.lock"):
         plan = read_arrays(path, Plan)
         if plan is None:
-            _remove_old(folder)
+            for old in folder.iterdir():
+                with suppress(FileNotFoundError):  # another process may have removed it
+                    if time.time() - old.stat().st_mtime > _SECONDS_KEPT:
+                        old.unlink()
             plan = make()
             write_arrays(path, plan)
         return plan
@@ -216,15 +207,8 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
 
 @cache
 def _code_digest() -> str:
-    """Of this package's source and of the libraries that shuffle and draw."""
+    """Return a digest of this package's source and of the libraries that shuffle and draw."""
     digest = sha256(f"numpy {version('numpy')}, streaming {version('mosaicml-streaming')}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _remove_old(folder: Path) -> None:
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # a process that makes the plan of another key may be quicker
-            if time.time() - path.stat().st_mtime > _SECONDS_KEPT:
-                path.unlink()

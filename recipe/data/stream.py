@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from recipe.config import TeacherConfig
 from recipe.data.encode import Encoder
 from recipe.data.lengths import LengthTable, sample_id, takes_teachers
-from recipe.data.plan import Budget, Plan, cached_plan, deal, deal_to_worker, plan_packs, plan_samples
+from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
 from recipe.data.teachers import TeacherPool, noise_seed
 from recipe.images import open_image
 from recipe.schema import Example, Pack, Sample
@@ -27,39 +27,37 @@ log = logging.getLogger(__name__)
 
 
 def read_teachers(config: TeacherConfig, seed: int) -> TeacherPool | None:
-    """Reads the whole teacher pool into memory; None where the yaml asks for no teachers.
+    """Read the teacher pool into memory; None if `num_teachers` is 0.
 
     Raises:
-        ValueError: Teachers are asked for without a pool, or the pool cannot serve, or a picture of it is broken.
+        ValueError: There is no pool, or it cannot be used, or an image of it is broken.
     """
     if config.num_teachers == 0:
         return None
     if config.stream is None:
-        raise ValueError(f"teachers.num_teachers is {config.num_teachers}, but teachers.stream is null: name a pool")
+        raise ValueError(
+            f"teachers.num_teachers is {config.num_teachers}, but teachers.stream is null: set it to a pool"
+        )
     rows = CheckedDataset(streams=open_streams({"teachers": config.stream}), batch_size=1)
     samples = [Sample.from_mds(rows[index]) for index in range(rows.num_samples)]
     for sample in samples:
         try:
             open_image(sample.image)
-        except ValueError as error:  # here, where it is not taken for a fault of the sample it is shown with
-            raise ValueError(f"teacher {sample.id!r} of the pool: {error}: choose the pool anew") from error
+        except ValueError as error:  # later it would be blamed on the sample that it is shown with
+            raise ValueError(f"teacher {sample.id!r} of the pool: {error}: choose the pool again") from error
     return TeacherPool(samples, config, seed)
 
 
 @dataclass(frozen=True)
 class ExampleMaker:
-    """Row → Example, with the teachers and noise of its place in the data and in time."""
+    """Row → Example, with the teachers and noise of its occurrence in an epoch."""
 
     encoder: Encoder
     teachers: TeacherPool | None
     seed: int
 
     def __call__(self, row: Mapping[str, Any], epoch: int, occurrence: int) -> Example:
-        """The Example of a row at one of its occurrences in an epoch.
-
-        Raises:
-            ValueError: The sample cannot be used; its id and the remedy are named.
-        """
+        """Encode a row; raise ValueError with its id and the remedy if it cannot be used."""
         sample = Sample.from_mds(row)
         shown = []
         if self.teachers is not None and takes_teachers(sample):
@@ -68,7 +66,7 @@ class ExampleMaker:
 
 
 def make_inert(example: Example) -> Example:
-    """The same pictures and tokens with nothing to learn or to score: keeps ranks in step, counts for nothing."""
+    """Return the same images and tokens with nothing to learn or score: it keeps ranks in step and is not counted."""
     return replace(
         example,
         sample=replace(example.sample, objects=None, messages=None),
@@ -80,13 +78,7 @@ def make_inert(example: Example) -> Example:
 
 @dataclass(frozen=True)
 class Packing:
-    """How samples are packed.
-
-    Attributes:
-        budget: Of a pack.
-        lengths: Of the samples.
-        skips_long_samples: Leave those out that are over the budget alone, instead of an error.
-    """
+    """How samples are packed; `skips_long_samples` leaves out those over the budget alone instead of raising."""
 
     budget: Budget
     lengths: LengthTable
@@ -96,57 +88,59 @@ class Packing:
 class PackStream(CheckedDataset):
     """The training set. Its items are packs: the unit of batch size, length, position and resumption.
 
-    Streaming resamples and shuffles an epoch's samples and fetches their shards; the plan says which of them share a
-    pack, and every rank and worker is dealt its packs of it.
+    Streaming resamples and shuffles an epoch's samples and fetches their shards. The plan says which samples share a
+    pack and assigns the packs to ranks and workers.
     """
 
     def __init__(self, maker: ExampleMaker, packing: Packing | None, skips_bad_samples: bool, **keywords: Any):
-        """Opens the shards.
+        """Open the shards.
 
         Args:
             maker: Row → Example.
-            packing: None: a pack a sample.
-            skips_bad_samples: Leave out samples that cannot be used, and say so in `Pack.skipped`; else raise.
+            packing: None: one sample per pack.
+            skips_bad_samples: List samples that cannot be used in `Pack.skipped`, else raise.
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)
-        self._maker = maker
-        self._packing = packing
-        self._skips_bad_samples = skips_bad_samples
+        self._maker, self._packing, self._skips_bad_samples = maker, packing, skips_bad_samples
         self._asked_block_size = self.shuffle_block_size
         self._asked_canonical_nodes = self.num_canonical_nodes
-        # Streaming would set both when the first epoch starts, but its length has to be known before.
+        # Streaming would set both when the first epoch starts, but its length must be known before.
         if not self.num_canonical_nodes:
             self.num_canonical_nodes = self._parallel_rank_world.num_nodes
         self._set_shuffle_block_size(self._parallel_rank_world)
         if keywords.get("predownload") is None:
-            self.predownload = self._default_predownload()
+            # Streaming's own default would count packs as samples.
+            per_pack = 1.0
+            if packing is not None:
+                per_pack = max(1.0, packing.budget.max_tokens / float(packing.lengths.samples.tokens.mean()))
+            self.predownload = max(64, round(8 * (self.batch_size or 1) * per_pack))
         if packing is not None and not packing.skips_long_samples:
-            self._check_lengths()
+            self._check_lengths(packing)
         self._fixed_identity = self._identify_data()
         self.epoch_of_length = 0
-        self.quarantined: set[str] = set()  # ids left out of their packs; a change reaches workers started after it
+        self.quarantined: set[str] = set()  # ids left out; only workers started later see a change
         self._plan: tuple[str, Plan] | None = None
         self._packs: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._epoch = 0
 
     def __len__(self) -> int:
-        """Packs of one rank in the epoch `epoch_of_length`: they differ between epochs."""
+        """Return the packs of one rank in `epoch_of_length`: epochs differ."""
         return -(-self.plan(self.epoch_of_length).num_packs // self._parallel_rank_world.num_ranks)
 
     def plan(self, epoch: int) -> Plan:
-        """The packs of an epoch, of all ranks."""
+        """Return the packs of an epoch, of all ranks."""
         key = f"epoch{epoch}-{_digest(self.identity())}"
         if self._plan is None or self._plan[0] != key:
             self._plan = (key, cached_plan(key, lambda: self._make_plan(epoch)))
         return self._plan[1]
 
     def example(self, position: int) -> Example:
-        """The Example of a stored sample, as its first epoch would show it unrepeated."""
+        """Return the Example of a stored sample, as epoch 0 shows it without resampling."""
         return self._maker(self[position], 0, position)
 
     def identity(self) -> dict[str, str]:
-        """All that the plans depend on, by the words that an error message uses."""
+        """Return all that the plans depend on, by the names that error messages use."""
         shuffle = (self.shuffle_algo, self.shuffle_block_size) if self.shuffle else None
         return {
             **self._fixed_identity,
@@ -156,17 +150,13 @@ class PackStream(CheckedDataset):
         }
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where the run stands: Streaming's state, in packs, and what the plan was made of."""
+        """Return Streaming's state, counted in packs, and what the plan depends on."""
         state = super().state_dict(num_samples, from_beginning)
         digest = self.plan(state["epoch"]).digest() if state["sample_in_epoch"] else ""
         return {**state, "plan": {**self.identity(), "digest": digest}}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Continues where a run stood.
-
-        Raises:
-            ValueError: The plan is not the one of that run, and why.
-        """
+        """Resume from a state; raise ValueError if the plan is not that run's, and say why."""
         self.num_canonical_nodes = obj["num_canonical_nodes"]
         self.shuffle_block_size = self._asked_block_size
         self._set_shuffle_block_size(self._parallel_rank_world)
@@ -178,17 +168,16 @@ class PackStream(CheckedDataset):
         if asked and asked != obj["num_canonical_nodes"]:
             changed.append(f"num_canonical_nodes was {obj['num_canonical_nodes']}, now {asked}")
         if not changed and then["digest"] and then["digest"] != self.plan(obj["epoch"]).digest():
-            changed = ["the packer, Streaming's shuffle or numpy is of another version"]
+            changed = ["the packer, Streaming's shuffle or numpy has another version"]
         if changed:
             raise ValueError(
-                f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}), so its "
-                "position means nothing now. Undo the change, or start a new run from the weights alone with "
-                "trainer.load_weights_only=true"
+                f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}). "
+                "Undo the change, or start a new run from the weights alone with trainer.load_weights_only=true"
             )
         super().load_state_dict(obj)
 
     def __iter__(self) -> Iterator[Pack]:
-        """This worker's packs of the epoch."""
+        """Yield this worker's packs of the epoch."""
         examples: list[Example] = []
         skipped: dict[str, str] = {}
         members: Iterator[tuple[int, int, int, bool]] | None = None
@@ -203,29 +192,33 @@ class PackStream(CheckedDataset):
                     raise
                 skipped[row["id"]] = str(error)
             if is_last:
-                yield self._close(number, examples, skipped)
+                examples = examples or [self._find_filler()]
+                if number >= 0:
+                    yield Pack(number, examples, skipped)
+                else:
+                    yield Pack(-1 - number, [make_inert(example) for example in examples], is_inert=True)
                 examples, skipped = [], {}
 
     def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """The stored positions of this worker's samples, pack by pack; Streaming fetches their shards ahead."""
+        """Return the stored positions of this worker's samples, pack by pack; Streaming fetches their shards ahead."""
         plan, world = self.plan(epoch), self._parallel_worker_world
-        packs = deal(plan.num_packs, sample_in_epoch, world.num_nodes, world.ranks_per_node)
+        packs = assign_packs(plan.num_packs, sample_in_epoch, world.num_nodes, world.ranks_per_node)
         assert isinstance(self.batch_size, int)
         self._epoch = epoch
-        self._packs = deal_to_worker(
+        self._packs = assign_to_worker(
             packs[world.node, world.rank_of_node], world.worker_of_rank, world.workers_per_rank, self.batch_size
         )
         entries = [plan.samples[start:end] for start, end, _ in self._ranges(plan)]
         return np.concatenate(entries) if entries else np.empty(0, dtype=np.int64)
 
     def _ranges(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
-        """(start, end, number) of this worker's packs in the plan's arrays; an inert pack's number is `-1 - pack`."""
+        """Yield (start, end, number) of this worker's packs in the plan's arrays; an inert pack's is `-1 - pack`."""
         for number in self._packs.tolist():
             pack = number if number >= 0 else -1 - number
             yield int(plan.offsets[pack]), int(plan.offsets[pack + 1]), number
 
     def _members(self) -> Iterator[tuple[int, int, int, bool]]:
-        """(pack, occurrence, planned tokens, last of its pack) of this worker's samples."""
+        """Yield (pack, occurrence, planned tokens, is last of its pack) of this worker's samples."""
         plan = self.plan(self._epoch)
         for start, end, number in self._ranges(plan):
             for entry in range(start, end):
@@ -236,27 +229,20 @@ class PackStream(CheckedDataset):
         if num_tokens and len(example.input_ids) != num_tokens:
             raise RuntimeError(
                 f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were planned: its "
-                "records.jsonl.gz does not belong to its shards; convert the data set anew"
+                "records.jsonl.gz does not belong to its shards: convert the data set again"
             )
         return example
 
-    def _close(self, number: int, examples: list[Example], skipped: dict[str, str]) -> Pack:
-        if not examples:
-            examples = [self._find_filler()]
-        if number >= 0:
-            return Pack(number, examples, skipped)
-        return Pack(-1 - number, [make_inert(example) for example in examples], is_inert=True)
-
     def _find_filler(self) -> Example:
-        """An inert example, in the place of a pack of which no sample can be used."""
+        """Return an inert example, for a pack without a usable sample."""
         for index in range(self.num_samples):
             with suppress(ValueError):
                 if self[index]["id"] not in self.quarantined:
                     return make_inert(self.example(index))
-        raise ValueError("no sample of the data set can be used: convert it anew, with --strict to see why")
+        raise ValueError("no sample of the data set can be used: convert it again, with --strict to see why")
 
     def _identify_data(self) -> dict[str, str]:
-        """The part of the identity that never changes while the data set is open."""
+        """Return the part of `identity` that is constant while the data set is open."""
         shards = [(shard.samples, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]) for shard in self.shards]
         sampling = (self.sampling_method, self.sampling_granularity, [int(stream.choose) for stream in self.streams])
         packing, teachers = self._packing, self._maker.teachers
@@ -282,34 +268,25 @@ class PackStream(CheckedDataset):
         budget = self._packing.budget
         if not budget.fits(tokens, patches).any():
             raise ValueError(
-                f"all {len(samples)} samples of epoch {epoch} are over the budget of a pack, so nothing is left to "
-                "train on: raise train_loader.packing.max_tokens, max_seq_len or max_patches"
+                f"all {len(samples)} samples of epoch {epoch} are over the budget of a pack: "
+                "raise train_loader.packing.max_tokens, max_seq_len or max_patches"
             )
         return plan_packs(order, samples, tokens, patches, self.num_canonical_nodes, budget, self.shuffle_seed, epoch)
 
-    def _check_lengths(self) -> None:
-        """Raises ValueError where a sample could be over the budget alone, in whatever epoch, and is not left out."""
-        assert self._packing is not None
-        budget = self._packing.budget
-        tokens, patches = self._packing.lengths.longest()
+    def _check_lengths(self, packing: Packing) -> None:
+        """Raise ValueError if a sample could be over the budget alone, in any epoch."""
+        budget = packing.budget
+        tokens, patches = packing.lengths.longest()
         long = np.flatnonzero(~budget.fits(tokens, patches))
         if not len(long):
             return
-        beside = "" if self._maker.teachers is None else ", beside the longest teachers that it can be shown"
+        shown = "" if self._maker.teachers is None else ", including its longest teachers"
         raise ValueError(
-            f"{len(long)} samples can be over the budget of a pack: {budget.max_tokens} tokens (of one sample "
-            f"{budget.max_seq_len}) and {budget.max_patches or 'any number of'} image patches. The first is "
-            f"{sample_id(self.streams, int(long[0]))!r} with {tokens[long[0]]} tokens and {patches[long[0]]} patches"
-            f"{beside}. Raise train_loader.packing.max_tokens, max_seq_len or max_patches, lower image.max_pixels or "
-            "teachers.num_teachers, or leave such samples out with train_loader.packing.on_long_sample=skip"
+            f"{len(long)} samples can be over {budget.max_tokens} tokens per pack, {budget.max_seq_len} per sample and "
+            f"{budget.max_patches or 'any number of'} patches; first {sample_id(self.streams, int(long[0]))!r}, with "
+            f"{tokens[long[0]]} tokens and {patches[long[0]]} patches{shown}. Raise train_loader.packing.max_tokens, "
+            "max_seq_len or max_patches, or set train_loader.packing.on_long_sample=skip"
         )
-
-    def _default_predownload(self) -> int:
-        """Samples of some batches ahead: Streaming's own default would take packs for samples."""
-        per_pack = 1.0
-        if self._packing is not None:
-            per_pack = max(1.0, self._packing.budget.max_tokens / float(self._packing.lengths.samples.tokens.mean()))
-        return max(64, round(8 * (self.batch_size or 1) * per_pack))
 
 
 def _digest(value: object) -> str:
@@ -320,12 +297,6 @@ class EvalSamples(Dataset[Pack]):
     """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert."""
 
     def __init__(self, maker: ExampleMaker, **keywords: Any):
-        """Opens the shards.
-
-        Args:
-            maker: Row → Example.
-            **keywords: Of `streaming.StreamingDataset`.
-        """
         self._rows = CheckedDataset(**keywords)
         self._maker = maker
 
@@ -339,16 +310,13 @@ class EvalSamples(Dataset[Pack]):
 
 
 class EvalSampler(DistributedSampler):
-    """Rank r of W reads r, r + W, ...; short ranks are filled with inert items, so that all take as many steps."""
+    """Rank r of W reads r, r + W, ...; inert items fill short ranks, so that all take equally many steps."""
 
     def __init__(self, dataset: EvalSamples):
-        """Splits `dataset` over Composer's ranks."""
         super().__init__(dataset, num_replicas=dist.get_world_size(), rank=dist.get_global_rank(), shuffle=False)
-        # Composer cuts `total_size - len(dataset)` samples off the last batch: here there is nothing to cut.
+        # Composer cuts `total_size - len(dataset)` samples off the last batch: here, none.
         self.total_size = len(dataset)
 
     def __iter__(self) -> Iterator[int]:
-        size = self.total_size
-        for step in range(self.num_samples):
-            index = step * self.num_replicas + self.rank
-            yield index if index < size else -1 - index % size
+        for index in range(self.rank, self.num_samples * self.num_replicas, self.num_replicas):
+            yield index if index < self.total_size else -1 - index % self.total_size

@@ -1,4 +1,4 @@
-"""Which solved examples a sample is shown: a pure function of (seed, epoch, occurrence)."""
+"""Which teachers, solved examples, a sample is shown: a pure function of (seed, epoch, occurrence)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from recipe.config import TeacherConfig
 from recipe.schema import Sample
 
-_WORDS_PER_BLOCK = 4  # that Philox makes of one counter
+_WORDS_PER_BLOCK = 4  # of Philox, per counter
 
 
 class Purpose(IntEnum):
-    """What the numbers are for; each purpose has its own."""
+    """What random numbers are used for; each purpose has its own."""
 
     TEACHERS = 0
     NOISE = 1
@@ -23,17 +23,9 @@ class Purpose(IntEnum):
 def random_words(
     seed: int, epoch: int, first: int, num_occurrences: int, purpose: Purpose, count: int
 ) -> NDArray[np.uint64]:
-    """(num_occurrences, count) uniform 64-bit words: the row of an occurrence is the same in any range.
+    """Return (num_occurrences, count) uniform 64-bit words; an occurrence's row does not depend on `first`.
 
-    Counter-based (Philox4x64-10, Salmon et al. 2011), raw words only: numpy promises these to stay as they are.
-
-    Args:
-        seed: Of the run, not negative.
-        epoch: From 0.
-        first: Occurrence of the first row, from 0.
-        num_occurrences: How many rows.
-        purpose: Keeps two uses of the same sample apart.
-        count: How many words a row.
+    Counter-based (Philox4x64-10, Salmon et al. 2011) and raw: numpy guarantees that raw words never change.
     """
     blocks = []
     for block in range(-(-count // _WORDS_PER_BLOCK)):
@@ -44,22 +36,22 @@ def random_words(
 
 
 def noise_seed(seed: int, epoch: int, occurrence: int) -> int:
-    """The seed (63 bits) of a sample's denoising queries at one of its occurrences."""
+    """Return the 63-bit seed of a sample's denoising queries at one of its occurrences."""
     return int(random_words(seed, epoch, occurrence, 1, Purpose.NOISE, 1)[0, 0] >> np.uint64(1))
 
 
 def id_hash(sample_id: str) -> int:
-    """63 bits by which a sample is told from the teachers: as long as an id, a million times smaller to keep."""
+    """Return 63 bits that identify a sample among the teachers; much smaller to keep than ids."""
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def draw_distinct(words: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
-    """(n, k) uniform distinct numbers below `size` in random order, from (n, k) uniform words; k is at most `size`."""
+    """Return (n, k) distinct numbers below `size` in random order, from (n, k) uniform words; k is at most `size`."""
     drawn = np.empty(words.shape, dtype=np.int64)
     for place in range(words.shape[1]):
-        # The upper half of a 64-bit word times what is left: a bias of at most size / 2^32.
+        # The upper half of a 64-bit word times what is left: the bias is at most size / 2^32.
         number = ((words[:, place] >> np.uint64(32)) * np.uint64(size - place) >> np.uint64(32)).astype(np.int64)
-        # The number-th of those not drawn yet: step over the drawn ones, smallest first.
+        # The number-th of those not drawn yet: skip the drawn ones, smallest first.
         for taken in np.sort(drawn[:, :place], axis=1).T:
             number += number >= taken
         drawn[:, place] = number
@@ -67,19 +59,10 @@ def draw_distinct(words: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
 
 
 class TeacherPool:
-    """The pool, held in memory, and how it is drawn from."""
+    """The teachers, held in memory, and the rule by which they are drawn."""
 
     def __init__(self, samples: Sequence[Sample], config: TeacherConfig, seed: int):
-        """Checks that the pool can serve every sample.
-
-        Args:
-            samples: The pool, in stored order.
-            config: How many teachers, and how often.
-            seed: Of the run.
-
-        Raises:
-            ValueError: Too few teachers, or one that is not an annotated picture.
-        """
+        """Keep the pool; raise ValueError if it has too few teachers, or one that is not an annotated image."""
         if len(samples) <= config.num_teachers:
             raise ValueError(
                 f"the teacher pool holds {len(samples)} samples, but teachers.num_teachers {config.num_teachers} needs "
@@ -87,22 +70,20 @@ class TeacherPool:
             )
         unusable = [sample.id for sample in samples if sample.objects is None or not sample.image]
         if unusable:
-            raise ValueError(f"the teacher pool holds samples that are no annotated pictures: {unusable[:5]}")
-        self.samples = samples
-        self.config = config
-        self.seed = seed
+            raise ValueError(f"the teacher pool has samples without image or objects, {unusable[:5]}: choose it again")
+        self.samples, self.config, self.seed = samples, config, seed
         self.id_hashes = np.array([id_hash(sample.id) for sample in samples], dtype=np.int64)
 
     def draw(self, epoch: int, first: int, id_hashes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The teachers of consecutive occurrences, never the sample itself: one spare is drawn for that.
+        """Draw the teachers of consecutive occurrences, never the sample itself: one spare is drawn for that.
 
         Args:
             epoch: From 0.
             first: The first occurrence.
-            id_hashes: (n,) of the samples that occur, from `id_hash`.
+            id_hashes: (n,) `id_hash` of the samples that occur.
 
         Returns:
-            (n, num_teachers) positions in the pool; -1 for a share of `1 - teacher_ratio`, which are shown none.
+            (n, num_teachers) positions in the pool; a share of `1 - teacher_ratio` is shown none: -1.
         """
         count = self.config.num_teachers
         words = random_words(self.seed, epoch, first, len(id_hashes), Purpose.TEACHERS, count + 2)
@@ -113,11 +94,11 @@ class TeacherPool:
         return np.where(shown[:, None], drawn, -1)
 
     def digest(self) -> str:
-        """16 hex digits that tell this pool, and how it is drawn from, from any other."""
+        """Return 16 hex digits that identify the pool and how it is drawn."""
         drawing = f"{self.config.num_teachers} {self.config.teacher_ratio} {self.seed}"
         return hashlib.sha256(self.id_hashes.tobytes() + drawing.encode()).hexdigest()[:16]
 
     def draw_samples(self, epoch: int, occurrence: int, sample_id: str) -> list[Sample]:
-        """The teachers of one occurrence of a sample, in order."""
+        """Return the teachers of one occurrence of a sample, in order."""
         (row,) = self.draw(epoch, occurrence, np.array([id_hash(sample_id)], dtype=np.int64))
         return [self.samples[index] for index in row if index >= 0]

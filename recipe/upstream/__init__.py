@@ -1,1 +1,1 @@
-"""Fixes for Streaming, Composer and W&B. Each file says the fault, its version, its source, and when to delete it."""
+"""Fixes for Streaming, Composer and W&B. Each file states the fault, its version and source, and when to delete it."""

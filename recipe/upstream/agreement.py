@@ -1,4 +1,8 @@
-"""One rank's error is every rank's error: nobody is left waiting for a rank that has died."""
+"""One rank's error is every rank's error: no rank waits for one that has died.
+
+torch 2.7 and Composer 0.32: if one rank raises, the others wait in their next collective until `dist_timeout`, and then
+report the timeout instead of the error. Delete once Composer's Trainer raises a rank's loading error on all ranks.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,17 +11,17 @@ import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-# Seconds that ranks wait for one another unless `trainer.dist_timeout` says otherwise. Composer's 300 are fewer than
-# counting a million samples on one rank takes, or two files of a slow store.
+# Seconds that ranks wait for one another, unless `trainer.dist_timeout` is set. Composer's 300 are too few to count a
+# million samples on one rank, or to fetch two files from a slow store.
 DIST_TIMEOUT = 1800.0
 
 
 def agree(error: Exception | None) -> None:
-    """Called by all ranks at the same point: returns where none has an error, else raises on every rank.
+    """Raise on every rank if any has an error; all ranks must call it at the same point.
 
     Raises:
         Exception: This rank's own error.
-        RuntimeError: Another rank's, told in its words.
+        RuntimeError: Quotes the errors of other ranks.
     """
     if dist.get_world_size() > 1:
         failed = torch.tensor([int(error is not None)])
@@ -25,13 +29,13 @@ def agree(error: Exception | None) -> None:
             failed = failed.cuda()
         try:
             dist.all_reduce(failed, reduce_operation="MAX")
-        except Exception as lost:  # the others have gone or never come: what began it is the error to tell
+        except Exception as lost:  # other ranks are missing: raise the error that came first
             if error is None:
                 raise
             raise error from lost
         if failed.item() and error is None:
-            told = dist.all_gather_object(None)
-            raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(told) if text))
+            texts = dist.all_gather_object(None)
+            raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text))
         if error is not None:
             dist.all_gather_object(f"{type(error).__name__}: {error}")
     if error is not None:
@@ -39,16 +43,16 @@ def agree(error: Exception | None) -> None:
 
 
 class LockstepLoader(DataLoader):
-    """A DataLoader whose errors, a bad shard or sample in any rank's worker, are raised on all ranks at once."""
+    """A DataLoader that raises the error of any rank's worker, such as a bad shard, on all ranks."""
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The batches; every rank takes the same number of them."""
+        """Yield the batches; every rank must have equally many."""
         batches = super().__iter__()
         while True:
             batch, error = None, None
             try:
                 batch = next(batches, None)
-            except Exception as raised:  # told to the others, then raised
+            except Exception as raised:  # raised by agree
                 error = raised
             agree(error)
             if batch is None:

@@ -1,4 +1,8 @@
-"""A stream whose files, fetched or there before, are what the index says, or an error names them."""
+"""A stream whose files are what the index says, or an error names them.
+
+Streaming 0.13 (`Stream._prepare_shard_part`) reads a file that is already present without any check, so that a flipped
+byte reaches training. Delete once it checks these files too; `test_upstream_reads_the_flipped_byte` then fails.
+"""
 
 import logging
 import os
@@ -26,29 +30,18 @@ DOWNLOAD_TIMEOUT = 60.0
 
 
 class CheckedStream(Stream):
-    """A Stream whose files are what the index says, or an error that names them.
+    """A Stream that checks each file once per run, whether fetched or present: its size and one checksum.
 
-    A file is checked by its size and by `validate_hash`, or where that is not given by the first checksum that the
-    index holds of it: when it has been fetched, and one that was there already once in each run. A wrong one is fetched
-    anew, `download_retry` times within `download_timeout` seconds each; see `RemoteFolder.fetch` for the bound.
+    The checksum is `validate_hash`, or the first one in the index. A wrong file is fetched again, as bounded by
+    `RemoteFolder.fetch`.
     """
 
-    # Until the data set gives its own defaults to streams that have none.
+    # Until the data set sets its own defaults.
     download_retry = DOWNLOAD_RETRY
     download_timeout = DOWNLOAD_TIMEOUT
     checks_all_at_start = False
 
     def __init__(self, *, local: str, remote: str | None = None, **keywords: Any):
-        """Reads nothing yet.
-
-        Args:
-            local: The folder of the shards, or of their cache.
-            remote: Where they come from; None, or the same folder: they are in `local`.
-            **keywords: Of `streaming.Stream`.
-
-        Raises:
-            ValueError: Streaming knows no such store.
-        """
         if remote is not None and os.path.abspath(remote) == os.path.abspath(local):
             remote = None
         self.source = None if remote is None else RemoteFolder(remote)
@@ -56,11 +49,11 @@ class CheckedStream(Stream):
 
     @property
     def folder(self) -> Path:
-        """Where the index and the shards lie."""
+        """Return the folder of the index and the shards."""
         return Path(self.local, self.split)
 
     def set_up_folder(self) -> None:
-        """Fetches the index where it is not there yet, and looks at the sizes of the files that are.
+        """Fetch the index if it is missing, and check the sizes of present files.
 
         Raises:
             RuntimeError: The index cannot be fetched.
@@ -72,22 +65,22 @@ class CheckedStream(Stream):
         for raw_info, zip_info in pairs:
             present = [info for info in (raw_info, zip_info) if info and (self.folder / info.basename).is_file()]
             if self.source is None and not present:
-                raise ValueError(f"{self.folder / raw_info.basename} is missing, and the stream has no `remote`")
+                raise self._missing(raw_info)
             for info in present:
                 self._is_good(info, with_hash=False)
         if not all((zip_info or raw_info).hashes for raw_info, zip_info in pairs):
             log.warning(
-                "%s holds no checksums: only the sizes of its files are checked. Convert the data set anew, or with "
+                "%s holds no checksums: only the sizes of its files are checked. Convert the data set again, or with "
                 "MDSWriter(hashes=['xxh64'])",
                 self.folder / INDEX_FILE,
             )
 
     def read_index(self) -> dict[str, Any]:
-        """The checked index, fetched where it is not there yet; a bad one is fetched anew.
+        """Return the checked index, fetched if it is missing or bad.
 
         Raises:
             RuntimeError: It cannot be fetched.
-            ValueError: It is bad, and there is no remote; or `validate_hash` is none of its checksums.
+            ValueError: It is bad, and there is no remote; or it does not hold the checksum `validate_hash`.
         """
         path = self.folder / INDEX_FILE
         if self.source is not None and path.is_file():
@@ -101,24 +94,24 @@ class CheckedStream(Stream):
         try:
             index = parse_index(path)
         except ValueError as error:
-            raise ValueError(f"{path} {error}: convert the data set anew") from None
+            raise ValueError(f"{path} {error}: convert the data set again") from None
         for info in (info for shard in index["shards"] for pair in file_pairs(shard) for info in pair if info):
             if self.validate_hash and self.validate_hash not in info.hashes:
                 raise ValueError(
                     f"validate_hash is {self.validate_hash!r}, but {path} holds {sorted(info.hashes)} of "
-                    f"{info.basename}: name one of those, or none to take the first"
+                    f"{info.basename}: set one of those, or null for the first"
                 )
         return index
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        """Streaming's, of a checked index."""
+        """Return Streaming's readers, of a checked index."""
         self.read_index()
         return super().get_shards(world, allow_unsafe_types)
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: NDArray[np.int64]) -> None:
-        """Says which shards are present: none that has not been checked yet, so that each goes through `prepare_shard`.
+        """Report no shard as present, so that each is checked by `prepare_shard`.
 
-        With a cache limit what is present counts, so it is checked now.
+        With a cache limit, present shards count towards it, so they are checked now.
         """
         super().set_up_local(shards, cache_usage_per_shard)
         cache_usage_per_shard[:] = 0
@@ -134,11 +127,7 @@ class CheckedStream(Stream):
     def _prepare_shard_part(
         self, raw_info: AnyFileInfo, zip_info: AnyFileInfo | None = None, compression: str | None = None
     ) -> int:
-        """Makes the file be there, checked; returns its bytes on disk, those of a kept compressed form included.
-
-        Raises:
-            RuntimeError: It cannot be had; names it and the reason.
-        """
+        """Fetch and check a file; return its bytes on disk, including its compressed form if kept."""
         has_raw = self._is_good(raw_info)
         if zip_info is None:
             if not has_raw:
@@ -154,11 +143,7 @@ class CheckedStream(Stream):
         return raw_info.bytes + (zip_info.bytes if zip_path.is_file() else 0)
 
     def _is_good(self, info: AnyFileInfo, with_hash: bool = True) -> bool:
-        """Whether a file is there and right; a wrong one that can be fetched anew is removed.
-
-        Raises:
-            ValueError: It is wrong and there is no remote.
-        """
+        """Return whether a file is present and right; remove a wrong one, or raise ValueError without a remote."""
         path = self.folder / info.basename
         if not path.is_file():
             return False
@@ -166,14 +151,16 @@ class CheckedStream(Stream):
             self._check(path, info, with_hash)
         except ValueError as error:
             if self.source is None:
-                raise ValueError(f"{path} {error}, and the stream has no `remote`: convert the data set anew") from None
+                raise ValueError(
+                    f"{path} {error}, and the stream has no `remote`: convert the data set again"
+                ) from None
             log.warning("%s %s: fetching it again", path, error)
             path.unlink()
             return False
         return True
 
     def _check(self, path: Path, info: AnyFileInfo, with_hash: bool = True) -> None:
-        """Raises ValueError, in words that follow the file's name, where its content is not that of `info`."""
+        """Raise ValueError, in words that follow the file's name, if its content is not that of `info`."""
         size = path.stat().st_size
         if size != info.bytes:
             raise ValueError(f"has {size} bytes, its index says {info.bytes}")
@@ -183,32 +170,31 @@ class CheckedStream(Stream):
             if found != info.hashes[algorithm]:
                 raise ValueError(f"has the {algorithm} {found}, its index says {info.hashes[algorithm]}")
 
+    def _missing(self, info: AnyFileInfo) -> ValueError:
+        path = self.folder / info.basename
+        return ValueError(f"{path} is missing, and the stream has no `remote`: restore the file")
+
     def _fetch_shard(self, info: AnyFileInfo) -> None:
         if self.source is None:
-            raise ValueError(f"{self.folder / info.basename} is missing, and the stream has no `remote`")
+            raise self._missing(info)
 
         def check(part: Path) -> None:
             try:
                 self._check(part, info)
             except ValueError as error:
-                raise ValueError(f"{error} (if the data set was converted anew, empty {self.folder})") from None
+                raise ValueError(f"{error} (if the data set was converted again, empty {self.folder})") from None
 
         self._fetch(info.basename, check)
 
-    def fetch_beside_index(self, name: str) -> Path | None:
-        """The local path of another file of the folder, fetched where it is not there yet; None where there is none.
-
-        Raises:
-            RuntimeError: The store cannot say.
-        """
+    def fetch_next_to_index(self, name: str) -> Path | None:
+        """Return the local path of another file of the folder, fetched if needed; None if it does not exist."""
         path = self.folder / name
         found = path.is_file() or (self.source is not None and self._fetch(name, lambda part: None, must_exist=False))
         return path if found else None
 
     def _fetch(self, name: str, check: Callable[[Path], object], must_exist: bool = True) -> bool:
         assert self.source is not None
-        source = os.path.join(self.split, name)
-        path = self.folder / name
+        source, path = os.path.join(self.split, name), self.folder / name
         return self.source.fetch(source, path, check, self.download_retry, self.download_timeout, must_exist)
 
     def _decompress(self, raw_info: AnyFileInfo, zip_info: AnyFileInfo, compression: str | None) -> None:

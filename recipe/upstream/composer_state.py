@@ -1,7 +1,7 @@
-"""Composer 0.32's state of training, where its own way of saving or restoring it falls short.
+"""What Composer 0.32 saves and restores, as far as its own way is not enough.
 
-- A resume in mid-epoch loses the random states (seen with dropout): Composer restores them only if it skips the epoch's
-  first batches itself, and Streaming's data sets do that.
+- A mid-epoch resume loses the random states (seen with dropout). `Trainer._train_loop` restores them only if it skips
+  the epoch's first batches itself, but Streaming's data sets skip them.
 - The parts of a weights-only checkpoint are private methods of `State`.
 
 Delete once Composer restores random states before `fit`, and has a public weights-only state.
@@ -14,7 +14,7 @@ from composer.utils import reproducibility
 
 
 def restore_random_states(trainer: Trainer) -> None:
-    """Restore every rank's random states to those after the batch that a run resumed from; before `fit`."""
+    """Restore every rank's random states after a resume; call it before `fit`."""
     if trainer._rng_state is not None:
         reproducibility.load_rng_state(trainer._rng_state)
 

@@ -1,4 +1,9 @@
-"""One file from an object store: bounded in time and in attempts, and checked before it gets its name."""
+"""One file from an object store: bounded in time and attempts, and checked before it gets its name.
+
+Streaming 0.13 (`Stream._download_file`, `CloudDownloader`): `download_timeout` bounds a client's reads, not a download;
+a fetched file is not checked for its size; a client shared over a fork mixes up the answers of its processes. Delete
+once Streaming bounds and checks its downloads and opens one client per process.
+"""
 
 import logging
 import os
@@ -18,25 +23,14 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF = 1.0  # seconds before the second attempt; each further wait is twice as long
 LONGEST_BACKOFF = 30.0
-AGE_OF_DEAD_PARTS = 3600.0  # seconds since a half-fetched file was last written to
-_MISSING_CODES = {"404", "NoSuchKey", "403"}  # S3 says 403 of a missing object to those who may not list the bucket
+AGE_OF_DEAD_PARTS = 3600.0  # seconds since a partial file was last written
+_MISSING_CODES = {"404", "NoSuchKey", "403"}  # S3 returns 403 for a missing object without permission to list
 
 
 class RemoteFolder:
-    """A folder of an object store, or a local one; each process opens a client of its own.
-
-    A client that is shared over a fork mixes up the answers of its processes, so its process is remembered.
-    """
+    """A folder of an object store such as `s3://bucket/folder`, or a local one; each process opens its own client."""
 
     def __init__(self, address: str):
-        """Opens nothing yet.
-
-        Args:
-            address: Such as `s3://bucket/folder`, or a local folder.
-
-        Raises:
-            ValueError: Streaming knows no such store.
-        """
         scheme = urlparse(address).scheme
         if scheme not in DOWNLOADER_MAPPINGS:
             known = ", ".join(f"{name}://" for name in sorted(DOWNLOADER_MAPPINGS) if name)
@@ -54,21 +48,17 @@ class RemoteFolder:
         timeout: float,
         must_exist: bool = True,
     ) -> bool:
-        """Fetches `name` to `path`, which appears whole and checked or not at all.
+        """Fetch `name` to `path`, which appears whole and checked or not at all.
 
-        It takes at most `attempts * timeout` seconds and the waits between, 1 + 2 + 4 + ... up to 30 each: 247 s for
-        4 attempts of 60 s.
+        Takes at most `attempts * timeout` seconds and the waits, 1 + 2 + 4 + ... up to 30 each: 247 s for 4 of 60 s.
 
         Args:
             name: Relative to the address.
             path: Where to; its folder is made.
-            check: Raises ValueError, in a few words that do not name the file, where the content is wrong.
-            attempts: How often to try.
-            timeout: Seconds of one attempt, by the clock, however slowly bytes arrive.
-            must_exist: Try a file again that the store says is missing; else that is the answer.
-
-        Returns:
-            False where the file is missing and need not exist.
+            check: Raises ValueError, in words that follow the file's name, if the content is wrong.
+            attempts: At least one is made.
+            timeout: Wall-clock seconds per attempt.
+            must_exist: Retry if the store has no such file, instead of returning False.
 
         Raises:
             RuntimeError: No attempt succeeded; names the file and every reason.
@@ -84,11 +74,12 @@ class RemoteFolder:
                 check(part)
                 part.replace(path)
                 return True
-            except Exception as error:  # every reason is reported when the attempts are used up
+            except Exception as error:  # reported after the last attempt
                 if _is_missing(error) and not must_exist:
                     return False
                 self._client = None
-                reasons.append(_describe(error))
+                kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+                reasons.append(redact(f"{kind}{error}"))
                 log.warning("%s, attempt %d of %d: %s", redact(source), attempt + 1, max(1, attempts), reasons[-1])
             finally:
                 part.unlink(missing_ok=True)
@@ -96,7 +87,7 @@ class RemoteFolder:
         raise RuntimeError(f"cannot fetch {redact(source)} in {tried}: {'; '.join(dict.fromkeys(reasons))}")
 
     def _download(self, source: str, part: Path, timeout: float) -> None:
-        """One attempt. A client that hangs cannot be stopped: its thread is left behind, with a client of its own."""
+        """Try once. A client that hangs cannot be stopped: its thread is abandoned and the next attempt has its own."""
         client = self._client if self._owner == os.getpid() else None
         if client is None:
             client = CloudDownloader.get(self.address)
@@ -107,7 +98,7 @@ class RemoteFolder:
         def work() -> None:
             try:
                 client.download(source, str(part), timeout)
-            except BaseException as error:  # raised below, unless nobody waits any more
+            except BaseException as error:  # raised below, unless abandoned
                 errors.append(error)
             if abandoned.is_set():
                 part.unlink(missing_ok=True)
@@ -117,27 +108,21 @@ class RemoteFolder:
         thread.join(timeout)
         if thread.is_alive():
             abandoned.set()
-            raise TimeoutError(f"not there after {timeout:g} s (download_timeout)")
+            raise TimeoutError(f"not complete after {timeout:g} s (download_timeout)")
         if errors:
             raise errors[0]
 
 
 def remove_dead_parts(folders: set[Path]) -> None:
-    """Removes what killed runs had fetched by half into the folders."""
+    """Remove the partial files that killed runs left in the folders."""
     for folder in folders:
         for part in folder.glob(".*.part*"):
             if time.time() - part.stat().st_mtime > AGE_OF_DEAD_PARTS:
                 part.unlink(missing_ok=True)
 
 
-def _describe(error: Exception) -> str:
-    """What happened, without a secret that a client's message may hold."""
-    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    return redact(f"{kind}{error}")
-
-
 def _is_missing(error: Exception) -> bool:
-    """Whether a store's error says that there is no such file; each client says it in its own way."""
+    """Return whether a store's error means that the file does not exist; each client has its own."""
     if isinstance(error, FileNotFoundError):
         return True
     response = getattr(error, "response", None)

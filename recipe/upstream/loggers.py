@@ -1,4 +1,11 @@
-"""Loggers that cannot end a run: any failure switches the logger off, and W&B goes offline when unreachable."""
+"""Loggers that cannot end a run: a failing logger pauses, and W&B goes offline if its server cannot be reached.
+
+- Composer 0.32 (`composer/core/engine.py`) lets an exception of a logger end the run.
+- wandb 0.18: an unreachable server blocks the start, `Table` and the end for minutes or indefinitely. Its process has
+  no bounded stop (`wandb/sdk/lib/service_connection.py`), and loses its last block of records when it is killed.
+
+Delete `GuardedLogger` once Composer isolates its loggers, the rest once wandb bounds `init` and `finish` in time.
+"""
 
 import atexit
 import logging
@@ -22,14 +29,14 @@ from recipe.redact import redact, redact_text
 
 log = logging.getLogger(__name__)
 
-REST = 60.0  # seconds without a call after one that failed, so that a full disk or a dead process costs no time
+REST = 60.0  # seconds without calls after a failed one, so that a full disk or dead process costs no time
 
 
 class GuardedLogger(LoggerDestination):
-    """Stands before a logger's class in a list of bases: an error of that class is told once, and never raised.
+    """Put before a logger's class in the list of bases, logs its first error and raises none.
 
-    After an error the logger rests, then it is tried again; how many of its calls were lost is told at the end.
-    Hyperparameters pass without their secrets.
+    After an error it drops calls for `REST` seconds, then tries again. At the end it logs how many calls were lost.
+    Removes secrets from hyperparameters.
     """
 
     _resting_until = 0.0
@@ -37,35 +44,35 @@ class GuardedLogger(LoggerDestination):
     _num_lost = 0
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
-        """What the logger does at an event of training."""
+        """Run the logger's part of an event."""
         self._attempt(super().run_event, event, state, logger)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Those of the run."""
+        """Log the run's configuration without its secrets."""
         self._attempt(super().log_hyperparameters, redact(hyperparameters))
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Numbers of one step."""
+        """Log numbers of one step."""
         self._attempt(super().log_metrics, metrics, step)
 
     def log_table(self, *args: Any, **kwargs: Any) -> None:
-        """A table."""
+        """Log a table."""
         self._attempt(super().log_table, *args, **kwargs)
 
     def log_images(self, *args: Any, **kwargs: Any) -> None:
-        """Pictures."""
+        """Log images."""
         self._attempt(super().log_images, *args, **kwargs)
 
     def log_traces(self, traces: dict[str, Any]) -> None:
-        """What algorithms did."""
+        """Log what algorithms did."""
         self._attempt(super().log_traces, traces)
 
     def upload_file(self, *args: Any, **kwargs: Any) -> None:
-        """A file, for loggers that keep files."""
+        """Upload a file."""
         self._attempt(super().upload_file, *args, **kwargs)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Ends the logger, and tells what was lost."""
+        """Close the logger and report lost calls."""
         self._resting_until = 0.0
         self._attempt(super().close, state, logger)
         if self._num_lost:
@@ -78,14 +85,13 @@ class GuardedLogger(LoggerDestination):
             return
         try:
             call(*args, **kwargs)
-        except Exception as error:  # told, not raised: no log is worth the run
+        except Exception as error:  # logged, not raised: no log is worth the run
             self._num_lost += 1
             self._resting_until = time.monotonic() + REST
             if not self._has_failed:
                 self._has_failed = True
-                reason = redact_text(f"{type(error).__name__}: {error}")
                 name = type(self).__name__
-                log.warning("%s failed and is tried again every %.0f s; the run goes on: %s", name, REST, reason)
+                log.warning("%s failed, retrying every %.0f s; training continues: %s", name, REST, _describe(error))
 
 
 PROBE_SECONDS = 10.0  # for the server's first answer
@@ -94,51 +100,55 @@ FINISH_SECONDS = 120.0  # for what is left to be sent at the end
 
 
 class SafeWandBLogger(GuardedLogger, WandBLogger):
-    """Composer's, with bounds on time and without what may hold secrets.
+    """Composer's W&B logger with bounded waits, and without data that may hold secrets.
 
-    In the mode `online` a server that does not answer well holds up the start by at most `PROBE_SECONDS +
-    START_SECONDS` and some seconds for a new start of wandb's own process; then the run is logged offline. A server
-    that dies later is not noticed by training, and holds up the end by at most `FINISH_SECONDS`. Either way the data
-    is in the run folder, and the warning tells how to send it.
+    If the server does not answer, mode `online` becomes `offline` after at most `PROBE_SECONDS + START_SECONDS` and
+    some seconds to restart wandb's process. A server that dies later delays only the end, by at most `FINISH_SECONDS`.
+    Either way the data is in the run folder, and a warning says how to send it.
 
-    Neither the command's arguments nor the state of the git checkout, which may name secrets and the user of an
-    address, are recorded: the resolved configuration is in the run folder. `init_kwargs: {settings: ...}` overrides.
+    The command's arguments and the git state, which may hold secrets, are not recorded: the run folder has the resolved
+    configuration. `init_kwargs: {settings: ...}` overrides this.
     """
 
     def init(self, state: State, logger: Logger) -> None:
-        """Opens the run, online if the server plays along; every rank takes part, rank 0 alone asks the server."""
-        settings = {"disable_git": True, "disable_code": True, "init_timeout": START_SECONDS, "_args": []}
-        # Else a table asks the server for its version, offline too, and waits minutes for an answer.
-        settings["allow_offline_artifacts"] = False
+        """Open the run, online if the server answers; called by every rank, but only rank 0 asks the server."""
         os.environ.setdefault("WANDB_SILENT", "true")  # else four lines at the start and some 90 at the end
-        settings |= self._init_kwargs.get("settings") or {}
-        self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}  # settings may hold the key to log in
+        settings = {
+            "disable_git": True,
+            "disable_code": True,
+            "init_timeout": START_SECONDS,
+            "_args": [],
+            # Else a table asks the server for its version, even offline, and waits minutes for an answer.
+            "allow_offline_artifacts": False,
+            **(self._init_kwargs.get("settings") or {}),
+        }
+        self._init_kwargs = {**redact(self._init_kwargs), "settings": settings}  # settings may hold the API key
         if self._enabled and self._init_kwargs.get("mode") == "online":
             try:
                 within(PROBE_SECONDS, ask_server)
-            except Exception as error:  # told in the warning
+            except Exception as error:  # logged by _fall_back
                 self._fall_back("offline", error)
         for mode in ("offline", "disabled"):
             try:
-                # An error of rank 0 comes before the ranks meet in here, so the others are still waiting for it.
+                # An error of rank 0 comes before the ranks meet in here, so the others still wait for it.
                 super().init(state, logger)
                 break
-            except Exception as error:  # told in the warning
+            except Exception as error:  # logged by _fall_back
                 stop_service()
                 self._fall_back(mode, error)
         else:
             super().init(state, logger)
         if self._enabled:
-            atexit.register(self._finish)  # before wandb's own hook, which waits without end
+            atexit.register(self._finish)  # before wandb's own hook, which waits indefinitely
 
     def post_close(self) -> None:
-        """Sends what is left."""
+        """Send what is left."""
         self._finish()
 
     def _fall_back(self, mode: str, error: Exception) -> None:
         self._init_kwargs["mode"] = mode
         remedy = "later: wandb sync WANDB_FOLDER" if mode == "offline" else "nothing is kept for W&B"
-        log.warning("W&B cannot be used as configured, so its mode is now %s (%s): %s", mode, remedy, _tell(error))
+        log.warning("W&B cannot be used as configured, so its mode is now %s (%s): %s", mode, remedy, _describe(error))
 
     def _finish(self) -> None:
         run = wandb.run
@@ -148,22 +158,17 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
         failed = sys.exc_info()[0] is not None
         try:
             within(FINISH_SECONDS, lambda: wandb.finish(1 if failed else None))
-        except Exception as error:  # told in the warning
+        except Exception as error:  # logged below
             flush_records(run)
             stop_service()
-            log.warning("W&B did not take all of the run; send it with `wandb sync %s`: %s", folder, _tell(error))
+            log.warning("W&B did not receive the whole run; send it with `wandb sync %s`: %s", folder, _describe(error))
             return
         if self._init_kwargs.get("mode") == "offline":
             log.info("W&B: run in %s; send it with `wandb sync %s`", folder, folder)
 
 
 def ask_server() -> None:
-    """Asks W&B who the key belongs to.
-
-    Raises:
-        ValueError: There is no key, or it belongs to nobody.
-        requests.RequestException: No answer, or not the answer of a W&B server that is well.
-    """
+    """Ask W&B whose the API key is; raise if there is no key, no answer, or the server does not know the key."""
     key = wandb.api.api_key
     if not key:
         raise ValueError("no API key: set WANDB_API_KEY or run `wandb login`")
@@ -179,12 +184,7 @@ def ask_server() -> None:
 
 
 def within(seconds: float, call: Callable[[], object]) -> None:
-    """Runs a call in a thread that is left behind where it takes longer.
-
-    Raises:
-        TimeoutError: It took longer.
-        Exception: The call's own.
-    """
+    """Run a call in a thread, raise its error, or abandon it after `seconds` with a TimeoutError."""
     errors: list[Exception] = []
 
     def work() -> None:
@@ -203,10 +203,10 @@ def within(seconds: float, call: Callable[[], object]) -> None:
 
 
 def flush_records(run: Run) -> None:
-    """Gets the last records of a run into its file.
+    """Write the last records of a run to its file.
 
-    wandb's process writes blocks of 32 KiB and, when it is ended, forgets the last one: it is filled up with blanks,
-    which go to the run's console output.
+    wandb's process writes blocks of 32 KiB and loses the last one when killed: this fills it with blanks of console
+    output.
     """
     interface = run._backend and run._backend.interface
     if interface:
@@ -215,10 +215,7 @@ def flush_records(run: Run) -> None:
 
 
 def stop_service() -> None:
-    """Ends wandb's own process, which tries for as long as a server does not answer, and forgets it.
-
-    wandb 0.18 offers no way to do so in bounded time.
-    """
+    """Kill wandb's own process, which retries for as long as a server does not answer, and forget it."""
     connection = _WandbSetup._instance and _WandbSetup._instance.service
     if connection and connection._proc and connection._proc._internal_proc:
         if connection._cleanup:
@@ -230,5 +227,5 @@ def stop_service() -> None:
     _WandbSetup._instance = None
 
 
-def _tell(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return redact_text(f"{type(error).__name__}: {error}")

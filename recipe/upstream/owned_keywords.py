@@ -1,4 +1,7 @@
-"""Keywords of Composer, Streaming and torch that the recipe sets itself, and what to write instead."""
+"""Keywords of Composer 0.32, Streaming 0.13 and torch 2.7 that the recipe sets itself, and what to write instead.
+
+Not a fix: their signatures cannot say so. Remove an entry if its library drops the keyword.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +24,9 @@ OWNED_BY_TRAINER: Mapping[str, str] = {
     **dict.fromkeys(("max_epochs", "num_epochs", "num_train_epochs", "epochs"), "set `max_duration`, such as 4ep"),
     **dict.fromkeys(("max_steps", "num_steps"), "set `max_duration` in batches, such as 500ba"),
 }
-_OWNED_BY_STREAMS = "set it in one of `streams`"
 OWNED_BY_DATASET: Mapping[str, str] = {
     "streams": "set `streams` next to `dataset`",
-    "remote": _OWNED_BY_STREAMS,
-    "local": _OWNED_BY_STREAMS,
-    "split": _OWNED_BY_STREAMS,
+    **dict.fromkeys(("remote", "local", "split"), "set it in one of `streams`"),
     "batch_size": "set `global_batch_size`",
     "batching_method": "leave it out: the plan of the epoch makes the batches",
     "partition_algo": "leave it out: the plan of the epoch assigns the packs",
@@ -36,8 +36,7 @@ OWNED_BY_DATALOADER: Mapping[str, str] = {
     "dataset": "set `dataset` next to `dataloader`",
     "batch_size": "set `global_batch_size`",
     "shuffle": "set `dataset.shuffle`",
-    "sampler": "leave it out: Streaming orders the samples",
-    "batch_sampler": "leave it out: Streaming orders the samples",
+    **dict.fromkeys(("sampler", "batch_sampler"), "leave it out: Streaming orders the samples"),
     "collate_fn": "set `collator`",
 }
 OWNED_BY_CALLBACKS: Mapping[str, str] = {
@@ -45,24 +44,20 @@ OWNED_BY_CALLBACKS: Mapping[str, str] = {
     "nan_monitor": "leave it out: it ends the run at a NaN, from which `nan_rollback` recovers",
 }
 _CHECKPOINTING = "set model.gradient_checkpointing, which also works without FSDP"
-_ONE_MESH = "leave it out: the parameters are sharded over all ranks, and norms are summed over them"
-_NO_ENGINE = "leave it out: no Transformer Engine layers are used"
-_NO_TEXT = "leave it out: a yaml cannot hold its value"
 OWNED_BY_FSDP: Mapping[str, str] = {
-    "activation_checkpointing": _CHECKPOINTING,
-    "activation_checkpointing_reentrant": _CHECKPOINTING,
+    **dict.fromkeys(("activation_checkpointing", "activation_checkpointing_reentrant"), _CHECKPOINTING),
     "activation_cpu_offload": "it renames the parameters; " + _CHECKPOINTING,
     "auto_wrap": "leave it out: recipe/optim/fsdp.py chooses the units",
     "cpu_offload": "leave it out: Composer does not support it yet",
-    "data_parallel_replicate_degree": _ONE_MESH,
-    "data_parallel_shard_degree": _ONE_MESH,
-    "device_mesh": _ONE_MESH,
+    **dict.fromkeys(
+        ("data_parallel_replicate_degree", "data_parallel_shard_degree", "device_mesh", "process_group"),
+        "leave it out: the parameters are sharded over all ranks, and norms are summed over them",
+    ),
     "ignored_modules": "leave it out: nothing stays unsharded",
-    "load_planner": _NO_TEXT,
-    "process_group": _ONE_MESH,
-    "save_planner": _NO_TEXT,
-    "te_checkpoint_wrapper": _NO_ENGINE,
-    "te_shard_fp8_weight": _NO_ENGINE,
+    **dict.fromkeys(("load_planner", "save_planner"), "leave it out: a yaml cannot hold its value"),
+    **dict.fromkeys(
+        ("te_checkpoint_wrapper", "te_shard_fp8_weight"), "leave it out: no Transformer Engine layers are used"
+    ),
     "use_orig_params": "leave it out: parameter groups need it to be true",
 }
 FSDP_CHOICES: Mapping[str, tuple[Any, ...]] = {

@@ -1,8 +1,8 @@
-"""What killed runs leave behind of Streaming's shared memory.
+"""Removal of the shared memory that killed runs leave behind.
 
-Streaming takes the first free number of the machine for each data set and never gives the lock files of a number
-back. After a SIGKILL of a whole run its segments stay too. The next run then either counts on past them, or, where the
-lock files are gone (another or an emptied temporary folder), refuses to start: "Reused local directory".
+Streaming 0.13 (`streaming/base/shared/prefix.py`) takes the machine's first free number for each data set and never
+removes its lock files. After a SIGKILL the segments stay too. The next run skips these numbers or, if the temporary
+folder with the lock files has changed, stops with "Reused local directory". Delete once Streaming releases both.
 """
 
 import logging
@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
@@ -18,26 +19,22 @@ log = logging.getLogger(__name__)
 
 SEGMENTS = Path("/dev/shm")
 PROCESSES = Path("/proc")
-FAILURE_SEGMENT = "failure"  # our own beside Streaming's: why a shard could not be had
-YOUNGEST = 30.0  # seconds: a segment exists an instant before its process maps it
+FAILURE_SEGMENT = "failure"  # the recipe's own: why a shard could not be read
+YOUNGEST = 30.0  # seconds: a segment exists for a moment before its process maps it
 _SEGMENT_NAME = re.compile(rf"(\d{{6}})_(?:{'|'.join([*SHM_TO_CLEAN, FAILURE_SEGMENT])})")
 _LOCK_NAME = re.compile(rf"(\d{{6}})_(?:{BARRIER_FILELOCK}|{CACHE_FILELOCK})")
 
 
 def clean_dead_shared_memory() -> list[str]:
-    """Removes the segments and lock files of runs that have ended; call once a node, before the first data set.
+    """Remove the segments and lock files of ended runs and return their paths; call once per node, before any data set.
 
-    Left alone are: other users' files, files younger than `YOUNGEST` seconds, and every file of a number of which any
-    process maps a segment. Processes of containers that share /dev/shm but not /proc are not seen: do not call it
-    there. Does nothing on systems without /dev/shm or /proc.
-
-    Returns:
-        The paths of what was removed.
+    Keeps other users' files, those of the last `YOUNGEST` seconds, and all files of a number that a process has mapped.
+    Do not call it in containers that share /dev/shm but not /proc. Does nothing on systems without these.
     """
     if not (SEGMENTS.is_dir() and (PROCESSES / "self" / "maps").is_file()):
         return []
     files = [*_matching(SEGMENTS, _SEGMENT_NAME), *_matching(Path(tempfile.gettempdir()), _LOCK_NAME)]
-    # After the listing: what has been mapped since then is seen as alive.
+    # After the listing, so that what has been mapped meanwhile counts as alive.
     alive = _mapped_numbers()
     dead: list[Path] = []
     for path, number in files:
@@ -61,21 +58,17 @@ def clean_dead_shared_memory() -> list[str]:
 
 
 def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str]]:
-    """Files of a folder whose name fits, each with its data set's number."""
+    """Return the files whose name fits, each with its data set's number."""
     found = [(Path(entry.path), pattern.fullmatch(entry.name)) for entry in os.scandir(folder)]
     return [(path, match[1]) for path, match in found if match]
 
 
 def _mapped_numbers() -> set[str]:
-    """The numbers of which a process of this machine maps a segment."""
+    """Return the numbers of which any process maps a segment."""
     numbers = set()
     for maps in PROCESSES.glob("[0-9]*/maps"):
-        try:
+        with suppress(OSError):  # another user's process, or ended meanwhile
             lines = maps.read_text(errors="replace").splitlines()
-        except OSError:  # another user's, or ended meanwhile
-            continue
-        for line in lines:
-            if f"{SEGMENTS}/" in line:
-                match = _SEGMENT_NAME.match(line.rpartition("/")[2])
-                numbers |= {match[1]} if match else set()
+            names = [line.rpartition("/")[2] for line in lines if f"{SEGMENTS}/" in line]
+            numbers |= {match[1] for match in map(_SEGMENT_NAME.match, names) if match}
     return numbers

@@ -1,33 +1,18 @@
 """What torch 2.6 to 2.11 offers under private names only. Delete an entry once torch has a public one.
 
-- `torch._foreach_*`: operations over lists of tensors, one launch instead of one per tensor; beta, says its
-  documentation.
-- `torch.utils._pytree`: how FSDP2 finds tensors in nested structures; it knows no dataclass unless one is registered.
+- `torch._foreach_*`: operations over lists of tensors in one launch; its documentation calls them beta.
+- `torch.utils._pytree`: how FSDP2 finds tensors in nested structures; dataclasses must be registered.
 - FSDP1 keeps a root unit's gathered weights after a forward pass without a backward pass, and has no public `reshard`.
-- A DataLoader with persistent workers has no way to start new ones.
+- A DataLoader with persistent workers (`DataLoader._iterator`) cannot start new ones.
 """
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
-from torch.utils._pytree import register_dataclass, tree_leaves
+from torch.utils._pytree import register_dataclass as register_dataclass
+from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils.data import DataLoader
-
-__all__ = [
-    "foreach_add_",
-    "foreach_addcdiv_",
-    "foreach_copy_",
-    "foreach_lerp_",
-    "foreach_mul",
-    "foreach_mul_",
-    "foreach_norm",
-    "foreach_sqrt",
-    "register_dataclass",
-    "reshard_fsdp1",
-    "restart_workers",
-    "tree_leaves",
-]
 
 # pyright: reportPrivateImportUsage=false
 foreach_add_ = torch._foreach_add_
@@ -47,5 +32,5 @@ def reshard_fsdp1(root: nn.Module) -> None:
 
 
 def restart_workers(loader: DataLoader) -> None:
-    """Start new workers at the next epoch: persistent ones hold a copy of the data set as it was."""
+    """Start new workers at the next epoch: persistent ones keep an old copy of the data set."""
     loader._iterator = None

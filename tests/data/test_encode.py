@@ -157,8 +157,8 @@ def test_the_picture_is_kept_only_when_asked(encoder: Encoder, make_sample):
         ({"objects": (Object((1, 1, 9, 9), "star " * 40),)}, r"caption 'star .* 4\d tokens .*max_caption_tokens"),
         ({"objects": (Object((1, 1, 9, 9), "a<|im_end|>"),)}, "control token"),
         ({"image": b"GIF89a"}, "cannot decode"),
-        ({"image": b"", "width": 0, "height": 0}, "has objects but no picture"),
-        ({"image": b"", "width": 0, "height": 0, "objects": None}, "neither a picture nor messages"),
+        ({"image": b"", "width": 0, "height": 0}, "has objects but no image"),
+        ({"image": b"", "width": 0, "height": 0, "objects": None}, "neither an image nor messages"),
         ({"width": 400}, "does not have the stated 400 x 60 pixels"),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_conversation_above_max_seq_len_is_named(encoder: Encoder, make_sample
 
 @pytest.mark.parametrize("teacher", [{"objects": None}, {"image": b"", "width": 0, "height": 0}])
 def test_teachers_must_be_annotated_pictures(encoder: Encoder, make_sample, teacher: dict):
-    with pytest.raises(ValueError, match=r"'sample-0'.*teacher 'sample-9' is not an annotated picture"):
+    with pytest.raises(ValueError, match=r"'sample-0'.*teacher 'sample-9' is not an annotated image"):
         encoder(make_sample(), [replace(make_sample(9), **teacher)])
 
 

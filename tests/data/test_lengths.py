@@ -120,7 +120,7 @@ def test_the_fingerprint_tells_what_token_counts_depend_on(encoder: Encoder, mon
 
 def test_data_without_records_is_refused_with_the_remedy(streams: list[Stream], encoder: Encoder):
     Path(streams[1].local, RECORDS_FILE).unlink()
-    with pytest.raises(ValueError, match=r"b has no records.jsonl.gz .* convert the data set anew"):
+    with pytest.raises(ValueError, match=r"b has no records.jsonl.gz .* convert the data set again"):
         read_lengths(streams, encoder)
 
 

@@ -156,13 +156,13 @@ def test_no_samples_give_no_packs():
 
 
 def test_a_sample_strays_a_bounded_way_from_its_place():
-    """Samples that never fill a pack are handed on `MOST_HANDOVERS` times, not to the end."""
+    """Samples that never fill a pack are postponed `MOST_DELAYS` times, not to the end."""
     window = 50
     packs = packed_in_order(np.full(2000, 1500), np.zeros(2000, np.int64), MAX_TOKENS, None, window)
     emitted = [position for members in packs for position in members]
     late = max(place - position for place, position in enumerate(emitted))
     early = max(position - place for place, position in enumerate(emitted))
-    assert max(late, early) <= (pack.MOST_HANDOVERS + 1) * window
+    assert max(late, early) <= (pack.MOST_DELAYS + 1) * window
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from recipe.data.plan import Budget, Plan, deal, deal_to_worker, plan_packs, plan_samples
+from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, plan_packs, plan_samples
 
 BUDGET = Budget(max_tokens=100, max_patches=None, window=64)
 
@@ -97,7 +97,9 @@ def test_without_packing_every_sample_is_a_pack_in_streamings_order():
 
 def dealt(num_packs: int, first: int, num_nodes: int, ranks_per_node: int, batch_size: int) -> list[list[int]]:
     """The packs of each global step, inert ones left out."""
-    ranks: NDArray[np.int64] = deal(num_packs, first, num_nodes, ranks_per_node).reshape(num_nodes * ranks_per_node, -1)
+    ranks: NDArray[np.int64] = assign_packs(num_packs, first, num_nodes, ranks_per_node).reshape(
+        num_nodes * ranks_per_node, -1
+    )
     assert len({len(rank) for rank in ranks}) == 1
     steps = []
     for start in range(0, ranks.shape[1], batch_size):
@@ -116,15 +118,15 @@ def test_global_steps_are_the_same_at_any_world_size_and_after_any_kill(num_pack
 
 
 def test_short_ranks_get_an_inert_copy_of_the_last_pack():
-    assert deal(5, 0, 1, 2).tolist() == [[[0, 2, 4], [1, 3, -5]]]
-    assert deal(5, 0, 2, 2).tolist() == [[[0, 4], [2, -5]], [[1, -5], [3, -5]]]
-    assert deal(5, 5, 1, 2).shape == (1, 2, 0)
+    assert assign_packs(5, 0, 1, 2).tolist() == [[[0, 2, 4], [1, 3, -5]]]
+    assert assign_packs(5, 0, 2, 2).tolist() == [[[0, 4], [2, -5]], [[1, -5], [3, -5]]]
+    assert assign_packs(5, 5, 1, 2).shape == (1, 2, 0)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_workers_batches_taken_in_turn_are_the_ranks_packs(num_workers: int):
     packs = np.arange(11)
-    shares = [deal_to_worker(packs, worker, num_workers, 2).tolist() for worker in range(num_workers)]
+    shares = [assign_to_worker(packs, worker, num_workers, 2).tolist() for worker in range(num_workers)]
     batches = [[share[start : start + 2] for start in range(0, len(share), 2)] for share in shares]
     found = [batch.pop(0) for turn in range(6) for batch in [batches[turn % num_workers]]]
     assert [pack for batch in found for pack in batch] == packs.tolist()

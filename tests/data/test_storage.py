@@ -154,7 +154,7 @@ def test_without_checksums_sizes_are_checked_and_it_is_said_once(tmp_path: Path,
         assert read_numbers(open_rows({"local": str(rows)})) == ALL
     assert [record.message for record in caplog.records if "no checksums" in record.message] == [
         f"{rows / 'index.json'} holds no checksums: only the sizes of its files are checked. Convert the data set "
-        "anew, or with MDSWriter(hashes=['xxh64'])"
+        "again, or with MDSWriter(hashes=['xxh64'])"
     ]
     break_shard("cut", rows)
     with pytest.raises(ValueError, match="its index says"):
@@ -268,7 +268,7 @@ def test_a_broken_index_is_said_to_be_broken(tmp_path: Path, content: str):
     path.write_text(content)
     with pytest.raises(ValueError, match="is truncated or not an index of shards"):
         parse_index(path)
-    with pytest.raises(ValueError, match=r"index\.json is truncated.*convert the data set anew"):
+    with pytest.raises(ValueError, match=r"index\.json is truncated.*convert the data set again"):
         open_streams({"rows": {"local": str(tmp_path)}})
 
 

@@ -12,7 +12,7 @@ from streaming import Stream, StreamingDataset
 
 from recipe.upstream.checked_stream import CheckedStream
 from recipe.upstream.fetch import RemoteFolder
-from recipe.upstream.storage import fetch_beside_index, open_streams
+from recipe.upstream.storage import fetch_next_to_index, open_streams
 from tests.data.storage_cases import NUM_ROWS, NUM_SHARDS, open_rows, read_numbers
 from tests.launches.launch import run_composer
 from tests.support.s3_server import SECRET_KEY, FaultProxy, S3Server
@@ -26,10 +26,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "503": ({"kind": "status", "status": 503}, r"ClientError: .*\(503\)"),
     "500": ({"kind": "status", "status": 500}, r"ClientError: .*\(500\)"),
     "missing": ({"kind": "status", "status": 404}, r"ClientError: Object s3://rows/set/shard\.00003\.mds not found"),
-    "drip": ({"kind": "drip", "bytes_per_second": 200}, r"TimeoutError: not there after 2 s"),
+    "drip": ({"kind": "drip", "bytes_per_second": 200}, r"TimeoutError: not complete after 2 s"),
     "truncate": ({"kind": "truncate"}, r"has 1133 bytes, its index says 2266"),
     "cut": ({"kind": "cut"}, "RetriesExceededError|IncompleteRead"),
-    "reset": ({"kind": "reset"}, "ConnectionClosedError|not there after 2 s"),
+    "reset": ({"kind": "reset"}, "ConnectionClosedError|not complete after 2 s"),
     "flip": ({"kind": "flip"}, r"has the xxh64 \w+, its index says \w+"),
 }
 
@@ -100,19 +100,19 @@ def test_a_file_beside_the_index(tmp_path: Path, store: FaultProxy, s3: S3Server
     (tmp_path / "more" / "records.jsonl.gz").write_bytes(b"records")
     s3.upload(tmp_path / "more", "rows", "set")
     (stream,) = open_streams({"rows": {"remote": "s3://rows/set", "local": str(tmp_path / "cache")}})
-    path = fetch_beside_index(stream, "records.jsonl.gz")
+    path = fetch_next_to_index(stream, "records.jsonl.gz")
     assert path is not None and path.read_bytes() == b"records"
     before = len(store.requests)
-    assert fetch_beside_index(stream, "records.jsonl.gz") == path
+    assert fetch_next_to_index(stream, "records.jsonl.gz") == path
     assert len(store.requests) == before
-    assert fetch_beside_index(stream, "none.gz") is None
+    assert fetch_next_to_index(stream, "none.gz") is None
     assert store.count("HEAD", "none.gz") == 1, "a missing file is an answer, not a fault"
     store.inject("status", "other.gz", status=500)
     with pytest.raises(RuntimeError, match=r"other\.gz in 4 attempts: .*500"):
-        fetch_beside_index(stream, "other.gz")
+        fetch_next_to_index(stream, "other.gz")
     (local,) = open_streams({"rows": {"local": str(tmp_path / "written")}})
-    assert fetch_beside_index(local, "records.jsonl.gz") is None
-    assert fetch_beside_index(local, "index.json") == tmp_path / "written" / "index.json"
+    assert fetch_next_to_index(local, "records.jsonl.gz") is None
+    assert fetch_next_to_index(local, "index.json") == tmp_path / "written" / "index.json"
 
 
 def test_no_secret_is_told(
@@ -134,7 +134,7 @@ def test_the_bound_of_a_fetch_is_by_the_clock(tmp_path: Path, store: FaultProxy)
     store.inject("drip", "shard.00003", bytes_per_second=400)
     source = RemoteFolder("s3://rows/set")
     begin = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"shard\.00003\.mds in 2 attempts: TimeoutError: not there after 0\.7 s"):
+    with pytest.raises(RuntimeError, match=r"shard\.00003\.mds in 2 attempts: TimeoutError: not complete after 0\.7 s"):
         source.fetch("shard.00003.mds", tmp_path / "shard", lambda part: None, 2, 0.7)
     assert 1.4 <= time.monotonic() - begin < 3.0
 
