@@ -37,9 +37,7 @@ def test_a_harmful_object_is_refused(tmp_path: Path, variable: str, monkeypatch:
     train(tmp_path, 1)
     ran = tmp_path / "ran"
     path = change(tmp_path / "ba1.pt", tmp_path / "bad.pt", lambda state: state.update(extra=Harmful(ran)))
-    with pytest.raises(
-        ValueError, match=r"bad.pt is not a readable .* which could run code: refused: give another one"
-    ):
+    with pytest.raises(ValueError, match=r"bad.pt is not .* which could run code: refused: give another one"):
         make_trainer(make_saver(tmp_path / "new"), 1, path)
     assert not ran.exists()
 
@@ -56,10 +54,7 @@ def test_the_name_of_an_algorithm_is_not_evaluated(tmp_path: Path) -> None:
 
 def test_a_truncated_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "short.pt").write_bytes(b"PK\x03\x04 and so on")
-    with (
-        safe_loading(),
-        pytest.raises(ValueError, match=r"short.pt is not a readable Composer checkpoint: .*another one"),
-    ):
+    with safe_loading(), pytest.raises(ValueError, match=r"short.pt is not a readable Composer .*: give another one"):
         check_file(tmp_path / "short.pt")
 
 
