@@ -55,8 +55,8 @@ class Throughput(Callback):
         trained = {name for name, parameters in groups if any(parameter.requires_grad for parameter in parameters)}
         flops = step_flops(joint_model(state).model, state.batch, trained)
         for index, part in enumerate(PARTS):
-            self.model_flops[index] += flops.model(part)
-            self.hardware_flops += flops.hardware(part)
+            self.model_flops[index] += flops.model[part]
+            self.hardware_flops += flops.model[part] + flops.recompute[part]
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Logs every `interval`: one all-reduce."""

@@ -6,8 +6,11 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from scipy.optimize import minimize
+from scipy.special import expit
 from torch import Tensor
 
 from recipe.config import EvaluationConfig
@@ -133,55 +136,50 @@ def f1_from(detections: Detections, threshold: float) -> float:
     return 2 * float(kept.sum()) / total if total else UNDEFINED
 
 
-def fit_platt(score_logits: Tensor, is_true: Tensor, max_steps: int = 100) -> tuple[float, float]:
-    """Fit Platt scaling: `sigmoid(scale * logit + bias)` becomes the share of true detections.
+def fit_platt(score_logits: Tensor, is_true: Tensor) -> tuple[float, float]:
+    """Return the `scale` and `bias` with which `sigmoid(scale * logit + bias)` is the share of true ones.
 
-    Newton's method on Platt's smoothed targets, (T + 1) / (T + 2) for the T true and 1 / (F + 2) for the F false
-    ones (Platt 1999; Lin, Lin and Weng 2007), so that all true or all false gives a finite answer.
+    Platt scaling, with Platt's smoothed targets, (T + 1) / (T + 2) for the T true and 1 / (F + 2) for the F false ones
+    (Platt 1999; Lin, Lin and Weng 2007), so that all true or all false gives a finite answer.
 
     Args:
         score_logits: (D,) objectness before the sigmoid.
         is_true: (D,) bool.
-        max_steps: Bound on Newton steps; usually fewer than ten are taken.
 
     Returns:
-        Scale and bias; (1, 0), which changes nothing, without detections. If all are true, all are false or all logits
-        are equal, the scale stays 1 and only the bias is fitted.
+        `(1, 0)`, which changes nothing, without detections. If all are true, all are false or all logits are equal,
+        they say nothing about the scale: it stays 1, and only the bias is fitted.
 
     Raises:
         ValueError: A logit is not finite.
     """
-    logits = score_logits.detach().double().flatten().cpu()
-    if not logits.isfinite().all():
-        raise ValueError(f"{int((~logits.isfinite()).sum())} of {len(logits)} score logits are not finite: drop them")
+    logits = score_logits.detach().double().flatten().cpu().numpy()
+    if not np.isfinite(logits).all():
+        raise ValueError(f"{(~np.isfinite(logits)).sum()} of {len(logits)} score logits are not finite: drop them")
     if not len(logits):
         return 1.0, 0.0
-    truth = is_true.detach().flatten().cpu().bool()
-    num_true = int(truth.sum())
-    num_false = len(truth) - num_true
-    targets = torch.where(truth, (num_true + 1) / (num_true + 2), 1 / (num_false + 2)).double()
-    fits_scale = num_true > 0 and num_false > 0 and float(logits.max() - logits.min()) > 0
-    inputs = torch.stack([logits if fits_scale else torch.zeros_like(logits), torch.ones_like(logits)], 1)  # (D, 2)
-    fixed = torch.zeros_like(logits) if fits_scale else logits
-    weights = torch.zeros(2, dtype=torch.float64)
+    truth = is_true.detach().flatten().cpu().bool().numpy()
+    num_true, num_false = int(truth.sum()), int((~truth).sum())
+    targets = np.where(truth, (num_true + 1) / (num_true + 2), 1 / (num_false + 2))
+    ones, spread = np.ones_like(logits), float(logits.std())
+    if not (num_true and num_false and spread):
+        return 1.0, float(_logistic_fit(ones[:, None], logits, targets)[0])
+    center = float(logits.mean())
+    inputs = np.stack([(logits - center) / spread, ones], axis=1)  # of one size: else the fit is slow and less exact
+    scale, bias = _logistic_fit(inputs, np.zeros_like(logits), targets) / (spread, 1.0)
+    return float(scale), float(bias - scale * center)
 
-    def loss_of(weights: Tensor) -> Tensor:
-        return torch.nn.functional.binary_cross_entropy_with_logits(inputs @ weights + fixed, targets)
 
-    loss = loss_of(weights)
-    for _ in range(max_steps):
-        share = (inputs @ weights + fixed).sigmoid()
-        gradient = inputs.T @ (share - targets) / len(logits)
-        curvature = (inputs * (share * (1 - share))[:, None]).T @ inputs / len(logits)
-        step = torch.linalg.solve(curvature + 1e-12 * torch.eye(2, dtype=torch.float64), gradient)
-        size = 1.0
-        while size > 1e-10 and loss_of(weights - size * step) > loss:
-            size /= 2
-        weights, before = weights - size * step, loss
-        loss = loss_of(weights)
-        if before - loss < 1e-14:
-            break
-    return (float(weights[0]) if fits_scale else 1.0), float(weights[1])
+def _logistic_fit(inputs: np.ndarray, offset: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the weights (K,) whose `inputs` (D, K) @ weights + `offset` (D,) are the likeliest logits of `targets`."""
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        logits = inputs @ weights + offset
+        value = np.mean(np.logaddexp(0, logits) - targets * logits)
+        return float(value), inputs.T @ (expit(logits) - targets) / len(targets)
+
+    # Convex, so any minimum is the best; BFGS may stop above gtol, as far as float64 can tell the losses apart.
+    return minimize(loss, np.zeros(inputs.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-10}).x
 
 
 CALIBRATION_FILE = "calibration.yaml"

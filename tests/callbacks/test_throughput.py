@@ -89,13 +89,13 @@ def test_what_is_logged(
     logged = {name: float(rows[0][1]) for name, rows in memory.data.items() if len(rows) == 1}
     batches = microbatches_of(examples, "packed", 1)
     flops = step_flops(make_model(config).model, batches, {"merger", "llm", "adapter", "detection"})
-    assert [logged[f"flops/step/{part}"] for part in PARTS] == [flops.model(part) for part in PARTS]
-    step = sum(flops.model(part) for part in PARTS)
+    assert [logged[f"flops/step/{part}"] for part in PARTS] == [flops.model[part] for part in PARTS]
+    step = sum(flops.model[part] for part in PARTS)
     measured = 2 * step / logged["flops/per_second"]
     assert 2 * (0.3 + 0.2) <= measured <= seconds - 2 * 1.0  # saving between the steps is no part of them
     assert logged["data/stall_share"] == pytest.approx(0.6 / measured, rel=0.2)
     assert logged["mfu"] == pytest.approx(2 * step / measured / PEAK)
-    hardware = sum(flops.hardware(part) for part in PARTS)
+    hardware = flops.model.total() + flops.recompute.total()
     assert logged["flops/hardware_per_second"] == pytest.approx(2 * hardware / measured)
     assert (hardware > step) == gradient_checkpointing
 

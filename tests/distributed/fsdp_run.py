@@ -83,7 +83,7 @@ class Recorder(Callback):
         del logger
         self.losses.append({})
         flops = step_flops(joint_model(state).model, state.batch, frozenset(GROUPS))
-        self.flops.append({part: flops.model(part) for part in PARTS})
+        self.flops.append({part: flops.model[part] for part in PARTS})
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Composer logs in float32: keep the terms themselves."""

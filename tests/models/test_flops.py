@@ -1,12 +1,17 @@
-"""FLOPs of a step against torch's own counter, which sees every matrix product that is run."""
+"""FLOPs of a step against torch's own counter, which sees every matrix product that is run.
 
-from collections.abc import Callable, Iterable
+The forward pass is exact. With the backward pass, the worst that was measured is 0.6 %, of a step that trains only the
+memory's adapters, 0.3 % with other frozen groups and 0.2 % if all are trained: products that no gradient reaches, such
+as the first self-attention of a frozen head, are counted.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipe.callbacks.flops import PARTS, Flops, step_flops, window_lengths
+from recipe.callbacks.flops import PARTS, Flops, step_flops, window_pairs
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.optim.groups import group_parameters
@@ -37,8 +42,14 @@ def counted(model: JointModel, batches: Iterable[Batch]) -> tuple[int, int]:
     return forward, backward
 
 
-def total(parts: dict[str, int]) -> int:
-    return sum(parts.values())
+def assert_near(model: JointModel, batches: Sequence[Batch], trained: Collection[str]) -> Flops:
+    """The forward pass, of a step that trains nothing, is exactly torch's count; with the backward pass it is near."""
+    flops, forward = step_flops(model.model, batches, trained), step_flops(model.model, batches, ())
+    expected, backward = counted(model, batches)
+    assert forward.model.total() == expected
+    rel = 0.002 if set(trained) == set(GROUPS) else 0.007
+    assert flops.model.total() + flops.recompute.total() == pytest.approx(expected + backward, rel=rel)
+    return flops
 
 
 def freeze_but(model: JointModel, trained: Iterable[str]) -> None:
@@ -68,10 +79,9 @@ def switched(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
 def test_equal_to_torch(model: JointModel, tiny_examples: dict[str, Example], layout: str, names: list[str]) -> None:
     freeze_but(model, GROUPS)
     batches = make_batches([tiny_examples[name] for name in names], layout, 3)
-    flops = step_flops(model.model, batches, GROUPS)
-    assert (total(flops.forward), total(flops.backward)) == counted(model, batches)
-    assert total(flops.recompute) == 0
-    assert all(flops.forward[part] > 0 for part in PARTS)
+    flops = assert_near(model, batches, GROUPS)
+    assert flops.recompute.total() == 0
+    assert all(flops.model[part] > 0 for part in PARTS)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +108,8 @@ def test_frozen_groups_need_less(
 ) -> None:
     freeze_but(model, trained)
     batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
-    flops = step_flops(model.model, batches, trained)
-    assert (total(flops.forward), total(flops.backward)) == counted(model, batches)
-    assert total(flops.backward) < total(step_flops(model.model, batches, GROUPS).backward)
+    flops = assert_near(model, batches, trained)
+    assert flops.model.total() < step_flops(model.model, batches, GROUPS).model.total()
 
 
 @pytest.mark.parametrize(
@@ -114,10 +123,7 @@ def test_recomputed_flops_are_told_apart(
     checkpointed = make_model(tiny_config(model={"gradient_checkpointing": True}))
     freeze_but(checkpointed, trained)
     batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
-    flops = step_flops(checkpointed.model, batches, trained)
-    forward, backward = counted(checkpointed, batches)
-    assert total(flops.forward) == forward
-    assert total(flops.backward) + total(flops.recompute) == backward
+    flops = assert_near(checkpointed, batches, trained)
     assert flops.recompute["llm"] > 0 and (flops.recompute["vision"] > 0) == ("vision" in trained)
 
 
@@ -140,8 +146,7 @@ def test_other_heads(
 ) -> None:
     other = make_model(tiny_config(detection_head=changes))
     batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
-    flops = step_flops(other.model, batches, GROUPS)
-    assert (total(flops.forward), total(flops.backward)) == counted(other, batches)
+    assert_near(other, batches, GROUPS)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +165,7 @@ def test_each_switch_is_counted(
     switched = make_model(tiny_config(**changes))
     for names in (["two", "one"], ["text"], ["empty", "unannotated"]):
         batches = make_batches([tiny_examples[name] for name in names], "packed", 2)
-        flops = step_flops(switched.model, batches, GROUPS)
-        assert (total(flops.forward), total(flops.backward)) == counted(switched, batches)
+        assert_near(switched, batches, GROUPS)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +179,7 @@ def test_captions_with_a_matrix_of_their_own(
     other = make_model(tiny_config(caption_decoder={"tie_word_embeddings": False}))
     freeze_but(other, trained)
     batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
-    flops = step_flops(other.model, batches, trained)
-    assert (total(flops.forward), total(flops.backward)) == counted(other, batches)
+    assert_near(other, batches, trained)
 
 
 @pytest.mark.slow
@@ -190,8 +193,7 @@ def test_all_switches_with_frozen_groups(
 ) -> None:
     freeze_but(switched, trained)
     batches = make_batches([tiny_examples[name] for name in ("two", "text", "one")], "standard", 2)
-    flops = step_flops(switched.model, batches, trained)
-    assert (total(flops.forward), total(flops.backward)) == counted(switched, batches)
+    assert_near(switched, batches, trained)
 
 
 def test_what_switches_add_by_hand(tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]) -> None:
@@ -199,7 +201,7 @@ def test_what_switches_add_by_hand(tiny_config: Callable[..., RecipeConfig], tin
     (batch,) = make_batches([tiny_examples["text"]], "packed", 1)
 
     def forward(**changes: object) -> int:
-        return step_flops(make_model(tiny_config(**changes)).model, [batch], GROUPS).forward["detection"]
+        return step_flops(make_model(tiny_config(**changes)).model, [batch], ()).model["detection"]
 
     width, queries, memory = 32, 5, 2
     plain = forward()
@@ -216,20 +218,18 @@ def test_what_switches_add_by_hand(tiny_config: Callable[..., RecipeConfig], tin
 def test_more_objects_than_queries(
     tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], changes: dict[str, dict[str, object]]
 ) -> None:
-    """Which captions are written is the matching's choice: they may be longer or shorter than the mean."""
+    """The matching chooses which captions are written: they may be longer or shorter than the mean."""
     model = make_model(tiny_config(**changes))
     batches = make_batches([tiny_examples["crowded"]], "packed", 1)
     flops = step_flops(model.model, batches, GROUPS)
-    forward, backward = counted(model, batches)
-    assert total(flops.forward) == pytest.approx(forward, rel=0.002)
-    assert total(flops.backward) == pytest.approx(backward, rel=0.002)
+    assert flops.model.total() == pytest.approx(sum(counted(model, batches)), rel=0.002)
 
 
 def test_parts_of_a_hand_worked_step(model: JointModel, tiny_examples: dict[str, Example]) -> None:
     """The text-only sample: one blank picture of 2 x 2 patches, and 5 matrices a token and layer."""
     freeze_but(model, GROUPS)
     (batch,) = make_batches([tiny_examples["text"]], "packed", 1)
-    flops = step_flops(model.model, [batch], GROUPS)
+    forward, flops = (step_flops(model.model, [batch], trained).model for trained in ((), GROUPS))
     hf = model.model.vlm.hf_model.config
     text, vision = hf.get_text_config(), hf.vision_config
     width, tokens = text.hidden_size, batch["input_ids"].numel()
@@ -237,24 +237,25 @@ def test_parts_of_a_hand_worked_step(model: JointModel, tiny_examples: dict[str,
     a_token = 2 * width * width + 2 * width * key_width + 3 * width * text.intermediate_size
     head = len(batch["labels"]) * width * text.vocab_size
     layers = text.num_hidden_layers * (tokens * a_token + 2 * tokens**2 * width)
-    assert flops.forward["llm"] == 2 * (layers + head)
+    assert forward["llm"] == 2 * (layers + head) and flops["llm"] == 3 * forward["llm"]
     side = vision.hidden_size
     patch = 3 * 14**2 * side  # the sum of both frames' weights
     block = 4 * (4 * side * side + 3 * side * vision.intermediate_size) + 2 * 4**2 * side
-    assert flops.forward["vision"] == 2 * (4 * patch + vision.depth * block)
-    assert flops.forward["merger"] == 2 * ((4 * side) ** 2 + 4 * side * width)
+    assert forward["vision"] == 2 * (4 * patch + vision.depth * block)
+    assert flops["vision"] == 3 * forward["vision"] - 2 * 4 * patch  # pixels have no gradient
+    assert forward["merger"] == 2 * ((4 * side) ** 2 + 4 * side * width) and flops["merger"] == 3 * forward["merger"]
 
 
 def test_flops_of_microbatches_add_up(model: JointModel, tiny_examples: dict[str, Example]) -> None:
     freeze_but(model, GROUPS)
     batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 2)
     whole = step_flops(model.model, batches, GROUPS)
-    each: list[Flops] = [step_flops(model.model, [batch], GROUPS) for batch in batches]
+    each = [step_flops(model.model, [batch], GROUPS) for batch in batches]
     for part in PARTS:
-        assert whole.hardware(part) == sum(flops.hardware(part) for flops in each)
+        assert whole.model[part] == sum(flops.model[part] for flops in each)
 
 
 def test_windows_are_cut_at_the_edge() -> None:
-    assert sorted(window_lengths((1, 5, 4), 4)) == [4, 16]
-    assert window_lengths((2, 4, 4), 4) == [16, 16]
-    assert sum(window_lengths((1, 7, 9), 4)) == 63
+    assert window_pairs((1, 5, 4), 4) == 16**2 + 4**2
+    assert window_pairs((2, 4, 4), 4) == 2 * 16**2
+    assert window_pairs((1, 7, 9), 4) == 2 * 16**2 + 4**2 + 2 * 12**2 + 3**2
