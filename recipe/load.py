@@ -35,13 +35,17 @@ from recipe.schema import ImageSpec
 
 
 def load_processor(name: str) -> Any:
-    """Return a checkpoint's tokenizer and fast image processor (not bit-equal to the slow one); ValueError if none."""
+    """Return a checkpoint's tokenizer and fast image processor (not bit-equal to the slow one).
+
+    Raises:
+        ConfigError: The folder or name holds none.
+    """
     try:
         return AutoProcessor.from_pretrained(name, use_fast=True)
     except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
-        raise ValueError(
-            f"model.pretrained_model_name_or_path={name!r} holds no processor ({str(error).splitlines()[0]}): "
-            "give a checkpoint folder or a name on the hub"
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path is {name!r}, but neither a folder nor the hub has a processor of it: "
+            f"give a checkpoint folder or a name on the hub ({str(error).splitlines()[0]})"
         ) from error
 
 
