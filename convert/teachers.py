@@ -4,7 +4,7 @@
 
 Each pick adds the most captions that the pool lacks; among equals, and once all captions are there, the one whose
 object count and object size are farthest from those picked. The pool is in the order of picking, so its first
-samples are the most telling. Only annotated samples with an image and an object that is not a crowd can be teachers.
+samples say the most. Only annotated samples with an image and an object that is not a crowd can be teachers.
 """
 
 from collections.abc import Iterator, Sequence

@@ -92,6 +92,6 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
         LogFirstSample(tokenizer, config.run_folder),
     ]
     if evaluation.num_logged_images:
-        folder = Path(config.run_folder) / "pictures"
+        folder = Path(config.run_folder) / "images"
         callbacks.append(LogPredictions(evaluation.num_logged_images, folder, evaluation.score_threshold))
     return callbacks

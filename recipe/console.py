@@ -14,7 +14,7 @@ HIDDEN_WARNINGS = {
     "`torch.utils._pytree._register_pytree_node`": "torch 2.7 calls its own deprecated function at import",
     "The warmup duration is 0": "Composer 0.32 at every start; a warm-up is not required",
     "No optimizer was specified": "Composer 0.32 in an evaluation, which has none",
-    "Specifying the ProgressBarLogger": "Composer 0.32: ours stands in the place of its own",
+    "Specifying the ProgressBarLogger": "Composer 0.32: ours replaces its own",
     "The memory monitor only works on CUDA": "the starter yamls name it, and run on a CPU too",
     "OOMObserver only works on CUDA": "as above",
     "The ``compute`` method of metric": "torchmetrics: entries of one evaluation pass their updates on",

@@ -21,7 +21,7 @@ from recipe.checkpoints.weights import (
     read_remote_weights,
     read_weights,
 )
-from recipe.config import ImageConfig, ModelConfig, PromptConfig, RecipeConfig
+from recipe.config import ConfigError, ImageConfig, ModelConfig, PromptConfig, RecipeConfig
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec

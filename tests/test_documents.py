@@ -28,8 +28,16 @@ DOCUMENTS = [
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 MOST_BYTES = 14 * 1024
 
-# Files whose words are checked. Add "recipe/**/*.py" and others here once their words are rewritten.
-WORDED = ("README.md", "*/README.md", "tests/benchmarks/RESULTS.md", "yamls/*.yaml", "Makefile")
+# Files whose words are checked; tiny.py holds the sentences that its tokenizer is trained on.
+WORDED = (
+    "README.md",
+    "*/README.md",
+    "tests/benchmarks/RESULTS.md",
+    "yamls/*.yaml",
+    "Makefile",
+    "recipe/**/*.py",
+    "convert/**/*.py",
+)
 # By style.md, "Words": {pattern: what to write}. Names joined by `_` are words too.
 WORDS = {
     r"pictures?|pictured": "image; drawing",
@@ -269,7 +277,11 @@ def test_what_a_key_is() -> None:
     assert not any(is_key(key) for key in unknown)
 
 
-@pytest.mark.parametrize("path", sorted({path for glob in WORDED for path in ROOT.glob(glob)}), ids=document_id)
+@pytest.mark.parametrize(
+    "path",
+    sorted({path for glob in WORDED for path in ROOT.glob(glob)} - {ROOT / "recipe" / "tiny.py"}),
+    ids=document_id,
+)
 def test_plain_words(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     found = found_words(without_code(text) if path.suffix == ".md" else text)

@@ -27,7 +27,7 @@ class AuditEntry:
     epoch: int
     rank: int  # global
     terms: list[str]  # loss terms, outputs and gradients that were not finite, or watchers that triggered
-    ids: list[str]  # samples of the bad microbatches, or of the rank's whole batch if none stands out
+    ids: list[str]  # samples of the bad microbatches, or of the rank's whole batch if none can be singled out
     action: str  # skip, rollback or stop
 
 

@@ -98,10 +98,11 @@ class StagedFreezing(Algorithm):
                 parameter.requires_grad_(self._factors[name] is not None)
                 parameter.grad = None
         self._unchecked = {name for name, factor in self._factors.items() if factor is not None}
-        table = _table(state, self._factors, rates)
-        if dist.get_global_rank() == 0:
-            time = state.timestamp
-            log.info("stage from batch %d (epoch %d) on:\n%s", time.batch.value, time.epoch.value, table)
+        if self.schedule.stages:
+            table = _table(state, self._factors, rates)  # collective
+            if dist.get_global_rank() == 0:
+                time = state.timestamp
+                log.info("stage from batch %d (epoch %d) on:\n%s", time.batch.value, time.epoch.value, table)
         if not self._unchecked:
             raise RuntimeError(
                 f"all groups are frozen from batch {int(state.timestamp.batch)} on: "

@@ -18,7 +18,7 @@ from recipe.prediction.draw import draw_gallery, draw_prediction
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
 OVERLAY_SIZE = 1024  # longest side in pixels of an image that W&B draws boxes on
-TABLE_COLUMNS = ["picture", "whose", "score", "caption", "x1", "y1", "x2", "y2"]
+TABLE_COLUMNS = ["image", "whose", "score", "caption", "x1", "y1", "x2", "y2"]
 
 
 class LogPredictions(Callback):

@@ -178,7 +178,7 @@ def _logistic_fit(inputs: np.ndarray, offset: np.ndarray, targets: np.ndarray) -
         value = np.mean(np.logaddexp(0, logits) - targets * logits)
         return float(value), inputs.T @ (expit(logits) - targets) / len(targets)
 
-    # Convex, so any minimum is the best; BFGS may stop above gtol, as far as float64 can tell the losses apart.
+    # Convex, so any minimum is the best; BFGS may stop above gtol, where float64 no longer separates the losses.
     return minimize(loss, np.zeros(inputs.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-10}).x
 
 

@@ -79,8 +79,6 @@ def build_optimizer(
         lr = getattr(config, f"lr_{group}") * scale
         for _, parameter in members:
             parameter.requires_grad_(lr > 0)
-        count = sum(parameter.numel() for _, parameter in members)
-        log.info("group %s: %d parameters, %s", group, count, f"lr {lr:g}" if lr else "frozen")
         if lr == 0:
             continue
         for decays in (True, False):

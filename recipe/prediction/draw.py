@@ -131,7 +131,7 @@ def _sheet(blocks: Sequence[tuple[Sequence[_Panel], int]], aspect: float) -> Ima
 
 
 def _grid(images: Sequence[_Image], columns: int, gap: int = _GAP) -> _Image:
-    """Lay out images in rows, each column as wide as its widest image and each row as high as its highest."""
+    """Arrange images in rows, each column as wide as its widest image and each row as high as its highest."""
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
     widths = [max(image.width for image in images[column::columns]) + gap for column in range(len(rows[0]))]
     heights = [max(image.height for image in row) + gap for row in rows]

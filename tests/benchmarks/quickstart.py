@@ -100,7 +100,7 @@ def main() -> None:
         "loss_lm_student": first_and_last(metrics, "loss/train/loss_lm_student"),
         "samples_per_s": round(samples / train_seconds, 2),
     }
-    print(f"\npictures with predictions: {FOLDER}/predictions, at each evaluation: {FOLDER}/run/pictures\n")
+    print(f"\npictures with predictions: {FOLDER}/predictions, at each evaluation: {FOLDER}/run/images\n")
     print(f"| {'measure':40} | {'value':>18} |\n| {'-' * 40} | {'-' * 17}: |")
     for row in metrics:
         if "metrics/eval/box_ap50" in row:

@@ -80,7 +80,7 @@ def train(checkpoint: str, data: str, folder: str, eval_interval: str) -> dict[s
     return {
         "weights": weights,
         "losses": losses.totals,
-        "num_evaluations": len(list(Path(folder, "pictures").glob("*"))),
+        "num_evaluations": len(list(Path(folder, "images").glob("*"))),
     }
 
 

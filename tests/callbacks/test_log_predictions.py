@@ -59,7 +59,7 @@ def test_wandb_gets_boxes_and_a_table(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (found["box_caption"], found["scores"]) == ("red circle 0.90", {"score": 0.9})
     assert "scores" not in wanted
     table = json.loads((files / row["predictions_table/path"]).read_text())
-    assert table["columns"][:4] == ["picture", "whose", "score", "caption"]
+    assert table["columns"][:4] == ["image", "whose", "score", "caption"]
     assert table["data"][:2] == [
         ["a/b", "prediction", 0.9, "red circle", 2.0, 2.0, 20.0, 20.0],
         ["a/b", "truth", None, "red circle", 3.0, 3.0, 20.0, 20.0],

@@ -68,7 +68,7 @@ def test_a_run_leaves_what_the_readme_says(make_run: Callable[..., RecipeConfig]
     assert {"config.yaml", "metrics.jsonl", "first_train_sample.txt", "first_eval_sample.txt"} <= {
         path.name for path in folder.iterdir()
     }
-    assert len(list((folder / "pictures" / "000002").glob("*.png"))) == 6  # five scenes and the gallery
+    assert len(list((folder / "images" / "000002").glob("*.png"))) == 6  # five scenes and the gallery
     assert list((folder / "tensorboard").rglob("events.*")) and list((folder / "wandb").glob("offline-run-*"))
     metrics: dict[str, float] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
