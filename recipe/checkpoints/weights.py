@@ -30,8 +30,8 @@ CONFIG_FILE = "recipe.yaml"
 RUN_CONFIG_FILE = "config.yaml"
 LANGUAGE_MODEL = "vlm."
 
-# What a genuine Composer checkpoint holds apart from tensors: random generator states and times, after Composer's own list
-# (mosaicml/composer#3937). numpy's `_reconstruct` is private, and was moved between numpy 1 and 2.
+# What a genuine Composer checkpoint holds apart from tensors: random generator states and times, as Composer lists
+# them (mosaicml/composer#3937). numpy's `_reconstruct` is private, and was moved between numpy 1 and 2.
 _RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
 SAFE_GLOBALS: list[Any] = [
     timedelta,
