@@ -1,22 +1,22 @@
-"""Keep the shared memory of parallel test workers apart."""
+"""Keep the shared memory of processes that run at the same time apart."""
 
 import os
 from collections.abc import Iterator
 
 from streaming.base.shared import prefix
 
-PER_WORKER = 100_000  # names have six digits
+NUM_RANGES, PER_PROCESS = 1000, 1000  # names have six digits
 
 
 def number_segments_apart() -> None:
-    """Begin Streaming's numbers at this pytest-xdist worker's own.
+    """Begin Streaming's numbers at a place that depends on this process's id; what it forks later shares it.
 
-    Streaming takes the first number that is free; two processes that look at the same time take the same one, and the
+    Streaming takes the first number that is free. Two processes that look at the same time take the same one, and the
     second ends with FileExistsError.
     """
-    first = PER_WORKER * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = PER_PROCESS * (os.getpid() % NUM_RANGES)
 
     def numbers() -> Iterator[int]:
-        yield from range(first, first + PER_WORKER)
+        yield from range(first, first + PER_PROCESS)
 
     prefix._each_prefix_int = numbers
