@@ -277,7 +277,7 @@ def test_what_this_machine_lacks_is_reported_together(minimal: str, monkeypatch:
     with pytest.raises(ConfigError) as raised:
         check_machine(load_config(minimal, fsdp))
     header, *devices, train, evaluation = str(raised.value).split("\n")
-    assert header.startswith("5 things")
+    assert header.startswith("5 settings")
     assert [line.rpartition("set ")[2].partition(",")[0] for line in devices] == [
         "trainer.device=cpu",
         "trainer.precision=fp32",
