@@ -7,11 +7,19 @@ lower scores are not in the file. Boxes at the right place in other words are ma
 The totals are of all images, also of those that `--max-images` leaves out.
 """
 
+import sys
+
+from recipe.console import setup_logging
+from recipe.prediction.options import GALLERY_THRESHOLD, parse_gallery
+
+if __name__ == "__main__":
+    setup_logging()
+    parse_gallery(sys.argv[1:])  # before the imports below, which take seconds
+
 import argparse
 import base64
 import hashlib
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +31,6 @@ from typing import Any
 from PIL import Image
 
 from convert.annotated import read_coco
-from recipe.console import setup_logging
 from recipe.images import open_image
 from recipe.metrics.gather import FALSE, IGNORED, found_truths, normalized_caption
 from recipe.prediction.files import least_score, read_entries, rounded_score, write_json_text
@@ -33,38 +40,10 @@ from recipe.upstream.storage import read_mds
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
 IOU = 0.5  # the least of a prediction at the right place
-SCORE_THRESHOLD = 0.3  # if none is given
 SOURCES = ("head", "text")  # of boxes
 JPEG_QUALITY = 82
 
 Page = Mapping[str, Any]  # or one of its images
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed command line."""
-    parser = argparse.ArgumentParser(description="Make a page of predictions next to the truth.")
-    parser.add_argument("--predictions", type=Path, required=True, metavar="JSON", help="from recipe/predict.py")
-    parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page")
-    parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
-    truth = parser.add_mutually_exclusive_group()
-    truth.add_argument("--truth", type=Path, metavar="JSON", help="COCO instances file")
-    truth.add_argument("--data", type=Path, metavar="FOLDER", help="data set written by convert/")
-    parser.add_argument("--split", metavar="NAME", help="of --data")
-    what = f"of the slider at first; default {SCORE_THRESHOLD}, or the predictions' own if that is higher"
-    parser.add_argument("--score-threshold", type=float, metavar="F", help=what)
-    what = "those with most errors; default %(default)s"
-    parser.add_argument("--max-images", type=int, default=200, metavar="N", help=what)
-    what = "longest side in the page; default %(default)s"
-    parser.add_argument("--image-size", type=int, default=720, metavar="PIXELS", help=what)
-    args = parser.parse_args(arguments)
-    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
-        parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
-    for name in ("max_images", "image_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.split is not None and args.data is None:
-        parser.error("--split needs --data FOLDER")
-    return args
 
 
 def main(args: argparse.Namespace) -> int:
@@ -115,7 +94,7 @@ def threshold_of(entries: Sequence[PredictedFile], wanted: float | None) -> floa
     """Return the slider's first value; raise ValueError if the entries lack objects of that score."""
     least = least_score(entries)
     if wanted is None:
-        return max(SCORE_THRESHOLD, least)
+        return max(GALLERY_THRESHOLD, least)
     if rounded_score(wanted) < least:
         raise ValueError(
             f"--score-threshold {wanted}: the predictions hold only scores from {least}; give at least that, or "
@@ -315,8 +294,7 @@ def _digest(data: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    setup_logging()
     try:
-        sys.exit(1 if main(parse(sys.argv[1:])) else 0)
+        sys.exit(1 if main(parse_gallery(sys.argv[1:])) else 0)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""Parse the command line of `recipe/predict.py`, without heavy imports: mistakes are reported within a second."""
+"""Parse the command lines of predict.py and gallery.py, without heavy imports: a mistake costs no seconds."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from recipe.configure import load_config
 from recipe.rules import check_fields
 
+GALLERY_THRESHOLD = 0.3  # where the slider starts, if nothing is given
 EXAMPLES = """examples:
   python recipe/predict.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out found images/
   python recipe/predict.py --checkpoint exported --out found --expression "a red car" 'images/*.jpg'
@@ -75,3 +76,30 @@ def check_command_line(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     if args.config is not None:
         check_fields(load_config(args.config))
+
+
+def parse_gallery(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the command line of `recipe.gallery`."""
+    parser = argparse.ArgumentParser(description="Make a page of predictions next to the truth.")
+    parser.add_argument("--predictions", type=Path, required=True, metavar="JSON", help="from recipe/predict.py")
+    parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page")
+    parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
+    truth = parser.add_mutually_exclusive_group()
+    truth.add_argument("--truth", type=Path, metavar="JSON", help="COCO instances file")
+    truth.add_argument("--data", type=Path, metavar="FOLDER", help="data set written by convert/")
+    parser.add_argument("--split", metavar="NAME", help="of --data")
+    what = f"of the slider at first; default {GALLERY_THRESHOLD}, or the predictions' own if that is higher"
+    parser.add_argument("--score-threshold", type=float, metavar="F", help=what)
+    what = "those with most errors; default %(default)s"
+    parser.add_argument("--max-images", type=int, default=200, metavar="N", help=what)
+    what = "longest side in the page; default %(default)s"
+    parser.add_argument("--image-size", type=int, default=720, metavar="PIXELS", help=what)
+    args = parser.parse_args(arguments)
+    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
+        parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
+    for name in ("max_images", "image_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
+    if args.split is not None and args.data is None:
+        parser.error("--split needs --data FOLDER")
+    return args

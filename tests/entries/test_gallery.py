@@ -13,7 +13,6 @@ from recipe.gallery import (
     main,
     num_errors,
     page_data,
-    parse,
     render,
     threshold_of,
     thumbnail,
@@ -22,6 +21,7 @@ from recipe.gallery import (
 )
 from recipe.metrics.gather import IGNORED
 from recipe.prediction.files import write_entries
+from recipe.prediction.options import parse_gallery as parse
 from recipe.schema import Sample
 from tests.support.gallery_cases import NASTY, entry, found, options, row, sample, true
 

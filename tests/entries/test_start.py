@@ -52,6 +52,7 @@ def test_help_is_complete_and_imports_nothing_heavy(name: str) -> None:
         (["predict.py", "--checkpoint", "x", "--out", "y", "z", "--config", "no.yaml"], "cannot read no.yaml"),
         (["export.py", "--checkpoint", "x", "--out", "y", "--config", "no.yaml"], "cannot read no.yaml"),
         (["predict.py", "--checkpoint", "x", "--out", "y", "z", "--nms-iou", "3"], "--nms-iou 3.0"),
+        (["gallery.py", "--predictions", "x", "--out", "y", "--split", "val"], "--split needs --data FOLDER"),
     ],
 )
 def test_a_mistake_is_reported_before_anything_heavy_is_imported(arguments: list[str], expected: str) -> None:
