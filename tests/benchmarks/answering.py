@@ -44,7 +44,7 @@ from recipe.data.chat import answer_frame, text_to_objects
 from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.joint import JointModel
-from recipe.load import build_encoder
+from recipe.load import build_encoder, load_network
 from recipe.metrics.answers import answer_boxes
 from recipe.metrics.calibration import calibration
 from recipe.predict import encode_image
@@ -52,7 +52,6 @@ from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.generate import generate_answers
 from recipe.schema import Batch, Prediction, Sample
 from recipe.upstream.storage import CheckedDataset, open_streams
-from tests.support.tiny_cases import load_model
 
 CHECKPOINT = "quickstart/run/checkpoints/latest-rank0.pt"
 BATCH_SIZES = (1, 8)
@@ -261,7 +260,8 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    model, processor, config = load_model(args.checkpoint, load_config(args.config) if args.config else None)
+    network, processor, config = load_network(args.checkpoint, load_config(args.config) if args.config else None)
+    model = JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
     device = get_device()
     model = device.module_to_device(model.eval())
     samples = read_samples(config, args.images)

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from convert.shapes import iter_samples
 from convert.write import write_split
-from recipe.callbacks import table
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.log_first_sample import LogFirstSample
 from tests.callbacks.evaluated_run import STEPS, train
@@ -134,13 +133,13 @@ class DrawsInEvaluation(LogFirstSample):
 def test_the_whole_line_trains_the_same(
     tiny_checkpoint: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "LogFirstSample", DrawsInEvaluation)
+    monkeypatch.setattr("recipe.build.LogFirstSample", DrawsInEvaluation)
     plain = train(tiny_checkpoint, data, str(tmp_path / "plain"), "100ep")
     evaluated = train(tiny_checkpoint, data, str(tmp_path / "evaluated"), "1ba")
     assert (plain["num_evaluations"], evaluated["num_evaluations"]) == (1, STEPS)
     assert_same(plain, evaluated)
 
-    monkeypatch.setattr(table, "EvaluationWithoutTraces", Callback)
+    monkeypatch.setattr("recipe.build.EvaluationWithoutTraces", Callback)
     with_traces = train(tiny_checkpoint, data, str(tmp_path / "traces"), "1ba")
     assert with_traces["losses"][0] == plain["losses"][0]
     assert with_traces["losses"] != plain["losses"]
