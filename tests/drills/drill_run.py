@@ -91,11 +91,11 @@ class Run:
 
 
 def wait_for(wanted: Moment, folder: Path, running: Running, leftovers: Set[File]) -> None:
-    """Returns in the first such phase of that batch or a later one; of the start, when the model has been built."""
+    """Returns in the first such phase of that batch or a later one; of the start, once training is about to begin."""
     until = time.monotonic() + PATIENCE
     while True:
         moment = moment_of(folder, running.started, leftovers)
-        if wanted.phase == START and "recipe.optim.groups" in running.output():  # the script has begun
+        if wanted.phase == START and "recipe.callbacks.progress" in running.output():  # the script has begun
             return
         if moment.phase == wanted.phase != START and moment.batch >= wanted.batch:
             return
