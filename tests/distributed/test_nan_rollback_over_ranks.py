@@ -110,8 +110,9 @@ def test_a_run_that_diverges_ends_with_its_exit_code(tiny_checkpoint: str, tmp_p
         forked=False,
     )
     assert launch.returncode == DIVERGED, launch.output
-    assert f"a rollback is due after 1, the limit nan_rollback.max_rollbacks. The bad batches are listed in {tmp_path}/run" in (
-        launch.output
+    assert (
+        f"a rollback is due after 1, the limit nan_rollback.max_rollbacks. The bad batches are listed in {tmp_path}/run"
+        in (launch.output)
     )
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     actions = [json.loads(line)["action"] for line in lines]
