@@ -10,6 +10,7 @@ Delete `GuardedLogger` once Composer isolates its loggers, the rest once wandb b
 import atexit
 import logging
 import os
+import random
 import sys
 import threading
 import time
@@ -128,6 +129,7 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
                 within(PROBE_SECONDS, ask_server)
             except Exception as error:  # logged by _fall_back
                 self._fall_back("offline", error)
+        python_random = random.getstate()  # wandb draws from it when its service is slow to start or to end
         for mode in ("offline", "disabled"):
             try:
                 # An error of rank 0 comes before the ranks meet in here, so the others still wait for it.
@@ -138,6 +140,7 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
                 self._fall_back(mode, error)
         else:
             super().init(state, logger)
+        random.setstate(python_random)
         if self._enabled:
             atexit.register(self._finish)  # before wandb's own hook, which waits indefinitely
 
@@ -156,6 +159,7 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
             return
         folder = Path(run.dir).parent
         failed = sys.exc_info()[0] is not None
+        python_random = random.getstate()
         try:
             within(FINISH_SECONDS, lambda: wandb.finish(1 if failed else None))
         except Exception as error:  # logged below
@@ -163,6 +167,8 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
             stop_service()
             log.warning("W&B did not receive the whole run; send it with `wandb sync %s`: %s", folder, _describe(error))
             return
+        finally:
+            random.setstate(python_random)
         if self._init_kwargs.get("mode") == "offline":
             log.info("W&B: run in %s; send it with `wandb sync %s`", folder, folder)
 
