@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from recipe.algorithms.norms import is_sharded, local, named_groups
 from recipe.data.stream import PackStream
+from recipe.metrics.gather import UNDEFINED
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def headline(scores: Mapping[str, float]) -> str:
 
 def shown(value: float) -> str:
     """Return a score as text: `-` if it is undefined, whole numbers without decimals."""
-    if value == -1.0:
+    if value == UNDEFINED:
         return "-"
     return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
 

@@ -1,9 +1,11 @@
 """W&B never ends, hangs or slows a run, however ill its server is: real processes, servers on loopback."""
 
 import json
+import random
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import wandb
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
-from recipe.upstream.loggers import ask_server, within
+from recipe.upstream.loggers import SafeWandBLogger, ask_server, within
 from tests.launches.launch import run_composer
 from tests.loggers.wandb_run import FINISH_SECONDS, NUM_BATCHES, PROBE_SECONDS, START_SECONDS
 from tests.loggers.wandb_server import ILLS, wandb_server
@@ -83,3 +85,13 @@ def test_a_server_that_dies_is_not_noticed(last_batch: int, tmp_path: Path) -> N
     assert report["close"] < FINISH_SECONDS + MARGIN
     assert ("W&B did not receive the whole run" in output) == bool(last_batch)
     assert logged_steps(tmp_path) >= NUM_BATCHES
+
+
+def test_the_end_of_a_run_draws_no_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wandb draws while it waits for its service."""
+    logger = SafeWandBLogger(init_kwargs={"mode": "offline"})
+    monkeypatch.setattr("wandb.run", SimpleNamespace(dir=str(tmp_path / "run" / "files")))
+    monkeypatch.setattr("wandb.finish", lambda status: random.random())
+    before = random.getstate()
+    logger.post_close()
+    assert random.getstate() == before
