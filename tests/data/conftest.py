@@ -2,6 +2,7 @@
 
 import gc
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from io import BytesIO
@@ -67,6 +68,11 @@ def store(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         for name, value in proxy.env.items():
             monkeypatch.setenv(name, value)
         yield proxy
+    # An abandoned fetch retries for seconds, and botocore draws its waits from Python's shared generator.
+    for thread in threading.enumerate():
+        if thread.name.startswith("fetch "):
+            thread.join(60)
+            assert not thread.is_alive(), thread.name
 
 
 @pytest.fixture(scope="session")

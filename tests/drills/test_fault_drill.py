@@ -20,7 +20,7 @@ from tests.drills.drill_cases import EVALUATE_EVERY, SAVE_EVERY, STEPS
 from tests.drills.drill_run import Run, assert_same_end
 from tests.drills.moments import CHECKPOINT, EVALUATION, START, STEP, Moment
 
-LONGEST_DELAY = {START: 2.0, STEP: 0.15, EVALUATION: 0.2, CHECKPOINT: 0.02}  # seconds from the beginning of a phase on
+LONGEST_DELAY = {START: 0.1, STEP: 0.15, EVALUATION: 0.2, CHECKPOINT: 0.02}  # seconds from the beginning of a phase on
 
 
 def plan_kills(rng: random.Random, kills_per_phase: int) -> list[Moment]:

@@ -225,10 +225,12 @@ def end_hung(group: int, patience: float = 15) -> None:
     with suppress(psutil.NoSuchProcess):
         leader = psutil.Process(group)
         for processes in (leader.children(recursive=True), [leader]):
+            leader.suspend()  # a launcher that sees the first rank end would end the others before they print
             for process in processes:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGABRT)
                 time.sleep(0.05)  # one prints after the other
+            leader.resume()
             if processes:
                 psutil.wait_procs({*processes, leader}, patience)
     with suppress(ProcessLookupError):
