@@ -1,10 +1,61 @@
-"""Clip and scale boxes; elementwise IoU and GIoU. Formats and IoU of all pairs come from `torchvision.ops`."""
+"""Boxes: their form in an answer's text, clipping, scaling, elementwise IoU and GIoU.
+
+Other formats and the IoU of all pairs come from `torchvision.ops`.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from recipe.schema import Box, DetectedObject, Object
+
+NORMALIZED_FRAME = (1000, 1000)
 SMALLEST_AREA = 1e-7  # keeps IoU finite for boxes without an area
+
+
+def answer_frame(box_coordinates: str, resized_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (width, height) that an answer's integers span, given that of the resized image."""
+    if box_coordinates == "absolute":
+        return resized_size
+    if box_coordinates == "normalized_1000":
+        return NORMALIZED_FRAME
+    raise ValueError(f"prompt.box_coordinates is {box_coordinates!r}: write absolute or normalized_1000")
+
+
+def objects_to_text(objects: Iterable[Object], image_size: tuple[int, int], frame_size: tuple[int, int]) -> str:
+    """Return the answer to "detect": a JSON list, top to bottom then left to right, without crowd regions.
+
+    Args:
+        objects: Boxes xyxy in pixels of the displayed image.
+        image_size: (width, height) of the displayed image.
+        frame_size: (width, height) from `answer_frame`.
+    """
+
+    def to_frame(box: Box) -> list[int]:
+        limits = zip(box, image_size * 2, frame_size * 2, strict=True)
+        return [min(max(round(value * frame / size), 0), frame) for value, size, frame in limits]
+
+    rows = [(to_frame(item.box), item.caption) for item in objects if not item.iscrowd]
+    rows.sort(key=lambda row: (row[0][1], row[0][0]))
+    return json.dumps([{"bbox_2d": box, "label": caption} for box, caption in rows], ensure_ascii=False)
+
+
+def text_to_objects(text: str, image_size: tuple[int, int], frame_size: tuple[int, int]) -> list[DetectedObject] | None:
+    """Parse an answer: the inverse of `objects_to_text`, up to the rounding to integers; all scores are 1.
+
+    Tolerates a code fence, text around the list and a truncated last element. Leaves out elements that are not boxes.
+
+    Returns:
+        None if the text has no list, or a list without any box.
+    """
+    elements = _json_elements(text)
+    found = (_detected(element, image_size, frame_size) for element in elements or ())
+    objects = [item for item in found if item is not None]
+    return objects if objects or elements == [] else None
 
 
 def clip_boxes(boxes: Tensor, width: float | Tensor, height: float | Tensor) -> Tensor:
@@ -60,3 +111,36 @@ def _x_y_x_y(boxes: Tensor, x: float | Tensor, y: float | Tensor) -> Tensor:
 def _corners(boxes: Tensor) -> tuple[Tensor, ...]:
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     return box_convert(boxes, "cxcywh", "xyxy").unbind(-1)
+
+
+def _json_elements(text: str) -> list[Any] | None:
+    """Return the complete elements of the first JSON list in the text; None if there is no list or no such element."""
+    start = text.find("[")
+    if start < 0:
+        return None
+    decoder, position, elements = json.JSONDecoder(), start + 1, []
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        if text[position : position + 1] == "]":
+            return elements
+        try:
+            element, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            return elements or None
+        elements.append(element)
+
+
+def _detected(element: Any, image_size: tuple[int, int], frame_size: tuple[int, int]) -> DetectedObject | None:
+    box = element.get("bbox_2d") if isinstance(element, dict) else None
+    if not isinstance(box, list) or len(box) != 4:
+        return None
+    # Also rejects NaN, infinities and integers too large for a float.
+    if not all(type(value) in (int, float) and abs(value) < 1e9 for value in box):
+        return None
+    limits = zip(box, image_size * 2, frame_size * 2, strict=True)
+    x1, y1, x2, y2 = (min(max(value * size / frame, 0.0), float(size)) for value, size, frame in limits)
+    if x2 < x1 or y2 < y1:
+        return None
+    label = element.get("label", "")
+    return DetectedObject((x1, y1, x2, y2), 1.0, label if isinstance(label, str) else str(label))

@@ -54,6 +54,7 @@ def in_batches(default: str | None, *, least: int) -> Any:
 # still loads; any other value is an error.
 REMOVED_KEYS: Mapping[str, Any] = {
     "matcher.cost_caption": 0.0,
+    "caption_decoder.tie_word_embeddings": True,
     "evaluation.num_beams": 1,
     "evaluation.length_penalty": 1.0,
 }
@@ -103,7 +104,6 @@ class CaptionDecoderConfig:
     dropout: float = number(0.0, least=0, most=1)
     # Length of the longest caption, including end-of-sequence; null: training reads it from the data.
     max_caption_tokens: int | None = number(32, least=2)
-    tie_word_embeddings: bool = True  # share the language model's token embedding and output matrix; false: own matrix
 
 
 @dataclass

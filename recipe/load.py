@@ -120,7 +120,6 @@ def build_network(
             ffn_factor=decoder.ffn_factor,
             dropout=decoder.dropout,
             max_caption_tokens=max_caption_tokens,
-            own_vocab_size=None if decoder.tie_word_embeddings else vlm.config.get_text_config().vocab_size,
         ).to(dtype),
         matcher=config.matcher,
         loss=config.loss,

@@ -1,10 +1,16 @@
-"""IoU and GIoU one by one: by hand, against torchvision, and where boxes have no area."""
+"""Boxes to text and back; IoU and GIoU one by one: by hand, against torchvision, and where boxes have no area."""
 
+import numpy as np
 import pytest
 import torch
 from torchvision.ops import box_convert, box_iou, generalized_box_iou, generalized_box_iou_loss
 
-from recipe.boxes import elementwise_iou, normalized_to_pixels
+from recipe.boxes import answer_frame, elementwise_iou, normalized_to_pixels, objects_to_text, text_to_objects
+from recipe.schema import DetectedObject, Object
+
+SIZE = (200, 100)
+CAT = '{"bbox_2d": [10, 20, 30, 40], "label": "cat"}'
+FOUND_CAT = DetectedObject((10.0, 20.0, 30.0, 40.0), 1.0, "cat")
 
 
 def random_boxes(*shape: int, seed: int) -> torch.Tensor:
@@ -67,3 +73,69 @@ def test_boxes_of_several_pictures_are_cut_each_to_its_own():
     )
     alone = [normalized_to_pixels(boxes[row], int(widths[row]), int(heights[row])) for row in range(2)]
     assert torch.equal(found, torch.stack(alone))
+
+
+def test_the_answer_is_sorted_scaled_and_free_of_crowds():
+    objects = [
+        Object((10, 50, 200, 100), 'späte "Kuh"'),
+        Object((60, 0.2, 80, 20), "right"),
+        Object((0, 0, 20, 20), "left"),
+        Object((0, 0, 200, 100), "people", iscrowd=True),
+    ]
+    assert objects_to_text(objects, SIZE, (100, 50)) == (
+        '[{"bbox_2d": [0, 0, 10, 10], "label": "left"}, {"bbox_2d": [30, 0, 40, 10], "label": "right"}, '
+        '{"bbox_2d": [5, 25, 100, 50], "label": "späte \\"Kuh\\""}]'
+    )
+    assert objects_to_text(objects[2:3], SIZE, (1000, 1000)) == '[{"bbox_2d": [0, 0, 100, 200], "label": "left"}]'
+    assert objects_to_text([], SIZE, SIZE) == "[]"
+    assert text_to_objects("[]", SIZE, SIZE) == []
+
+
+@pytest.mark.parametrize("frame", [(196, 112), (1000, 1000), (28, 1008)])
+def test_boxes_come_back_within_half_a_step(frame: tuple[int, int]):
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.random((50, 2, 2)) * SIZE, axis=1).reshape(50, 4)
+    objects = [Object(tuple(box), f"thing {i}\n{{") for i, box in enumerate(corners.tolist())]
+    found = text_to_objects(objects_to_text(objects, SIZE, frame), SIZE, frame)
+    assert found is not None
+    boxes = {item.caption: item.box for item in found}
+    assert len(boxes) == 50
+    assert all(item.score == 1.0 for item in found)
+    bound = 0.5 * np.array([SIZE[0] / frame[0], SIZE[1] / frame[1]] * 2) + 1e-9
+    for item in objects:
+        assert (np.abs(np.array(boxes[item.caption]) - item.box) <= bound).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[{CAT}]",
+        f"```json\n[\n\t{CAT}\n]\n```",
+        f"Here you are: [{CAT}] I hope it helps [1].",
+        f'[{CAT}, {{"bbox_2d": [1, 2, 3',
+        f"[{CAT},",
+        f'[{CAT}, {{"bbox_2d": [1, 2], "label": "short"}}, "dog", {{"bbox_2d": [1, 2, 3, NaN]}}]',
+        f'[{CAT}, {{"bbox_2d": [30, 2, 3, 4]}}, {{"bbox_2d": [1, 2, {"9" * 400}, 4]}}, {{"bbox_2d": [true, 2, 3, 4]}}]',
+    ],
+)
+def test_answers_are_read_with_patience(text: str):
+    assert text_to_objects(text, SIZE, SIZE) == [FOUND_CAT]
+
+
+def test_labels_may_be_missing_and_boxes_are_cut_to_the_picture():
+    text = '[{"bbox_2d": [-5, 2.5, 999, 40]}, {"bbox_2d": [1, 2, 3, 4], "label": 7}]'
+    first, second = text_to_objects(text, SIZE, SIZE) or []
+    assert first == DetectedObject((0.0, 2.5, 200.0, 40.0), 1.0, "")
+    assert second.caption == "7"
+
+
+@pytest.mark.parametrize("text", ["", "no objects", '[{"bbox_2d": [1, 2', "[1, 2]", "[" * 5000, f"{CAT}"])
+def test_what_is_no_list_of_boxes_does_not_parse(text: str):
+    assert text_to_objects(text, SIZE, SIZE) is None
+
+
+def test_frames():
+    assert answer_frame("absolute", (56, 84)) == (56, 84)
+    assert answer_frame("normalized_1000", (56, 84)) == (1000, 1000)
+    with pytest.raises(ValueError, match=r"'relative'.*absolute or normalized_1000"):
+        answer_frame("relative", (56, 84))

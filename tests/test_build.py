@@ -35,7 +35,6 @@ def dropout_of(module: nn.Module) -> set[float]:
         ("detection_head", "select_queries", True, lambda net: net.detection_head.selection is not None),
         ("detection_head", "patch_features", True, lambda net: net.memory.patch_adapter is not None),
         ("caption_decoder", "dropout", 0.3, lambda net: dropout_of(net.caption_decoder)),
-        ("caption_decoder", "tie_word_embeddings", False, lambda net: net.caption_decoder.vocabulary is None),
         ("loss", "focal_alpha", 0.6, lambda net: net.focal[0]),
         ("loss", "focal_gamma", 1.5, lambda net: net.focal[1]),
     ],

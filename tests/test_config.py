@@ -24,7 +24,12 @@ MINIMAL: dict[str, Any] = {
     "trainer": {"max_duration": "2ep"},
 }
 # Of removed keys, not their defaults.
-OTHER_VALUES = {"matcher.cost_caption": 0.5, "evaluation.num_beams": 4, "evaluation.length_penalty": 0.7}
+OTHER_VALUES = {
+    "matcher.cost_caption": 0.5,
+    "caption_decoder.tie_word_embeddings": False,
+    "evaluation.num_beams": 4,
+    "evaluation.length_penalty": 0.7,
+}
 
 
 @pytest.fixture

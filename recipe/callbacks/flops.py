@@ -109,9 +109,7 @@ def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: 
         flops.add("detection", len(layers) * tokens * _weights(cross.key, cross.value), learns, below)
         linear = tokens * _weights(cross.key_position) + places * _weights(cross.query_position)
         flops.add("detection", len(layers) * linear, learns, gradient=False)  # positions are given
-    own = writer.vocabulary
-    matrix, group = (_weights(hf_model.lm_head), "llm") if own is None else (own.vocab_size * own.width, "detection")
-    flops.add("detection", written * matrix, gradient and group in trained, gradient)
+    flops.add("detection", written * _weights(hf_model.lm_head), gradient and "llm" in trained, gradient)
 
 
 def _weights(*modules: nn.Module) -> int:

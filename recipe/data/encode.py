@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLModel
 
-from recipe.boxes import pixels_to_normalized
+from recipe.boxes import answer_frame, objects_to_text, pixels_to_normalized
 from recipe.config import PromptConfig
 from recipe.data import chat
 from recipe.data.chat import Segment
@@ -129,8 +129,8 @@ class Encoder:
 
     def _answer(self, sample: Sample, objects: Sequence[Object]) -> str:
         size = resized_size(sample.width, sample.height, self.image_spec)
-        frame = chat.answer_frame(self.prompt.box_coordinates, size)
-        return chat.objects_to_text(objects, (sample.width, sample.height), frame)
+        frame = answer_frame(self.prompt.box_coordinates, size)
+        return objects_to_text(objects, (sample.width, sample.height), frame)
 
     def _tokenize(
         self, head: list[Segment], student: list[Segment], tokens_per_image: list[int]

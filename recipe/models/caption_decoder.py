@@ -2,7 +2,7 @@
 
 A caption's sequence begins with its query's features instead of a start token, so every later token attends to them in
 every layer. Each caption is one row; only cross-attention concatenates the captions of an image, so that the image's
-memory is never copied per caption. Token embedding and output matrix are the language model's, or one own matrix.
+memory is never copied per caption. Token embedding and output matrix are the language model's.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from recipe.models.layers import Attention, FeedForward
 from recipe.models.memory import sine_embedding
@@ -41,24 +40,6 @@ class CaptionCache:
 
     layers: list[LayerCache] = field(default_factory=list)
     length: int = 0
-
-
-class Vocabulary(nn.Module):
-    """One (V, W) matrix, used as token embedding and as output matrix.
-
-    One `forward` does both, because an FSDP unit has its weights only there.
-    """
-
-    def __init__(self, vocab_size: int, width: int):
-        super().__init__()
-        self.vocab_size = vocab_size
-        self.width = width
-        self.weight = nn.Parameter(torch.empty(vocab_size, width))
-        nn.init.normal_(self.weight, std=0.02)  # transformers' initializer_range: logits start near 0
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return embeddings (..., W) of token ids int64 (...), or logits (..., V) of states (..., W)."""
-        return (F.linear if inputs.is_floating_point() else F.embedding)(inputs, self.weight)
 
 
 class CaptionLayer(nn.Module):
@@ -115,8 +96,6 @@ class CaptionDecoder(nn.Module):
         width: Of the head.
         ffn_factor: Width of the feed-forward blocks, as a multiple of `width`.
         max_caption_tokens: Longest caption, including end-of-sequence.
-        own_vocab_size: Tokens of an own `vocabulary`, with D = `width`; None: embeddings and output matrix are the
-            language model's.
     """
 
     def __init__(
@@ -128,12 +107,9 @@ class CaptionDecoder(nn.Module):
         ffn_factor: int,
         dropout: float,
         max_caption_tokens: int,
-        own_vocab_size: int | None = None,
     ):
         super().__init__()
         self.width = width
-        self.vocabulary = None if own_vocab_size is None else Vocabulary(own_vocab_size, width)
-        hidden_size = hidden_size if own_vocab_size is None else width
         self.max_caption_tokens = max_caption_tokens
         self.start = nn.Linear(width, width)
         self.token_norm = nn.LayerNorm(hidden_size)

@@ -197,24 +197,14 @@ class JointNetwork(nn.Module):
             [states.patch_features[image] for image in student_grids] if states.patch_features else (),
         )
 
-    @property
-    def caption_words(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """Return the captions' token embedding, ids (...) → (..., D), and output matrix, (..., D) → (..., V).
-
-        Both are the language model's, or both the caption decoder's own.
-        """
-        own = self.caption_decoder.vocabulary
-        return (self.vlm.embed_tokens, self.vlm.logits) if own is None else (own, own)
-
     def _caption_logits(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return teacher-forced logits (k, V), labels (k,) and images (k,) of the matched queries' caption tokens."""
-        embed, logits = self.caption_words
         # Prediction has no captions to learn from, but ranks that share weights must call the decoder together.
         if not (any(targets) or self.training or is_sharded(self)):
             hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
-            return logits(hidden), matches.image[:0], matches.image[:0]
+            return self.vlm.logits(hidden), matches.image[:0], matches.image[:0]
         captions = padded_captions(targets, memory.mask.device)  # (N, T, C)
         image, query, slot = matches.image, matches.query, matches.target
         if len(matches) == 0:  # one caption without words, so that the decoder takes part
@@ -226,9 +216,9 @@ class JointNetwork(nn.Module):
             detection.pred_boxes[image, query],
             CaptionPlaces(image, slot, *captions.shape[:2]),
             memory,
-            embed(labels[:, :-1].clamp(min=0)),  # (R, C - 1, D)
+            self.vlm.embed_tokens(labels[:, :-1].clamp(min=0)),  # (R, C - 1, D)
         )
-        return logits(hidden[row, token]), labels[row, token], image[row]
+        return self.vlm.logits(hidden[row, token]), labels[row, token], image[row]
 
 
 def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:

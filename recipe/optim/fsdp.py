@@ -14,13 +14,13 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 
 from recipe.config import ConfigError
-from recipe.models.caption_decoder import CaptionDecoder, CaptionLayer, Vocabulary
+from recipe.models.caption_decoder import CaptionDecoder, CaptionLayer
 from recipe.models.detection_head import DecoderLayer, DetectionHead
 from recipe.models.memory import MemoryBuilder
 
 # The root holds the rest: token embedding, output matrix, patch embedding, merger, norms.
 BACKBONE_UNITS: tuple[type[nn.Module], ...] = (Qwen2_5_VLVisionBlock, Qwen2_5_VLDecoderLayer)
-HEAD_UNITS = (MemoryBuilder, DetectionHead, DecoderLayer, CaptionDecoder, CaptionLayer, Vocabulary)
+HEAD_UNITS = (MemoryBuilder, DetectionHead, DecoderLayer, CaptionDecoder, CaptionLayer)
 
 FSDP_CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: FSDP2Config}
 

@@ -9,9 +9,8 @@ from torch import Tensor
 from torchvision.ops import nms
 from transformers import PreTrainedTokenizerBase
 
-from recipe.boxes import normalized_to_pixels
+from recipe.boxes import answer_frame, normalized_to_pixels, text_to_objects
 from recipe.config import EvaluationConfig, PromptConfig
-from recipe.data.chat import answer_frame, text_to_objects
 from recipe.models.network import JointNetwork
 from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.prediction.generate import generate_answers, generate_captions
@@ -141,7 +140,8 @@ def _captions(
         detection.pred_boxes[image, queries],
         CaptionPlaces(image, rank, num_images, int(rank.max()) + 1),
         outputs.memory,
-        *network.caption_words,
+        network.vlm.embed_tokens,
+        network.vlm.logits,
         eos_token_id(decoding.tokenizer),
         lockstep,
     )

@@ -38,9 +38,9 @@ from composer.devices import Device
 from composer.utils import get_device
 from torch import nn
 
+from recipe.boxes import answer_frame, text_to_objects
 from recipe.config import RecipeConfig
 from recipe.configure import load_config
-from recipe.data.chat import answer_frame, text_to_objects
 from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.joint import JointModel

@@ -53,7 +53,6 @@ class Leg:
         ema: Whether evaluation uses averages of the head's weights.
         kept: Whether FSDP keeps gathered weights from the forward pass to the backward pass.
         switched: Every ingredient of the head is on.
-        own_words: Captions are read and written with a matrix of their own.
     """
 
     checkpoint: str
@@ -66,7 +65,6 @@ class Leg:
     ema: bool = False
     kept: bool = False
     switched: bool = False
-    own_words: bool = False
 
 
 class Recorder(Callback):
@@ -132,7 +130,6 @@ def config_of(leg: Leg) -> RecipeConfig:
     return replace(
         make_config(
             leg.checkpoint,
-            caption_decoder={"tie_word_embeddings": not leg.own_words},
             **(ALL_SWITCHES if leg.switched else {}),
         ),
         run_folder=leg.out,

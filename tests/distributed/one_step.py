@@ -71,7 +71,6 @@ CASES = {
     "all_switches_text_only_rank": Case(TEXT_ONLY_RANK, sections=ALL_SWITCHES),
     "all_switches_frozen_llm": Case(TEXT_ONLY_RANK, sections=ALL_SWITCHES, optimizer=OptimizerConfig(lr_llm=0.0)),
     "untied": Case(MIXED, "packed", 3, untied=True),
-    "own_vocabulary": Case(TEXT_ONLY_RANK, sections={"caption_decoder": {"tie_word_embeddings": False}}),
     "frozen_llm": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_llm=0.0)),
     "frozen_vision": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_vision=0.0, lr_merger=0.0)),
     "frozen_backbone": Case(TEXT_ONLY_RANK, optimizer=OptimizerConfig(lr_vision=0.0, lr_merger=0.0, lr_llm=0.0)),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from metric_cases import make_sample
 
-from recipe.data.chat import text_to_objects
+from recipe.boxes import text_to_objects
 from recipe.metrics.gather import (
     FALSE,
     IGNORED,

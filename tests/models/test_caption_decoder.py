@@ -17,10 +17,9 @@ LENGTH = 10
 NUM_TOKENS = 320
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "own"])
-def model(request: pytest.FixtureRequest, tiny_config: Callable[..., RecipeConfig]) -> JointModel:
-    """With the language model's token embedding and output matrix, and with a matrix of the decoder's own."""
-    return make_model(tiny_config(caption_decoder={"tie_word_embeddings": request.param})).eval()
+@pytest.fixture(scope="module")
+def model(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    return make_model(tiny_config()).eval()
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ class Inputs:
         tokens, positions = torch.randn(2, 3, 12, width, generator=generator, dtype=torch.float64)
         self.memory = Memory(tokens, positions, mask, torch.zeros(*mask.shape, 4))
         self.ids = torch.randint(0, NUM_TOKENS, (5, LENGTH), generator=generator)
-        self.embed, self.logits = model.model.caption_words
+        self.embed, self.logits = model.model.vlm.embed_tokens, model.model.vlm.logits
 
 
 @pytest.fixture

@@ -168,20 +168,6 @@ def test_each_switch_is_counted(
         assert_near(switched, batches, GROUPS)
 
 
-@pytest.mark.parametrize(
-    "trained",
-    [GROUPS, *(pytest.param(groups, marks=pytest.mark.slow) for groups in (("llm",), ("adapter",), ("detection",)))],
-    ids="-".join,
-)
-def test_captions_with_a_matrix_of_their_own(
-    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], trained: tuple[str, ...]
-) -> None:
-    other = make_model(tiny_config(caption_decoder={"tie_word_embeddings": False}))
-    freeze_but(other, trained)
-    batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
-    assert_near(other, batches, trained)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "trained",

@@ -17,7 +17,6 @@ from recipe.joint import JointModel
 from recipe.load import load_processor
 from recipe.models.network import padded_captions
 from recipe.models.sharding import Sealed
-from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Example, Object, Target
 from tests.support.tiny_cases import (
     ALL_SWITCHES,
@@ -140,45 +139,6 @@ def test_only_matched_queries_are_captioned_in_training(
         for image, target in zip(matches.image.tolist(), matches.target.tolist(), strict=True)
     ]
     assert len(outputs.caption_logits) == len(outputs.caption_labels) == sum(lengths)
-
-
-@pytest.mark.parametrize("names", [["two", "text"], ["text"], ["empty"]], ids="-".join)
-def test_a_matrix_of_the_captions_own(
-    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], names: list[str]
-) -> None:
-    """It is read and written with in the place of the language model's, which captions then leave alone."""
-    config = tiny_config(caption_decoder={"tie_word_embeddings": False})
-    model = make_model(config)
-    decoder, vlm = model.model.caption_decoder, model.model.vlm
-    assert decoder.vocabulary is not None
-    assert decoder.vocabulary.weight.shape == (vlm.text_config.vocab_size, config.detection_head.width)
-    assert not any(isinstance(part, torch.nn.Linear) for part in (decoder.token_in, decoder.token_out))
-    (batch,) = make_batches([tiny_examples[name] for name in names], "packed", 2)
-    losses_and_gradients(model, [batch])  # every parameter has a gradient in every batch
-    calls = []
-    handle = vlm.hf_model.lm_head.register_forward_hook(lambda *arguments: calls.append(arguments))
-    outputs = model(batch)
-    handle.remove()
-    assert len(calls) == 1  # of the answer
-    (gradient,) = torch.autograd.grad(outputs.caption_logits.square().sum(), decoder.vocabulary.weight)
-    assert bool(gradient.any()) == ("two" in names)
-
-
-def test_the_captions_own_matrix_learns_beside_a_frozen_language_model(
-    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]
-) -> None:
-    config = tiny_config(caption_decoder={"tie_word_embeddings": False}, optimizer={"lr_llm": 0.0})
-    model = make_model(config)
-    optimizer = build_optimizer(model, config.optimizer)
-    groups = {name: group for group, members in group_parameters(model).items() for name, _ in members}
-    assert groups["model.caption_decoder.vocabulary.weight"] == "detection"
-    own, output = model.model.caption_decoder.vocabulary, model.model.vlm.hf_model.lm_head
-    assert own is not None
-    before = [own.weight.detach().clone(), output.weight.detach().clone()]
-    (batch,) = make_batches([tiny_examples["two"]], "packed", 1)
-    model.loss(model(batch), batch)["total"].backward()
-    optimizer.step()
-    assert not torch.equal(own.weight, before[0]) and torch.equal(output.weight, before[1])
 
 
 def test_labels_of_captions_in_any_language(

@@ -53,7 +53,8 @@ def test_a_caption_is_that_of_its_own_query(tiny_model: JointModel, tiny_example
             found_by = (outputs.detection.query_features[one], outputs.detection.pred_boxes[one])
             places = CaptionPlaces(torch.tensor([0]), torch.tensor([0]), 1, 1)
             end = eos_token_id(tiny_model.tokenizer)
-            ids = generate_captions(network.caption_decoder, *found_by, places, memory, *network.caption_words, end)
+            words = network.vlm.embed_tokens, network.vlm.logits
+            ids = generate_captions(network.caption_decoder, *found_by, places, memory, *words, end)
             assert item.caption == tiny_model.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
     assert len({item.caption for prediction in predictions for item in prediction.objects}) > 2
 
