@@ -1,6 +1,7 @@
 """Sample → Example: the conversation as ids with roles, the images as patches, the head's target."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -31,6 +32,15 @@ def rope_positions(input_ids: Tensor, image_grid_thw: Tensor, hf_config: Any) ->
         arguments["mm_token_type_ids"] = (input_ids[None] == hf_config.image_token_id).int()  # 1: of an image
     positions, _ = kind.get_rope_index(model, **arguments)
     return positions[:, 0].clone()
+
+
+@contextmanager
+def naming(sample: Sample) -> Iterator[None]:
+    """Put the sample's id in front of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,8 @@ class Encoder:
         Raises:
             ValueError: The sample or a teacher cannot be used; names its id and the remedy.
         """
-        try:
+        with naming(sample):
             return self._encode(sample, teachers)
-        except ValueError as error:
-            raise ValueError(f"sample {sample.id!r}: {error}") from error
 
     def _encode(self, sample: Sample, teachers: Sequence[Sample]) -> Example:
         head, student = self.segments(sample, teachers)

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from recipe.data.counts import read_arrays, write_arrays
+from recipe.data.lengths import read_arrays, write_arrays
 from recipe.data.pack import pack_ordered
 
 _PURPOSE = 2  # separates the generators of packs from those of Streaming's shuffle, which have the same seeds
@@ -194,14 +194,15 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
         raise PermissionError(f"{folder} belongs to another user: remove it, or set TMPDIR to a folder of your own")
     path = folder / f"{key}-{_code_digest()}.npz"
     with FileLock(f"{path}.lock"):
-        plan = read_arrays(path, Plan)
-        if plan is None:
-            for old in folder.iterdir():
-                with suppress(FileNotFoundError):  # another process may have removed it
-                    if time.time() - old.stat().st_mtime > _SECONDS_KEPT:
-                        old.unlink()
-            plan = make()
-            write_arrays(path, plan)
+        kept = read_arrays(path)
+        if kept is not None:
+            return Plan(**kept)
+        for old in folder.iterdir():
+            with suppress(FileNotFoundError):  # another process may have removed it
+                if time.time() - old.stat().st_mtime > _SECONDS_KEPT:
+                    old.unlink()
+        plan = make()
+        write_arrays(path, vars(plan))
         return plan
 
 

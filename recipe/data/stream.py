@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from recipe.config import TeacherConfig
 from recipe.data.encode import Encoder
-from recipe.data.lengths import LengthTable, sample_id, takes_teachers
+from recipe.data.lengths import LengthTable, takes_teachers
 from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
 from recipe.data.teachers import TeacherPool, noise_seed
 from recipe.images import open_image
@@ -283,7 +283,7 @@ class PackStream(CheckedDataset):
         shown = "" if self._maker.teachers is None else ", including its longest teachers"
         raise ValueError(
             f"{len(long)} samples can be over {budget.max_tokens} tokens per pack, {budget.max_seq_len} per sample and "
-            f"{budget.max_patches or 'any number of'} patches; first {sample_id(self.streams, int(long[0]))!r}, with "
+            f"{budget.max_patches or 'any number of'} patches; first {self[int(long[0])]['id']!r}, with "
             f"{tokens[long[0]]} tokens and {patches[long[0]]} patches{shown}. Raise train_loader.packing.max_tokens, "
             "max_seq_len or max_patches, or set train_loader.packing.on_long_sample=skip"
         )
