@@ -180,13 +180,18 @@ class PackStream(CheckedDataset):
         """Yield this worker's packs of the epoch."""
         examples: list[Example] = []
         skipped: dict[str, str] = {}
-        members: Iterator[tuple[int, int, int, bool]] | None = None
+        members = self._members()  # begins with the first `next`, when the epoch's work has been found
         for row in super().__iter__():
-            members = members or self._members()
             number, occurrence, num_tokens, is_last = next(members)
             try:
                 if row["id"] not in self.quarantined:
-                    examples.append(self._make(row, occurrence, num_tokens))
+                    example = self._maker(row, self._epoch, occurrence)
+                    if num_tokens and len(example.input_ids) != num_tokens:
+                        raise RuntimeError(
+                            f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were "
+                            "planned: its records.jsonl.gz does not belong to its shards: convert the data set again"
+                        )
+                    examples.append(example)
             except ValueError as error:
                 if not self._skips_bad_samples:
                     raise
@@ -223,15 +228,6 @@ class PackStream(CheckedDataset):
         for start, end, number in self._ranges(plan):
             for entry in range(start, end):
                 yield number, int(plan.occurrences[entry]), int(plan.tokens[entry]), entry == end - 1
-
-    def _make(self, row: Mapping[str, Any], occurrence: int, num_tokens: int) -> Example:
-        example = self._maker(row, self._epoch, occurrence)
-        if num_tokens and len(example.input_ids) != num_tokens:
-            raise RuntimeError(
-                f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were planned: its "
-                "records.jsonl.gz does not belong to its shards: convert the data set again"
-            )
-        return example
 
     def _find_filler(self) -> Example:
         """Return an inert example, for a pack without a usable sample."""
