@@ -45,21 +45,15 @@ def naming(sample: Sample) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes a sample and its teachers; the same input always gives the same example.
-
-    Attributes:
-        max_caption_tokens: Longest caption, including end-of-sequence.
-        max_seq_len: Longest conversation, in tokens.
-        keep_image: Keep the student's image bytes in the example, for drawing.
-    """
+    """Encodes a sample and its teachers; the same input always gives the same example."""
 
     tokenizer: PreTrainedTokenizerBase
     hf_config: Any
     image_spec: ImageSpec
     prompt: PromptConfig
-    max_caption_tokens: int
-    max_seq_len: int
-    keep_image: bool = False
+    max_caption_tokens: int  # of the longest caption, including end-of-sequence
+    max_seq_len: int  # of the longest conversation
+    keep_image: bool = False  # keep the student's image bytes in the example, for drawing
 
     @property
     def pad_token_id(self) -> int:

@@ -39,19 +39,12 @@ _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a p
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of the samples of a data set, in stored order.
+    """Lengths of the samples of a data set, in stored order."""
 
-    Attributes:
-        tokens: (N,) int64, of the conversation without teachers, including image tokens.
-        patches: (N,) int64, of the sample's own image; 0 without one.
-        takes_teachers: (N,) bool, see `takes_teachers`.
-        id_hashes: (N,) int64, see `id_hash`.
-    """
-
-    tokens: NDArray[np.int64]
-    patches: NDArray[np.int64]
-    takes_teachers: NDArray[np.bool_]
-    id_hashes: NDArray[np.int64]
+    tokens: NDArray[np.int64]  # (N,) of the conversation without teachers, including image tokens
+    patches: NDArray[np.int64]  # (N,) of the sample's own image; 0 without one
+    takes_teachers: NDArray[np.bool_]  # (N,) see `takes_teachers`
+    id_hashes: NDArray[np.int64]  # (N,) see `id_hash`
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -59,12 +52,12 @@ class Lengths:
 
 @dataclass(frozen=True)
 class LengthTable:
-    """The lengths of a data set and, each (T,) int64, of what a teacher adds to a conversation."""
+    """The lengths of a data set, and what each teacher of the pool adds to a conversation."""
 
     samples: Lengths
     teachers: TeacherPool | None
-    teacher_tokens: NDArray[np.int64]
-    teacher_patches: NDArray[np.int64]
+    teacher_tokens: NDArray[np.int64]  # (T,)
+    teacher_patches: NDArray[np.int64]  # (T,)
 
     def of_epoch(self, epoch: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (tokens, patches), each (S,), of an epoch's occurrences, given their stored positions (S,)."""
@@ -185,20 +178,12 @@ def read_longest_caption(streams: Sequence[CheckedStream], tokenizer: PreTrained
 
 @dataclass(frozen=True)
 class KeptCount:
-    """A count over the records of a stream, made once and kept next to its index.
+    """A count over the records of a stream, made once and kept next to its index."""
 
-    Attributes:
-        name: First part of the file name; the fingerprints of the shards and of the count follow.
-        fingerprint: Of all that the count depends on except the samples.
-        what: Names the count in the log.
-        remedy: What to do if a stream has no records.
-        count: Computes it.
-    """
-
-    name: str
-    fingerprint: str
-    what: str
-    remedy: str
+    name: str  # first part of the file name; the fingerprints of the shards and of the count follow
+    fingerprint: str  # of all that the count depends on except the samples
+    what: str  # names the count in the log
+    remedy: str  # what to do if a stream has no records
     count: Callable[[Iterable[Sample]], Arrays]
 
     def of(self, stream: CheckedStream) -> Arrays:

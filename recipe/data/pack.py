@@ -38,13 +38,7 @@ def pack_ordered(
     A window's packs are returned in random order, because packing emits long samples first. The samples of badly
     filled packs move to the next window, at most `MOST_DELAYS` times each.
 
-    Args:
-        tokens: (N,) per sample.
-        patches: (N,) image patches per sample.
-        max_tokens: Per pack.
-        max_patches: Per pack; None: any number.
-        window: Samples per window.
-        rng: Of the order within windows.
+    `tokens` and `patches` are (N,), per sample; `max_tokens` and `max_patches` (None: any number) are per pack.
 
     Returns:
         Packs of ascending positions; every position is in exactly one.

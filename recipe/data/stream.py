@@ -213,21 +213,16 @@ class PackStream(CheckedDataset):
         self._packs = assign_to_worker(
             packs[world.node, world.rank_of_node], world.worker_of_rank, world.workers_per_rank, self.batch_size
         )
-        entries = [plan.samples[start:end] for start, end, _ in self._ranges(plan)]
+        entries = [plan.samples[plan.entries(number)] for number in self._packs]
         return np.concatenate(entries) if entries else np.empty(0, dtype=np.int64)
-
-    def _ranges(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, end, number) of this worker's packs in the plan's arrays; an inert pack's is `-1 - pack`."""
-        for number in self._packs.tolist():
-            pack = number if number >= 0 else -1 - number
-            yield int(plan.offsets[pack]), int(plan.offsets[pack + 1]), number
 
     def _members(self) -> Iterator[tuple[int, int, int, bool]]:
         """Yield (pack, occurrence, planned tokens, is last of its pack) of this worker's samples."""
         plan = self.plan(self._epoch)
-        for start, end, number in self._ranges(plan):
-            for entry in range(start, end):
-                yield number, int(plan.occurrences[entry]), int(plan.tokens[entry]), entry == end - 1
+        for number in self._packs.tolist():
+            entries = plan.entries(number)
+            for entry in range(entries.start, entries.stop):
+                yield number, int(plan.occurrences[entry]), int(plan.tokens[entry]), entry == entries.stop - 1
 
     def _find_filler(self) -> Example:
         """Return an inert example, for a pack without a usable sample."""
