@@ -255,18 +255,17 @@ def _count_chunk(
     """Return (tokens, patches) per sample; each text is tokenized once, as most samples share the prompt."""
     texts = list(dict.fromkeys(segment.text for segments in conversations for segment in segments))
     num_tokens = {text: len(row) for text, row in zip(texts, encoder.ids(texts), strict=True)}
-    patches = [_num_patches(sample, encoder) for sample in samples]
-    tokens = []
-    for num_patches, segments in zip(patches, conversations, strict=True):
+    spec = encoder.image_spec
+    tokens: list[int] = []
+    patches: list[int] = []
+    for sample, segments in zip(samples, conversations, strict=True):
+        num_patches = 0
+        if sample.has_image:
+            with naming(sample):
+                width, height = resized_size(sample.width, sample.height, spec)
+            num_patches = (width // spec.patch_size) * (height // spec.patch_size)
         placeholders = sum(segment.text.count(IMAGE) for segment in segments)
-        num_image_tokens = num_patches // encoder.image_spec.merge_size**2
+        num_image_tokens = num_patches // spec.merge_size**2
         tokens.append(sum(num_tokens[segment.text] for segment in segments) + placeholders * (num_image_tokens - 1))
+        patches.append(num_patches)
     return np.array(tokens, dtype=np.int64), np.array(patches, dtype=np.int64)
-
-
-def _num_patches(sample: Sample, encoder: Encoder) -> int:
-    if not sample.has_image:
-        return 0
-    with naming(sample):
-        width, height = resized_size(sample.width, sample.height, encoder.image_spec)
-    return (width // encoder.image_spec.patch_size) * (height // encoder.image_spec.patch_size)

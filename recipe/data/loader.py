@@ -78,8 +78,8 @@ def build_eval_loader(loader: LoaderConfig, encoder: Encoder, teachers: TeacherP
     )
 
 
-def tokens_per_batch(loader: LoaderConfig, spec: DataSpec, num_samples: int = 32) -> float:
-    """Return the real tokens of one global batch: the first epoch's mean pack, or the mean of evenly spread samples.
+def tokens_per_batch(loader: LoaderConfig, spec: DataSpec) -> float:
+    """Return the real tokens of one global batch: the mean pack of the first epoch, or some 32 evenly spread samples.
 
     The same number on every rank and at every resume.
     """
@@ -90,7 +90,7 @@ def tokens_per_batch(loader: LoaderConfig, spec: DataSpec, num_samples: int = 32
     if loader.packing is not None:
         mean = float(plan.tokens.sum()) / plan.num_packs
     else:
-        positions = range(0, dataset.num_samples, max(1, dataset.num_samples // num_samples))
+        positions = range(0, dataset.num_samples, max(1, dataset.num_samples // 32))
         mean = sum(len(dataset.example(position).input_ids) for position in positions) / len(positions)
     return mean * loader.global_batch_size
 
