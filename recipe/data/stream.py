@@ -204,7 +204,7 @@ class PackStream(CheckedDataset):
                     yield Pack(-1 - number, [make_inert(example) for example in examples], is_inert=True)
                 examples, skipped = [], {}
 
-    def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """Return the stored positions of this worker's samples, pack by pack; Streaming fetches their shards ahead."""
         plan, world = self.plan(epoch), self._parallel_worker_world
         packs = assign_packs(plan.num_packs, sample_in_epoch, world.num_nodes, world.ranks_per_node)

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from composer.utils import dist
 from filelock import BaseFileLock, FileLock, Timeout
-from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.shared import SharedArray, _get_path
@@ -70,14 +69,9 @@ class CheckedDataset(StreamingDataset):
         if dist.get_local_rank() == 0:
             self._reason[:] = 0
 
-    def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """Return this worker's sample ids (-1: skip), in order; a subclass may override it."""
-        return super()._get_work(epoch, sample_in_epoch)
-
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        ids = self._find_work(epoch, sample_in_epoch)
-        self._num_expected = int((ids != -1).sum())
-        return ids
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        self._num_expected = int((it.sample_ids != -1).sum())  # -1: skipped
+        return super()._each_sample_id(it)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this worker's rows; raise RuntimeError with shards and counts if a shard or a row is missing."""
