@@ -21,8 +21,7 @@ from recipe.metrics.calibration import calibration
 from recipe.metrics.captions import caption_cider, caption_match, dense_captioning
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import TextScorer, default_text_scorer
-from recipe.models.network import JointNetwork
-from recipe.models.sharding import Sealed
+from recipe.models.network import JointNetwork, Sealed
 from recipe.prediction.decode import Decoding, predict
 from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts, Prediction, Sample
 

@@ -3,19 +3,18 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import TypeVar, overload
+from typing import Generic, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import Parameter
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.models.caption_decoder import CaptionDecoder
-from recipe.models.denoising import make_denoising_queries
-from recipe.models.detection_head import DetectionHead
+from recipe.models.detection_head import DetectionHead, make_denoising_queries
 from recipe.models.matcher import match
 from recipe.models.memory import MemoryBuilder
-from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
 from recipe.schema import (
     Batch,
@@ -27,8 +26,9 @@ from recipe.schema import (
     Memory,
     Target,
 )
-from recipe.upstream.torch_private import register_dataclass
+from recipe.upstream.torch_private import register_dataclass, reshard
 
+Content = TypeVar("Content")
 Result = TypeVar("Result")
 
 AVERAGE = "average."  # prefix of averaged weights in a network: average.memory.* averages memory.*
@@ -36,6 +36,27 @@ AVERAGE = "average."  # prefix of averaged weights in a network: average.memory.
 # FSDP2 finds the tensors that enter and leave its units only in registered structures.
 for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
     register_dataclass(kind)
+
+
+class Sealed(Generic[Content]):
+    """Hide a root unit's input from FSDP, which rounds all it finds to the weights' precision, even target boxes."""
+
+    def __init__(self, content: Content):
+        self.content = content
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether other ranks hold parts of a module's parameters: all must then run every unit equally often."""
+    units = (FSDPModule, FullyShardedDataParallel)
+    return distributed.is_initialized() and any(isinstance(part, units) for part in module.modules())
+
+
+def on_all_ranks(condition: bool, device: torch.device) -> bool:
+    """Return whether `condition` holds on every rank; called by all ranks at the same point."""
+    flag = torch.tensor(int(condition), device=device)
+    if distributed.is_initialized():
+        distributed.all_reduce(flag, distributed.ReduceOp.MIN)
+    return bool(flag)
 
 
 class JointNetwork(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recipe.config import LossConfig
 from recipe.losses.detection import caption_loss, denoising_losses, detection_losses
-from recipe.models.denoising import make_denoising_queries
+from recipe.models.detection_head import make_denoising_queries
 from recipe.models.matcher import match
 from tests.support.waits import Waits
 
