@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Generic, TypeVar, overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, distributed, nn
@@ -28,7 +28,6 @@ from recipe.schema import (
 )
 from recipe.upstream.torch_private import register_dataclass, reshard
 
-Content = TypeVar("Content")
 Result = TypeVar("Result")
 
 AVERAGE = "average."  # prefix of averaged weights in a network: average.memory.* averages memory.*
@@ -38,10 +37,10 @@ for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
     register_dataclass(kind)
 
 
-class Sealed(Generic[Content]):
+class Sealed:
     """Hide a root unit's input from FSDP, which rounds all it finds to the weights' precision, even target boxes."""
 
-    def __init__(self, content: Content):
+    def __init__(self, content: Batch):
         self.content = content
 
 
@@ -122,19 +121,17 @@ class JointNetwork(nn.Module):
         ]
 
     @overload
-    def forward(self, batch: Sealed[Batch]) -> JointOutputs: ...
+    def forward(self, batch: Sealed) -> JointOutputs: ...
     @overload
-    def forward(self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
+    def forward(self, batch: Sealed, then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
 
     def forward(
-        self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result] | None = None
+        self, batch: Sealed, then: Callable[[JointOutputs], Result] | None = None
     ) -> JointOutputs | tuple[JointOutputs, Result]:
         """Return the outputs of a collated microbatch.
 
-        Args:
-            batch: The microbatch.
-            then: Called with the outputs; its result is returned with them. Any further use of the network's parameters
-                must be in here: outside, FSDP has sharded them.
+        If given, `then` is called with the outputs and its result returned with them. Any further use of the network's
+        parameters must be in it: outside, FSDP has sharded them.
         """
         with self._average_in_evaluation():
             outputs = self._outputs(batch.content)

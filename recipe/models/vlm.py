@@ -1,7 +1,7 @@
 """The language model: Qwen2.5-VL through `from_pretrained`, vision features computed once and shared with the head.
 
 Its attention for packed rows runs on any device: one `scaled_dot_product_attention` per sample, no mask, no padding.
-Registered with transformers under `NAME`; flash-attention 2, if installed, has a kernel that does the same.
+Registered with transformers as `packed_sdpa`; flash-attention 2, if installed, has a kernel that does the same.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,6 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available
-
-NAME = "packed_sdpa"
 
 
 @dataclass
@@ -271,10 +269,10 @@ def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any)
 
 
 def register() -> str:
-    """Register `NAME` with transformers and return it."""
-    AttentionInterface.register(NAME, packed_sdpa)
-    AttentionMaskInterface.register(NAME, packed_mask)
-    return NAME
+    """Register `packed_sdpa` with transformers and return its name."""
+    AttentionInterface.register("packed_sdpa", packed_sdpa)
+    AttentionMaskInterface.register("packed_sdpa", packed_mask)
+    return "packed_sdpa"
 
 
 def resolve_attention(attn_implementation: str) -> str:

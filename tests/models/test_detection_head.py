@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.losses.detection import detection_losses
+from recipe.losses.terms import detection_losses
 from recipe.models.detection_head import (
     NO_PROPOSAL,
     DecoderLayer,
