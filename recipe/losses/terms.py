@@ -56,12 +56,7 @@ def detection_losses(
 ) -> dict[str, Tensor]:
     """Return `loss_bbox loss_giou loss_objectness` of the object queries, and each with the suffixes of `layers()`.
 
-    Args:
-        outputs: Of N images.
-        matches: One for each of `outputs.layers()`.
-        targets: N of them; None (not annotated) takes no part.
-        counts: Denominators.
-        config: The objectness loss and its parameters.
+    `matches` has one entry for each of `outputs.layers()`, `targets` one per image; None (not annotated) takes no part.
     """
     suffixes, layers = zip(*outputs.layers(), strict=True)
     boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
@@ -98,11 +93,7 @@ def denoising_losses(
 ) -> dict[str, Tensor]:
     """Return `loss_bbox_dn loss_giou_dn loss_objectness_dn` of the denoising queries, which know their targets.
 
-    Args:
-        denoising: The queries and their outputs; None if no image of the batch has an object: all terms are 0.
-        detection: Of the object queries.
-        counts: Denominators; each group counts as its own batch.
-        config: The objectness loss and its parameters.
+    `denoising` is None if no image of the batch has an object: all terms are 0. Each group counts as its own batch.
     """
     if denoising is None:
         zero = 0.0 * detection.pred_boxes.sum()
@@ -133,17 +124,13 @@ def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
 
 
 def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: LossConfig) -> Tensor:
-    """Return the loss of every query's objectness.
+    """Return the loss of every query's objectness, of the shape that all three tensors share.
 
     focal: Lin et al. 2017: the target is 1 for a matched query, and easy queries weigh less; `focal_alpha` weighs
         objects, 1 - `focal_alpha` empty queries.
     mal: Huang et al. 2025 (DEIM): the target is IoU ** gamma and the weight 1, so that a poor match is trained too.
 
-    Args:
-        logits: Of any shape, which the others and the result share.
-        is_object: 1 if the query is matched, else 0.
-        quality: IoU of matched queries' boxes, else 0; not read by focal.
-        config: Names the loss.
+    `is_object` is 1 if the query is matched, else 0; `quality` the IoU of matched queries' boxes, else 0.
     """
     gamma = config.focal_gamma
     if config.objectness == "focal":

@@ -44,12 +44,8 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Return the next layer's queries (N, Q, W).
 
-        Args:
-            queries: (N, Q, W).
-            box_positions: (N, Q, W) embedding of the reference boxes.
-            place_positions: (N, heads, Q, W) embedding of where each head looks, comparable to `memory.positions`.
-            memory: Of the N images.
-            mask: (N, 1, Q, Q) bool for self-attention, or None.
+        `box_positions` (N, Q, W) embed the reference boxes; `place_positions` (N, heads, Q, W) embed where each head
+        looks, comparable to `memory.positions`. `mask` is (N, 1, Q, Q) bool, for self-attention.
         """
         queries = queries + box_positions
         states = self.self_norm(queries)
@@ -258,14 +254,10 @@ def group_numbers(num_queries: int, num_groups: int, device: torch.device) -> Te
 def make_denoising_queries(
     targets: Sequence[Target | None], noise_seeds: Sequence[int], num_groups: int, box_noise: float
 ) -> DenoisingQueries | None:
-    """Return noised ground truth of N images; None if no image has an object or `num_groups` is 0.
+    """Return noised ground truth of N images; None if no image has an object or `num_groups` (G) is 0.
 
-    Args:
-        targets: N of them; None if not annotated.
-        noise_seeds: N integers; the same seed and boxes give the same noise.
-        num_groups: G.
-        box_noise: Positives move each corner by less than this many half sizes, negatives by one to two times as much;
-            then both are clipped to the image, as in DINO.
+    Positives move each corner by less than `box_noise` half sizes, negatives by one to two times as much; then both are
+    clipped to the image, as in DINO. The same seed and boxes give the same noise.
     """
     annotated = [target["boxes"] for target in targets if target is not None]
     if num_groups == 0 or not any(map(len, annotated)):

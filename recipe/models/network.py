@@ -74,7 +74,6 @@ class JointNetwork(nn.Module):
     Args:
         loss: For the focal parameters of the matching cost.
         num_denoising_groups: 0: no denoising queries.
-        box_noise: See `make_denoising_queries`.
         aux_loss: False: earlier layers' outputs are dropped.
     """
 
@@ -172,22 +171,18 @@ class JointNetwork(nn.Module):
         head_trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and head_trains):
             memory = self._build_memory(states, batch["prompt_index"], student_grids)
-            return self._head_outputs(batch, memory, label_logits)
-
-    def _head_outputs(self, batch: Batch, memory: Memory, label_logits: Tensor) -> JointOutputs:
-        targets: Sequence[Target | None] = batch["targets"] or [None]
-        noise_seeds = batch["noise_seeds"] or [0]
-        queries = None
-        if self.training:
-            queries = make_denoising_queries(targets, noise_seeds, self.num_denoising_groups, self.box_noise)
-        detection, denoised = self.detection_head(memory, queries)
-        if not self.aux_loss:
-            for queried in (detection, *detection.groups, *([] if denoised is None else [denoised])):
-                queried.aux_outputs.clear()
-        layers = [layer for _, layer in detection.layers()]
-        costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
-        matches = match(layers, targets, *costs, *self.focal)
-        captions = self._caption_logits(detection, memory, matches[-1], targets)
+            targets: Sequence[Target | None] = batch["targets"] or [None]
+            noise_seeds, queries = batch["noise_seeds"] or [0], None
+            if self.training:
+                queries = make_denoising_queries(targets, noise_seeds, self.num_denoising_groups, self.box_noise)
+            detection, denoised = self.detection_head(memory, queries)
+            if not self.aux_loss:
+                for queried in (detection, *detection.groups, *([] if denoised is None else [denoised])):
+                    queried.aux_outputs.clear()
+            layers = [layer for _, layer in detection.layers()]
+            costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
+            matches = match(layers, targets, *costs, *self.focal)
+            captions = self._caption_logits(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
         return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
 

@@ -100,10 +100,7 @@ class VisionLanguageModel(nn.Module):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the vision features of every image: after the merger (tokens, D), and before it (tokens, merge², C).
 
-        Args:
-            pixel_patches: (P, 3 * patch * patch) uint8.
-            image_grid_thw: (I, 3).
-            with_patches: False: the second tuple is empty.
+        The second tuple is empty unless `with_patches`. `pixel_patches` is (P, 3 * patch * patch) uint8.
         """
         pixel_values = self.normalizer(pixel_patches).to(self.hf_model.dtype)
         visual = self.hf_model.model.visual
