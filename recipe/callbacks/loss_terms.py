@@ -19,7 +19,7 @@ from recipe.callbacks.group_metrics import every_batches
 from recipe.config import GROUPS, LossConfig
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
-from recipe.losses.detection import REPEATS
+from recipe.losses.terms import REPEATS
 
 log = logging.getLogger(__name__)
 
