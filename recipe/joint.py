@@ -15,8 +15,13 @@ from recipe.config import EvaluationConfig, LossConfig, PromptConfig
 from recipe.losses.counts import UNIT_COUNTS, count_losses
 from recipe.losses.detection import base_term, caption_loss, denoising_losses, detection_losses
 from recipe.losses.language import language_losses
-from recipe.metrics.answers import answer_boxes
-from recipe.metrics.boxes import box_average_precision, category_average_precision, expression_accuracy, query_recall
+from recipe.metrics.boxes import (
+    answer_boxes,
+    box_average_precision,
+    category_average_precision,
+    expression_accuracy,
+    query_recall,
+)
 from recipe.metrics.calibration import calibration
 from recipe.metrics.captions import caption_cider, caption_match, dense_captioning
 from recipe.metrics.gather import Evaluation
