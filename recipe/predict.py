@@ -9,12 +9,12 @@ import sys
 
 from recipe.configure import load_config, one_line_errors
 from recipe.console import setup_logging
-from recipe.prediction.options import check_command_line, parse
+from recipe.prediction.options import parse
 
 if __name__ == "__main__":
     setup_logging()
     with one_line_errors():
-        check_command_line(sys.argv[1:])  # before the imports below, which take seconds
+        parse(sys.argv[1:])  # before the imports below, which take seconds
 
 import argparse
 import signal

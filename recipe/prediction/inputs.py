@@ -32,24 +32,21 @@ def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], C
     found: dict[Path, Path] = {}
     others = Counter[str]()
     for argument in arguments:
-        paths = list(_expand(argument, left_out.resolve(), others))
+        path = Path(argument)
+        if path.is_dir():
+            paths = list(_below(path, left_out.resolve(), others))
+        elif path.exists() or not glob.has_magic(argument):
+            paths = [path]
+        else:
+            named = map(Path, sorted(glob.glob(argument, recursive=True)))
+            paths = [
+                path for path in named if os.path.isfile(path) and left_out.resolve() not in path.resolve().parents
+            ]
         if not paths:
             raise ValueError(f"{argument} holds no image: give files, globs, or folders of {' '.join(SUFFIXES)}")
         for path in paths:
             found.setdefault(path.resolve(), path)
     return list(found.values()), others
-
-
-def _expand(argument: str, left_out: Path, others: Counter[str]) -> Iterator[Path]:
-    path = Path(argument)
-    if path.is_dir():
-        yield from _below(path, left_out, others)
-    elif path.exists() or not glob.has_magic(argument):
-        yield path
-    else:
-        for name in sorted(glob.glob(argument, recursive=True)):
-            if os.path.isfile(name) and left_out not in Path(name).resolve().parents:
-                yield Path(name)
 
 
 def _below(folder: Path, left_out: Path, others: Counter[str]) -> Iterator[Path]:
@@ -108,12 +105,9 @@ def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list[str]:
-    """Return the entry of each file; raise ValueError if a file has none, or shares it with another.
+    """Return the entry of each file in `names`, relative paths; raise ValueError if it has none, or shares it.
 
-    Args:
-        paths: The files.
-        names: Relative paths, as data sets write them.
-        source: Of the names, for messages.
+    `source` is where the names come from, for messages.
     """
     by_file = names_by_file(names)
     entries: list[str] = []
