@@ -33,8 +33,15 @@ from PIL import Image
 from convert.annotated import read_coco
 from recipe.images import open_image
 from recipe.metrics.gather import FALSE, IGNORED, found_truths, normalized_caption
-from recipe.prediction.files import least_score, read_entries, rounded_score, write_json_text
-from recipe.prediction.inputs import entry_of, names_by_file, refuse_shared
+from recipe.prediction.files import (
+    entry_of,
+    least_score,
+    names_by_file,
+    read_entries,
+    refuse_shared,
+    rounded_score,
+    write_json_text,
+)
 from recipe.schema import DetectedObject, Object, PredictedFile, Sample
 from recipe.upstream.storage import read_mds
 

@@ -38,8 +38,17 @@ from recipe.metrics.calibration import read_calibration
 from recipe.models.network import JointNetwork
 from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.draw import draw_prediction
-from recipe.prediction.files import PREDICTIONS_FILE, refuse_to_overwrite, rounded, rounded_score, write_entries
-from recipe.prediction.inputs import entries_of, find_images, read_annotated_folder, unique_names
+from recipe.prediction.files import (
+    PREDICTIONS_FILE,
+    entries_of,
+    find_images,
+    read_annotated_folder,
+    refuse_to_overwrite,
+    rounded,
+    rounded_score,
+    unique_names,
+    write_entries,
+)
 from recipe.redact import redact_text
 from recipe.schema import Example, ImageId, PredictedFile, Prediction, Sample
 
