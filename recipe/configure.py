@@ -198,10 +198,7 @@ def from_command_line(
 ) -> tuple[RecipeConfig, argparse.Namespace]:
     """Return the checked configuration that a command line names, and the parsed options.
 
-    Args:
-        parser: From `parser_of`, perhaps with more options.
-        arguments: Of the command.
-        required: Top-level keys of the yaml that may not be null for this command.
+    `parser` is from `parser_of`, perhaps with more options. `required` are top-level keys that may not be null.
     """
     args, unknown = parser.parse_known_intermixed_args(arguments)
     if args.yaml is None or "=" in args.yaml:

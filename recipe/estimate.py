@@ -178,14 +178,8 @@ def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width
     """Return the bytes that one transformer block of Qwen2.5-VL keeps for its backward pass.
 
     Autograd saves per row: each norm's input in float32 and its normalised row; queries, keys, values and the
-    attention's result; four rows of the gated feed-forward.
-
-    Args:
-        rows: Tokens or patches.
-        hidden: Width of the block.
-        key_width: Of keys, and of values, of all heads after repetition.
-        intermediate: Width of the feed-forward part.
-        width: Bytes per number in the computation.
+    attention's result; four rows of the gated feed-forward. `rows` are tokens or patches, `width` is bytes per number;
+    `key_width` is that of keys, and of values, of all heads after repetition.
     """
     norms = 2 * (hidden * 4 + 2 * hidden * width)
     attention = (4 * hidden + 2 * key_width) * width

@@ -109,13 +109,8 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
 def best_threshold(scores: Tensor, is_true: Tensor, num_truths: int) -> tuple[float, float]:
     """Return the least score to keep for the best F1, and that F1; equal scores are kept or dropped together.
 
-    Args:
-        scores: (D,), in any order.
-        is_true: (D,) bool.
-        num_truths: Of all images.
-
-    Returns:
-        (-1, -1) without detections and truths, otherwise (-1, 0) if no detection is true.
+    `scores` (D,), in any order, and `is_true` (D,) are of all images. The result is (-1, -1) without detections and
+    truths, otherwise (-1, 0) if no detection is true.
     """
     if not len(scores):
         return UNDEFINED, 0.0 if num_truths else UNDEFINED
@@ -209,10 +204,8 @@ class CalibrationFit:
 def find_calibration(fitted: Detections, held_out: Detections, evaluation: EvaluationConfig) -> CalibrationFit:
     """Fit Platt's curve, and then the threshold of the best F1, on one half of the images; judge both halves.
 
-    Args:
-        fitted: The half to fit on.
-        held_out: The half that shows how well the fit generalizes.
-        evaluation: What the scores were computed with; the result replaces its values.
+    `held_out` shows how well the fit generalizes. `evaluation` is what the scores were computed with; the result
+    replaces its values.
 
     Raises:
         ValueError: The fitted half has no true detection, or better scores are not truer.

@@ -185,12 +185,7 @@ def assign(iou: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def average_precision(is_true: Tensor, num_truths: int) -> float:
-    """Return the mean over `RECALLS` of the best precision at that recall or above.
-
-    Args:
-        is_true: (D,) bool, by falling score.
-        num_truths: At least 1.
-    """
+    """Return the mean over `RECALLS` of the best precision at that recall or above; `is_true` is by falling score."""
     if not len(is_true):
         return 0.0
     hits = is_true.double().cumsum(0)
@@ -235,11 +230,8 @@ def cider_d(
 ) -> list[float]:
     """Return the CIDEr-D of each candidate, the mean over its references, from 0 to 10.
 
-    Args:
-        candidates: Captions.
-        references: At least one caption per candidate.
-        corpus: Documents, each the captions of one thing, which define how rare n-grams are; default: `references`.
-            With one document every score is 0, as nothing is rare.
+    The documents of `corpus`, each the captions of one thing, define how rare n-grams are; default: `references`. With
+    one document every score is 0, as nothing is rare.
 
     Raises:
         ValueError: A candidate has no reference.

@@ -204,18 +204,11 @@ def generate_captions(
     eos_token_id: int,
     lockstep: bool = False,
 ) -> Tensor:
-    """Write the captions of R queries of N images, all at once and greedily.
+    """Write the captions of R queries of N images, all at once and greedily, with a key/value cache.
 
-    Args:
-        decoder: The caption decoder.
-        query_features: (R, W).
-        boxes: (R, 4) cxcywh in [0, 1].
-        places: Where each caption belongs.
-        memory: Of the N images.
-        embed: Token ids → (..., D).
-        logits: (..., D) → (..., V).
-        eos_token_id: Ends a caption.
-        lockstep: Continue until every rank's captions have ended, as sharded parameters need.
+    `query_features` is (R, W), `boxes` (R, 4) cxcywh in [0, 1]. `embed` turns token ids into (..., D), `logits`
+    (..., D) into (..., V). With `lockstep` it continues until every rank's captions have ended, as sharded parameters
+    need.
 
     Returns:
         (R, C) int64, filled with `eos_token_id` after a caption's end.
@@ -244,13 +237,9 @@ def generate_answers(
 ) -> list[Tensor]:
     """Generate the language model's answers with transformers' `generate`, greedily.
 
-    Args:
-        vlm: The language model.
-        prompts: One (S,) int64 per sample, up to and including the generation prompt.
-        pixel_patches: (P, 3 * patch * patch) uint8, the images of all prompts in order.
-        image_grid_thw: (I, 3).
-        max_new_tokens: Longest answer.
-        lockstep: Continue until every rank's answers have ended, as sharded parameters need.
+    `prompts` are one (S,) int64 per sample, up to and including the generation prompt. `pixel_patches` are
+    (P, 3 * patch * patch) uint8, the images of all prompts in order; `image_grid_thw` is (I, 3). With `lockstep` it
+    continues until every rank's answers have ended, as sharded parameters need.
 
     Returns:
         One (new tokens,) int64 per sample, end-of-sequence and padding among them.
