@@ -56,13 +56,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
 
     `max_caption_tokens` defaults to the configuration's.
     """
-    section = config.model
-    vlm = load_vlm(
-        section.pretrained_model_name_or_path,
-        section.attn_implementation,
-        section.dtype,
-        section.gradient_checkpointing,
-    )
+    vlm = load_vlm(**vars(config.model))
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image), max_caption_tokens)
     if config.ema is not None:
         network.add_average()

@@ -27,11 +27,6 @@ ALLOWED_NAMES = ("HOME", "HOSTNAME", "RUN_NAME", "SCRATCH", "SLURM_JOB_ID", "TMP
 _NO_DEFAULT = object()
 
 
-def guard_environment() -> None:
-    """Let `${oc.env:NAME}`, OmegaConf's only resolver that reads the machine, read only allowed variables."""
-    OmegaConf.register_resolver("oc.env", _read_variable, replace=True)
-
-
 def _read_variable(name: str, default: Any = _NO_DEFAULT) -> Any:
     """Return an allowed variable as OmegaConf's own resolver does; errors do not reveal whether others exist."""
     if is_secret(name) or not (name in ALLOWED_NAMES or name.startswith(ALLOWED_PREFIX)):
@@ -54,7 +49,8 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         ConfigError: The yaml cannot be read, a key is unknown, a value is missing or has the wrong type, or an
             environment variable may not be read.
     """
-    guard_environment()
+    # OmegaConf's only resolver that reads the machine: ours reads only allowed variables.
+    OmegaConf.register_resolver("oc.env", _read_variable, replace=True)
     config = OmegaConf.structured(RecipeConfig)
     config = _merge(config, _read_yaml(yaml_path), yaml_path)
     config = _merge(config, _parse_overrides(overrides), "the command line")
@@ -202,10 +198,7 @@ def from_command_line(
 ) -> tuple[RecipeConfig, argparse.Namespace]:
     """Return the checked configuration that a command line names, and the parsed options.
 
-    Args:
-        parser: From `parser_of`, perhaps with more options.
-        arguments: Of the command.
-        required: Top-level keys of the yaml that may not be null for this command.
+    `parser` is from `parser_of`, perhaps with more options. `required` are top-level keys that may not be null.
     """
     args, unknown = parser.parse_known_intermixed_args(arguments)
     if args.yaml is None or "=" in args.yaml:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -45,12 +46,8 @@ def setup_logging() -> None:
     logging.getLogger("recipe").setLevel(logging.INFO if rank == "0" else logging.WARNING)
     logging.captureWarnings(True)
     for beginning in HIDDEN_WARNINGS:
-        warnings.filterwarnings("ignore", message=_as_pattern(beginning))
+        warnings.filterwarnings("ignore", message=re.escape(beginning))
     sys.excepthook = _print_traceback
-
-
-def _as_pattern(beginning: str) -> str:
-    return "".join(character if character.isalnum() or character == " " else "." for character in beginning)
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

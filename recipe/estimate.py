@@ -9,14 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recipe.config import (
-    CaptionDecoderConfig,
-    ConfigError,
-    DetectionHeadConfig,
-    ModelConfig,
-    RecipeConfig,
-    view_trainer,
-)
+from recipe.config import ConfigError, RecipeConfig, view_trainer
 from recipe.configure import from_command_line, one_line_errors, parser_of
 from recipe.rules import check_ranks
 
@@ -100,25 +93,15 @@ ASSUMED = """Assumed:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU, except `snapshot`.
+    """Bytes per GPU, except `snapshot`."""
 
-    Attributes:
-        weights: As the optimizer updates them, and their averages.
-        gradients: Of trained weights; twice if DDP adds buckets.
-        moments: AdamW's two.
-        compute_copies: Weights in the precision of the computation, or unsharded while in use.
-        activations: Kept for the backward pass, plus one recomputed block.
-        logits: Of supervised positions and captions, with their gradient.
-        snapshot: In the host's memory per process: weights and moments of this rank.
-    """
-
-    weights: int
-    gradients: int
-    moments: int
-    compute_copies: int
-    activations: int
-    logits: int
-    snapshot: int
+    weights: int  # as the optimizer updates them, and their averages
+    gradients: int  # of trained weights; twice if DDP adds buckets
+    moments: int  # AdamW's two
+    compute_copies: int  # weights in the precision of the computation, or unsharded while in use
+    activations: int  # kept for the backward pass, plus one recomputed block
+    logits: int  # of supervised positions and captions, with their gradient
+    snapshot: int  # in the host's memory per process: weights and moments of this rank
 
     @property
     def device_total(self) -> int:
@@ -143,16 +126,6 @@ def build_on_meta(config: RecipeConfig) -> "JointNetwork":
         if config.ema is not None:
             network.add_average()
         return network.to("meta")  # after a `from_pretrained` of transformers 5, linspace ignores the device above
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Upper bounds for one forward pass."""
-
-    tokens: int
-    patches: int
-    images: int  # of the head, at 256 tokens each
-    width: int  # bytes per number in the computation
 
 
 def microbatch_shape(config: RecipeConfig, merge_size: int) -> tuple[int, int]:
@@ -189,16 +162,14 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
         ]
         copies = (elements - sum(blocks) + 2 * max(blocks)) * width
     tokens, patches = microbatch_shape(config, network.vlm.hf_model.config.vision_config.spatial_merge_size)
-    of_pass = Pass(tokens, patches, max(1, tokens // 256), width)
-    activations = _activations(config.model, network, of_pass)
-    activations += _head_activations(config.detection_head, config.caption_decoder, network, of_pass)
+    activations, logits = _forward_bytes(config, network, tokens, patches, width)
     return Memory(
         weights=weights // shards,
         gradients=gradients // shards,
         moments=2 * trained // shards,
         compute_copies=copies,
         activations=activations,
-        logits=_logits(network, of_pass),
+        logits=logits,
         snapshot=(weights + 2 * trained) // shards,
     )
 
@@ -207,52 +178,44 @@ def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width
     """Return the bytes that one transformer block of Qwen2.5-VL keeps for its backward pass.
 
     Autograd saves per row: each norm's input in float32 and its normalised row; queries, keys, values and the
-    attention's result; four rows of the gated feed-forward.
-
-    Args:
-        rows: Tokens or patches.
-        hidden: Width of the block.
-        key_width: Of keys, and of values, of all heads after repetition.
-        intermediate: Width of the feed-forward part.
-        width: Bytes per number in the computation.
+    attention's result; four rows of the gated feed-forward. `rows` are tokens or patches, `width` is bytes per number;
+    `key_width` is that of keys, and of values, of all heads after repetition.
     """
     norms = 2 * (hidden * 4 + 2 * hidden * width)
     attention = (4 * hidden + 2 * key_width) * width
     return rows * (norms + attention + 4 * intermediate * width)
 
 
-def _activations(model: ModelConfig, network: "JointNetwork", of_pass: Pass) -> int:
-    vision_config, text = network.vlm.hf_model.config.vision_config, network.vlm.text_config
-    side, hidden, width = vision_config.hidden_size, text.hidden_size, of_pass.width
-    vision_block = block_bytes(of_pass.patches, side, side, vision_config.intermediate_size, width)
-    text_block = block_bytes(of_pass.tokens, hidden, hidden, text.intermediate_size, width)
-    if model.gradient_checkpointing:
-        inputs = vision_config.depth * of_pass.patches * side + text.num_hidden_layers * of_pass.tokens * hidden
-        return inputs * width + max(vision_block, text_block)
-    return vision_config.depth * vision_block + text.num_hidden_layers * text_block
+def _forward_bytes(
+    config: RecipeConfig, network: "JointNetwork", tokens: int, patches: int, width: int
+) -> tuple[int, int]:
+    """Return upper bounds for the activations and the logits of one forward pass, in bytes.
 
-
-def _head_activations(
-    head: DetectionHeadConfig, captions: CaptionDecoderConfig, network: "JointNetwork", of_pass: Pass
-) -> int:
-    """Count rows of the head's width: 20 and the feed-forward's per query or caption token, 4 per memory token.
-
-    The patch adapter keeps 5 rows of the tower's width per patch, the query selection 3 per memory token.
+    Rows of the head's width: 20 and the feed-forward's per query or caption token, 4 per memory token, 3 more if it
+    selects queries. The patch adapter keeps 5 rows of the tower's width per patch. Each logit of the losses counts four
+    times: itself, in float32, its log-probability and its gradient.
     """
-    memory = of_pass.tokens + (of_pass.patches if head.patch_features else 0)
-    queries = of_pass.images * (head.num_query_groups * head.num_queries + 2 * head.num_denoising_groups * OBJECTS)
-    words = of_pass.images * OBJECTS * CAPTION_TOKENS
+    head, captions = config.detection_head, config.caption_decoder
+    vision, text = network.vlm.hf_model.config.vision_config, network.vlm.text_config
+    side, hidden = vision.hidden_size, text.hidden_size
+    vision_block = block_bytes(patches, side, side, vision.intermediate_size, width)
+    text_block = block_bytes(tokens, hidden, hidden, text.intermediate_size, width)
+    if config.model.gradient_checkpointing:
+        inputs = vision.depth * patches * side + text.num_hidden_layers * tokens * hidden
+        activations = inputs * width + max(vision_block, text_block)
+    else:
+        activations = vision.depth * vision_block + text.num_hidden_layers * text_block
+    images = max(1, tokens // 256)  # of the head
+    memory = tokens + (patches if head.patch_features else 0)
+    queries = images * (head.num_query_groups * head.num_queries + 2 * head.num_denoising_groups * OBJECTS)
+    words = images * OBJECTS * CAPTION_TOKENS
     per_query, per_word = (20 + 2 * part.ffn_factor for part in (head, captions))
     rows = head.num_layers * (queries * per_query + memory * 4) + captions.num_layers * (words * per_word + memory * 4)
     rows += 3 * memory if head.select_queries else 0
-    adapter = 5 * (memory - of_pass.tokens) * network.vlm.hf_model.config.vision_config.hidden_size
-    return (rows * network.memory.width + adapter) * max(of_pass.width, 4)
-
-
-def _logits(network: "JointNetwork", of_pass: Pass) -> int:
-    """Count each logit of the losses four times: itself, in float32, its log-probability and its gradient."""
-    numbers = round(of_pass.tokens * SUPERVISED) + of_pass.images * OBJECTS * CAPTION_TOKENS
-    return numbers * (of_pass.width + 12) * network.vlm.text_config.vocab_size
+    adapter = 5 * (memory - tokens) * side
+    activations += (rows * network.memory.width + adapter) * max(width, 4)
+    logits = (round(tokens * SUPERVISED) + words) * (width + 12) * text.vocab_size
+    return activations, logits
 
 
 def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str:

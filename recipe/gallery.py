@@ -33,8 +33,15 @@ from PIL import Image
 from convert.annotated import read_coco
 from recipe.images import open_image
 from recipe.metrics.gather import FALSE, IGNORED, found_truths, normalized_caption
-from recipe.prediction.files import least_score, read_entries, rounded_score, write_json_text
-from recipe.prediction.inputs import entry_of, names_by_file, refuse_shared
+from recipe.prediction.files import (
+    entry_of,
+    least_score,
+    names_by_file,
+    read_entries,
+    refuse_shared,
+    rounded_score,
+    write_json_text,
+)
 from recipe.schema import DetectedObject, Object, PredictedFile, Sample
 from recipe.upstream.storage import read_mds
 
@@ -54,7 +61,10 @@ def main(args: argparse.Namespace) -> int:
     """
     check_out(args.out, args.overwrite)
     folder = args.predictions.parent
-    entries = [replace(entry, file=found_file(entry.file, folder)) for entry in read_entries(args.predictions)]
+    entries = read_entries(args.predictions)
+    for index, entry in enumerate(entries):  # an image is where predict.py was given it, or else relative to `folder`
+        if not Path(entry.file).exists() and (folder / entry.file).exists():
+            entries[index] = replace(entry, file=str(folder / entry.file))
     threshold = threshold_of(entries, args.score_threshold)
     if args.data is not None:
         truths = truths_of_mds(entries, read_mds(args.data, args.split))
@@ -81,13 +91,6 @@ def check_out(out: Path, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write {out} ({error}): give another --out") from error
-
-
-def found_file(file: str, folder: Path) -> str:
-    """Return the path of an image: as predict.py was given it, or else relative to the folder of the predictions."""
-    if not Path(file).exists() and (folder / file).exists():
-        return str(folder / file)
-    return file
 
 
 def threshold_of(entries: Sequence[PredictedFile], wanted: float | None) -> float:
@@ -141,14 +144,13 @@ def truths_of_mds(entries: Sequence[PredictedFile], samples: Iterable[Sample]) -
     """
     by_bytes, by_name = defaultdict[bytes, list[str]](list), defaultdict[str, list[str]](list)
     for entry in entries:
-        by_bytes[_digest(_read(entry.file))].append(entry.id)
         by_name[Path(entry.file).stem].append(entry.id)
-    by_bytes.pop(b"", None)
+        if data := _read(entry.file):
+            by_bytes[hashlib.blake2b(data).digest()].append(entry.id)
     same: dict[str, Sample] = {}
     alike: dict[str, Sample] = {}
     for sample in samples:
-        owners = by_bytes.get(_digest(sample.image))
-        if owners:
+        if owners := by_bytes.get(hashlib.blake2b(sample.image).digest()):
             same |= dict.fromkeys(owners, sample)
         else:
             alike |= dict.fromkeys(by_name.get(sample.id, ()), sample)
@@ -193,13 +195,7 @@ def num_errors(image: Page, source: str, score_threshold: float, words_count: bo
     """Return the missed and false boxes of one of `SOURCES`, as the page counts them.
 
     -1 if the truth is not known, infinite if the image could not be used. Boxes of the text answer have no score and
-    always count.
-
-    Args:
-        image: One of `page_data`'s `images`.
-        source: One of `SOURCES`.
-        score_threshold: The least score of a box that counts.
-        words_count: Whether a box at the right place in other words is an error too.
+    always count. With `words_count` a box at the right place in other words is an error too.
     """
     if image["error"] is not None:
         return float("inf")
@@ -287,10 +283,6 @@ def _read(file: str) -> bytes:
         return Path(file).read_bytes()
     except OSError:
         return b""
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest() if data else b""
 
 
 if __name__ == "__main__":

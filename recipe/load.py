@@ -168,8 +168,7 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
         raise ValueError(f"{folder} is not an exported model, it lacks {' and '.join(missing)}: {remedy}")
     config = config or load_config(str(folder / CONFIG_FILE))
     weights, processor = load_file(folder / HEAD_FILE), load_processor(str(folder))
-    section = config.model
-    vlm = load_vlm(str(folder), section.attn_implementation, section.dtype, section.gradient_checkpointing)
+    vlm = load_vlm(**{**vars(config.model), "pretrained_model_name_or_path": str(folder)})
     spec = image_spec(processor.image_processor, config.image)
     network = build_network(config, vlm, spec, _trained_length(config, weights))
     head = nn.ModuleDict({name: part for name, part in network.named_children() if f"{name}." != LANGUAGE_MODEL})

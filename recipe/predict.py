@@ -9,12 +9,12 @@ import sys
 
 from recipe.configure import load_config, one_line_errors
 from recipe.console import setup_logging
-from recipe.prediction.options import check_command_line, parse
+from recipe.prediction.options import parse
 
 if __name__ == "__main__":
     setup_logging()
     with one_line_errors():
-        check_command_line(sys.argv[1:])  # before the imports below, which take seconds
+        parse(sys.argv[1:])  # before the imports below, which take seconds
 
 import argparse
 import signal
@@ -38,12 +38,21 @@ from recipe.metrics.calibration import read_calibration
 from recipe.models.network import JointNetwork
 from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.draw import draw_prediction
-from recipe.prediction.files import PREDICTIONS_FILE, refuse_to_overwrite, rounded, rounded_score, write_entries
-from recipe.prediction.inputs import entries_of, find_images, read_annotated_folder, unique_names
+from recipe.prediction.files import (
+    PREDICTIONS_FILE,
+    entries_of,
+    find_images,
+    read_annotated_folder,
+    refuse_to_overwrite,
+    rounded,
+    rounded_score,
+    unique_names,
+    write_entries,
+)
 from recipe.redact import redact_text
 from recipe.schema import Example, ImageId, PredictedFile, Prediction, Sample
 
-DTYPES = {"fp32": None, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}  # of autocast; None: no autocast
 
 
 def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
@@ -85,7 +94,7 @@ class Predictor:
     network: JointNetwork  # in evaluation mode, on `device`
     encoder: Encoder
     decoding: Decoding
-    dtype: torch.dtype | None  # of autocast; None: no autocast
+    dtype: torch.dtype | None  # of `DTYPES`
     device: torch.device
     # Solved examples in order, one more than `num_teachers` if there are: an image is never its own teacher.
     teachers: Sequence[Sample]
@@ -146,6 +155,9 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     teachers = [] if args.teachers is None else read_annotated_folder(args.teachers)
     network, processor, config = load_network(args.checkpoint, load_config(args.config) if args.config else None)
     prompt = prompt_of(args, config.prompt)
+    precision = (view_trainer(config).precision or "amp_fp16").lower()  # Composer's default
+    if precision not in DTYPES:
+        raise ValueError(f"trainer.precision is {precision!r}: give a --config with one of {', '.join(DTYPES)}")
     num_teachers = args.num_teachers or config.teachers.num_teachers or len(teachers)
     if args.num_teachers is not None and args.num_teachers > len(teachers):
         raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated images")
@@ -155,21 +167,13 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         network=network.eval().to(device),
         encoder=build_encoder(processor, network, config.image, prompt, config.max_seq_len, keep_image=True),
         decoding=Decoding(processor.tokenizer, evaluation_of(args, config.evaluation), prompt),
-        dtype=autocast_dtype(view_trainer(config).precision, device),
+        dtype=DTYPES[precision] if device.type == "cuda" else None,  # Composer ignores it on the CPU
         device=device,
         teachers=teachers[: num_teachers + 1],
         num_teachers=num_teachers,
         with_head=args.answer != "text",
         with_drawings=not args.no_drawings,
     )
-
-
-def autocast_dtype(precision: str | None, device: torch.device) -> torch.dtype | None:
-    """Return autocast's dtype for a run's `trainer.precision`, with Composer's defaults; None: no autocast."""
-    precision = (precision or "amp_fp16").lower()
-    if precision not in DTYPES:
-        raise ValueError(f"trainer.precision is {precision!r}: give a --config with one of {', '.join(DTYPES)}")
-    return DTYPES[precision] if device.type == "cuda" else None  # Composer ignores it on the CPU
 
 
 def to_device(value: Any, device: torch.device) -> Any:

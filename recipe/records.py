@@ -146,9 +146,7 @@ def join_parts(path: Path, parts: Iterable[Path], index: Mapping[str, Any]) -> N
 def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
     """Yield the samples in stored order, without their images (`width` is 0 if there is none).
 
-    Args:
-        path: Of the file.
-        index: The parsed index.json next to it.
+    `index` is the parsed index.json next to the file.
 
     Raises:
         DamagedRecordsError: The file is damaged, or was written for other shards.

@@ -1,4 +1,4 @@
-"""Score boxes: COCO average precision, what the queries could find, referring expressions."""
+"""Score boxes: COCO average precision, what the queries could find, referring expressions, boxes written in answers."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,16 @@ from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
-from recipe.metrics.gather import UNDEFINED, asks_for_boxes, boxes_of, normalized_caption, scored_pairs, split_crowds
+from recipe.metrics.gather import (
+    UNDEFINED,
+    asks_for_boxes,
+    boxes_of,
+    inside_crowd,
+    match_by_overlap,
+    normalized_caption,
+    scored_pairs,
+    split_crowds,
+)
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
 # COCO's own. torchmetrics rounds them to float32, which shifts AP: .5035 instead of .5046 on COCO's reference.
@@ -122,3 +131,45 @@ def expression_accuracy(
             right += bool((box_iou(boxes_of(best), boxes_of(truths)) >= iou_threshold).any())
             counted += 1
     return {"refcoco_acc": right / counted if counted else UNDEFINED, "refcoco_samples": float(counted)}
+
+
+def answer_boxes(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
+    """Compare boxes parsed from the answers with the ground truth, ignoring captions.
+
+    Boxes and truths are paired one to one for the largest total overlap. An answer that cannot be parsed counts as no
+    boxes. A sample without an answer, or whose chat asks for something else, does not count. A box in a crowd region
+    is not a false positive.
+
+    Returns:
+        `text_f1`, `text_f1_95`: over the boxes of all images at an IoU of at least .5 and .95.
+        `text_miou`: over ground truths, the mean IoU of the box each is paired with, 0 if none.
+        `text_parse_failure_rate`. A value is -1 if there is nothing to count.
+    """
+    answers, failures, num_truths, total_iou = 0, 0, 0, 0.0
+    hits, boxes = {0.5: 0, 0.95: 0}, {0.5: 0, 0.95: 0}  # by least IoU
+    for prediction, sample, objects in scored_pairs(predictions, samples):
+        if prediction.answer is None or not asks_for_boxes(sample):
+            continue
+        found = boxes_of(prediction.answer_objects or ())
+        truths, crowds = split_crowds(objects)
+        iou = box_iou(found, boxes_of(truths))
+        for threshold in hits:
+            pairs = match_by_overlap(iou, threshold)
+            counted = ~inside_crowd(found, crowds, threshold)
+            counted[[row for row, _ in pairs]] = True
+            hits[threshold] += len(pairs)
+            boxes[threshold] += int(counted.sum())
+        total_iou += sum(float(iou[pair]) for pair in match_by_overlap(iou, 0.0))
+        answers += 1
+        failures += prediction.answer_objects is None
+        num_truths += len(truths)
+    f1, f1_95 = (
+        2 * hits[threshold] / (boxes[threshold] + num_truths) if boxes[threshold] + num_truths else UNDEFINED
+        for threshold in hits
+    )
+    return {
+        "text_f1": f1,
+        "text_f1_95": f1_95,
+        "text_miou": total_iou / num_truths if num_truths else UNDEFINED,
+        "text_parse_failure_rate": failures / answers if answers else UNDEFINED,
+    }

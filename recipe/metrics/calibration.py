@@ -109,13 +109,8 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
 def best_threshold(scores: Tensor, is_true: Tensor, num_truths: int) -> tuple[float, float]:
     """Return the least score to keep for the best F1, and that F1; equal scores are kept or dropped together.
 
-    Args:
-        scores: (D,), in any order.
-        is_true: (D,) bool.
-        num_truths: Of all images.
-
-    Returns:
-        (-1, -1) without detections and truths, otherwise (-1, 0) if no detection is true.
+    `scores` (D,), in any order, and `is_true` (D,) are of all images. The result is (-1, -1) without detections and
+    truths, otherwise (-1, 0) if no detection is true.
     """
     if not len(scores):
         return UNDEFINED, 0.0 if num_truths else UNDEFINED
@@ -200,58 +195,50 @@ class Reliability:
 
 @dataclass(frozen=True)
 class CalibrationFit:
-    """A calibration, and how well it works."""
+    """A calibration, and how well it works: what is in the file."""
 
     evaluation: dict[str, float]  # values of `KEYS`
-    fitted: tuple[Reliability, Reliability]  # (before, after) on the half of the images that it was fitted on
-    held_out: tuple[Reliability, Reliability]  # (before, after) on the other half
+    report: dict[str, dict[str, Reliability]]  # of both halves, `fitted` and `held_out`: `before` and `after`
 
 
 def find_calibration(fitted: Detections, held_out: Detections, evaluation: EvaluationConfig) -> CalibrationFit:
     """Fit Platt's curve, and then the threshold of the best F1, on one half of the images; judge both halves.
 
-    Args:
-        fitted: The half to fit on.
-        held_out: The half that shows how well the fit generalizes.
-        evaluation: What the scores were computed with; the result replaces its values.
+    `held_out` shows how well the fit generalizes. `evaluation` is what the scores were computed with; the result
+    replaces its values.
 
     Raises:
         ValueError: The fitted half has no true detection, or better scores are not truer.
     """
     if not fitted.is_true.any():
         raise ValueError(f"none of {len(fitted.scores)} detections on {fitted.num_images} images is right")
-    scale, shift = fit_platt(logits_of(fitted.scores), fitted.is_true)
+    scale, shift = fit_platt(torch.logit(fitted.scores, eps=_LEAST_SCORE), fitted.is_true)
     if not 0 < scale < inf:
         raise ValueError(f"on {fitted.num_images} images better scores are not truer (slope {scale:.3g})")
-    halves = (fitted, held_out)
-    calibrated = [replace(half, scores=(logits_of(half.scores) * scale + shift).sigmoid()) for half in halves]
-    threshold = _middle_threshold(calibrated[0])
+    before = {"fitted": fitted, "held_out": held_out}
+    after = {
+        name: replace(half, scores=(torch.logit(half.scores, eps=_LEAST_SCORE) * scale + shift).sigmoid())
+        for name, half in before.items()
+    }
+    scores = after["fitted"].scores
+    lowest, _ = best_threshold(scores, fitted.is_true, fitted.num_truths)
+    below = scores[scores < lowest]
+    threshold = (lowest + (float(below.max()) if len(below) else 0.0)) / 2  # half-way to the next lower score
 
     def judge(half: Detections, threshold: float) -> Reliability:
-        bins = reliability_bins(half)
-        f1 = f1_from(half, threshold)
+        bins, f1 = reliability_bins(half), f1_from(half, threshold)
         return Reliability(half.num_images, len(half.scores), expected_calibration_error(bins), f1, bins)
 
-    before = [judge(half, evaluation.score_threshold) for half in halves]
-    after = [judge(half, threshold) for half in calibrated]
+    report = {
+        name: {"before": judge(half, evaluation.score_threshold), "after": judge(after[name], threshold)}
+        for name, half in before.items()
+    }
     values = {
         "score_scale": scale * evaluation.score_scale,
         "score_shift": scale * evaluation.score_shift + shift,
         "score_threshold": threshold,
     }
-    return CalibrationFit(values, (before[0], after[0]), (before[1], after[1]))
-
-
-def logits_of(scores: Tensor) -> Tensor:
-    """Return the logits of scores, finite for scores of 0 and 1 too."""
-    return torch.logit(scores, eps=_LEAST_SCORE)
-
-
-def _middle_threshold(detections: Detections) -> float:
-    """Return the threshold of the best F1, moved half-way to the next lower score."""
-    lowest, _ = best_threshold(detections.scores, detections.is_true, detections.num_truths)
-    below = detections.scores[detections.scores < lowest]
-    return (lowest + (float(below.max()) if len(below) else 0.0)) / 2
+    return CalibrationFit(values, report)
 
 
 def calibration_text(calibration: CalibrationFit) -> str:
@@ -262,11 +249,12 @@ def calibration_text(calibration: CalibrationFit) -> str:
         f"threshold of the best F1: {values['score_threshold']:.3f}",
         f"{'':<34}{'ECE before':>12}{'after':>8}{'F1 before':>12}{'after':>8}",
     ]
-    for name, (before, after) in (("fitted on", calibration.fitted), ("held out", calibration.held_out)):
+    for name, half in (("fitted on", "fitted"), ("held out", "held_out")):
+        before, after = calibration.report[half].values()
         what = f"{name}: {before.images} images, {before.detections} boxes"
         lines.append(f"{what:<34}{before.ece:>12.4f}{after.ece:>8.4f}{before.f1:>12.3f}{after.f1:>8.3f}")
     lines.append(f"{'held out, scores':<20}{'before: count  score  right':>30}{'after: count  score  right':>30}")
-    for before, after in zip(*(part.bins for part in calibration.held_out), strict=True):
+    for before, after in zip(*(part.bins for part in calibration.report["held_out"].values()), strict=True):
         cells = [f"{item.count:>16}{item.mean_score:>7.3f}{item.precision:>7.3f}" for item in (before, after)]
         lines.append(f"{f'{before.low:.1f} to {before.high:.1f}':<20}" + "".join(cells))
     return "\n".join(lines)
@@ -274,13 +262,7 @@ def calibration_text(calibration: CalibrationFit) -> str:
 
 def write_calibration(calibration: CalibrationFit, path: Path) -> None:
     """Write a calibration as yaml."""
-    names = ("before", "after")
-    report = {
-        half: {name: asdict(part) for name, part in zip(names, getattr(calibration, half), strict=True)}
-        for half in ("fitted", "held_out")
-    }
-    content = {"evaluation": calibration.evaluation, "report": report}
-    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(asdict(calibration), sort_keys=False), encoding="utf-8")
 
 
 def read_calibration(path: Path, evaluation: EvaluationConfig) -> EvaluationConfig:

@@ -7,14 +7,12 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
-from recipe.metrics.gather import UNDEFINED, boxes_of, match_by_score, normalized_caption, scored_pairs, split_crowds
+from recipe.metrics.gather import UNDEFINED, boxes_of, found_truths, normalized_caption, scored_pairs, split_crowds
 from recipe.metrics.scorers import TextScorer, words_of
 from recipe.schema import Object, Prediction, Sample
 
@@ -29,9 +27,8 @@ def match_captions(
     """
     kept = [item for item in prediction.objects if item.score >= score_threshold]
     kept.sort(key=lambda item: -item.score)
-    truths, _ = split_crowds(objects)
-    pairs = match_by_score(box_iou(boxes_of(kept), boxes_of(truths)), iou_threshold)
-    return [(kept[row].caption, truths[column].caption) for row, column in pairs]
+    places = found_truths(kept, objects, iou_threshold)
+    return [(item.caption, objects[place].caption) for item, place in zip(kept, places, strict=True) if place >= 0]
 
 
 def caption_match(
@@ -87,14 +84,6 @@ TEXT_THRESHOLDS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25)
 RECALLS = torch.arange(100, dtype=torch.float64) / 100
 
 
-@dataclass(frozen=True)
-class MergedTruth:
-    """Ground truths of one region: their mean box, in pixels of the frame, and all their captions."""
-
-    box: Tensor
-    references: list[str]
-
-
 def dense_captioning(
     predictions: Sequence[Prediction], samples: Sequence[Sample], scorer: TextScorer
 ) -> dict[str, float]:
@@ -145,30 +134,31 @@ def _measure(
     boxes = boxes_of(found) * scale
     singles, crowds = split_crowds(objects)
     truths = merge_truths(singles, scale)
-    truth_boxes = torch.stack([truth.box for truth in truths]) if truths else boxes.new_empty(0, 4)
+    truth_boxes = torch.stack([box for box, _ in truths]) if truths else boxes.new_empty(0, 4)
     overlaps, owners, is_first = assign(inclusive_iou(boxes, truth_boxes))
     rows = torch.zeros(len(found), 5, dtype=torch.float64)
     rows[:, 0] = torch.tensor([item.score for item in found], dtype=torch.float64)
     rows[:, 1], rows[:, 2], rows[:, 4] = overlaps, is_first.double(), share_inside(boxes, crowds * scale)
     asked = torch.nonzero(is_first & (overlaps >= min(IOU_THRESHOLDS))).flatten().tolist()
-    scores = scorer([found[row].caption for row in asked], [truths[int(owners[row])].references for row in asked])
+    scores = scorer([found[row].caption for row in asked], [truths[int(owners[row])][1] for row in asked])
     rows[asked, 3] = torch.tensor(scores, dtype=torch.float64)
     return rows, len(truths)
 
 
-def merge_truths(truths: list[Object], scale: float) -> list[MergedTruth]:
+def merge_truths(truths: list[Object], scale: float) -> list[tuple[Tensor, list[str]]]:
     """Merge truths with an IoU of at least `MERGE_IOU` greedily, the largest cluster first, of equal ones the first.
 
-    Args:
-        truths: Boxes in pixels of the image.
-        scale: From pixels of the image to pixels of the frame.
+    Boxes are multiplied by `scale`, from pixels of the image to pixels of the frame.
+
+    Returns:
+        Of each cluster the mean box (4,) xyxy, in pixels of the frame, and all captions.
     """
     boxes = boxes_of(truths) * scale
     is_near = inclusive_iou(boxes, boxes).numpy() >= MERGE_IOU
     merged = []
     while is_near.any():
         members = np.flatnonzero(is_near[is_near.sum(1).argmax()])
-        merged.append(MergedTruth(boxes[members].mean(0), [truths[index].caption for index in members]))
+        merged.append((boxes[members].mean(0), [truths[index].caption for index in members]))
         is_near[members] = False
         is_near[:, members] = False
     return merged
@@ -195,12 +185,7 @@ def assign(iou: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def average_precision(is_true: Tensor, num_truths: int) -> float:
-    """Return the mean over `RECALLS` of the best precision at that recall or above.
-
-    Args:
-        is_true: (D,) bool, by falling score.
-        num_truths: At least 1.
-    """
+    """Return the mean over `RECALLS` of the best precision at that recall or above; `is_true` is by falling score."""
     if not len(is_true):
         return 0.0
     hits = is_true.double().cumsum(0)
@@ -245,11 +230,8 @@ def cider_d(
 ) -> list[float]:
     """Return the CIDEr-D of each candidate, the mean over its references, from 0 to 10.
 
-    Args:
-        candidates: Captions.
-        references: At least one caption per candidate.
-        corpus: Documents, each the captions of one thing, which define how rare n-grams are; default: `references`.
-            With one document every score is 0, as nothing is rare.
+    The documents of `corpus`, each the captions of one thing, define how rare n-grams are; default: `references`. With
+    one document every score is 0, as nothing is rare.
 
     Raises:
         ValueError: A candidate has no reference.
@@ -258,7 +240,10 @@ def cider_d(
     if missing:
         raise ValueError(f"candidates {missing[:5]} have no reference: leave them out")
     documents = references if corpus is None else corpus
-    rarity = _rarity(documents)
+    holders: Counter[NGram] = Counter()  # in how many documents an n-gram is
+    for texts in documents:
+        holders.update({ngram for text in texts for ngram in _ngrams(words_of(text))})
+    rarity = {ngram: math.log(len(documents) / count) for ngram, count in holders.items()}
     unseen = math.log(max(len(documents), 1))
     scores = []
     for candidate, own in zip(candidates, references, strict=True):
@@ -294,11 +279,3 @@ def _ngrams(words: Sequence[str]) -> Counter[NGram]:
     return Counter(
         tuple(words[start : start + size]) for size in range(1, MAX_NGRAM + 1) for start in range(len(words) - size + 1)
     )
-
-
-def _rarity(documents: Sequence[Sequence[str]]) -> dict[NGram, float]:
-    """Return log(number of documents / number of those that hold the n-gram)."""
-    holders: Counter[NGram] = Counter()
-    for texts in documents:
-        holders.update({ngram for text in texts for ngram in _ngrams(words_of(text))})
-    return {ngram: math.log(len(documents) / count) for ngram, count in holders.items()}

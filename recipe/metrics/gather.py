@@ -67,14 +67,7 @@ class Evaluation(Metric):
         loss_sums: Mapping[str, Tensor],
         counts: LossCounts,
     ) -> None:
-        """Add one batch.
-
-        Args:
-            predictions: One per sample, in the same order.
-            samples: Those without annotation or without an image are left out.
-            loss_sums: Terms before division.
-            counts: Their divisors.
-        """
+        """Add one batch: the annotated samples with an image, and loss terms before the division by `counts`."""
         lines = [
             json.dumps([sample_key(sample), prediction.to_json(), {**sample.to_mds(), "image": None}]) + "\n"
             for prediction, sample, _ in scored_pairs(predictions, samples)
@@ -190,11 +183,9 @@ def boxes_of(objects: Sequence[Object] | Sequence[DetectedObject]) -> Tensor:
 
 
 def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
-    """Assign each detection, in the order of the rows, the free truth that it overlaps most.
+    """Assign each detection, in the order of the rows, the free truth that it overlaps most, at least `threshold`.
 
-    Args:
-        iou: (detections by falling score, truths).
-        threshold: Least IoU of a pair, included.
+    `iou` is (detections by falling score, truths).
     """
     free = iou.clone()
     pairs = []
@@ -210,12 +201,7 @@ def found_truths(found: Sequence[DetectedObject], objects: Sequence[Object], thr
     """Return which truth each detection finds, as COCO matches: its position, `FALSE`, or `IGNORED` in a crowd region.
 
     Best scores first, each takes the free truth that it overlaps most, so lower scores never change the matches of
-    higher ones.
-
-    Args:
-        found: By falling score.
-        objects: The truth; crowd regions are never found.
-        threshold: Least IoU of a match, included.
+    higher ones. `found` is by falling score; an IoU of `threshold` is a match.
     """
     boxes = boxes_of(found)
     wanted = [index for index, item in enumerate(objects) if not item.iscrowd]
@@ -227,11 +213,9 @@ def found_truths(found: Sequence[DetectedObject], objects: Sequence[Object], thr
 
 
 def match_by_overlap(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
-    """Pair detections and truths, which have no order, for the largest total overlap.
+    """Pair the rows (detections) and columns (truths) of `iou`, which have no order, for the largest total overlap.
 
-    Args:
-        iou: (detections, truths).
-        threshold: Least IoU of a pair, included.
+    An IoU of `threshold` is a pair, 0 is none.
     """
     allowed = torch.where(iou >= threshold, iou, 0.0)
     rows, columns = linear_sum_assignment(allowed.numpy(), maximize=True)

@@ -1,19 +1,31 @@
 """Batch → Predictions: boxes in original pixels, scores, captions, and the language model's answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import nms
 from transformers import PreTrainedTokenizerBase
 
 from recipe.boxes import answer_frame, normalized_to_pixels, text_to_objects
 from recipe.config import EvaluationConfig, PromptConfig
-from recipe.models.network import JointNetwork, Sealed, is_sharded
-from recipe.prediction.generate import generate_answers, generate_captions
-from recipe.schema import Batch, CaptionPlaces, DetectedObject, DetectionOutputs, JointOutputs, Prediction, Sample
+from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
+from recipe.models.network import JointNetwork, Sealed, is_sharded, on_all_ranks
+from recipe.models.vlm import VisionLanguageModel
+from recipe.schema import (
+    Batch,
+    CaptionPlaces,
+    DetectedObject,
+    DetectionOutputs,
+    JointOutputs,
+    Memory,
+    Prediction,
+    Sample,
+)
 from recipe.upstream.torch_private import reshard
 
 
@@ -178,3 +190,80 @@ def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+
+
+@torch.no_grad()
+def generate_captions(
+    decoder: CaptionDecoder,
+    query_features: Tensor,
+    boxes: Tensor,
+    places: CaptionPlaces,
+    memory: Memory,
+    embed: Callable[[Tensor], Tensor],
+    logits: Callable[[Tensor], Tensor],
+    eos_token_id: int,
+    lockstep: bool = False,
+) -> Tensor:
+    """Write the captions of R queries of N images, all at once and greedily, with a key/value cache.
+
+    `query_features` is (R, W), `boxes` (R, 4) cxcywh in [0, 1]. `embed` turns token ids into (..., D), `logits`
+    (..., D) into (..., V). With `lockstep` it continues until every rank's captions have ended, as sharded parameters
+    need.
+
+    Returns:
+        (R, C) int64, filled with `eos_token_id` after a caption's end.
+    """
+    cache, tokens = CaptionCache(), list[Tensor]()
+    finished = torch.zeros(len(query_features), dtype=torch.bool, device=query_features.device)
+    for _ in range(decoder.max_caption_tokens):
+        embeds = embed(tokens[-1][:, None]) if tokens else None
+        hidden = decoder(query_features, boxes, places, memory, embeds, cache)[:, 0]
+        tokens.append(logits(hidden).argmax(-1).masked_fill(finished, eos_token_id))  # (R,)
+        finished |= tokens[-1] == eos_token_id
+        ended = bool(finished.all())
+        if on_all_ranks(ended, finished.device) if lockstep else ended:
+            break
+    return torch.stack(tokens, dim=-1)
+
+
+@torch.no_grad()
+def generate_answers(
+    vlm: VisionLanguageModel,
+    prompts: Sequence[Tensor],
+    pixel_patches: Tensor,
+    image_grid_thw: Tensor,
+    max_new_tokens: int,
+    lockstep: bool = False,
+) -> list[Tensor]:
+    """Generate the language model's answers with transformers' `generate`, greedily.
+
+    `prompts` are one (S,) int64 per sample, up to and including the generation prompt. `pixel_patches` are
+    (P, 3 * patch * patch) uint8, the images of all prompts in order; `image_grid_thw` is (I, 3). With `lockstep` it
+    continues until every rank's answers have ended, as sharded parameters need.
+
+    Returns:
+        One (new tokens,) int64 per sample, end-of-sequence and padding among them.
+    """
+    hf_model: Any = vlm.hf_model
+    pad_token_id: int = hf_model.generation_config.pad_token_id
+    flipped = [prompt.flip(0) for prompt in prompts]
+    input_ids = pad_sequence(flipped, batch_first=True, padding_value=pad_token_id).flip(1)  # padded on the left
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=input_ids.device)
+    columns = torch.arange(input_ids.shape[1], 0, -1, device=input_ids.device)
+    images = {}
+    if len(image_grid_thw):
+        pixel_values = vlm.normalizer(pixel_patches).to(hf_model.dtype)
+        images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        if "mm_token_type_ids" in signature(hf_model.forward).parameters:
+            # Without them transformers 5 gives image tokens the positions of words.
+            images["mm_token_type_ids"] = (input_ids == hf_model.config.image_token_id).int()
+    generated = hf_model.generate(
+        input_ids=input_ids,
+        attention_mask=(columns <= lengths[:, None]).long(),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        synced_gpus=lockstep,
+        **images,
+    )
+    return list(generated[:, input_ids.shape[1] :])

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from recipe.images import open_image
+from recipe.metrics.gather import normalized_caption
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
 _COLOURS = (
@@ -189,7 +190,7 @@ def _mark(item: DetectedObject | Object, panel: _Panel, corner: tuple[int, int])
     if isinstance(item, Object) and item.iscrowd:
         return (x1, y1, x2, y2), f"{item.caption or 'objects'} (crowd)", "", _PLAIN
     score = f"{item.score:.2f}" if isinstance(item, DetectedObject) and panel.kind == "prediction" else ""
-    return (x1, y1, x2, y2), item.caption, score, panel.colours[item.caption.strip().casefold()]
+    return (x1, y1, x2, y2), item.caption, score, panel.colours[normalized_caption(item.caption)]
 
 
 def _captions(marks: Sequence[_Mark], width: int, size: int) -> _Image:

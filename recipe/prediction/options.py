@@ -18,7 +18,11 @@ the sections evaluation and prompt of the run's config.yaml; recipe/config.py do
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed command line."""
+    """Return the parsed command line of predict.py; --help and a wrong flag end the process.
+
+    Raises:
+        ConfigError: The yaml of --config is wrong; names the key and the remedy.
+    """
     parser = argparse.ArgumentParser(
         prog="python recipe/predict.py",
         description="Find and describe the objects of images.",
@@ -50,32 +54,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--truth", type=Path, metavar="JSON", help=what)
     what = "COCO instances file with their ids; default: 1, 2, ..."
     parser.add_argument("--image-ids", type=Path, metavar="JSON", help=what)
-    args = parser.parse_args(arguments)
-    if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
-        parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
+    args = _parse_numbers(parser, arguments, ("batch_size", "max_new_tokens", "num_teachers"))
     if args.nms_iou is not None and not 0 < args.nms_iou < 1:
         parser.error(f"--nms-iou {args.nms_iou}: must be between 0 and 1")
     for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
         if any(text is not None and not text.strip() for text in texts):
             parser.error(f"--{name}: is empty; give a text, or leave it out for the run's prompt")
-    for name in ("batch_size", "max_new_tokens", "num_teachers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if args.num_teachers is not None and args.teachers is None:
         parser.error("--num-teachers needs --teachers FOLDER")
-    return args
-
-
-def check_command_line(arguments: Sequence[str]) -> None:
-    """Judge the flags and the yaml of --config; --help and a wrong flag end the process.
-
-    Raises:
-        ConfigError: Naming the key of the yaml and the remedy.
-    """
-    args = parse(arguments)
     if args.config is not None:
         check_fields(load_config(args.config))
+    return args
 
 
 def parse_gallery(arguments: Sequence[str]) -> argparse.Namespace:
@@ -94,12 +83,21 @@ def parse_gallery(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-images", type=int, default=200, metavar="N", help=what)
     what = "longest side in the page; default %(default)s"
     parser.add_argument("--image-size", type=int, default=720, metavar="PIXELS", help=what)
+    args = _parse_numbers(parser, arguments, ("max_images", "image_size"))
+    if args.split is not None and args.data is None:
+        parser.error("--split needs --data FOLDER")
+    return args
+
+
+def _parse_numbers(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], counts: Sequence[str]
+) -> argparse.Namespace:
+    """Return the parsed arguments; refuse a threshold outside [0, 1] and `counts` below 1."""
     args = parser.parse_args(arguments)
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
-    for name in ("max_images", "image_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be 1 or more")
-    if args.split is not None and args.data is None:
-        parser.error("--split needs --data FOLDER")
+    for name in counts:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     return args

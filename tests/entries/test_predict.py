@@ -18,8 +18,7 @@ from recipe.data.collate import collate_standard, one_each
 from recipe.export import main as export
 from recipe.export import parse as parse_export
 from recipe.predict import encode_image, main
-from recipe.prediction.files import read_entries
-from recipe.prediction.inputs import read_annotated_folder
+from recipe.prediction.files import read_annotated_folder, read_entries
 from recipe.prediction.options import parse
 from recipe.schema import Example, Object, Pack, Prediction, Sample
 from tests.launches.launch import run_composer

@@ -53,10 +53,10 @@ def test_worked_by_hand():
     assert found.evaluation["score_shift"] == pytest.approx(-log(2))
     # F1 from 2/3 up 2 * 3 / (4 + 4), from 1/3 up 2 * 4 / (8 + 4); half-way between the two scores
     assert found.evaluation["score_threshold"] == pytest.approx(0.5)
-    before, after = found.fitted
+    before, after = found.report["fitted"].values()
     assert (before.ece, after.ece) == (pytest.approx((0.25 + 0.05) / 2), pytest.approx(1 / 12))
     assert (before.f1, after.f1) == (pytest.approx(2 * 4 / 12), pytest.approx(0.75))  # the threshold before is .3
-    before, after = found.held_out
+    before, after = found.report["held_out"].values()
     assert (before.ece, after.ece) == (pytest.approx((2 * 0.2 + 0.5) / 3), pytest.approx((2 / 3 + 1 / 3) / 3))
     assert (before.f1, after.f1) == (pytest.approx(4 / 6), pytest.approx(4 / 5))
     assert (before.images, before.detections) == (3, 3)
@@ -99,9 +99,9 @@ def test_the_calibration_of_many_is_better_on_those_it_was_not_found_on():
         is_true = torch.rand(20_000, generator=generator, dtype=torch.float64) < (2 * logits + 1).sigmoid()
         return Detections(logits.sigmoid(), is_true, 200, int(is_true.sum()))
 
-    found = find(draw(), draw())
-    assert found.held_out[0].ece > 0.1 and found.held_out[1].ece < 0.01
-    assert found.held_out[1].f1 >= found.held_out[0].f1
+    held_out = find(draw(), draw()).report["held_out"]
+    assert held_out["before"].ece > 0.1 and held_out["after"].ece < 0.01
+    assert held_out["after"].f1 >= held_out["before"].f1
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,9 @@ def test_odd_halves_give_a_usable_calibration(half: Detections, tmp_path: Path):
     write_calibration(found, tmp_path / "calibration.yaml")
     read = read_calibration(tmp_path / "calibration.yaml", AS_IT_IS)
     assert 0 < read.score_scale < 1e3 and abs(read.score_shift) < 1e3
-    assert found.fitted[1].f1 == max(part.f1 for part in found.fitted)
-    assert found.held_out[1].ece == found.held_out[1].f1 == -1.0
+    fitted, held_out = found.report["fitted"], found.report["held_out"]
+    assert fitted["after"].f1 == max(part.f1 for part in fitted.values())
+    assert held_out["after"].ece == held_out["after"].f1 == -1.0
     assert len(calibration_text(found).splitlines()) == 15
 
 

@@ -77,7 +77,7 @@ def test_the_frame_is_of_the_longer_side_and_enlarges(width: int, height: int, t
 
 def merged(boxes: list[Box]) -> list[tuple[list[float], list[str]]]:
     truths = [Object(box, str(index)) for index, box in enumerate(boxes)]
-    return [(truth.box.tolist(), truth.references) for truth in merge_truths(truths, 1.0)]
+    return [(box.tolist(), captions) for box, captions in merge_truths(truths, 1.0)]
 
 
 def test_truths_merge_from_an_iou_of_70_percent():

@@ -1,9 +1,9 @@
-"""`recipe.metrics.answers`."""
+"""`recipe.metrics.boxes.answer_boxes`."""
 
 import pytest
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.answers import answer_boxes as scores
+from recipe.metrics.boxes import answer_boxes as scores
 from recipe.schema import Box, Prediction, Sample
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from recipe.joint import JointModel
-from recipe.prediction.generate import generate_answers
+from recipe.prediction.decode import generate_answers
 from recipe.schema import Batch, Example, JointOutputs
 from tests.support.flash_stub import Call, install
 from tests.support.tiny_cases import (

@@ -9,7 +9,7 @@ from torch import Tensor
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
-from recipe.prediction.generate import generate_captions
+from recipe.prediction.decode import generate_captions
 from recipe.schema import CaptionPlaces, Memory
 from tests.support.tiny_cases import make_model
 

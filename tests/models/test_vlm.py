@@ -27,7 +27,7 @@ from recipe.models.vlm import (
     resolve_attention,
     scatter_features,
 )
-from recipe.prediction.generate import generate_answers
+from recipe.prediction.decode import generate_answers
 from recipe.schema import Batch, Example
 from tests.support.tiny_cases import collator, make_samples, token_types
 

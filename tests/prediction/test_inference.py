@@ -9,8 +9,7 @@ from torchvision.ops import box_iou
 from recipe.config import EvaluationConfig
 from recipe.joint import JointModel
 from recipe.prediction import decode
-from recipe.prediction.decode import Decoding, eos_token_id, rank_queries
-from recipe.prediction.generate import generate_captions
+from recipe.prediction.decode import Decoding, eos_token_id, generate_captions, rank_queries
 from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Memory, Prediction
 from tests.support.tiny_cases import NUM_QUERIES, collator
 

@@ -1,10 +1,10 @@
-"""`recipe.prediction.inputs`: which pictures a command line names, and what is written about each."""
+"""`recipe.prediction.files`: which pictures a command line names, and what is written about each."""
 
 from pathlib import Path
 
 import pytest
 
-from recipe.prediction.inputs import entry_of, find_images, names_by_file, unique_names
+from recipe.prediction.files import entry_of, find_images, names_by_file, unique_names
 
 
 def test_files_folders_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
