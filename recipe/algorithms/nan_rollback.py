@@ -14,11 +14,11 @@ from composer import Algorithm, Event, Logger, State, Time
 from composer.utils import dist
 from torch import Tensor
 
-from recipe.algorithms.norms import is_sharded, local, named_groups, square_sums
 from recipe.algorithms.quarantine import AuditEntry, Quarantine
 from recipe.algorithms.snapshot import Snapshot, weights_are_finite
 from recipe.algorithms.watch import Action, MicrobatchFlags, Reading, Watch, head_outputs
 from recipe.config import NaNRollbackConfig
+from recipe.optim.groups import local, named_groups, square_sums
 from recipe.upstream.torch_private import foreach_mul_
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class NaNRollback(Algorithm):
         groups = named_groups(state.optimizers[0])
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
         sums = square_sums(gradients, self._losses[0].device)
-        if not is_sharded(state):
+        if not state.fsdp_enabled:
             sums /= dist.get_world_size()  # each rank has the whole sum
         losses = torch.stack(self._losses)
         num_flags = torch.stack([flags.count() for flags in self._microbatches]).sum()

@@ -6,7 +6,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from recipe.algorithms.norms import local, square_sums
+from recipe.optim.groups import local, square_sums
 from recipe.upstream.torch_private import foreach_copy_
 
 

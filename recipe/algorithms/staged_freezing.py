@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from recipe.algorithms.norms import is_sharded, local, named_groups
+from recipe.optim.groups import local, named_groups, num_parameters
 from recipe.optim.schedule import Schedule, lr_factor, stage_factor
 
 log = logging.getLogger(__name__)
@@ -150,16 +150,9 @@ def _make_missing_state(optimizer: Optimizer) -> None:
 
 def _table(state: State, factors: dict[str, float | None], rates: dict[str, float]) -> str:
     """Return one line per group; an all-reduce under FSDP."""
-    groups = named_groups(state.optimizers[0])
-    held = {id(parameter) for parameters in groups.values() for parameter in parameters}
-    rest = [parameter for parameter in state.model.parameters() if id(parameter) not in held]
-    parts = [sum(local(parameter).numel() for parameter in members) for members in (*groups.values(), rest)]
-    sizes = torch.tensor(parts, device=local(next(state.model.parameters())).device)
-    if is_sharded(state):
-        dist.all_reduce(sizes)
-    *counts, num_rest = sizes.tolist()
+    counts, num_rest = num_parameters(state)
     lines = [f"{'group':<10} {'parameters':>14} {'trainable':>14} {'factor':>8} {'lr':>10}"]
-    for name, count in zip(groups, counts, strict=True):
+    for name, count in counts.items():
         factor = factors[name]
         stage = "frozen" if factor is None else f"{factor:g}"
         lines.append(f"{name:<10} {count:>14,} {0 if factor is None else count:>14,} {stage:>8} {rates[name]:>10.3g}")

@@ -12,7 +12,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.optim import AdamW
 
-from recipe.algorithms.norms import is_sharded, local, named_groups, square_sums
+from recipe.optim.groups import local, named_groups, square_sums
 from recipe.upstream.torch_private import foreach_add_, foreach_addcdiv_, foreach_mul, foreach_norm, foreach_sqrt
 
 # Elements processed at once; the temporary memory is twice this. Many on a GPU, so that launches are few; on the CPU as
@@ -74,7 +74,7 @@ class GroupMetrics(Callback):
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             updates[names.index(group["name"])] += update_square_sum(optimizer, group, rate).to(updates.device)
         sums = torch.stack([weights, updates])
-        if is_sharded(state):
+        if state.fsdp_enabled:
             dist.all_reduce(sums)
         weight_norms, update_norms = sums.sqrt().tolist()
         metrics: dict[str, float] = {}

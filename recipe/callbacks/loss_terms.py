@@ -14,12 +14,12 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from recipe.algorithms.norms import is_sharded, local, named_groups
 from recipe.callbacks.group_metrics import every_batches
 from recipe.config import GROUPS, LossConfig
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.losses.detection import REPEATS
+from recipe.optim.groups import local, named_groups
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class LossGradients(Callback):
             for total, part in zip(language if term in LANGUAGE else others, gradient, strict=True):
                 total += part
         numbers = torch.stack([*squares, _dot(language, others), _dot(language, language), _dot(others, others)])
-        if is_sharded(state):
+        if state.fsdp_enabled:
             dist.all_reduce(numbers)
         *term_squares, product, language_square, other_square = numbers.tolist()
         metrics = {f"loss_gradient/{term}": square**0.5 for term, square in zip(terms, term_squares, strict=True)}

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import torch
 from composer import Callback
 from composer.core import State
 from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist, is_notebook
 from torch.utils.data import DataLoader
 
-from recipe.algorithms.norms import is_sharded, local, named_groups
 from recipe.data.stream import PackStream
 from recipe.metrics.gather import UNDEFINED
+from recipe.optim.groups import num_parameters
 
 log = logging.getLogger(__name__)
 
@@ -191,16 +190,11 @@ class Summary(Callback):
         return f"  steps       {state.max_duration}" + (f" = {steps} steps" if steps else "") + origin
 
     def _trains(self, state: State) -> str:
-        groups = named_groups(state.optimizers[0])
-        sizes = [sum(local(parameter).numel() for parameter in parameters) for parameters in groups.values()]
-        total = sum(local(parameter).numel() for parameter in state.model.parameters())
-        numbers = state.device.tensor_to_device(torch.tensor([*sizes, total]))
-        if is_sharded(state):
-            dist.all_reduce(numbers)
-        *sizes, total = numbers.tolist()
+        sizes, num_others = num_parameters(state)
         rates = {group["name"]: group["initial_lr"] for group in state.optimizers[0].param_groups}
-        parts = [f"{name} {short(size)} at {rates[name]:g}" for name, size in zip(groups, sizes, strict=True)]
-        return f"  trains      {', '.join(parts)}; {short(sum(sizes))} of {short(total)} parameters"
+        parts = [f"{name} {short(size)} at {rates[name]:g}" for name, size in sizes.items()]
+        trained = sum(sizes.values())
+        return f"  trains      {', '.join(parts)}; {short(trained)} of {short(trained + num_others)} parameters"
 
     def _device(self, state: State) -> str:
         processes = dist.get_world_size()

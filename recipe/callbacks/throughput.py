@@ -9,10 +9,10 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from recipe.algorithms.norms import named_groups
 from recipe.callbacks.flops import PARTS, step_flops
 from recipe.callbacks.group_metrics import every_batches
 from recipe.callbacks.loss_terms import joint_model
+from recipe.optim.groups import named_groups
 
 
 class Throughput(Callback):

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from recipe.algorithms.norms import local
 from recipe.checkpoints.check import FileEntry, describe_file
+from recipe.optim.groups import local
 from recipe.records import replacing
 from recipe.redact import redact_text
 from recipe.upstream.composer_state import weights_only_state
