@@ -6,6 +6,7 @@ One small all-reduce per step gives every rank the same numbers, so all ranks de
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,22 +148,7 @@ class NaNRollback(Algorithm):
         self._losses.append(terms["total"].detach().to(torch.float64, copy=True))
 
     def _decide(self, state: State, logger: Logger) -> None:
-        reading = self._measure(state)
-        logger.log_metrics({f"gradient_norm/{name}": norm for name, norm in self.gradient_norms.items()})
-        alarms = self.watch.alarms(reading)
-        if alarms and dist.get_global_rank() == 0:
-            names = ", ".join(f"{name} ({action.name.lower()})" for name, action in alarms.items())
-            log.warning("batch %d, loss %g, gradient norm %g: %s", self._batch, *reading[1:], names)
-        worst = max(alarms.values(), default=Action.LOG)
-        if reading.is_finite and worst is Action.LOG:
-            self.strikes = 0
-            self._clip(state)
-            return
-        reasons = [name for name, action in alarms.items() if action > Action.LOG]
-        self._reject(state, logger, reasons, from_data=not reading.is_finite, rollback=worst is Action.ROLLBACK)
-
-    def _measure(self, state: State) -> Reading:
-        """Reduce this step over all ranks: the only all-reduce and the only wait for the device."""
+        """Judge this step by numbers reduced over all ranks: the only all-reduce and the only wait for the device."""
         groups = named_groups(state.optimizers[0])
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
         sums = square_sums(gradients, self._losses[0].device)
@@ -173,22 +159,30 @@ class NaNRollback(Algorithm):
         reduced = torch.cat([sums, torch.stack([losses.sum(), losses.new_tensor(len(losses)), num_flags])])
         dist.all_reduce(reduced)
         *squares, loss, num_losses, flags = reduced.tolist()
-        norms = [square**0.5 for square in squares]
         total = sum(squares) ** 0.5
-        self.gradient_norms = {**dict(zip(groups, norms, strict=True)), "total": total}
-        is_finite = bool(torch.isfinite(reduced).all()) and flags == 0
-        return Reading(is_finite, loss / num_losses, total)
+        reading = Reading(bool(torch.isfinite(reduced).all()) and flags == 0, loss / num_losses, total)
+        self.gradient_norms = {name: square**0.5 for name, square in zip(groups, squares, strict=True)}
+        self.gradient_norms["total"] = total
+        logger.log_metrics({f"gradient_norm/{name}": norm for name, norm in self.gradient_norms.items()})
+        alarms = self.watch.alarms(reading)
+        if alarms and dist.get_global_rank() == 0:
+            names = ", ".join(f"{name} ({action.name.lower()})" for name, action in alarms.items())
+            log.warning("batch %d, loss %g, gradient norm %g: %s", self._batch, *reading[1:], names)
+        worst = max(alarms.values(), default=Action.LOG)
+        if reading.is_finite and worst is Action.LOG:
+            self.strikes = 0
+            self._clip([gradient for group in gradients for gradient in group], total)
+            return
+        reasons = [name for name, action in alarms.items() if action > Action.LOG]
+        self._reject(state, logger, reasons, from_data=not reading.is_finite, rollback=worst is Action.ROLLBACK)
 
-    def _clip(self, state: State) -> None:
+    def _clip(self, gradients: Sequence[Tensor], norm: float) -> None:
         """Clip like `torch.nn.utils.clip_grad_norm_`, by the norm that is already known."""
         if self.clip_norm is None:
             return
-        factor = self.clip_norm * self.clip_scale / (self.gradient_norms["total"] + 1e-6)
-        if factor >= 1:
-            return
-        parameters = [parameter for group in named_groups(state.optimizers[0]).values() for parameter in group]
-        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        foreach_mul_(gradients, factor)
+        factor = self.clip_norm * self.clip_scale / (norm + 1e-6)
+        if factor < 1:
+            foreach_mul_([local(gradient) for gradient in gradients], factor)
 
     def _reject(
         self, state: State, logger: Logger, reasons: list[str], from_data: bool = False, rollback: bool = False
@@ -217,13 +211,8 @@ class NaNRollback(Algorithm):
             )
         if rollback:
             self._restore(state)
-        logger.log_metrics(
-            {
-                "nan_rollback/skipped_batches": self.num_skipped,
-                "nan_rollback/rollbacks": self.num_rollbacks,
-                "nan_rollback/clip_scale": self.clip_scale,
-            }
-        )
+        metrics = {"skipped_batches": self.num_skipped, "rollbacks": self.num_rollbacks, "clip_scale": self.clip_scale}
+        logger.log_metrics({f"nan_rollback/{name}": value for name, value in metrics.items()})
 
     def _report(self, reasons: list[str], action: str, blame: bool) -> None:
         """Log the bad samples of every rank; count them if `blame`."""

@@ -65,7 +65,8 @@ class StagedFreezing(Algorithm):
         if event is Event.BEFORE_LOAD:
             self._configured = _fixed_settings(optimizer)
         elif event is Event.FIT_START:
-            self._report_loaded_settings(optimizer)
+            if dist.get_global_rank() == 0:
+                self._report_loaded_settings(optimizer)
             _make_missing_state(optimizer)
             # So that what the scheduler sets, and others read after a step, is that step's rate.
             _scheduler(state).lr_lambdas = [
@@ -111,8 +112,6 @@ class StagedFreezing(Algorithm):
         check_membership(state.model, optimizer)
 
     def _report_loaded_settings(self, optimizer: Optimizer) -> None:
-        if dist.get_global_rank() != 0:
-            return
         text = "group %s: %s is %s in the configuration but %s in the checkpoint (after any rollbacks), which applies; "
         text += "to change it, start from the weights alone with trainer.load_weights_only=true"
         for asked, loaded in zip(self._configured, _fixed_settings(optimizer), strict=False):
