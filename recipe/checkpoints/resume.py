@@ -24,7 +24,7 @@ from recipe.checkpoints.check import (
     open_folder,
     read_manifest,
 )
-from recipe.checkpoints.weights import SAFE_GLOBALS, UNREADABLE, refuse_code, some, unreadable
+from recipe.checkpoints.weights import SAFE_GLOBALS, explaining, refuse_code, some
 from recipe.config import TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -246,12 +246,14 @@ def check_file(path: str | Path, specs: list[tuple[int, int]] | None = None) -> 
     """
     path = Path(path).resolve()
     if path.name == ".metadata":
-        _check_metadata(path)
-    elif specs is None:
         try:
+            with path.open("rb") as file:
+                _Metadata(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is not an index of a sharded checkpoint: {error}: give another one") from error
+    elif specs is None:
+        with explaining(path):
             refuse_code(path)
-        except UNREADABLE as error:
-            raise unreadable(path, error) from error
     return True
 
 
@@ -260,11 +262,3 @@ class _Metadata(pickle.Unpickler):
         if name not in _METADATA_GLOBALS.get(module, set()):
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code: refused")
         return super().find_class(module, name)
-
-
-def _check_metadata(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            _Metadata(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is not an index of a sharded checkpoint: {error}: give another one") from error
