@@ -65,19 +65,35 @@ class StagedFreezing(Algorithm):
         if event is Event.BEFORE_LOAD:
             self._configured = _fixed_settings(optimizer)
         elif event is Event.FIT_START:
-            if dist.get_global_rank() == 0:
-                self._report_loaded_settings(optimizer)
-            _make_missing_state(optimizer)
-            # So that what the scheduler sets, and others read after a step, is that step's rate.
-            _scheduler(state).lr_lambdas = [
-                lambda _, name=group["name"]: lr_factor(self.schedule, name, state) for group in optimizer.param_groups
-            ]
-            self._factors = {}
+            self._begin_fit(state)
         elif event is Event.BATCH_START:
             self._begin_batch(state, logger)
         elif self._check is not None:
             self._unchecked -= self._check.finish(int(state.timestamp.batch) - 1, _rates(optimizer))
             self._check = None
+
+    def _begin_fit(self, state: State) -> None:
+        optimizer = state.optimizers[0]
+        text = "group %s: %s is %s in the configuration but %s in the checkpoint (after any rollbacks), which applies; "
+        text += "to change it, start from the weights alone with trainer.load_weights_only=true"
+        for asked, loaded in zip(self._configured, _fixed_settings(optimizer), strict=False):
+            for name in _FIXED_AT_START:
+                if asked[name] != loaded[name] and dist.get_global_rank() == 0:
+                    log.warning(text, asked["name"], name.removeprefix("initial_"), asked[name], loaded[name])
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            # The state that AdamW would create in its first step. Under FSDP1 a rank may hold no part of a parameter;
+            # then no state is saved.
+            if not optimizer.state.get(parameter) and parameter.numel():
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0, dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+        # So that what the scheduler sets, and others read after a step, is that step's rate.
+        _scheduler(state).lr_lambdas = [
+            lambda _, name=group["name"]: lr_factor(self.schedule, name, state) for group in optimizer.param_groups
+        ]
+        self._factors = {}
 
     def _begin_batch(self, state: State, logger: Logger) -> None:
         optimizer, scheduler = state.optimizers[0], _scheduler(state)
@@ -111,14 +127,6 @@ class StagedFreezing(Algorithm):
             )
         check_membership(state.model, optimizer)
 
-    def _report_loaded_settings(self, optimizer: Optimizer) -> None:
-        text = "group %s: %s is %s in the configuration but %s in the checkpoint (after any rollbacks), which applies; "
-        text += "to change it, start from the weights alone with trainer.load_weights_only=true"
-        for asked, loaded in zip(self._configured, _fixed_settings(optimizer), strict=False):
-            for name in _FIXED_AT_START:
-                if asked[name] != loaded[name]:
-                    log.warning(text, asked["name"], name.removeprefix("initial_"), asked[name], loaded[name])
-
 
 def _scheduler(state: State) -> LambdaLR:
     (scheduler,) = state.schedulers
@@ -132,19 +140,6 @@ def _rates(optimizer: Optimizer) -> dict[str, float]:
 
 def _fixed_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: group[name] for name in ("name", *_FIXED_AT_START)} for group in optimizer.param_groups]
-
-
-def _make_missing_state(optimizer: Optimizer) -> None:
-    """Give every parameter the state that AdamW would create in its first step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            # Under FSDP1 a rank may hold no part of a parameter; then no state is saved.
-            if not optimizer.state.get(parameter) and parameter.numel():
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0, dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
 
 
 def _table(state: State, factors: dict[str, float | None], rates: dict[str, float]) -> str:

@@ -56,11 +56,8 @@ def state_of_training(state: State, weights_only: bool, ignore_keys: IgnoreKeys 
         weights_only: Keep only the weights and what describes the run.
         ignore_keys: As `trainer.save_ignore_keys`.
     """
-    content: dict[str, Any] = {}
-    if weights_only:
-        content["state"] = weights_only_state(state)
-    else:
-        content["state"] = state.state_dict()
+    content: dict[str, Any] = {"state": weights_only_state(state) if weights_only else state.state_dict()}
+    if not weights_only:
         rng = reproducibility.get_rng_state()  # of all ranks
         if not (state.fsdp_sharded_state_dict_enabled and dist.get_global_rank() > 0):
             content["rng"] = rng
