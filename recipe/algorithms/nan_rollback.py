@@ -45,7 +45,6 @@ class NaNRollback(Algorithm):
     `nan_rollback/skipped_batches`, `nan_rollback/rollbacks` and `nan_rollback/clip_scale`.
 
     Args:
-        config: Thresholds and actions.
         clip_norm: Largest norm of the whole gradient; None: no clipping.
         folder: For the audit file of bad batches.
     """

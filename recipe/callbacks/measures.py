@@ -104,11 +104,7 @@ def update_square_sum(optimizer: AdamW, group: dict[str, Any], rate: float) -> T
 
     With u = rate * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the step made w = (1 - rate * decay) * old - u.
     So w - old = -(rate * decay * w + u) / (1 - rate * decay), which needs only what exists after the step.
-
-    Args:
-        optimizer: After its step, gradients not yet cleared: a parameter without one was not stepped.
-        group: One of its groups.
-        rate: The learning rate of the step.
+    Call it before the gradients are cleared: a parameter without one was not stepped. `rate` is the step's.
     """
     stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
     if not stepped:

@@ -25,6 +25,8 @@ from recipe.schema import Batch, DetectedObject, Object, Prediction, Role, Sampl
 log = logging.getLogger(__name__)
 
 _IMAGE_PAD = "<|image_pad|>"
+OVERLAY_SIZE = 1024  # longest side in pixels of an image that W&B draws boxes on
+TABLE_COLUMNS = ["image", "whose", "score", "caption", "x1", "y1", "x2", "y2"]
 _TAGS = {Role.NONE: "prompt", Role.TEACHER: "teacher answer", Role.STUDENT: "student answer"}
 
 
@@ -105,10 +107,6 @@ def _describe_target(target: Target | None, tokenizer: PreTrainedTokenizerBase) 
         caption = tokenizer.decode(caption_ids[caption_ids >= 0].tolist(), skip_special_tokens=True)  # -1: padding
         lines.append(f"  ({', '.join(f'{value:.3f}' for value in box)}) {caption}")
     return "\n".join(lines)
-
-
-OVERLAY_SIZE = 1024  # longest side in pixels of an image that W&B draws boxes on
-TABLE_COLUMNS = ["image", "whose", "score", "caption", "x1", "y1", "x2", "y2"]
 
 
 class LogPredictions(Callback):

@@ -96,10 +96,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     continues. It ends with an error only if its last checkpoint could not be written.
 
     Args:
-        origin: Of the run, for the manifest.
         metric: Keep the checkpoint of the best evaluation by this metric, such as `eval/box_ap50`.
         mode: Whether the greatest (`max`) or the least (`min`) value is the best.
-        keywords: Of Composer's saver.
     """
 
     def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
@@ -119,8 +117,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if dist.get_global_rank() == 0:
             clean(self._local_folder(state), state.timestamp.batch.value)
         super().fit_start(state, logger)
-        name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
         if self.metric is not None:
+            name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
             has_best = together(
                 lambda: dist.get_global_rank() == 0 and has_manifest(open_folder(self._given_folder), name)
             )

@@ -49,13 +49,7 @@ def together(action: Callable[[], Value]) -> Value:
 
 
 def state_of_training(state: State, weights_only: bool, ignore_keys: IgnoreKeys | None) -> dict[str, Any]:
-    """Return what Composer puts into a checkpoint; called by all ranks.
-
-    Args:
-        state: Of the Trainer.
-        weights_only: Keep only the weights and what describes the run.
-        ignore_keys: As `trainer.save_ignore_keys`.
-    """
+    """Return what Composer puts into a checkpoint, without `ignore_keys`; called by all ranks."""
     content: dict[str, Any] = {"state": weights_only_state(state) if weights_only else state.state_dict()}
     if not weights_only:
         rng = reproducibility.get_rng_state()  # of all ranks

@@ -49,9 +49,7 @@ def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
 def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> float:
     """Return the factor on all learning rates by `lr_scaling`: 1, linear in the batch's tokens, or their square root.
 
-    Args:
-        config: Names the rule and its reference.
-        tokens_per_batch: Real tokens per optimizer step over all ranks; NaN if not counted.
+    `tokens_per_batch` counts real tokens per optimizer step over all ranks; NaN if not counted.
 
     Raises:
         ValueError: The rule needs a number that is missing.
