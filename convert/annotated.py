@@ -4,7 +4,6 @@ The only module of `convert/` that `recipe/` imports.
 """
 
 from pathlib import Path
-from typing import Any
 
 from convert.coco import find as find_coco
 from convert.coco import read_instances
@@ -22,7 +21,7 @@ def read_coco(path: Path) -> dict[str, Sample]:
         ValueError: It is not such a file, or an entry of it cannot be read.
     """
     samples: dict[str, Sample] = {}
-    for entry in find_coco(_instances(path), path.parent, source=path.name).entries:
+    for entry in find_coco(read_instances(path), path.parent, source=path.name).entries:
         assert isinstance(entry, FileRecord)
         try:
             record = entry.parse()
@@ -41,15 +40,9 @@ def read_image_ids(path: Path) -> dict[str, int | str]:
         ValueError: It is not such a file.
     """
     try:
-        return {image["file_name"]: image["id"] for image in _instances(path)["images"]}
+        return {image["file_name"]: image["id"] for image in read_instances(path)["images"]}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} holds an image without id or file_name") from error
-
-
-def _instances(path: Path) -> dict[str, list[Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a COCO instances file")
-    return read_instances(path)
 
 
 def jsonl_files(folder: Path) -> list[Path]:

@@ -18,7 +18,6 @@ from typing import Any
 from convert.items import Found, Note, Rejected
 from convert.records import (
     BadRecord,
-    Parse,
     Record,
     check_file,
     list_records,
@@ -31,13 +30,22 @@ from convert.write import build_parser, run
 from recipe.schema import Object
 
 
-def read_instances(path: Path) -> dict[str, list[Any]]:
-    """Return the lists `images`, `annotations` and `categories` of a COCO instances file.
+def read_instances(path: Path, keys: Sequence[str] = ("images", "annotations", "categories")) -> dict[str, list[Any]]:
+    """Return the lists `keys` of a COCO file.
 
     Raises:
         ValueError: It is not such a file.
     """
-    return _read_lists(path, ("images", "annotations", "categories"))
+    wanted = f"a COCO file with the lists {', '.join(keys)}"
+    check_file(path, wanted)
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): give {wanted}") from error
+    missing = [key for key in keys if not (isinstance(data, dict) and isinstance(data.get(key), list))]
+    if missing:
+        raise ValueError(f"{path} lacks the lists {missing}: give {wanted}")
+    return {key: data[key] for key in keys}
 
 
 def find(
@@ -45,13 +53,8 @@ def find(
 ) -> Found:
     """Return one record per image, in the file's order.
 
-    Annotations of no image and phrases of no annotation come first, as rejected records.
-
-    Args:
-        instances: From `read_instances`.
-        images: Folder that `file_name` is relative to.
-        captions: File of phrases.
-        source: Name of the instances file, for rejected records.
+    Annotations of no image and phrases of no annotation come first, as rejected records, which name the file `source`.
+    `file_name` is relative to the folder `images`.
 
     Raises:
         ValueError: `images` is not a folder, a category has no name, or `captions` is not a file of phrases.
@@ -72,22 +75,12 @@ def find(
     if captions is not None:
         known = {_key(annotation, "id") for annotation in instances["annotations"]} - {None}
         leading += _read_phrases(captions, known, phrases)
-    rows = _rows(instances["images"], annotations, names, phrases, source)
-    return Found(list_records(images, rows), leading)
-
-
-def _rows(
-    images: Sequence[Any],
-    annotations: Mapping[Any, list[dict[str, Any]]],
-    names: dict[Any, str],
-    phrases: dict[Any, str],
-    source: str,
-) -> Iterator[tuple[str, str, Parse]]:
-    for position, image in enumerate(images):
+    rows = []
+    for position, image in enumerate(instances["images"]):
         image_id = _key(image, "id")
-        label = "" if image_id is None else str(image_id)
         parse = partial(_parse, image, annotations.get(image_id, []), names, phrases)
-        yield label, f"{source}: image {position}", parse
+        rows.append(("" if image_id is None else str(image_id), f"{source}: image {position}", parse))
+    return Found(list_records(images, rows), leading)
 
 
 def _parse(image: Any, annotations: list[dict[str, Any]], names: dict[Any, str], phrases: dict[Any, str]) -> Record:
@@ -127,7 +120,7 @@ def _category_names(categories: Sequence[Any]) -> dict[Any, str]:
 
 def _read_phrases(path: Path, known: set[Any], phrases: dict[Any, str]) -> Iterator[Rejected | Note]:
     """Fill `phrases` (annotation id → phrase) and yield those that were not used."""
-    for position, entry in enumerate(_read_lists(path, ("regions",))["regions"]):
+    for position, entry in enumerate(read_instances(path, ("regions",))["regions"]):
         key = _key(entry, "annotation_id")
         where = f"{path.name}: region {position}"
         if key not in known:
@@ -138,19 +131,6 @@ def _read_phrases(path: Path, known: set[Any], phrases: dict[Any, str]) -> Itera
             yield Rejected(str(key), where, "malformed phrase", repr(entry.get("phrase")))
         else:
             phrases[key] = entry["phrase"].strip()
-
-
-def _read_lists(path: Path, keys: tuple[str, ...]) -> dict[str, list[Any]]:
-    wanted = f"a COCO file with the lists {', '.join(keys)}"
-    check_file(path, wanted)
-    try:
-        data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): give {wanted}") from error
-    missing = [key for key in keys if not (isinstance(data, dict) and isinstance(data.get(key), list))]
-    if missing:
-        raise ValueError(f"{path} lacks the lists {missing}: give {wanted}")
-    return {key: data[key] for key in keys}
 
 
 def _key(entry: Any, name: str) -> int | str | None:

@@ -130,18 +130,16 @@ class Summary:
             f"  objects   {self.objects:>8}  ({self.crowd} crowd regions)",
         ]
         if self.captions:
-            lines.append(f"  captions  {self._describe_captions()}")
+            number = len(self.captions)
+            shown = [f"{shorten(text, 40)} {count}" for text, count in self.captions.most_common(_SHOWN_CAPTIONS)]
+            more = f", and {number - len(shown)} more" if number > len(shown) else ""
+            line = f"{number:>8}  ({', '.join(shown)}{more})"
+            if number > MOST_CAPTIONS:
+                line = f"{f'> {MOST_CAPTIONS}':>8}  (different ones)"
+            lines.append(f"  captions  {line}")
         lines.append(f"  shards    {self.shards:>8}  ({self.num_bytes / 2**20:.1f} MiB)")
         lines += [f"  note      {count:>8}  {what}" for what, count in self.notes.most_common()]
         lines += [f"  rejected  {len(self.rejected):>8}"]
         reasons = Counter(item.reason for item in self.rejected)
         lines += [f"            {count:>8}  {reason}" for reason, count in reasons.most_common()]
         return "\n".join(lines)
-
-    def _describe_captions(self) -> str:
-        number = len(self.captions)
-        if number > MOST_CAPTIONS:
-            return f"{f'> {MOST_CAPTIONS}':>8}  (different ones)"
-        shown = [f"{shorten(text, 40)} {count}" for text, count in self.captions.most_common(_SHOWN_CAPTIONS)]
-        more = f", and {number - len(shown)} more" if number > len(shown) else ""
-        return f"{number:>8}  ({', '.join(shown)}{more})"

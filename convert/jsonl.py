@@ -37,11 +37,7 @@ from recipe.schema import Object
 
 
 def find(annotations: Path, images: Path) -> Found:
-    """Return one record per line; blank lines are skipped.
-
-    Args:
-        annotations: File of JSON lines.
-        images: Folder that `images` are relative to.
+    """Return one record per line; blank lines are skipped. Paths are relative to the folder `images`.
 
     Raises:
         ValueError: `annotations` is not a file, or `images` is not a folder.
@@ -86,22 +82,17 @@ def _parse(line: bytes) -> Record:
     size = None
     if entry.get("width") is not None or entry.get("height") is not None:
         size = (parse_number(entry.get("width")), parse_number(entry.get("height")))
-    return Record(
-        _parse_images(entry), _parse_objects(entry.get("objects")), size, parse_messages(entry.get("messages"))
-    )
-
-
-def _parse_images(entry: dict[str, Any]) -> str | None:
     names = entry.get("images")
     if "image" in entry and not names:
         raise BadRecord("malformed record", 'has "image": the key is "images", a list of one path')
-    if names is None or names == []:
-        return None
-    if not isinstance(names, list):
-        raise BadRecord("malformed record", f"images is {names!r}, not a list of one path")
-    if len(names) > 1:
-        raise BadRecord("more than one image", f"{len(names)} images")
-    return parse_text(names[0], "images[0]")
+    image = None
+    if names is not None and names != []:
+        if not isinstance(names, list):
+            raise BadRecord("malformed record", f"images is {names!r}, not a list of one path")
+        if len(names) > 1:
+            raise BadRecord("more than one image", f"{len(names)} images")
+        image = parse_text(names[0], "images[0]")
+    return Record(image, _parse_objects(entry.get("objects")), size, parse_messages(entry.get("messages")))
 
 
 def _parse_objects(value: Any) -> list[Object] | None:

@@ -39,11 +39,9 @@ class Job:
     """What every part of a conversion shares.
 
     Attributes:
-        entries: All records.
         staging: Folder of the parts' state; `data` in it becomes the data set, or holds what is uploaded last.
         address: Object store that finished shards go to; None: they wait in `data`.
         stored: Names in that store at the start, None if it cannot list them.
-        part_records: Records per part.
         hashes: Checksums kept in the index, sorted.
         size_limit: Bytes per shard, as `MDSWriter` takes it.
         strict: A part ends at its first rejected record.

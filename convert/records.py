@@ -52,9 +52,7 @@ class Record:
 
     Attributes:
         image: Path under the image root, or None for a text-only record.
-        objects: As in `Sample`.
         size: Stated (width, height) of the displayed image, or None.
-        messages: As in `Sample`.
     """
 
     image: str | None
@@ -72,7 +70,6 @@ class FileRecord:
 
     Attributes:
         image_root: Real path of the images' folder; nothing outside it is read.
-        id: Of the record.
         source: Its file and place in it, for the reader of rejected.jsonl.
         parse: Makes the record; may raise `BadRecord`.
     """
@@ -129,9 +126,7 @@ class FileRecord:
 def list_records(image_root: Path, rows: Iterable[tuple[str, str, Parse]]) -> list[FileRecord]:
     """Return the records of a format file, in order; the first with an id owns it, later ones are rejected.
 
-    Args:
-        image_root: Folder of the images.
-        rows: (id, source, parse) of each record; the id is empty if it has none.
+    `rows` are (id, source, parse) of each record; the id is empty if it has none.
 
     Raises:
         ValueError: `image_root` is not a folder.

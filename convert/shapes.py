@@ -50,12 +50,7 @@ class _Shape:
 def draw_scene(seed: int, index: int, image_size: int = 140, min_objects: int = 1, max_objects: int = 4) -> Sample:
     """Draw one scene: a PNG, and the tight boxes of its shapes, which overlap by at most `MAX_IOU`.
 
-    Args:
-        seed: Of the data set.
-        index: Of the scene.
-        image_size: Pixels, width and height.
-        min_objects: Fewest shapes.
-        max_objects: Most shapes.
+    `image_size` is in pixels, width and height.
 
     Raises:
         ValueError: The arguments admit no scene.
@@ -73,7 +68,10 @@ def draw_scene(seed: int, index: int, image_size: int = 140, min_objects: int = 
     if shapes is None:
         raise ValueError(f"found no room for {count} shapes in one scene: lower max_objects ({max_objects})")
     for shape in shapes:
-        _paint(rng, pixels, shape)
+        color = np.asarray(COLORS[shape.color]) + rng.uniform(-10, 10, size=3)
+        side = len(shape.mask)
+        area = pixels[shape.top : shape.top + side, shape.left : shape.left + side]
+        area += (color - area) * (shape.mask[..., None] / 255)
     buffer = io.BytesIO()
     Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(buffer, format="PNG", compress_level=1)
     objects = tuple(Object(shape.box, shape.caption) for shape in shapes)
@@ -123,9 +121,13 @@ def _place_shapes(rng: np.random.Generator, count: int, image_size: int) -> list
     shapes: list[_Shape] = []
     for _ in range(count):
         for _ in range(_PLACES):
-            shape = _random_shape(rng, image_size)
-            if all(_iou(shape.box, other.box) <= MAX_IOU for other in shapes):
-                shapes.append(shape)
+            size, color, name = (values[rng.integers(len(values))] for values in (list(SIZES), list(COLORS), SHAPES))
+            side = round(rng.uniform(*SIZES[size]) * image_size)
+            left, top = (int(start) for start in rng.integers(0, image_size - side + 1, size=2))
+            mask, (x1, y1, x2, y2) = _mask(name, side)
+            box = (left + x1, top + y1, left + x2, top + y2)
+            if all(_iou(box, other.box) <= MAX_IOU for other in shapes):
+                shapes.append(_Shape(mask, left, top, box, color, f"{size} {color} {name}"))
                 break
         else:
             return None
@@ -136,15 +138,6 @@ def _iou(box: Box, other: Box) -> float:
     (x1, y1, x2, y2), (u1, v1, u2, v2) = box, other
     overlap = max(0.0, min(x2, u2) - max(x1, u1)) * max(0.0, min(y2, v2) - max(y1, v1))
     return overlap / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - overlap)
-
-
-def _random_shape(rng: np.random.Generator, image_size: int) -> _Shape:
-    size, color, name = (values[rng.integers(len(values))] for values in (list(SIZES), list(COLORS), SHAPES))
-    side = round(rng.uniform(*SIZES[size]) * image_size)
-    left, top = (int(start) for start in rng.integers(0, image_size - side + 1, size=2))
-    mask, (x1, y1, x2, y2) = _mask(name, side)
-    box = (left + x1, top + y1, left + x2, top + y2)
-    return _Shape(mask, left, top, box, color, f"{size} {color} {name}")
 
 
 @cache
@@ -170,14 +163,6 @@ def _mask(name: str, side: int) -> tuple[np.ndarray, Box]:
     return mask, (float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
 
 
-def _paint(rng: np.random.Generator, pixels: np.ndarray, shape: _Shape) -> None:
-    """Paint a shape into `pixels` (H, W, 3), its colour a little off the named one."""
-    color = np.asarray(COLORS[shape.color]) + rng.uniform(-10, 10, size=3)
-    side = len(shape.mask)
-    area = pixels[shape.top : shape.top + side, shape.left : shape.left + side]
-    area += (color - area) * (shape.mask[..., None] / 255)
-
-
 def main() -> None:
     """Run the command line."""
     parser = build_parser("shapes", __doc__)
@@ -186,12 +171,12 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=140, help="pixels, width and height; default %(default)s")
     parser.add_argument("--min-objects", type=int, default=1)
     parser.add_argument("--max-objects", type=int, default=4)
-    run(parser, _find)
 
+    def find(args: argparse.Namespace) -> Found:
+        options = (args.image_size, args.min_objects, args.max_objects)
+        return Found([Scene(args.seed, index, *options) for index in range(args.num_samples)])
 
-def _find(args: argparse.Namespace) -> Found:
-    options = (args.image_size, args.min_objects, args.max_objects)
-    return Found([Scene(args.seed, index, *options) for index in range(args.num_samples)])
+    run(parser, find)
 
 
 if __name__ == "__main__":

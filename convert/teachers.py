@@ -51,12 +51,7 @@ def candidate(index: int, sample: Sample) -> Candidate | None:
 
 
 def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list[int]:
-    """Return the `index` of the picked candidates, in the order of picking.
-
-    Args:
-        candidates: To pick from.
-        num_samples: How many.
-        seed: Decides between equals.
+    """Return the `index` of the picked candidates, in the order of picking; `seed` decides between equals.
 
     Raises:
         ValueError: There are fewer than `num_samples`.
@@ -84,16 +79,7 @@ def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list
 
 
 def iter_samples(dataset: "StreamingDataset", num_samples: int, seed: int) -> Iterator[Sample]:
-    """Yield the pool, in the order of picking.
-
-    Args:
-        dataset: A converted data set; read twice.
-        num_samples: Of the pool.
-        seed: Decides between equals.
-
-    Raises:
-        ValueError: Too few samples can be teachers.
-    """
+    """Yield what `choose` picks from a converted data set, which is read twice."""
     found = (candidate(index, Sample.from_mds(dataset[index])) for index in range(dataset.num_samples))
     for index in choose([item for item in found if item is not None], num_samples, seed):
         yield Sample.from_mds(dataset[index])

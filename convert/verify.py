@@ -52,13 +52,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, decode: bool = False, num_workers: int = 1) -> Iterator[str]:
-    """Yield a line for each problem of the data set in `folder`.
-
-    Args:
-        folder: Holds index.json and the shards.
-        decode: Also decode every image.
-        num_workers: Processes.
-    """
+    """Yield a line for each problem of the data set in `folder`; with `decode` also decode every image."""
     try:
         index = read_index(folder)
     except ValueError as error:
@@ -81,12 +75,7 @@ def verify(folder: Path, decode: bool = False, num_workers: int = 1) -> Iterator
 
 
 def check_shard(folder: Path, shard: Mapping[str, Any], decode: bool) -> tuple[list[bytes | None], list[str]]:
-    """Check one shard.
-
-    Args:
-        folder: It is in.
-        shard: Its entry in the index.
-        decode: Also decode every image.
+    """Check one shard, an entry of the index; with `decode` also decode every image.
 
     Returns:
         For each sample a digest of its row without the image, None if it cannot be read; and the problems.
@@ -99,7 +88,8 @@ def check_shard(folder: Path, shard: Mapping[str, Any], decode: bool) -> tuple[l
     size = path.stat().st_size
     if size != file["bytes"]:
         return nothing, [f"{path}: holds {size} bytes, the index says {file['bytes']}: {_AGAIN}"]
-    from streaming.base.hashing import get_hash, is_hash  # imports torch
+    from streaming.base.format import reader_from_json  # imports torch
+    from streaming.base.hashing import get_hash, is_hash
 
     data, problems = path.read_bytes(), []
     for name, expected in file["hashes"].items():
@@ -108,22 +98,12 @@ def check_shard(folder: Path, shard: Mapping[str, Any], decode: bool) -> tuple[l
         elif get_hash(name, data) != expected:
             problems.append(f"{path}: {name} is {get_hash(name, data)}, the index says {expected}: {_AGAIN}")
     del data
-    return _check_rows(folder, path, shard, decode, problems), problems
-
-
-def _check_rows(
-    folder: Path, path: Path, shard: Mapping[str, Any], decode: bool, problems: list[str]
-) -> list[bytes | None]:
-    """Return the digests of the rows; add to `problems`."""
-    from streaming.base.format import reader_from_json  # imports torch
-
-    digests: list[bytes | None] = []
     try:
         reader = reader_from_json(str(folder), None, dict(shard))
         reader.validate(allow_unsafe_types=False)
     except Exception as error:  # Streaming raises whatever a wrong entry leads to
-        problems.append(f"{path}: the index does not describe a readable shard ({error!r}): {_AGAIN}")
-        return [None] * shard["samples"]
+        return nothing, [*problems, f"{path}: the index does not describe a readable shard ({error!r}): {_AGAIN}"]
+    digests: list[bytes | None] = []
     for position in range(shard["samples"]):
         digest = None
         try:
@@ -133,7 +113,7 @@ def _check_rows(
         except Exception as error:  # as above, for wrong bytes
             problems.append(f"{path}: sample {position}: {type(error).__name__}: {error}: {_AGAIN}")
         digests.append(digest)
-    return digests
+    return digests, problems
 
 
 def _check_image(sample: Sample, decode: bool) -> None:

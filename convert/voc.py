@@ -19,36 +19,20 @@ from convert.write import build_parser, run
 from recipe.schema import Object
 
 
-def find_annotations(folder: Path) -> list[Path]:
-    """Return the xml files under `folder`, sorted.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"annotation folder {folder} does not exist: give a folder of Pascal VOC .xml files")
-    paths = sorted(folder.rglob("*.xml"))
-    if not paths:
-        raise ValueError(f"no .xml file under the annotation folder {folder}: give one of Pascal VOC files")
-    return paths
-
-
 def find(annotations: Path, images: Path) -> Found:
-    """Return one record per xml file, sorted by path.
-
-    Args:
-        annotations: Folder of xml files, searched in depth.
-        images: Folder that `filename` is relative to.
+    """Return one record per xml file under `annotations`, by path; `filename` is relative to the folder `images`.
 
     Raises:
         ValueError: `annotations` holds no xml file, or `images` is not a folder.
     """
-    paths = find_annotations(annotations)
-    names = [path.relative_to(annotations) for path in paths]
-    rows = (
-        (name.with_suffix("").as_posix(), name.as_posix(), partial(_parse, path))
-        for name, path in zip(names, paths, strict=True)
-    )
+    if not annotations.is_dir():
+        raise ValueError(f"annotation folder {annotations} does not exist: give a folder of Pascal VOC .xml files")
+    rows = []
+    for path in sorted(annotations.rglob("*.xml")):
+        name = path.relative_to(annotations)
+        rows.append((name.with_suffix("").as_posix(), name.as_posix(), partial(_parse, path)))
+    if not rows:
+        raise ValueError(f"no .xml file under the annotation folder {annotations}: give one of Pascal VOC files")
     return Found(list_records(images, rows))
 
 

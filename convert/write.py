@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from convert import store
-from convert.items import Found, Item, Rejected, Summary
+from convert.items import Found, Item, Summary
 from recipe.records import INDEX_FILE, RECORDS_FILE, rename
 from recipe.redact import redact
 
@@ -50,19 +50,8 @@ def convert_split(
 
     If it is killed or fails, its finished parts stay: the same call continues after them and ends with the same bytes.
     The number of workers changes no byte. A rerun of one split replaces only that split's lines of rejected.jsonl.
-
-    Args:
-        found: From a converter.
-        out: Local folder or object-store address.
-        split: Folder under `out`; empty: `out` itself.
-        size_limit: Bytes per shard, as `MDSWriter` takes it.
-        hashes: Checksums kept in the index.
-        strict: Stop at the first rejected record.
-        overwrite: Replace a local data set.
-        num_workers: Processes; 0 or 1: this one alone.
-        staging: Folder for the state of conversions to object stores; default: in the temporary folder.
-        restartable: Else a failure leaves nothing.
-        part_records: Records per part.
+    OUT is a local folder or an object-store address; without a split the data set is OUT itself. `restartable=False`: a
+    failure leaves nothing. For the other keywords see `Job` and `parse_args`.
 
     Raises:
         ValueError: OUT/SPLIT is taken, or another conversion is writing it; `strict` and a record was rejected;
@@ -145,15 +134,11 @@ def _collect(found: Found, job: "Job", made: Generator[Summary, None, None]) -> 
 
 def _check(summary: Summary, strict: bool) -> None:
     """Raise if the data set must not appear: it is empty, or `strict` and a record was rejected."""
-    first = [_describe(item) for item in summary.rejected[:1]]
+    first = [f"{item.source} (id {item.id!r}): {item.reason}: {item.detail}" for item in summary.rejected[:1]]
     if strict and first:
         raise ValueError(f"{first[0]}. Fix the record, or leave --strict out to convert without it")
     if not summary.samples:
         raise ValueError("; ".join(["nothing to write: no record is usable", *first]) + f"\n{summary}")
-
-
-def _describe(item: Rejected) -> str:
-    return f"{item.source} (id {item.id!r}): {item.reason}: {item.detail}"
 
 
 def _publish(job: "Job", address: str) -> None:
@@ -206,12 +191,7 @@ def add_num_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(parser: argparse.ArgumentParser, with_split: bool = True) -> argparse.Namespace:
-    """Add the arguments that every converter takes and parse the command line.
-
-    Args:
-        parser: From `build_parser`, with the converter's own arguments.
-        with_split: Also those that only `convert_split` takes.
-    """
+    """Add the arguments that all converters take, `with_split` also those of `convert_split`, and parse."""
     parser.add_argument("--out", required=True, metavar="OUT", help="local folder or object-store address")
     if with_split:
         parser.add_argument(

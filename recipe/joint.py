@@ -13,16 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.config import EvaluationConfig, LossConfig, PromptConfig
 from recipe.losses.counts import UNIT_COUNTS, count_losses
-from recipe.losses.detection import base_term, caption_loss, denoising_losses, detection_losses
-from recipe.losses.language import language_losses
+from recipe.losses.terms import base_term, caption_loss, denoising_losses, detection_losses, language_losses
 from recipe.metrics.answers import answer_boxes
 from recipe.metrics.boxes import box_average_precision, category_average_precision, expression_accuracy, query_recall
 from recipe.metrics.calibration import calibration
 from recipe.metrics.captions import caption_cider, caption_match, dense_captioning
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import TextScorer, default_text_scorer
-from recipe.models.network import JointNetwork
-from recipe.models.sharding import Sealed
+from recipe.models.network import JointNetwork, Sealed
 from recipe.prediction.decode import Decoding, predict
 from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts, Prediction, Sample
 

@@ -16,7 +16,8 @@ import composer
 import pytest
 
 from recipe.config import RecipeConfig
-from recipe.configure import load_config
+from recipe.configure import ConfigError, load_config
+from recipe.rules import check_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -210,6 +211,17 @@ def test_files_that_are_named_exist(path: Path) -> None:
     names = re.findall(r"(?<![\w./])(?:recipe|convert|tests|yamls)/[\w/]+\.(?:py|yaml|md|png)\b", text)
     missing = {name for name in names if not (ROOT / name).exists()}
     assert not missing, f"{path.name} names {sorted(missing)}"
+
+
+def test_the_settings_that_freeze_the_backbone_are_accepted() -> None:
+    (bullet,) = re.findall(
+        r"^- \*\*Freeze a part\.\*\*.*?(?=^- )", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+    settings = re.findall(r"[\w.]+=\w+", bullet)
+    assert len(settings) == 6
+    check_config(load_config(str(ROOT / "yamls/joint.yaml"), settings))
+    with pytest.raises(ConfigError, match="freezes adapter, detection at the start"):
+        check_config(load_config(str(ROOT / "yamls/joint.yaml"), settings[:-2]))
 
 
 def test_the_shape_of_the_commands() -> None:

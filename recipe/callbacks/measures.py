@@ -20,7 +20,7 @@ from torch.optim import AdamW
 from recipe.config import GROUPS, LossConfig
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
-from recipe.losses.detection import REPEATS
+from recipe.losses.terms import REPEATS
 from recipe.optim.groups import local, named_groups, square_sums
 from recipe.upstream.torch_private import foreach_add_, foreach_addcdiv_, foreach_mul, foreach_norm, foreach_sqrt
 

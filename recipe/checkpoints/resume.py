@@ -28,7 +28,7 @@ from recipe.checkpoints.weights import SAFE_GLOBALS, explaining, refuse_code, so
 from recipe.config import TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
-from recipe.upstream.agreement import agree
+from recipe.upstream.agreement import agree, from_rank_0
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
         _check_fit(trainer, origin, found)
         return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
 
-    return _from_rank_0(look)
+    return _keywords_from_rank_0(look)
 
 
 def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin) -> dict[str, Any]:
@@ -62,24 +62,17 @@ def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin
     Raises:
         ValueError: On every rank: it is broken, or does not fit.
     """
-    return _from_rank_0(lambda: _given(trainer, load_path, origin, weights_only=True))
+    return _keywords_from_rank_0(lambda: _given(trainer, load_path, origin, weights_only=True))
 
 
-def _from_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    found: list[dict[str, Any]] = [{}]
-    error: Exception | None = None
-    if dist.get_global_rank() == 0:
-        try:
-            found[0] = look()
-        except Exception as raised:  # raised again below, on all ranks
-            error = raised
-    agree(error)
-    dist.broadcast_object_list(found)
-    path = found[0].get("load_path")
+def _keywords_from_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    found = from_rank_0(look)
+    error = None
+    path = found.get("load_path")
     if path is not None and "://" not in path and not Path(path).exists():
         error = ValueError(f"{path} does not exist on rank {dist.get_global_rank()}: use a folder that all nodes share")
     agree(error)
-    return found[0]
+    return found
 
 
 def is_finished(trainer: Trainer) -> bool:

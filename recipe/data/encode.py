@@ -1,6 +1,7 @@
 """Sample → Example: the conversation as ids with roles, the images as patches, the head's target."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -33,23 +34,26 @@ def rope_positions(input_ids: Tensor, image_grid_thw: Tensor, hf_config: Any) ->
     return positions[:, 0].clone()
 
 
+@contextmanager
+def naming(sample: Sample) -> Iterator[None]:
+    """Put the sample's id in front of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"sample {sample.id!r}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes a sample and its teachers; the same input always gives the same example.
-
-    Attributes:
-        max_caption_tokens: Longest caption, including end-of-sequence.
-        max_seq_len: Longest conversation, in tokens.
-        keep_image: Keep the student's image bytes in the example, for drawing.
-    """
+    """Encodes a sample and its teachers; the same input always gives the same example."""
 
     tokenizer: PreTrainedTokenizerBase
     hf_config: Any
     image_spec: ImageSpec
     prompt: PromptConfig
-    max_caption_tokens: int
-    max_seq_len: int
-    keep_image: bool = False
+    max_caption_tokens: int  # of the longest caption, including end-of-sequence
+    max_seq_len: int  # of the longest conversation
+    keep_image: bool = False  # keep the student's image bytes in the example, for drawing
 
     @property
     def pad_token_id(self) -> int:
@@ -65,38 +69,38 @@ class Encoder:
         Raises:
             ValueError: The sample or a teacher cannot be used; names its id and the remedy.
         """
-        try:
-            return self._encode(sample, teachers)
-        except ValueError as error:
-            raise ValueError(f"sample {sample.id!r}: {error}") from error
-
-    def _encode(self, sample: Sample, teachers: Sequence[Sample]) -> Example:
-        head, student = self.segments(sample, teachers)
-        with_image = [item for item in (*teachers, sample) if item.has_image]
-        images = [patchify(item.image, self.image_spec) for item in with_image]
-        for item, (_, grid) in zip(with_image, images, strict=True):
-            _check_size(item, grid, self.image_spec)
-        image_grid_thw = torch.tensor([grid for _, grid in images], dtype=torch.int64).view(-1, 3)
-        no_patches = torch.empty(0, self.image_spec.patch_values, dtype=torch.uint8)
-        tokens_per_image = (image_grid_thw.prod(-1) // self.image_spec.merge_size**2).tolist()
-        input_ids, roles, prompt_length = self._tokenize(head, student, tokens_per_image)
-        if len(input_ids) > self.max_seq_len:
-            raise ValueError(
-                f"its conversation is {len(input_ids)} tokens long ({sum(tokens_per_image)} of them of "
-                f"{len(images)} images), above max_seq_len {self.max_seq_len}: raise max_seq_len, "
-                "or lower image.max_pixels or teachers.num_teachers"
+        with naming(sample):
+            head, student = self.segments(sample, teachers)
+            with_image = [item for item in (*teachers, sample) if item.has_image]
+            images = [patchify(item.image, self.image_spec) for item in with_image]
+            for item, (_, (_, rows, columns)) in zip(with_image, images, strict=True):
+                patch = self.image_spec.patch_size
+                if resized_size(item.width, item.height, self.image_spec) != (columns * patch, rows * patch):
+                    raise ValueError(  # boxes refer to the stated size
+                        f"the image of {item.id!r} does not have the stated {item.width} x {item.height} pixels: "
+                        "convert the data set again"
+                    )
+            image_grid_thw = torch.tensor([grid for _, grid in images], dtype=torch.int64).view(-1, 3)
+            tokens_per_image = (image_grid_thw.prod(-1) // self.image_spec.merge_size**2).tolist()
+            input_ids, roles, prompt_length = self._tokenize(head, student, tokens_per_image)
+            if len(input_ids) > self.max_seq_len:
+                raise ValueError(
+                    f"its conversation is {len(input_ids)} tokens long ({sum(tokens_per_image)} of them of "
+                    f"{len(images)} images), above max_seq_len {self.max_seq_len}: raise max_seq_len, "
+                    "or lower image.max_pixels or teachers.num_teachers"
+                )
+            no_patches = torch.empty(0, self.image_spec.patch_values, dtype=torch.uint8)
+            return Example(
+                sample=sample if self.keep_image else replace(sample, image=b""),
+                input_ids=input_ids,
+                roles=roles,
+                position_ids=rope_positions(input_ids, image_grid_thw, self.hf_config),
+                prompt_length=prompt_length,
+                pixel_patches=torch.cat([no_patches, *(patches for patches, _ in images)]),
+                image_grid_thw=image_grid_thw,
+                has_student_image=sample.has_image,
+                target=None if sample.objects is None else self._target(sample, sample.objects),
             )
-        return Example(
-            sample=sample if self.keep_image else replace(sample, image=b""),
-            input_ids=input_ids,
-            roles=roles,
-            position_ids=rope_positions(input_ids, image_grid_thw, self.hf_config),
-            prompt_length=prompt_length,
-            pixel_patches=torch.cat([no_patches, *(patches for patches, _ in images)]),
-            image_grid_thw=image_grid_thw,
-            has_student_image=sample.has_image,
-            target=None if sample.objects is None else self._target(sample, sample.objects),
-        )
 
     def segments(self, sample: Sample, teachers: Sequence[Sample] = ()) -> tuple[list[Segment], list[Segment]]:
         """Return the segments before the student turn, and its own, without decoding images; raises as `__call__`."""
@@ -105,7 +109,14 @@ class Encoder:
         head = chat.system_segments(chat.system_of(sample.messages or (), self.prompt.system))
         for teacher in teachers:
             head += self.teacher_segments(teacher)
-        return head, self._student_segments(sample)
+        if sample.messages is not None:
+            return head, chat.message_segments(sample.messages, sample.has_image)
+        if not sample.has_image:
+            raise ValueError("it has neither an image nor messages: add one of them, or remove the sample")
+        student = [Segment(chat.detection_question(self.prompt))]
+        if sample.objects is not None and self.prompt.student_answer:
+            student += chat.answer_segments(self._answer(sample, sample.objects), Role.STUDENT)
+        return head, student
 
     def teacher_segments(self, teacher: Sample) -> list[Segment]:
         """Return the turns of one teacher; raise ValueError if it is not an annotated image, or cannot be used."""
@@ -116,16 +127,6 @@ class Encoder:
         except ValueError as error:
             raise ValueError(f"its teacher {teacher.id!r}: {error}") from error
         return [Segment(chat.detection_question(self.prompt)), *answer]
-
-    def _student_segments(self, sample: Sample) -> list[Segment]:
-        if sample.messages is not None:
-            return chat.message_segments(sample.messages, sample.has_image)
-        if not sample.has_image:
-            raise ValueError("it has neither an image nor messages: add one of them, or remove the sample")
-        segments = [Segment(chat.detection_question(self.prompt))]
-        if sample.objects is not None and self.prompt.student_answer:
-            segments += chat.answer_segments(self._answer(sample, sample.objects), Role.STUDENT)
-        return segments
 
     def _answer(self, sample: Sample, objects: Sequence[Object]) -> str:
         size = resized_size(sample.width, sample.height, self.image_spec)
@@ -177,14 +178,4 @@ class Encoder:
             caption_ids=pad_sequence(captions, batch_first=True, padding_value=-100)
             if captions
             else torch.empty(0, 1, dtype=torch.int64),
-        )
-
-
-def _check_size(sample: Sample, grid: tuple[int, int, int], spec: ImageSpec) -> None:
-    """Raise ValueError if the stated size, which boxes refer to, is not the decoded image's."""
-    _, rows, columns = grid
-    if resized_size(sample.width, sample.height, spec) != (columns * spec.patch_size, rows * spec.patch_size):
-        raise ValueError(
-            f"the image of {sample.id!r} does not have the stated {sample.width} x {sample.height} pixels: "
-            "convert the data set again"
         )

@@ -6,24 +6,32 @@ and pixel budget; the counts are kept next to the index too, with the fingerprin
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import Stream
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from recipe.data.chat import IMAGE, Segment
-from recipe.data.counts import KeptCount, count_on_rank_0, index_of
-from recipe.data.encode import Encoder
+from recipe.data.encode import Encoder, naming
 from recipe.data.image import resized_size
 from recipe.data.teachers import TeacherPool, id_hash
-from recipe.records import RECORDS_FILE, read_records
-from recipe.schema import ImageSpec, Object, Sample
-from recipe.upstream.storage import fetch_next_to_index
+from recipe.records import INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256, write_whole
+from recipe.schema import Object, Sample
+from recipe.upstream.agreement import from_rank_0
+from recipe.upstream.checked_stream import CheckedStream
+
+log = logging.getLogger(__name__)
+
+Arrays = dict[str, NDArray[Any]]
 
 _CHUNK = 1024  # samples whose texts are tokenized per call
 _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))
@@ -31,43 +39,25 @@ _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a p
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of the samples of a data set, in stored order.
+    """Lengths of the samples of a data set, in stored order."""
 
-    Attributes:
-        tokens: (N,) int64, of the conversation without teachers, including image tokens.
-        patches: (N,) int64, of the sample's own image; 0 without one.
-        takes_teachers: (N,) bool, see `takes_teachers`.
-        id_hashes: (N,) int64, see `id_hash`.
-    """
-
-    tokens: NDArray[np.int64]
-    patches: NDArray[np.int64]
-    takes_teachers: NDArray[np.bool_]
-    id_hashes: NDArray[np.int64]
+    tokens: NDArray[np.int64]  # (N,) of the conversation without teachers, including image tokens
+    patches: NDArray[np.int64]  # (N,) of the sample's own image; 0 without one
+    takes_teachers: NDArray[np.bool_]  # (N,) see `takes_teachers`
+    id_hashes: NDArray[np.int64]  # (N,) see `id_hash`
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
 @dataclass(frozen=True)
-class CaptionLengths:
-    """The longest caption of a data set.
-
-    Attributes:
-        longest: (1,) int64, its tokens including end-of-sequence; 0 if no object has a caption.
-    """
-
-    longest: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
 class LengthTable:
-    """The lengths of a data set and, each (T,) int64, of what a teacher adds to a conversation."""
+    """The lengths of a data set, and what each teacher of the pool adds to a conversation."""
 
     samples: Lengths
     teachers: TeacherPool | None
-    teacher_tokens: NDArray[np.int64]
-    teacher_patches: NDArray[np.int64]
+    teacher_tokens: NDArray[np.int64]  # (T,)
+    teacher_patches: NDArray[np.int64]  # (T,)
 
     def of_epoch(self, epoch: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (tokens, patches), each (S,), of an epoch's occurrences, given their stored positions (S,)."""
@@ -113,14 +103,19 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
     """Count what `encoder` would make of each sample, without its image; raise ValueError if one cannot be used."""
     chunks = []
     for chunk in _chunks(samples):
-        tokens, patches = _count_chunk(chunk, [_conversation(sample, encoder) for sample in chunk], encoder)
+        conversations = []
+        for sample in chunk:
+            with naming(sample):
+                head, student = encoder.segments(sample)
+            conversations.append(head + student)
+        tokens, patches = _count_chunk(chunk, conversations, encoder)
         taking = np.array([takes_teachers(sample) for sample in chunk])
         chunks.append((tokens, patches, taking, np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)))
     return Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
 
-def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> CaptionLengths:
-    """Find the longest caption that the head must predict, tokenized as by `Encoder`."""
+def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the tokens of the longest caption that the head must predict, tokenized as by `Encoder`; 0 without any."""
     longest = 0
     for chunk in _chunks(samples):
         objects = (item for sample in chunk for item in sample.objects or () if not item.iscrowd)
@@ -128,7 +123,7 @@ def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase
         if captions:
             rows: Any = tokenizer(captions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
             longest = max(longest, 1 + max(map(len, rows)))
-    return CaptionLengths(np.array([longest]))
+    return longest
 
 
 def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -136,7 +131,7 @@ def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int6
     return _count_chunk(pool.samples, [encoder.teacher_segments(teacher) for teacher in pool.samples], encoder)
 
 
-def read_length_table(streams: Sequence[Stream], encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
+def read_length_table(streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
     """Return the lengths of all streams and of the pool; raise ValueError as `read_lengths`."""
     added = (np.empty(0, dtype=np.int64),) * 2 if teachers is None else count_teachers(teachers, encoder)
     return LengthTable(read_lengths(streams, encoder), teachers, *added)
@@ -150,48 +145,102 @@ def fingerprint(encoder: Encoder) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_lengths(streams: Sequence[Stream], encoder: Encoder) -> Lengths:
+def read_lengths(streams: Sequence[CheckedStream], encoder: Encoder) -> Lengths:
     """Return the lengths of all streams, concatenated; global rank 0 counts those not kept yet and broadcasts.
 
     Raises:
         ValueError: A stream has no records next to its index, or a sample cannot be used.
     """
     kept = KeptCount(
-        form=Lengths,
         name="lengths",
         fingerprint=fingerprint(encoder),
         what="this tokenizer, prompt and pixel budget",
         remedy="train without train_loader.packing",
-        count=lambda samples: count_lengths(samples, encoder),
+        count=lambda samples: vars(count_lengths(samples, encoder)),
     )
-    parts = count_on_rank_0(streams, kept)
-    return Lengths(*(np.concatenate([getattr(part, entry.name) for part in parts]) for entry in fields(Lengths)))
+    parts = from_rank_0(lambda: [kept.of(stream) for stream in streams])
+    return Lengths(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
-def read_longest_caption(streams: Sequence[Stream], tokenizer: PreTrainedTokenizerBase) -> int:
+def read_longest_caption(streams: Sequence[CheckedStream], tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the tokens of the longest caption of all streams, including end-of-sequence; counted as `read_lengths`."""
     backend: Any = tokenizer
     kept = KeptCount(
-        form=CaptionLengths,
         name="captions",
         fingerprint=hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest()[:16],
         what="the longest caption",
         remedy="set caption_decoder.max_caption_tokens",
-        count=lambda samples: count_captions(samples, tokenizer),
+        count=lambda samples: {"longest": np.array([count_captions(samples, tokenizer)])},
     )
-    return max(int(part.longest[0]) for part in count_on_rank_0(streams, kept))
+    parts = from_rank_0(lambda: [kept.of(stream) for stream in streams])
+    return max(int(part["longest"][0]) for part in parts)
 
 
-def sample_id(streams: Sequence[Stream], position: int) -> str:
-    """Return the id of the sample at a position in all streams, read from the records."""
-    for stream in streams:
-        index = index_of(stream)
+@dataclass(frozen=True)
+class KeptCount:
+    """A count over the records of a stream, made once and kept next to its index."""
+
+    name: str  # first part of the file name; the fingerprints of the shards and of the count follow
+    fingerprint: str  # of all that the count depends on except the samples
+    what: str  # names the count in the log
+    remedy: str  # what to do if a stream has no records
+    count: Callable[[Iterable[Sample]], Arrays]
+
+    def of(self, stream: CheckedStream) -> Arrays:
+        """Return a stream's count, read or computed; raise ValueError if there are no records or one cannot be used."""
+        index = stream.read_index()
+        name = f"{self.name}-{shards_sha256(index)[:16]}-{self.fingerprint}.npz"
+        path = stream.fetch_next_to_index(name)
+        kept = None if path is None else read_arrays(path)
+        if kept is not None:
+            return kept
+        start = time.monotonic()
+        try:
+            counts = self._count(stream, index)
+        except DamagedRecordsError as error:
+            if stream.source is None:
+                raise
+            log.warning("%s: fetching it again", error)
+            (stream.folder / RECORDS_FILE).unlink()
+            counts = self._count(stream, index)
         num_samples = sum(shard["samples"] for shard in index["shards"])
-        if position < num_samples:
-            path = fetch_next_to_index(stream, RECORDS_FILE)
-            return "" if path is None else next(islice(read_records(path, index), position, None)).id
-        position -= num_samples
-    raise IndexError(position)
+        seconds = time.monotonic() - start
+        log.info("%s: counted %d samples for %s in %.0f s", stream.folder, num_samples, self.what, seconds)
+        path = stream.folder / name
+        try:
+            write_arrays(path, counts)
+        except OSError as error:
+            log.warning("%s cannot be written (%s): the next run counts again", path, error.strerror)
+        return counts
+
+    def _count(self, stream: CheckedStream, index: Mapping[str, Any]) -> Arrays:
+        records = stream.fetch_next_to_index(RECORDS_FILE)
+        if records is None:
+            raise ValueError(
+                f"{stream.folder} has no {RECORDS_FILE} next to its {INDEX_FILE}, so its lengths are unknown: "
+                f"convert the data set again, or {self.remedy}"
+            )
+        return self.count(tqdm(read_records(records, index), unit=" samples", desc="count", disable=None))
+
+
+def read_arrays(path: Path) -> Arrays | None:
+    """Read named arrays; None if the file is missing or damaged. A damaged one is removed."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        log.warning("%s is damaged (%r): computing it again", path, error)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write named arrays as a whole; raise OSError if the folder cannot be written."""
+    content = BytesIO()
+    np.savez(content, **arrays)
+    write_whole(path, content.getvalue())
 
 
 def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -200,34 +249,23 @@ def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         yield chunk
 
 
-def _conversation(sample: Sample, encoder: Encoder) -> list[Segment]:
-    try:
-        head, student = encoder.segments(sample)
-        return head + student
-    except ValueError as error:
-        raise ValueError(f"sample {sample.id!r}: {error}") from error
-
-
 def _count_chunk(
     samples: Sequence[Sample], conversations: Sequence[Sequence[Segment]], encoder: Encoder
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (tokens, patches) per sample; each text is tokenized once, as most samples share the prompt."""
     texts = list(dict.fromkeys(segment.text for segments in conversations for segment in segments))
     num_tokens = {text: len(row) for text, row in zip(texts, encoder.ids(texts), strict=True)}
-    patches = [_num_patches(sample, encoder.image_spec) for sample in samples]
-    tokens = []
-    for num_patches, segments in zip(patches, conversations, strict=True):
+    spec = encoder.image_spec
+    tokens: list[int] = []
+    patches: list[int] = []
+    for sample, segments in zip(samples, conversations, strict=True):
+        num_patches = 0
+        if sample.has_image:
+            with naming(sample):
+                width, height = resized_size(sample.width, sample.height, spec)
+            num_patches = (width // spec.patch_size) * (height // spec.patch_size)
         placeholders = sum(segment.text.count(IMAGE) for segment in segments)
-        num_image_tokens = num_patches // encoder.image_spec.merge_size**2
+        num_image_tokens = num_patches // spec.merge_size**2
         tokens.append(sum(num_tokens[segment.text] for segment in segments) + placeholders * (num_image_tokens - 1))
+        patches.append(num_patches)
     return np.array(tokens, dtype=np.int64), np.array(patches, dtype=np.int64)
-
-
-def _num_patches(sample: Sample, spec: ImageSpec) -> int:
-    if not sample.has_image:
-        return 0
-    try:
-        width, height = resized_size(sample.width, sample.height, spec)
-    except ValueError as error:
-        raise ValueError(f"sample {sample.id!r}: {error}") from error
-    return (width // spec.patch_size) * (height // spec.patch_size)

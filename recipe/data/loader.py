@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from streaming import Stream
 from torch.utils.data import DataLoader
 
-from recipe.config import LoaderConfig, PackingConfig
+from recipe.config import LoaderConfig
 from recipe.data.collate import Collator, collate_microbatches, collate_packed, collate_standard
 from recipe.data.encode import Encoder
 from recipe.data.lengths import read_length_table
@@ -27,8 +26,6 @@ from recipe.upstream.storage import open_streams
 
 _OF_WORKERS = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "timeout")
 
-SplitBatch = Callable[[list[Batch], int | float], Sequence[Batch]]
-
 
 def build_train_loader(
     loader: LoaderConfig,
@@ -36,23 +33,24 @@ def build_train_loader(
     teachers: TeacherPool | None,
     seed: int,
     microbatch_size: int,
-    split_batch: SplitBatch,
+    split_batch: Callable[[list[Batch], int | float], Sequence[Batch]],
 ) -> DataSpec:
     """Return the training loader: batches of packs, resumed exactly at any number of ranks and workers.
 
-    Args:
-        loader: The section `train_loader`.
-        encoder: Sample → Example.
-        teachers: From `read_teachers`.
-        seed: Of shuffling, teachers and noise.
-        microbatch_size: Packs per forward pass on one device.
-        split_batch: Called by Composer with each device batch; adds the loss denominators of the global batch.
+    A forward pass on one device takes `microbatch_size` packs. Composer calls `split_batch` with each device batch, to
+    which it adds the loss denominators of the global batch.
     """
     batch_size = device_batch_size(loader)
     streams = open_streams(loader.streams)
+    packing, wanted = None, loader.packing
+    if wanted is not None:
+        max_tokens = wanted.max_tokens or encoder.max_seq_len
+        budget = Budget(max_tokens, wanted.max_patches, wanted.window, encoder.max_seq_len)
+        lengths = read_length_table(streams, encoder, teachers)
+        packing = Packing(budget, lengths, skips_long_samples=wanted.on_long_sample == "skip")
     dataset = PackStream(
         ExampleMaker(encoder, teachers, seed),
-        _build_packing(loader.packing, encoder, teachers, streams),
+        packing,
         skips_bad_samples=loader.on_bad_sample == "skip",
         streams=streams,
         batch_size=batch_size,
@@ -80,8 +78,8 @@ def build_eval_loader(loader: LoaderConfig, encoder: Encoder, teachers: TeacherP
     )
 
 
-def tokens_per_batch(loader: LoaderConfig, spec: DataSpec, num_samples: int = 32) -> float:
-    """Return the real tokens of one global batch: the first epoch's mean pack, or the mean of evenly spread samples.
+def tokens_per_batch(loader: LoaderConfig, spec: DataSpec) -> float:
+    """Return the real tokens of one global batch: the mean pack of the first epoch, or some 32 evenly spread samples.
 
     The same number on every rank and at every resume.
     """
@@ -92,7 +90,7 @@ def tokens_per_batch(loader: LoaderConfig, spec: DataSpec, num_samples: int = 32
     if loader.packing is not None:
         mean = float(plan.tokens.sum()) / plan.num_packs
     else:
-        positions = range(0, dataset.num_samples, max(1, dataset.num_samples // num_samples))
+        positions = range(0, dataset.num_samples, max(1, dataset.num_samples // 32))
         mean = sum(len(dataset.example(position).input_ids) for position in positions) / len(positions)
     return mean * loader.global_batch_size
 
@@ -100,7 +98,7 @@ def tokens_per_batch(loader: LoaderConfig, spec: DataSpec, num_samples: int = 32
 def device_batch_size(loader: LoaderConfig) -> int:
     """Return the packs of a global batch that one rank reads; raise ValueError if the ranks do not divide it."""
     world_size = dist.get_world_size()
-    if loader.global_batch_size < 1 or loader.global_batch_size % world_size:
+    if loader.global_batch_size % world_size:
         raise ValueError(
             f"global_batch_size {loader.global_batch_size} cannot be split over {world_size} ranks: "
             f"make it a multiple of {world_size}"
@@ -139,17 +137,6 @@ def get_num_tokens_in_batch(batch: list[Batch] | Batch) -> dict[str, int]:
 
 def _microbatches(batch: list[Batch] | Batch) -> list[Batch]:
     return batch if isinstance(batch, list) else [batch]
-
-
-def _build_packing(
-    packing: PackingConfig | None, encoder: Encoder, teachers: TeacherPool | None, streams: Sequence[Stream]
-) -> Packing | None:
-    if packing is None:
-        return None
-    max_tokens = packing.max_tokens or encoder.max_seq_len
-    budget = Budget(max_tokens, packing.max_patches, packing.window, encoder.max_seq_len)
-    lengths = read_length_table(streams, encoder, teachers)
-    return Packing(budget, lengths, skips_long_samples=packing.on_long_sample == "skip")
 
 
 def _dataloader(

@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from random import Random
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +19,10 @@ MOST_DELAYS = 4  # of one sample, so that none strays far from its place in the 
 ENOUGH_FILL = 0.99  # of a window: no other way is tried
 
 
-class _Way(NamedTuple):
-    """How packs are filled; no way is best for all lengths, so a window may be packed in several.
-
-    Attributes:
-        reach: A pack is closed once it has room for fewer than this many samples of medium size.
-        longest_first: Try pairs from the longest sample down; else at random.
-    """
-
-    reach: float
-    longest_first: bool
-
-
-_WAYS = (_Way(2.7, True), _Way(2.7, False), _Way(3.2, False))
+# How packs are filled; no way is best for all lengths, so a window may be packed in several.
+# (reach, longest first): a pack is closed once it has room for fewer than `reach` samples of medium size; the last pair
+# is tried from the longest sample down, or else at random.
+_WAYS = ((2.7, True), (2.7, False), (3.2, False))
 
 
 def pack_ordered(
@@ -48,13 +38,7 @@ def pack_ordered(
     A window's packs are returned in random order, because packing emits long samples first. The samples of badly
     filled packs move to the next window, at most `MOST_DELAYS` times each.
 
-    Args:
-        tokens: (N,) per sample.
-        patches: (N,) image patches per sample.
-        max_tokens: Per pack.
-        max_patches: Per pack; None: any number.
-        window: Samples per window.
-        rng: Of the order within windows.
+    `tokens` and `patches` are (N,), per sample; `max_tokens` and `max_patches` (None: any number) are per pack.
 
     Returns:
         Packs of ascending positions; every position is in exactly one.
@@ -84,14 +68,6 @@ def pack_ordered(
     return packs
 
 
-def pack_window(
-    tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None
-) -> list[list[int]]:
-    """Pack all samples as one window; like `pack_ordered`, but deterministic and in no particular order."""
-    max_patches = _check_budget(np.asarray(tokens, np.int64), np.asarray(patches, np.int64), max_tokens, max_patches)
-    return [pack for _, pack in _pack_best(tokens, patches, max_tokens, max_patches)]
-
-
 def _pack_best(
     tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None
 ) -> list[tuple[float, list[int]]]:
@@ -99,8 +75,8 @@ def _pack_best(
     window = _Window(tokens, patches, max_tokens, max_patches)
     best: list[tuple[float, list[int]]] = []
     best_fill = -1.0
-    for way in _WAYS:
-        packs = window.pack(way)
+    for reach, longest_first in _WAYS:
+        packs = window.pack(reach, longest_first)
         fills = sorted(fill for fill, _ in packs)[1:]  # without the emptiest, which holds the rest
         mean_fill = sum(fills) / max(1, len(fills))
         if mean_fill > best_fill:
@@ -126,14 +102,17 @@ class _Window:
         self._sizes = [sizes[position] for position in self._positions]
         self._tokens = [tokens[position] for position in self._positions]
         self._patches = [patches[position] for position in self._positions]
-        self._first_alike = _first_alike(self._sizes, self._tokens)
+        # Per rank the first rank of the same size and tokens: a search need not choose between these.
+        firsts: dict[tuple[int, int], int] = {}
+        alike = zip(self._sizes, self._tokens, strict=True)
+        self._first_alike = [firsts.setdefault(kind, rank) for rank, kind in enumerate(alike)]
         if max_patches is not None:
             self._sorted_tokens, self._fit_tokens = _fit_masks(self._tokens)
             self._sorted_patches, self._fit_patches = _fit_masks(self._patches)
         self._left = 0
         self._random = Random(0)
 
-    def pack(self, way: _Way) -> list[tuple[float, list[int]]]:
+    def pack(self, reach: float, longest_first: bool) -> list[tuple[float, list[int]]]:
         """Return (fill, positions) per pack."""
         self._left = (1 << len(self._positions)) - 1
         self._random = Random(0)
@@ -148,7 +127,7 @@ class _Window:
                     self._left ^= 1 << rank
                     room -= self._tokens[rank]
                     patch_room -= self._patches[rank]
-                chosen = self._choose(room, patch_room, way)
+                chosen = self._choose(room, patch_room, reach, longest_first)
             fill = 1 - room / self._max_tokens
             if self._max_patches is not None:
                 fill = max(fill, 1 - patch_room / self._max_patches)
@@ -165,7 +144,7 @@ class _Window:
             & self._fit_patches[bisect_right(self._sorted_patches, patch_room)]
         )
 
-    def _choose(self, room: int, patch_room: int, way: _Way) -> tuple[int, ...]:
+    def _choose(self, room: int, patch_room: int, reach: float, longest_first: bool) -> tuple[int, ...]:
         """Return the next one or two samples of a pack; none if none fits."""
         fitting = self._fitting(room, patch_room)
         if not fitting:
@@ -173,12 +152,9 @@ class _Window:
         size_room = room
         if self._max_patches is not None:
             size_room = min(room * self._max_patches, patch_room * self._max_tokens)
-        if size_room >= way.reach * self._sizes[_near(fitting, 0.5)]:
+        if size_room >= reach * self._sizes[_near(fitting, 0.5)]:
             return (_near(fitting, self._random.random()),)
-        return self._best_pair(fitting, room, patch_room, way.longest_first)
-
-    def _best_pair(self, fitting: int, room: int, patch_room: int, longest_first: bool) -> tuple[int, ...]:
-        """Return the largest of `PAIRS_TRIED` pairs by sum of sizes; or the largest sample, if larger."""
+        # The largest of `PAIRS_TRIED` pairs by sum of sizes; or the largest sample, if larger.
         best: tuple[int, ...] = (fitting.bit_length() - 1,)
         best_size = self._sizes[best[0]]
         full = room * (self._max_patches or 1)
@@ -201,12 +177,6 @@ def _near(ranks: int, share: float) -> int:
     """Return the highest rank of a set up to a share (in [0, 1)) of the way from its lowest to its highest."""
     highest, lowest = ranks.bit_length() - 1, (ranks & -ranks).bit_length() - 1
     return (ranks & ((2 << lowest + int(share * (highest - lowest + 1))) - 1)).bit_length() - 1
-
-
-def _first_alike(sizes: Sequence[int], tokens: Sequence[int]) -> list[int]:
-    """Return per rank the first rank of the same size and tokens: a search need not choose between these."""
-    firsts: dict[tuple[int, int], int] = {}
-    return [firsts.setdefault(alike, rank) for rank, alike in enumerate(zip(sizes, tokens, strict=True))]
 
 
 def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from recipe.data.counts import read_arrays, write_arrays
+from recipe.data.lengths import read_arrays, write_arrays
 from recipe.data.pack import pack_ordered
 
 _PURPOSE = 2  # separates the generators of packs from those of Streaming's shuffle, which have the same seeds
@@ -25,19 +25,12 @@ _SECONDS_KEPT = 24 * 3600
 
 @dataclass(frozen=True)
 class Budget:
-    """What a pack may hold.
+    """What a pack may hold."""
 
-    Attributes:
-        max_tokens: Of all its conversations.
-        max_patches: Of all its images; None: any number.
-        window: Samples, in shuffled order, that are packed together.
-        max_seq_len: Tokens of one sample; None: as many as a pack.
-    """
-
-    max_tokens: int
-    max_patches: int | None
-    window: int
-    max_seq_len: int | None = None
+    max_tokens: int  # of all its conversations
+    max_patches: int | None  # of all its images; None: any number
+    window: int  # samples, in shuffled order, that are packed together
+    max_seq_len: int | None = None  # tokens of one sample; None: as many as a pack
 
     def fits(self, tokens: NDArray[np.int64], patches: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return (S,) which samples are within the budget alone."""
@@ -47,26 +40,23 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """The packs of one epoch, in order; pack p holds entries `offsets[p]` to `offsets[p + 1]`.
+    """The packs of one epoch, in order; pack p holds entries `offsets[p]` to `offsets[p + 1]`."""
 
-    Attributes:
-        occurrences: (S,) int64, the epoch's samples by their place before the shuffle.
-        samples: (S,) int64, their positions in the stored data.
-        tokens: (S,) int64, their planned tokens; 0 if lengths are unknown.
-        offsets: (P + 1,) int64.
-        left_out: (K,) int64, the stored positions of occurrences too large for any pack.
-    """
-
-    occurrences: NDArray[np.int64]
-    samples: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    left_out: NDArray[np.int64]
+    occurrences: NDArray[np.int64]  # (S,) the epoch's samples by their place before the shuffle
+    samples: NDArray[np.int64]  # (S,) their positions in the stored data
+    tokens: NDArray[np.int64]  # (S,) their planned tokens; 0 if lengths are unknown
+    offsets: NDArray[np.int64]  # (P + 1,)
+    left_out: NDArray[np.int64]  # (K,) the stored positions of occurrences too large for any pack
 
     @property
     def num_packs(self) -> int:
         """Return P."""
         return len(self.offsets) - 1
+
+    def entries(self, number: int) -> slice:
+        """Return where a pack's samples are; an inert pack has the number `-1 - pack`."""
+        pack = number if number >= 0 else -1 - number
+        return slice(int(self.offsets[pack]), int(self.offsets[pack + 1]))
 
     def digest(self) -> str:
         """Return 16 hex digits that identify the plan."""
@@ -95,15 +85,8 @@ def plan_packs(
 ) -> Plan:
     """Pack each canonical node's share of the order, so that a node keeps reading its own shards.
 
-    Args:
-        order: (S,) the epoch's occurrences, shuffled; those over the budget alone are left out.
-        samples: (S,) the stored position of each occurrence.
-        tokens: (S,) of each occurrence, including its teachers.
-        patches: (S,) of each occurrence, including its teachers.
-        num_canonical_nodes: Shares of the order that Streaming keeps on one node each.
-        budget: Of a pack.
-        seed: Of the run.
-        epoch: From 0.
+    `order` (S,) holds the epoch's occurrences, shuffled; those over the budget alone are left out. `samples`, `tokens`
+    and `patches` (S,) hold the stored position of each occurrence and its lengths, including its teachers.
     """
     fits = budget.fits(tokens, patches)
     order = order[fits[order]]
@@ -181,12 +164,8 @@ def _assemble(
 def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
     """Return the plan kept under `key`, made by the first process of the node that asks.
 
-    If `make` fails, it fails in every process, so none waits for it. Plans made by another version of the code are
-    not read: they may differ.
-
-    Args:
-        key: Digest of all data and settings that the plan depends on; part of the file name.
-        make: Makes the plan.
+    The key identifies all data and settings that the plan depends on. If `make` fails, it fails in every process, so
+    none waits for it. Plans made by another version of the code are not read: they may differ.
     """
     folder = Path(gettempdir(), f"recipe-plans-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -194,14 +173,15 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
         raise PermissionError(f"{folder} belongs to another user: remove it, or set TMPDIR to a folder of your own")
     path = folder / f"{key}-{_code_digest()}.npz"
     with FileLock(f"{path}.lock"):
-        plan = read_arrays(path, Plan)
-        if plan is None:
-            for old in folder.iterdir():
-                with suppress(FileNotFoundError):  # another process may have removed it
-                    if time.time() - old.stat().st_mtime > _SECONDS_KEPT:
-                        old.unlink()
-            plan = make()
-            write_arrays(path, plan)
+        kept = read_arrays(path)
+        if kept is not None:
+            return Plan(**kept)
+        for old in folder.iterdir():
+            with suppress(FileNotFoundError):  # another process may have removed it
+                if time.time() - old.stat().st_mtime > _SECONDS_KEPT:
+                    old.unlink()
+        plan = make()
+        write_arrays(path, vars(plan))
         return plan
 
 

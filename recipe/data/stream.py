@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from recipe.config import TeacherConfig
 from recipe.data.encode import Encoder
-from recipe.data.lengths import LengthTable, sample_id, takes_teachers
+from recipe.data.lengths import LengthTable, takes_teachers
 from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
 from recipe.data.teachers import TeacherPool, noise_seed
 from recipe.images import open_image
@@ -180,13 +180,18 @@ class PackStream(CheckedDataset):
         """Yield this worker's packs of the epoch."""
         examples: list[Example] = []
         skipped: dict[str, str] = {}
-        members: Iterator[tuple[int, int, int, bool]] | None = None
+        members = self._members()  # begins with the first `next`, when the epoch's work has been found
         for row in super().__iter__():
-            members = members or self._members()
             number, occurrence, num_tokens, is_last = next(members)
             try:
                 if row["id"] not in self.quarantined:
-                    examples.append(self._make(row, occurrence, num_tokens))
+                    example = self._maker(row, self._epoch, occurrence)
+                    if num_tokens and len(example.input_ids) != num_tokens:
+                        raise RuntimeError(
+                            f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were "
+                            "planned: its records.jsonl.gz does not belong to its shards: convert the data set again"
+                        )
+                    examples.append(example)
             except ValueError as error:
                 if not self._skips_bad_samples:
                     raise
@@ -199,7 +204,7 @@ class PackStream(CheckedDataset):
                     yield Pack(-1 - number, [make_inert(example) for example in examples], is_inert=True)
                 examples, skipped = [], {}
 
-    def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """Return the stored positions of this worker's samples, pack by pack; Streaming fetches their shards ahead."""
         plan, world = self.plan(epoch), self._parallel_worker_world
         packs = assign_packs(plan.num_packs, sample_in_epoch, world.num_nodes, world.ranks_per_node)
@@ -208,30 +213,16 @@ class PackStream(CheckedDataset):
         self._packs = assign_to_worker(
             packs[world.node, world.rank_of_node], world.worker_of_rank, world.workers_per_rank, self.batch_size
         )
-        entries = [plan.samples[start:end] for start, end, _ in self._ranges(plan)]
+        entries = [plan.samples[plan.entries(number)] for number in self._packs]
         return np.concatenate(entries) if entries else np.empty(0, dtype=np.int64)
-
-    def _ranges(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, end, number) of this worker's packs in the plan's arrays; an inert pack's is `-1 - pack`."""
-        for number in self._packs.tolist():
-            pack = number if number >= 0 else -1 - number
-            yield int(plan.offsets[pack]), int(plan.offsets[pack + 1]), number
 
     def _members(self) -> Iterator[tuple[int, int, int, bool]]:
         """Yield (pack, occurrence, planned tokens, is last of its pack) of this worker's samples."""
         plan = self.plan(self._epoch)
-        for start, end, number in self._ranges(plan):
-            for entry in range(start, end):
-                yield number, int(plan.occurrences[entry]), int(plan.tokens[entry]), entry == end - 1
-
-    def _make(self, row: Mapping[str, Any], occurrence: int, num_tokens: int) -> Example:
-        example = self._maker(row, self._epoch, occurrence)
-        if num_tokens and len(example.input_ids) != num_tokens:
-            raise RuntimeError(
-                f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were planned: its "
-                "records.jsonl.gz does not belong to its shards: convert the data set again"
-            )
-        return example
+        for number in self._packs.tolist():
+            entries = plan.entries(number)
+            for entry in range(entries.start, entries.stop):
+                yield number, int(plan.occurrences[entry]), int(plan.tokens[entry]), entry == entries.stop - 1
 
     def _find_filler(self) -> Example:
         """Return an inert example, for a pack without a usable sample."""
@@ -283,7 +274,7 @@ class PackStream(CheckedDataset):
         shown = "" if self._maker.teachers is None else ", including its longest teachers"
         raise ValueError(
             f"{len(long)} samples can be over {budget.max_tokens} tokens per pack, {budget.max_seq_len} per sample and "
-            f"{budget.max_patches or 'any number of'} patches; first {sample_id(self.streams, int(long[0]))!r}, with "
+            f"{budget.max_patches or 'any number of'} patches; first {self[int(long[0])]['id']!r}, with "
             f"{tokens[long[0]]} tokens and {patches[long[0]]} patches{shown}. Raise train_loader.packing.max_tokens, "
             "max_seq_len or max_patches, or set train_loader.packing.on_long_sample=skip"
         )

@@ -75,12 +75,9 @@ class TeacherPool:
         self.id_hashes = np.array([id_hash(sample.id) for sample in samples], dtype=np.int64)
 
     def draw(self, epoch: int, first: int, id_hashes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Draw the teachers of consecutive occurrences, never the sample itself: one spare is drawn for that.
+        """Draw the teachers of n occurrences from `first` on, given the `id_hash` (n,) of the samples that occur.
 
-        Args:
-            epoch: From 0.
-            first: The first occurrence.
-            id_hashes: (n,) `id_hash` of the samples that occur.
+        A sample is never its own teacher: one spare is drawn for that.
 
         Returns:
             (n, num_teachers) positions in the pool; a share of `1 - teacher_ratio` is shown none: -1.

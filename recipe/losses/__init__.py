@@ -1,1 +1,1 @@
-"""Outputs → named, unweighted loss terms. Begin with detection.py."""
+"""Outputs → named, unweighted loss terms. Begin with terms.py."""

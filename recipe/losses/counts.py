@@ -27,11 +27,9 @@ def count_losses(batch: Batch) -> LossCounts:
 def split_batch(batches: list[Batch], microbatch_size: int | float, equally_many: bool = False) -> list[CountedBatch]:
     """Give each microbatch the loss denominators of the whole global batch, by one small all-reduce per batch.
 
-    Args:
-        batches: A device batch, already cut into microbatches.
-        microbatch_size: What the Trainer expects, in packs.
-        equally_many: Every rank must have the same number of microbatches: FSDP gathers weights in each, so a rank with
-            one more would wait indefinitely.
+    `batches` are the microbatches of a device batch; `microbatch_size`, in packs, is what the Trainer expects.
+    `equally_many` requires as many on every rank: FSDP gathers weights in each, so a rank with one more would wait
+    indefinitely.
 
     Raises:
         ValueError: On every rank, if the numbers differ but must not.

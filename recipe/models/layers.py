@@ -63,14 +63,10 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend from `states` to the keys: (N, Q, W).
+        """Attend from `states` (N, Q, W) to the keys: (N, Q, W).
 
-        Args:
-            states: (N, Q, W).
-            keys_values: From `keys_values`.
-            positions: From `query_positions`, if the module is positional.
-            mask: Bool, broadcastable to (N, heads, Q, M); True if a query may see a key.
-            is_causal: Query i sees keys 0 to i.
+        `positions` come from `query_positions`, if the module is positional. `mask` is bool, broadcastable to
+        (N, heads, Q, M), True if a query may see a key. `is_causal`: query i sees keys 0 to i.
         """
         queries = self._split(self.query(states))
         if positions is not None:

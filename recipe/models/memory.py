@@ -37,7 +37,6 @@ class MemoryBuilder(nn.Module):
     Args:
         hidden_size: Width of the vision features and hidden states.
         width: Of the head; a multiple of 4.
-        adapter_ratio: See `Adapter`.
         memory_positions: False: keys hold no positions.
         patch_width: Width of the vision features before the merger, which become tokens too; None: they do not.
     """
@@ -109,12 +108,9 @@ def split_cells(cells: Tensor, parts: int) -> Tensor:
 
 
 def sine_embedding(coordinates: Tensor, width: int, temperature: float = 20.0) -> Tensor:
-    """Return sine and cosine waves of each coordinate (..., width), as in DETR (temperature as in DAB-DETR).
+    """Return sine and cosine waves of coordinates (..., n) in [0, 1]: (..., width), `width` a multiple of 2n.
 
-    Args:
-        coordinates: (..., n) in [0, 1].
-        width: Of the embedding, `width / n` numbers per coordinate; a multiple of 2n.
-        temperature: Ratio of the longest to the shortest wave.
+    As in DETR; `temperature`, the ratio of the longest to the shortest wave, as in DAB-DETR.
     """
     num_waves = width // coordinates.shape[-1] // 2
     exponents = torch.arange(num_waves, device=coordinates.device, dtype=coordinates.dtype) / num_waves

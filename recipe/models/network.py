@@ -6,16 +6,15 @@ from copy import deepcopy
 from typing import TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import Parameter
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.models.caption_decoder import CaptionDecoder
-from recipe.models.denoising import make_denoising_queries
-from recipe.models.detection_head import DetectionHead
+from recipe.models.detection_head import DetectionHead, make_denoising_queries
 from recipe.models.matcher import match
 from recipe.models.memory import MemoryBuilder
-from recipe.models.sharding import Sealed, is_sharded, reshard
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
 from recipe.schema import (
     Batch,
@@ -27,7 +26,7 @@ from recipe.schema import (
     Memory,
     Target,
 )
-from recipe.upstream.torch_private import register_dataclass
+from recipe.upstream.torch_private import register_dataclass, reshard
 
 Result = TypeVar("Result")
 
@@ -36,6 +35,27 @@ AVERAGE = "average."  # prefix of averaged weights in a network: average.memory.
 # FSDP2 finds the tensors that enter and leave its units only in registered structures.
 for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
     register_dataclass(kind)
+
+
+class Sealed:
+    """Hide a root unit's input from FSDP, which rounds all it finds to the weights' precision, even target boxes."""
+
+    def __init__(self, content: Batch):
+        self.content = content
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether other ranks hold parts of a module's parameters: all must then run every unit equally often."""
+    units = (FSDPModule, FullyShardedDataParallel)
+    return distributed.is_initialized() and any(isinstance(part, units) for part in module.modules())
+
+
+def on_all_ranks(condition: bool, device: torch.device) -> bool:
+    """Return whether `condition` holds on every rank; called by all ranks at the same point."""
+    flag = torch.tensor(int(condition), device=device)
+    if distributed.is_initialized():
+        distributed.all_reduce(flag, distributed.ReduceOp.MIN)
+    return bool(flag)
 
 
 class JointNetwork(nn.Module):
@@ -54,7 +74,6 @@ class JointNetwork(nn.Module):
     Args:
         loss: For the focal parameters of the matching cost.
         num_denoising_groups: 0: no denoising queries.
-        box_noise: See `make_denoising_queries`.
         aux_loss: False: earlier layers' outputs are dropped.
     """
 
@@ -101,19 +120,17 @@ class JointNetwork(nn.Module):
         ]
 
     @overload
-    def forward(self, batch: Sealed[Batch]) -> JointOutputs: ...
+    def forward(self, batch: Sealed) -> JointOutputs: ...
     @overload
-    def forward(self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
+    def forward(self, batch: Sealed, then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
 
     def forward(
-        self, batch: Sealed[Batch], then: Callable[[JointOutputs], Result] | None = None
+        self, batch: Sealed, then: Callable[[JointOutputs], Result] | None = None
     ) -> JointOutputs | tuple[JointOutputs, Result]:
         """Return the outputs of a collated microbatch.
 
-        Args:
-            batch: The microbatch.
-            then: Called with the outputs; its result is returned with them. Any further use of the network's parameters
-                must be in here: outside, FSDP has sharded them.
+        If given, `then` is called with the outputs and its result returned with them. Any further use of the network's
+        parameters must be in it: outside, FSDP has sharded them.
         """
         with self._average_in_evaluation():
             outputs = self._outputs(batch.content)
@@ -154,22 +171,18 @@ class JointNetwork(nn.Module):
         head_trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and head_trains):
             memory = self._build_memory(states, batch["prompt_index"], student_grids)
-            return self._head_outputs(batch, memory, label_logits)
-
-    def _head_outputs(self, batch: Batch, memory: Memory, label_logits: Tensor) -> JointOutputs:
-        targets: Sequence[Target | None] = batch["targets"] or [None]
-        noise_seeds = batch["noise_seeds"] or [0]
-        queries = None
-        if self.training:
-            queries = make_denoising_queries(targets, noise_seeds, self.num_denoising_groups, self.box_noise)
-        detection, denoised = self.detection_head(memory, queries)
-        if not self.aux_loss:
-            for queried in (detection, *detection.groups, *([] if denoised is None else [denoised])):
-                queried.aux_outputs.clear()
-        layers = [layer for _, layer in detection.layers()]
-        costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
-        matches = match(layers, targets, *costs, *self.focal)
-        captions = self._caption_logits(detection, memory, matches[-1], targets)
+            targets: Sequence[Target | None] = batch["targets"] or [None]
+            noise_seeds, queries = batch["noise_seeds"] or [0], None
+            if self.training:
+                queries = make_denoising_queries(targets, noise_seeds, self.num_denoising_groups, self.box_noise)
+            detection, denoised = self.detection_head(memory, queries)
+            if not self.aux_loss:
+                for queried in (detection, *detection.groups, *([] if denoised is None else [denoised])):
+                    queried.aux_outputs.clear()
+            layers = [layer for _, layer in detection.layers()]
+            costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
+            matches = match(layers, targets, *costs, *self.focal)
+            captions = self._caption_logits(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
         return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
 

@@ -1,4 +1,8 @@
-"""The language model: Qwen2.5-VL through `from_pretrained`, vision features computed once and shared with the head."""
+"""The language model: Qwen2.5-VL through `from_pretrained`, vision features computed once and shared with the head.
+
+Its attention for packed rows runs on any device: one `scaled_dot_product_attention` per sample, no mask, no padding.
+Registered with transformers as `packed_sdpa`; flash-attention 2, if installed, has a kernel that does the same.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available
-
-from recipe.models.attention import register
 
 
 @dataclass
@@ -97,10 +100,7 @@ class VisionLanguageModel(nn.Module):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return the vision features of every image: after the merger (tokens, D), and before it (tokens, merge², C).
 
-        Args:
-            pixel_patches: (P, 3 * patch * patch) uint8.
-            image_grid_thw: (I, 3).
-            with_patches: False: the second tuple is empty.
+        The second tuple is empty unless `with_patches`. `pixel_patches` is (P, 3 * patch * patch) uint8.
         """
         pixel_values = self.normalizer(pixel_patches).to(self.hf_model.dtype)
         visual = self.hf_model.model.visual
@@ -147,12 +147,17 @@ class VisionLanguageModel(nn.Module):
             features, patch_features = (), ()
             (blank,), _ = self.image_features(*self.blank_image(input_ids.device))
             inputs_embeds = inputs_embeds + 0.0 * blank.sum()
+        packing: dict[str, Any] = {}  # how attention functions separate the samples of a packed row
+        if segment_lengths is not None:
+            ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32, device=input_ids.device)
+            packing = {"segment_lengths": segment_lengths, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+            packing |= dict.fromkeys(("max_length_q", "max_length_k"), max(segment_lengths))
         outputs = self.hf_model.model.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,  # with a cache, the default, transformers does not detect packed rows
-            **packing_arguments(segment_lengths, input_ids.device),
+            **packing,
         )
         return VlmOutputs(outputs.last_hidden_state.flatten(0, 1), features, patch_features)
 
@@ -215,17 +220,60 @@ def check_packing_contract(
         )
 
 
-def packing_arguments(segment_lengths: list[int] | None, device: torch.device) -> dict[str, Any]:
-    """Return what attention functions need to separate the samples of a packed row; nothing for padded rows."""
+def packed_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    segment_lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return the attended values (B, L, heads, ·) and no weights, as transformers' attention functions do.
+
+    `query` is (B, heads, L, ·), `key` and `value` (B, key heads, L', ·). A packed row has `segment_lengths`, the tokens
+    of each sample, and no mask. `is_causal` is by default the layer's own; `kwargs` are not used.
+
+    Raises:
+        ValueError: The segments do not cover the row.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:  # on CPU `enable_gqa` takes the slow kernel
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if segment_lengths is None:
-        return {}
-    ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32, device=device)
-    lengths = dict.fromkeys(("max_length_q", "max_length_k"), max(segment_lengths))
-    return {"segment_lengths": segment_lengths, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, **lengths}
+        causal = causal and attention_mask is None and query.shape[2] > 1
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, is_causal=causal
+        )
+        return attended.transpose(1, 2), None
+    if query.shape[0] != 1 or sum(segment_lengths) != query.shape[2]:
+        raise ValueError(
+            f"segments of {segment_lengths} tokens do not cover a row of shape {tuple(query.shape[:3:2])}: "
+            "use recipe.data.collate.collate_packed"
+        )
+    parts = zip(*(states.split(segment_lengths, dim=2) for states in (query, key, value)), strict=True)
+    attended = [F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling) for q, k, v in parts]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Return no mask for a packed row, and sdpa's own for padded rows and cached generation."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def register() -> str:
+    """Register `packed_sdpa` with transformers and return its name."""
+    AttentionInterface.register("packed_sdpa", packed_sdpa)
+    AttentionMaskInterface.register("packed_sdpa", packed_mask)
+    return "packed_sdpa"
 
 
 def resolve_attention(attn_implementation: str) -> str:
-    """Resolve `auto` to flash-attention 2 if usable, else to `recipe.models.attention`; return others unchanged."""
+    """Resolve `auto` to flash-attention 2 if usable, else to `packed_sdpa`; return others unchanged."""
     if attn_implementation != "auto":
         return attn_implementation
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else register()

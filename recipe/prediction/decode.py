@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.boxes import answer_frame, normalized_to_pixels, text_to_objects
 from recipe.config import EvaluationConfig, PromptConfig
-from recipe.models.network import JointNetwork
-from recipe.models.sharding import Sealed, is_sharded, reshard
+from recipe.models.network import JointNetwork, Sealed, is_sharded
 from recipe.prediction.generate import generate_answers, generate_captions
 from recipe.schema import Batch, CaptionPlaces, DetectedObject, DetectionOutputs, JointOutputs, Prediction, Sample
+from recipe.upstream.torch_private import reshard
 
 
 @dataclass(frozen=True)

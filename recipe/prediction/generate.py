@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
-from recipe.models.sharding import on_all_ranks
+from recipe.models.network import on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
 from recipe.schema import CaptionPlaces, Memory
 

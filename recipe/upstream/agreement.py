@@ -4,12 +4,14 @@ torch 2.7 and Composer 0.32: if one rank raises, the others wait in their next c
 report the timeout instead of the error. Delete once Composer's Trainer raises a rank's loading error on all ranks.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader
+
+Made = TypeVar("Made")
 
 # Seconds that ranks wait for one another, unless `trainer.dist_timeout` is set. Composer's 300 are too few to count a
 # million samples on one rank, or to fetch two files from a slow store.
@@ -40,6 +42,20 @@ def agree(error: Exception | None) -> None:
             dist.all_gather_object(f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
+
+
+def from_rank_0(make: Callable[[], Made]) -> Made:
+    """Return what global rank 0 makes, broadcast to all ranks, which must all call; its error is raised on all."""
+    made: list[Any] = [None]
+    error = None
+    if dist.get_global_rank() == 0:
+        try:
+            made[0] = make()
+        except Exception as raised:  # raised by agree
+            error = raised
+    agree(error)
+    dist.broadcast_object_list(made)
+    return made[0]
 
 
 class LockstepLoader(DataLoader):

@@ -133,11 +133,21 @@ class CheckedStream(Stream):
             if not has_raw:
                 self._fetch_shard(raw_info)
             return raw_info.bytes
+        zip_path, raw_path = self.folder / zip_info.basename, self.folder / raw_info.basename
         if not has_raw:
             if not self._is_good(zip_info):
                 self._fetch_shard(zip_info)
-            self._decompress(raw_info, zip_info, compression)
-        zip_path = self.folder / zip_info.basename
+            part = raw_path.with_name(f".{raw_path.name}.{os.getpid()}.part")
+            try:
+                part.write_bytes(decompress(compression, zip_path.read_bytes()))
+                self._check(part, raw_info)
+                part.replace(raw_path)
+            except Exception as error:
+                if self.source is not None:
+                    zip_path.unlink()
+                raise RuntimeError(f"{zip_path} cannot be decompressed to {raw_info.basename}: {error}") from error
+            finally:
+                part.unlink(missing_ok=True)
         if not self.safe_keep_zip:
             zip_path.unlink(missing_ok=True)
         return raw_info.bytes + (zip_info.bytes if zip_path.is_file() else 0)
@@ -196,17 +206,3 @@ class CheckedStream(Stream):
         assert self.source is not None
         source, path = os.path.join(self.split, name), self.folder / name
         return self.source.fetch(source, path, check, self.download_retry, self.download_timeout, must_exist)
-
-    def _decompress(self, raw_info: AnyFileInfo, zip_info: AnyFileInfo, compression: str | None) -> None:
-        zip_path, raw_path = self.folder / zip_info.basename, self.folder / raw_info.basename
-        part = raw_path.with_name(f".{raw_path.name}.{os.getpid()}.part")
-        try:
-            part.write_bytes(decompress(compression, zip_path.read_bytes()))
-            self._check(part, raw_info)
-            part.replace(raw_path)
-        except Exception as error:
-            if self.source is not None:
-                zip_path.unlink()
-            raise RuntimeError(f"{zip_path} cannot be decompressed to {raw_info.basename}: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)

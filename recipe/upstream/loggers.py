@@ -23,7 +23,6 @@ import wandb
 from composer.core import Event, State
 from composer.loggers import Logger, LoggerDestination, WandBLogger
 from wandb.sdk.lib import module, service_token
-from wandb.sdk.wandb_run import Run
 from wandb.sdk.wandb_setup import _WandbSetup
 
 from recipe.redact import redact, redact_text
@@ -163,7 +162,11 @@ class SafeWandBLogger(GuardedLogger, WandBLogger):
         try:
             within(FINISH_SECONDS, lambda: wandb.finish(1 if failed else None))
         except Exception as error:  # logged below
-            flush_records(run)
+            # Its process writes blocks of 32 KiB and loses the last one when killed: blanks of console output fill it.
+            interface = run._backend and run._backend.interface
+            if interface:
+                interface.publish_output_raw("stdout", " " * 2 * 32768 + "\n")
+                time.sleep(1)
             stop_service()
             log.warning("W&B did not receive the whole run; send it with `wandb sync %s`: %s", folder, _describe(error))
             return
@@ -206,18 +209,6 @@ def within(seconds: float, call: Callable[[], object]) -> None:
         raise TimeoutError(f"no answer within {seconds:.0f} s")
     if errors:
         raise errors[0]
-
-
-def flush_records(run: Run) -> None:
-    """Write the last records of a run to its file.
-
-    wandb's process writes blocks of 32 KiB and loses the last one when killed: this fills it with blanks of console
-    output.
-    """
-    interface = run._backend and run._backend.interface
-    if interface:
-        interface.publish_output_raw("stdout", " " * 2 * 32768 + "\n")
-        time.sleep(1)
 
 
 def stop_service() -> None:

@@ -34,19 +34,21 @@ def clean_dead_shared_memory() -> list[str]:
     if not (SEGMENTS.is_dir() and (PROCESSES / "self" / "maps").is_file()):
         return []
     files = [*_matching(SEGMENTS, _SEGMENT_NAME), *_matching(Path(tempfile.gettempdir()), _LOCK_NAME)]
-    # After the listing, so that what has been mapped meanwhile counts as alive.
-    alive = _mapped_numbers()
+    # Numbers of which any process maps a segment; after the listing, so that those mapped meanwhile count.
+    alive = set[str]()
+    for maps in PROCESSES.glob("[0-9]*/maps"):
+        with suppress(OSError):  # another user's process, or ended meanwhile
+            lines = maps.read_text(errors="replace").splitlines()
+            names = [line.rpartition("/")[2] for line in lines if f"{SEGMENTS}/" in line]
+            alive |= {match[1] for match in map(_SEGMENT_NAME.match, names) if match}
     dead: list[Path] = []
     for path, number in files:
-        try:
+        with suppress(FileNotFoundError):
             status = path.stat()
-        except FileNotFoundError:
-            continue
-        if status.st_uid != os.getuid():
-            continue
-        if time.time() - max(status.st_mtime, status.st_ctime) < YOUNGEST:
-            alive.add(number)
-        dead.append(path)
+            if status.st_uid == os.getuid():
+                dead.append(path)
+                if time.time() - max(status.st_mtime, status.st_ctime) < YOUNGEST:
+                    alive.add(number)
     removed = []
     for path in dead:
         if path.name[:6] not in alive:
@@ -61,14 +63,3 @@ def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str]]:
     """Return the files whose name fits, each with its data set's number."""
     found = [(Path(entry.path), pattern.fullmatch(entry.name)) for entry in os.scandir(folder)]
     return [(path, match[1]) for path, match in found if match]
-
-
-def _mapped_numbers() -> set[str]:
-    """Return the numbers of which any process maps a segment."""
-    numbers = set()
-    for maps in PROCESSES.glob("[0-9]*/maps"):
-        with suppress(OSError):  # another user's process, or ended meanwhile
-            lines = maps.read_text(errors="replace").splitlines()
-            names = [line.rpartition("/")[2] for line in lines if f"{SEGMENTS}/" in line]
-            numbers |= {match[1] for match in map(_SEGMENT_NAME.match, names) if match}
-    return numbers

@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 from composer.utils import dist
 from filelock import BaseFileLock, FileLock, Timeout
-from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
+from streaming import StreamingDataset
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.shared import SharedArray, _get_path
 
@@ -51,10 +50,9 @@ class CheckedDataset(StreamingDataset):
     set is unusable afterwards.
     """
 
-    def __init__(self, *, streams: Sequence[Stream], cache_limit: int | str | None = None, **keywords: Any):
+    def __init__(self, *, streams: Sequence[CheckedStream], cache_limit: int | str | None = None, **keywords: Any):
         """Open the shards of streams from `open_streams`; keywords are those of `streaming.StreamingDataset`."""
         for stream in streams:
-            assert isinstance(stream, CheckedStream), "streams come from open_streams"
             if cache_limit and stream.source is None:
                 raise ValueError(
                     f"cache_limit is {cache_limit}, but {stream.folder} has no `remote` to fetch its shards from "
@@ -71,14 +69,9 @@ class CheckedDataset(StreamingDataset):
         if dist.get_local_rank() == 0:
             self._reason[:] = 0
 
-    def _find_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """Return this worker's sample ids (-1: skip), in order; a subclass may override it."""
-        return super()._get_work(epoch, sample_in_epoch)
-
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        ids = self._find_work(epoch, sample_in_epoch)
-        self._num_expected = int((ids != -1).sum())
-        return ids
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        self._num_expected = int((it.sample_ids != -1).sum())  # -1: skipped
+        return super()._each_sample_id(it)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this worker's rows; raise RuntimeError with shards and counts if a shard or a row is missing."""
@@ -218,7 +211,7 @@ def _only_run_that_starts() -> Iterator[None]:
         lock.release()
 
 
-def open_streams(streams: Mapping[str, Mapping[str, Any]]) -> list[Stream]:
+def open_streams(streams: Mapping[str, Mapping[str, Any]]) -> list[CheckedStream]:
     """Open named streams, each from `streaming.Stream` keywords, and fetch their indexes.
 
     All ranks must call it; the first rank of each node fetches, and all ranks raise its error.
@@ -239,7 +232,7 @@ def open_streams(streams: Mapping[str, Mapping[str, Any]]) -> list[Stream]:
     except Exception as raised:  # raised by all ranks
         error = raised
     agree(error)
-    return list(opened)
+    return opened
 
 
 def _open_stream(name: str, keywords: Mapping[str, Any]) -> CheckedStream:
@@ -256,12 +249,6 @@ def _open_stream(name: str, keywords: Mapping[str, Any]) -> CheckedStream:
             "with `python -m convert.coco|voc|jsonl|shapes --out DIR --split SPLIT`"
         )
     return CheckedStream(**keywords)
-
-
-def fetch_next_to_index(stream: Stream, name: str) -> Path | None:
-    """Call `CheckedStream.fetch_next_to_index`."""
-    assert isinstance(stream, CheckedStream), "streams come from open_streams"
-    return stream.fetch_next_to_index(name)
 
 
 def read_mds(folder: Path, split: str | None = None) -> Iterator[Sample]:

@@ -8,7 +8,7 @@
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.utils._pytree import register_dataclass as register_dataclass
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -25,9 +25,14 @@ foreach_norm = torch._foreach_norm
 foreach_sqrt = torch._foreach_sqrt
 
 
-def reshard_fsdp1(root: nn.Module) -> None:
-    """Free the gathered weights of an FSDP1 root unit."""
-    if isinstance(root, FullyShardedDataParallel) and root._handle is not None and root._handle.uses_sharded_strategy:
+def reshard(root: nn.Module) -> None:
+    """Free a root unit's gathered weights, which FSDP keeps after a forward pass without a backward pass.
+
+    The next forward pass would compute with these: stale after a rollback or after their group was frozen.
+    """
+    if isinstance(root, FSDPModule):
+        root.reshard()
+    elif isinstance(root, FullyShardedDataParallel) and root._handle is not None and root._handle.uses_sharded_strategy:
         _reshard(root, root._handle, free_unsharded_flat_param=True)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
 from recipe.config import LossConfig, MatcherConfig
-from recipe.losses.detection import detection_losses
+from recipe.losses.terms import detection_losses
 from recipe.models.matcher import match
 from recipe.schema import DetectionOutputs, LossCounts, Target
 

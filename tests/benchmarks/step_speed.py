@@ -21,7 +21,7 @@ from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.load import load_processor
-from recipe.models.attention import packed_mask
+from recipe.models.vlm import packed_mask
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example, Sample
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming import Stream
 
 from recipe.config import ImageConfig, PromptConfig, TeacherConfig
 from recipe.data import lengths as lengths_module
@@ -21,13 +20,13 @@ from recipe.data.lengths import (
     fingerprint,
     read_lengths,
     read_longest_caption,
-    sample_id,
 )
 from recipe.data.stream import ExampleMaker
 from recipe.data.teachers import TeacherPool
 from recipe.records import RECORDS_FILE
 from recipe.schema import Object, Sample
-from recipe.upstream.storage import open_streams
+from recipe.upstream.checked_stream import CheckedStream
+from recipe.upstream.storage import CheckedDataset, open_streams
 
 CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
 IMAGE_CHAT = ({"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "blue"})
@@ -43,7 +42,7 @@ def samples(make_sample) -> list[Sample]:
 
 
 @pytest.fixture
-def streams(tmp_path: Path, samples: list[Sample], write_shards) -> list[Stream]:
+def streams(tmp_path: Path, samples: list[Sample], write_shards) -> list[CheckedStream]:
     return open_streams(
         {"a": write_shards(tmp_path / "a", samples[:7]), "b": write_shards(tmp_path / "b", samples[7:])}
     )
@@ -85,7 +84,7 @@ def test_lengths_of_an_epoch_count_the_teachers_that_are_shown(encoder: Encoder,
 
 
 def test_lengths_are_counted_once_for_each_tokenizer_prompt_and_budget(
-    streams: list[Stream], samples: list[Sample], encoder: Encoder, monkeypatch, caplog
+    streams: list[CheckedStream], samples: list[Sample], encoder: Encoder, monkeypatch, caplog
 ):
     caplog.set_level(logging.INFO)
     expected = count_lengths(without_bytes(samples), encoder)
@@ -118,13 +117,13 @@ def test_the_fingerprint_tells_what_token_counts_depend_on(encoder: Encoder, mon
     assert len(prints | {fingerprint(encoder)}) == 5
 
 
-def test_data_without_records_is_refused_with_the_remedy(streams: list[Stream], encoder: Encoder):
+def test_data_without_records_is_refused_with_the_remedy(streams: list[CheckedStream], encoder: Encoder):
     Path(streams[1].local, RECORDS_FILE).unlink()
     with pytest.raises(ValueError, match=r"b has no records.jsonl.gz .* convert the data set again"):
         read_lengths(streams, encoder)
 
 
-def test_records_of_other_shards_are_refused(streams: list[Stream], encoder: Encoder):
+def test_records_of_other_shards_are_refused(streams: list[CheckedStream], encoder: Encoder):
     path = Path(streams[0].local, "index.json")
     index = json.loads(path.read_text())
     index["shards"][0]["raw_data"]["hashes"] = {"xxh64": "0"}
@@ -150,11 +149,12 @@ def test_a_read_only_folder_is_counted_every_time(streams, encoder: Encoder, mon
     assert "the next run counts again" in caplog.text
 
 
-def test_samples_are_named_over_all_streams(streams: list[Stream], samples: list[Sample]):
-    assert [sample_id(streams, position) for position in range(13)] == [sample.id for sample in samples]
+def test_positions_count_over_all_streams(streams: list[CheckedStream], samples: list[Sample]):
+    rows = CheckedDataset(streams=streams, batch_size=1)
+    assert [rows[position]["id"] for position in range(13)] == [sample.id for sample in samples]
 
 
-def test_damaged_counts_are_counted_anew(streams: list[Stream], encoder: Encoder, caplog):
+def test_damaged_counts_are_counted_anew(streams: list[CheckedStream], encoder: Encoder, caplog):
     expected = read_lengths(streams, encoder)
     (path,) = Path(streams[0].local).glob("**/lengths-*.npz")
     for damaged in (b"", path.read_bytes()[:-30]):

@@ -1,13 +1,15 @@
 """`recipe.data.pack`: every sample once, within both budgets, hardly any room left."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from recipe.data import pack
-from recipe.data.pack import pack_ordered, pack_window
+from recipe.data.pack import pack_ordered
 
 Lengths = NDArray[np.int64]
 MAX_TOKENS = 4096
@@ -45,6 +47,14 @@ def packed_in_order(
     tokens: Lengths, patches: Lengths, max_tokens: int, max_patches: int | None, window: int = 1024, seed: int = 0
 ) -> list[list[int]]:
     return pack_ordered(tokens, patches, max_tokens, max_patches, window, np.random.default_rng(seed))
+
+
+def pack_window(
+    tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None
+) -> list[list[int]]:
+    """All samples as one window, the packs in the order they are made."""
+    unshuffled = cast(Any, SimpleNamespace(permutation=range))
+    return pack_ordered(np.array(tokens), np.array(patches), max_tokens, max_patches, len(tokens), unshuffled)
 
 
 def fill(packs: list[list[int]], tokens: Lengths, patches: Lengths, max_patches: int | None) -> float:

@@ -12,7 +12,7 @@ from streaming import Stream, StreamingDataset
 
 from recipe.upstream.checked_stream import CheckedStream
 from recipe.upstream.fetch import RemoteFolder
-from recipe.upstream.storage import fetch_next_to_index, open_streams
+from recipe.upstream.storage import open_streams
 from tests.data.storage_cases import NUM_ROWS, NUM_SHARDS, open_rows, read_numbers
 from tests.launches.launch import run_composer
 from tests.support.s3_server import SECRET_KEY, FaultProxy, S3Server
@@ -100,19 +100,19 @@ def test_a_file_beside_the_index(tmp_path: Path, store: FaultProxy, s3: S3Server
     (tmp_path / "more" / "records.jsonl.gz").write_bytes(b"records")
     s3.upload(tmp_path / "more", "rows", "set")
     (stream,) = open_streams({"rows": {"remote": "s3://rows/set", "local": str(tmp_path / "cache")}})
-    path = fetch_next_to_index(stream, "records.jsonl.gz")
+    path = stream.fetch_next_to_index("records.jsonl.gz")
     assert path is not None and path.read_bytes() == b"records"
     before = len(store.requests)
-    assert fetch_next_to_index(stream, "records.jsonl.gz") == path
+    assert stream.fetch_next_to_index("records.jsonl.gz") == path
     assert len(store.requests) == before
-    assert fetch_next_to_index(stream, "none.gz") is None
+    assert stream.fetch_next_to_index("none.gz") is None
     assert store.count("HEAD", "none.gz") == 1, "a missing file is an answer, not a fault"
     store.inject("status", "other.gz", status=500)
     with pytest.raises(RuntimeError, match=r"other\.gz in 4 attempts: .*500"):
-        fetch_next_to_index(stream, "other.gz")
+        stream.fetch_next_to_index("other.gz")
     (local,) = open_streams({"rows": {"local": str(tmp_path / "written")}})
-    assert fetch_next_to_index(local, "records.jsonl.gz") is None
-    assert fetch_next_to_index(local, "index.json") == tmp_path / "written" / "index.json"
+    assert local.fetch_next_to_index("records.jsonl.gz") is None
+    assert local.fetch_next_to_index("index.json") == tmp_path / "written" / "index.json"
 
 
 def test_no_secret_is_told(

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss, sigmoid_focal_loss
 
 from recipe.config import LossConfig
-from recipe.losses.detection import box_losses, caption_loss, denoising_losses, detection_losses
+from recipe.losses.terms import box_losses, caption_loss, denoising_losses, detection_losses
 from recipe.models.matcher import match
 from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Target
 

@@ -8,7 +8,7 @@ from loss_cases import COUNTS
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from recipe.losses.language import language_losses
+from recipe.losses.terms import language_losses
 from recipe.schema import LossCounts, Role
 
 LN2 = math.log(2)

@@ -8,8 +8,8 @@ from loss_cases import COUNTS, random_outputs, random_targets
 from torch import Tensor
 
 from recipe.config import LossConfig
-from recipe.losses.detection import caption_loss, denoising_losses, detection_losses
-from recipe.models.denoising import make_denoising_queries
+from recipe.losses.terms import caption_loss, denoising_losses, detection_losses
+from recipe.models.detection_head import make_denoising_queries
 from recipe.models.matcher import match
 from tests.support.waits import Waits
 

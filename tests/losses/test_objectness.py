@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
 from recipe.config import LossConfig
-from recipe.losses.detection import denoising_losses, detection_losses, objectness_loss
+from recipe.losses.terms import denoising_losses, detection_losses, objectness_loss
 from recipe.models.matcher import match
 from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Target
 

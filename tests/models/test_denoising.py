@@ -6,7 +6,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from recipe.joint import JointModel
-from recipe.models.denoising import attention_mask, make_denoising_queries
+from recipe.models.detection_head import attention_mask, make_denoising_queries
 from recipe.schema import DenoisingQueries, Memory, Target
 
 BOX_NOISE = 0.4

@@ -10,9 +10,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.losses.detection import detection_losses
-from recipe.models.denoising import make_denoising_queries
-from recipe.models.detection_head import NO_PROPOSAL, DecoderLayer, DetectionHead, QuerySelection, compass
+from recipe.losses.terms import detection_losses
+from recipe.models.detection_head import (
+    NO_PROPOSAL,
+    DecoderLayer,
+    DetectionHead,
+    QuerySelection,
+    compass,
+    make_denoising_queries,
+)
 from recipe.models.layers import LOCALITY, Attention
 from recipe.models.matcher import match
 from recipe.models.memory import grid_cells, sine_embedding

@@ -15,8 +15,7 @@ from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, one_each
 from recipe.joint import JointModel
 from recipe.load import load_processor
-from recipe.models.network import padded_captions
-from recipe.models.sharding import Sealed
+from recipe.models.network import Sealed, padded_captions
 from recipe.schema import Example, Object, Target
 from tests.support.tiny_cases import (
     ALL_SWITCHES,

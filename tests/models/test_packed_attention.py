@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipe.models.attention import packed_sdpa
+from recipe.models.vlm import packed_sdpa
 
 SEGMENTS = [5, 1, 7]
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8

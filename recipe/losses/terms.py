@@ -1,13 +1,15 @@
-"""The head's loss terms, unweighted and named; each is divided by the whole global batch's count, see `LossCounts`.
+"""The loss terms, unweighted and named; each is divided by the whole global batch's count, see `LossCounts`.
 
+    loss_lm_teacher   cross-entropy of the teachers' answers, summed    / their tokens
+    loss_lm_student   cross-entropy of the student's answer, summed     / its tokens
     loss_bbox         L1 of matched cxcywh boxes                        / objects
     loss_giou         1 - GIoU of matched boxes                         / objects
     loss_objectness   of every query (see `objectness_loss`), summed    / images
     loss_caption      mean cross-entropy over the tokens of an image's matched captions / images
 
-The first three repeat: `*_aux` summed over the earlier layers, `*_selection` for the proposals that the queries were
-chosen from, `*_group` summed over all layers and averaged over the other groups of queries, `*_dn` summed over all
-layers of the denoising queries and averaged over their groups.
+Those of boxes and objectness repeat: `*_aux` summed over the earlier layers, `*_selection` for the proposals that the
+queries were chosen from, `*_group` summed over all layers and averaged over the other groups of queries, `*_dn` summed
+over all layers of the denoising queries and averaged over their groups.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from recipe.boxes import elementwise_iou
 from recipe.config import LossConfig
-from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Target
+from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Role, Target
 
 REPEATS = ("_aux", "_selection", "_group", "_dn")
 
@@ -32,6 +34,19 @@ def base_term(name: str) -> str:
     return name.removeprefix("loss_")
 
 
+def language_losses(logits: Tensor, labels: Tensor, roles: Tensor, counts: LossCounts) -> dict[str, Tensor]:
+    """Return each role's summed cross-entropy, divided by the role's tokens in the whole global batch.
+
+    `logits` (K, V), `labels` (K,) and `roles` (K,) of `Role` are of the supervised positions only.
+    """
+    nll = F.cross_entropy(_widen(logits), labels, reduction="none")
+    sums = nll.new_zeros(len(Role)).index_add(0, roles, nll)
+    return {
+        "loss_lm_teacher": sums[Role.TEACHER] / max(counts["teacher_tokens"], 1),
+        "loss_lm_student": sums[Role.STUDENT] / max(counts["student_tokens"], 1),
+    }
+
+
 def detection_losses(
     outputs: DetectionOutputs,
     matches: Sequence[Matches],
@@ -41,17 +56,11 @@ def detection_losses(
 ) -> dict[str, Tensor]:
     """Return `loss_bbox loss_giou loss_objectness` of the object queries, and each with the suffixes of `layers()`.
 
-    Args:
-        outputs: Of N images.
-        matches: One for each of `outputs.layers()`.
-        targets: N of them; None (not annotated) takes no part.
-        counts: Denominators.
-        config: The objectness loss and its parameters.
+    `matches` has one entry for each of `outputs.layers()`, `targets` one per image; None (not annotated) takes no part.
     """
     suffixes, layers = zip(*outputs.layers(), strict=True)
     boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
-    logits = _logits(layers)  # (layers, N, Q)
-    annotated = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
+    logits = _widen(torch.stack([layer.pred_objectness for layer in layers]))  # (layers, N, Q)
     fields = ("image", "query", "target")
     image, query, target = (torch.cat([getattr(match, key) for match in matches]) for key in fields)
     lengths = torch.tensor([len(match) for match in matches])
@@ -60,6 +69,7 @@ def detection_losses(
     predicted, true = boxes[layer, image, query], pad_sequence(objects, batch_first=True)[image, target]
     quality = torch.zeros_like(logits).index_put((layer, image, query), _quality(predicted, true, config).to(logits))
     is_object = torch.zeros_like(logits).index_put((layer, image, query), torch.ones_like(logits[layer, image, query]))
+    annotated = torch.tensor([i for i, target in enumerate(targets) if target is not None], dtype=torch.int64)
     annotated = annotated.to(logits.device, non_blocking=True)
     objectness = objectness_loss(logits[:, annotated], is_object[:, annotated], quality[:, annotated], config)
     terms = {
@@ -83,18 +93,14 @@ def denoising_losses(
 ) -> dict[str, Tensor]:
     """Return `loss_bbox_dn loss_giou_dn loss_objectness_dn` of the denoising queries, which know their targets.
 
-    Args:
-        denoising: The queries and their outputs; None if no image of the batch has an object: all terms are 0.
-        detection: Of the object queries.
-        counts: Denominators; each group counts as its own batch.
-        config: The objectness loss and its parameters.
+    `denoising` is None if no image of the batch has an object: all terms are 0. Each group counts as its own batch.
     """
     if denoising is None:
         zero = 0.0 * detection.pred_boxes.sum()
         return dict.fromkeys(("loss_bbox_dn", "loss_giou_dn", "loss_objectness_dn"), zero)
     queries, outputs = denoising
     layers = [*outputs.aux_outputs, outputs]
-    logits = _logits(layers)  # (layers, N, R)
+    logits = _widen(torch.stack([layer.pred_objectness for layer in layers]))  # (layers, N, R)
     # Nothing is gathered by a mask: a GPU would wait for the number of its entries.
     repaired = (queries.valid & queries.positive).expand_as(logits)
     predicted = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, R, 4)
@@ -118,17 +124,13 @@ def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
 
 
 def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: LossConfig) -> Tensor:
-    """Return the loss of every query's objectness.
+    """Return the loss of every query's objectness, of the shape that all three tensors share.
 
     focal: Lin et al. 2017: the target is 1 for a matched query, and easy queries weigh less; `focal_alpha` weighs
         objects, 1 - `focal_alpha` empty queries.
     mal: Huang et al. 2025 (DEIM): the target is IoU ** gamma and the weight 1, so that a poor match is trained too.
 
-    Args:
-        logits: Of any shape, which the others and the result share.
-        is_object: 1 if the query is matched, else 0.
-        quality: IoU of matched queries' boxes, else 0; not read by focal.
-        config: Names the loss.
+    `is_object` is 1 if the query is matched, else 0; `quality` the IoU of matched queries' boxes, else 0.
     """
     gamma = config.focal_gamma
     if config.objectness == "focal":
@@ -143,7 +145,7 @@ def caption_loss(logits: Tensor, labels: Tensor, images: Tensor, num_images: int
 
     `logits` (k, V), `labels` (k,) and `images` (k,), in [0, num_images), are of the tokens of all matched captions.
     """
-    nll = F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, reduction="none")
+    nll = F.cross_entropy(_widen(logits), labels, reduction="none")
     sums = nll.new_zeros(num_images).index_add(0, images, nll)
     tokens = nll.new_zeros(num_images).index_add(0, images, torch.ones_like(nll))
     return (sums / tokens.clamp(min=1)).sum() / max(counts["images"], 1)
@@ -158,7 +160,6 @@ def _quality(predicted: Tensor, true: Tensor, config: LossConfig) -> Tensor:
     return iou.nan_to_num(0.0)
 
 
-def _logits(layers: Sequence[DetectionOutputs]) -> Tensor:
+def _widen(logits: Tensor) -> Tensor:
     """Return logits in float32 at least: a target IoU in bfloat16 would be off by up to 0.002."""
-    logits = torch.stack([layer.pred_objectness for layer in layers])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
