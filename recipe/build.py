@@ -17,8 +17,7 @@ from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
-from recipe.callbacks.log_first_sample import LogFirstSample
-from recipe.callbacks.log_predictions import LogPredictions
+from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import build_callbacks
 from recipe.callbacks.training_data import TrainingData
 from recipe.config import CaptionDecoderConfig, LoaderConfig, RecipeConfig

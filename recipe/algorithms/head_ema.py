@@ -6,9 +6,9 @@ import torch
 from composer import Algorithm, Event, Logger, State
 from composer.algorithms import EMA
 
-from recipe.algorithms.norms import local
 from recipe.config import EmaConfig
 from recipe.models.network import JointNetwork
+from recipe.optim.groups import local
 from recipe.upstream.torch_private import foreach_lerp_
 
 

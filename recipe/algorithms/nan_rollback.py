@@ -6,6 +6,7 @@ One small all-reduce per step gives every rank the same numbers, so all ranks de
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +15,11 @@ from composer import Algorithm, Event, Logger, State, Time
 from composer.utils import dist
 from torch import Tensor
 
-from recipe.algorithms.norms import is_sharded, local, named_groups, square_sums
 from recipe.algorithms.quarantine import AuditEntry, Quarantine
 from recipe.algorithms.snapshot import Snapshot, weights_are_finite
 from recipe.algorithms.watch import Action, MicrobatchFlags, Reading, Watch, head_outputs
 from recipe.config import NaNRollbackConfig
+from recipe.optim.groups import local, named_groups, square_sums
 from recipe.upstream.torch_private import foreach_mul_
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ class NaNRollback(Algorithm):
     `nan_rollback/skipped_batches`, `nan_rollback/rollbacks` and `nan_rollback/clip_scale`.
 
     Args:
-        config: Thresholds and actions.
         clip_norm: Largest norm of the whole gradient; None: no clipping.
         folder: For the audit file of bad batches.
     """
@@ -147,7 +147,21 @@ class NaNRollback(Algorithm):
         self._losses.append(terms["total"].detach().to(torch.float64, copy=True))
 
     def _decide(self, state: State, logger: Logger) -> None:
-        reading = self._measure(state)
+        """Judge this step by numbers reduced over all ranks: the only all-reduce and the only wait for the device."""
+        groups = named_groups(state.optimizers[0])
+        gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
+        sums = square_sums(gradients, self._losses[0].device)
+        if not state.fsdp_enabled:
+            sums /= dist.get_world_size()  # each rank has the whole sum
+        losses = torch.stack(self._losses)
+        num_flags = torch.stack([flags.count() for flags in self._microbatches]).sum()
+        reduced = torch.cat([sums, torch.stack([losses.sum(), losses.new_tensor(len(losses)), num_flags])])
+        dist.all_reduce(reduced)
+        *squares, loss, num_losses, flags = reduced.tolist()
+        total = sum(squares) ** 0.5
+        reading = Reading(bool(torch.isfinite(reduced).all()) and flags == 0, loss / num_losses, total)
+        self.gradient_norms = {name: square**0.5 for name, square in zip(groups, squares, strict=True)}
+        self.gradient_norms["total"] = total
         logger.log_metrics({f"gradient_norm/{name}": norm for name, norm in self.gradient_norms.items()})
         alarms = self.watch.alarms(reading)
         if alarms and dist.get_global_rank() == 0:
@@ -156,39 +170,18 @@ class NaNRollback(Algorithm):
         worst = max(alarms.values(), default=Action.LOG)
         if reading.is_finite and worst is Action.LOG:
             self.strikes = 0
-            self._clip(state)
+            self._clip([gradient for group in gradients for gradient in group], total)
             return
         reasons = [name for name, action in alarms.items() if action > Action.LOG]
         self._reject(state, logger, reasons, from_data=not reading.is_finite, rollback=worst is Action.ROLLBACK)
 
-    def _measure(self, state: State) -> Reading:
-        """Reduce this step over all ranks: the only all-reduce and the only wait for the device."""
-        groups = named_groups(state.optimizers[0])
-        gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
-        sums = square_sums(gradients, self._losses[0].device)
-        if not is_sharded(state):
-            sums /= dist.get_world_size()  # each rank has the whole sum
-        losses = torch.stack(self._losses)
-        num_flags = torch.stack([flags.count() for flags in self._microbatches]).sum()
-        reduced = torch.cat([sums, torch.stack([losses.sum(), losses.new_tensor(len(losses)), num_flags])])
-        dist.all_reduce(reduced)
-        *squares, loss, num_losses, flags = reduced.tolist()
-        norms = [square**0.5 for square in squares]
-        total = sum(squares) ** 0.5
-        self.gradient_norms = {**dict(zip(groups, norms, strict=True)), "total": total}
-        is_finite = bool(torch.isfinite(reduced).all()) and flags == 0
-        return Reading(is_finite, loss / num_losses, total)
-
-    def _clip(self, state: State) -> None:
+    def _clip(self, gradients: Sequence[Tensor], norm: float) -> None:
         """Clip like `torch.nn.utils.clip_grad_norm_`, by the norm that is already known."""
         if self.clip_norm is None:
             return
-        factor = self.clip_norm * self.clip_scale / (self.gradient_norms["total"] + 1e-6)
-        if factor >= 1:
-            return
-        parameters = [parameter for group in named_groups(state.optimizers[0]).values() for parameter in group]
-        gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        foreach_mul_(gradients, factor)
+        factor = self.clip_norm * self.clip_scale / (norm + 1e-6)
+        if factor < 1:
+            foreach_mul_([local(gradient) for gradient in gradients], factor)
 
     def _reject(
         self, state: State, logger: Logger, reasons: list[str], from_data: bool = False, rollback: bool = False
@@ -217,13 +210,8 @@ class NaNRollback(Algorithm):
             )
         if rollback:
             self._restore(state)
-        logger.log_metrics(
-            {
-                "nan_rollback/skipped_batches": self.num_skipped,
-                "nan_rollback/rollbacks": self.num_rollbacks,
-                "nan_rollback/clip_scale": self.clip_scale,
-            }
-        )
+        metrics = {"skipped_batches": self.num_skipped, "rollbacks": self.num_rollbacks, "clip_scale": self.clip_scale}
+        logger.log_metrics({f"nan_rollback/{name}": value for name, value in metrics.items()})
 
     def _report(self, reasons: list[str], action: str, blame: bool) -> None:
         """Log the bad samples of every rank; count them if `blame`."""

@@ -6,7 +6,7 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from recipe.algorithms.norms import local, square_sums
+from recipe.optim.groups import local, square_sums
 from recipe.upstream.torch_private import foreach_copy_
 
 
@@ -25,7 +25,11 @@ class Snapshot:
     def take(self, state: State) -> None:
         """Copy everything, reusing the memory of the last copy."""
         live = _live_tensors(state)
-        self._copies = {name: _host_copy(self._copies.get(name), tensor) for name, tensor in live.items()}
+        for name, tensor in live.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._copies = {name: self._copies[name] for name in live}
         # No wait needed: the next optimizer step is queued after the copies on the same stream.
         foreach_copy_(list(self._copies.values()), list(live.values()), non_blocking=True)
         self.batch = int(state.timestamp.batch)
@@ -36,7 +40,7 @@ class Snapshot:
         assert self._copies, "no snapshot was taken"
         optimizer = state.optimizers[0]
         for index, parameter in enumerate(_parameters(state)):
-            if not any(_state_name(index, key) in self._copies for key in optimizer.state.get(parameter, {})):
+            if not any(f"state.{index}.{key}" in self._copies for key in optimizer.state.get(parameter, {})):
                 optimizer.state.pop(parameter, None)
         live = _live_tensors(state)
         foreach_copy_([live[name] for name in self._copies], list(self._copies.values()), non_blocking=True)
@@ -55,21 +59,11 @@ def _parameters(state: State) -> list[Parameter]:
     return [parameter for group in state.optimizers[0].param_groups for parameter in group["params"]]
 
 
-def _state_name(index: int, key: str) -> str:
-    return f"state.{index}.{key}"
-
-
 def _live_tensors(state: State) -> dict[str, Tensor]:
     """Return this rank's part of every weight, buffer and optimizer state by name."""
     tensors: dict[str, Tensor] = {f"buffer.{name}": buffer for name, buffer in state.model.named_buffers()}
     tensors |= {f"parameter.{name}": parameter for name, parameter in state.model.named_parameters()}
     for index, parameter in enumerate(_parameters(state)):
         for key, value in state.optimizers[0].state.get(parameter, {}).items():
-            tensors[_state_name(index, key)] = value
+            tensors[f"state.{index}.{key}"] = value
     return {name: local(tensor).detach() for name, tensor in tensors.items()}
-
-
-def _host_copy(copy: Tensor | None, tensor: Tensor) -> Tensor:
-    if copy is not None and copy.shape == tensor.shape and copy.dtype == tensor.dtype:
-        return copy
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from recipe.algorithms.norms import is_sharded, local, named_groups
+from recipe.optim.groups import local, named_groups, num_parameters
 from recipe.optim.schedule import Schedule, lr_factor, stage_factor
 
 log = logging.getLogger(__name__)
@@ -65,18 +65,35 @@ class StagedFreezing(Algorithm):
         if event is Event.BEFORE_LOAD:
             self._configured = _fixed_settings(optimizer)
         elif event is Event.FIT_START:
-            self._report_loaded_settings(optimizer)
-            _make_missing_state(optimizer)
-            # So that what the scheduler sets, and others read after a step, is that step's rate.
-            _scheduler(state).lr_lambdas = [
-                lambda _, name=group["name"]: lr_factor(self.schedule, name, state) for group in optimizer.param_groups
-            ]
-            self._factors = {}
+            self._begin_fit(state)
         elif event is Event.BATCH_START:
             self._begin_batch(state, logger)
         elif self._check is not None:
             self._unchecked -= self._check.finish(int(state.timestamp.batch) - 1, _rates(optimizer))
             self._check = None
+
+    def _begin_fit(self, state: State) -> None:
+        optimizer = state.optimizers[0]
+        text = "group %s: %s is %s in the configuration but %s in the checkpoint (after any rollbacks), which applies; "
+        text += "to change it, start from the weights alone with trainer.load_weights_only=true"
+        for asked, loaded in zip(self._configured, _fixed_settings(optimizer), strict=False):
+            for name in _FIXED_AT_START:
+                if asked[name] != loaded[name] and dist.get_global_rank() == 0:
+                    log.warning(text, asked["name"], name.removeprefix("initial_"), asked[name], loaded[name])
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            # The state that AdamW would create in its first step. Under FSDP1 a rank may hold no part of a parameter;
+            # then no state is saved.
+            if not optimizer.state.get(parameter) and parameter.numel():
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0, dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+        # So that what the scheduler sets, and others read after a step, is that step's rate.
+        _scheduler(state).lr_lambdas = [
+            lambda _, name=group["name"]: lr_factor(self.schedule, name, state) for group in optimizer.param_groups
+        ]
+        self._factors = {}
 
     def _begin_batch(self, state: State, logger: Logger) -> None:
         optimizer, scheduler = state.optimizers[0], _scheduler(state)
@@ -110,16 +127,6 @@ class StagedFreezing(Algorithm):
             )
         check_membership(state.model, optimizer)
 
-    def _report_loaded_settings(self, optimizer: Optimizer) -> None:
-        if dist.get_global_rank() != 0:
-            return
-        text = "group %s: %s is %s in the configuration but %s in the checkpoint (after any rollbacks), which applies; "
-        text += "to change it, start from the weights alone with trainer.load_weights_only=true"
-        for asked, loaded in zip(self._configured, _fixed_settings(optimizer), strict=False):
-            for name in _FIXED_AT_START:
-                if asked[name] != loaded[name]:
-                    log.warning(text, asked["name"], name.removeprefix("initial_"), asked[name], loaded[name])
-
 
 def _scheduler(state: State) -> LambdaLR:
     (scheduler,) = state.schedulers
@@ -135,31 +142,11 @@ def _fixed_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: group[name] for name in ("name", *_FIXED_AT_START)} for group in optimizer.param_groups]
 
 
-def _make_missing_state(optimizer: Optimizer) -> None:
-    """Give every parameter the state that AdamW would create in its first step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            # Under FSDP1 a rank may hold no part of a parameter; then no state is saved.
-            if not optimizer.state.get(parameter) and parameter.numel():
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0, dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
-
-
 def _table(state: State, factors: dict[str, float | None], rates: dict[str, float]) -> str:
     """Return one line per group; an all-reduce under FSDP."""
-    groups = named_groups(state.optimizers[0])
-    held = {id(parameter) for parameters in groups.values() for parameter in parameters}
-    rest = [parameter for parameter in state.model.parameters() if id(parameter) not in held]
-    parts = [sum(local(parameter).numel() for parameter in members) for members in (*groups.values(), rest)]
-    sizes = torch.tensor(parts, device=local(next(state.model.parameters())).device)
-    if is_sharded(state):
-        dist.all_reduce(sizes)
-    *counts, num_rest = sizes.tolist()
+    counts, num_rest = num_parameters(state)
     lines = [f"{'group':<10} {'parameters':>14} {'trainable':>14} {'factor':>8} {'lr':>10}"]
-    for name, count in zip(groups, counts, strict=True):
+    for name, count in counts.items():
         factor = factors[name]
         stage = "frozen" if factor is None else f"{factor:g}"
         lines.append(f"{name:<10} {count:>14,} {0 if factor is None else count:>14,} {stage:>8} {rates[name]:>10.3g}")

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -80,10 +81,7 @@ class Watch:
 
 def consecutive(readings: Sequence[Reading], holds: Callable[[Reading], bool]) -> int:
     """Return for how many readings in a row, up to the last, `holds` is true."""
-    for count, reading in enumerate(reversed(readings)):
-        if not holds(reading):
-            return count
-    return len(readings)
+    return sum(1 for _ in takewhile(holds, reversed(readings)))
 
 
 def nan_ratio(readings: Sequence[Reading], window: int) -> float:
@@ -128,13 +126,12 @@ class MicrobatchFlags:
 
     def add_gradients(self, outputs: Mapping[str, Tensor]) -> None:
         """Keep the outputs' gradients when the backward pass computes them."""
-
-        def keep(name: str, gradient: Tensor) -> None:
-            self._values[name] = gradient.detach()
-
         for name, output in outputs.items():
             if output.requires_grad:
-                output.register_hook(partial(keep, f"gradient of {name}"))
+                output.register_hook(partial(self._keep_gradient, f"gradient of {name}"))
+
+    def _keep_gradient(self, name: str, gradient: Tensor) -> None:
+        self._values[name] = gradient.detach()
 
     def count(self) -> Tensor:
         """Return the number of values that are not finite: () float64 on the device."""

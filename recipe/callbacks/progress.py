@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-import torch
 from composer import Callback
 from composer.core import State
 from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist, is_notebook
 from torch.utils.data import DataLoader
 
-from recipe.algorithms.norms import is_sharded, local, named_groups
 from recipe.data.stream import PackStream
 from recipe.metrics.gather import UNDEFINED
+from recipe.optim.groups import num_parameters
 
 log = logging.getLogger(__name__)
 
@@ -137,18 +136,41 @@ class Summary(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Log the first lines. Collective under FSDP."""
-        self._start = (int(state.timestamp.batch), time.monotonic())
-        lines = [self._data(state), self._steps(state), self._trains(state), self._device(state), self._writes()]
-        if dist.get_global_rank() == 0:
-            log.info("this run\n%s", "\n".join(lines))
-            steps = self._num_steps(state)
-            if steps is not None and steps < FEW_STEPS:
-                log.warning(
-                    "%d steps in all: a new head needs %d or more; lower train_loader.global_batch_size or raise "
-                    "trainer.max_duration",
-                    steps,
-                    FEW_STEPS,
-                )
+        loader, duration, begun = state.train_dataloader, state.max_duration, int(state.timestamp.batch)
+        assert isinstance(loader, DataLoader) and isinstance(loader.dataset, PackStream) and duration is not None
+        self._start = (begun, time.monotonic())
+        num_samples = loader.dataset.num_samples
+        num_packs = loader.dataset.plan(int(state.timestamp.epoch)).num_packs
+        packs = "" if num_packs == num_samples else f" in {num_packs} packs"
+        # Unknown if the run's duration is in samples, tokens or seconds.
+        length = {"ba": 1, "ep": int(state.dataloader_len or 0)}.get(duration.unit.value)
+        steps = int(duration.value) * length if length else None
+        origin = f", resumed at step {begun}" if begun else ""
+        sizes, num_others = num_parameters(state)
+        rates = {group["name"]: group["initial_lr"] for group in state.optimizers[0].param_groups}
+        groups = ", ".join(f"{name} {short(size)} at {rates[name]:g}" for name, size in sizes.items())
+        trained = sum(sizes.values())
+        processes = dist.get_world_size()
+        each = f"{processes} processes" if processes > 1 else "1 process"
+        checkpoints = "no checkpoints" if self.save_folder is None else f"checkpoints in {self.save_folder}"
+        if dist.get_global_rank() != 0:
+            return
+        lines = [
+            f"  data        {num_samples} samples{packs}, {len(loader)} steps per epoch; "
+            f"evaluation every {self.eval_interval}",
+            f"  steps       {duration}" + (f" = {steps} steps" if steps else "") + origin,
+            f"  trains      {groups}; {short(trained)} of {short(trained + num_others)} parameters",
+            f"  runs on     {each}, {state.device.name}, {state.precision.value}",
+            f"  writes      {self.run_folder}: config.yaml, metrics.jsonl, images; {checkpoints}",
+        ]
+        log.info("this run\n%s", "\n".join(lines))
+        if steps is not None and steps < FEW_STEPS:
+            log.warning(
+                "%d steps in all: a new head needs %d or more; lower train_loader.global_batch_size or raise "
+                "trainer.max_duration",
+                steps,
+                FEW_STEPS,
+            )
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Log the last lines."""
@@ -167,49 +189,6 @@ class Summary(Callback):
             f"  next        python recipe/predict.py --checkpoint {newest} --out predictions IMAGES",
         ]
         log.info("this run has ended\n%s", "\n".join(lines[: 4 if self.save_folder is None else 5]))
-
-    def _data(self, state: State) -> str:
-        assert isinstance(state.train_dataloader, DataLoader)
-        dataset = state.train_dataloader.dataset
-        assert isinstance(dataset, PackStream)
-        num_packs = dataset.plan(int(state.timestamp.epoch)).num_packs
-        packs = "" if num_packs == dataset.num_samples else f" in {num_packs} packs"
-        steps = len(state.train_dataloader)
-        evaluation = f"evaluation every {self.eval_interval}"
-        return f"  data        {dataset.num_samples} samples{packs}, {steps} steps per epoch; {evaluation}"
-
-    def _num_steps(self, state: State) -> int | None:
-        """Return the steps of the whole run, or None if its duration is in samples, tokens or seconds."""
-        assert state.max_duration is not None
-        length = {"ba": 1, "ep": int(state.dataloader_len or 0)}.get(state.max_duration.unit.value)
-        return None if not length else int(state.max_duration.value) * length
-
-    def _steps(self, state: State) -> str:
-        begun = int(state.timestamp.batch)
-        steps = self._num_steps(state)
-        origin = f", resumed at step {begun}" if begun else ""
-        return f"  steps       {state.max_duration}" + (f" = {steps} steps" if steps else "") + origin
-
-    def _trains(self, state: State) -> str:
-        groups = named_groups(state.optimizers[0])
-        sizes = [sum(local(parameter).numel() for parameter in parameters) for parameters in groups.values()]
-        total = sum(local(parameter).numel() for parameter in state.model.parameters())
-        numbers = state.device.tensor_to_device(torch.tensor([*sizes, total]))
-        if is_sharded(state):
-            dist.all_reduce(numbers)
-        *sizes, total = numbers.tolist()
-        rates = {group["name"]: group["initial_lr"] for group in state.optimizers[0].param_groups}
-        parts = [f"{name} {short(size)} at {rates[name]:g}" for name, size in zip(groups, sizes, strict=True)]
-        return f"  trains      {', '.join(parts)}; {short(sum(sizes))} of {short(total)} parameters"
-
-    def _device(self, state: State) -> str:
-        processes = dist.get_world_size()
-        each = f"{processes} processes" if processes > 1 else "1 process"
-        return f"  runs on     {each}, {state.device.name}, {state.precision.value}"
-
-    def _writes(self) -> str:
-        checkpoints = "no checkpoints" if self.save_folder is None else f"checkpoints in {self.save_folder}"
-        return f"  writes      {self.run_folder}: config.yaml, metrics.jsonl, images; {checkpoints}"
 
 
 def short(number: float) -> str:

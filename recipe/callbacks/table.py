@@ -19,9 +19,8 @@ from composer.callbacks import (
 )
 from composer.loggers import LoggerDestination
 
-from recipe.callbacks.group_metrics import GroupMetrics
 from recipe.callbacks.loggers import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
-from recipe.callbacks.loss_terms import LossGradients, LossShares
+from recipe.callbacks.measures import GroupMetrics, LossGradients, LossShares
 from recipe.callbacks.progress import ProgressLogger
 from recipe.callbacks.throughput import Throughput
 from recipe.upstream.loggers import SafeWandBLogger

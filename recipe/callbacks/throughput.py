@@ -1,6 +1,16 @@
-"""How much of the device a run uses: FLOPs, their share of the peak, and the time spent waiting for the loader."""
+"""How much of the device a run uses: FLOPs, their share of the peak, and the time spent waiting for the loader.
 
+FLOPs are computed from the shapes of the modules and of the microbatches. Only matrix products count, a multiplication
+and an addition as two, as in `torch.utils.flop_counter`. Causal attention counts whole (PaLM, appendix B), and so does
+padding. The backward pass has a product for each weight that is trained, and one for each input below which something
+is trained.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Any
 
 import torch
 from composer import Callback
@@ -8,11 +18,114 @@ from composer.callbacks.speed_monitor import get_gpu_flops_available
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import nn
 
-from recipe.algorithms.norms import named_groups
-from recipe.callbacks.flops import PARTS, step_flops
-from recipe.callbacks.group_metrics import every_batches
-from recipe.callbacks.loss_terms import joint_model
+from recipe.callbacks.measures import every_batches, joint_model
+from recipe.optim.groups import named_groups
+from recipe.schema import Batch
+
+PARTS = ("vision", "merger", "llm", "detection")  # detection: the memory's adapters, the head and the captions
+
+
+@dataclass
+class Flops:
+    """FLOPs of each of `PARTS`: forward and backward of the model, and what gradient checkpointing computes twice."""
+
+    model: Counter[str] = field(default_factory=Counter[str])
+    recompute: Counter[str] = field(default_factory=Counter[str])
+
+    def add(self, part: str, linear: int, trained: bool, gradient: bool, attention: int = 0) -> None:
+        """Add multiplications with weights (`linear`: rows times `_weights`) and of queries, keys and values."""
+        self.model[part] += 2 * (linear * (1 + trained + gradient) + attention * (1 + 2 * gradient))
+
+    def add_blocks(self, part: str, blocks: Any, rows: int, trained: bool, gradient: bool, attention: int) -> None:
+        """Add transformer blocks. Checkpointing recomputes all but the last product, whose result is not needed."""
+        linear, last = rows * _weights(*blocks), rows * _weights(*(block.mlp.down_proj for block in blocks))
+        self.add(part, linear, trained, gradient, attention)
+        if gradient and getattr(blocks[0], "gradient_checkpointing", False):
+            self.recompute[part] += 2 * (linear + attention - last)
+
+
+def step_flops(network: nn.Module, batches: Sequence[Batch], trained: Collection[str]) -> Flops:
+    """Count this rank's optimizer step of a `JointNetwork`, within 1 %, if these parameter groups are `trained`."""
+    flops = Flops()
+    for batch in batches:
+        _add_trunk(network, batch, trained, flops)
+        _add_detection(network, batch, trained, flops)
+    return flops
+
+
+def window_pairs(grid: Sequence[int], side: int) -> int:
+    """Return how many pairs of an image's patches (time, height, width) share a window of `side`, cut at the edge."""
+    down, across = (size // side * side**2 + (size % side) ** 2 for size in grid[1:])
+    return grid[0] * down * across
+
+
+def _add_trunk(network: Any, batch: Batch, trained: Collection[str], flops: Flops) -> None:
+    hf_model, (num_rows, row_length) = network.vlm.hf_model, batch["input_ids"].shape
+    visual, layers = hf_model.model.visual, hf_model.model.language_model.layers
+    embed, merge, num_whole = visual.patch_embed.proj, visual.spatial_merge_size, len(visual.fullatt_block_indexes)
+    grids = batch["image_grid_thw"].tolist() or [[1, merge, merge]]  # a blank image if there is none
+    patches, side = sum(t * h * w for t, h, w in grids), visual.window_size // visual.patch_size // merge * merge
+    pairs = num_whole * sum(t * (h * w) ** 2 for t, h, w in grids)
+    pairs += (len(visual.blocks) - num_whole) * sum(window_pairs(grid, side) for grid in grids)
+    pixels = embed.in_channels * embed.kernel_size[-1] ** 2  # of one frame: two equal ones are read as one
+    gradient = "vision" in trained
+    flops.add("vision", patches * pixels * embed.out_channels, gradient, gradient=False)
+    flops.add_blocks("vision", visual.blocks, patches, gradient, gradient, 2 * pairs * embed.out_channels)
+    gradient = gradient or "merger" in trained
+    flops.add("merger", patches // merge**2 * _weights(visual.merger), "merger" in trained, gradient)
+    gradient = gradient or "llm" in trained
+    pairs = len(layers) * sum(length**2 for length in batch["segment_lengths"] or [row_length] * num_rows)
+    attention = 2 * pairs * layers[0].self_attn.o_proj.in_features
+    flops.add_blocks("llm", layers, num_rows * row_length, "llm" in trained, gradient, attention)
+    flops.add("llm", len(batch["labels"]) * _weights(hf_model.lm_head), "llm" in trained, gradient)
+
+
+def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: Flops) -> None:
+    memory, head, writer = network.memory, network.detection_head, network.caption_decoder
+    learns, hf_model = "detection" in trained, network.vlm.hf_model
+    gradient = learns or "adapter" in trained  # without either, all of it runs without autograd
+    below = gradient and set(trained) != {"detection"}
+    grids = batch["image_grid_thw"][batch["student_images"]].tolist()
+    images, words = max(1, len(grids)), batch["prompt_index"].shape[1] if grids else 1
+    patches = max((t * h * w for t, h, w in grids), default=hf_model.model.visual.spatial_merge_unit)
+    vision = patches // hf_model.model.visual.spatial_merge_unit
+    adapted = [(memory.vision_adapter, vision), (memory.language_adapter, words), (memory.patch_adapter, patches)]
+    adapted = [(adapter, images * length) for adapter, length in adapted if adapter is not None]
+    tokens = sum(rows for _, rows in adapted)
+    flops.add("detection", sum(rows * _weights(part) for part, rows in adapted), "adapter" in trained, below)
+    if head.selection is not None:
+        flops.add("detection", tokens * _weights(head.selection.inputs, head.selection.objectness), learns, below)
+        proposals = min(images * head.num_queries, tokens)
+        flops.add("detection", proposals * _weights(head.selection.box_delta), learns, below)
+    ids = [target["caption_ids"] for target in batch["targets"] if target is not None and len(target["boxes"])]
+    slots, length = (max((rows.shape[axis] for rows in ids), default=1) for axis in (0, 1))
+    captions = sum(min(len(rows), head.num_queries) for rows in ids) or 1
+    # Of more objects than queries, the matching chooses whose captions are written: take the mean.
+    written = sum(round(min(1.0, head.num_queries / len(rows)) * int((rows != -100).sum())) for rows in ids)
+    queries = images * (head.query_content.num_embeddings + 2 * network.num_denoising_groups * (slots if ids else 0))
+    of_query = _weights(head.box_position, head.place_scale, head.box_delta, head.objectness)
+    of_caption = _weights(writer.start) + (length - 1) * _weights(writer.token_in) + length * _weights(writer.token_out)
+    flops.add("detection", len(head.layers) * queries * of_query + captions * of_caption, learns, gradient)
+    for layers, rows, asking, places, pairs in (  # captions ask the memory in slots, all tokens of one from one place
+        (head.layers, queries, queries, queries, queries**2 // images),
+        (writer.layers, captions * length, images * slots * length, images * slots, captions * length**2),
+    ):
+        own, cross, width = layers[0].self_attention, layers[0].cross_attention, len(layers) * memory.width
+        attention = (2 + (own.query_position is not None)) * pairs + 3 * tokens * asking // images
+        linear = rows * _weights(own, layers[0].ffn) + asking * _weights(cross.query, cross.out)
+        flops.add("detection", len(layers) * linear, learns, gradient, width * attention)
+        flops.add("detection", len(layers) * tokens * _weights(cross.key, cross.value), learns, below)
+        linear = tokens * _weights(cross.key_position) + places * _weights(cross.query_position)
+        flops.add("detection", len(layers) * linear, learns, gradient=False)  # positions are given
+    flops.add("detection", written * _weights(hf_model.lm_head), gradient and "llm" in trained, gradient)
+
+
+def _weights(*modules: nn.Module) -> int:
+    """Return the multiplications that the linear layers of `modules` need per row."""
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 class Throughput(Callback):

@@ -47,11 +47,18 @@ class TrainingData(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Set the epoch length, since no epoch starts after a resume."""
-        self._set_epoch_length(state)
+        self.epoch_start(state, logger)
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         """Set the length of the epoch that begins."""
-        self._set_epoch_length(state)
+        assert isinstance(state.dataloader, DataLoader)
+        dataset = state.dataloader.dataset
+        assert isinstance(dataset, PackStream)
+        dataset.epoch_of_length = epoch = int(state.timestamp.epoch)
+        state.dataloader_len = len(state.dataloader)
+        num_left_out = len(dataset.plan(epoch).left_out)
+        if num_left_out and dist.get_global_rank() == 0:
+            log.warning("epoch %d: %d samples exceed the budget of a pack and are left out", epoch, num_left_out)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Count the batch over all ranks; raise RuntimeError on every rank after too many skipped samples."""
@@ -83,16 +90,6 @@ class TrainingData(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the counts."""
         self.num_samples, self.skipped = state["num_samples"], set(state["skipped"])
-
-    def _set_epoch_length(self, state: State) -> None:
-        assert isinstance(state.dataloader, DataLoader)
-        dataset = state.dataloader.dataset
-        assert isinstance(dataset, PackStream)
-        dataset.epoch_of_length = epoch = int(state.timestamp.epoch)
-        state.dataloader_len = len(state.dataloader)
-        num_left_out = len(dataset.plan(epoch).left_out)
-        if num_left_out and dist.get_global_rank() == 0:
-            log.warning("epoch %d: %d samples exceed the budget of a pack and are left out", epoch, num_left_out)
 
     def _report(self, skipped: dict[str, str]) -> None:
         found = {name: reason for part in dist.all_gather_object(skipped) for name, reason in part.items()}

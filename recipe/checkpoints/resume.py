@@ -24,7 +24,7 @@ from recipe.checkpoints.check import (
     open_folder,
     read_manifest,
 )
-from recipe.checkpoints.weights import SAFE_GLOBALS, UNREADABLE, refuse_code, some, unreadable
+from recipe.checkpoints.weights import SAFE_GLOBALS, explaining, refuse_code, some
 from recipe.config import TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -42,7 +42,18 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
         ValueError: On every rank: there are checkpoints but none can be resumed from, or the one to start from is
             broken or does not fit.
     """
-    return _keywords_from_rank_0(lambda: _look(trainer, load_path, autoresume, origin))
+
+    def look() -> dict[str, Any]:
+        found = _own_checkpoint(trainer, autoresume)
+        if found is None:
+            return _given(trainer, load_path, origin, trainer.load_weights_only)
+        if load_path is not None:
+            log.info("load_path %s is ignored: the run has checkpoints of its own", redact(load_path))
+        log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
+        _check_fit(trainer, origin, found)
+        return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
+
+    return _keywords_from_rank_0(look)
 
 
 def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin) -> dict[str, Any]:
@@ -73,32 +84,25 @@ def is_finished(trainer: Trainer) -> bool:
     return finished
 
 
-def _look(trainer: TrainerView, load_path: str | None, autoresume: bool, origin: Origin) -> dict[str, Any]:
-    found = _own_checkpoint(trainer, autoresume)
-    if found is not None:
-        if load_path is not None:
-            log.info("load_path %s is ignored: the run has checkpoints of its own", redact(load_path))
-        log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
-        _check_fit(trainer, origin, found)
-        return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
-    return _given(trainer, load_path, origin, trainer.load_weights_only)
-
-
 def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_only: bool) -> dict[str, Any]:
     if load_path is None:
         return {"load_path": None}
     path = _resolve(load_path)
-    found = _described(path)
-    if found is None and "://" not in path and Path(path).is_dir():
+    parent, _, name = path.rpartition("/")
+    place = open_folder(parent or ".")
+    manifest = None if path.startswith(("http://", "https://")) else read_manifest(place, name)
+    if manifest is not None:
+        if reason := check(place, name, manifest):
+            raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
+        _check_fit(trainer, origin, Found(path, manifest))
+        return _keywords(path, manifest.weights_only or weights_only)
+    if "://" not in path and Path(path).is_dir():
         raise ValueError(
             f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint: give one of its .pt "
             "files; a Hugging Face model belongs in model.pretrained_model_name_or_path"
         )
-    if found is None:
-        log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
-        return _keywords(path, weights_only=True)
-    _check_fit(trainer, origin, found)
-    return _keywords(path, found.manifest.weights_only or weights_only)
+    log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
+    return _keywords(path, weights_only=True)
 
 
 def _keywords(path: str, weights_only: bool) -> dict[str, Any]:
@@ -121,25 +125,6 @@ def _own_checkpoint(trainer: TrainerView, autoresume: bool) -> Found | None:
         f"{redact(folder)} holds checkpoints ({some(names)}) and autoresume is false: set autoresume=true to resume, "
         "trainer.save_overwrite=true to start over, or another run_folder"
     )
-
-
-def _described(path: str) -> Found | None:
-    """Return a checkpoint with its manifest; None if it has none.
-
-    Raises:
-        ValueError: The files are not as the manifest says.
-    """
-    if path.startswith(("http://", "https://")):
-        return None
-    parent, _, name = path.rpartition("/")
-    place = open_folder(parent or ".")
-    manifest = read_manifest(place, name)
-    if manifest is None:
-        return None
-    reason = check(place, name, manifest)
-    if reason is not None:
-        raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
-    return Found(path, manifest)
 
 
 def _resolve(path: str) -> str:
@@ -239,12 +224,14 @@ def check_file(path: str | Path, specs: list[tuple[int, int]] | None = None) -> 
     """
     path = Path(path).resolve()
     if path.name == ".metadata":
-        _check_metadata(path)
-    elif specs is None:
         try:
+            with path.open("rb") as file:
+                _Metadata(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is not an index of a sharded checkpoint: {error}: give another one") from error
+    elif specs is None:
+        with explaining(path):
             refuse_code(path)
-        except UNREADABLE as error:
-            raise unreadable(path, error) from error
     return True
 
 
@@ -253,11 +240,3 @@ class _Metadata(pickle.Unpickler):
         if name not in _METADATA_GLOBALS.get(module, set()):
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code: refused")
         return super().find_class(module, name)
-
-
-def _check_metadata(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            _Metadata(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is not an index of a sharded checkpoint: {error}: give another one") from error

@@ -96,10 +96,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     continues. It ends with an error only if its last checkpoint could not be written.
 
     Args:
-        origin: Of the run, for the manifest.
         metric: Keep the checkpoint of the best evaluation by this metric, such as `eval/box_ap50`.
         mode: Whether the greatest (`max`) or the least (`min`) value is the best.
-        keywords: Of Composer's saver.
     """
 
     def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
@@ -119,14 +117,24 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if dist.get_global_rank() == 0:
             clean(self._local_folder(state), state.timestamp.batch.value)
         super().fit_start(state, logger)
-        if self.metric is not None and not together(lambda: self._has_best(state)):
-            self.best = None  # it belongs to another run that this one started from
+        if self.metric is not None:
+            name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
+            has_best = together(
+                lambda: dist.get_global_rank() == 0 and has_manifest(open_folder(self._given_folder), name)
+            )
+            if not dist.all_gather_object(has_best)[0]:
+                self.best = None  # it belongs to another run that this one started from
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Keep the checkpoint of the best evaluation; the state is that of the batch just finished."""
-        value = self._metric_value(state)
-        best = self.best
-        if value is None or (best is not None and not (value > best if self.mode == "max" else value < best)):
+        if self.metric is None:
+            return
+        name = self.metric.removeprefix("eval/")
+        if name not in state.eval_metric_values:
+            known = ", ".join(f"eval/{known}" for known in state.eval_metric_values)
+            raise ValueError(f"save_best.metric {self.metric} is measured by no evaluation: choose one of {known}")
+        value, best = dist.all_gather_object(float(state.eval_metric_values[name]))[0], self.best
+        if isnan(value) or (best is not None and not (value > best if self.mode == "max" else value < best)):
             return
         self.best = value
         last = self._last
@@ -299,16 +307,6 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if dist.get_global_rank() == 0:
             log.info("best checkpoint so far: batch %d, %s %g", manifest.batch, self.metric, value)
 
-    def _metric_value(self, state: State) -> float | None:
-        if self.metric is None:
-            return None
-        name = self.metric.removeprefix("eval/")
-        if name not in state.eval_metric_values:
-            known = ", ".join(f"eval/{known}" for known in state.eval_metric_values)
-            raise ValueError(f"save_best.metric {self.metric} is measured by no evaluation: choose one of {known}")
-        value = dist.all_gather_object(float(state.eval_metric_values[name]))[0]
-        return None if isnan(value) else value
-
     def _rotate(self, state: State) -> None:
         """Remove the oldest local checkpoints, also of earlier launches, down to `num_checkpoints_to_keep`."""
         if dist.get_global_rank() > 0:
@@ -327,12 +325,6 @@ class CheckpointSaver(callbacks.CheckpointSaver):
                 shutil.rmtree(folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)
-
-    def _has_best(self, state: State) -> bool:
-        """Return on every rank what rank 0 finds."""
-        name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
-        is_there = dist.get_global_rank() == 0 and has_manifest(open_folder(self._given_folder), name)
-        return dist.all_gather_object(is_there)[0]
 
     def _local_folder(self, state: State) -> Path:
         return Path(format_name_with_dist(self.folder, state.run_name))

@@ -5,7 +5,8 @@ read, the rest of the network (`HEAD_FILE`) and the run's configuration (`CONFIG
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -42,13 +43,16 @@ SAFE_GLOBALS: list[Any] = [
     (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
     (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
 ]
-UNREADABLE = (ValueError, RuntimeError, pickle.UnpicklingError, EOFError)
 
 
-def unreadable(path: Path, error: Exception) -> ValueError:
-    """Return the error that says why a file cannot be read as a checkpoint."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ValueError(f"{path} is not a readable Composer checkpoint: {reason}: give another one")
+@contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Raise ValueError that says why a file cannot be read as a checkpoint, for all that reading it may raise."""
+    try:
+        yield
+    except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable Composer checkpoint: {reason}: give another one") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -62,13 +66,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist: give a .pt file from {{run_folder}}/checkpoints")
-    try:
-        with safe_globals(SAFE_GLOBALS):
-            refuse_code(path)
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UNREADABLE as error:
-        raise unreadable(path, error) from error
-    weights = loaded
+    with explaining(path), safe_globals(SAFE_GLOBALS):
+        refuse_code(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for key in ("state", "model"):
         weights = weights.get(key) if isinstance(weights, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

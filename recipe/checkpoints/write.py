@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from recipe.algorithms.norms import local
 from recipe.checkpoints.check import FileEntry, describe_file
+from recipe.optim.groups import local
 from recipe.records import replacing
 from recipe.redact import redact_text
 from recipe.upstream.composer_state import weights_only_state
@@ -49,18 +49,9 @@ def together(action: Callable[[], Value]) -> Value:
 
 
 def state_of_training(state: State, weights_only: bool, ignore_keys: IgnoreKeys | None) -> dict[str, Any]:
-    """Return what Composer puts into a checkpoint; called by all ranks.
-
-    Args:
-        state: Of the Trainer.
-        weights_only: Keep only the weights and what describes the run.
-        ignore_keys: As `trainer.save_ignore_keys`.
-    """
-    content: dict[str, Any] = {}
-    if weights_only:
-        content["state"] = weights_only_state(state)
-    else:
-        content["state"] = state.state_dict()
+    """Return what Composer puts into a checkpoint, without `ignore_keys`; called by all ranks."""
+    content: dict[str, Any] = {"state": weights_only_state(state) if weights_only else state.state_dict()}
+    if not weights_only:
         rng = reproducibility.get_rng_state()  # of all ranks
         if not (state.fsdp_sharded_state_dict_enabled and dist.get_global_rank() > 0):
             content["rng"] = rng

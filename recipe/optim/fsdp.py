@@ -30,13 +30,8 @@ def build_parallelism(
 ) -> dict[str, FSDPConfig | FSDP2Config] | None:
     """Mark the units in the network and return Composer's `parallelism_config`; None means DDP.
 
-    Checkpoints are whole unless the keywords say otherwise; Composer's own default depends on the version.
-
-    Args:
-        network: Before its model is passed to the Trainer.
-        keywords: Of Composer's FSDP config; None: DDP.
-        precision: Of the computation, such as amp_bf16.
-        version: 1 or 2, of FSDP.
+    Call it before the model is passed to the Trainer. Checkpoints are whole unless the keywords say otherwise;
+    Composer's own default depends on the version. `precision` is the computation's, such as amp_bf16.
 
     Raises:
         ConfigError: There is no GPU.

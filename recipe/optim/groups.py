@@ -1,14 +1,20 @@
-"""Assign parameters to groups by name, and build AdamW with a learning rate per group."""
+"""Assign parameters to groups by name, build AdamW with a learning rate per group, and measure its groups."""
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
-from torch import nn
-from torch.optim import AdamW
+import torch
+from composer.core import State
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
 
 from recipe.config import OptimizerConfig
 from recipe.models.network import AVERAGE
+from recipe.upstream.torch_private import foreach_norm
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +49,7 @@ def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
 def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> float:
     """Return the factor on all learning rates by `lr_scaling`: 1, linear in the batch's tokens, or their square root.
 
-    Args:
-        config: Names the rule and its reference.
-        tokens_per_batch: Real tokens per optimizer step over all ranks; NaN if not counted.
+    `tokens_per_batch` counts real tokens per optimizer step over all ranks; NaN if not counted.
 
     Raises:
         ValueError: The rule needs a number that is missing.
@@ -90,3 +94,45 @@ def build_optimizer(
         text = "learning rates x %g: lr_scaling %s of %g tokens per step over %s"
         log.info(text, scale, config.lr_scaling, counted, config.reference_tokens)
     return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def named_groups(optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
+    """Return the optimizer's parameters by group `name`, with and without weight decay together."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        groups.setdefault(group["name"], []).extend(group["params"])
+    return groups
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, sharing its memory, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_parameters(state: State) -> tuple[dict[str, int], int]:
+    """Return the number of parameters of each optimizer group and of all others; an all-reduce under FSDP."""
+    groups = named_groups(state.optimizers[0])
+    held = {id(parameter) for members in groups.values() for parameter in members}
+    others = [parameter for parameter in state.model.parameters() if id(parameter) not in held]
+    counts = [sum(local(parameter).numel() for parameter in members) for members in (*groups.values(), others)]
+    sums = state.device.tensor_to_device(torch.tensor(counts))
+    if state.fsdp_enabled:
+        dist.all_reduce(sums)
+    *counts, num_others = sums.tolist()
+    return dict(zip(groups, counts, strict=True)), num_others
+
+
+@torch.no_grad()
+def square_sums(lists: Sequence[Sequence[Tensor]], device: torch.device | str = "cpu") -> Tensor:
+    """Return the sum of squares of this rank's part of each list: (len(lists),) float64, 0 for an empty list."""
+    sums = []
+    for tensors in lists:
+        parts = [part for part in map(local, tensors) if part.numel()]
+        if parts:
+            # Norms in at least float32: the square of a bfloat16 norm has three digits.
+            dtype = reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
+            norms = torch.stack(list(foreach_norm(parts, 2, dtype=dtype)))
+            sums.append(norms.double().square().sum())
+        else:
+            sums.append(torch.zeros((), dtype=torch.float64, device=device))
+    return torch.stack(sums)

@@ -54,8 +54,7 @@ from convert.write import write_split
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.watch import MicrobatchFlags
 from recipe.build import build_algorithms, build_model
-from recipe.callbacks.group_metrics import GroupMetrics, every_batches
-from recipe.callbacks.loss_terms import LossShares
+from recipe.callbacks.measures import GroupMetrics, LossShares, every_batches
 from recipe.callbacks.throughput import Throughput
 from recipe.config import DetectionHeadConfig, LoaderConfig, ModelConfig, NaNRollbackConfig, PackingConfig, RecipeConfig
 from recipe.data.loader import build_train_loader, get_num_tokens_in_batch

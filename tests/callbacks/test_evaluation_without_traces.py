@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from convert.shapes import iter_samples
 from convert.write import write_split
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
-from recipe.callbacks.log_first_sample import LogFirstSample
+from recipe.callbacks.samples import LogFirstSample
 from tests.callbacks.evaluated_run import STEPS, train
 from tests.callbacks.test_table import ToyModel
 from tests.launches.launch import run_composer

@@ -13,8 +13,8 @@ from composer.optim import LinearWithWarmupScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from recipe.callbacks import group_metrics
-from recipe.callbacks.group_metrics import GroupMetrics, every_batches, update_square_sum
+from recipe.callbacks import measures
+from recipe.callbacks.measures import GroupMetrics, every_batches, update_square_sum
 
 
 def make_optimizer(parameters: list[nn.Parameter], weight_decay: float = 0.1) -> AdamW:
@@ -34,7 +34,7 @@ def step(optimizer: AdamW, skipped: int | None = None) -> float:
 
 @pytest.mark.parametrize("piece", [4, 50, 10**6])
 def test_update_is_the_difference_of_the_weights(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(group_metrics, "PIECE", piece)
+    monkeypatch.setattr(measures, "PIECE", piece)
     torch.manual_seed(0)
     shapes = [(5, 3), (7,), (11, 2), (1,)]
     optimizer = make_optimizer([nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from recipe.callbacks.log_first_sample import LogFirstSample, describe_first_sample
+from recipe.callbacks.samples import LogFirstSample, describe_first_sample
 from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.schema import Example, Role, Sample, Target
 from recipe.tiny import build_tiny_tokenizer, tokenizer_corpus

@@ -12,7 +12,7 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
-from recipe.callbacks.log_predictions import LogPredictions, layers_of, table_rows, wandb_images
+from recipe.callbacks.samples import LogPredictions, layers_of, table_rows, wandb_images
 from recipe.callbacks.table import build_loggers
 from recipe.schema import DetectedObject, Prediction
 from tests.callbacks.test_table import make_sample, train

@@ -9,7 +9,7 @@ from composer import Callback, DataSpec, Trainer
 from composer.loggers import InMemoryLogger
 from torch import Tensor
 
-from recipe.callbacks.loss_terms import LANGUAGE, LossGradients, LossShares, term_weights
+from recipe.callbacks.measures import LANGUAGE, LossGradients, LossShares, term_weights
 from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.joint import JointModel

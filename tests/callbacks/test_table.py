@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from recipe.build import build_all_callbacks
-from recipe.callbacks.log_first_sample import LogFirstSample
-from recipe.callbacks.log_predictions import LogPredictions
+from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import CALLBACKS, LOGGERS, build_callbacks, build_loggers
 from recipe.config import CALLBACK_NAMES, LOGGER_NAMES, ModelConfig, RecipeConfig
 from recipe.schema import DetectedObject, Object, Prediction, Sample

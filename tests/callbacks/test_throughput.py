@@ -8,8 +8,7 @@ from composer import Callback, DataSpec, Trainer
 from composer.core import State
 from composer.loggers import InMemoryLogger, Logger
 
-from recipe.callbacks.flops import PARTS, step_flops
-from recipe.callbacks.throughput import Throughput
+from recipe.callbacks.throughput import PARTS, Throughput, step_flops
 from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.losses.counts import split_batch

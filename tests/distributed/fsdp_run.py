@@ -18,8 +18,8 @@ from torch import Tensor
 
 from recipe.algorithms.staged_freezing import plain_name
 from recipe.callbacks import table
-from recipe.callbacks.flops import PARTS, step_flops
-from recipe.callbacks.loss_terms import joint_model
+from recipe.callbacks.measures import joint_model
+from recipe.callbacks.throughput import PARTS, step_flops
 from recipe.config import (
     GROUPS,
     EmaConfig,

@@ -14,8 +14,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from recipe.algorithms.staged_freezing import plain_name
-from recipe.callbacks.group_metrics import GroupMetrics
-from recipe.callbacks.loss_terms import LossGradients
+from recipe.callbacks.measures import GroupMetrics, LossGradients
 from recipe.config import OptimizerConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.losses.counts import split_batch

@@ -17,12 +17,11 @@ from composer.utils import dist
 from torch import Tensor
 
 from recipe.algorithms.nan_rollback import NaNRollback, TrainingDiverged
-from recipe.algorithms.norms import local
 from recipe.config import NaNRollbackConfig, OptimizerConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
-from recipe.optim.groups import build_optimizer
+from recipe.optim.groups import build_optimizer, local
 from tests.distributed.fsdp_shim import install
 from tests.launches.launch import leave
 from tests.support.tiny_cases import make_config, make_examples, make_model, microbatches_of

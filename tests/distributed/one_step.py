@@ -19,14 +19,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from recipe.algorithms.norms import local
 from recipe.algorithms.staged_freezing import plain_name
 from recipe.config import OptimizerConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
-from recipe.optim.groups import build_optimizer
+from recipe.optim.groups import build_optimizer, local
 from recipe.schema import Batch
 from tests.distributed.fsdp_shim import install
 from tests.launches.launch import leave

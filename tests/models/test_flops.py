@@ -11,7 +11,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipe.callbacks.flops import PARTS, Flops, step_flops, window_pairs
+from recipe.callbacks.throughput import PARTS, Flops, step_flops, window_pairs
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.optim.groups import group_parameters

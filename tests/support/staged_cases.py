@@ -9,14 +9,13 @@ from composer.core import DataSpec
 from composer.utils import dist
 from torch import Tensor
 
-from recipe.algorithms.norms import local
 from recipe.algorithms.staged_freezing import StagedFreezing, plain_name
 from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig, StagedFreezingConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.optim.fsdp import build_parallelism
-from recipe.optim.groups import build_optimizer
+from recipe.optim.groups import build_optimizer, local
 from recipe.optim.schedule import build_curve, build_schedule
 from recipe.schema import Batch, Example
 from tests.support.tiny_cases import microbatches_of

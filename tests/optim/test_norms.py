@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipe.algorithms.norms import named_groups, square_sums
+from recipe.optim.groups import named_groups, square_sums
 
 
 def test_square_sums():
