@@ -88,6 +88,7 @@ def calibrate(trainer: "Trainer", evaluation: EvaluationConfig, run_folder: str)
     from recipe.metrics.calibration import (
         CALIBRATION_FILE,
         calibration_text,
+        check_enough,
         detections_of_halves,
         find_calibration,
         write_calibration,
@@ -99,7 +100,9 @@ def calibrate(trainer: "Trainer", evaluation: EvaluationConfig, run_folder: str)
     entry = next(iter(trainer.state.eval_metrics["eval"].values()))
     assert isinstance(entry, MetricEntry)
     try:
-        found = find_calibration(*detections_of_halves(entry.source), evaluation)
+        halves = detections_of_halves(entry.source)
+        check_enough(*halves)
+        found = find_calibration(*halves, evaluation)
     except ValueError as error:
         log.warning("no %s is written: %s", CALIBRATION_FILE, error)
         return

@@ -201,6 +201,20 @@ class CalibrationFit:
     report: dict[str, dict[str, Reliability]]  # of both halves, `fitted` and `held_out`: `before` and `after`
 
 
+LEAST_RIGHT = 10  # detections per half; fewer say nothing about two parameters and a threshold
+
+
+def check_enough(fitted: Detections, held_out: Detections) -> None:
+    """Raise ValueError if either half has fewer than `LEAST_RIGHT` true detections."""
+    for name, half in (("fitted", fitted), ("held-out", held_out)):
+        right = int(half.is_true.sum())
+        if right < LEAST_RIGHT:
+            raise ValueError(
+                f"{right} of {len(half.scores)} detections on the {half.num_images} images of the {name} half are "
+                f"right, and {LEAST_RIGHT} are needed: evaluate more images, or train for longer"
+            )
+
+
 def find_calibration(fitted: Detections, held_out: Detections, evaluation: EvaluationConfig) -> CalibrationFit:
     """Fit Platt's curve, and then the threshold of the best F1, on one half of the images; judge both halves.
 

@@ -38,8 +38,9 @@ class Meteor15:
 
     def __call__(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         """Return the best score of each candidate over its references, 0 without words; RuntimeError if Java fails."""
-        lines = [_one_line(candidate) for candidate in candidates]
-        others = [[line for text in own if (line := _one_line(text))] for own in references]
+        # METEOR counts punctuation as words, and its own use strips it first: coco-caption, `PTBTokenizer`.
+        lines = [" ".join(words_of(candidate)) for candidate in candidates]
+        others = [[line for text in own if (line := " ".join(words_of(text)))] for own in references]
         asked = [index for index, line in enumerate(lines) if line and others[index]]
         scores = [0.0] * len(lines)
         if not asked:
@@ -76,11 +77,6 @@ def default_text_scorer() -> TextScorer:
     """Return METEOR 1.5 if every rank has Java and `pycocoevalcap`, else `MeteorLite`; all ranks call it together."""
     can_run = shutil.which("java") is not None and importlib.util.find_spec("pycocoevalcap") is not None
     return Meteor15() if all(dist.all_gather_object(can_run)) else MeteorLite()
-
-
-def _one_line(text: str) -> str:
-    """Return the text without what the Java process takes for the end of a line or a field."""
-    return " ".join(text.replace("|||", " ").split())
 
 
 # METEOR 1.5's own for English.

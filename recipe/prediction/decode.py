@@ -262,6 +262,7 @@ def generate_answers(
         attention_mask=(columns <= lengths[:, None]).long(),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        repetition_penalty=1.0,  # Qwen's own 1.05 would change measured answers: JSON repeats its words
         use_cache=True,
         synced_gpus=lockstep,
         **images,

@@ -15,9 +15,11 @@ from torch import Tensor
 from recipe.config import EvaluationConfig
 from recipe.metrics.boxes import box_average_precision
 from recipe.metrics.calibration import (
+    LEAST_RIGHT,
     Detections,
     calibration,
     calibration_text,
+    check_enough,
     detections_of_halves,
     find_calibration,
     fit_platt,
@@ -65,6 +67,19 @@ def test_worked_by_hand():
     assert "sigmoid(1 * logit -0.6931), threshold of the best F1: 0.500" in text[0]
     assert text[3].split() == ["held", "out:", "3", "images,", "3", "boxes", "0.3000", "0.3333", "0.667", "0.800"]
     assert text[11].split() == ["0.6", "to", "0.7", "0", "0.000", "0.000", "2", "0.667", "1.000"]
+
+
+@pytest.mark.parametrize("number", [0, LEAST_RIGHT - 1, LEAST_RIGHT])
+def test_a_few_right_detections_are_not_enough(number: int):
+    enough = detections([0.6] * (LEAST_RIGHT + 3), [1] * LEAST_RIGHT + [0] * 3)
+    few = detections([0.6] * 20, [1] * number + [0] * (20 - number))
+    check_enough(enough, enough)
+    for halves, name in (((few, enough), "fitted"), ((enough, few), "held-out")):
+        if number == LEAST_RIGHT:
+            check_enough(*halves)
+            continue
+        with pytest.raises(ValueError, match=rf"^{number} of 20 detections on the 20 images of the {name} half"):
+            check_enough(*halves)
 
 
 def test_calibrating_once_more_stands_in_the_place_of_the_first():

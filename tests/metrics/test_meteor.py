@@ -164,6 +164,19 @@ def test_meteor_15_that_does_not_answer_is_told():
     assert scorer(["", "dog"], [["dog"], []]) == [0.0, 0.0]
 
 
+def test_punctuation_is_no_word_to_either_scorer():
+    def compute_score(references: dict[int, list[str]], candidates: dict[int, list[str]]) -> tuple[float, list[float]]:
+        return 0.0, [float(candidates[index][0] in references[index]) for index in candidates]
+
+    scorer = Meteor15()
+    scorer._meteor = SimpleNamespace(compute_score=compute_score)
+    candidates = ["a red cup.", "A red cup!", "a red, cup", "a |||\nred cup", "。一只红猫", "...", "a blue cup."]
+    references = [["a red cup"]] * 4 + [["一只红猫。"], ["a red cup"], ["a red cup."]]
+    assert scorer(candidates, references) == [1.0] * 5 + [0.0] * 2
+    lite = MeteorLite()(candidates, references)
+    assert lite[:6] == [1.0] * 5 + [0.0] and 0 < lite[6] < 1
+
+
 def test_an_interrupted_meteor_15_is_ended():
     def interrupted(*_: object) -> None:
         busy.lock.acquire()
@@ -184,7 +197,9 @@ def test_meteor_15_itself():
     pytest.importorskip("pycocoevalcap")
     if not shutil.which("java"):
         pytest.skip("no java")
-    scores = Meteor15()(
+    score = Meteor15()
+    assert score(["a red cup.", "a red cup"], [["a red cup"], ["a red cup."]]) == [1.0, 1.0]
+    scores = score(
         ["a man riding a brown horse", "", "the dog ||| and\nthe cat", "walking dogs"],
         [["a man rides a horse in the field"], ["a dog"], ["a car", "the dog and the cat"], ["the dog walked"]],
     )
