@@ -1,40 +1,22 @@
 """What makes a record good: the checks of every format on its way to a `Sample`."""
 
-import io
 import math
 import os
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from convert.items import Item, Note, Rejected
-from recipe.images import describe_decode_error, displayed_size, open_image
+from recipe.images import MAX_ASPECT_RATIO, check_image
 from recipe.schema import Box, Message, Object, Sample
 
 ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 ROLES = ("system", "user", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")  # such as <|im_end|>: it would break a conversation apart
-# What Pillow raises on broken files.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class BadRecord(ValueError):
@@ -69,7 +51,7 @@ class FileRecord:
     """A record of a format file, not yet parsed: an `Entry`.
 
     Attributes:
-        image_root: Real path of the images' folder; nothing outside it is read.
+        image_root: Absolute path of the images' folder; nothing outside it is read, unless by `follow_links`.
         source: Its file and place in it, for the reader of rejected.jsonl.
         parse: Makes the record; may raise `BadRecord`.
     """
@@ -133,7 +115,7 @@ def list_records(image_root: Path, rows: Iterable[tuple[str, str, Parse]]) -> li
     """
     if not image_root.is_dir():
         raise ValueError(f"image folder {image_root} does not exist")
-    root, owned, records = os.path.realpath(image_root), set(), []
+    root, owned, records = os.path.abspath(image_root), set(), []
     for sample_id, source, parse in rows:
         if sample_id and sample_id in owned:
             parse = partial(_refuse_duplicate, sample_id)
@@ -152,41 +134,55 @@ def _refuse_duplicate(sample_id: str) -> Record:
     raise BadRecord("duplicate id", sample_id)
 
 
-def find_image(root: str, name: str) -> str:
-    """Return the real path of the file `name` under `root`.
+def find_image(root: str, name: str, follow_links: bool = False) -> str:
+    """Return the real path of the file `name` under `root`; `name` may be absolute, or have Windows' backslashes.
 
     Raises:
-        BadRecord: It is absolute, leaves `root` (links followed), or is not a file.
+        BadRecord: It is not below `root` (links followed, unless `follow_links`), or is not a file.
     """
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise BadRecord("text beyond Unicode", repr(name)) from error
     if "\0" in name:
         raise BadRecord("missing file", repr(name))
-    path = os.path.realpath(os.path.join(root, name))
-    if os.path.isabs(name) or os.path.commonpath([root, path]) != root:
-        raise BadRecord("path leaves the image root", name)
-    if not os.path.isfile(path):
-        raise BadRecord("missing file", f"{os.path.join(root, name)!r}")
-    return path
+    if "\\" in name and not os.path.isfile(os.path.join(root, name)):
+        if re.match(r"[A-Za-z]:|\\\\", name):
+            raise BadRecord("absolute path", f"{name!r} is a path on another machine: write it relative to --images")
+        name = name.replace("\\", "/")
+    real_root, path = os.path.realpath(root), os.path.join(root, name)
+    if not any(_is_below(os.path.normpath(path), folder) for folder in (os.path.normpath(root), real_root)):
+        if os.path.isabs(name):
+            raise BadRecord("absolute path", f"{name!r} is not below --images: write it relative to that folder")
+        raise BadRecord("path leaves the image root", repr(name))
+    target = os.path.realpath(path)
+    if not (follow_links or _is_below(target, real_root)):
+        raise BadRecord("is a link to outside --images", f"{name!r}: give --follow-links to read what it names")
+    if not os.path.isfile(target):
+        lost = f", a link to {target!r}, which is not there" if os.path.islink(path) else ""
+        raise BadRecord("missing file", f"{path!r}{lost}")
+    return target
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([folder, path]) == folder
 
 
 def read_image(path: str) -> tuple[bytes, int, int]:
     """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied).
 
-    Every byte is decoded, so no truncated file passes. The pixels of a JPEG are not needed: decoding it at an eighth of
-    its size, in gray, takes half the time.
-
     Raises:
-        BadRecord: It cannot be decoded.
+        BadRecord: It cannot be decoded, or is too long for the vision tower.
     """
     try:
         data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.format != "JPEG":
-                return data, *open_image(data).size
-            image.draft("L", (1, 1))
-            image.load()
-        return data, *displayed_size(data)
-    except _DECODE_ERRORS as error:
-        raise BadRecord("unreadable image", f"{os.path.basename(path)}: {describe_decode_error(error)}") from error
+        width, height = check_image(data)
+    except (OSError, ValueError) as error:
+        raise BadRecord("unreadable image", f"{os.path.basename(path)}: {error}") from error
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        detail = f"{os.path.basename(path)} is {width}x{height}: crop or tile it"
+        raise BadRecord(f"image over {MAX_ASPECT_RATIO} times as long as wide", detail)
+    return data, width, height
 
 
 def check_object(item: Object, width: int, height: int) -> Object:

@@ -7,13 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from convert.annotated import jsonl_files, read_jsonl
+from recipe.images import SUFFIXES
 from recipe.records import INDEX_FILE
 from recipe.schema import Sample
-
-SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif",
-    ".tiff", ".webp",
-)  # fmt: skip
 
 
 def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
