@@ -14,6 +14,10 @@ from recipe.images import MAX_ASPECT_RATIO, check_image
 from recipe.schema import Box, Message, Object, Sample
 
 ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
+BBOX_TYPES = {"real": None, "norm1": 1.0, "norm1000": 1000.0}  # what a box's numbers are parts of; real: pixels
+BAD_BOXES = ("reject", "drop")
+# VOC boxes lose 1 on the way, and fractions may stick out a little: no set of pixel boxes lies within this.
+_FRACTIONS_END = 1.5
 ROLES = ("system", "user", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
 CONTROL_TOKEN = re.compile(r"<\|\w+\|>")  # such as <|im_end|>: it would break a conversation apart
@@ -28,6 +32,10 @@ class BadRecord(ValueError):
         self.detail = str(detail)
 
 
+class BadBox(BadRecord):
+    """A box that cannot be used; `--bad-boxes` says what that costs."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What a format file says about one record, not yet checked against the image.
@@ -35,12 +43,22 @@ class Record:
     Attributes:
         image: Path under the image root, or None for a text-only record.
         size: Stated (width, height) of the displayed image, or None.
+        bbox_type: One of `BBOX_TYPES` if the record states it, else that of its file applies.
+        labels: What messages call each object; default: object 1, object 2, ...
+        notes: What was done to it while parsing.
     """
 
     image: str | None
     objects: Sequence[Object] | None
     size: tuple[float, float] | None = None
     messages: Sequence[Message] | None = None
+    bbox_type: str | None = None
+    labels: Sequence[str] = ()
+    notes: tuple[Note, ...] = ()
+
+    def label(self, position: int) -> str:
+        """Return what messages call the object at `position`."""
+        return self.labels[position] if self.labels else f"object {position + 1}"
 
 
 Parse = Callable[[], Record]
@@ -54,12 +72,16 @@ class FileRecord:
         image_root: Absolute path of the images' folder; nothing outside it is read, unless by `follow_links`.
         source: Its file and place in it, for the reader of rejected.jsonl.
         parse: Makes the record; may raise `BadRecord`.
+        bbox_type: One of `BBOX_TYPES`, for records that state none.
+        bad_boxes: One of `BAD_BOXES`: what a box that cannot be used costs.
     """
 
     image_root: str
     id: str
     source: str
     parse: Parse
+    bbox_type: str = "real"
+    bad_boxes: str = "reject"
 
     def fingerprint(self) -> str:
         """Return what the file says, and the size and time of the image it names."""
@@ -70,22 +92,23 @@ class FileRecord:
                 file = (stat.st_size, stat.st_mtime_ns)
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
-        return repr((self.id, self.source, record, file))
+        return repr((self.id, self.source, record, file, self.bbox_type, self.bad_boxes))
 
     def read(self) -> Iterator[Item]:
-        """Yield the sample (after a note on clipped boxes), or why it is rejected."""
+        """Yield the sample (after notes on what was done to it), or why it is rejected."""
         try:
             _check_text(self.id)
-            sample, num_clipped = self._check(self.parse())
+            record = self.parse()
+            sample, notes = self._check(record)
         except BadRecord as error:
             yield Rejected(self.id, self.source, error.reason, error.detail)
             return
-        if num_clipped:
-            yield Note("boxes clipped to the image by rounding", num_clipped)
+        yield from record.notes
+        yield from notes
         yield sample
 
-    def _check(self, record: Record) -> tuple[Sample, int]:
-        """Return the sample, and how many of its boxes were clipped."""
+    def _check(self, record: Record) -> tuple[Sample, list[Note]]:
+        """Return the sample, and notes on boxes that were clipped or left out."""
         messages = None if record.messages is None else tuple(record.messages)
         _check_messages(messages or (), num_images=int(record.image is not None))
         if record.image is None:
@@ -93,25 +116,53 @@ class FileRecord:
                 raise BadRecord("neither image nor messages")
             if record.objects:
                 raise BadRecord("objects without an image", f"{len(record.objects)} objects")
-            return Sample(self.id, b"", 0, 0, None, messages), 0
+            return Sample(self.id, b"", 0, 0, None, messages), []
         data, width, height = read_image(find_image(self.image_root, record.image))
         if record.size is not None and record.size != (width, height):
             stated = f"{record.size[0]:g}x{record.size[1]:g}"
             raise BadRecord("wrong size", f"stated {stated}, the displayed image is {width}x{height}")
         if record.objects is None:
-            return Sample(self.id, data, width, height, None, messages), 0
-        objects = tuple(check_object(item, width, height) for item in record.objects)
-        num_clipped = sum(new.box != old.box for new, old in zip(objects, record.objects, strict=True))
-        return Sample(self.id, data, width, height, objects, messages), num_clipped
+            return Sample(self.id, data, width, height, None, messages), []
+        objects, notes = self._check_objects(record, width, height)
+        return Sample(self.id, data, width, height, objects, messages), notes
+
+    def _check_objects(self, record: Record, width: int, height: int) -> tuple[tuple[Object, ...], list[Note]]:
+        objects, notes, error = [], [], None
+        for position, item in enumerate(record.objects or ()):
+            label = record.label(position)
+            item = to_pixels(item, record.bbox_type or self.bbox_type, width, height)
+            try:
+                checked = check_object(item, width, height, clip=self.bad_boxes == "drop")
+            except BadBox as failure:
+                error = BadRecord(failure.reason, f"{label}: {failure.detail}")
+                if self.bad_boxes == "reject":
+                    raise error from failure
+                notes.append(Note(f"box left out: {failure.reason}", 1, (f"{self.id}: {label}",)))
+                continue
+            except BadRecord as failure:
+                raise BadRecord(failure.reason, f"{label}: {failure.detail}") from failure
+            objects.append(checked)
+            if checked.box == item.box:
+                continue
+            if _excess(item.box, width, height) > ROUNDING + 1e-6:
+                notes.append(Note("box beyond the image clipped", 1, (f"{self.id}: {label}",)))
+            else:
+                notes.append(Note("boxes clipped to the image by rounding", 1))
+        if error is not None and not objects:
+            raise BadRecord(error.reason, f"{error.detail}; no box is left, but the image is not known to be empty")
+        return tuple(objects), notes
 
 
-def list_records(image_root: Path, rows: Iterable[tuple[str, str, Parse]]) -> list[FileRecord]:
+def list_records(
+    image_root: Path, rows: Iterable[tuple[str, str, Parse]], bbox_type: str | None = None, bad_boxes: str = "reject"
+) -> list[FileRecord]:
     """Return the records of a format file, in order; the first with an id owns it, later ones are rejected.
 
-    `rows` are (id, source, parse) of each record; the id is empty if it has none.
+    `rows` are (id, source, parse) of each record; the id is empty if it has none. `bbox_type` and `bad_boxes` are the
+    command line's.
 
     Raises:
-        ValueError: `image_root` is not a folder.
+        ValueError: `image_root` is not a folder, or `bbox_type` is None and all boxes are fractions.
     """
     if not image_root.is_dir():
         raise ValueError(f"image folder {image_root} does not exist")
@@ -120,8 +171,41 @@ def list_records(image_root: Path, rows: Iterable[tuple[str, str, Parse]]) -> li
         if sample_id and sample_id in owned:
             parse = partial(_refuse_duplicate, sample_id)
         owned.add(sample_id)
-        records.append(FileRecord(root, sample_id, source, parse))
+        records.append(FileRecord(root, sample_id, source, parse, bbox_type or "real", bad_boxes))
+    if bbox_type is None:
+        _refuse_fractions(records)
     return records
+
+
+def _refuse_fractions(records: Iterable[FileRecord]) -> None:
+    """Raise ValueError if no box reaches beyond 0 to 1; the first ordinary box ends the search."""
+    num_boxes, example = 0, None
+    for entry in records:
+        try:
+            record = entry.parse()
+        except BadRecord:
+            continue
+        if record.bbox_type is not None:
+            continue
+        for item in record.objects or ():
+            if any(abs(value) > _FRACTIONS_END for value in item.box):
+                return
+            num_boxes, example = num_boxes + 1, example or item.box
+    if num_boxes:
+        raise ValueError(
+            f"all {num_boxes} boxes lie within 0 to 1, such as {example}: these are no pixels. If they are fractions of "
+            "the image, give --bbox-type norm1; if they are pixels after all, --bbox-type real"
+        )
+
+
+def to_pixels(item: Object, bbox_type: str, width: int, height: int) -> Object:
+    """Return the object with its box in pixels; its area, in unknown units then, is left out if the box was not."""
+    whole = BBOX_TYPES[bbox_type]
+    if whole is None:
+        return item
+    x1, y1, x2, y2 = item.box
+    box = (x1 * width / whole, y1 * height / whole, x2 * width / whole, y2 * height / whole)
+    return replace(item, box=box, area=None)
 
 
 def check_file(path: Path, wanted: str) -> None:
@@ -185,40 +269,45 @@ def read_image(path: str) -> tuple[bytes, int, int]:
     return data, width, height
 
 
-def check_object(item: Object, width: int, height: int) -> Object:
-    """Return the object, its box cut to the image if it sticks out by at most `ROUNDING` pixels.
+def check_object(item: Object, width: int, height: int, clip: bool = False) -> Object:
+    """Return the object, its box cut to the image if it sticks out by at most `ROUNDING` pixels, or if `clip`.
 
     Raises:
-        BadRecord: The box is not finite, inverted, of no area or outside the image, or the caption is empty
-            or holds a control token.
+        BadBox: The box is not finite, inverted, of no area or outside the image.
+        BadRecord: The caption is empty or holds a control token.
     """
     if not item.caption and not item.iscrowd:
         raise BadRecord("empty caption", f"box {item.box}")
     _check_text(item.caption)
-    if item.area is not None and not (math.isfinite(item.area) and item.area >= 0):
-        raise BadRecord("malformed area", item.area)
     _check_extent(item.box)
-    x1, y1, x2, y2 = item.box
-    excess = max(-x1, -y1, x2 - width, y2 - height)
+    excess = _excess(item.box, width, height)
     if excess <= 0:
         return item
     where = f"{item.box} in an image of {width}x{height}"
-    if excess > ROUNDING + 1e-6:
-        raise BadRecord("box outside the image", where)
+    x1, y1, x2, y2 = item.box
+    outside = x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height
+    if excess > ROUNDING + 1e-6 and (outside or not clip):
+        raise BadBox("box outside the image", where)
     limits = (width, height, width, height)
     x1, y1, x2, y2 = (min(max(value, 0.0), float(limit)) for value, limit in zip(item.box, limits, strict=True))
     _check_extent((x1, y1, x2, y2))
     return replace(item, box=(x1, y1, x2, y2))
 
 
+def _excess(box: Box, width: int, height: int) -> float:
+    """Return by how many pixels a box sticks out of the image."""
+    x1, y1, x2, y2 = box
+    return max(-x1, -y1, x2 - width, y2 - height)
+
+
 def _check_extent(box: Box) -> None:
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)):
-        raise BadRecord("non-finite box", box)
+        raise BadBox("non-finite box", box)
     if x2 < x1 or y2 < y1:
-        raise BadRecord("inverted box", box)
+        raise BadBox("inverted box", box)
     if x2 == x1 or y2 == y1:
-        raise BadRecord("zero-area box", box)
+        raise BadBox("zero-area box", box)
 
 
 def parse_box(values: Any) -> Box:
@@ -237,6 +326,21 @@ def parse_number(value: Any, reason: str = "malformed record") -> float:
         return float(value)
     except OverflowError as error:
         raise BadRecord(reason, "a number beyond all floats") from error
+
+
+def parse_optional(value: Any) -> float | None:
+    """Return a finite number, also one written as text; None for anything else: it is as if it were not given."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def parse_size(width: Any, height: Any) -> tuple[float, float] | None:
+    """Return the stated size of an image; None unless both numbers are given and above 0."""
+    size = (parse_optional(width) or 0.0, parse_optional(height) or 0.0)
+    return size if min(size) > 0 else None
 
 
 def parse_text(value: Any, what: str) -> str:
