@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.items import Item, Note, Rejected
+from convert.chats import check_messages, check_text
+from convert.items import BadBox, BadRecord, Item, Note, Rejected
 from recipe.images import MAX_ASPECT_RATIO, check_image
 from recipe.schema import Box, Message, Object, Sample
 
@@ -18,22 +19,6 @@ BBOX_TYPES = {"real": None, "norm1": 1.0, "norm1000": 1000.0}  # what a box's nu
 BAD_BOXES = ("reject", "drop")
 # VOC boxes lose 1 on the way, and fractions may stick out a little: no set of pixel boxes lies within this.
 _FRACTIONS_END = 1.5
-ROLES = ("system", "user", "assistant")
-IMAGE_PLACEHOLDER = "<image>"
-CONTROL_TOKEN = re.compile(r"<\|\w+\|>")  # such as <|im_end|>: it would break a conversation apart
-
-
-class BadRecord(ValueError):
-    """A record that must be left out, with its reason and the offending value."""
-
-    def __init__(self, reason: str, detail: object = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = str(detail)
-
-
-class BadBox(BadRecord):
-    """A box that cannot be used; `--bad-boxes` says what that costs."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +59,7 @@ class FileRecord:
         parse: Makes the record; may raise `BadRecord`.
         bbox_type: One of `BBOX_TYPES`, for records that state none.
         bad_boxes: One of `BAD_BOXES`: what a box that cannot be used costs.
+        follow_links: Images may be links to outside `image_root`.
     """
 
     image_root: str
@@ -82,13 +68,14 @@ class FileRecord:
     parse: Parse
     bbox_type: str = "real"
     bad_boxes: str = "reject"
+    follow_links: bool = False
 
     def fingerprint(self) -> str:
         """Return what the file says, and the size and time of the image it names."""
         try:
             record, file = self.parse(), None
             if record.image is not None:
-                stat = os.stat(find_image(self.image_root, record.image))
+                stat = os.stat(find_image(self.image_root, record.image, self.follow_links))
                 file = (stat.st_size, stat.st_mtime_ns)
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
@@ -97,7 +84,7 @@ class FileRecord:
     def read(self) -> Iterator[Item]:
         """Yield the sample (after notes on what was done to it), or why it is rejected."""
         try:
-            _check_text(self.id)
+            check_text(self.id)
             record = self.parse()
             sample, notes = self._check(record)
         except BadRecord as error:
@@ -110,21 +97,39 @@ class FileRecord:
     def _check(self, record: Record) -> tuple[Sample, list[Note]]:
         """Return the sample, and notes on boxes that were clipped or left out."""
         messages = None if record.messages is None else tuple(record.messages)
-        _check_messages(messages or (), num_images=int(record.image is not None))
+        check_messages(messages or (), num_images=int(record.image is not None))
         if record.image is None:
             if messages is None:
                 raise BadRecord("neither image nor messages")
             if record.objects:
                 raise BadRecord("objects without an image", f"{len(record.objects)} objects")
             return Sample(self.id, b"", 0, 0, None, messages), []
-        data, width, height = read_image(find_image(self.image_root, record.image))
+        data, width, height = read_image(find_image(self.image_root, record.image, self.follow_links))
         if record.size is not None and record.size != (width, height):
             stated = f"{record.size[0]:g}x{record.size[1]:g}"
             raise BadRecord("wrong size", f"stated {stated}, the displayed image is {width}x{height}")
         if record.objects is None:
             return Sample(self.id, data, width, height, None, messages), []
         objects, notes = self._check_objects(record, width, height)
+        if messages is not None:
+            messages = tuple(self._check_box_parts(record, message, width, height) for message in messages)
         return Sample(self.id, data, width, height, objects, messages), notes
+
+    def _check_box_parts(self, record: Record, message: Message, width: int, height: int) -> Message:
+        """Return a message whose boxes, from `fill_placeholders`, are checked and in pixels."""
+        if isinstance(message["content"], str):
+            return message
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "box":
+                item = to_pixels(Object(part["box"], "<bbox>"), record.bbox_type or self.bbox_type, width, height)
+                try:
+                    box = check_object(item, width, height, clip=self.bad_boxes == "drop").box
+                except BadBox as error:
+                    raise BadRecord(error.reason, f"{error.detail}, which messages name as <bbox>") from error
+                part = {"type": "box", "box": list(box)}
+            parts.append(part)
+        return {**message, "content": parts}
 
     def _check_objects(self, record: Record, width: int, height: int) -> tuple[tuple[Object, ...], list[Note]]:
         objects, notes, error = [], [], None
@@ -154,12 +159,15 @@ class FileRecord:
 
 
 def list_records(
-    image_root: Path, rows: Iterable[tuple[str, str, Parse]], bbox_type: str | None = None, bad_boxes: str = "reject"
+    image_root: Path,
+    rows: Iterable[tuple[str, str, Parse]],
+    bbox_type: str | None = None,
+    bad_boxes: str = "reject",
+    follow_links: bool = False,
 ) -> list[FileRecord]:
     """Return the records of a format file, in order; the first with an id owns it, later ones are rejected.
 
-    `rows` are (id, source, parse) of each record; the id is empty if it has none. `bbox_type` and `bad_boxes` are the
-    command line's.
+    `rows` are (id, source, parse) of each record; the id is empty if it has none. The others are the command line's.
 
     Raises:
         ValueError: `image_root` is not a folder, or `bbox_type` is None and all boxes are fractions.
@@ -171,7 +179,7 @@ def list_records(
         if sample_id and sample_id in owned:
             parse = partial(_refuse_duplicate, sample_id)
         owned.add(sample_id)
-        records.append(FileRecord(root, sample_id, source, parse, bbox_type or "real", bad_boxes))
+        records.append(FileRecord(root, sample_id, source, parse, bbox_type or "real", bad_boxes, follow_links))
     if bbox_type is None:
         _refuse_fractions(records)
     return records
@@ -278,7 +286,7 @@ def check_object(item: Object, width: int, height: int, clip: bool = False) -> O
     """
     if not item.caption and not item.iscrowd:
         raise BadRecord("empty caption", f"box {item.box}")
-    _check_text(item.caption)
+    check_text(item.caption)
     _check_extent(item.box)
     excess = _excess(item.box, width, height)
     if excess <= 0:
@@ -355,56 +363,3 @@ def parse_dict(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRecord("malformed record", f"{what} is {value!r}, not a JSON object")
     return value
-
-
-def parse_messages(value: Any) -> list[Message] | None:
-    """Return a chat of text or lists of text and image parts, None for none, or raise `BadRecord`."""
-    if value is None:
-        return None
-    if not isinstance(value, list) or not value:
-        raise BadRecord("malformed messages", f"{value!r} is not a list of messages")
-    for position, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise BadRecord("malformed messages", f"{message!r} lacks a role of {ROLES}")
-        if message["role"] == "system" and position:
-            raise BadRecord("malformed messages", "a system turn that is not the first")
-        if not all(map(_is_part, message_parts(message))):
-            raise BadRecord("malformed messages", f"the content of {message!r} is neither text nor parts")
-    if not any(message["role"] == "user" for message in value):
-        raise BadRecord("malformed messages", "no user turn")
-    return value
-
-
-def message_parts(message: Message) -> list[Any]:
-    """Return the content of a message as a list of parts; `<image>` in a user's plain text is an image part."""
-    content = message.get("content")
-    if not isinstance(content, str):
-        return content if isinstance(content, list) else [content]
-    texts = content.split(IMAGE_PLACEHOLDER) if message["role"] == "user" else [content]
-    parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})]
-    return parts[1:]
-
-
-def _is_part(part: Any) -> bool:
-    kind = part.get("type") if isinstance(part, dict) else None
-    return kind == "image" or (kind == "text" and isinstance(part.get("text"), str))
-
-
-def _check_messages(messages: Sequence[Message], num_images: int) -> None:
-    """Refuse what training would refuse: control tokens, and placeholders for more images than there are."""
-    parts = [part for message in messages for part in message_parts(message)]
-    for part in parts:
-        _check_text(part.get("text", ""))
-    found = sum(part["type"] == "image" for part in parts)
-    if found > num_images:
-        raise BadRecord("malformed messages", f"{found} image placeholders and {num_images} images")
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord("text beyond Unicode", repr(text)) from error
-    token = CONTROL_TOKEN.search(text)
-    if token is not None:
-        raise BadRecord("control token in a text", token.group())
