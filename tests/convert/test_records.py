@@ -11,7 +11,7 @@ from PIL import Image
 
 from convert.items import Note, Rejected
 from convert.jsonl import find
-from convert.records import BadRecord, check_object, find_image
+from convert.records import check_object, find_image
 from recipe.schema import Object, Sample
 
 USER = {"role": "user", "content": "hi"}
