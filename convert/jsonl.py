@@ -108,7 +108,8 @@ def _parse(line: Any) -> Record:
     _parse_id(entry)
     unread = sorted(entry.keys() - _KEYS)
     if unread and entry.get("objects") is None and entry.get("messages") is None:
-        raise BadRecord("neither objects nor messages", f"the keys {unread} are not read: give objects or messages, as in convert/README.md")
+        remedy = "give objects or messages, as in convert/README.md"
+        raise BadRecord("neither objects nor messages", f"the keys {unread} are not read: {remedy}")
     names = entry.get("images")
     if "image" in entry and not names:
         raise BadRecord("malformed record", 'has "image": the key is "images", a list of one path')

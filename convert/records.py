@@ -181,12 +181,12 @@ def list_records(
         owned.add(sample_id)
         records.append(FileRecord(root, sample_id, source, parse, bbox_type or "real", bad_boxes, follow_links))
     if bbox_type is None:
-        _refuse_fractions(records)
+        refuse_fractions(records, "if they are fractions of the image, give --bbox-type norm1, else --bbox-type real")
     return records
 
 
-def _refuse_fractions(records: Iterable[FileRecord]) -> None:
-    """Raise ValueError if no box reaches beyond 0 to 1; the first ordinary box ends the search."""
+def refuse_fractions(records: Iterable[FileRecord], remedy: str) -> None:
+    """Raise ValueError with this remedy if no box reaches beyond 0 to 1; the first ordinary box ends the search."""
     num_boxes, example = 0, None
     for entry in records:
         try:
@@ -200,10 +200,8 @@ def _refuse_fractions(records: Iterable[FileRecord]) -> None:
                 return
             num_boxes, example = num_boxes + 1, example or item.box
     if num_boxes:
-        raise ValueError(
-            f"all {num_boxes} boxes lie within 0 to 1, such as {example}: these are no pixels. If they are fractions of "
-            "the image, give --bbox-type norm1; if they are pixels after all, --bbox-type real"
-        )
+        values = ", ".join(f"{value:g}" for value in example or ())
+        raise ValueError(f"all {num_boxes} boxes lie within 0 to 1, such as ({values}): {remedy}")
 
 
 def to_pixels(item: Object, bbox_type: str, width: int, height: int) -> Object:
