@@ -95,8 +95,8 @@ def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
     The folders of a name must be the last ones of the path, as given or with its links resolved: `train/x.png` does
     not name `val/x.png`.
     """
-    places = (path.absolute().parts, path.resolve().parts)
-    split = [(name, _on_this_system(name).parts) for name in names.get(path.name, ())]
+    places = [_on_this_system(str(place)).parts for place in (path.absolute(), path.resolve())]
+    split = [(name, _on_this_system(name).parts) for name in names.get(places[0][-1], ())]
     alike = [name for name, parts in split if any(place[-len(parts) :] == parts for place in places)]
     if len(alike) > 1:
         raise ValueError(f"{path} can be any of {alike[:3]} of the data set: give files of different names")
