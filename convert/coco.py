@@ -110,7 +110,7 @@ def find(
 def _group(entries: Sequence[Any]) -> Iterator[tuple[list[int], list[str], BadRecord | None]]:
     """Yield (positions, ids, error) of the entries of each image file.
 
-    Entries of one file are one image. If an id names several files, nobody can tell whose its annotations are: all
+    Entries of one file are one image. If an id names several files, it is unknown whose its annotations are: all
     entries of these files are refused.
     """
     files: dict[str, list[int]] = defaultdict(list)
@@ -127,7 +127,7 @@ def _group(entries: Sequence[Any]) -> Iterator[tuple[list[int], list[str], BadRe
     refused = {}
     for key, shared in by_id.items():
         if len(shared) > 1:
-            text = f"id {key} is that of {' and '.join(list(shared)[:3])}: nobody can tell whose its annotations are"
+            text = f"id {key} is that of {' and '.join(list(shared)[:3])}: it is unknown whose its annotations are"
             refused |= dict.fromkeys(shared, BadRecord("duplicate id", text))
     groups = [([position], None) for position in alone]
     for file, positions in files.items():

@@ -22,7 +22,7 @@ ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is cl
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 BBOX_TYPES = {"real": None, "norm1": 1.0, "norm1000": 1000.0}  # what a box's numbers are parts of; real: pixels
 BAD_BOXES = ("reject", "drop")
-# VOC boxes lose 1 on the way, and fractions may stick out a little: no set of pixel boxes lies within this.
+# VOC boxes lose 1 on the way, and fractions may stick out a little: no set of pixel boxes is within this.
 _FRACTIONS_END = 1.5
 ROLES = ("system", "user", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
@@ -197,7 +197,7 @@ def list_records(
 
 def refuse_fractions(records: Iterable[FileRecord], remedy: str) -> None:
     """Raise ValueError with this remedy if no box reaches beyond 0 to 1; the first ordinary box ends the search."""
-    num_boxes, example = 0, None
+    num_boxes = 0
     for entry in records:
         try:
             record = entry.parse()
@@ -208,10 +208,9 @@ def refuse_fractions(records: Iterable[FileRecord], remedy: str) -> None:
         for item in record.objects or ():
             if any(abs(value) > _FRACTIONS_END for value in item.box):
                 return
-            num_boxes, example = num_boxes + 1, example or item.box
+            num_boxes += 1
     if num_boxes:
-        values = ", ".join(f"{value:g}" for value in example or ())
-        raise ValueError(f"all {num_boxes} boxes lie within 0 to 1, such as ({values}): {remedy}")
+        raise ValueError(f"all {num_boxes} boxes lie within 0 to 1: {remedy}")
 
 
 def to_pixels(item: Object, bbox_type: str, width: int, height: int) -> Object:

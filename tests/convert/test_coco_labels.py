@@ -240,7 +240,7 @@ def test_boxes_in_parts_of_the_image(images: Path, tmp_path: Path, monkeypatch: 
         return [[item.box for item in sample.objects or ()] for sample in read_samples(tmp_path / "o", "s")]
 
     fractions = instances({"image_id": 1, "bbox": [0.1, 0.25, 0.5, 0.5], "area": 0.25}, {"bbox": [0, 0, 1, 1]})
-    with pytest.raises(SystemExit, match=r"all 2 boxes lie within 0 to 1, such as \(0\.1, 0\.25, 0\.6, 0\.75\).*norm1"):
+    with pytest.raises(SystemExit, match=r"all 2 boxes lie within 0 to 1: .* --bbox-type norm1, else"):
         convert(fractions)
     assert convert(fractions, "--bbox-type", "norm1") == [[(4, 5, 24, 15)], [(0, 0, 40, 20)]]
     assert convert(fractions, "--bbox-type", "real")[1] == [(0, 0, 1, 1)]
