@@ -64,7 +64,11 @@ def read_jsonl(path: Path) -> list[Sample]:
         ValueError: A line or an image of it cannot be used.
     """
     samples: list[Sample] = []
-    for entry in find_jsonl(path, path.parent).entries:
+    # Who names this folder may also read what its links name.
+    found = find_jsonl(path, path.parent, bbox_type="real", follow_links=True).entries
+    entries = [entry for entry in found if isinstance(entry, FileRecord)]
+    refuse_fractions(entries, f'write the boxes of {path} in pixels, or "bbox_type": "norm1" in its records')
+    for entry in entries:
         for item in entry.read():
             if isinstance(item, Rejected):
                 raise ValueError(f"{item.source}: {item.reason}: {item.detail}")

@@ -26,6 +26,20 @@ class Rejected:
     detail: str = ""
 
 
+class BadRecord(ValueError):
+    """A record that must be left out, with its reason and the offending value."""
+
+    def __init__(self, reason: str, detail: object = "") -> None:
+        self.reason = reason
+        text = str(detail)  # which may quote a whole record
+        self.detail = text if len(text) <= 400 else f"{text[:200]} ... {text[-100:]}"
+        super().__init__(f"{reason}: {self.detail}")
+
+
+class BadBox(BadRecord):
+    """A box that cannot be used; `--bad-boxes` says what that costs."""
+
+
 @dataclass(frozen=True)
 class Note:
     """Something done to `count` parts of good records, such as boxes clipped by rounding. Not an error for --strict.

@@ -192,7 +192,10 @@ def add_num_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_box_options(parser: argparse.ArgumentParser) -> None:
-    """Add what formats of boxes take; see `box_options`."""
+    """Add what formats of images and boxes take; see `box_options`."""
+    parser.add_argument(
+        "--follow-links", action="store_true", help="also read images that are links to files outside --images"
+    )
     parser.add_argument(
         "--bbox-type",
         choices=sorted(BBOX_TYPES),
@@ -210,7 +213,7 @@ def add_box_options(parser: argparse.ArgumentParser) -> None:
 
 def box_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keywords of `list_records` that `add_box_options` added."""
-    return {"bbox_type": args.bbox_type, "bad_boxes": args.bad_boxes}
+    return {"bbox_type": args.bbox_type, "bad_boxes": args.bad_boxes, "follow_links": args.follow_links}
 
 
 def parse_args(parser: argparse.ArgumentParser, with_split: bool = True) -> argparse.Namespace:

@@ -7,13 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from convert.annotated import jsonl_files, read_jsonl
+from recipe.images import SUFFIXES
 from recipe.records import INDEX_FILE
 from recipe.schema import Sample
-
-SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif",
-    ".tiff", ".webp",
-)  # fmt: skip
 
 
 def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
@@ -89,7 +85,7 @@ def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
     """Return relative paths, as data sets write them, by their last part, which `entry_of` searches."""
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(Path(name).name, []).append(name)
+        found.setdefault(_on_this_system(name).name, []).append(name)
     return found
 
 
@@ -100,11 +96,15 @@ def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
     not name `val/x.png`.
     """
     places = (path.absolute().parts, path.resolve().parts)
-    split = [(name, Path(name).parts) for name in names.get(path.name, ())]
+    split = [(name, _on_this_system(name).parts) for name in names.get(path.name, ())]
     alike = [name for name, parts in split if any(place[-len(parts) :] == parts for place in places)]
     if len(alike) > 1:
         raise ValueError(f"{path} can be any of {alike[:3]} of the data set: give files of different names")
     return alike[0] if alike else None
+
+
+def _on_this_system(name: str) -> Path:
+    return Path(name.replace("\\", "/"))  # data sets are written on Windows too
 
 
 def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list[str]:

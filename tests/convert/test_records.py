@@ -62,15 +62,14 @@ BAD_RECORDS: list[tuple[Any, str]] = [
     ({"images": ["text.jpg"]}, "unreadable image"),
     ({"images": ["empty.jpg"]}, "unreadable image"),
     ({"images": ["../outside.jpg"]}, "path leaves the image root"),
-    ({"images": ["link.jpg"]}, "path leaves the image root"),
-    ({"images": ["/etc/hostname"]}, "path leaves the image root"),
+    ({"images": ["link.jpg"]}, "is a link to outside --images"),
+    ({"images": ["/etc/hostname"]}, "absolute path"),
     ({"images": ["good.jpg", "turned.jpg"]}, "more than one image"),
     ({"images": "good.jpg"}, "malformed record"),
     ({"images": [7]}, "malformed record"),
     ({"image": "good.jpg", "messages": [USER, ANSWER]}, "malformed record"),
     ({"images": ["good.jpg"], "width": 10, "height": 20}, "wrong size"),
     ({"images": ["turned.jpg"], "width": 20, "height": 10}, "wrong size"),
-    ({"images": ["good.jpg"], "width": 20}, "malformed record"),
     (boxed(float("nan"), 1, 2, 3), "non-finite box"),
     (boxed(0, 1, float("inf"), 3), "non-finite box"),
     (boxed(5, 1, 2, 3), "inverted box"),
@@ -141,7 +140,7 @@ def test_every_part_of_a_jpeg_is_read(root: Path, cut: int, progressive: bool) -
 
 def test_the_same_picture_is_rejected_in_the_same_words(root: Path) -> None:
     [item] = items(root, {"images": ["empty.jpg"]})
-    assert item.detail == "empty.jpg: no known image format"
+    assert item.detail.startswith("empty.jpg: cannot decode an image of 0 bytes: no known image format (AVIF, ")
 
 
 def test_a_picture_that_training_cannot_use(root: Path) -> None:
