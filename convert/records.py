@@ -170,7 +170,7 @@ def list_records(
     `rows` are (id, source, parse) of each record; the id is empty if it has none. The others are the command line's.
 
     Raises:
-        ValueError: `image_root` is not a folder, or `bbox_type` is None and all boxes are fractions.
+        ValueError: `image_root` is not a folder, or all boxes are fractions and `bbox_type` does not say so.
     """
     if not image_root.is_dir():
         raise ValueError(f"image folder {image_root} does not exist")
@@ -180,7 +180,7 @@ def list_records(
             parse = partial(_refuse_duplicate, sample_id)
         owned.add(sample_id)
         records.append(FileRecord(root, sample_id, source, parse, bbox_type or "real", bad_boxes, follow_links))
-    if bbox_type is None:
+    if bbox_type in (None, "norm1000"):
         refuse_fractions(records, "if they are fractions of the image, give --bbox-type norm1, else --bbox-type real")
     return records
 
