@@ -30,8 +30,9 @@ def read_coco(path: Path) -> dict[str, Sample]:
         except ValueError as error:
             raise ValueError(f"{entry.source}: {error}") from error
         width, height = record.size or (0, 0)
-        assert record.image is not None and record.objects is not None
-        samples[record.image] = Sample(entry.id, b"", int(width), int(height), tuple(record.objects))
+        assert record.image is not None
+        objects = None if record.objects is None else tuple(record.objects)
+        samples[record.image] = Sample(entry.id, b"", int(width), int(height), objects)
     return samples
 
 
@@ -39,16 +40,20 @@ def read_image_ids(path: Path) -> dict[str, int | str]:
     """Return the `id` of every image of a COCO instances file, by `file_name`.
 
     Raises:
-        ValueError: It is not such a file, or a file has several ids.
+        ValueError: It is not such a file, or its ids and files do not match one to one.
     """
     ids: dict[str, int | str] = {}
+    names: dict[str, str] = {}
     for image in read_instances(path, ("images",))["images"]:
         try:
             name, image_id = image["file_name"], image["id"]
+            former, owner = ids.setdefault(name, image_id), names.setdefault(str(image_id), name)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds an image without id or file_name") from error
-        if ids.setdefault(name, image_id) != image_id:
-            raise ValueError(f"{path} gives {name} the ids {ids[name]!r} and {image_id!r}: leave one out")
+        if former != image_id:
+            raise ValueError(f"{path} gives {name} the ids {former!r} and {image_id!r}: leave one out")
+        if owner != name:
+            raise ValueError(f"{path} gives {owner} and {name} the same id {image_id!r}: give each its own")
     return ids
 
 

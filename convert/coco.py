@@ -102,7 +102,9 @@ def find(
     rows = []
     for positions, ids, error in _group(entries):
         found = [annotation for image_id in ids for annotation in annotations.get(image_id, [])]
-        parse = partial(_parse, [entries[position] for position in positions], error, found, names, phrases)
+        parse = partial(
+            _parse, [entries[position] for position in positions], error, found, names, phrases, bool(orphans)
+        )
         rows.append((ids[0] if ids else "", f"{source}: image {positions[0]}", parse))
     return Found(list_records(images, rows, **boxes), leading)
 
@@ -110,7 +112,7 @@ def find(
 def _group(entries: Sequence[Any]) -> Iterator[tuple[list[int], list[str], BadRecord | None]]:
     """Yield (positions, ids, error) of the entries of each image file.
 
-    Entries of one file are one image. If an id names several files, nobody can tell whose its annotations are: all
+    Entries of one file are one image. If an id names several files, it is unknown whose its annotations are: all
     entries of these files are refused.
     """
     files: dict[str, list[int]] = defaultdict(list)
@@ -127,7 +129,7 @@ def _group(entries: Sequence[Any]) -> Iterator[tuple[list[int], list[str], BadRe
     refused = {}
     for key, shared in by_id.items():
         if len(shared) > 1:
-            text = f"id {key} is that of {' and '.join(list(shared)[:3])}: nobody can tell whose its annotations are"
+            text = f"id {key} is that of {' and '.join(list(shared)[:3])}: it is unknown whose its annotations are"
             refused |= dict.fromkeys(shared, BadRecord("duplicate id", text))
     groups = [([position], None) for position in alone]
     for file, positions in files.items():
@@ -159,6 +161,7 @@ def _parse(
     annotations: list[dict[str, Any]],
     names: dict[str, str],
     phrases: dict[str, str],
+    has_orphans: bool,
 ) -> Record:
     if error is not None:
         raise error
@@ -185,7 +188,10 @@ def _parse(
     notes = [Note("areas that are not numbers left out", num_areas)] if num_areas else []
     if len(entries) > 1:
         notes.append(Note("image files of several entries: merged", 1, (name,)))
-    return Record(name, objects, stated[0] if stated else None, labels=labels, notes=tuple(notes))
+    size, is_known = stated[0] if stated else None, bool(objects) or not has_orphans
+    if not is_known:  # the annotations of no image may be its own
+        notes.append(Note("images not known to be empty, since annotations belong to no image", 1, (name,)))
+    return Record(name, objects if is_known else None, size, labels=labels, notes=tuple(notes))
 
 
 def _parse_annotation(annotation: dict[str, Any], names: dict[str, str], phrases: dict[str, str]) -> Object:

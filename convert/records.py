@@ -17,7 +17,7 @@ from recipe.schema import Box, Message, Object, Sample
 ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
 BBOX_TYPES = {"real": None, "norm1": 1.0, "norm1000": 1000.0}  # what a box's numbers are parts of; real: pixels
 BAD_BOXES = ("reject", "drop")
-# VOC boxes lose 1 on the way, and fractions may stick out a little: no set of pixel boxes lies within this.
+# VOC boxes lose 1 on the way, and fractions may stick out a little: no set of pixel boxes is within this.
 _FRACTIONS_END = 1.5
 
 
@@ -170,7 +170,7 @@ def list_records(
     `rows` are (id, source, parse) of each record; the id is empty if it has none. The others are the command line's.
 
     Raises:
-        ValueError: `image_root` is not a folder, or `bbox_type` is None and all boxes are fractions.
+        ValueError: `image_root` is not a folder, or all boxes are fractions and `bbox_type` does not say so.
     """
     if not image_root.is_dir():
         raise ValueError(f"image folder {image_root} does not exist")
@@ -180,14 +180,14 @@ def list_records(
             parse = partial(_refuse_duplicate, sample_id)
         owned.add(sample_id)
         records.append(FileRecord(root, sample_id, source, parse, bbox_type or "real", bad_boxes, follow_links))
-    if bbox_type is None:
+    if bbox_type in (None, "norm1000"):
         refuse_fractions(records, "if they are fractions of the image, give --bbox-type norm1, else --bbox-type real")
     return records
 
 
 def refuse_fractions(records: Iterable[FileRecord], remedy: str) -> None:
     """Raise ValueError with this remedy if no box reaches beyond 0 to 1; the first ordinary box ends the search."""
-    num_boxes, example = 0, None
+    num_boxes = 0
     for entry in records:
         try:
             record = entry.parse()
@@ -198,10 +198,9 @@ def refuse_fractions(records: Iterable[FileRecord], remedy: str) -> None:
         for item in record.objects or ():
             if any(abs(value) > _FRACTIONS_END for value in item.box):
                 return
-            num_boxes, example = num_boxes + 1, example or item.box
+            num_boxes += 1
     if num_boxes:
-        values = ", ".join(f"{value:g}" for value in example or ())
-        raise ValueError(f"all {num_boxes} boxes lie within 0 to 1, such as ({values}): {remedy}")
+        raise ValueError(f"all {num_boxes} boxes lie within 0 to 1: {remedy}")
 
 
 def to_pixels(item: Object, bbox_type: str, width: int, height: int) -> Object:
