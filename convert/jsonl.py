@@ -9,7 +9,7 @@ One record per line, boxes xyxy in absolute pixels of the displayed image:
 
 `desc` may also be called `label`. `objects` may also be parallel lists, with one `ref` per `bbox` or one for all:
 `{"ref": ["a red car"], "bbox": [[x1, y1, x2, y2]], "bbox_type": "real"}`. In `messages`, `<ref-object>` and `<bbox>`
-stand for the next ref (or desc) and box. Absent or null `objects`: not annotated; empty: known to hold nothing. A
+are replaced by the next ref (or desc) and box. Absent or null `objects`: not annotated; empty: known to hold nothing. A
 record without an image is text only and needs `messages`. Other keys are not read, but counted; a record of `images`
 and other keys alone is rejected. The default id is FILE-LINE, the line counted from 1. One JSON array of records is
 read too.
@@ -142,7 +142,7 @@ def _parse(line: Any) -> Record:
 
 
 def _parse_objects(value: Any) -> tuple[list[str], list[Object] | None]:
-    """Return the texts that `<ref-object>` stands for, and the objects in the order that `<bbox>` names them."""
+    """Return the texts that replace `<ref-object>`, and the objects in the order that `<bbox>` names them."""
     if value is None:
         return [], None
     if isinstance(value, list):

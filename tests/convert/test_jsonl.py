@@ -66,12 +66,17 @@ def test_real_sentences(shared_data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [row["id"] for row in rejected] == ["423.jpg", "1428.jpg", "939.jpg"]  # the fourth is out by 1 pixel
 
 
+def found(path: Path, **options: Any) -> list[Any]:
+    """All items of a file next to its images."""
+    return read_items(find(path, path.parent, **options))
+
+
 def converted(folder: Path, *records: Any, **options: Any) -> list[Any]:
     """All items of the records, next to `good.jpg` of 20 x 10 pixels."""
     (folder / "good.jpg").write_bytes(picture())
     path = folder / "train.jsonl"
     path.write_text("\n".join(json.dumps({"images": ["good.jpg"], **record}) for record in records))
-    return read_items(find(path, folder, **options))
+    return found(path, **options)
 
 
 def chat(*contents: Any) -> list[dict[str, Any]]:
@@ -107,9 +112,8 @@ def test_another_tools_keys_teach_nothing(tmp_path: Path, record: dict[str, Any]
 
 def test_keys_that_are_not_read_are_counted(tmp_path: Path) -> None:
     records = [{"objects": [], "source": "web"}, {"messages": CHAT, "source": "web", "tag": 1}, {}]
-    found = converted(tmp_path, *records)
     summary = Summary()
-    for item in found:
+    for item in converted(tmp_path, *records):
         summary.add(item)
     assert (summary.samples, summary.rejected) == (3, [])
     what = "records with the key '{}', which is not read"
@@ -218,7 +222,7 @@ def test_one_json_array_is_read(tmp_path: Path, indent: int | None) -> None:
     records = [{"images": ["good.jpg"], "objects": []}, {"id": 7, "images": ["good.jpg"]}, "x"]
     path = tmp_path / "all.json"
     path.write_text("\ufeff\n" + json.dumps(records, indent=indent), encoding="utf-8")
-    first, second, bad = read_items(find(path, tmp_path))
+    first, second, bad = found(path)
     assert [first.id, second.id] == ["all-000001", "7"]
     assert (bad.source, bad.detail) == ("all.json: record 3", "the record is 'x', not a JSON object")
 
@@ -227,10 +231,10 @@ def test_a_reason_quotes_no_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     for text in (json.dumps([[1] * 5000]), json.dumps({"images": [], "objects": "x" * 5000}), '[{"a": 1},' * 5000):
         path.write_text(text)
-        [item] = read_items(find(path, tmp_path))
+        [item] = found(path)
         assert len(item.detail) < 420
     path.write_bytes('{"id": "你"}'.encode("gbk"))
-    [item] = read_items(find(path, tmp_path))
+    [item] = found(path)
     assert item.detail.endswith("is not UTF-8: save the file as UTF-8")
 
 
