@@ -9,7 +9,7 @@ from convert.coco import find as find_coco
 from convert.coco import read_instances
 from convert.items import Rejected
 from convert.jsonl import find as find_jsonl
-from convert.records import FileRecord
+from convert.records import FileRecord, refuse_fractions
 from convert.store import REJECTED_FILE
 from recipe.schema import Sample
 
@@ -21,15 +21,18 @@ def read_coco(path: Path) -> dict[str, Sample]:
         ValueError: It is not such a file, or an entry of it cannot be read.
     """
     samples: dict[str, Sample] = {}
-    for entry in find_coco(read_instances(path), path.parent, source=path.name).entries:
-        assert isinstance(entry, FileRecord)
+    found = find_coco(read_instances(path), path.parent, source=path.name, bbox_type="real").entries
+    entries = [entry for entry in found if isinstance(entry, FileRecord)]
+    refuse_fractions(entries, f"write the boxes of {path} in pixels")
+    for entry in entries:
         try:
             record = entry.parse()
         except ValueError as error:
             raise ValueError(f"{entry.source}: {error}") from error
         width, height = record.size or (0, 0)
-        assert record.image is not None and record.objects is not None
-        samples[record.image] = Sample(entry.id, b"", int(width), int(height), tuple(record.objects))
+        assert record.image is not None
+        objects = None if record.objects is None else tuple(record.objects)
+        samples[record.image] = Sample(entry.id, b"", int(width), int(height), objects)
     return samples
 
 
@@ -37,12 +40,21 @@ def read_image_ids(path: Path) -> dict[str, int | str]:
     """Return the `id` of every image of a COCO instances file, by `file_name`.
 
     Raises:
-        ValueError: It is not such a file.
+        ValueError: It is not such a file, or its ids and files do not match one to one.
     """
-    try:
-        return {image["file_name"]: image["id"] for image in read_instances(path)["images"]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds an image without id or file_name") from error
+    ids: dict[str, int | str] = {}
+    names: dict[str, str] = {}
+    for image in read_instances(path, ("images",))["images"]:
+        try:
+            name, image_id = image["file_name"], image["id"]
+            former, owner = ids.setdefault(name, image_id), names.setdefault(str(image_id), name)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds an image without id or file_name") from error
+        if former != image_id:
+            raise ValueError(f"{path} gives {name} the ids {former!r} and {image_id!r}: leave one out")
+        if owner != name:
+            raise ValueError(f"{path} gives {owner} and {name} the same id {image_id!r}: give each its own")
+    return ids
 
 
 def jsonl_files(folder: Path) -> list[Path]:
@@ -57,7 +69,11 @@ def read_jsonl(path: Path) -> list[Sample]:
         ValueError: A line or an image of it cannot be used.
     """
     samples: list[Sample] = []
-    for entry in find_jsonl(path, path.parent).entries:
+    # Who names this folder may also read what its links name.
+    found = find_jsonl(path, path.parent, bbox_type="real", follow_links=True).entries
+    entries = [entry for entry in found if isinstance(entry, FileRecord)]
+    refuse_fractions(entries, f'write the boxes of {path} in pixels, or "bbox_type": "norm1" in its records')
+    for entry in entries:
         for item in entry.read():
             if isinstance(item, Rejected):
                 raise ValueError(f"{item.source}: {item.reason}: {item.detail}")

@@ -26,17 +26,36 @@ class Rejected:
     detail: str = ""
 
 
+class BadRecord(ValueError):
+    """A record that must be left out, with its reason and the offending value."""
+
+    def __init__(self, reason: str, detail: object = "") -> None:
+        self.reason = reason
+        text = str(detail)  # which may quote a whole record
+        self.detail = text if len(text) <= 400 else f"{text[:200]} ... {text[-100:]}"
+        super().__init__(f"{reason}: {self.detail}")
+
+
+class BadBox(BadRecord):
+    """A box that cannot be used; `--bad-boxes` says what that costs."""
+
+
 @dataclass(frozen=True)
 class Note:
-    """Something done to `count` parts of good records, such as boxes clipped by rounding. Not an error for --strict."""
+    """Something done to `count` parts of good records, such as boxes clipped by rounding. Not an error for --strict.
+
+    `examples` name the parts; the summary shows the first few.
+    """
 
     what: str
     count: int
+    examples: tuple[str, ...] = ()
 
 
 Item = Sample | Rejected | Note
 MOST_CAPTIONS = 1000  # counted one by one: captions in free text may all differ
 _SHOWN_CAPTIONS = 10
+_SHOWN_EXAMPLES = 5
 
 
 class Entry(Protocol):
@@ -83,12 +102,14 @@ class Summary:
     kept: int = 0
     captions: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
 
     def add(self, item: Item) -> None:
         """Count one item."""
         if isinstance(item, Note):
             self.notes[item.what] += item.count
+            self._add_examples(item.what, item.examples)
         elif isinstance(item, Rejected):
             self.rejected.append(item)
         else:
@@ -109,8 +130,15 @@ class Summary:
             if isinstance(mine, Counter):
                 if name != "captions" or len(mine) <= MOST_CAPTIONS:
                     mine.update(value)
+            elif name == "examples":
+                for what, examples in value.items():
+                    self._add_examples(what, examples)
             else:
                 setattr(self, name, mine + value)
+
+    def _add_examples(self, what: str, examples: Sequence[str]) -> None:
+        if examples:
+            self.examples[what] = [*self.examples.get(what, ()), *examples][:_SHOWN_EXAMPLES]
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -138,7 +166,10 @@ class Summary:
                 line = f"{f'> {MOST_CAPTIONS}':>8}  (different ones)"
             lines.append(f"  captions  {line}")
         lines.append(f"  shards    {self.shards:>8}  ({self.num_bytes / 2**20:.1f} MiB)")
-        lines += [f"  note      {count:>8}  {what}" for what, count in self.notes.most_common()]
+        for what, count in self.notes.most_common():
+            shown = self.examples.get(what, [])
+            more = ", ..." if 0 < len(shown) < count else ""
+            lines.append(f"  note      {count:>8}  {what}" + (f" ({', '.join(shown)}{more})" if shown else ""))
         lines += [f"  rejected  {len(self.rejected):>8}"]
         reasons = Counter(item.reason for item in self.rejected)
         lines += [f"            {count:>8}  {reason}" for reason, count in reasons.most_common()]

@@ -7,11 +7,15 @@ One record per line, boxes xyxy in absolute pixels of the displayed image:
     {"id": "a", "images": ["a.jpg"], "objects": [{"bbox_2d": [x1, y1, x2, y2], "desc": "a red car"}],
      "messages": [{"role": "user", "content": "..."}, ...], "width": 640, "height": 480}
 
-`objects` may also be parallel lists: `{"ref": ["a red car"], "bbox": [[x1, y1, x2, y2]]}`. Absent or null `objects`:
-not annotated; empty: known to hold nothing. A record without an image is text only and needs `messages`. All keys
-but these are ignored. The default id is FILE-LINE, the line counted from 1.
+`desc` may also be called `label`. `objects` may also be parallel lists, with one `ref` per `bbox` or one for all:
+`{"ref": ["a red car"], "bbox": [[x1, y1, x2, y2]], "bbox_type": "real"}`. In `messages`, `<ref-object>` and `<bbox>`
+are replaced by the next ref (or desc) and box. Absent or null `objects`: not annotated; empty: known to hold nothing. A
+record without an image is text only and needs `messages`. Other keys are not read, but counted; a record of `images`
+and other keys alone is rejected. The default id is FILE-LINE, the line counted from 1. One JSON array of records is
+read too.
 """
 
+import codecs
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,51 +23,74 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.items import Found
+from convert.chats import fill_placeholders, parse_messages
+from convert.items import BadRecord, Found, Note
 from convert.records import (
-    BadRecord,
+    BBOX_TYPES,
     Parse,
     Record,
     check_file,
     list_records,
     parse_box,
     parse_dict,
-    parse_messages,
-    parse_number,
+    parse_size,
     parse_text,
 )
-from convert.write import build_parser, run
+from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Object
 
+_KEYS = {"id", "images", "image", "objects", "messages", "width", "height", "bbox_type"}
 
-def find(annotations: Path, images: Path) -> Found:
+
+def find(annotations: Path, images: Path, **options: Any) -> Found:
     """Return one record per line; blank lines are skipped. Paths are relative to the folder `images`.
+
+    For `options` see `list_records`.
 
     Raises:
         ValueError: `annotations` is not a file, or `images` is not a folder.
     """
     check_file(annotations, "a file of JSON lines")
-    return Found(list_records(images, _rows(annotations)))
+    return Found(list_records(images, _rows(annotations), **options))
 
 
 def _rows(annotations: Path) -> Iterator[tuple[str, str, Parse]]:
     """Yield the lines with only their id parsed: as text they take a fraction of the memory."""
+    array = _read_array(annotations)
     with annotations.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
+        for number, line in enumerate(lines if array is None else array, start=1):
+            if isinstance(line, bytes) and not line.strip():
                 continue
             sample_id = f"{annotations.stem}-{number:06d}"
             with suppress(BadRecord):  # parsing it again reports it
                 sample_id = _parse_id(_parse_line(line)) or sample_id
-            yield sample_id, f"{annotations.name}: line {number}", partial(_parse, line)
+            place = "line" if array is None else "record"
+            yield sample_id, f"{annotations.name}: {place} {number}", partial(_parse, line)
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
+def _read_array(annotations: Path) -> list[Any] | None:
+    """Return the records of a file that is one JSON array; None if it is not."""
+    with annotations.open("rb") as file:
+        if not file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return None
+    try:
+        records = json.loads(annotations.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    return records if any(isinstance(record, dict) for record in records) else None
+
+
+def _parse_line(line: Any) -> dict[str, Any]:
+    """Return a record, given as the bytes of a line or parsed."""
+    if not isinstance(line, bytes):
+        return parse_dict(line, "the record")
+    start = repr(line[:60].decode(errors="replace").strip())
     try:
         value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise BadRecord("malformed json", f"{start} is not UTF-8: save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        start = line[:60].decode(errors="replace").strip()
-        raise BadRecord("malformed json", f"{start!r} is not one JSON object on one line ({error})") from error
+        raise BadRecord("malformed json", f"{start} is not one JSON object on one line ({error})") from error
     return parse_dict(value, "the line")
 
 
@@ -76,12 +103,13 @@ def _parse_id(entry: dict[str, Any]) -> str | None:
     return str(sample_id)
 
 
-def _parse(line: bytes) -> Record:
+def _parse(line: Any) -> Record:
     entry = _parse_line(line)
     _parse_id(entry)
-    size = None
-    if entry.get("width") is not None or entry.get("height") is not None:
-        size = (parse_number(entry.get("width")), parse_number(entry.get("height")))
+    unread = sorted(entry.keys() - _KEYS)
+    if unread and entry.get("objects") is None and entry.get("messages") is None:
+        remedy = "give objects or messages, as in convert/README.md"
+        raise BadRecord("neither objects nor messages", f"the keys {unread} are not read: {remedy}")
     names = entry.get("images")
     if "image" in entry and not names:
         raise BadRecord("malformed record", 'has "image": the key is "images", a list of one path')
@@ -92,22 +120,60 @@ def _parse(line: bytes) -> Record:
         if len(names) > 1:
             raise BadRecord("more than one image", f"{len(names)} images")
         image = parse_text(names[0], "images[0]")
-    return Record(image, _parse_objects(entry.get("objects")), size, parse_messages(entry.get("messages")))
+    texts, objects = _parse_objects(entry.get("objects"))
+    messages = parse_messages(entry.get("messages"))
+    if messages is not None:
+        messages = fill_placeholders(messages, texts, [item.box for item in objects or ()])
+    notes = [Note(f"records with the key {key!r}, which is not read", 1) for key in unread]
+    if objects is not None and isinstance(entry["objects"], dict):
+        # Lists that fill placeholders name an object as often as the chat does.
+        unique = list(dict.fromkeys(objects))
+        if len(unique) < len(objects):
+            notes.append(Note("objects listed twice, taken once", len(objects) - len(unique)))
+        objects = unique
+    return Record(
+        image,
+        objects,
+        size=parse_size(entry.get("width"), entry.get("height")),
+        messages=messages,
+        bbox_type=_parse_bbox_type(entry),
+        notes=tuple(notes),
+    )
 
 
-def _parse_objects(value: Any) -> list[Object] | None:
+def _parse_objects(value: Any) -> tuple[list[str], list[Object] | None]:
+    """Return the texts that replace `<ref-object>`, and the objects in the order that `<bbox>` names them."""
     if value is None:
-        return None
+        return [], None
     if isinstance(value, list):
-        pairs = [(parse_dict(item, "an object").get("desc"), item.get("bbox_2d")) for item in value]
-    else:
-        texts, boxes = parse_dict(value, "objects").get("ref"), value.get("bbox")
-        if not isinstance(texts, list) or not isinstance(boxes, list):
-            raise BadRecord("malformed record", "objects lacks the lists ref and bbox")
-        if len(texts) != len(boxes):
-            raise BadRecord("unequal lengths", f"objects has {len(texts)} ref and {len(boxes)} bbox")
-        pairs = list(zip(texts, boxes, strict=True))
-    return [Object(parse_box(box), parse_text(text, "the text of an object")) for text, box in pairs]
+        objects = [_parse_object(parse_dict(item, "an object")) for item in value]
+        return [item.caption for item in objects], objects
+    refs, boxes = parse_dict(value, "objects").get("ref"), value.get("bbox")
+    if not isinstance(refs, list) or not isinstance(boxes, list):
+        raise BadRecord("malformed record", f"objects lacks the lists ref and bbox: it has the keys {sorted(value)}")
+    if len(refs) != len(boxes) and not (len(refs) == 1 and boxes):
+        counts = f"objects has {len(refs)} ref and {len(boxes)} bbox"
+        raise BadRecord("unequal lengths", f"{counts}: write one ref per bbox, or a single ref for all")
+    texts = [parse_text(text, "ref") for text in refs]
+    names = texts if len(texts) == len(boxes) else texts * len(boxes)
+    return texts, [Object(parse_box(box), text) for box, text in zip(boxes, names, strict=True)]
+
+
+def _parse_object(item: dict[str, Any]) -> Object:
+    text = item.get("label") if item.get("desc") is None else item["desc"]
+    if text is None or item.get("bbox_2d") is None:
+        raise BadRecord("malformed record", f"an object needs bbox_2d and desc, but has the keys {sorted(item)}")
+    return Object(parse_box(item["bbox_2d"]), parse_text(text, "the text of an object"))
+
+
+def _parse_bbox_type(entry: dict[str, Any]) -> str | None:
+    """Return what the record says of its boxes, next to them or in `objects`."""
+    objects = entry.get("objects")
+    stated = [place.get("bbox_type") for place in (entry, objects) if isinstance(place, dict)]
+    kinds = [kind for kind in stated if kind is not None]
+    if any(kind not in list(BBOX_TYPES) or kind != kinds[0] for kind in kinds):
+        raise BadRecord("malformed record", f"bbox_type is {kinds}: write one of {', '.join(BBOX_TYPES)}")
+    return kinds[0] if kinds else None
 
 
 def main() -> None:
@@ -117,7 +183,8 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, required=True, metavar="DIR", help="folder of the images: their paths are relative to it"
     )
-    run(parser, lambda args: find(args.annotations, args.images))
+    add_box_options(parser)
+    run(parser, lambda args: find(args.annotations, args.images, **box_options(args)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from convert.items import Entry, Rejected, Summary
 from recipe.records import INDEX_FILE, RECORDS_FILE, join_parts, parse_index, sync, to_record, write_part, write_whole
 from recipe.schema import MDS_COLUMNS, Sample
 
-_VERSION = 2  # increase it when the same record gives other bytes
+_VERSION = 3  # increase it when the same record gives other bytes
 _REFRESH = 0.2  # seconds between two looks at the counter of records
 _make: Callable[[int], Summary]  # of a worker process: set once, when it starts
 

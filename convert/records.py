@@ -1,49 +1,24 @@
 """What makes a record good: the checks of every format on its way to a `Sample`."""
 
-import io
 import math
 import os
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from convert.items import Item, Note, Rejected
-from recipe.images import describe_decode_error, displayed_size, open_image
+from convert.chats import check_messages, check_text
+from convert.items import BadBox, BadRecord, Item, Note, Rejected
+from recipe.images import MAX_ASPECT_RATIO, check_image
 from recipe.schema import Box, Message, Object, Sample
 
 ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-ROLES = ("system", "user", "assistant")
-IMAGE_PLACEHOLDER = "<image>"
-CONTROL_TOKEN = re.compile(r"<\|\w+\|>")  # such as <|im_end|>: it would break a conversation apart
-# What Pillow raises on broken files.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-class BadRecord(ValueError):
-    """A record that must be left out, with its reason and the offending value."""
-
-    def __init__(self, reason: str, detail: object = "") -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = str(detail)
+BBOX_TYPES = {"real": None, "norm1": 1.0, "norm1000": 1000.0}  # what a box's numbers are parts of; real: pixels
+BAD_BOXES = ("reject", "drop")
+# VOC boxes lose 1 on the way, and fractions may stick out a little: no set of pixel boxes is within this.
+_FRACTIONS_END = 1.5
 
 
 @dataclass(frozen=True)
@@ -53,12 +28,22 @@ class Record:
     Attributes:
         image: Path under the image root, or None for a text-only record.
         size: Stated (width, height) of the displayed image, or None.
+        bbox_type: One of `BBOX_TYPES` if the record states it, else that of its file applies.
+        labels: What messages call each object; default: object 1, object 2, ...
+        notes: What was done to it while parsing.
     """
 
     image: str | None
     objects: Sequence[Object] | None
     size: tuple[float, float] | None = None
     messages: Sequence[Message] | None = None
+    bbox_type: str | None = None
+    labels: Sequence[str] = ()
+    notes: tuple[Note, ...] = ()
+
+    def label(self, position: int) -> str:
+        """Return what messages call the object at `position`."""
+        return self.labels[position] if self.labels else f"object {position + 1}"
 
 
 Parse = Callable[[], Record]
@@ -69,77 +54,163 @@ class FileRecord:
     """A record of a format file, not yet parsed: an `Entry`.
 
     Attributes:
-        image_root: Real path of the images' folder; nothing outside it is read.
+        image_root: Absolute path of the images' folder; nothing outside it is read, unless by `follow_links`.
         source: Its file and place in it, for the reader of rejected.jsonl.
         parse: Makes the record; may raise `BadRecord`.
+        bbox_type: One of `BBOX_TYPES`, for records that state none.
+        bad_boxes: One of `BAD_BOXES`: what a box that cannot be used costs.
+        follow_links: Images may be links to outside `image_root`.
     """
 
     image_root: str
     id: str
     source: str
     parse: Parse
+    bbox_type: str = "real"
+    bad_boxes: str = "reject"
+    follow_links: bool = False
 
     def fingerprint(self) -> str:
         """Return what the file says, and the size and time of the image it names."""
         try:
             record, file = self.parse(), None
             if record.image is not None:
-                stat = os.stat(find_image(self.image_root, record.image))
+                stat = os.stat(find_image(self.image_root, record.image, self.follow_links))
                 file = (stat.st_size, stat.st_mtime_ns)
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
-        return repr((self.id, self.source, record, file))
+        return repr((self.id, self.source, record, file, self.bbox_type, self.bad_boxes))
 
     def read(self) -> Iterator[Item]:
-        """Yield the sample (after a note on clipped boxes), or why it is rejected."""
+        """Yield the sample (after notes on what was done to it), or why it is rejected."""
         try:
-            _check_text(self.id)
-            sample, num_clipped = self._check(self.parse())
+            check_text(self.id)
+            record = self.parse()
+            sample, notes = self._check(record)
         except BadRecord as error:
             yield Rejected(self.id, self.source, error.reason, error.detail)
             return
-        if num_clipped:
-            yield Note("boxes clipped to the image by rounding", num_clipped)
+        yield from record.notes
+        yield from notes
         yield sample
 
-    def _check(self, record: Record) -> tuple[Sample, int]:
-        """Return the sample, and how many of its boxes were clipped."""
+    def _check(self, record: Record) -> tuple[Sample, list[Note]]:
+        """Return the sample, and notes on boxes that were clipped or left out."""
         messages = None if record.messages is None else tuple(record.messages)
-        _check_messages(messages or (), num_images=int(record.image is not None))
+        check_messages(messages or (), num_images=int(record.image is not None))
         if record.image is None:
             if messages is None:
                 raise BadRecord("neither image nor messages")
             if record.objects:
                 raise BadRecord("objects without an image", f"{len(record.objects)} objects")
-            return Sample(self.id, b"", 0, 0, None, messages), 0
-        data, width, height = read_image(find_image(self.image_root, record.image))
+            return Sample(self.id, b"", 0, 0, None, messages), []
+        data, width, height = read_image(find_image(self.image_root, record.image, self.follow_links))
         if record.size is not None and record.size != (width, height):
             stated = f"{record.size[0]:g}x{record.size[1]:g}"
             raise BadRecord("wrong size", f"stated {stated}, the displayed image is {width}x{height}")
         if record.objects is None:
-            return Sample(self.id, data, width, height, None, messages), 0
-        objects = tuple(check_object(item, width, height) for item in record.objects)
-        num_clipped = sum(new.box != old.box for new, old in zip(objects, record.objects, strict=True))
-        return Sample(self.id, data, width, height, objects, messages), num_clipped
+            return Sample(self.id, data, width, height, None, messages), []
+        objects, notes = self._check_objects(record, width, height)
+        if messages is not None:
+            messages = tuple(self._check_box_parts(record, message, width, height) for message in messages)
+        return Sample(self.id, data, width, height, objects, messages), notes
+
+    def _check_box_parts(self, record: Record, message: Message, width: int, height: int) -> Message:
+        """Return a message whose boxes, from `fill_placeholders`, are checked and in pixels."""
+        if isinstance(message["content"], str):
+            return message
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "box":
+                item = to_pixels(Object(part["box"], "<bbox>"), record.bbox_type or self.bbox_type, width, height)
+                try:
+                    box = check_object(item, width, height, clip=self.bad_boxes == "drop").box
+                except BadBox as error:
+                    raise BadRecord(error.reason, f"{error.detail}, which messages name as <bbox>") from error
+                part = {"type": "box", "box": list(box)}
+            parts.append(part)
+        return {**message, "content": parts}
+
+    def _check_objects(self, record: Record, width: int, height: int) -> tuple[tuple[Object, ...], list[Note]]:
+        objects, notes, error = [], [], None
+        for position, item in enumerate(record.objects or ()):
+            label = record.label(position)
+            item = to_pixels(item, record.bbox_type or self.bbox_type, width, height)
+            try:
+                checked = check_object(item, width, height, clip=self.bad_boxes == "drop")
+            except BadBox as failure:
+                error = BadRecord(failure.reason, f"{label}: {failure.detail}")
+                if self.bad_boxes == "reject":
+                    raise error from failure
+                notes.append(Note(f"box left out: {failure.reason}", 1, (f"{self.id}: {label}",)))
+                continue
+            except BadRecord as failure:
+                raise BadRecord(failure.reason, f"{label}: {failure.detail}") from failure
+            objects.append(checked)
+            if checked.box == item.box:
+                continue
+            if _excess(item.box, width, height) > ROUNDING + 1e-6:
+                notes.append(Note("box beyond the image clipped", 1, (f"{self.id}: {label}",)))
+            else:
+                notes.append(Note("boxes clipped to the image by rounding", 1))
+        if error is not None and not objects:
+            raise BadRecord(error.reason, f"{error.detail}; no box is left, but the image is not known to be empty")
+        return tuple(objects), notes
 
 
-def list_records(image_root: Path, rows: Iterable[tuple[str, str, Parse]]) -> list[FileRecord]:
+def list_records(
+    image_root: Path,
+    rows: Iterable[tuple[str, str, Parse]],
+    bbox_type: str | None = None,
+    bad_boxes: str = "reject",
+    follow_links: bool = False,
+) -> list[FileRecord]:
     """Return the records of a format file, in order; the first with an id owns it, later ones are rejected.
 
-    `rows` are (id, source, parse) of each record; the id is empty if it has none.
+    `rows` are (id, source, parse) of each record; the id is empty if it has none. The others are the command line's.
 
     Raises:
-        ValueError: `image_root` is not a folder.
+        ValueError: `image_root` is not a folder, or all boxes are fractions and `bbox_type` does not say so.
     """
     if not image_root.is_dir():
         raise ValueError(f"image folder {image_root} does not exist")
-    root, owned, records = os.path.realpath(image_root), set(), []
+    root, owned, records = os.path.abspath(image_root), set(), []
     for sample_id, source, parse in rows:
         if sample_id and sample_id in owned:
             parse = partial(_refuse_duplicate, sample_id)
         owned.add(sample_id)
-        records.append(FileRecord(root, sample_id, source, parse))
+        records.append(FileRecord(root, sample_id, source, parse, bbox_type or "real", bad_boxes, follow_links))
+    if bbox_type in (None, "norm1000"):
+        refuse_fractions(records, "if they are fractions of the image, give --bbox-type norm1, else --bbox-type real")
     return records
+
+
+def refuse_fractions(records: Iterable[FileRecord], remedy: str) -> None:
+    """Raise ValueError with this remedy if no box reaches beyond 0 to 1; the first ordinary box ends the search."""
+    num_boxes = 0
+    for entry in records:
+        try:
+            record = entry.parse()
+        except BadRecord:
+            continue
+        if record.bbox_type is not None:
+            continue
+        for item in record.objects or ():
+            if any(abs(value) > _FRACTIONS_END for value in item.box):
+                return
+            num_boxes += 1
+    if num_boxes:
+        raise ValueError(f"all {num_boxes} boxes lie within 0 to 1: {remedy}")
+
+
+def to_pixels(item: Object, bbox_type: str, width: int, height: int) -> Object:
+    """Return the object with its box in pixels; its area, in unknown units then, is left out if the box was not."""
+    whole = BBOX_TYPES[bbox_type]
+    if whole is None:
+        return item
+    x1, y1, x2, y2 = item.box
+    box = (x1 * width / whole, y1 * height / whole, x2 * width / whole, y2 * height / whole)
+    return replace(item, box=box, area=None)
 
 
 def check_file(path: Path, wanted: str) -> None:
@@ -152,77 +223,96 @@ def _refuse_duplicate(sample_id: str) -> Record:
     raise BadRecord("duplicate id", sample_id)
 
 
-def find_image(root: str, name: str) -> str:
-    """Return the real path of the file `name` under `root`.
+def find_image(root: str, name: str, follow_links: bool = False) -> str:
+    """Return the real path of the file `name` under `root`; `name` may be absolute, or have Windows' backslashes.
 
     Raises:
-        BadRecord: It is absolute, leaves `root` (links followed), or is not a file.
+        BadRecord: It is not below `root` (links followed, unless `follow_links`), or is not a file.
     """
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise BadRecord("text beyond Unicode", repr(name)) from error
     if "\0" in name:
         raise BadRecord("missing file", repr(name))
-    path = os.path.realpath(os.path.join(root, name))
-    if os.path.isabs(name) or os.path.commonpath([root, path]) != root:
-        raise BadRecord("path leaves the image root", name)
-    if not os.path.isfile(path):
-        raise BadRecord("missing file", f"{os.path.join(root, name)!r}")
-    return path
+    if "\\" in name and not os.path.isfile(os.path.join(root, name)):
+        if re.match(r"[A-Za-z]:|\\\\", name):
+            raise BadRecord("absolute path", f"{name!r} is a path on another machine: write it relative to --images")
+        name = name.replace("\\", "/")
+    real_root, path = os.path.realpath(root), os.path.join(root, name)
+    if not any(_is_below(os.path.normpath(path), folder) for folder in (os.path.normpath(root), real_root)):
+        if os.path.isabs(name):
+            raise BadRecord("absolute path", f"{name!r} is not below --images: write it relative to that folder")
+        raise BadRecord("path leaves the image root", repr(name))
+    target = os.path.realpath(path)
+    if not (follow_links or _is_below(target, real_root)):
+        raise BadRecord("is a link to outside --images", f"{name!r}: give --follow-links to read what it names")
+    if not os.path.isfile(target):
+        lost = f", a link to {target!r}, which is not there" if os.path.islink(path) else ""
+        raise BadRecord("missing file", f"{path!r}{lost}")
+    return target
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([folder, path]) == folder
 
 
 def read_image(path: str) -> tuple[bytes, int, int]:
     """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied).
 
-    Every byte is decoded, so no truncated file passes. The pixels of a JPEG are not needed: decoding it at an eighth of
-    its size, in gray, takes half the time.
-
     Raises:
-        BadRecord: It cannot be decoded.
+        BadRecord: It cannot be decoded, or is too long for the vision tower.
     """
     try:
         data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            if image.format != "JPEG":
-                return data, *open_image(data).size
-            image.draft("L", (1, 1))
-            image.load()
-        return data, *displayed_size(data)
-    except _DECODE_ERRORS as error:
-        raise BadRecord("unreadable image", f"{os.path.basename(path)}: {describe_decode_error(error)}") from error
+        width, height = check_image(data)
+    except (OSError, ValueError) as error:
+        raise BadRecord("unreadable image", f"{os.path.basename(path)}: {error}") from error
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        detail = f"{os.path.basename(path)} is {width}x{height}: crop or tile it"
+        raise BadRecord(f"image over {MAX_ASPECT_RATIO} times as long as wide", detail)
+    return data, width, height
 
 
-def check_object(item: Object, width: int, height: int) -> Object:
-    """Return the object, its box cut to the image if it sticks out by at most `ROUNDING` pixels.
+def check_object(item: Object, width: int, height: int, clip: bool = False) -> Object:
+    """Return the object, its box cut to the image if it sticks out by at most `ROUNDING` pixels, or if `clip`.
 
     Raises:
-        BadRecord: The box is not finite, inverted, of no area or outside the image, or the caption is empty
-            or holds a control token.
+        BadBox: The box is not finite, inverted, of no area or outside the image.
+        BadRecord: The caption is empty or holds a control token.
     """
     if not item.caption and not item.iscrowd:
         raise BadRecord("empty caption", f"box {item.box}")
-    _check_text(item.caption)
-    if item.area is not None and not (math.isfinite(item.area) and item.area >= 0):
-        raise BadRecord("malformed area", item.area)
+    check_text(item.caption)
     _check_extent(item.box)
-    x1, y1, x2, y2 = item.box
-    excess = max(-x1, -y1, x2 - width, y2 - height)
+    excess = _excess(item.box, width, height)
     if excess <= 0:
         return item
     where = f"{item.box} in an image of {width}x{height}"
-    if excess > ROUNDING + 1e-6:
-        raise BadRecord("box outside the image", where)
+    x1, y1, x2, y2 = item.box
+    outside = x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height
+    if excess > ROUNDING + 1e-6 and (outside or not clip):
+        raise BadBox("box outside the image", where)
     limits = (width, height, width, height)
     x1, y1, x2, y2 = (min(max(value, 0.0), float(limit)) for value, limit in zip(item.box, limits, strict=True))
     _check_extent((x1, y1, x2, y2))
     return replace(item, box=(x1, y1, x2, y2))
 
 
+def _excess(box: Box, width: int, height: int) -> float:
+    """Return by how many pixels a box sticks out of the image."""
+    x1, y1, x2, y2 = box
+    return max(-x1, -y1, x2 - width, y2 - height)
+
+
 def _check_extent(box: Box) -> None:
     x1, y1, x2, y2 = box
     if not all(map(math.isfinite, box)):
-        raise BadRecord("non-finite box", box)
+        raise BadBox("non-finite box", box)
     if x2 < x1 or y2 < y1:
-        raise BadRecord("inverted box", box)
+        raise BadBox("inverted box", box)
     if x2 == x1 or y2 == y1:
-        raise BadRecord("zero-area box", box)
+        raise BadBox("zero-area box", box)
 
 
 def parse_box(values: Any) -> Box:
@@ -243,6 +333,21 @@ def parse_number(value: Any, reason: str = "malformed record") -> float:
         raise BadRecord(reason, "a number beyond all floats") from error
 
 
+def parse_optional(value: Any) -> float | None:
+    """Return a finite number, also one written as text; None for anything else: it is as if it were not given."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def parse_size(width: Any, height: Any) -> tuple[float, float] | None:
+    """Return the stated size of an image; None unless both numbers are given and above 0."""
+    size = (parse_optional(width) or 0.0, parse_optional(height) or 0.0)
+    return size if min(size) > 0 else None
+
+
 def parse_text(value: Any, what: str) -> str:
     """Return text without the white space around it, or raise `BadRecord`."""
     if not isinstance(value, str):
@@ -255,56 +360,3 @@ def parse_dict(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRecord("malformed record", f"{what} is {value!r}, not a JSON object")
     return value
-
-
-def parse_messages(value: Any) -> list[Message] | None:
-    """Return a chat of text or lists of text and image parts, None for none, or raise `BadRecord`."""
-    if value is None:
-        return None
-    if not isinstance(value, list) or not value:
-        raise BadRecord("malformed messages", f"{value!r} is not a list of messages")
-    for position, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise BadRecord("malformed messages", f"{message!r} lacks a role of {ROLES}")
-        if message["role"] == "system" and position:
-            raise BadRecord("malformed messages", "a system turn that is not the first")
-        if not all(map(_is_part, message_parts(message))):
-            raise BadRecord("malformed messages", f"the content of {message!r} is neither text nor parts")
-    if not any(message["role"] == "user" for message in value):
-        raise BadRecord("malformed messages", "no user turn")
-    return value
-
-
-def message_parts(message: Message) -> list[Any]:
-    """Return the content of a message as a list of parts; `<image>` in a user's plain text is an image part."""
-    content = message.get("content")
-    if not isinstance(content, str):
-        return content if isinstance(content, list) else [content]
-    texts = content.split(IMAGE_PLACEHOLDER) if message["role"] == "user" else [content]
-    parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})]
-    return parts[1:]
-
-
-def _is_part(part: Any) -> bool:
-    kind = part.get("type") if isinstance(part, dict) else None
-    return kind == "image" or (kind == "text" and isinstance(part.get("text"), str))
-
-
-def _check_messages(messages: Sequence[Message], num_images: int) -> None:
-    """Refuse what training would refuse: control tokens, and placeholders for more images than there are."""
-    parts = [part for message in messages for part in message_parts(message)]
-    for part in parts:
-        _check_text(part.get("text", ""))
-    found = sum(part["type"] == "image" for part in parts)
-    if found > num_images:
-        raise BadRecord("malformed messages", f"{found} image placeholders and {num_images} images")
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord("text beyond Unicode", repr(text)) from error
-    token = CONTROL_TOKEN.search(text)
-    if token is not None:
-        raise BadRecord("control token in a text", token.group())

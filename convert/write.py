@@ -19,6 +19,7 @@ import xxhash
 
 from convert import store
 from convert.items import Found, Item, Summary
+from convert.records import BAD_BOXES, BBOX_TYPES
 from recipe.records import INDEX_FILE, RECORDS_FILE, rename
 from recipe.redact import redact
 
@@ -188,6 +189,31 @@ def add_num_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-workers", type=int, default=cores, help="processes; default: all %(default)s usable cores"
     )
+
+
+def add_box_options(parser: argparse.ArgumentParser) -> None:
+    """Add what formats of images and boxes take; see `box_options`."""
+    parser.add_argument(
+        "--follow-links", action="store_true", help="also read images that are links to files outside --images"
+    )
+    parser.add_argument(
+        "--bbox-type",
+        choices=sorted(BBOX_TYPES),
+        help="what the numbers of all boxes are: pixels (real), or parts of the image of 0 to 1 or 0 to 1000; "
+        "default real, but a set whose boxes all lie within 0 to 1 is refused",
+    )
+    parser.add_argument(
+        "--bad-boxes",
+        choices=BAD_BOXES,
+        default="reject",
+        help="reject the image of a flat, inverted or overhanging box (default), or drop the box: it is clipped to the "
+        "image or left out, with a note",
+    )
+
+
+def box_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keywords of `list_records` that `add_box_options` added."""
+    return {"bbox_type": args.bbox_type, "bad_boxes": args.bad_boxes, "follow_links": args.follow_links}
 
 
 def parse_args(parser: argparse.ArgumentParser, with_split: bool = True) -> argparse.Namespace:

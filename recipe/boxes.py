@@ -4,14 +4,14 @@ Other formats and the IoU of all pairs come from `torchvision.ops`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from recipe.schema import Box, DetectedObject, Object
+from recipe.schema import DetectedObject, Object
 
 NORMALIZED_FRAME = (1000, 1000)
 SMALLEST_AREA = 1e-7  # keeps IoU finite for boxes without an area
@@ -26,6 +26,12 @@ def answer_frame(box_coordinates: str, resized_size: tuple[int, int]) -> tuple[i
     raise ValueError(f"prompt.box_coordinates is {box_coordinates!r}: write absolute or normalized_1000")
 
 
+def box_to_frame(box: Sequence[float], image_size: tuple[int, int], frame_size: tuple[int, int]) -> list[int]:
+    """Return an answer's four integers for a box xyxy in pixels; for the sizes see `objects_to_text`."""
+    limits = zip(box, image_size * 2, frame_size * 2, strict=True)
+    return [min(max(round(value * frame / size), 0), frame) for value, size, frame in limits]
+
+
 def objects_to_text(objects: Iterable[Object], image_size: tuple[int, int], frame_size: tuple[int, int]) -> str:
     """Return the answer to "detect": a JSON list, top to bottom then left to right, without crowd regions.
 
@@ -34,12 +40,7 @@ def objects_to_text(objects: Iterable[Object], image_size: tuple[int, int], fram
         image_size: (width, height) of the displayed image.
         frame_size: (width, height) from `answer_frame`.
     """
-
-    def to_frame(box: Box) -> list[int]:
-        limits = zip(box, image_size * 2, frame_size * 2, strict=True)
-        return [min(max(round(value * frame / size), 0), frame) for value, size, frame in limits]
-
-    rows = [(to_frame(item.box), item.caption) for item in objects if not item.iscrowd]
+    rows = [(box_to_frame(item.box, image_size, frame_size), item.caption) for item in objects if not item.iscrowd]
     rows.sort(key=lambda row: (row[0][1], row[0][0]))
     return json.dumps([{"bbox_2d": box, "label": caption} for box, caption in rows], ensure_ascii=False)
 

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
 from recipe.optim.fsdp import FSDP_CONFIGS
-from recipe.records import INDEX_FILE
+from recipe.records import INDEX_FILE, RECORDS_FILE, parse_index, read_records
+from recipe.schema import Sample
 from recipe.upstream.owned_keywords import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
 
 
@@ -72,6 +73,8 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
             problems += _folder_problems(f"{where}.streams.{name}", keywords)
     if config.teachers.num_teachers and config.teachers.stream is not None:
         problems += _folder_problems("teachers.stream", config.teachers.stream)
+    if "train_loader" in loaders and not problems:
+        problems += _lesson_problems(config)
     if problems:
         header = [] if len(problems) == 1 else [f"{len(problems)} settings do not fit this machine:"]
         raise ConfigError("\n  ".join([*header, *problems]))
@@ -103,3 +106,34 @@ def _folder_problems(where: str, keywords: Mapping[str, Any]) -> list[str]:
         return []
     what = f"has no {INDEX_FILE}" if folder.is_dir() else "does not exist"
     return [f"{where}.local: {folder} {what}: convert a data set into it first (see convert/), or give another folder"]
+
+
+def _lesson_problems(config: RecipeConfig) -> list[str]:
+    """Return whether no sample of the training set teaches anything; the first one that does ends the search."""
+    num_samples = 0
+    for keywords in config.train_loader.streams.values():
+        folder = Path(keywords.get("local") or "", keywords.get("split") or "")
+        if keywords.get("remote") is not None or not (folder / RECORDS_FILE).is_file():
+            return []  # not known yet
+        try:
+            for sample in read_records(folder / RECORDS_FILE, parse_index(folder / INDEX_FILE)):
+                if _teaches(sample, config):
+                    return []
+                num_samples += 1
+        except ValueError:  # the loader names the damage
+            return []
+    return [
+        f"train_loader.streams: none of the {num_samples} samples teaches anything with this prompt and these loss "
+        "weights: convert records with objects, or with messages that hold an answer"
+    ]
+
+
+def _teaches(sample: Sample, config: RecipeConfig) -> bool:
+    loss, is_annotated = config.loss, sample.objects is not None
+    if is_annotated and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
+        return True
+    if sample.messages is not None:
+        return loss.weight_lm_student > 0 and any(message.get("role") == "assistant" for message in sample.messages)
+    if is_annotated and config.prompt.student_answer and loss.weight_lm_student > 0:
+        return True
+    return config.teachers.num_teachers > 0 and loss.weight_lm_teacher > 0 and sample.has_image

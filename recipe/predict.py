@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> int:
         with tqdm(total=len(inputs), unit=" images", disable=None) as progress:
             for start in range(0, len(inputs), args.batch_size):
                 part = inputs[start : start + args.batch_size]
-                entries += _predict_files(predictor, part, out)
+                _predict_files(predictor, part, out, entries)
                 progress.update(len(part))
     finally:
         if entries:
@@ -191,15 +191,18 @@ def encode_image(data: bytes, name: str, encoder: Encoder, teachers: Sequence[Sa
     return encoder(Sample(name, data, width, height, objects=None), teachers)
 
 
-def predict_examples(examples: Sequence[Example], predictor: Predictor) -> list[Prediction]:
-    """Return one prediction per example, in the run's precision; raise ValueError if the GPU's memory is full."""
+def predict_examples(examples: Sequence[Example], predictor: Predictor) -> list[Prediction | str]:
+    """Return per example its prediction, in the run's precision, or why it has none; halve what the GPU cannot hold."""
     batch = collate_standard(one_each(examples), predictor.encoder.pad_token_id)
     device, dtype = predictor.device, predictor.dtype
     try:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return predict(predictor.network, to_device(batch, device), predictor.decoding)[1]
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"{len(examples)} images at once do not fit on the GPU: lower --batch-size") from error
+            return [*predict(predictor.network, to_device(batch, device), predictor.decoding)[1]]
+    except torch.OutOfMemoryError:
+        if len(examples) == 1:
+            return ["it does not fit on the GPU: lower image.max_pixels in a --config"]
+    half = len(examples) // 2  # here, because the error above holds the batch's memory
+    return predict_examples(examples[:half], predictor) + predict_examples(examples[half:], predictor)
 
 
 def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) -> int:
@@ -219,11 +222,11 @@ def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) 
     return len(entries) - len(predictions)
 
 
-def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path) -> list[PredictedFile]:
-    """Return one entry per image, in order; draw the usable ones."""
+def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path, entries: list[PredictedFile]) -> None:
+    """Append one entry per image, in order; then draw the usable ones."""
     examples: list[Example] = []
-    shown: list[tuple[Sample | None, list[Sample]]] = []
-    failures: dict[str, str] = {}
+    shown: dict[str, tuple[Sample | None, list[Sample]]] = {}
+    results: dict[str, Prediction | str] = {}
     for item in inputs:
         try:
             data = item.path.read_bytes()
@@ -236,30 +239,36 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path) -> 
                     "give --truth of the same images"
                 )
             examples.append(example)
-            shown.append((truth, teachers))
+            shown[item.name] = truth, teachers
         except OSError as error:
-            failures[item.name] = f"cannot read the file: {error.strerror}"
+            results[item.name] = f"cannot read the file: {error.strerror}"
         except ValueError as error:
-            failures[item.name] = str(error)
+            results[item.name] = str(error)
     threshold, with_head = predictor.decoding.evaluation.score_threshold, predictor.with_head
-    predictions = predict_examples(examples, predictor) if examples else []
-    for example, (truth, teachers), prediction in zip(examples, shown, predictions, strict=True):
-        if predictor.with_drawings:
-            image = open_image(example.sample.image)
-            drawing = draw_prediction(image, prediction, truth, threshold, teachers, with_head)
-            path = out / f"{prediction.id}.png"
-            try:
-                drawing.save(path, compress_level=1)  # the default takes longer than the rest of the drawing
-            except OSError as error:
-                raise ValueError(f"cannot write {path}: {error.strerror or error}: give another --out") from error
-    found = {item.id: rounded(item, threshold, with_head) for item in predictions}
-    written = rounded_score(threshold) if with_head else None
-    return [
-        PredictedFile(item.name, str(item.path), item.image_id, found[item.name], written)
-        if item.name in found
-        else PredictedFile(item.name, str(item.path), item.image_id, None, error=failures[item.name])
-        for item in inputs
-    ]
+    found = predict_examples(examples, predictor) if examples else []
+    results |= {example.sample.id: result for example, result in zip(examples, found, strict=True)}
+    for item in inputs:
+        result = results[item.name]
+        if isinstance(result, str):
+            entry = PredictedFile(item.name, str(item.path), item.image_id, None, error=result)
+        else:
+            written = rounded_score(threshold) if with_head else None
+            entry = PredictedFile(
+                item.name, str(item.path), item.image_id, rounded(result, threshold, with_head), written
+            )
+        entries.append(entry)  # before the drawings: if one cannot be written, what was predicted is kept
+    for example in examples if predictor.with_drawings else ():
+        result = results[example.sample.id]
+        if isinstance(result, str):
+            continue
+        truth, teachers = shown[result.id]
+        image = open_image(example.sample.image)
+        drawing = draw_prediction(image, result, truth, threshold, teachers, with_head)
+        path = out / f"{result.id}.png"
+        try:
+            drawing.save(path, compress_level=1)  # the default takes longer than the rest of the drawing
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror or error}: give another --out") from error
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class Sample:
         image: The original file, never re-encoded; empty for a text-only sample.
         width, height: Pixels, after EXIF orientation; 0 without an image.
         objects: Empty: an image known to hold nothing. None: not annotated, so no detection loss.
-        messages: A chat (`[{"role": ..., "content": text}, ...]`); None: the detection chat is made from `objects`.
+        messages: A chat (`[{"role": ..., "content": text}, ...]`); None: the detection chat is made from `objects`. A
+            content may also be parts, of text, `{"type": "image"}`, or `{"type": "box", "box": xyxy}` in pixels.
     """
 
     id: str

@@ -1,18 +1,20 @@
 """Configuration: what is merged, what is saved, and that every mistake is one clear line."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from convert.write import write_split
 from recipe.checks import check_libraries, check_machine
 from recipe.config import REMOVED_KEYS, ConfigError, RecipeConfig
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of, save_config
 from recipe.redact import redact
 from recipe.rules import check_config
+from recipe.schema import Sample
 
 SPLITS = (("train", "train"), ("eval", "val"))
 YAMLS = Path(__file__).resolve().parents[1] / "yamls"
@@ -305,6 +307,41 @@ def test_a_split_that_was_not_converted_is_named(minimal: str, tmp_path: Path) -
         check_machine(load_config(minimal, streams))
     check_machine(load_config(minimal, [*streams, "eval_loader.streams.main.split=train"]))
     check_machine(load_config(minimal, [streams[0], "eval_loader.streams.main.remote=s3://a/b"]))
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+NO_HEAD = [f"loss.weight_{name}=0" for name in ("bbox", "giou", "objectness", "caption")]
+TEACHERS = ["teachers.num_teachers=1", "teachers.stream={remote: s3://a/b}"]
+
+
+@pytest.mark.parametrize(
+    ("objects", "messages", "overrides", "is_taught"),
+    [
+        (None, None, [], False),
+        (None, CHAT[:1], [], False),
+        (None, CHAT, ["loss.weight_lm_student=0"], False),
+        ((), None, [*NO_HEAD, "prompt.student_answer=false"], False),
+        (None, None, TEACHERS, True),
+        (None, None, [*TEACHERS, "loss.weight_lm_teacher=0"], False),
+        (None, CHAT, [], True),
+        ((), None, ["prompt.student_answer=false"], True),
+        ((), None, NO_HEAD, True),
+    ],
+)
+def test_a_set_that_teaches_nothing_is_refused(
+    minimal: str, tmp_path: Path, objects: Any, messages: Any, overrides: list[str], is_taught: bool
+) -> None:
+    bare, image = [Sample(f"{number}", b"x", 30, 20, None) for number in range(3)], Sample("last", b"x", 30, 20, None)
+    last = replace(image, objects=objects, messages=None if messages is None else tuple(messages))
+    write_split([*bare, last], str(tmp_path / "data"), "train")
+    streams = [f"{name}_loader.streams.main={{local: {tmp_path}/data, split: train}}" for name in ("train", "eval")]
+    config = load_config(minimal, [*streams, "trainer.precision=fp32", "trainer.device=cpu", *overrides])
+    if is_taught:
+        check_machine(config)
+    else:
+        with pytest.raises(ConfigError, match=r"^train_loader\.streams: none of the 4 samples teaches anything"):
+            check_machine(config)
+        check_machine(config, ["eval_loader"])
 
 
 def test_on_a_gpu_a_precision_is_required(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,12 @@ A conversation is ChatML as Qwen's own template renders it. Its segments are tok
 same ids in training and at inference, and the answers are known spans.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from recipe.config import PromptConfig
-from recipe.schema import Message, Role
+from recipe.schema import Box, Message, Role
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 IMAGE_PLACEHOLDER = "<image>"
@@ -43,6 +43,18 @@ def detection_question(prompt: PromptConfig) -> str:
 def answer_segments(text: str, role: Role) -> list[Segment]:
     """Return an answer, supervised up to its end-of-turn token; the line break after it is not."""
     return [Segment(checked(text) + END_OF_TURN, role), Segment("\n")]
+
+
+def write_boxes(messages: Sequence[Message], write: Callable[[Box], str]) -> list[Message]:
+    """Return the messages with the text that `write` makes of each box part: the form of a box is the run's."""
+    written: list[Message] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [write(part["box"]) if _is_box(part) else part for part in content]
+            content = [{"type": "text", "text": item} if isinstance(item, str) else item for item in texts]
+        written.append({**message, "content": content})
+    return written
 
 
 def message_segments(messages: Sequence[Message], has_image: bool) -> list[Segment]:
@@ -108,6 +120,10 @@ def _content(message: Message) -> str:
     if not isinstance(content, Sequence):
         raise ValueError(f"the content of a {role} message is {type(content).__name__}: write text or a list of parts")
     return "".join(_part(part, role) for part in content)
+
+
+def _is_box(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "box"
 
 
 def _part(part: Any, role: str) -> str:

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLModel
 
-from recipe.boxes import answer_frame, objects_to_text, pixels_to_normalized
+from recipe.boxes import answer_frame, box_to_frame, objects_to_text, pixels_to_normalized
 from recipe.config import PromptConfig
 from recipe.data import chat
 from recipe.data.chat import Segment
 from recipe.data.image import patchify, resized_size
-from recipe.schema import Example, ImageSpec, Object, Role, Sample, Target
+from recipe.schema import Box, Example, ImageSpec, Object, Role, Sample, Target
 
 
 def rope_positions(input_ids: Tensor, image_grid_thw: Tensor, hf_config: Any) -> Tensor:
@@ -106,11 +106,14 @@ class Encoder:
         """Return the segments before the student turn, and its own, without decoding images; raises as `__call__`."""
         if sample.objects is not None and not sample.has_image:
             raise ValueError("it has objects but no image: add the image, or write null for the objects")
-        head = chat.system_segments(chat.system_of(sample.messages or (), self.prompt.system))
+        messages = None
+        if sample.messages is not None:
+            messages = chat.write_boxes(sample.messages, lambda box: str(self._to_frame(sample, box)))
+        head = chat.system_segments(chat.system_of(messages or (), self.prompt.system))
         for teacher in teachers:
             head += self.teacher_segments(teacher)
-        if sample.messages is not None:
-            return head, chat.message_segments(sample.messages, sample.has_image)
+        if messages is not None:
+            return head, chat.message_segments(messages, sample.has_image)
         if not sample.has_image:
             raise ValueError("it has neither an image nor messages: add one of them, or remove the sample")
         student = [Segment(chat.detection_question(self.prompt))]
@@ -129,9 +132,13 @@ class Encoder:
         return [Segment(chat.detection_question(self.prompt)), *answer]
 
     def _answer(self, sample: Sample, objects: Sequence[Object]) -> str:
-        size = resized_size(sample.width, sample.height, self.image_spec)
-        frame = answer_frame(self.prompt.box_coordinates, size)
-        return objects_to_text(objects, (sample.width, sample.height), frame)
+        return objects_to_text(objects, (sample.width, sample.height), self._frame(sample))
+
+    def _to_frame(self, sample: Sample, box: Box) -> list[int]:
+        return box_to_frame(box, (sample.width, sample.height), self._frame(sample))
+
+    def _frame(self, sample: Sample) -> tuple[int, int]:
+        return answer_frame(self.prompt.box_coordinates, resized_size(sample.width, sample.height, self.image_spec))
 
     def _tokenize(
         self, head: list[Segment], student: list[Segment], tokens_per_image: list[int]

@@ -16,10 +16,8 @@ from torchvision.transforms import InterpolationMode
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from recipe.config import ImageConfig
-from recipe.images import is_plain_jpeg, open_image
+from recipe.images import MAX_ASPECT_RATIO, is_plain_jpeg, open_image
 from recipe.schema import ImageSpec
-
-MAX_ASPECT_RATIO = 200
 
 
 def image_spec(image_processor: Any, image_config: ImageConfig) -> ImageSpec:

@@ -23,13 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from convert.annotated import jsonl_files, read_jsonl
+from recipe.images import SUFFIXES
 from recipe.records import INDEX_FILE, write_whole
 from recipe.schema import DetectedObject, PredictedFile, Prediction, Sample
 
-SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif",
-    ".tiff", ".webp",
-)  # fmt: skip
 PREDICTIONS_FILE = "predictions.json"
 COCO_RESULTS_FILE = "coco_results.json"
 _KEYS = {"id", "file", "width", "height", "objects", "answer", "answer_objects", "error"}
@@ -105,7 +102,7 @@ def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
     """Return relative paths, as data sets write them, by their last part, which `entry_of` searches."""
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(Path(name).name, []).append(name)
+        found.setdefault(_on_this_system(name).name, []).append(name)
     return found
 
 
@@ -115,12 +112,16 @@ def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
     The folders of a name must be the last ones of the path, as given or with its links resolved: `train/x.png` does
     not name `val/x.png`.
     """
-    places = (path.absolute().parts, path.resolve().parts)
-    split = [(name, Path(name).parts) for name in names.get(path.name, ())]
+    places = [_on_this_system(str(place)).parts for place in (path.absolute(), path.resolve())]
+    split = [(name, _on_this_system(name).parts) for name in names.get(places[0][-1], ())]
     alike = [name for name, parts in split if any(place[-len(parts) :] == parts for place in places)]
     if len(alike) > 1:
         raise ValueError(f"{path} can be any of {alike[:3]} of the data set: give files of different names")
     return alike[0] if alike else None
+
+
+def _on_this_system(name: str) -> Path:
+    return Path(name.replace("\\", "/"))  # data sets are written on Windows too
 
 
 def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list[str]:

@@ -17,8 +17,8 @@ def annotation(number: int, image_id: Any, bbox: list[Any], **more: Any) -> dict
     return {"id": number, "image_id": image_id, "bbox": bbox, "category_id": 3, **more}
 
 
-def image(number: int, name: str = "good.jpg") -> dict[str, Any]:
-    return {"id": number, "file_name": name, "width": 20, "height": 10}
+def image(number: int, name: str = "") -> dict[str, Any]:
+    return {"id": number, "file_name": name or f"{number}.jpg", "width": 20, "height": 10}
 
 
 INSTANCES = {
@@ -35,7 +35,8 @@ INSTANCES = {
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "good.jpg").write_bytes(picture())
+    for number in (7, 8, 9, 11):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(picture())
     return tmp_path / "images"
 
 
@@ -84,12 +85,13 @@ def test_phrases(tmp_path: Path, images: Path) -> None:
         (annotation(4, 7, [1, 1, float("nan"), 2]), "non-finite box"),
         (annotation(4, 7, [1, 1, 30, 2]), "box outside the image"),
         (annotation(4, 7, [1, 1, 2]), "malformed box"),
-        (annotation(4, 7, [1, 1, 2, 2], area=float("inf")), "malformed area"),
+        (annotation(4, 7, [1, 1, 2, 2], iscrowd="maybe"), "malformed flag"),
     ],
 )
 def test_bad_annotation_rejects_its_image_only(images: Path, bad: dict[str, Any], reason: str) -> None:
     found = read_items(find({**INSTANCES, "annotations": [*INSTANCES["annotations"], bad]}, images))
-    assert [(item.id, item.reason) for item in found if isinstance(item, Rejected)] == [("7", reason)]
+    [item] = (item for item in found if isinstance(item, Rejected))
+    assert (item.id, item.reason, item.detail.startswith("annotation 4: ")) == ("7", reason, True)
     assert [item.id for item in found if isinstance(item, Sample)] == ["9", "11"]
 
 
@@ -104,11 +106,10 @@ def test_annotation_of_no_image_is_counted(images: Path, image_id: Any) -> None:
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (image(7), "duplicate id"),
         (image(8, "none.jpg"), "missing file"),
         (image(8, "../instances.json"), "path leaves the image root"),
         ({"id": 8}, "malformed record"),
-        ({"id": None, "file_name": "good.jpg"}, "malformed record"),
+        ({"id": None, "file_name": "7.jpg"}, "malformed record"),
         ("good.jpg", "malformed record"),
         ({**image(8), "width": 10}, "wrong size"),
     ],
@@ -119,7 +120,7 @@ def test_bad_image(images: Path, bad: Any, reason: str) -> None:
 
 
 def test_images_without_id_are_no_duplicates(images: Path) -> None:
-    found = read_items(find({**INSTANCES, "images": [{"file_name": "good.jpg"}] * 2, "annotations": []}, images))
+    found = read_items(find({**INSTANCES, "images": [{"file_name": "7.jpg"}] * 2, "annotations": []}, images))
     assert [item.reason for item in found if isinstance(item, Rejected)] == ["malformed record"] * 2
 
 

@@ -77,6 +77,22 @@ def test_training_prompt_ids_equal_inference_prompt_ids(encoder: Encoder, make_s
     assert asked.has_student_image
 
 
+@pytest.mark.parametrize("box_coordinates", ["absolute", "normalized_1000"])
+def test_boxes_of_a_chat_are_written_as_those_of_an_answer(encoder: Encoder, make_sample, spec, box_coordinates: str):
+    encoder = replace(encoder, prompt=PromptConfig(box_coordinates=box_coordinates))
+    sample = make_sample(0, 1, width=130, height=40)
+    box = list(sample.objects[0].box)
+    text, part = {"type": "text", "text": "at "}, {"type": "box", "box": box}
+    turns = [("system", [part]), ("user", [{"type": "image"}, part]), ("assistant", [text, part])]
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    example = encoder(replace(sample, messages=messages))
+    width, height = resized_size(130, 40, spec) if box_coordinates == "absolute" else (1000, 1000)
+    expected = str([round(v * s) for v, s in zip(box, (width / 130, height / 40) * 2, strict=True)])
+    assert supervised(encoder, example, Role.STUDENT) == f"at {expected}<|im_end|>"
+    assert decode(encoder, example.input_ids[: example.prompt_length]).count(expected) == 2
+    assert expected in supervised(encoder, encoder(sample), Role.STUDENT)
+
+
 def test_answers_and_their_ends_are_supervised_by_role(encoder: Encoder, make_sample):
     example = encoder(make_sample(0, 1, width=56, height=56), [make_sample(1, 0)])
     assert supervised(encoder, example, Role.TEACHER) == "[]<|im_end|>"

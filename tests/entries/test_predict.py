@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import recipe.predict
 from convert.shapes import draw_scene
 from convert.write import write_split
 from recipe.checkpoints.weights import find_config
@@ -18,7 +20,7 @@ from recipe.data.collate import collate_standard, one_each
 from recipe.export import main as export
 from recipe.export import parse as parse_export
 from recipe.predict import encode_image, main
-from recipe.prediction.files import read_annotated_folder, read_entries
+from recipe.prediction.files import find_images, read_annotated_folder, read_entries
 from recipe.prediction.options import parse
 from recipe.schema import Example, Object, Pack, Prediction, Sample
 from tests.launches.launch import run_composer
@@ -210,15 +212,53 @@ def test_full_memory_and_disk_name_the_remedy(
         patch.setattr(Image.Image, "save", full)
         predict(trained_checkpoint, tmp_path / "a", picture, options="--answer boxes")
 
-    def too_many(*_: object) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr("recipe.predict.predict", too_many)
-    with pytest.raises(ValueError, match="1 images at once do not fit on the GPU: lower --batch-size"):
-        predict(trained_checkpoint, tmp_path / "b", picture, options="--answer boxes")
+    assert [row["error"] for row in json.loads((tmp_path / "a" / "predictions.json").read_text())] == [None]
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot make the folder --out"):
         main(parse(["--checkpoint", "c", "--out", str(tmp_path / "file" / "out"), str(picture)]))
+
+
+@pytest.mark.parametrize("num_too_large", [1, 3])
+def test_a_batch_that_the_gpu_cannot_hold_is_halved(
+    trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_too_large: int
+):
+    pictures = [picture, *(picture.with_name(f"copy{number}.png") for number in range(2))]
+    for path in pictures[1:]:
+        path.write_bytes(picture.read_bytes())
+    too_large = {path.stem for path in pictures[:num_too_large]}
+    inner, sizes = recipe.predict.predict, []
+
+    def limited(network: Any, batch: Any, decoding: Any) -> Any:
+        sizes.append(len(batch["samples"]))
+        if too_large & {sample.id for sample in batch["samples"]}:
+            raise torch.OutOfMemoryError
+        return inner(network, batch, decoding)
+
+    monkeypatch.setattr("recipe.predict.predict", limited)
+    rows = predict(trained_checkpoint, tmp_path / "out", *pictures, options="--answer boxes")
+    assert sizes == ([3, 1, 2] if num_too_large == 1 else [3, 1, 2, 1, 1])
+    reason = "it does not fit on the GPU: lower image.max_pixels in a --config"
+    assert [row["error"] for row in rows] == [reason] * num_too_large + [None] * (3 - num_too_large)
+
+
+def test_one_bad_picture_costs_no_other_one(trained_checkpoint: Path, picture: Path, tmp_path: Path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    scene = Image.open(picture)
+    entries = struct.pack("<HHIHHHHII", 0x112, 3, 1, ROTATE_TO_SHOW, 0, 0x128, 4, 1, 2**32 - 1)
+    odd = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)  # a tag that Pillow cannot write
+    scene.save(folder / "a.jpg", exif=odd)
+    scene.save(folder / "b.avif")
+    (folder / "c.avif").write_bytes((folder / "b.avif").read_bytes()[:-300])
+    scene.resize((402, 2)).save(folder / "d.png")
+    scene.save(folder / "e.tga")
+    scene.save(folder / "f.png", "ICO")
+    pictures = sorted(folder.iterdir())
+    assert find_images([str(folder)], tmp_path / "out")[0] == pictures
+    rows = predict(trained_checkpoint, tmp_path / "out", *pictures, options="--answer boxes --batch-size 6")
+    assert [row["width"] for row in rows] == [200, 300, None, None, 300, None]
+    for row, reason in ((rows[2], "cannot decode"), (rows[3], "200 times"), (rows[5], "no known image format")):
+        assert reason in row["error"]
 
 
 def test_a_cut_answer_is_told(

@@ -63,6 +63,7 @@ def test_an_entry_of_several_files_of_one_name():
     assert entry_of(Path("elsewhere/y.png"), names) == "y.png"
     assert entry_of(Path("z.png"), names) is None
     assert entry_of(Path("val/x.png"), names_by_file(["train/x.png"])) is None
+    assert entry_of(Path("data/val/x.png"), names_by_file(["train\\x.png", "val\\x.png"])) == "val\\x.png"
     with pytest.raises(ValueError, match="can be any of"):
         entry_of(Path("elsewhere/x.png"), names_by_file(["x.png", "elsewhere/x.png"]))
 
