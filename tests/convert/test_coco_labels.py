@@ -247,6 +247,7 @@ def test_boxes_in_parts_of_the_image(images: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(SystemExit, match=r"all 2 boxes lie within 0 to 1: .* --bbox-type norm1, else"):
         convert(fractions)
     assert convert(fractions, "--bbox-type", "norm1") == [[(4, 5, 24, 15)], [(0, 0, 40, 20)]]
+    assert [item.area for sample in read_samples(tmp_path / "o", "s") for item in sample.objects or ()] == [None, None]
     assert convert(fractions, "--bbox-type", "real")[1] == [(0, 0, 1, 1)]
     with pytest.raises(SystemExit, match="lie within 0 to 1"):
         convert(fractions, "--bbox-type", "norm1000")
