@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
 from recipe.checkpoints.weights import (
     CONFIG_FILE,
@@ -29,7 +29,7 @@ from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import JointNetwork
-from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, resolve_attention
+from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config, resolve_attention
 from recipe.rules import check_width
 from recipe.schema import ImageSpec
 
@@ -186,7 +186,7 @@ def _unread_vlm(name: str, config: ModelConfig) -> PreTrainedModel:
     """Return the language model with uninitialized weights, to be filled from the checkpoint."""
     with no_init_weights():
         vlm = AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(name),
+            read_hf_config(name),
             attn_implementation=resolve_attention(config.attn_implementation),
             dtype=getattr(torch, config.dtype),
         )

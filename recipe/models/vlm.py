@@ -4,17 +4,33 @@ Its attention for packed rows runs on any device: one `scaled_dot_product_attent
 Registered with transformers as `packed_sdpa`; flash-attention 2, if installed, has a kernel that does the same.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available
+
+from recipe.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
 @dataclass
@@ -279,25 +295,93 @@ def resolve_attention(attn_implementation: str) -> str:
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else register()
 
 
+def read_hf_config(name: str) -> PretrainedConfig:
+    """Return a checkpoint's config.
+
+    Raises:
+        ConfigError: It is of another model, or was written by a later transformers that moved its keys.
+        OSError: The folder or name holds none.
+    """
+    config: Any = AutoConfig.from_pretrained(name)
+    if not isinstance(config, Qwen2_5_VLConfig):
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path={name!r} is a {config.model_type}: give a Qwen2.5-VL checkpoint"
+        )
+    text = config.get_text_config()
+    # transformers 5 keeps both in `rope_parameters`, which 4 does not read.
+    if IS_TRANSFORMERS_4 and getattr(text, "rope_parameters", None) and not getattr(text, "rope_scaling", None):
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path={name!r} was written by transformers {_writer(name)}, which "
+            f"{transformers.__version__} cannot read (rope_parameters): save it with transformers 4, or install 5"
+        )
+    return config
+
+
+def _writer(name: str) -> str:
+    """Return the version of transformers that wrote a checkpoint."""
+    return str(PretrainedConfig.get_config_dict(name)[0].get("transformers_version", "of another version"))
+
+
+def _check_loaded(name: str, config: Any, vlm: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raise ConfigError if weights were not found, which transformers fills at random; warn of those not used."""
+    # Reported as missing if the config ties it, and always if it is stored under its tied name.
+    tied = {"lm_head.weight"} if vlm.lm_head.weight is vlm.get_input_embeddings().weight else set[str]()
+    missing = sorted(set(info["missing_keys"]) - tied)
+    reshaped = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info["mismatched_keys"])
+    unused = sorted(info["unexpected_keys"])
+    problems = [
+        f"{what} {len(names)} of its {len(vlm.state_dict())} weights ({_some(names)})"
+        for what, names in (("lacks", missing), ("has in another shape", reshaped))
+        if names
+    ]
+    beyond = f"; it has {len(unused)} that the model does not know ({_some(unused)})" if unused else ""
+    if problems:
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path={name!r} {' and '.join(problems)}{beyond}. They would be random: "
+            f"give a whole checkpoint with Hugging Face's names (written by transformers {_writer(name)}, read by "
+            f"{transformers.__version__})"
+        )
+    if unused:
+        log.warning("%s%s: they are not used", name, beyond.replace("; it", ""))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+
+
 def load_vlm(
     pretrained_model_name_or_path: str, attn_implementation: str, dtype: str, gradient_checkpointing: bool = False
 ) -> PreTrainedModel:
     """Load Qwen2.5-VL from a local folder or the hub; `attn_implementation` may also be `auto`.
 
     Raises:
-        ValueError: The folder or name holds no checkpoint.
+        ConfigError: The folder or name holds no checkpoint, one that this version of transformers cannot read, or not
+            all weights of the model.
     """
+    name = pretrained_model_name_or_path
+    verbosity = transformers.logging.get_verbosity()
     try:
-        vlm = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            pretrained_model_name_or_path,
+        config = read_hf_config(name)
+        transformers.logging.set_verbosity_error()  # it lists every missing weight
+        loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            name,
+            config=config,
             attn_implementation=resolve_attention(attn_implementation),
             dtype=getattr(torch, dtype),
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:  # ValueError: the hub does not allow the name
-        raise ValueError(
-            f"model.pretrained_model_name_or_path={pretrained_model_name_or_path!r} is neither a checkpoint folder "
+        vlm, info = loaded
+    except ConfigError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: the hub does not allow the name
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path={name!r} is neither a checkpoint folder "
             f"nor a reachable name on the hub ({str(error).splitlines()[0]})"
         ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    _check_loaded(name, config, vlm, info)
     if gradient_checkpointing:  # non-reentrant: the reentrant kind drops gradients if the inputs need none
         vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return vlm

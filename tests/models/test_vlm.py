@@ -1,6 +1,7 @@
 """The language model's wrapper: transformers' own logits, one pass of the vision tower, and contracts that raise."""
 
 import io
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
@@ -19,6 +21,7 @@ from recipe.data.image import image_spec, patchify
 from recipe.joint import JointModel
 from recipe.load import load_processor
 from recipe.models.vlm import (
+    IS_TRANSFORMERS_4,
     ImageEmbedding,
     PixelNormalizer,
     VisionLanguageModel,
@@ -29,6 +32,7 @@ from recipe.models.vlm import (
 )
 from recipe.prediction.decode import generate_answers
 from recipe.schema import Batch, Example
+from recipe.tiny import build_tiny_checkpoint
 from tests.support.tiny_cases import collator, make_samples, token_types
 
 PICTURED = ("two", "empty", "crowded")
@@ -249,3 +253,63 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):
             load_vlm(name, "auto", "float32")
         with pytest.raises(ConfigError, match=f"pretrained_model_name_or_path is '{name}', but neither a folder nor"):
             load_processor(name)
+
+
+def changed_checkpoint(
+    folder: Path,
+    weights: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    config: Callable[[dict[str, Any]], object] = dict,
+    tied: bool = True,
+) -> str:
+    """A small checkpoint with other weights, or another config.json."""
+    build_tiny_checkpoint(
+        str(folder), hidden_size=64, num_layers=1, vision_hidden_size=32, vision_depth=1, tie_word_embeddings=tied
+    )
+    path = folder / "model.safetensors"
+    save_file(weights(load_file(path)), path, metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    config(values)
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda weights: {name.replace(old, new): value for name, value in weights.items()}
+
+
+def without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda weights: {name: value for name, value in weights.items() if part not in name}
+
+
+def as_transformers_5_writes(values: dict[str, Any]) -> None:
+    text = values["text_config"]
+    text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta")}
+    values["transformers_version"] = "5.1.0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"weights": without("merger.ln_q")}, r"lacks 1 of its \d+ weights \(model.visual.merger.ln_q.weight\)"),
+        ({"weights": without("embed_tokens")}, r"lacks \d of its .*embed_tokens.weight"),
+        ({"weights": without("lm_head"), "tied": False}, r"lacks 1 of its \d+ weights \(lm_head.weight\)"),
+        ({"weights": renamed("q_proj", "query")}, r"lacks 2 of its .*it has 2 that the model does not know .*query"),
+        ({"weights": lambda weights: {f"base.{k}": v for k, v in weights.items()}}, r"lacks \d\d of its"),
+        ({"weights": lambda w: {k: v[:9].clone() if "lm_h" in k else v for k, v in w.items()}, "tied": False}, "shape"),
+        ({"config": as_transformers_5_writes}, r"written by transformers 5\.1\.0, which 4\..* cannot read"),
+        ({"config": lambda values: values.update(model_type="qwen2_vl")}, "is a qwen2_vl: give a Qwen2.5-VL"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_that_would_be_random_in_part_is_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    if "config" in changes and not IS_TRANSFORMERS_4:
+        pytest.skip("reads what transformers 5 wrote")
+    with pytest.raises(ConfigError, match=expected) as raised:
+        load_vlm(changed_checkpoint(tmp_path, **changes), "sdpa", "float32")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_base_with_more_weights_than_the_model_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = changed_checkpoint(tmp_path, lambda weights: {**weights, "visual.extra.weight": torch.zeros(2)})
+    load_vlm(folder, "sdpa", "float32")
+    assert "has 1 that the model does not know (model.visual.extra.weight): they are not used" in caplog.text
