@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from recipe.config import REMOVED_KEYS, REMOVED_VALUES, ConfigError, RecipeConfig, nearest
@@ -53,7 +53,8 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     OmegaConf.register_resolver("oc.env", _read_variable, replace=True)
     config = OmegaConf.structured(RecipeConfig)
     config = _merge(config, _read_yaml(yaml_path), yaml_path)
-    config = _merge(config, _parse_overrides(overrides), "the command line")
+    for override in overrides:  # in order: `groups={}` clears what came before it
+        config = _merge(config, _parse_overrides([override]), "the command line")
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -110,14 +111,41 @@ def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
         # One section at a time: OmegaConf names no key if a section has the wrong type.
         if name in sections and not isinstance(value, dict) and not str(value).startswith("${"):
             raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
+        _clear(config, RecipeConfig, {name: value})
         try:
             config = cast(DictConfig, OmegaConf.merge(config, {name: value}))
         except ConfigKeyError as error:
             raise ConfigError(f"unknown key {error.full_key} in {source}: {_nearest_key(error)}") from error
+        except TypeError as error:  # OmegaConf 2.4.0 for a list where a mapping is expected, and the reverse
+            raise ConfigError(_clash(name, config[name], value, source)) from error
         except OmegaConfBaseException as error:
             key = error.full_key or name
             raise ConfigError(f"wrong value of {key} in {source}: {_flatten(str(error).splitlines()[0])}") from error
     return config
+
+
+def _clear(config: Any, section: Any, updates: dict[str, Any]) -> None:
+    """Empty the free mappings that `updates` set to {} or null, such as `callbacks={}`; a merge would keep them."""
+    for entry in fields(section):
+        value = updates.get(entry.name, _NO_DEFAULT)
+        if is_dataclass(entry.type) and isinstance(value, dict) and isinstance(config, DictConfig):
+            _clear(config[entry.name], entry.type, value)
+        elif value in (None, {}) and callable(entry.default_factory) and isinstance(entry.default_factory(), dict):
+            config[entry.name] = updates[entry.name] = {}
+
+
+def _clash(key: str, node: Any, value: Any, source: str) -> str:
+    """Return the message that names the key at which a list meets a mapping."""
+    if isinstance(node, DictConfig) and isinstance(value, dict):
+        for name, item in value.items():
+            inner = None if OmegaConf.is_missing(node, name) else node.get(name)
+            if isinstance(item, dict | list) and (isinstance(inner, DictConfig | ListConfig) or inner is None):
+                if inner is None or isinstance(inner, DictConfig) != isinstance(item, dict):
+                    return _clash(f"{key}.{name}", inner, item, source)
+                if isinstance(item, dict):
+                    return _clash(f"{key}.{name}", inner, item, source)
+    wanted = "`key: value` lines" if isinstance(value, list) else "a list, such as [a, b]"
+    return f"{key} in {source} is {value!r}: give it {wanted}"
 
 
 def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ DIR then loads with transformers' `from_pretrained`, and with `recipe/predict.py
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from recipe.configure import load_config
 from recipe.console import setup_logging
 from recipe.redact import redact_text
 from recipe.rules import check_fields
+
+log = logging.getLogger("recipe.export")  # its __name__ is __main__
 
 EXAMPLES = """examples:
   python recipe/export.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out exported
@@ -41,9 +44,12 @@ def main(args: argparse.Namespace) -> None:
         check_fields(config)
     # Imported late because they take seconds: a mistake in the yaml is reported before.
     from recipe.checkpoints.weights import export_model
-    from recipe.load import load_network
+    from recipe.load import drop_ineffective_flags, load_network
 
     network, processor, config = load_network(args.checkpoint, config)
+    generation = network.vlm.hf_model.generation_config
+    if generation is not None and (dropped := drop_ineffective_flags(generation)):
+        log.warning("generation_config.json: left out %s, which have no effect as they are set", ", ".join(dropped))
     export_model(network, processor, config, args.out)
     print(f"wrote {args.checkpoint} to {args.out}")
 

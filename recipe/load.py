@@ -200,3 +200,27 @@ try:
     from transformers.initialization import no_init_weights  # type: ignore[import-not-found]  # since transformers 5
 except ImportError:
     from transformers.modeling_utils import no_init_weights
+
+
+def drop_ineffective_flags(generation: GenerationConfig) -> list[str]:
+    """Remove the flags of a generation config that have no effect, with which it cannot be saved; return their names.
+
+    Raises:
+        ConfigError: It is wrong in another way.
+    """
+    dropped: list[str] = []
+    flags = [] if generation.do_sample else ["temperature", "top_p", "top_k", "min_p", "typical_p"]
+    flags += [] if generation.do_sample else ["epsilon_cutoff", "eta_cutoff"]
+    flags += ["early_stopping", "length_penalty"] if generation.num_beams == 1 else []
+    flags += [] if generation.do_sample or generation.num_beams != 1 else ["num_return_sequences"]
+    flags += [] if generation.return_dict_in_generate else [*generation.extra_output_flags]
+    defaults = GenerationConfig()
+    for flag in flags:
+        if getattr(generation, flag, None) not in (None, value := getattr(defaults, flag, None)):
+            setattr(generation, flag, value)
+            dropped.append(flag)
+    try:
+        generation.validate(strict=True)
+    except ValueError as error:
+        raise ConfigError(f"the base model's generation_config.json is wrong: {str(error).splitlines()[0]}") from error
+    return dropped

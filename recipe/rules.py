@@ -5,6 +5,7 @@
 value and the remedy.
 """
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ from recipe.upstream.owned_keywords import (
     OWNED_BY_TRAINER,
 )
 
+log = logging.getLogger(__name__)
+
 
 def check_config(config: RecipeConfig) -> None:
     """Raise ConfigError at the first wrong key or combination of keys."""
@@ -54,6 +57,11 @@ def check_config(config: RecipeConfig) -> None:
             if value is not None and not isinstance(value, Mapping):
                 raise ConfigError(
                     f"{where}.{name} is {value!r}: give keywords, {{}} for none, or null to switch it off"
+                )
+            label = (value or {}).get("dataloader_label", "eval")
+            if name.endswith("_stopper") and label != "eval":
+                raise ConfigError(
+                    f"{where}.{name}.dataloader_label is {label!r}: only eval has metrics; set it to eval"
                 )
 
 
@@ -319,7 +327,7 @@ class StageEntry:
 
 
 def parse_stages(staged: StagedFreezingConfig, optimizer: OptimizerConfig) -> dict[str, list[StageEntry]]:
-    """Return the stages of each group that has any, those of `detection_freeze_epochs` included."""
+    """Return the stages of each group that has any and a learning rate, those of `detection_freeze_epochs` included."""
     where, epochs = "staged_freezing.groups", staged.detection_freeze_epochs
     given = {group: entries for group, entries in staged.groups.items() if entries is not None}
     groups = {group: _parse_entries(f"{where}.{group}", entries) for group, entries in given.items()}
@@ -332,7 +340,7 @@ def parse_stages(staged: StagedFreezingConfig, optimizer: OptimizerConfig) -> di
                 )
             if epochs and getattr(optimizer, f"lr_{group}"):
                 groups[group] = [StageEntry("0ep", None), StageEntry(f"{epochs}ep", 1.0)]
-    return groups
+    return {group: entries for group, entries in groups.items() if getattr(optimizer, f"lr_{group}")}
 
 
 def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
@@ -363,17 +371,14 @@ def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
 def check_stages(config: RecipeConfig, max_duration: str | int | None) -> None:
     """Raise ConfigError if a group with stages never trains, or if nothing trains at first."""
     groups, where = parse_stages(config.staged_freezing, config.optimizer), "staged_freezing.groups"
-    for group, stages in groups.items():
+    for group in config.staged_freezing.groups:
         if not getattr(config.optimizer, f"lr_{group}"):
-            raise ConfigError(
-                f"{where}.{group} is given, but optimizer.lr_{group} is 0, which freezes it throughout: drop its "
-                f"stages with {where}.{group}=null, or set a rate"
-            )
+            log.info("optimizer.lr_%s is 0: frozen throughout, %s.%s has no effect", group, where, group)
+    for group, stages in groups.items():
         reached = [stage for stage in stages if not _is_never(stage.start, max_duration)]
         if _first_factor(stages) is None and all(stage.factor is None for stage in reached):
             raise ConfigError(
-                f"{where}.{group} freezes it throughout: set optimizer.lr_{group}=0 and {where}.{group}=null, which "
-                "needs no optimizer state"
+                f"{where}.{group} freezes it throughout: set optimizer.lr_{group}=0, which needs no optimizer state"
             )
     trained = [group for group in GROUPS if getattr(config.optimizer, f"lr_{group}")]
     if trained and all(_first_factor(groups.get(group, [])) is None for group in trained):

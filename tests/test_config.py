@@ -13,7 +13,7 @@ from recipe.checks import check_libraries, check_machine
 from recipe.config import REMOVED_KEYS, ConfigError, RecipeConfig
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of, save_config
 from recipe.redact import redact
-from recipe.rules import check_config
+from recipe.rules import check_config, parse_stages
 from recipe.schema import Sample
 
 SPLITS = (("train", "train"), ("eval", "val"))
@@ -145,6 +145,14 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("loggers.wanb={}", "unknown key loggers.wanb: did you mean wandb"),
         ("loggers.json_lines.file=x", "unknown key loggers.json_lines.file"),
         ("loggers.wandb=3", "loggers.wandb is 3"),
+        # a list where a mapping is expected, and the reverse
+        ("optimizer.betas={b: 1}", "optimizer.betas in the command line is .*: give it a list"),
+        ("optimizer.betas.0=0.8", "optimizer.betas in the command line is .*: give it a list"),
+        ("prompt.candidate_phrases={a: cat}", "prompt.candidate_phrases in .*: give it a list"),
+        ("eval_loader.streams=[a]", r"eval_loader.streams in the command line is \['a'\]: give it `key: value` lines"),
+        ("scheduler.groups=[a]", "scheduler.groups in the command line"),
+        ("train_loader.dataloader=[2]", "train_loader.dataloader in the command line"),
+        ("callbacks.early_stopper={monitor: x, dataloader_label: test}", "dataloader_label is 'test': only eval has"),
         # unreadable arguments
         ("seed", "cannot read the argument 'seed'"),
         ("--seed=1", "cannot read the argument '--seed=1'"),
@@ -423,3 +431,24 @@ def assert_one_line(path: str, overrides: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected) as raised:
         load_and_check(path, *overrides)
     assert "\n" not in str(raised.value)
+
+
+def staged(tmp_path: Path) -> str:
+    stages = [{"from": "0ep", "lr": "frozen"}, {"from": "1ep", "lr": 1}]
+    groups = {"staged_freezing": {"groups": {"llm": stages, "vision": stages}}, "callbacks": {"lr_monitor": {}}}
+    return write_yaml(tmp_path, {**MINIMAL, **groups})
+
+
+@pytest.mark.parametrize("text", ["{}", "null"])
+def test_an_empty_mapping_on_the_command_line_clears_the_yamls(tmp_path: Path, text: str) -> None:
+    config = load_and_check(staged(tmp_path), f"staged_freezing.groups={text}", "callbacks={}")
+    assert config.staged_freezing.groups == {} and config.callbacks == {}
+    config = load_and_check(staged(tmp_path), f"staged_freezing.groups={text}", "staged_freezing.groups.llm=null")
+    assert list(config.staged_freezing.groups) == ["llm"]
+
+
+def test_a_rate_of_zero_wins_over_stages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    config = load_and_check(staged(tmp_path), "optimizer.lr_vision=0")
+    assert list(parse_stages(config.staged_freezing, config.optimizer)) == ["llm"]
+    assert caplog.text.count("optimizer.lr_vision is 0") == 1

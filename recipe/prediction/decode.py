@@ -173,11 +173,9 @@ def _answers(network: JointNetwork, batch: Batch, decoding: Decoding, lockstep: 
         # Another rank has images, and its vision tower is sharded over this one too.
         patches, grids = network.vlm.blank_image(tokens.device)
         prompts = [tokens.new_tensor([network.vlm.hf_model.config.image_token_id])]
-    new = generate_answers(network.vlm, prompts, patches, grids, decoding.evaluation.max_new_tokens, lockstep)
+    ends, padding = special_ids(network.vlm, decoding.tokenizer)
+    new = generate_answers(network.vlm, prompts, patches, grids, decoding.evaluation.max_new_tokens, lockstep, padding)
     rows = [row.tolist() for row in new]
-    generation: Any = network.vlm.hf_model.generation_config
-    ends = generation.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
     answers = zip(_texts(decoding.tokenizer, rows), (ends.isdisjoint(row) for row in rows), strict=True)
     return dict(zip(batch["student_samples"], answers, strict=False))
 
@@ -186,6 +184,19 @@ def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id that ends a caption and an answer."""
     assert isinstance(tokenizer.eos_token_id, int), "the checkpoint's tokenizer has no end-of-sequence token"
     return tokenizer.eos_token_id
+
+
+def special_ids(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase) -> tuple[set[int], int]:
+    """Return the ids that end an answer and the one that pads it.
+
+    The generation config's; the tokenizer's if it names none.
+    """
+    generation: Any = vlm.hf_model.generation_config
+    ends = generation.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or (eos_token_id(tokenizer),))
+    padding: Any = generation.pad_token_id
+    padding = tokenizer.pad_token_id if padding is None else padding
+    return ends, eos_token_id(tokenizer) if padding is None else padding
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list[str]:
@@ -234,18 +245,22 @@ def generate_answers(
     image_grid_thw: Tensor,
     max_new_tokens: int,
     lockstep: bool = False,
+    pad_token_id: int | None = None,
 ) -> list[Tensor]:
     """Generate the language model's answers with transformers' `generate`, greedily.
 
     `prompts` are one (S,) int64 per sample, up to and including the generation prompt. `pixel_patches` are
     (P, 3 * patch * patch) uint8, the images of all prompts in order; `image_grid_thw` is (I, 3). With `lockstep` it
-    continues until every rank's answers have ended, as sharded parameters need.
+    continues until every rank's answers have ended, as sharded parameters need. `pad_token_id` is by default the
+    generation config's.
 
     Returns:
         One (new tokens,) int64 per sample, end-of-sequence and padding among them.
     """
     hf_model: Any = vlm.hf_model
-    pad_token_id: int = hf_model.generation_config.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = hf_model.generation_config.pad_token_id
+    assert pad_token_id is not None
     flipped = [prompt.flip(0) for prompt in prompts]
     input_ids = pad_sequence(flipped, batch_first=True, padding_value=pad_token_id).flip(1)  # padded on the left
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=input_ids.device)
@@ -265,6 +280,7 @@ def generate_answers(
         repetition_penalty=1.0,  # Qwen's own 1.05 would change measured answers: JSON repeats its words
         use_cache=True,
         synced_gpus=lockstep,
+        pad_token_id=pad_token_id,
         **images,
     )
     return list(generated[:, input_ids.shape[1] :])

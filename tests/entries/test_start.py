@@ -47,7 +47,7 @@ def test_help_is_complete_and_imports_nothing_heavy(name: str) -> None:
         (["train.py", JOINT, "staged_freezing.groups.llm=[{from: 1, lr: 1}]"], "groups.llm[0].from is 1"),
         (["train.py", JOINT, "trainer.parallelism_config.fsdp.state_dict_type=x"], "fsdp.state_dict_type is 'x'"),
         (["eval.py", JOINT], "missing load_path"),
-        (["estimate.py", JOINT, "optimizer.lr_llm=0"], "staged_freezing.groups.llm=null"),
+        (["train.py", JOINT, "optimizer.betas={a: 1}"], "optimizer.betas in the command line is {'a': 1}: give it a l"),
         (["estimate.py", JOINT, "--world-size", "3"], "global_batch_size 8 cannot be shared by 3 ranks"),
         (["predict.py", "--checkpoint", "x", "--out", "y", "z", "--config", "no.yaml"], "cannot read no.yaml"),
         (["export.py", "--checkpoint", "x", "--out", "y", "--config", "no.yaml"], "cannot read no.yaml"),

@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
+from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
 
 from recipe.config import ConfigError, ImageConfig, RecipeConfig
 from recipe.data.encode import rope_positions
 from recipe.data.image import image_spec, patchify
 from recipe.joint import JointModel
-from recipe.load import load_processor
+from recipe.load import drop_ineffective_flags, load_processor
 from recipe.models.vlm import (
     IS_TRANSFORMERS_4,
     ImageEmbedding,
@@ -30,7 +30,7 @@ from recipe.models.vlm import (
     resolve_attention,
     scatter_features,
 )
-from recipe.prediction.decode import generate_answers
+from recipe.prediction.decode import generate_answers, special_ids
 from recipe.schema import Batch, Example
 from recipe.tiny import build_tiny_checkpoint
 from tests.support.tiny_cases import collator, make_samples, token_types
@@ -313,3 +313,30 @@ def test_a_base_with_more_weights_than_the_model_is_reported(tmp_path: Path, cap
     folder = changed_checkpoint(tmp_path, lambda weights: {**weights, "visual.extra.weight": torch.zeros(2)})
     load_vlm(folder, "sdpa", "float32")
     assert "has 1 that the model does not know (model.visual.extra.weight): they are not used" in caplog.text
+
+
+def test_padding_and_ends_fall_back_on_the_tokenizers(load: Callable[[str], VisionLanguageModel], tiny_checkpoint: str):
+    vlm, tokenizer = load("sdpa"), load_processor(tiny_checkpoint).tokenizer
+    generation: Any = vlm.hf_model.generation_config
+    generation.pad_token_id, generation.eos_token_id = 7, [8, 9]
+    assert special_ids(vlm, tokenizer) == ({8, 9}, 7)
+    generation.pad_token_id = generation.eos_token_id = None
+    assert special_ids(vlm, tokenizer) == ({tokenizer.eos_token_id}, tokenizer.pad_token_id)
+    tokenizer.pad_token = None
+    assert special_ids(vlm, tokenizer) == ({tokenizer.eos_token_id}, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dropped"),
+    [
+        ({"top_k": 3, "min_p": 0.1}, ["top_k", "min_p"]),
+        ({"do_sample": True, "top_k": 3, "repetition_penalty": 1.05}, []),
+        ({"length_penalty": 2.0, "output_scores": True}, ["length_penalty", "output_scores"]),
+    ],
+)
+def test_generation_flags_without_effect_are_dropped(tmp_path: Path, flags: dict[str, Any], dropped: list[str]):
+    generation = GenerationConfig(**flags, eos_token_id=5)
+    assert sorted(drop_ineffective_flags(generation)) == sorted(dropped)
+    generation.save_pretrained(tmp_path)
+    kept = GenerationConfig.from_pretrained(tmp_path)
+    assert kept.eos_token_id == 5 and kept.do_sample == flags.get("do_sample", False)
