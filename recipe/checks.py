@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader
 
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
+from recipe.joint import all_scores
+from recipe.metrics.gather import Evaluation
+from recipe.metrics.scorers import Meteor15, MeteorLite
 from recipe.optim.fsdp import FSDP_CONFIGS
 from recipe.records import INDEX_FILE, RECORDS_FILE, parse_index, read_records
 from recipe.schema import Sample
@@ -33,6 +36,7 @@ def check_libraries(config: RecipeConfig) -> None:
         for name, keywords in chosen.items():
             if keywords is not None:
                 check_keywords(f"{where}.{name}", keywords, table[name], {})
+    check_metrics(config)
     names = [entry.name for entry in fields(FSDP_CONFIGS[config.fsdp_version]) if not entry.name.startswith("_")]
     allowed = [name for name in names if name not in OWNED_BY_FSDP]
     for key in view_trainer(config).fsdp or {}:
@@ -40,6 +44,24 @@ def check_libraries(config: RecipeConfig) -> None:
             raise ConfigError(
                 f"unknown key trainer.parallelism_config.fsdp.{key} with fsdp_version {config.fsdp_version}: "
                 f"{nearest(key, allowed)}"
+            )
+
+
+def check_metrics(config: RecipeConfig) -> None:
+    """Raise ConfigError if `save_best` or a stopper names a metric that no evaluation measures."""
+    evaluation, num_queries = config.evaluation, config.detection_head.num_queries
+    names = [*Evaluation.denominators]
+    for scorer in (MeteorLite(), Meteor15()):  # the ranks have yet to agree on one
+        names += all_scores([], [], num_queries, evaluation.score_threshold, scorer, evaluation.generate_answer)
+    asked = {"save_best.metric": (config.save_best.metric, "eval/")}
+    for name, keywords in config.callbacks.items():
+        if name.endswith("_stopper") and keywords is not None:
+            asked[f"callbacks.{name}.monitor"] = (keywords.get("monitor"), "")
+    for key, (metric, prefix) in asked.items():
+        if metric is not None and str(metric).removeprefix(prefix) not in names:
+            near = nearest(str(metric).rpartition("/")[2], names)
+            raise ConfigError(
+                f"{key} is {metric!r}, which no evaluation measures: {near.replace('mean ', f'mean {prefix}')}"
             )
 
 

@@ -153,6 +153,13 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("scheduler.groups=[a]", "scheduler.groups in the command line"),
         ("train_loader.dataloader=[2]", "train_loader.dataloader in the command line"),
         ("callbacks.early_stopper={monitor: x, dataloader_label: test}", "dataloader_label is 'test': only eval has"),
+        # metrics
+        ("save_best.metric=metrics/eval/box_ap50", "save_best.metric is .*: did you mean eval/box_ap50"),
+        ("save_best.metric=eval/box_ap_50", "save_best.metric is .*: did you mean eval/box_ap"),
+        (
+            "callbacks.early_stopper={monitor: eval/box_ap, dataloader_label: eval}",
+            "monitor is .*: did you mean box_ap",
+        ),
         # unreadable arguments
         ("seed", "cannot read the argument 'seed'"),
         ("--seed=1", "cannot read the argument '--seed=1'"),
