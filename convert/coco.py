@@ -17,9 +17,8 @@ from pathlib import Path
 from posixpath import normpath
 from typing import Any
 
-from convert.items import Found, Note, Rejected
+from convert.items import BadRecord, Found, Note, Rejected
 from convert.records import (
-    BadRecord,
     Record,
     check_file,
     list_records,

@@ -20,13 +20,12 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from convert.items import Found, Note
-from convert.records import BadRecord, Record, list_records, parse_size
+from convert.items import BadRecord, Found, Note
+from convert.records import Record, list_records, parse_size
 from convert.write import add_box_options, box_options, build_parser, run
+from recipe.images import SUFFIXES
 from recipe.schema import Object
 
-# Suffixes of `IMAGE_FORMATS`, by which an image is found if its xml file does not name it rightly.
-_SUFFIXES = (".bmp", ".gif", ".jpg", ".jpeg", ".jp2", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _DECLARATION = re.compile(rb"""^(?:\xef\xbb\xbf)?\s*<\?xml[^>]*?\bencoding\s*=\s*["']([\w.-]+)["'][^>]*\?>""")
 _SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949"}  # what people really use
 
@@ -146,7 +145,7 @@ class _ImageFinder:
         place = self.root / folder
         for name in sorted(os.listdir(place)) if place.is_dir() else ():
             stem, suffix = splitext(name)
-            if suffix.lower() in _SUFFIXES:
+            if suffix.lower() in SUFFIXES:
                 stems[stem].append(join(folder, name))
         return stems
 

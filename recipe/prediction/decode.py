@@ -173,8 +173,9 @@ def _answers(network: JointNetwork, batch: Batch, decoding: Decoding, lockstep: 
         # Another rank has images, and its vision tower is sharded over this one too.
         patches, grids = network.vlm.blank_image(tokens.device)
         prompts = [tokens.new_tensor([network.vlm.hf_model.config.image_token_id])]
-    ends, padding = special_ids(network.vlm, decoding.tokenizer)
-    new = generate_answers(network.vlm, prompts, patches, grids, decoding.evaluation.max_new_tokens, lockstep, padding)
+    ends, _ = special_ids(network.vlm, decoding.tokenizer)
+    most = decoding.evaluation.max_new_tokens
+    new = generate_answers(network.vlm, decoding.tokenizer, prompts, patches, grids, most, lockstep)
     rows = [row.tolist() for row in new]
     answers = zip(_texts(decoding.tokenizer, rows), (ends.isdisjoint(row) for row in rows), strict=True)
     return dict(zip(batch["student_samples"], answers, strict=False))
@@ -240,27 +241,24 @@ def generate_captions(
 @torch.no_grad()
 def generate_answers(
     vlm: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tensor],
     pixel_patches: Tensor,
     image_grid_thw: Tensor,
     max_new_tokens: int,
     lockstep: bool = False,
-    pad_token_id: int | None = None,
 ) -> list[Tensor]:
     """Generate the language model's answers with transformers' `generate`, greedily.
 
     `prompts` are one (S,) int64 per sample, up to and including the generation prompt. `pixel_patches` are
     (P, 3 * patch * patch) uint8, the images of all prompts in order; `image_grid_thw` is (I, 3). With `lockstep` it
-    continues until every rank's answers have ended, as sharded parameters need. `pad_token_id` is by default the
-    generation config's.
+    continues until every rank's answers have ended, as sharded parameters need.
 
     Returns:
         One (new tokens,) int64 per sample, end-of-sequence and padding among them.
     """
     hf_model: Any = vlm.hf_model
-    if pad_token_id is None:
-        pad_token_id = hf_model.generation_config.pad_token_id
-    assert pad_token_id is not None
+    ends, pad_token_id = special_ids(vlm, tokenizer)
     flipped = [prompt.flip(0) for prompt in prompts]
     input_ids = pad_sequence(flipped, batch_first=True, padding_value=pad_token_id).flip(1)  # padded on the left
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=input_ids.device)
@@ -280,6 +278,7 @@ def generate_answers(
         repetition_penalty=1.0,  # Qwen's own 1.05 would change measured answers: JSON repeats its words
         use_cache=True,
         synced_gpus=lockstep,
+        eos_token_id=sorted(ends),
         pad_token_id=pad_token_id,
         **images,
     )

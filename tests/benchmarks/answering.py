@@ -111,9 +111,8 @@ def by_text(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Predi
     vlm = model.model.vlm
     tokens = batch["input_ids"].flatten()
     prompts = [tokens[row[row >= 0]] for row in batch["prompt_index"]]
-    written = generate_answers(
-        vlm, prompts, batch["pixel_patches"], batch["image_grid_thw"], config.evaluation.max_new_tokens
-    )
+    most = config.evaluation.max_new_tokens
+    written = generate_answers(vlm, model.tokenizer, prompts, batch["pixel_patches"], batch["image_grid_thw"], most)
     patch = vlm.hf_model.config.vision_config.patch_size
     predictions = []
     for sample, ids, grid in zip(batch["samples"], written, batch["image_grid_thw"].tolist(), strict=True):

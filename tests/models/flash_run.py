@@ -65,7 +65,8 @@ def answers(model: JointModel, examples: list[Example]) -> list[list[int]]:
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
     patches = torch.cat([example.pixel_patches for example in examples])
     grids = torch.cat([example.image_grid_thw for example in examples])
-    return [ids.tolist() for ids in generate_answers(model.model.vlm.eval(), prompts, patches, grids, 4)]
+    vlm = model.model.vlm.eval()
+    return [ids.tolist() for ids in generate_answers(vlm, model.tokenizer, prompts, patches, grids, 4)]
 
 
 def main() -> None:
