@@ -220,7 +220,7 @@ def check_file(path: Path, wanted: str) -> None:
 
 
 def _refuse_duplicate(sample_id: str) -> Record:
-    raise BadRecord("duplicate id", sample_id)
+    raise BadRecord("duplicate id", f"an earlier record has the id {sample_id!r}")
 
 
 def find_image(root: str, name: str, follow_links: bool = False) -> str:

@@ -196,12 +196,6 @@ def _unread_vlm(name: str, config: ModelConfig) -> PreTrainedModel:
     return vlm
 
 
-try:
-    from transformers.initialization import no_init_weights  # type: ignore[import-not-found]  # since transformers 5
-except ImportError:
-    from transformers.modeling_utils import no_init_weights
-
-
 def drop_ineffective_flags(generation: GenerationConfig) -> list[str]:
     """Remove the flags of a generation config that have no effect, with which it cannot be saved; return their names.
 
@@ -209,8 +203,8 @@ def drop_ineffective_flags(generation: GenerationConfig) -> list[str]:
         ConfigError: It is wrong in another way.
     """
     dropped: list[str] = []
-    flags = [] if generation.do_sample else ["temperature", "top_p", "top_k", "min_p", "typical_p"]
-    flags += [] if generation.do_sample else ["epsilon_cutoff", "eta_cutoff"]
+    sampling = ["temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
+    flags = [] if generation.do_sample else sampling
     flags += ["early_stopping", "length_penalty"] if generation.num_beams == 1 else []
     flags += [] if generation.do_sample or generation.num_beams != 1 else ["num_return_sequences"]
     flags += [] if generation.return_dict_in_generate else [*generation.extra_output_flags]
@@ -224,3 +218,9 @@ def drop_ineffective_flags(generation: GenerationConfig) -> list[str]:
     except ValueError as error:
         raise ConfigError(f"the base model's generation_config.json is wrong: {str(error).splitlines()[0]}") from error
     return dropped
+
+
+try:
+    from transformers.initialization import no_init_weights  # type: ignore[import-not-found]  # since transformers 5
+except ImportError:
+    from transformers.modeling_utils import no_init_weights

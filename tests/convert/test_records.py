@@ -158,7 +158,7 @@ def test_one_bad_box_rejects_the_whole_record(root: Path) -> None:
 def test_duplicate_id(root: Path) -> None:
     found = items(root, {"id": "a", "images": ["good.jpg"]}, {"id": "a", "images": ["turned.jpg"]})
     assert isinstance(found[0], Sample)
-    assert found[1] == Rejected("a", "train.jsonl: line 2", "duplicate id", "a")
+    assert found[1] == Rejected("a", "train.jsonl: line 2", "duplicate id", "an earlier record has the id 'a'")
 
 
 def test_rounding_is_clipped_and_counted(root: Path) -> None:
