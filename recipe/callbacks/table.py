@@ -7,7 +7,6 @@ from typing import Any
 
 from composer import Callback
 from composer.callbacks import (
-    EarlyStopper,
     LRMonitor,
     MemoryMonitor,
     OOMObserver,
@@ -15,18 +14,18 @@ from composer.callbacks import (
     RuntimeEstimator,
     SpeedMonitor,
     SystemMetricsMonitor,
-    ThresholdStopper,
 )
 from composer.loggers import LoggerDestination
 
 from recipe.callbacks.loggers import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
 from recipe.callbacks.measures import GroupMetrics, LossGradients, LossShares
 from recipe.callbacks.progress import ProgressLogger
+from recipe.callbacks.stoppers import StayingEarlyStopper, StayingThresholdStopper
 from recipe.callbacks.throughput import Throughput
 from recipe.upstream.loggers import SafeWandBLogger
 
 CALLBACKS: Mapping[str, type[Callback]] = {
-    "early_stopper": EarlyStopper,
+    "early_stopper": StayingEarlyStopper,
     "group_metrics": GroupMetrics,
     "loss_gradients": LossGradients,
     "loss_shares": LossShares,
@@ -37,7 +36,7 @@ CALLBACKS: Mapping[str, type[Callback]] = {
     "runtime_estimator": RuntimeEstimator,
     "speed_monitor": SpeedMonitor,
     "system_metrics_monitor": SystemMetricsMonitor,
-    "threshold_stopper": ThresholdStopper,
+    "threshold_stopper": StayingThresholdStopper,
     "throughput": Throughput,
 }
 LOGGERS: Mapping[str, type[LoggerDestination]] = {

@@ -3,17 +3,18 @@
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import composer.algorithms
-from composer import Trainer
+from composer import Event, Trainer
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.file_helpers import extract_path_from_symlink
 from torch.serialization import safe_globals
 
+from recipe.callbacks.stoppers import Stopping
 from recipe.checkpoints.check import (
     MANIFEST,
     Found,
@@ -24,6 +25,7 @@ from recipe.checkpoints.check import (
     open_folder,
     read_manifest,
 )
+from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import SAFE_GLOBALS, explaining, refuse_code, some
 from recipe.config import TrainerView
 from recipe.redact import redact
@@ -79,9 +81,37 @@ def is_finished(trainer: Trainer) -> bool:
     """Return whether the checkpoint that a run resumed from was its last."""
     assert trainer.state.max_duration is not None
     finished = trainer.state.timestamp >= trainer.state.max_duration
+    if any(isinstance(callback, Stopping) and callback.reason for callback in trainer.state.callbacks):
+        return True  # it has said so
     if finished:
         log.warning("the run already ended at %s: raise trainer.max_duration to continue", trainer.state.max_duration)
     return finished
+
+
+def catch_up(trainer: Trainer, saver: CheckpointSaver | None, start: Mapping[str, Any]) -> None:
+    """Evaluate the loaded batch if its checkpoint was written before its evaluation; called by all ranks.
+
+    If that evaluation has ended, its scores are in the manifest and count again for the best and for stoppers. `start`
+    is from `load_keywords`.
+    """
+    path = start["load_path"]
+    if path is None or start["load_weights_only"]:
+        return
+    parent, _, name = path.rpartition("/")
+    manifest = from_rank_0(lambda: read_manifest(open_folder(parent or "."), name))
+    if manifest is None:
+        return
+    if saver is not None:
+        saver.resumed_from(trainer.state, path, manifest)
+    if manifest.scores is None:
+        log.info("the evaluation of batch %d had not ended: it is repeated now", manifest.batch)
+        trainer.engine.run_event(Event.EVAL_BEFORE_ALL)
+        trainer.eval()
+        trainer.engine.run_event(Event.EVAL_AFTER_ALL)
+    elif manifest.scores:
+        for callback in trainer.state.callbacks:
+            if isinstance(callback, Stopping):
+                callback.judge(trainer.state, manifest.scores)
 
 
 def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_only: bool) -> dict[str, Any]:
