@@ -32,6 +32,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.callbacks.progress import Summary
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
+    from recipe.checkpoints.lock import OneRunPerFolder
     from recipe.checkpoints.resume import catch_up, is_finished, load_keywords, safe_loading
     from recipe.checkpoints.save import build_saver, without_saving
     from recipe.checkpoints.sigterm import Preemption
@@ -48,6 +49,7 @@ def main(config: RecipeConfig) -> "Trainer":
 
     view = view_trainer(config)
     dist.initialize_dist(get_device(), view.dist_timeout or DIST_TIMEOUT)
+    lock = OneRunPerFolder(config.run_folder)
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
@@ -82,6 +84,7 @@ def main(config: RecipeConfig) -> "Trainer":
             # The savers come after all whose state is saved.
             callbacks=[
                 *build_all_callbacks(config, tokenizer),
+                lock,
                 *([] if saver is None else [saver, Preemption(saver)]),
                 Summary(config.run_folder, view.save_folder, view.keywords.get("eval_interval", 1)),
             ],

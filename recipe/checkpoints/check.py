@@ -14,6 +14,7 @@ from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from recipe.models.network import AVERAGE
 from recipe.records import PARTIAL, write_whole
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -67,7 +68,7 @@ def describe(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model
         model: Not yet sharded.
     """
     backend: Any = tokenizer
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if AVERAGE not in name}
     return Origin(
         config=json.loads(json.dumps(saved, default=str)),
         tokenizer=_sha256([backend.backend_tokenizer.to_str(), tokenizer.chat_template]),

@@ -1,9 +1,9 @@
 """Let one live run at a time write into a folder.
 
-A run holds a POSIX record lock (`fcntl.lockf`) on `FILE` in its run folder, and changes the file's content every
-`BEAT` seconds. The system frees the lock when the process ends, also by SIGKILL, and workers do not inherit it. NFS
-servers keep such locks for all clients. On a disk that has none, or keeps them per machine, the content decides: if it
-changes within `WATCH` seconds, the other run lives. It is watched only if another machine wrote it, or without locks.
+A run holds a POSIX record lock (`fcntl.lockf`) on `LOCK_FILE` in its run folder: the system frees it when the process
+ends, also by SIGKILL, workers do not inherit it, and NFS servers keep it for all clients. Some disks have no locks, or
+one set per machine. Therefore the run also writes `BEAT_FILE` every `BEAT` seconds. If another machine wrote that last,
+or there are no locks, the file is watched for `WATCH` seconds: if it changes, the other run lives.
 """
 
 import fcntl
@@ -14,10 +14,17 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-FILE = "running.lock"
-BEAT = 2.0
-WATCH = 8.0
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
+
+from recipe.config import ConfigError
+from recipe.upstream.agreement import from_rank_0
+
+LOCK_FILE, BEAT_FILE = ".running.lock", ".running.json"
+BEAT, WATCH = 2.0, 10.0
 
 log = logging.getLogger(__name__)
 
@@ -26,48 +33,78 @@ class FolderLock:
     """Hold a run folder until `release` or the end of the process.
 
     Raises:
-        ValueError: Another run is alive in the folder.
+        ConfigError: Another run is alive in the folder.
     """
 
     def __init__(self, folder: str | Path, watch: float = WATCH, beat: float = BEAT):
-        self.path = Path(folder, FILE)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = self._read()  # not while locked: closing any handle of a file frees this process's lock
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        has_locks = True
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Opened once: closing any handle of the file frees this process's lock.
+        self._file = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        before, has_locks = self._read(), True
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self._refuse(before)
-        except OSError as error:
+        except OSError:
             has_locks = False
-            log.warning("%s has no locks (%s): other runs in it are found by what they write", folder, error.strerror)
+        if before and not (has_locks and before.get("host") == socket.gethostname()):
+            until = time.monotonic() + watch
+            while time.monotonic() < until:
+                time.sleep(watch / 20)
+                if self._read() not in (before, {}):
+                    self._refuse(before)
         self._number = 0
-        is_from_here = before.get("host") == socket.gethostname()
-        if before and not (has_locks and is_from_here) and not before.get("ended"):
-            self._watch(before, watch)
-        self._ended = threading.Event()
+        self._has_ended = threading.Event()
         self._write()
-        self._thread = threading.Thread(target=self._beat, args=(beat,), daemon=True)
+        self._thread = threading.Thread(target=self._keep_beating, args=(beat,), daemon=True)
         self._thread.start()
 
     def release(self) -> None:
         """Let another run have the folder."""
-        self._ended.set()
-        self._thread.join()
-        self._write(ended=True)
-        os.close(self._file)
+        if not self._has_ended.is_set():
+            self._has_ended.set()
+            self._thread.join()
+            (self.folder / BEAT_FILE).unlink(missing_ok=True)
+            os.close(self._file)
 
-    def _watch(self, before: dict[str, object], seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            time.sleep(min(0.5, seconds))
-            # Opened anew: NFS shows another machine's writes then. The descriptor of the lock stays open.
-            if self._read_again() not in (before, {}):
-                self._refuse(before)
+    def _keep_beating(self, seconds: float) -> None:
+        while not self._has_ended.wait(seconds):
+            self._write()
 
-    def _read(self) -> dict[str, object]:
+    def _write(self) -> None:
+        self._number += 1
+        text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "number": self._number})
         try:
-            return json.loads(self.path.read_text())
+            (self.folder / BEAT_FILE).write_text(text)
+        except OSError as error:
+            log.debug("cannot write %s: %s", BEAT_FILE, error)  # a full disk ends no run
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / BEAT_FILE).read_text())
         except (OSError, ValueError):
             return {}
+
+    def _refuse(self, other: dict[str, Any]) -> None:
+        os.close(self._file)
+        raise ConfigError(
+            f"{self.folder} belongs to a run that is alive (process {other.get('pid', '?')} on "
+            f"{other.get('host', 'an unknown machine')}): wait for its end or end it, or set another run_folder"
+        )
+
+
+class OneRunPerFolder(Callback):
+    """Holds the run folder on rank 0 until the Trainer is closed; made by all ranks, before the model is built."""
+
+    def __init__(self, folder: str):
+        self._lock: FolderLock | None = None
+        from_rank_0(lambda: self._take(folder))
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _take(self, folder: str) -> None:
+        self._lock = FolderLock(folder)

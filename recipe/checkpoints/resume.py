@@ -27,7 +27,7 @@ from recipe.checkpoints.check import (
 )
 from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import SAFE_GLOBALS, explaining, refuse_code, some
-from recipe.config import TrainerView
+from recipe.config import NEW_RUN, ConfigError, TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
 from recipe.upstream.agreement import agree, from_rank_0
@@ -53,6 +53,7 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
             log.info("load_path %s is ignored: the run has checkpoints of its own", redact(load_path))
         log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
         _check_fit(trainer, origin, found)
+        _check_groups(found, origin)
         return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
 
     return _keywords_from_rank_0(look)
@@ -124,8 +125,11 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
     if manifest is not None:
         if reason := check(place, name, manifest):
             raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
-        _check_fit(trainer, origin, Found(path, manifest))
-        return _keywords(path, manifest.weights_only or weights_only)
+        weights_only = manifest.weights_only or weights_only
+        _check_fit(trainer, origin, Found(path, manifest), weights_only)
+        if not weights_only:
+            _check_groups(Found(path, manifest), origin)
+        return _keywords(path, weights_only)
     if "://" not in path and Path(path).is_dir():
         raise ValueError(
             f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint: give one of its .pt "
@@ -169,7 +173,21 @@ def _resolve(path: str) -> str:
     return path if path.startswith(("http://", "https://")) else str(Path(path).resolve())
 
 
-def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
+def _check_groups(found: Found, origin: Origin) -> None:
+    """Raise ValueError if the optimizer's state is of other groups: a rate became 0, or is 0 no longer."""
+    then, now = found.manifest.origin.config.get("optimizer", {}), origin.config.get("optimizer", {})
+    for key in sorted(now):
+        if key.startswith("lr_") and isinstance(now[key], int | float) and (now[key] == 0) != (then.get(key) == 0):
+            name, was = key.removeprefix("lr_"), "frozen" if then.get(key) == 0 else "trained"
+            stages = f"; staged_freezing.groups.{name} freezes it from some batch on" if was == "trained" else ""
+            raise ConfigError(
+                f"optimizer.{key} is {now[key]:g}, but {redact(found.path)} was saved with the group {was} "
+                f"({then.get(key)}): set optimizer.{key}={then.get(key)}{stages}; "
+                f"or start a new run from the weights: {NEW_RUN}"
+            )
+
+
+def _check_fit(trainer: TrainerView, origin: Origin, found: Found, weights_only: bool = False) -> None:
     """Log how the configuration differs from the checkpoint's.
 
     Raises:
@@ -179,8 +197,11 @@ def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
     saved_ema, ema = manifest.origin.config.get("ema"), origin.config.get("ema")
     if saved_ema is not None and ema is None:
         raise ValueError(f"{path} has averages of the head's weights and this run keeps none: set ema to {saved_ema}")
-    if saved_ema is None and ema is not None:
-        raise ValueError(f"{path} has no averages of the head's weights, which this run keeps: set ema: null")
+    if saved_ema is None and ema is not None and not weights_only:
+        raise ValueError(
+            f"{path} has no averages of the head's weights, which this run keeps: set ema=null, "
+            f"or start a new run from the weights, which are its first averages: {NEW_RUN}"
+        )
     changed = differences(manifest.origin.config, origin.config)
     for change in changed:
         log.info("the configuration differs from that of %s in %s", PurePosixPath(path).name, change)

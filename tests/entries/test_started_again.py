@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from convert.shapes import iter_samples
 from convert.write import write_split
 from recipe.checkpoints.check import newest_valid
-from recipe.config import LoaderConfig, RecipeConfig, SaveBestConfig
+from recipe.checkpoints.weights import read_weights
+from recipe.config import NEW_RUN, EmaConfig, LoaderConfig, RecipeConfig, SaveBestConfig
 from recipe.configure import load_config
 from recipe.joint import JointModel
+from recipe.models.network import AVERAGE
 from recipe.train import main
 from tests.support.tiny_cases import make_config
 
@@ -126,3 +129,32 @@ def test_the_configuration_belongs_to_the_weights(config: RecipeConfig, monkeypa
     assert saved.read_text() == before
     run(longer(other, 3))
     assert load_config(str(saved)).prompt.detect == "Find things."
+
+
+def test_averages_begin_as_the_weights(config: RecipeConfig, tmp_path: Path) -> None:
+    """And the remedies that a resume with averages prints work."""
+    run(config)
+    start = str(Path(config.run_folder, "checkpoints", "latest-rank0.pt").resolve())
+    averaging = longer(config, 3, ema=EmaConfig(smoothing=1.0))
+    with pytest.raises(ValueError, match=f"set ema=null, or start a new run.*{NEW_RUN}"):
+        run(averaging)
+    other = replace(averaging, run_folder=str(tmp_path / "other"), load_path=start)
+    other = replace(other, trainer={**other.trainer, "load_weights_only": True, "max_duration": "1ba"})
+    run(other)
+    weights = read_weights(start)
+    averages = read_weights(tmp_path / "other" / "checkpoints" / "latest-rank0.pt")
+    found = {name.replace(AVERAGE, ""): value for name, value in averages.items() if AVERAGE in name}
+    assert found and all(torch.equal(value, weights[name]) for name, value in found.items())
+
+
+def test_other_data_at_a_resume(config: RecipeConfig, tmp_path: Path) -> None:
+    run(config)
+    folder = str(tmp_path / "others")
+    write_split(iter_samples(num_samples=4, seed=12, image_size=84), folder, "train")
+    stream = {"shapes": {"local": folder, "split": "train"}}
+    other = longer(config, 3, train_loader=replace(config.train_loader, streams=stream))
+    with pytest.raises(ValueError, match=f"cannot resume: .*{NEW_RUN}"):
+        run(other)
+    start = f"{config.run_folder}/checkpoints/latest-rank0.pt"
+    other = replace(other, run_folder=str(tmp_path / "other"), load_path=start)
+    assert run(replace(other, trainer={**other.trainer, "load_weights_only": True})) == 3
