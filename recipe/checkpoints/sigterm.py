@@ -73,7 +73,7 @@ class Preemption(Callback):
         self.saver.save_now(state, logger)
         dist.barrier()  # the launcher kills all ranks as soon as one has exited
         log.warning(
-            "stopped by a signal: batch %d is saved; run the same command to continue from it",
+            "SIGTERM or Ctrl-C: batch %d is saved; run the same command to continue from it",
             state.timestamp.batch.value,
         )
         ignore_sigterm()

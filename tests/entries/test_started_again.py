@@ -135,7 +135,7 @@ def test_averages_begin_as_the_weights(config: RecipeConfig, tmp_path: Path) -> 
     """And the remedies that a resume with averages prints work."""
     run(config)
     start = str(Path(config.run_folder, "checkpoints", "latest-rank0.pt").resolve())
-    averaging = longer(config, 3, ema=EmaConfig(smoothing=1.0))
+    averaging = longer(config, 3, ema=EmaConfig(update_interval="9ba"))
     with pytest.raises(ValueError, match=f"set ema=null, or start a new run.*{NEW_RUN}"):
         run(averaging)
     other = replace(averaging, run_folder=str(tmp_path / "other"), load_path=start)
