@@ -412,6 +412,10 @@ def view_trainer(config: RecipeConfig) -> TrainerView:
     )
 
 
+# Starts over from what a checkpoint's weights have learned; without another folder, its own checkpoints come first.
+NEW_RUN = "run_folder=ANOTHER load_path=CHECKPOINT trainer.load_weights_only=true"
+
+
 class ConfigError(ValueError):
     """A mistake in the yaml or on the command line; the message names key, value and remedy."""
 

@@ -524,7 +524,7 @@ class Origin:
     Attributes:
         config: The whole configuration, without secrets.
         tokenizer: Fingerprint of the tokenizer and its chat template.
-        model: Fingerprint of the names and shapes of all parameters.
+        model: Fingerprint of the names and shapes of all parameters but averages.
     """
 
     config: dict[str, Any]

@@ -32,7 +32,8 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.callbacks.progress import Summary
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
-    from recipe.checkpoints.resume import is_finished, load_keywords, safe_loading
+    from recipe.checkpoints.lock import OneRunPerFolder
+    from recipe.checkpoints.resume import catch_up, is_finished, load_keywords, safe_loading
     from recipe.checkpoints.save import build_saver, without_saving
     from recipe.checkpoints.sigterm import Preemption
     from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
@@ -48,6 +49,7 @@ def main(config: RecipeConfig) -> "Trainer":
 
     view = view_trainer(config)
     dist.initialize_dist(get_device(), view.dist_timeout or DIST_TIMEOUT)
+    lock = OneRunPerFolder(config.run_folder)
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
     reproducibility.seed_all(config.seed)
@@ -82,6 +84,7 @@ def main(config: RecipeConfig) -> "Trainer":
             # The savers come after all whose state is saved.
             callbacks=[
                 *build_all_callbacks(config, tokenizer),
+                lock,
                 *([] if saver is None else [saver, Preemption(saver)]),
                 Summary(config.run_folder, view.save_folder, view.keywords.get("eval_interval", 1)),
             ],
@@ -95,9 +98,11 @@ def main(config: RecipeConfig) -> "Trainer":
                 "parallelism_config": build_parallelism(model.model, view.fsdp, view.precision, config.fsdp_version),
             },
         )
-    if dist.get_global_rank() == 0:  # not before the checkpoint has been found to fit
-        save_config(config, Path(config.run_folder, "config.yaml"), longest)
+    catch_up(trainer, saver, start)
     if not is_finished(trainer):
+        if dist.get_global_rank() == 0:  # a run that trains nothing leaves the file as it is
+            write_config = partial(save_config, config, Path(config.run_folder, "config.yaml"), longest)
+            write_config() if saver is None else saver.keep_config(write_config)
         restore_random_states(trainer)
         trainer.fit()
     return trainer

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from recipe.config import NEW_RUN
 from recipe.optim.groups import local, named_groups, num_parameters
 from recipe.optim.schedule import Schedule, lr_factor, stage_factor
 
@@ -75,7 +76,7 @@ class StagedFreezing(Algorithm):
     def _begin_fit(self, state: State) -> None:
         optimizer = state.optimizers[0]
         text = "group %s: %s is %s in the configuration but %s in the checkpoint (after any rollbacks), which applies; "
-        text += "to change it, start from the weights alone with trainer.load_weights_only=true"
+        text += f"to change it, start a new run from the weights: {NEW_RUN}"
         for asked, loaded in zip(self._configured, _fixed_settings(optimizer), strict=False):
             for name in _FIXED_AT_START:
                 if asked[name] != loaded[name] and dist.get_global_rank() == 0:

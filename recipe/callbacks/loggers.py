@@ -117,10 +117,20 @@ class GuardedJsonLinesLogger(GuardedLogger, JsonLinesLogger):
 
 
 class GuardedTensorboardLogger(GuardedLogger, TensorboardLogger):
-    """Composer's. A resumed run of the same name adds event files; TensorBoard shows the last value of each step.
+    """Composer's, in one folder: a run without a name has a new random one at each start.
+
+    A resumed run adds event files; TensorBoard shows the last value of each step.
 
     After a failed write it logs nothing until the run is started again, as its writer does not recover.
     """
+
+    folder_name: str | None = None  # of the run, below log_dir
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Open the folder."""
+        self.run_name = self.folder_name or state.run_name
+        self.log_dir = self.log_dir or "tensorboard_logs"
+        self._attempt(self._initialize_summary_writer)
 
 
 class TextLogger(GuardedLogger, FileLogger):

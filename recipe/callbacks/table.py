@@ -1,13 +1,13 @@
 """List and build the callbacks and loggers that a yaml may name; `recipe.config` lists the names too."""
 
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from composer import Callback
 from composer.callbacks import (
-    EarlyStopper,
     LRMonitor,
     MemoryMonitor,
     OOMObserver,
@@ -15,18 +15,22 @@ from composer.callbacks import (
     RuntimeEstimator,
     SpeedMonitor,
     SystemMetricsMonitor,
-    ThresholdStopper,
 )
 from composer.loggers import LoggerDestination
+from composer.utils import dist
 
 from recipe.callbacks.loggers import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
 from recipe.callbacks.measures import GroupMetrics, LossGradients, LossShares
 from recipe.callbacks.progress import ProgressLogger
+from recipe.callbacks.stoppers import StayingEarlyStopper, StayingThresholdStopper
 from recipe.callbacks.throughput import Throughput
+from recipe.records import write_whole
 from recipe.upstream.loggers import SafeWandBLogger
 
+WANDB_ID_FILE = "wandb_id.txt"
+
 CALLBACKS: Mapping[str, type[Callback]] = {
-    "early_stopper": EarlyStopper,
+    "early_stopper": StayingEarlyStopper,
     "group_metrics": GroupMetrics,
     "loss_gradients": LossGradients,
     "loss_shares": LossShares,
@@ -37,7 +41,7 @@ CALLBACKS: Mapping[str, type[Callback]] = {
     "runtime_estimator": RuntimeEstimator,
     "speed_monitor": SpeedMonitor,
     "system_metrics_monitor": SystemMetricsMonitor,
-    "threshold_stopper": ThresholdStopper,
+    "threshold_stopper": StayingThresholdStopper,
     "throughput": Throughput,
 }
 LOGGERS: Mapping[str, type[LoggerDestination]] = {
@@ -72,6 +76,19 @@ def build_loggers(chosen: Mapping[str, Any], run_folder: str, progress: bool = F
     given = {name: {**defaults[name], **keywords} for name, keywords in chosen.items() if keywords is not None}
     if "wandb" in given:  # offline unless the user says otherwise
         init_kwargs = {"dir": run_folder, "mode": os.environ.get("WANDB_MODE", "offline")}
+        if given["wandb"].get("rank_zero_only", True):
+            init_kwargs |= {"id": _wandb_id(Path(run_folder)), "resume": "allow"}
         given["wandb"]["init_kwargs"] = init_kwargs | (given["wandb"].get("init_kwargs") or {})
     loggers = [LOGGERS[name](**keywords) for name, keywords in given.items()]
+    for logger in loggers:
+        if isinstance(logger, GuardedTensorboardLogger):
+            logger.folder_name = Path(run_folder).absolute().name
     return [*loggers, ProgressLogger()] if progress else loggers
+
+
+def _wandb_id(run_folder: Path) -> str:
+    """Return the id of the run folder's one W&B run; made by the first start on rank 0."""
+    path = run_folder / WANDB_ID_FILE
+    if dist.get_global_rank() == 0 and not path.exists():
+        write_whole(path, uuid.uuid4().hex[:8].encode())  # draws from none of the run's random generators
+    return path.read_text().strip() if path.exists() else ""

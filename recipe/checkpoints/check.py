@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +14,7 @@ from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from recipe.models.network import AVERAGE
 from recipe.records import PARTIAL, write_whole
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -44,6 +45,8 @@ class Manifest:
     sharded: bool  # a folder with files of each rank
     weights_only: bool  # lacks what training needs to continue
     metric: dict[str, float]  # name and value, if it was kept as the best; else empty
+    # What the batch's evaluation measured after the checkpoint was written; None: it had not ended; {}: it was not due.
+    scores: dict[str, float] | None = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -65,7 +68,7 @@ def describe(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model
         model: Not yet sharded.
     """
     backend: Any = tokenizer
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if AVERAGE not in name}
     return Origin(
         config=json.loads(json.dumps(saved, default=str)),
         tokenizer=_sha256([backend.backend_tokenizer.to_str(), tokenizer.chat_template]),
@@ -269,9 +272,13 @@ def clean(folder: Path, batch: int) -> None:
             log.warning("checkpoint %s is set aside: this run starts before it, at batch %d", folder / name, batch)
 
 
-def has_manifest(place: LocalFolder | StoreFolder, name: str) -> bool:
-    """Return whether a checkpoint was finished."""
-    return any(place.size(manifest_of(name, sharded)) is not None for sharded in (False, True))
+def best_metric(place: LocalFolder | StoreFolder, name: str) -> dict[str, float]:
+    """Return the metric by which a checkpoint was kept as the best; {} if it was never finished or is damaged."""
+    try:
+        manifest = read_manifest(place, name)
+    except ValueError:
+        return {}
+    return {} if manifest is None else manifest.metric
 
 
 def read_manifests(place: LocalFolder | StoreFolder) -> tuple[dict[str, Manifest], dict[str, str]]:

@@ -3,17 +3,18 @@
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import composer.algorithms
-from composer import Trainer
+from composer import Event, Trainer
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.file_helpers import extract_path_from_symlink
 from torch.serialization import safe_globals
 
+from recipe.callbacks.stoppers import Stopping
 from recipe.checkpoints.check import (
     MANIFEST,
     Found,
@@ -24,8 +25,9 @@ from recipe.checkpoints.check import (
     open_folder,
     read_manifest,
 )
+from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import SAFE_GLOBALS, explaining, refuse_code, some
-from recipe.config import TrainerView
+from recipe.config import NEW_RUN, ConfigError, TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
 from recipe.upstream.agreement import agree, from_rank_0
@@ -51,6 +53,7 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
             log.info("load_path %s is ignored: the run has checkpoints of its own", redact(load_path))
         log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
         _check_fit(trainer, origin, found)
+        _check_groups(found, origin)
         return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
 
     return _keywords_from_rank_0(look)
@@ -79,9 +82,37 @@ def is_finished(trainer: Trainer) -> bool:
     """Return whether the checkpoint that a run resumed from was its last."""
     assert trainer.state.max_duration is not None
     finished = trainer.state.timestamp >= trainer.state.max_duration
+    if any(isinstance(callback, Stopping) and callback.reason for callback in trainer.state.callbacks):
+        return True  # it has said so
     if finished:
         log.warning("the run already ended at %s: raise trainer.max_duration to continue", trainer.state.max_duration)
     return finished
+
+
+def catch_up(trainer: Trainer, saver: CheckpointSaver | None, start: Mapping[str, Any]) -> None:
+    """Evaluate the loaded batch if its checkpoint was written before its evaluation; called by all ranks.
+
+    If that evaluation has ended, its scores are in the manifest and count again for the best and for stoppers. `start`
+    is from `load_keywords`.
+    """
+    path = start["load_path"]
+    if path is None or start["load_weights_only"]:
+        return
+    parent, _, name = path.rpartition("/")
+    manifest = from_rank_0(lambda: read_manifest(open_folder(parent or "."), name))
+    if manifest is None:
+        return
+    if saver is not None:
+        saver.resumed_from(trainer.state, path, manifest)
+    if manifest.scores is None:
+        log.info("the evaluation of batch %d had not ended: it is repeated now", manifest.batch)
+        trainer.engine.run_event(Event.EVAL_BEFORE_ALL)
+        trainer.eval()
+        trainer.engine.run_event(Event.EVAL_AFTER_ALL)
+    elif manifest.scores:
+        for callback in trainer.state.callbacks:
+            if isinstance(callback, Stopping):
+                callback.judge(trainer.state, manifest.scores)
 
 
 def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_only: bool) -> dict[str, Any]:
@@ -94,8 +125,11 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
     if manifest is not None:
         if reason := check(place, name, manifest):
             raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
-        _check_fit(trainer, origin, Found(path, manifest))
-        return _keywords(path, manifest.weights_only or weights_only)
+        weights_only = manifest.weights_only or weights_only
+        _check_fit(trainer, origin, Found(path, manifest), weights_only)
+        if not weights_only:
+            _check_groups(Found(path, manifest), origin)
+        return _keywords(path, weights_only)
     if "://" not in path and Path(path).is_dir():
         raise ValueError(
             f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint: give one of its .pt "
@@ -139,7 +173,21 @@ def _resolve(path: str) -> str:
     return path if path.startswith(("http://", "https://")) else str(Path(path).resolve())
 
 
-def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
+def _check_groups(found: Found, origin: Origin) -> None:
+    """Raise ValueError if the optimizer's state is of other groups: a rate became 0, or is 0 no longer."""
+    then, now = found.manifest.origin.config.get("optimizer", {}), origin.config.get("optimizer", {})
+    for key in sorted(now):
+        if key.startswith("lr_") and isinstance(now[key], int | float) and (now[key] == 0) != (then.get(key) == 0):
+            name, was = key.removeprefix("lr_"), "frozen" if then.get(key) == 0 else "trained"
+            stages = f"; staged_freezing.groups.{name} freezes it from some batch on" if was == "trained" else ""
+            raise ConfigError(
+                f"optimizer.{key} is {now[key]:g}, but {redact(found.path)} was saved with the group {was} "
+                f"({then.get(key)}): set optimizer.{key}={then.get(key)}{stages}; "
+                f"or start a new run from the weights: {NEW_RUN}"
+            )
+
+
+def _check_fit(trainer: TrainerView, origin: Origin, found: Found, weights_only: bool = False) -> None:
     """Log how the configuration differs from the checkpoint's.
 
     Raises:
@@ -149,8 +197,11 @@ def _check_fit(trainer: TrainerView, origin: Origin, found: Found) -> None:
     saved_ema, ema = manifest.origin.config.get("ema"), origin.config.get("ema")
     if saved_ema is not None and ema is None:
         raise ValueError(f"{path} has averages of the head's weights and this run keeps none: set ema to {saved_ema}")
-    if saved_ema is None and ema is not None:
-        raise ValueError(f"{path} has no averages of the head's weights, which this run keeps: set ema: null")
+    if saved_ema is None and ema is not None and not weights_only:
+        raise ValueError(
+            f"{path} has no averages of the head's weights, which this run keeps: set ema=null, "
+            f"or start a new run from the weights, which are its first averages: {NEW_RUN}"
+        )
     changed = differences(manifest.origin.config, origin.config)
     for change in changed:
         log.info("the configuration differs from that of %s in %s", PurePosixPath(path).name, change)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from composer import callbacks
-from composer.core import State
+from composer.core import Event, State
 from composer.loggers import Logger
 from composer.utils import checkpoint, create_symlink_file, dist, format_name_with_dist, parse_uri
 
@@ -21,8 +21,8 @@ from recipe.checkpoints.check import (
     FileEntry,
     LocalFolder,
     Manifest,
+    best_metric,
     clean,
-    has_manifest,
     manifest_of,
     open_folder,
     read_manifests,
@@ -40,6 +40,7 @@ from recipe.checkpoints.write import (
     write_shards,
 )
 from recipe.config import SaveBestConfig, TrainerView
+from recipe.metrics.gather import UNDEFINED
 from recipe.records import replacing
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -111,6 +112,23 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         self.failure: str | None = None
         self._given_folder = str(keywords["folder"])
         self._last: _Saved | None = None
+        self._write_config: Callable[[], None] | None = None
+
+    def resumed_from(self, state: State, path: str, manifest: Manifest) -> None:
+        """Take over what an own checkpoint on disk, which the state was loaded from, holds; called by all ranks."""
+        if self.remote_uploader is None and Path(path).is_relative_to(self._local_folder(state)):
+            self._last = _Saved(Path(path), manifest, list(manifest.files) if dist.get_global_rank() == 0 else [])
+            self.last_checkpoint_batch = state.timestamp.batch
+        value = (manifest.scores or {}).get((self.metric or "").removeprefix("eval/"))
+        if value is not None:
+            self._improves(value)
+
+    def keep_config(self, write: Callable[[], None]) -> None:
+        """Write the run's configuration, which belongs to the weights: if they are of an earlier run, with the next."""
+        if self._last is None:
+            write()
+        else:
+            self._write_config = write
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Remove what a killed process left half written."""
@@ -119,29 +137,44 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         super().fit_start(state, logger)
         if self.metric is not None:
             name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
-            has_best = together(
-                lambda: dist.get_global_rank() == 0 and has_manifest(open_folder(self._given_folder), name)
-            )
-            if not dist.all_gather_object(has_best)[0]:
-                self.best = None  # it belongs to another run that this one started from
+            kept = together(lambda: dist.get_global_rank() == 0 and best_metric(open_folder(self._given_folder), name))
+            if self.metric not in (dist.all_gather_object(kept)[0] or {}):
+                self.best = None  # it belongs to another metric, or to another run that this one started from
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        """Write the checkpoint that is due, so that an evaluation that fails loses no training."""
+        is_epoch_end = int(state.timestamp.batch_in_epoch) == 0
+        event = Event.EPOCH_CHECKPOINT if is_epoch_end else Event.BATCH_CHECKPOINT
+        if self.last_checkpoint_batch != state.timestamp.batch and self.save_interval(state, event):
+            self._save_checkpoint(state, logger, is_evaluated=False)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Keep the checkpoint of the best evaluation; the state is that of the batch just finished."""
-        if self.metric is None:
-            return
-        name = self.metric.removeprefix("eval/")
-        if name not in state.eval_metric_values:
-            known = ", ".join(f"eval/{known}" for known in state.eval_metric_values)
-            raise ValueError(f"save_best.metric {self.metric} is measured by no evaluation: choose one of {known}")
-        value, best = dist.all_gather_object(float(state.eval_metric_values[name]))[0], self.best
-        if isnan(value) or (best is not None and not (value > best if self.mode == "max" else value < best)):
-            return
-        self.best = value
+        scores = {name: float(value) for name, value in state.eval_metric_values.items()}
+        scores = dist.all_gather_object(scores)[0]
         last = self._last
-        if self.last_checkpoint_batch != state.timestamp.batch:
-            self._save_checkpoint(state, logger, is_best=True)
-        elif last is not None and last.manifest.batch == state.timestamp.batch.value:
-            self._attempt(state, lambda: self._keep_best(state, logger, last, value))
+        if last is not None and last.manifest.batch != state.timestamp.batch.value:
+            last = None
+        if self.metric is not None:
+            name = self.metric.removeprefix("eval/")
+            if name not in scores:
+                known = ", ".join(f"eval/{known}" for known in scores)
+                raise ValueError(f"save_best.metric {self.metric} is measured by no evaluation: choose one of {known}")
+            if self._improves(scores[name]):
+                if self.last_checkpoint_batch != state.timestamp.batch:
+                    self._save_checkpoint(state, logger, is_best=True)
+                elif last is not None:
+                    self._attempt(state, lambda: self._keep_best(state, logger, last, scores))
+        if last is not None and last.manifest.scores is None:
+            self._attempt(state, lambda: self._add_scores(state, logger, last, scores))
+
+    def _improves(self, value: float) -> bool:
+        """Return whether a value is the best so far, and remember it."""
+        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        if isnan(value) or value == UNDEFINED or not better:
+            return False
+        self.best = value
+        return True
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log failed uploads, for which Composer's own saver would end this rank."""
@@ -166,17 +199,18 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             raise RuntimeError(f"no checkpoint of batch {state.timestamp.batch.value} could be written: {self.failure}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best metric so far."""
-        return {"best": self.best}
+        """Return the best value so far, and of what."""
+        return {"best": self.best, "metric": self.metric, "mode": self.mode}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the best metric so far."""
-        self.best = state.get("best")
+        """Restore the best value so far, if it is of the same metric."""
+        is_same = (state.get("metric", self.metric), state.get("mode", self.mode)) == (self.metric, self.mode)
+        self.best = state.get("best") if is_same and state.get("best") != UNDEFINED else None
 
-    def _save_checkpoint(self, state: State, logger: Logger, is_best: bool = False) -> None:
+    def _save_checkpoint(self, state: State, logger: Logger, is_best: bool = False, is_evaluated: bool = True) -> None:
         self.last_checkpoint_batch = state.timestamp.batch
         if weights_are_finite(state):
-            self.failure = self._attempt(state, lambda: self._save(state, logger, is_best))
+            self.failure = self._attempt(state, lambda: self._save(state, logger, is_best, is_evaluated))
             return
         # A run could not continue from it, nor would it look for older ones.
         self.failure = "its weights are not finite"
@@ -201,7 +235,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             return str(error)
         return None
 
-    def _save(self, state: State, logger: Logger, is_best: bool) -> None:
+    def _save(self, state: State, logger: Logger, is_best: bool, is_evaluated: bool) -> None:
         sharded = state.fsdp_sharded_state_dict_enabled
         own_file = Path(checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
         target = own_file.parent if sharded else own_file
@@ -217,11 +251,13 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             sharded=sharded,
             weights_only=self.weights_only,
             metric={},
+            scores={} if is_evaluated else None,
         )
         self._last = last = _Saved(target, manifest, list(written))
-        if is_best and (best := self.best) is not None:
+        if is_best and self.metric is not None and (best := self.best) is not None:
             # Before the checkpoint is whole: a run resumed from it is past the evaluation and does not repeat it.
-            self._attempt(state, lambda: self._keep_best(state, logger, last, best))
+            scores = {self.metric.removeprefix("eval/"): best}
+            self._attempt(state, lambda: self._keep_best(state, logger, last, scores))
         together(lambda: self._publish(state, logger, last))
         together(lambda: self._point_latest(state, logger, target))
         if written:
@@ -265,6 +301,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
                 if not (saved.folder / name).is_file():
                     raise OSError(f"{name} of another rank is not in {saved.folder}: all nodes must share the folder")
             path = Path(manifest_of(str(saved.target), saved.manifest.sharded))
+            if self._write_config is not None:
+                self._write_config()
+                self._write_config = None
             write_manifest(saved.manifest, path)
             Path(f"{saved.target}{UNFINISHED}").unlink()
             paths.append(path)
@@ -284,14 +323,16 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         create_symlink_file(self._remote_name(state, target), str(symlink))
         self._upload_checkpoint(f"{self._remote_name(state, link)}.symlink", str(symlink), [], logger)
 
-    def _keep_best(self, state: State, logger: Logger, last: _Saved, value: float) -> None:
+    def _keep_best(self, state: State, logger: Logger, last: _Saved, scores: dict[str, float]) -> None:
         """Give the checkpoint a second name, which rotation ignores, with the metric in its manifest."""
         assert self.metric is not None
         sharded = last.manifest.sharded
         target = self._local_folder(state) / (BEST_FOLDER if sharded else BEST_FILE)
         renamed = {name: name if sharded else target.name for name in last.manifest.files}
         files = {renamed[name]: entry for name, entry in last.manifest.files.items()}
-        manifest = replace(last.manifest, files=files, metric={self.metric: value})
+        value = scores[self.metric.removeprefix("eval/")]
+        measured = scores if last.manifest.scores is None else last.manifest.scores
+        manifest = replace(last.manifest, files=files, metric={self.metric: value}, scores=measured)
         best = _Saved(target, manifest, [renamed[name] for name in last.own])
 
         def rename_all() -> None:
@@ -306,6 +347,18 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         together(lambda: self._publish(state, logger, best))
         if dist.get_global_rank() == 0:
             log.info("best checkpoint so far: batch %d, %s %g", manifest.batch, self.metric, value)
+
+    def _add_scores(self, state: State, logger: Logger, last: _Saved, scores: dict[str, float]) -> None:
+        """Add to a checkpoint's manifest what its batch's evaluation measured, so that no resume repeats it."""
+        self._last = replace(last, manifest=replace(last.manifest, scores=scores))
+
+        def rewrite() -> None:
+            if dist.get_global_rank() == 0:
+                path = Path(manifest_of(str(last.target), last.manifest.sharded))
+                write_manifest(replace(last.manifest, scores=scores), path)
+                self._upload_checkpoint(self._remote_name(state, path), str(path), [], logger)
+
+        together(rewrite)
 
     def _rotate(self, state: State) -> None:
         """Remove the oldest local checkpoints, also of earlier launches, down to `num_checkpoints_to_keep`."""

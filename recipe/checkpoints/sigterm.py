@@ -1,4 +1,4 @@
-"""Handle SIGTERM: finish the batch, save a checkpoint, exit with a status that says to start again."""
+"""Handle SIGTERM and Ctrl-C: finish the batch, save a checkpoint, exit with a status that says to start again."""
 
 import logging
 import os
@@ -36,7 +36,9 @@ def ignore_sigterm() -> None:
 
 
 class Preemption(Callback):
-    """Save on all ranks at the end of the batch after SIGTERM to any rank, and exit with `PREEMPTED`.
+    """Save on all ranks at the end of the batch after SIGTERM or Ctrl-C to any rank, and exit with `PREEMPTED`.
+
+    A second Ctrl-C ends the process at once.
 
     During an evaluation this waits for its end, when the batch's checkpoint is due: an earlier checkpoint would resume
     without that evaluation. A run that has reached `max_duration` ends as usual.
@@ -45,12 +47,15 @@ class Preemption(Callback):
     def __init__(self, saver: CheckpointSaver):
         self.saver = saver
         self.asked = False
+        self._process = os.getpid()
         self._before: Any = None
+        self._before_interrupt: Any = None
 
     def init(self, state: State, logger: Logger) -> None:
         """Start listening."""
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before_interrupt = signal.signal(signal.SIGINT, self._note_interrupt)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save and exit if asked, after the batch, its evaluation and its checkpoint.
@@ -67,7 +72,10 @@ class Preemption(Callback):
             return
         self.saver.save_now(state, logger)
         dist.barrier()  # the launcher kills all ranks as soon as one has exited
-        log.warning("SIGTERM: batch %d is saved; run the same command to continue from it", state.timestamp.batch.value)
+        log.warning(
+            "SIGTERM or Ctrl-C: batch %d is saved; run the same command to continue from it",
+            state.timestamp.batch.value,
+        )
         ignore_sigterm()
         raise SystemExit(PREEMPTED)
 
@@ -79,6 +87,16 @@ class Preemption(Callback):
         """Restore the handler, unless SIGTERM has come: the launcher sends it again to all that still run."""
         if signal.getsignal(signal.SIGTERM) == self._note and not self.asked:
             signal.signal(signal.SIGTERM, self._before)
+        if signal.getsignal(signal.SIGINT) == self._note_interrupt:
+            signal.signal(signal.SIGINT, self._before_interrupt)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        # Workers inherit this handler: a terminal's Ctrl-C reaches them too, and must not end them before the batch.
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if os.getpid() == self._process:
+            text = "Ctrl-C: training ends after this batch, with a checkpoint; again: at once, without one\n"
+            os.write(2, text.encode())  # logging may be in the middle of a line

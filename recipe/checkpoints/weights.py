@@ -4,7 +4,9 @@ An exported folder holds what `Qwen2_5_VLForConditionalGeneration.from_pretraine
 read, the rest of the network (`HEAD_FILE`) and the run's configuration (`CONFIG_FILE`).
 """
 
+import os
 import pickle
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,6 +26,7 @@ from recipe.config import CaptionDecoderConfig, RecipeConfig
 from recipe.configure import load_config, save_config
 from recipe.data.image import image_spec
 from recipe.models.network import AVERAGE, JointNetwork
+from recipe.records import PARTIAL
 from recipe.redact import redact
 
 HEAD_FILE = "detection_head.safetensors"
@@ -154,6 +157,16 @@ def export_model(network: JointNetwork, processor: Any, config: RecipeConfig, fo
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is a file or a folder that is not empty: give the export a folder of its own")
+    partial = folder.absolute().with_name(folder.absolute().name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_export(network, processor, config, partial)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_export(network: JointNetwork, processor: Any, config: RecipeConfig, folder: Path) -> None:
     network.vlm.hf_model.save_pretrained(folder)
     spec, processor = image_spec(processor.image_processor, config.image), deepcopy(processor)
     images = processor.image_processor
@@ -163,8 +176,12 @@ def export_model(network: JointNetwork, processor: Any, config: RecipeConfig, fo
     weights = answering_weights(network.state_dict())
     head = {name: value.contiguous() for name, value in weights.items() if not name.startswith(LANGUAGE_MODEL)}
     save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
-    # Last, so that only a whole export has one.
     save_config(config, folder / CONFIG_FILE, network.caption_decoder.max_caption_tokens)
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)  # safetensors' own is 0600
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streaming.base.shuffle import get_shuffle
 from torch.utils.data import Dataset, DistributedSampler
 
-from recipe.config import TeacherConfig
+from recipe.config import NEW_RUN, TeacherConfig
 from recipe.data.encode import Encoder
 from recipe.data.lengths import LengthTable, takes_teachers
 from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
@@ -172,7 +172,7 @@ class PackStream(CheckedDataset):
         if changed:
             raise ValueError(
                 f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}). "
-                "Undo the change, or start a new run from the weights alone with trainer.load_weights_only=true"
+                f"Undo the change, or start a new run from the weights: {NEW_RUN}"
             )
         super().load_state_dict(obj)
 

@@ -109,6 +109,7 @@ class JointNetwork(nn.Module):
         """
         parts = {name: deepcopy(getattr(self, name)) for name in ("memory", "detection_head", "caption_decoder")}
         self.average = nn.ModuleDict(parts).requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_begin_averages)
 
     def averaged_parameters(self) -> list[tuple[Parameter, Parameter]]:
         """Return each averaged parameter with its average."""
@@ -244,3 +245,11 @@ def padded_captions(targets: Sequence[Target | None], device: torch.device) -> T
         if len(ids):
             row[: len(ids), : ids.shape[1]] = ids
     return labels
+
+
+def _begin_averages(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let averages begin as the weights if those loaded have none."""
+    assert isinstance(module, JointNetwork) and module.average is not None
+    names = [name for name in module.average.state_dict() if prefix + name in state]
+    if not any(key.startswith(prefix + AVERAGE) for key in state):
+        state.update({f"{prefix}{AVERAGE}{name}": state[prefix + name] for name in names})

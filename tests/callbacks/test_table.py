@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from recipe.build import build_all_callbacks
+from recipe.callbacks.loggers import GuardedTensorboardLogger
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import CALLBACKS, LOGGERS, build_callbacks, build_loggers
 from recipe.config import CALLBACK_NAMES, LOGGER_NAMES, ModelConfig, RecipeConfig
@@ -149,7 +150,7 @@ def test_user_keywords_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     json_lines, wandb = build_loggers(config.loggers, config.run_folder)
     assert vars(json_lines)["path"] == tmp_path / "elsewhere.jsonl"
     init_kwargs = {"dir": str(tmp_path / "run"), "mode": "disabled", "notes": "text", "project": "mine"}
-    assert vars(wandb)["_init_kwargs"] == init_kwargs
+    assert {**vars(wandb)["_init_kwargs"], "id": None, "resume": None} == {**init_kwargs, "id": None, "resume": None}
     assert config.loggers["wandb"]["init_kwargs"] == {"notes": "text"}
 
 
@@ -182,3 +183,15 @@ def test_out_of_memory_traces_lie_in_the_run_folder(tmp_path: Path) -> None:
     (observer,) = build_callbacks(config.callbacks, config.run_folder)
     assert vars(observer)["folder"] == f"{tmp_path}/run/out_of_memory"
     assert vars(observer)["max_entries"] == 7 and vars(observer)["remote_file_name"] is None
+
+
+def test_a_run_folder_is_one_run_of_wandb_and_tensorboard(tmp_path: Path) -> None:
+    def ids(folder: str) -> tuple[str, str | None]:
+        tensorboard, wandb = build_loggers({"tensorboard": {}, "wandb": {}}, str(tmp_path / folder))
+        assert isinstance(tensorboard, GuardedTensorboardLogger)
+        return vars(wandb)["_init_kwargs"]["id"], tensorboard.folder_name
+
+    assert ids("a") == ids("a") and ids("a")[1] == "a"
+    assert ids("a")[0] != ids("b")[0]
+    (given,) = build_loggers({"wandb": {"init_kwargs": {"id": "mine"}}}, str(tmp_path / "a"))
+    assert vars(given)["_init_kwargs"]["id"] == "mine"

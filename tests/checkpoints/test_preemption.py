@@ -55,6 +55,27 @@ def test_the_signal_is_handed_back(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_ctrl_c_saves_and_the_second_ends_at_once(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    saver = make_saver(tmp_path, save_interval="100ba")
+    found = []
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        found.append(signal.getsignal(signal.SIGINT))
+
+    trainer = make_trainer(saver, 9, None, (AtBatch(2, interrupt), Preemption(saver)))
+    try:
+        with pytest.raises(SystemExit) as left:
+            trainer.fit()
+        trainer.close()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left.value.code == PREEMPTED and found == [signal.SIG_DFL]
+    newest = newest_valid(str(tmp_path))
+    assert newest is not None and newest.manifest.batch == 3
+
+
 def test_a_run_at_its_end_just_ends(tmp_path: Path) -> None:
     saver = make_saver(tmp_path)
     trainer = make_trainer(saver, 2, None, (AtBatch(1, terminate), Preemption(saver)))

@@ -11,7 +11,7 @@ import torch
 
 from recipe.checkpoints import resume
 from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS
-from recipe.config import RecipeConfig, view_trainer
+from recipe.config import NEW_RUN, ConfigError, RecipeConfig, view_trainer
 from recipe.schema import Origin
 from tests.checkpoints.checkpoint_cases import ORIGIN, flip, train, truncate
 
@@ -102,6 +102,22 @@ def test_never_from_nothing_where_checkpoints_are(run_folder: Path) -> None:
 def test_without_autoresume_checkpoints_are_in_the_way(run_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"holds checkpoints \(ba1.pt, ba2.pt\) and autoresume is false: set"):
         load_keywords(config(run_folder, autoresume=False), ORIGIN)
+
+
+@pytest.mark.parametrize(("then", "now"), [(0.1, 0.0), (0.0, 0.1), (0, 1e-5)])
+def test_a_group_frozen_or_thawed_is_refused_and_the_remedies_work(
+    run_folder: Path, tmp_path: Path, then: float, now: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = replace(ORIGIN, config={"optimizer": {"lr_llm": then, "lr_vision": 1.0}})
+    after = replace(ORIGIN, config={"optimizer": {"lr_llm": now, "lr_vision": 0.5}})
+    monkeypatch.setattr("tests.checkpoints.checkpoint_cases.ORIGIN", before)
+    train(tmp_path / "frozen" / "checkpoints", 2)
+    own = tmp_path / "frozen" / "checkpoints" / "ba2.pt"
+    for asked in (config(tmp_path / "frozen"), config(tmp_path / "new", own)):
+        with pytest.raises(ConfigError, match=rf"optimizer\.lr_llm is .*set optimizer.lr_llm={then}.*{NEW_RUN}"):
+            load_keywords(asked, after)
+    load_keywords(config(tmp_path / "frozen"), before)
+    assert load_keywords(config(tmp_path / "new", own, load_weights_only=True), after) == keywords(own, True)
 
 
 def test_changed_keys_are_told(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """`recipe.checkpoints.weights.export_model` and `recipe/export.py`: transformers and the recipe load it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -52,6 +53,26 @@ def logits(vlm: PreTrainedModel, processor: Any) -> Tensor:
 
 def with_attention(config: RecipeConfig, attn_implementation: str) -> RecipeConfig:
     return replace(config, model=replace(config.model, attn_implementation=attn_implementation))
+
+
+def test_every_file_has_the_mode_of_the_umask(exported: Path):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in exported.iterdir() if path.is_file()} == {0o666 & ~mask}
+
+
+def test_an_export_that_fails_leaves_nothing(trained_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = parse(["--checkpoint", str(trained_checkpoint), "--out", str(tmp_path / "new")])
+
+    def fail(*args: Any, **keywords: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="No space"):
+        broken.setattr("recipe.checkpoints.weights.save_file", fail)
+        main(asked)
+    assert not list(tmp_path.iterdir())
+    main(asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_transformers_computes_what_the_checkpoint_does(exported: Path, trained_checkpoint: Path):
