@@ -6,7 +6,8 @@ itself never changes.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import build_callbacks
 from recipe.callbacks.training_data import TrainingData
-from recipe.config import CaptionDecoderConfig, LoaderConfig, RecipeConfig
+from recipe.checkpoints.resume import WEIGHTS_FROM
+from recipe.checkpoints.weights import is_export, trained_caption_length
+from recipe.config import ConfigError, ModelConfig, RecipeConfig
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
-from recipe.load import build_network
+from recipe.load import build_network, fill_head, fill_whole
 from recipe.models.vlm import load_vlm
 from recipe.optim.schedule import build_schedule
 from recipe.upstream.storage import open_streams
@@ -32,34 +35,69 @@ from recipe.upstream.storage import open_streams
 log = logging.getLogger(__name__)
 
 
-def caption_length(
-    decoder: CaptionDecoderConfig, loaders: Sequence[LoaderConfig], tokenizer: PreTrainedTokenizerBase
-) -> int:
-    """Return `max_caption_tokens`; if it is null, the longest caption's length in the data; called by all ranks.
+def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return `max_caption_tokens`; if it is null, that of the head to start from, else the data's; called by all ranks.
 
     Evaluation captions count too: one that is too long would stop the first evaluation.
 
     Raises:
+        ConfigError: The data has longer captions than the head to start from writes.
         ValueError: A stream cannot be opened, or has no records.
     """
-    if decoder.max_caption_tokens is not None:
-        return decoder.max_caption_tokens
+    if config.caption_decoder.max_caption_tokens is not None:
+        return config.caption_decoder.max_caption_tokens
+    loaders = (config.train_loader, config.eval_loader)
     streams = [stream for loader in loaders for stream in open_streams(loader.streams)]
     longest = max(read_longest_caption(streams, tokenizer), 2)
-    log.info("caption_decoder.max_caption_tokens: %d, the longest caption of the data", longest)
-    return longest
+    start, trained = config.load_path or head_to_start_from(config), None
+    with suppress(ValueError):  # its run's configuration is not found
+        trained = trained_caption_length(config.caption_decoder, start)
+    if trained is None:
+        log.info("caption_decoder.max_caption_tokens: %d, the longest caption of the data", longest)
+        return longest
+    if longest > trained:
+        raise ConfigError(
+            f"the data has captions of up to {longest} tokens, but {start} writes at most {trained} "
+            "(caption_decoder.max_caption_tokens): shorten them, or begin with a new head: leave load_path out and set "
+            "detection_head.pretrained=false"
+        )
+    return trained
+
+
+def head_to_start_from(config: RecipeConfig) -> str | None:
+    """Return the folder of the base model if it is an export and its head is wanted, else None."""
+    base = config.model.pretrained_model_name_or_path
+    return base if config.detection_head.pretrained and is_export(base) else None
 
 
 def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | None = None) -> JointModel:
-    """Return the joint model with the language model's weights, and averages if `ema` is set.
+    """Return the joint model with the language model's weights, the head's if the base is an export, and averages.
 
     `max_caption_tokens` defaults to the configuration's.
     """
     vlm = load_vlm(**vars(config.model))
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image), max_caption_tokens)
+    base = head_to_start_from(config)
+    if base is not None:
+        try:
+            fill_head(network, Path(base))
+        except ValueError as error:
+            raise ConfigError(f"{error}, or set detection_head.pretrained=false to begin with a new head") from error
+        log.info("the head starts from %s: detection_head.pretrained", base)
     if config.ema is not None:
         network.add_average()
     return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
+
+
+def take_weights(model: JointModel, start: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Load what Composer cannot, before the model is sharded; return what is left of the Trainer's `load_*` keywords.
+
+    `start` is from `recipe.checkpoints.resume`.
+    """
+    start = dict(start)
+    if (path := start.pop(WEIGHTS_FROM, None)) is not None:
+        fill_whole(model.model, Path(path), config)
+    return start
 
 
 def build_algorithms(config: RecipeConfig) -> list[Algorithm]:

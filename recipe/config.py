@@ -76,6 +76,7 @@ class ModelConfig:
 class DetectionHeadConfig:
     """The DETR-style head; see `recipe/models/detection_head.py`."""
 
+    pretrained: bool = True  # start from the head of the base model if that is an export; false: from a new one
     num_queries: int = number(100, least=1)
     width: int | None = number(None, least=1)  # a multiple of 8 and of num_heads; null: the language model's width
     num_heads: int = number(8, least=1)
@@ -339,7 +340,7 @@ class RecipeConfig:
 
     seed: int = 17
     run_folder: str = MISSING  # checkpoints, logs, images and the resolved config; `trainer.save_folder` may differ
-    load_path: str | None = None  # a Composer checkpoint: train.py starts from it, eval.py evaluates it
+    load_path: str | None = None  # a checkpoint or export: train.py starts from it, eval.py evaluates it
     autoresume: bool = True  # continue from the run's newest valid checkpoint; `load_path` is then not read
     max_seq_len: int = number(4096, least=1)  # tokens per sample; a longer one is an error that names it
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -31,7 +31,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from recipe.build import build_all_callbacks, build_model
+    from recipe.build import build_all_callbacks, build_model, take_weights
     from recipe.callbacks.progress import headline
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
@@ -57,7 +57,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
     eval_loader = build_eval_loader(config.eval_loader, encoder, teachers, config.seed)
     origin = describe(as_saved(config, longest), processor.tokenizer, model)
-    start = weights_keywords(view, config.load_path, origin)
+    start = take_weights(model, weights_keywords(view, config.load_path, origin), config.model)
     with safe_loading():
         trainer = Trainer(
             model=model,

@@ -18,6 +18,8 @@ from recipe.checkpoints.weights import (
     fill,
     find_base_model,
     find_config,
+    is_export,
+    is_sharded,
     read_remote_weights,
     read_weights,
 )
@@ -133,15 +135,16 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
     """Return a trained network, its processor and its configuration; averaged weights are used if there are any.
 
     Args:
-        checkpoint: A Composer .pt file, also in an object store, or a folder from `export_model`.
-        config: Default: the one saved with the checkpoint. For a .pt file, only configuration and processor of the base
+        checkpoint: A Composer .pt file, also in an object store, the folder of a sharded checkpoint, or one from
+            `export_model`.
+        config: Default: the one saved with the checkpoint. For Composer's, only configuration and processor of the base
             model it names are read, not the weights.
 
     Raises:
-        ValueError: The checkpoint is missing, is neither of the two, or does not fit the configuration.
+        ValueError: The checkpoint is missing, is none of these, or does not fit the configuration.
     """
     path = Path(checkpoint)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         return _load_exported(path, config)
     if "://" in str(checkpoint):
         if config is None:
@@ -163,7 +166,8 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
 def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetwork, Any, RecipeConfig]:
     missing = [name for name in (CONFIG_FILE, HEAD_FILE) if not (folder / name).is_file()]
     if missing:
-        found = sorted(str(path) for path in [*folder.glob("*.pt"), *folder.glob("checkpoints/*.pt")])
+        within = [*folder.glob("*"), *folder.glob("checkpoints/*")]
+        found = sorted(str(path) for path in within if path.suffix == ".pt" or is_sharded(path))
         remedy = f"give one of its checkpoints, such as {found[-1]}" if found else "make one with recipe/export.py"
         raise ValueError(f"{folder} is not an exported model, it lacks {' and '.join(missing)}: {remedy}")
     config = config or load_config(str(folder / CONFIG_FILE))
@@ -171,9 +175,25 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
     vlm = load_vlm(**{**vars(config.model), "pretrained_model_name_or_path": str(folder)})
     spec = image_spec(processor.image_processor, config.image)
     network = build_network(config, vlm, spec, _trained_length(config, weights))
-    head = nn.ModuleDict({name: part for name, part in network.named_children() if f"{name}." != LANGUAGE_MODEL})
-    fill(head, weights, folder / HEAD_FILE)
+    fill_head(network, folder)
     return network, processor, config
+
+
+def fill_head(network: JointNetwork, folder: Path) -> None:
+    """Load all but the language model from an export; raise ValueError if it does not fit."""
+    head = nn.ModuleDict({name: part for name, part in network.named_children() if f"{name}." != LANGUAGE_MODEL})
+    fill(head, load_file(folder / HEAD_FILE), folder / HEAD_FILE)
+
+
+def fill_whole(network: JointNetwork, path: Path, config: ModelConfig) -> None:
+    """Load all weights of a checkpoint on disk or an export; raise ValueError if it does not fit."""
+    if is_export(path):
+        network.vlm.hf_model.load_state_dict(
+            load_vlm(**{**vars(config), "pretrained_model_name_or_path": str(path)}).state_dict()
+        )
+        fill_head(network, path)
+    else:
+        fill(nn.ModuleDict({"model": network}), read_weights(path), path)  # JointModel's names, as in the checkpoint
 
 
 def _trained_length(config: RecipeConfig, weights: dict[str, torch.Tensor], prefix: str = "") -> int | None:

@@ -28,7 +28,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length
+    from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length, take_weights
     from recipe.callbacks.progress import Summary
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
@@ -55,11 +55,11 @@ def main(config: RecipeConfig) -> "Trainer":
     reproducibility.seed_all(config.seed)
     processor = load_processor(config.model.pretrained_model_name_or_path)
     tokenizer = processor.tokenizer
-    longest = caption_length(config.caption_decoder, (config.train_loader, config.eval_loader), tokenizer)
+    longest = caption_length(config, tokenizer)
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor, longest)
     origin = describe(as_saved(config, longest), tokenizer, model)
-    start = load_keywords(view, config.load_path, config.autoresume, origin)
+    start = take_weights(model, load_keywords(view, config.load_path, config.autoresume, origin), config.model)
     asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
     train_loader = build_train_loader(
         config.train_loader,

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -26,7 +25,7 @@ from recipe.checkpoints.check import (
     read_manifest,
 )
 from recipe.checkpoints.save import CheckpointSaver
-from recipe.checkpoints.weights import SAFE_GLOBALS, explaining, refuse_code, some
+from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, is_export, some
 from recipe.config import NEW_RUN, ConfigError, TrainerView
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -34,9 +33,11 @@ from recipe.upstream.agreement import agree, from_rank_0
 
 log = logging.getLogger(__name__)
 
+WEIGHTS_FROM = "weights_from"  # instead of `load_path`: what Composer cannot load, see `recipe.build.take_weights`
+
 
 def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool, origin: Origin) -> dict[str, Any]:
-    """Return the Trainer's `load_*` keywords for this run; called by all ranks.
+    """Return the Trainer's `load_*` keywords for this run, or `WEIGHTS_FROM`; called by all ranks.
 
     Its own checkpoints come first: `load_path` is only for a run that has none.
 
@@ -60,7 +61,7 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
 
 
 def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin) -> dict[str, Any]:
-    """Return the Trainer's `load_*` keywords to load the weights of `load_path` and no more; called by all ranks.
+    """Return the Trainer's `load_*` keywords, or `WEIGHTS_FROM`, to load only the weights of `load_path` on all ranks.
 
     Raises:
         ValueError: On every rank: it is broken, or does not fit.
@@ -127,13 +128,18 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
             raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
         weights_only = manifest.weights_only or weights_only
         _check_fit(trainer, origin, Found(path, manifest), weights_only)
+        if weights_only and manifest.sharded != trainer.saves_shards:
+            return {"load_path": None, WEIGHTS_FROM: path}
         if not weights_only:
             _check_groups(Found(path, manifest), origin)
         return _keywords(path, weights_only)
+    if is_export(path):
+        log.info("load_path %s is an export, which holds weights only", path)
+        return {"load_path": None, WEIGHTS_FROM: path}
     if "://" not in path and Path(path).is_dir():
         raise ValueError(
-            f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint: give one of its .pt "
-            "files; a Hugging Face model belongs in model.pretrained_model_name_or_path"
+            f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint, and not an export: "
+            "give a checkpoint in it; a Hugging Face model belongs in model.pretrained_model_name_or_path"
         )
     log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
     return _keywords(path, weights_only=True)
@@ -214,41 +220,25 @@ def _check_fit(trainer: TrainerView, origin: Origin, found: Found, weights_only:
             )
     if manifest.sharded != trainer.saves_shards:
         kind, remedy = ("sharded", "sharded") if manifest.sharded else ("whole", "full, or leave fsdp out")
-        raise ValueError(
-            f"{path} is a {kind} checkpoint and this run reads the other kind: "
-            f"set trainer.parallelism_config.fsdp.state_dict_type: {remedy}"
-        )
+        if not weights_only:
+            raise ValueError(
+                f"{path} is a {kind} checkpoint and this run reads the other kind: set "
+                f"trainer.parallelism_config.fsdp.state_dict_type: {remedy}, or start a new run from the weights: "
+                f"{NEW_RUN}"
+            )
+        if "://" in path:
+            raise ValueError(f"{path} is a {kind} checkpoint: copy it to a disk, and give load_path its place there")
 
 
 # Composer would build the algorithms that a checkpoint names by evaluating its text; exclude all it can name.
 EXCLUDED_ALGORITHMS: Sequence[str] = dir(composer.algorithms)
-
-_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
-# All that the index of a sharded checkpoint consists of.
-_METADATA_GLOBALS = {
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath"},
-    "torch": {"Size", "device", *_DTYPES},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    },
-}
 
 
 @contextmanager
 def safe_loading() -> Iterator[None]:
     """Make Composer and torch check files with `check_file` and read plain data only, whatever the environment says."""
     switches = {
-        "CHECKPOINT_VALIDATION_FUNCTION": f"{__name__}.check_file",
+        "CHECKPOINT_VALIDATION_FUNCTION": f"{check_file.__module__}.check_file",
         "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
         "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0",
     }
@@ -262,32 +252,3 @@ def safe_loading() -> Iterator[None]:
             os.environ.pop(name)
             if name in before:
                 os.environ[name] = before[name]
-
-
-def check_file(path: str | Path, specs: list[tuple[int, int]] | None = None) -> bool:
-    """Return True, or raise ValueError if a checkpoint's file holds what could run code or is damaged.
-
-    Composer calls it with every file before reading it.
-
-    Args:
-        path: Of a checkpoint, a shard or an index of shards.
-        specs: Of a shard: offsets and lengths of what will be read.
-    """
-    path = Path(path).resolve()
-    if path.name == ".metadata":
-        try:
-            with path.open("rb") as file:
-                _Metadata(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
-            raise ValueError(f"{path} is not an index of a sharded checkpoint: {error}: give another one") from error
-    elif specs is None:
-        with explaining(path):
-            refuse_code(path)
-    return True
-
-
-class _Metadata(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _METADATA_GLOBALS.get(module, set()):
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code: refused")
-        return super().find_class(module, name)

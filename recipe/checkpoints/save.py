@@ -137,7 +137,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         super().fit_start(state, logger)
         if self.metric is not None:
             name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
-            kept = together(lambda: dist.get_global_rank() == 0 and best_metric(open_folder(self._given_folder), name))
+            is_first = dist.get_global_rank() == 0
+            kept = together(lambda: best_metric(open_folder(self._given_folder), name) if is_first else None)
             if self.metric not in (dist.all_gather_object(kept)[0] or {}):
                 self.best = None  # it belongs to another metric, or to another run that this one started from
 

@@ -7,6 +7,7 @@ read, the rest of the network (`HEAD_FILE`) and the run's configuration (`CONFIG
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,6 +20,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.torch_version import TorchVersion
 
@@ -31,6 +35,7 @@ from recipe.redact import redact
 
 HEAD_FILE = "detection_head.safetensors"
 CONFIG_FILE = "recipe.yaml"
+INDEX_OF_SHARDS = ".metadata"  # torch's
 RUN_CONFIG_FILE = "config.yaml"
 LANGUAGE_MODEL = "vlm."
 
@@ -48,6 +53,27 @@ SAFE_GLOBALS: list[Any] = [
 ]
 
 
+_DTYPES = {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+# All that the index of a sharded checkpoint consists of.
+_METADATA_GLOBALS = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "torch": {"Size", "device", *_DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
 @contextmanager
 def explaining(path: Path) -> Iterator[None]:
     """Raise ValueError that says why a file cannot be read as a checkpoint, for all that reading it may raise."""
@@ -58,17 +84,29 @@ def explaining(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not a readable Composer checkpoint: {reason}: give another one") from error
 
 
+def is_sharded(path: str | Path) -> bool:
+    """Return whether a path is a checkpoint of a file per rank."""
+    return Path(path, INDEX_OF_SHARDS).is_file()
+
+
+def is_export(path: str | Path) -> bool:
+    """Return whether a path is a folder from `export_model`."""
+    return Path(path, HEAD_FILE).is_file()
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the weights of a Composer checkpoint by their names in `JointModel`; no code in the file is run.
 
-    The tensors stay on disk until they are read.
+    Those of a .pt file stay on disk until they are read; those of a sharded checkpoint are gathered in memory.
 
     Raises:
         ValueError: The file is missing, is not a Composer checkpoint, or holds classes that a checkpoint never needs.
     """
     path = Path(path)
+    if is_sharded(path):
+        return _gather_weights(path)
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist: give a .pt file from {{run_folder}}/checkpoints")
+        raise ValueError(f"checkpoint {path} does not exist: give one from {{run_folder}}/checkpoints")
     with explaining(path), safe_globals(SAFE_GLOBALS):
         refuse_code(path)
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -77,6 +115,23 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} is not a Composer checkpoint: it holds no weights under state.model")
     return dict(weights)
+
+
+def _gather_weights(folder: Path) -> dict[str, Tensor]:
+    check_file(folder / INDEX_OF_SHARDS)
+    reader, prefix = FileSystemReader(folder), "state.model."
+    entries = reader.read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    if not weights:
+        raise ValueError(f"{folder} is not a Composer checkpoint: it holds no weights under state.model")
+    with explaining(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(weights, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def answering_weights(weights: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
@@ -112,8 +167,10 @@ def read_remote_weights(address: str) -> dict[str, Tensor]:
 
 
 def find_config(checkpoint: str | Path) -> RecipeConfig:
-    """Return the configuration of the run that wrote a checkpoint; raise ValueError if none is found."""
+    """Return the configuration of the run that wrote a checkpoint or export; raise ValueError if none is found."""
     path = Path(checkpoint).absolute()
+    if (path / CONFIG_FILE).is_file():
+        return load_config(str(path / CONFIG_FILE))
     for folder in list(path.parents)[:3]:
         if (folder / RUN_CONFIG_FILE).is_file():
             return load_config(str(folder / RUN_CONFIG_FILE))
@@ -134,9 +191,8 @@ def trained_caption_length(decoder: CaptionDecoderConfig, checkpoint: str | None
     """Return `max_caption_tokens`; if it is null, the checkpoint's, or raise ValueError if that is not found."""
     if decoder.max_caption_tokens is not None or checkpoint is None:
         return decoder.max_caption_tokens
-    exported = Path(checkpoint, CONFIG_FILE)
     try:
-        trained = load_config(str(exported)) if exported.is_file() else find_config(checkpoint)
+        trained = find_config(checkpoint)
     except ValueError as error:
         raise ValueError(
             f"caption_decoder.max_caption_tokens is null, and what {redact(checkpoint)} was trained with is "
@@ -185,8 +241,13 @@ def _write_export(network: JointNetwork, processor: Any, config: RecipeConfig, f
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Load all weights of a module; raise ValueError with some of the names or shapes that differ."""
+    """Load all weights of a module; raise ValueError with some of the names or shapes that differ.
+
+    Averages may be missing: they begin as the weights.
+    """
     expected = module.state_dict()
+    if not any(AVERAGE in name for name in weights):
+        expected = {name: value for name, value in expected.items() if AVERAGE not in name}
     differing = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
         for name, value in expected.items()
@@ -209,3 +270,32 @@ def some(names: list[str], shown: int = 3) -> str:
     """Return the first names and the number of the rest."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
+
+
+def check_file(path: str | Path, specs: list[tuple[int, int]] | None = None) -> bool:
+    """Return True, or raise ValueError if a checkpoint's file holds what could run code or is damaged.
+
+    Composer calls it with every file before reading it.
+
+    Args:
+        path: Of a checkpoint, a shard or an index of shards.
+        specs: Of a shard: offsets and lengths of what will be read.
+    """
+    path = Path(path).resolve()
+    if path.name == INDEX_OF_SHARDS:
+        try:
+            with path.open("rb") as file:
+                _Metadata(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is not an index of a sharded checkpoint: {error}: give another one") from error
+    elif specs is None:
+        with explaining(path):
+            refuse_code(path)
+    return True
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _METADATA_GLOBALS.get(module, set()):
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which could run code: refused")
+        return super().find_class(module, name)

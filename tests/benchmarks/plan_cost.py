@@ -1,4 +1,4 @@
-"""Plans one epoch of a lognormal mix in a process of its own; prints JSON: `seconds` of one core and `peak_gb`.
+"""Plans one epoch of a lognormal mix in a process of its own; prints JSON: `seconds` of one core, added `peak_gb`.
 
 python tests/benchmarks/plan_cost.py NUM_SAMPLES
 """
@@ -30,14 +30,18 @@ def main() -> None:
     num_samples = int(sys.argv[1])
     tokens, patches = lognormal_mix(num_samples)
     order = np.random.default_rng(1).permutation(num_samples)
+    before = memory_gb("VmRSS")
     start = time.process_time()
     plan = plan_packs(order, np.arange(num_samples), tokens, patches, 1, Budget(MAX_TOKENS, None, WINDOW), 0, 0)
     seconds = time.process_time() - start
     assert len(plan.samples) == num_samples
-    # Not ru_maxrss, which a process inherits from the one that started it.
+    print(json.dumps({"seconds": round(seconds, 2), "peak_gb": round(memory_gb("VmHWM") - before, 3)}))
+
+
+def memory_gb(key: str) -> float:
+    """Return this process's memory; ru_maxrss is no help, as a process inherits it from the one that started it."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    peak_gb = int(status["VmHWM"].split()[0]) * 1024 / 1e9
-    print(json.dumps({"seconds": round(seconds, 2), "peak_gb": round(peak_gb, 3)}))
+    return int(status[key].split()[0]) * 1024 / 1e9
 
 
 if __name__ == "__main__":

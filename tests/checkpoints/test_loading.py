@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import load, save  # pyright: ignore[reportPrivateImportUsage]
 
-from recipe.checkpoints.resume import check_file, safe_loading
+from recipe.checkpoints.resume import safe_loading
+from recipe.checkpoints.weights import check_file
 from tests.checkpoints.checkpoint_cases import make_saver, make_trainer, train
 
 

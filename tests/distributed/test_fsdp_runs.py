@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from convert.write import write_split
+from recipe.checkpoints.weights import read_weights
+from recipe.load import load_network
 from tests.distributed.fsdp_run import Leg
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import make_samples
@@ -67,8 +69,13 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Run]:
-    folder = tmp_path_factory.mktemp("fsdp_runs")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the run folders."""
+    return tmp_path_factory.mktemp("fsdp_runs")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_checkpoint: str, folder: Path) -> Mapping[str, Run]:
     samples = make_samples()
     numbered = [replace(samples[name], id=f"{index}-{name}") for index, name in enumerate(SAMPLES)]
     write_split(numbered, str(folder / "data"), "train")
@@ -163,3 +170,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs: Mapping[str, Run], name: s
     if same_bits:
         whole = runs[name.split("_")[0]]
         assert all(torch.equal(value, whole.weights[key]) for key, value in runs[name].weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", ["fsdp2_begun_sharded", "fsdp1_begun"])
+def test_shards_are_gathered_for_export(runs: Mapping[str, Run], folder: Path, name: str) -> None:
+    checkpoint = folder / name / "checkpoints" / "latest-rank0.pt"
+    gathered = read_weights(checkpoint)
+    assert all(torch.equal(gathered[key], value) for key, value in runs[name].weights.items())
+    network, _, _ = load_network(checkpoint)
+    parameters = dict(network.named_parameters(prefix="model"))
+    assert all(torch.equal(parameters[key], value) for key, value in runs[name].weights.items())

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from convert.shapes import iter_samples
 from convert.write import write_split
-from recipe.checkpoints.check import newest_valid
+from recipe.checkpoints.check import MANIFEST, describe_file, newest_valid, parse_manifest, write_manifest
 from recipe.checkpoints.weights import read_weights
-from recipe.config import NEW_RUN, EmaConfig, LoaderConfig, RecipeConfig, SaveBestConfig
+from recipe.config import NEW_RUN, ConfigError, EmaConfig, LoaderConfig, RecipeConfig, SaveBestConfig
 from recipe.configure import load_config
+from recipe.eval import main as evaluate
+from recipe.export import main as export
+from recipe.export import parse as parse_export
 from recipe.joint import JointModel
 from recipe.models.network import AVERAGE
 from recipe.train import main
@@ -158,3 +162,99 @@ def test_other_data_at_a_resume(config: RecipeConfig, tmp_path: Path) -> None:
     start = f"{config.run_folder}/checkpoints/latest-rank0.pt"
     other = replace(other, run_folder=str(tmp_path / "other"), load_path=start)
     assert run(replace(other, trainer={**other.trainer, "load_weights_only": True})) == 3
+
+
+def test_training_on_from_an_export_is_training_on_from_its_checkpoint(
+    config: RecipeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a base or as `load_path`; a null caption length is the head's, not the new data's."""
+    run(config)
+    start = f"{config.run_folder}/checkpoints/latest-rank0.pt"
+    exported = str(tmp_path / "exported")
+    export(parse_export(["--checkpoint", start, "--out", exported]))
+    any_length = replace(config.caption_decoder, max_caption_tokens=None)
+    weights_only = {**config.trainer, "load_weights_only": True}
+    begun = {
+        "checkpoint": replace(config, load_path=start, trainer=weights_only),
+        "load_path": replace(config, load_path=exported, caption_decoder=any_length),
+        "base": replace(
+            config,
+            model=replace(config.model, pretrained_model_name_or_path=exported),
+            caption_decoder=any_length,
+        ),
+        "new head": replace(
+            config,
+            model=replace(config.model, pretrained_model_name_or_path=exported),
+            detection_head=replace(config.detection_head, pretrained=False, num_queries=3),
+        ),
+    }
+    weights = {}
+    for name, asked in begun.items():
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert run(replace(asked, run_folder=str(tmp_path / name))) == 2
+        assert ("the head starts from" in caplog.text) == (name == "base")
+        weights[name] = read_weights(tmp_path / name / "checkpoints" / "latest-rank0.pt")
+    expected = weights["checkpoint"]
+    for name in ("load_path", "base"):
+        assert weights[name].keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in weights[name].items())
+    query = "model.detection_head.query_features.weight"
+    assert weights["new head"].keys() == expected.keys() and len(weights["new head"][query]) == 3
+
+    base = begun["base"]
+    with pytest.raises(
+        ConfigError, match=r"detection_head.safetensors does not fit .* detection_head.pretrained=false"
+    ):
+        main(replace(base, detection_head=replace(config.detection_head, num_queries=3)))
+    folder = str(tmp_path / "wordy")
+    wordy = [
+        replace(sample, objects=tuple(replace(item, caption=10 * "so red a thing ") for item in sample.objects or ()))
+        for sample in iter_samples(num_samples=4, seed=13, image_size=84)
+    ]
+    write_split(wordy, folder, "train")
+    longer_captions = replace(base.train_loader, streams={"shapes": {"local": folder, "split": "train"}})
+    with pytest.raises(ConfigError, match=r"captions of up to \d+ tokens, but .*exported writes at most \d+"):
+        main(replace(base, train_loader=longer_captions))
+
+
+def test_an_export_is_evaluated_as_its_checkpoint(config: RecipeConfig, tmp_path: Path) -> None:
+    run(config)
+    start = f"{config.run_folder}/checkpoints/latest-rank0.pt"
+    exported = str(tmp_path / "exported")
+    export(parse_export(["--checkpoint", start, "--out", exported]))
+    scores = [
+        evaluate(replace(config, load_path=path, run_folder=str(tmp_path / "eval"))) for path in (start, exported)
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_a_sharded_checkpoint_is_exported_evaluated_and_trained_on(config: RecipeConfig, tmp_path: Path) -> None:
+    """By one process without FSDP; `tests/distributed/test_fsdp_runs.py` reads one that FSDP wrote."""
+    run(config)
+    whole = Path(config.run_folder, "checkpoints", "latest-rank0.pt").resolve()
+    shards = whole.with_name("ep1-ba2")
+    save({"state": {"model": read_weights(whole)}}, checkpoint_id=shards, no_dist=True)
+    files = {path.name: describe_file(path) for path in shards.iterdir()}
+    manifest_of_whole = parse_manifest(Path(f"{whole}.{MANIFEST}").read_bytes())
+    write_manifest(replace(manifest_of_whole, files=files, sharded=True), shards / MANIFEST)
+
+    for name, path in (("whole", whole), ("gathered", shards)):
+        export(parse_export(["--checkpoint", str(path), "--out", str(tmp_path / name)]))
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "gathered" / path.name).read_bytes()
+    asked = [replace(config, load_path=str(path), run_folder=str(tmp_path / "eval")) for path in (whole, shards)]
+    assert evaluate(asked[0]) == evaluate(asked[1])
+
+    new = replace(asked[1], run_folder=str(tmp_path / "new"))
+    with pytest.raises(
+        ValueError, match=f"is a sharded checkpoint and .*or start a new run from the weights: {NEW_RUN}"
+    ):
+        run(new)
+    for path in (whole, shards):
+        asked_again = replace(new, run_folder=str(tmp_path / path.name), load_path=str(path))
+        assert run(replace(asked_again, trainer={**config.trainer, "load_weights_only": True})) == 2
+    found, expected = (
+        read_weights(tmp_path / path.name / "checkpoints" / "latest-rank0.pt") for path in (shards, whole)
+    )
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
