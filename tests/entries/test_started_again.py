@@ -199,7 +199,7 @@ def test_training_on_from_an_export_is_training_on_from_its_checkpoint(
     for name in ("load_path", "base"):
         assert weights[name].keys() == expected.keys()
         assert all(torch.equal(value, expected[key]) for key, value in weights[name].items())
-    query = "model.detection_head.query_features.weight"
+    query = "model.detection_head.query_content.weight"
     assert weights["new head"].keys() == expected.keys() and len(weights["new head"][query]) == 3
 
     base = begun["base"]
