@@ -51,7 +51,8 @@ class Stopping(Callback):
     def stop_if_due(self, state: State) -> None:
         """Stop the run and log why, unless it has ended anyway."""
         reason = self.why(state)
-        if reason is None or (state.max_duration is not None and state.timestamp >= state.max_duration):
+        has_ended = state.max_duration is not None and state.timestamp >= state.max_duration
+        if reason is None or reason == self.reason or has_ended:
             return
         self.reason = reason
         log.warning("%s stopped the run at batch %d: %s", self.name, int(state.timestamp.batch), reason)

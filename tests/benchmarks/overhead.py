@@ -45,7 +45,7 @@ import torch
 from composer import Algorithm, Callback, Trainer
 from composer.algorithms import GradientClipping
 from composer.callbacks import NaNMonitor, OptimizerMonitor
-from composer.core import State
+from composer.core import Event, State
 from composer.loggers import Logger
 from composer.optim import DecoupledAdamW
 
@@ -152,6 +152,8 @@ def watch_guard(stopwatch: Stopwatch, guard: NaNRollback) -> None:
     """`guard` is the whole of it; the other names are parts."""
     stopwatch.watch(guard, "_clip", "clip")
     stopwatch.watch(guard, "_end_batch", "snapshot")
+    handlers: dict[Event, Any] = {**guard._HANDLERS, Event.BATCH_END: lambda _, *args: guard._end_batch(*args)}
+    vars(guard)["_HANDLERS"] = handlers  # which hold functions of the class, not what is watched
     stopwatch.watch(guard.snapshot, "take", "copy")
     stopwatch.watch(MicrobatchFlags, "_keep_gradient", "backward")
     watch_algorithm(stopwatch, guard, "guard")

@@ -109,7 +109,7 @@ def test_a_stopped_run_stays_stopped(
     assert f"{name} stopped the run at batch {end}: {monitor}" in caplog.text
     caplog.clear()
     assert run(config) == end
-    assert f"{name} stopped the run at batch {end}: {monitor}" in caplog.text
+    assert caplog.text.count(f"{name} stopped the run at batch {end}: {monitor}") == 1
     assert run(replace(config, callbacks={})) == 6
 
 
