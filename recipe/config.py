@@ -245,7 +245,7 @@ class StagedFreezingConfig:
     The latest entry whose start (2ep, 500ba, 0.75dur) has passed applies; before the first: `lr: 1.0`.
     """
 
-    # {group: [{from: time, lr: factor | frozen}, ...]}; null drops a group
+    # {group: [{from: time, lr: factor | frozen, warmup: time}, ...]}; warmup may be left out; null drops a group
     groups: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"names": GROUPS})
     detection_freeze_epochs: int | None = number(None, least=0)  # short for freezing adapter and detection for N epochs
 

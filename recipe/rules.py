@@ -324,6 +324,7 @@ class StageEntry:
 
     start: str  # such as 2ep or 0.75dur
     factor: float | None  # None: frozen
+    warmup: str | None = None  # the rate rises from 0 over that long
 
 
 def parse_stages(staged: StagedFreezingConfig, optimizer: OptimizerConfig) -> dict[str, list[StageEntry]]:
@@ -350,8 +351,11 @@ def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
         )
     parsed = []
     for index, entry in enumerate(entries):
-        if not isinstance(entry, Mapping) or set(entry) != {"from", "lr"}:
-            raise ConfigError(f"{where}[{index}] is {entry!r}: give `from` and `lr`, such as {{from: 1ep, lr: 0.1}}")
+        if not isinstance(entry, Mapping) or set(entry) - {"warmup"} != {"from", "lr"}:
+            raise ConfigError(
+                f"{where}[{index}] is {entry!r}: give `from` and `lr`, such as {{from: 1ep, lr: 0.1}}, and `warmup` if "
+                "the rate is to rise from 0"
+            )
         start, factor = entry["from"], entry["lr"]
         if (time := parse_duration(start)) is None or time[1] in ("sec", "iter"):
             raise ConfigError(
@@ -364,7 +368,15 @@ def _parse_entries(where: str, entries: Any) -> list[StageEntry]:
             raise ConfigError(
                 f"{where}[{index}].lr is {factor!r}: it must be {FROZEN}, or a factor on the learning rate of 0 or more"
             )
-        parsed.append(StageEntry(start, None if factor == FROZEN else float(factor)))
+        warmup = entry.get("warmup")
+        if warmup is not None:
+            length = parse_duration(warmup)
+            if factor == FROZEN or length is None or length[0] <= 0 or length[1] != time[1]:
+                raise ConfigError(
+                    f"{where}[{index}].warmup is {warmup!r}: it must be a time above 0 in the unit of `from` "
+                    f"({time[1]}), and a frozen stage has none"
+                )
+        parsed.append(StageEntry(start, None if factor == FROZEN else float(factor), warmup))
     return parsed
 
 

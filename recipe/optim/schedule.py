@@ -21,6 +21,7 @@ class Stage:
 
     start: Time
     factor: float | None
+    warmup: Time | None = None  # in the unit of `start`: the rate rises from 0 over that long
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,14 @@ def build_schedule(scheduler: SchedulerConfig, staged: StagedFreezingConfig, opt
     """Return the schedule that the sections describe; `optimizer` says which groups train at all."""
     curves = {group: build_curve(scheduler.groups.get(group, scheduler)) for group in GROUPS}
     stages = {
-        group: [Stage(Time.from_timestring(entry.start), entry.factor) for entry in entries]
+        group: [
+            Stage(
+                Time.from_timestring(entry.start),
+                entry.factor,
+                None if entry.warmup is None else Time.from_timestring(entry.warmup),
+            )
+            for entry in entries
+        ]
         for group, entries in parse_stages(staged, optimizer).items()
     }
     return Schedule(curves, stages)
@@ -57,17 +65,39 @@ def build_curve(config: CurveConfig) -> ComposerScheduler:
 
 def lr_factor(schedule: Schedule, group: str, state: State) -> float:
     """Return the factor on a group's learning rate in the coming step; 0 while it is frozen."""
-    stage = stage_factor(schedule.stages.get(group, ()), state)
-    return 0.0 if stage is None else schedule.curves[group](state) * stage
+    stage = _current(schedule.stages.get(group, ()), state)
+    if stage is None:
+        return schedule.curves[group](state)
+    return 0.0 if stage.factor is None else schedule.curves[group](state) * stage.factor * _warmed(stage, state)
 
 
 def stage_factor(stages: Sequence[Stage], state: State) -> float | None:
     """Return the factor of the latest stage whose start has passed, 1 before the first; None: frozen."""
-    factor: float | None = 1.0
-    for stage in stages:
-        if has_come(stage.start, state):
-            factor = stage.factor
-    return factor
+    stage = _current(stages, state)
+    return 1.0 if stage is None else stage.factor
+
+
+def _current(stages: Sequence[Stage], state: State) -> Stage | None:
+    passed = [stage for stage in stages if has_come(stage.start, state)]
+    return passed[-1] if passed else None
+
+
+def _warmed(stage: Stage, state: State) -> float:
+    """Return the share of its rate that a stage has reached."""
+    if stage.warmup is None:
+        return 1.0
+    return min(1.0, max(0.0, (_position(stage.start.unit, state) - stage.start.value) / stage.warmup.value))
+
+
+def _position(unit: TimeUnit, state: State) -> float:
+    """Return the time when a batch starts, with fractions of an epoch, as `has_come` counts it."""
+    now, duration = state.timestamp, state.max_duration
+    if unit == TimeUnit.DURATION:
+        assert duration is not None
+        return _position(duration.unit, state) / duration.value
+    if unit == TimeUnit.EPOCH:
+        return now.epoch.value + now.batch_in_epoch.value / max(int(state.dataloader_len or 0), 1)
+    return now.get(unit).value
 
 
 def has_come(start: Time, state: State) -> bool:

@@ -167,6 +167,15 @@ def test_detection_freeze_epochs_is_short_for_two_lists():
         (config_of({"llm": [{"from": "0ba", "lr": "frozen"}]}), r"freezes it throughout: set optimizer\.lr_llm=0"),
         (config_of({"adapter": SEED_SCHEDULE["adapter"]}, "1ep"), r"groups\.adapter freezes it throughout"),
         (config_of({}, epochs=4), r"groups\.adapter freezes it throughout"),
+        (
+            config_of({"llm": [{"from": "1ep", "lr": 1.0, "warmup": "2ba"}]}),
+            r"warmup is '2ba': .* unit of `from` \(ep\)",
+        ),
+        (
+            config_of({"llm": [{"from": "1ep", "lr": 1.0, "warmup": "0ep"}]}),
+            r"warmup is '0ep': it must be a time above 0",
+        ),
+        (config_of({"llm": [{"from": "1ep", "lr": "frozen", "warmup": "1ep"}]}), r"a frozen stage has none"),
         (config_of({"adapter": SEED_SCHEDULE["adapter"]}, epochs=1), r"both say when to freeze adapter"),
         (config_of(dict.fromkeys(GROUPS, SEED_SCHEDULE["llm"])), r"at the start, so nothing would train"),
         (config_of({}, epochs=1, lr_vision=0, lr_merger=0, lr_llm=0), r"freezes adapter, detection at the start"),
@@ -178,9 +187,36 @@ def test_mistakes_are_named(config: RecipeConfig, expected: str):
         check_stages(config, config.trainer["max_duration"])
 
 
-def test_joint_yaml_has_the_seed_schedule():
+@pytest.mark.parametrize(
+    ("entry", "state", "expected"),
+    [
+        ({"from": "4ba", "warmup": "4ba"}, {"batch": 3}, 0.0),  # frozen
+        ({"from": "4ba", "warmup": "4ba"}, {"batch": 4}, 0.0),
+        ({"from": "4ba", "warmup": "4ba"}, {"batch": 5}, 0.5 * 1 / 4),
+        ({"from": "4ba", "warmup": "4ba"}, {"batch": 8}, 0.5),
+        ({"from": "4ba", "warmup": "4ba"}, {"batch": 9}, 0.5),
+        # A tenth of forty batches on, over a twentieth of them.
+        ({"from": "0.1dur", "warmup": "0.05dur"}, {"batch": 5, "duration": "40ba"}, 0.5 * 1 / 2),
+        ({"from": "0.1dur", "warmup": "0.05dur"}, {"batch": 6, "duration": "40ba"}, 0.5),
+        # Half an epoch is half of its own batches; so is half of a run of one epoch.
+        ({"from": "1ep", "warmup": "1ep"}, {"epoch": 1, "in_epoch": 5, "batch": 15}, 0.5 * 0.5),
+        ({"from": "0.5dur", "warmup": "0.5dur"}, {"epoch": 3, "in_epoch": 5, "batch": 35}, 0.5 * 0.75),
+    ],
+)
+def test_a_stage_warms_up(entry: dict[str, Any], state: dict[str, Any], expected: float):
+    """Worked by hand; the rate of the curve is constant."""
+    config = config_of({"llm": [{"from": "0ba", "lr": "frozen"}, {**entry, "lr": 0.5}]}, state.get("duration", "4ep"))
+    config = replace(config, scheduler=SchedulerConfig("constant", "0ba"))
+    assert lr_factor(schedule_of(config), "llm", at(**state)) == pytest.approx(expected, abs=1e-12)
+    assert stage_factor(schedule_of(config).stages["llm"], at(**state)) in (None, 0.5), "the same stage all along"
+
+
+def test_joint_yaml_thaws_head_and_language_model_with_a_warm_up():
     config = load_config(JOINT)
-    assert stages_of(config) == stages_of(config_of({**SEED_SCHEDULE, "detection": SEED_SCHEDULE["adapter"]}, "10ep"))
+    thawed = {"from": "0.05dur", "lr": 1.0, "warmup": "0.05dur"}
+    frozen = {"from": "0dur", "lr": "frozen"}
+    groups = {"llm": [frozen, thawed, {"from": "0.75dur", "lr": 0.1}], "adapter": [frozen, thawed]}
+    assert stages_of(config) == stages_of(config_of({**groups, "detection": groups["adapter"]}, "2000ba"))
 
 
 @pytest.mark.parametrize(
