@@ -227,16 +227,16 @@ def _judge(
 
 
 def _too_long(where: str, stream: CheckedStream, tokens: NDArray[np.int64], most: int, what: str) -> list[str]:
-    long = np.flatnonzero(tokens > most)
-    if not len(long):
+    num_long, longest = int((tokens > most).sum()), int(tokens.argmax()) if len(tokens) else 0
+    if not num_long:
         return []
     remedy = "raise max_seq_len, or lower image.max_pixels or teachers.num_teachers"
     if what == "a caption":
         remedy = "raise caption_decoder.max_caption_tokens in training (null: the longest), or shorten it"
-    record = next(islice(read_records(stream.folder / RECORDS_FILE, stream.read_index()), int(long[0]), None))
+    record = next(islice(read_records(stream.folder / RECORDS_FILE, stream.read_index()), longest, None))
     return [
-        f"{where}: {len(long)} samples of {stream.folder} have {what} above {most} tokens, the longest {tokens.max()}, "
-        f"first {record.id!r}: {remedy}; {where}.on_bad_sample=skip leaves them out"
+        f"{where}: {num_long} of {len(tokens)} samples in {stream.folder} have {what} above {most} tokens, up to "
+        f"{tokens[longest]} in {record.id!r}: {remedy}; {where}.on_bad_sample=skip leaves them out"
     ]
 
 

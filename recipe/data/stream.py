@@ -290,7 +290,7 @@ class EvalSamples(Dataset[Pack]):
     A sample that cannot be used raises, or is listed in `Pack.skipped` with an inert one in its place.
     """
 
-    def __init__(self, maker: ExampleMaker, skips_bad_samples: bool, **keywords: Any):
+    def __init__(self, maker: ExampleMaker, skips_bad_samples: bool = False, **keywords: Any):
         self._rows = CheckedDataset(**keywords)
         self._maker, self._skips_bad_samples = maker, skips_bad_samples
 
