@@ -51,6 +51,7 @@ def check_config(config: RecipeConfig) -> None:
     check_trainer(config.trainer)
     view = view_trainer(config)
     check_stages(config, view.max_duration)
+    _check_warmups(config, view.max_duration)
     _check_saving(config, view)
     for where, section in (("callbacks", config.callbacks), ("loggers", config.loggers)):
         for name, value in section.items():
@@ -81,6 +82,8 @@ def check_fields(section: Any, prefix: str = "") -> None:
                     check_fields(item, f"{key}.{name}.")
         elif value is None:
             continue
+        elif isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+            raise ConfigError(f"{key} is {value!r}: it must be a plain list; quote an entry that holds a colon")
         elif "choices" in rule:
             _check_choice(key, value, rule["choices"])
         elif "duration" in rule:
@@ -175,6 +178,22 @@ def _check_optimization(config: RecipeConfig) -> None:
         raise ConfigError(
             f"ema.half_life is {ema.half_life} and ema.smoothing is {ema.smoothing}: set one, and the other to null"
         )
+
+
+def _check_warmups(config: RecipeConfig, max_duration: str | int | None) -> None:
+    """Raise ConfigError at a warm-up whose unit does not compare with that of the run, before Composer does."""
+    curves = {f"scheduler.groups.{group}": curve for group, curve in config.scheduler.groups.items()}
+    length = parse_duration(f"{max_duration}ep" if isinstance(max_duration, int) else max_duration)
+    for where, curve in {"scheduler": config.scheduler, **curves}.items():
+        warmup = parse_duration(curve.t_warmup)
+        if warmup is not None and (warmup[0] == 0 or warmup[1] == "dur"):
+            continue
+        units = (warmup and warmup[1], length and length[1])
+        if (units[0] != units[1] and not set(units) <= {"ep", "ba"}) or units[0] in (None, "sec", "iter"):
+            raise ConfigError(
+                f"{where}.t_warmup is {curve.t_warmup!r}, which does not compare with trainer.max_duration "
+                f"{max_duration!r}: give a share of the run, such as 0.1dur, or the same unit"
+            )
 
 
 def _check_loader(where: str, loader: LoaderConfig) -> None:
