@@ -31,7 +31,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a Composer checkpoint: a .pt file, or the folder of a sharded one")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="CKPT",
+        help="a Composer checkpoint: a .pt file, or the folder of a sharded one",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder to write")
     parser.add_argument("--config", metavar="YAML", help="default: the config.yaml saved with the run")
     return parser.parse_args([expand_home(argument) for argument in arguments])

@@ -34,6 +34,17 @@ OTHER_VALUES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def any_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name is a model's, except `nosuch`."""
+
+    def find(name: str, file: str) -> None:
+        if name == "nosuch":
+            raise OSError("nosuch is not a local folder")
+
+    monkeypatch.setattr("recipe.checks.cached_file", find)
+
+
 @pytest.fixture
 def minimal(tmp_path: Path) -> str:
     return write_yaml(tmp_path, MINIMAL)
@@ -332,6 +343,13 @@ def test_a_split_that_was_not_converted_is_named(minimal: str, tmp_path: Path) -
         ConfigError, match=rf"^eval_loader\.streams\.main\.local: {tmp_path}/data/val has no index.json"
     ):
         check_machine(load_config(minimal, streams))
+    with pytest.raises(ConfigError) as raised:
+        mistakes = ["eval_loader.streams.main.split=trian", "model.pretrained_model_name_or_path=nosuch"]
+        check_machine(load_config(minimal, [*streams, *mistakes]))
+    first, model, split = str(raised.value).splitlines()
+    assert first == "2 settings do not fit this machine:"
+    assert "model.pretrained_model_name_or_path is 'nosuch', but neither a folder nor the hub has it" in model
+    assert f"eval_loader.streams.main.split is 'trian', which {tmp_path}/data lacks: did you mean train?" in split
     check_machine(load_config(minimal, [*streams, "eval_loader.streams.main.split=train"]))
     check_machine(load_config(minimal, [streams[0], "eval_loader.streams.main.remote=s3://a/b"]))
 
