@@ -193,7 +193,9 @@ def check_records(
     """
     problems = from_rank_0(lambda: _judge(where, streams, encoder, teachers, loader.packing is not None))
     if problems and loader.on_bad_sample != "skip":
-        raise ConfigError("\n  ".join(problems))
+        raise ConfigError(
+            "\n  ".join(f"{text}; {where}.on_bad_sample=skip leaves such samples out" for text in problems)
+        )
     for problem in problems if dist.get_global_rank() == 0 else ():
         log.warning("%s; skipped", problem)
 
@@ -221,7 +223,7 @@ def _judge(
         except ValueError as error:
             if is_packed:  # it cannot be planned either
                 raise ConfigError(f"{where}: {error}") from error
-            problems.append(f"{where}: {error}; {where}.on_bad_sample=skip leaves it out")
+            problems.append(f"{where}: {error}")
         first += num_samples
     return problems
 
@@ -236,7 +238,7 @@ def _too_long(where: str, stream: CheckedStream, tokens: NDArray[np.int64], most
     record = next(islice(read_records(stream.folder / RECORDS_FILE, stream.read_index()), longest, None))
     return [
         f"{where}: {num_long} of {len(tokens)} samples in {stream.folder} have {what} above {most} tokens, up to "
-        f"{tokens[longest]} in {record.id!r}: {remedy}; {where}.on_bad_sample=skip leaves them out"
+        f"{tokens[longest]} in {record.id!r}: {remedy}"
     ]
 
 
