@@ -7,6 +7,7 @@ object count and object size are farthest from those picked. The pool is in the 
 samples say the most. Only annotated samples with an image and an object that is not a crowd can be teachers.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ def iter_samples(dataset: "StreamingDataset", num_samples: int, seed: int) -> It
 def main() -> None:
     """Run the command line."""
     parser = build_parser("teachers", __doc__)
-    parser.add_argument("--local", required=True, help="the data set's folder, or the cache of --remote")
+    parser.add_argument(
+        "--local", required=True, type=os.path.expanduser, help="the data set's folder, or the cache of --remote"
+    )
     parser.add_argument("--remote", help="the data set's object-store address")
     parser.add_argument("--split", metavar="NAME", help="folder of the shards under --local and --remote")
     parser.add_argument("--num-samples", type=int, required=True, metavar="N", help="size of the pool")

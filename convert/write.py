@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -234,7 +235,11 @@ def parse_args(parser: argparse.ArgumentParser, with_split: bool = True) -> argp
     )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad record")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set in a local OUT")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if isinstance(value, Path):  # shells leave the ~ of --images=~/x
+            setattr(args, name, value.expanduser())
+    return args
 
 
 def run(parser: argparse.ArgumentParser, find: Callable[[argparse.Namespace], Found]) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.callbacks.evaluation_data import EvaluationData
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import build_callbacks
@@ -120,6 +121,7 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
         EvaluationWithoutTraces(),
         *build_callbacks(config.callbacks, config.run_folder),
         TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, config.detection_head.num_queries),
+        EvaluationData(config.eval_loader.max_bad_samples),
         LogFirstSample(tokenizer, config.run_folder),
     ]
     if evaluation.num_logged_images:

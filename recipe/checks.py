@@ -10,6 +10,7 @@ import torch
 from composer import Callback, Trainer
 from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
+from transformers.utils import cached_file
 
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
@@ -88,7 +89,7 @@ def check_keywords(
 
 def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader", "eval_loader")) -> None:
     """Raise ConfigError if this machine lacks a device or the data of `loaders`, with every reason and its remedy."""
-    problems = _device_problems(view_trainer(config))
+    problems = _device_problems(view_trainer(config)) + _model_problems(config.model.pretrained_model_name_or_path)
     for where in loaders:
         loader: LoaderConfig = getattr(config, where)
         for name, keywords in loader.streams.items():
@@ -119,6 +120,17 @@ def _device_problems(trainer: TrainerView) -> list[str]:
     return problems
 
 
+def _model_problems(name: str) -> list[str]:
+    try:
+        cached_file(name, "config.json")
+    except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
+        return [
+            f"model.pretrained_model_name_or_path is {name!r}, but neither a folder nor the hub has it: give a "
+            f"checkpoint folder or a name on the hub ({str(error).splitlines()[0]})"
+        ]
+    return []
+
+
 def _folder_problems(where: str, keywords: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the folder of a stream without `remote`; the loader checks what is fetched."""
     if keywords.get("remote") is not None:
@@ -126,6 +138,10 @@ def _folder_problems(where: str, keywords: Mapping[str, Any]) -> list[str]:
     folder = Path(keywords["local"], keywords.get("split") or "")
     if (folder / INDEX_FILE).is_file():
         return []
+    splits = sorted(path.parent.name for path in Path(keywords["local"]).glob(f"*/{INDEX_FILE}"))
+    split = keywords.get("split")
+    if split and splits and not folder.is_dir():
+        return [f"{where}.split is {split!r}, which {keywords['local']} lacks: {nearest(split, splits)}"]
     what = f"has no {INDEX_FILE}" if folder.is_dir() else "does not exist"
     return [f"{where}.local: {folder} {what}: convert a data set into it first (see convert/), or give another folder"]
 

@@ -156,8 +156,8 @@ class LoaderConfig:
     global_batch_size: int = number(least=1)  # per step, over all ranks: packs with `packing`, else samples
     collator: str = one_of("standard", "packed")  # standard: padded rows; packed: one row without padding
     packing: PackingConfig | None = None  # {}: packs of max_seq_len tokens; null: one sample counts as one
-    on_bad_sample: str = one_of("raise", "skip")  # if a sample is unusable, such as a broken image; training only
-    max_bad_samples: int = number(100, least=0)  # skipped per run, over all ranks; one more stops the run
+    on_bad_sample: str = one_of("raise", "skip")  # if a sample is unusable, such as a broken image
+    max_bad_samples: int = number(100, least=0)  # skipped per run, or per evaluation; one more stops the run
     dataset: dict[str, Any] = field(default_factory=dict[str, Any])  # streaming.StreamingDataset keywords
     # torch.utils.data.DataLoader keywords; `KEY: null` drops one. num_workers: 0 drops those that only concern workers
     # (prefetch_factor, persistent_workers ...).

@@ -7,6 +7,7 @@ A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments over
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,27 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from recipe.config import REMOVED_KEYS, REMOVED_VALUES, ConfigError, RecipeConfig, nearest
+from recipe.config import REMOVED_KEYS, REMOVED_VALUES, ConfigError, PromptConfig, RecipeConfig, nearest
 from recipe.redact import is_secret, redact, redact_text, remember_secrets
 from recipe.rules import check_config
 
 ALLOWED_PREFIX = "RECIPE_"
 ALLOWED_NAMES = ("HOME", "HOSTNAME", "RUN_NAME", "SCRATCH", "SLURM_JOB_ID", "TMPDIR", "USER")
+# Keys of other libraries' keywords that hold texts: a run may be called 20261127, a split 2017, a tag `on`.
+_TEXTS = {
+    "run_name",
+    "project",
+    "group",
+    "name",
+    "entity",
+    "tags",
+    "id",
+    "job_type",
+    "notes",
+    "local",
+    "remote",
+    "split",
+}
 _NO_DEFAULT = object()
 
 
@@ -54,7 +70,7 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     config = OmegaConf.structured(RecipeConfig)
     config = _merge(config, _read_yaml(yaml_path), yaml_path)
     for override in overrides:  # in order: `groups={}` clears what came before it
-        config = _merge(config, _parse_overrides([override]), "the command line")
+        config = _merge(config, _parse_override(override), "the command line")
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -64,7 +80,51 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         reason = str(error).splitlines()[0].removeprefix("ValueError raised while resolving interpolation: ")
         raise ConfigError(f"{error.full_key}: {reason}; fix the ${{...}} or set the variable") from error
     remember_secrets(asdict(loaded))
-    return loaded
+    return _expand_homes(loaded)
+
+
+def expand_home(text: str) -> str:
+    """Return a path or `--flag=PATH` with its leading ~ as the home folder, which shells do at a word's start only."""
+    found = re.fullmatch(r"(--[\w-]+=)?(~[^/\s]*(?:/.*)?)", text)
+    return text if found is None else (found[1] or "") + os.path.expanduser(found[2])
+
+
+def _expand_homes(value: Any) -> Any:
+    """Expand ~ in all texts of a section but the prompt's."""
+    if is_dataclass(value):
+        for name, item in vars(value).items():
+            setattr(value, name, item if isinstance(item, PromptConfig) else _expand_homes(item))
+    if isinstance(value, dict):
+        return {name: _expand_homes(item) for name, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_expand_homes(item) for item in cast(list[Any], value)]
+    return expand_home(value) if isinstance(value, str) else value
+
+
+def _as_written(value: Any, text: Any, kind: Any) -> Any:
+    """Return a yaml's `value` with its scalars as they were written where text is expected.
+
+    YAML reads the phrases on, off, no as booleans, the name 2026_11 as 202611.
+
+    Args:
+        value: As YAML reads it.
+        text: The same with every scalar as text.
+        kind: The type of the field that gets it; None in sections of other libraries' keywords.
+    """
+    if isinstance(value, dict) and isinstance(text, dict):
+        items, texts = cast(dict[str, Any], value), cast(dict[str, Any], text)
+        kinds = (
+            {entry.name: entry.type for entry in fields(kind)}
+            if is_dataclass(kind)
+            else dict.fromkeys(_TEXTS, list[str])
+        )
+        return {name: _as_written(item, texts.get(name), kinds.get(name)) for name, item in items.items()}
+    if kind not in (str, str | None, list[str]):
+        return value
+    if isinstance(value, list) and isinstance(text, list):
+        pairs = zip(cast(list[Any], value), cast(list[Any], text), strict=True)
+        return [_as_written(word if item is None and word else item, word, str) for item, word in pairs]
+    return text if isinstance(value, bool | int | float) and isinstance(text, str) else value
 
 
 def as_saved(config: RecipeConfig, max_caption_tokens: int | None = None) -> dict[str, Any]:
@@ -84,25 +144,27 @@ def save_config(config: RecipeConfig, path: str | Path, max_caption_tokens: int 
 def _read_yaml(path: str) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
+        texts = yaml.load(Path(path).read_bytes(), yaml.BaseLoader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a yaml file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a yaml file: {_flatten(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path} must hold `key: value` sections, not a list: see yamls/ for examples")
-    return loaded
+    return OmegaConf.create(_as_written(OmegaConf.to_container(loaded), texts, RecipeConfig))
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not all(key.split(".")) or key.startswith("-"):
-            raise ConfigError(f"cannot read the argument {override!r}: write key.sub=value, without dashes")
-        try:
-            OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"cannot read the value of {key}: {_flatten(error)}") from error  # value: maybe a secret
-    return OmegaConf.from_dotlist(list(overrides))
+def _parse_override(override: str) -> DictConfig:
+    key, equals, value = override.partition("=")
+    if not equals or not all(key.split(".")) or key.startswith("-"):
+        raise ConfigError(f"cannot read the argument {override!r}: write key.sub=value, without dashes")
+    try:
+        parsed, text = OmegaConf.to_container(OmegaConf.from_dotlist([override])), yaml.load(value, yaml.BaseLoader)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read the value of {key}: {_flatten(error)}") from error  # value: maybe a secret
+    for name in reversed(key.split(".")):
+        text = {name: text}
+    return OmegaConf.create(_as_written(parsed, text, RecipeConfig))
 
 
 def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
@@ -228,7 +290,7 @@ def from_command_line(
 
     `parser` is from `parser_of`, perhaps with more options. `required` are top-level keys that may not be null.
     """
-    args, unknown = parser.parse_known_intermixed_args(arguments)
+    args, unknown = parser.parse_known_intermixed_args([expand_home(argument) for argument in arguments])
     if args.yaml is None or "=" in args.yaml:
         raise ConfigError("no YAML is given: name one first, such as yamls/joint.yaml; --help shows examples")
     config = load_config(args.yaml, [*args.overrides, *unknown])

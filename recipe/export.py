@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from recipe.configure import load_config
+from recipe.configure import expand_home, load_config
 from recipe.console import setup_logging
 from recipe.redact import redact_text
 from recipe.rules import check_fields
@@ -39,7 +39,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder to write")
     parser.add_argument("--config", metavar="YAML", help="default: the config.yaml saved with the run")
-    return parser.parse_args(arguments)
+    return parser.parse_args([expand_home(argument) for argument in arguments])
 
 
 def main(args: argparse.Namespace) -> None:

@@ -51,6 +51,7 @@ def check_config(config: RecipeConfig) -> None:
     check_trainer(config.trainer)
     view = view_trainer(config)
     check_stages(config, view.max_duration)
+    _check_warmups(config, view.max_duration)
     _check_saving(config, view)
     for where, section in (("callbacks", config.callbacks), ("loggers", config.loggers)):
         for name, value in section.items():
@@ -81,6 +82,8 @@ def check_fields(section: Any, prefix: str = "") -> None:
                     check_fields(item, f"{key}.{name}.")
         elif value is None:
             continue
+        elif isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+            raise ConfigError(f"{key} is {value!r}: it must be a plain list; quote an entry that holds a colon")
         elif "choices" in rule:
             _check_choice(key, value, rule["choices"])
         elif "duration" in rule:
@@ -177,6 +180,22 @@ def _check_optimization(config: RecipeConfig) -> None:
         )
 
 
+def _check_warmups(config: RecipeConfig, max_duration: str | int | None) -> None:
+    """Raise ConfigError at a warm-up whose unit does not compare with that of the run, before Composer does."""
+    curves = {f"scheduler.groups.{group}": curve for group, curve in config.scheduler.groups.items()}
+    length = parse_duration(f"{max_duration}ep" if isinstance(max_duration, int) else max_duration)
+    for where, curve in {"scheduler": config.scheduler, **curves}.items():
+        warmup = parse_duration(curve.t_warmup)
+        if warmup is not None and (warmup[0] == 0 or warmup[1] == "dur"):
+            continue
+        units = (warmup and warmup[1], length and length[1])
+        if (units[0] != units[1] and not set(units) <= {"ep", "ba"}) or units[0] in (None, "sec", "iter"):
+            raise ConfigError(
+                f"{where}.t_warmup is {curve.t_warmup!r}, which does not compare with trainer.max_duration "
+                f"{max_duration!r}: give a share of the run, such as 0.1dur, or the same unit"
+            )
+
+
 def _check_loader(where: str, loader: LoaderConfig) -> None:
     if not loader.streams:
         raise ConfigError(f"{where}.streams is empty: name at least one stream, such as `{{main: {{local: FOLDER}}}}`")
@@ -218,12 +237,30 @@ def _check_data(config: RecipeConfig) -> None:
             f"teachers.num_teachers is {teachers.num_teachers} but teachers.stream is null: "
             "give the pool's stream (see convert/teachers.py), or num_teachers: 0"
         )
-    if config.eval_loader.on_bad_sample != "raise":
-        raise ConfigError("eval_loader.on_bad_sample: only training may skip samples; leave it out")
+    whole = {f"eval_loader.streams.{name}": keywords for name, keywords in config.eval_loader.streams.items()}
+    whole |= {"eval_loader.dataset": config.eval_loader.dataset, "teachers.stream": teachers.stream or {}}
+    for where, keywords in whole.items():
+        _check_whole(where, keywords)
+    parts = {f"train_loader.streams.{name}": keywords for name, keywords in loader.streams.items()}
+    for where, keywords in {**parts, "train_loader.dataset": loader.dataset}.items():
+        for key in ("choose", "repeat", "proportion", "epoch_size"):
+            if keywords.get(key) in (0, "0"):
+                raise ConfigError(f"{where}.{key} is 0, which leaves no samples: give more than 0, or leave it out")
     if config.eval_loader.packing is not None:
         raise ConfigError("eval_loader.packing: only training is packed by plan; leave it out, or set collator: packed")
     if loader.packing is not None and loader.collator != "packed":
         raise ConfigError("train_loader.packing needs train_loader.collator: packed, which puts a pack into one row")
+
+
+def _check_whole(where: str, keywords: Mapping[str, Any]) -> None:
+    """Raise ConfigError at a keyword that would sample a set of which every sample is read once."""
+    for key in ("choose", "repeat", "proportion", "epoch_size"):
+        if keywords.get(key) is not None:
+            subset = ", or set trainer.eval_subset_num_batches" if where.startswith("eval") else ""
+            raise ConfigError(
+                f"{where}.{key} is {keywords[key]!r}, but every sample is read once: leave it out and convert a "
+                f"smaller set{subset}"
+            )
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
@@ -234,6 +271,14 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
         if trainer.get(key) is not None:
             check_duration(f"trainer.{key}", trainer[key])
+    subset = trainer.get("eval_subset_num_batches", -1)
+    if subset is not None and (type(subset) is not int or not (subset == -1 or subset >= 1)):
+        raise ConfigError(
+            f"trainer.eval_subset_num_batches is {subset!r}: it must be 1 or more, or -1 for all; "
+            "trainer.eval_interval=0 evaluates never"
+        )
+    if trainer["max_duration"] == 0 or (parse_duration(trainer["max_duration"]) or (1.0, ""))[0] == 0:
+        raise ConfigError(f"trainer.max_duration is {trainer['max_duration']!r}: nothing would train; give 1ba or more")
     microbatch = trainer.get("device_train_microbatch_size")
     if microbatch == "auto":
         raise ConfigError(

@@ -9,6 +9,7 @@ from the config or the tokenizer fails.
 
 import argparse
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from transformers import (
     Qwen2VLImageProcessorFast,
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+from recipe.configure import expand_home
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -207,7 +210,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args([expand_home(argument) for argument in sys.argv[1:]])
     build_tiny_checkpoint(args.out, hidden_size=args.hidden_size, num_layers=args.num_layers, seed=args.seed)
     print(f"wrote a tiny random Qwen2.5-VL checkpoint to {args.out}")
 

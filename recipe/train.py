@@ -86,7 +86,7 @@ def main(config: RecipeConfig) -> "Trainer":
                 *build_all_callbacks(config, tokenizer),
                 lock,
                 *([] if saver is None else [saver, Preemption(saver)]),
-                Summary(config.run_folder, view.save_folder, view.keywords.get("eval_interval", 1)),
+                Summary(config.run_folder, view.save_folder, view.keywords.get("eval_interval", 1), config.scheduler),
             ],
             loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),
             seed=config.seed,

@@ -1,7 +1,7 @@
 """Configuration: what is merged, what is saved, and that every mistake is one clear line."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 from convert.write import write_split
 from recipe.checks import check_libraries, check_machine
 from recipe.config import REMOVED_KEYS, ConfigError, RecipeConfig
-from recipe.configure import from_command_line, load_config, one_line_errors, parser_of, save_config
+from recipe.configure import expand_home, from_command_line, load_config, one_line_errors, parser_of, save_config
 from recipe.redact import redact
 from recipe.rules import check_config, parse_stages
 from recipe.schema import Sample
@@ -32,6 +32,17 @@ OTHER_VALUES = {
     "evaluation.num_beams": 4,
     "evaluation.length_penalty": 0.7,
 }
+
+
+@pytest.fixture(autouse=True)
+def any_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name is a model's, except `nosuch`."""
+
+    def find(name: str, file: str) -> None:
+        if name == "nosuch":
+            raise OSError("nosuch is not a local folder")
+
+    monkeypatch.setattr("recipe.checks.cached_file", find)
 
 
 @pytest.fixture
@@ -182,6 +193,11 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("optimizer.lr_scaling=log", "optimizer.lr_scaling is 'log'"),
         ("scheduler.name=step", "scheduler.name is 'step'"),
         ("scheduler.t_warmup=5", "scheduler.t_warmup is '5'"),
+        ("scheduler.t_warmup=500tok", "scheduler.t_warmup is '500tok', which does not compare with .*0.1dur"),
+        ("scheduler.t_warmup=30sec", "scheduler.t_warmup is '30sec', which does not compare"),
+        ("scheduler.groups.llm={name: linear, t_warmup: 9sp}", "scheduler.groups.llm.t_warmup is '9sp', which does"),
+        ("prompt.candidate_phrases=[{a: cat}]", r"prompt.candidate_phrases is \[\{'a': 'cat'\}\]: .* plain list"),
+        ("optimizer.betas=[[0.9], 0.9]", "optimizer.betas is .* plain list"),
         ("optimizer.lr_llm=-1e-5", "optimizer.lr_llm is -1e-05: it must be 0 or more"),
         ("optimizer.lr_llm=.nan", "optimizer.lr_llm is nan"),
         ("optimizer.lr_llm=.inf", "optimizer.lr_llm is inf"),
@@ -209,7 +225,14 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("trainer.device_train_microbatch_size=0", "trainer.device_train_microbatch_size is 0"),
         ("trainer.max_epochs=4", "trainer.max_epochs cannot be set: set `max_duration`, such as 4ep"),
         ("trainer.max_steps=9", "trainer.max_steps cannot be set: set `max_duration` in batches"),
-        ("eval_loader.on_bad_sample=skip", "eval_loader.on_bad_sample: only training may skip samples"),
+        # a part of a set that is read as a whole, and nothing at all
+        ("eval_loader.streams.main.repeat=3", "eval_loader.streams.main.repeat is 3, but every sample is read once"),
+        ("eval_loader.dataset.epoch_size=5", "eval_loader.dataset.epoch_size is 5, but .*eval_subset_num_batches"),
+        ("teachers.stream={local: x, choose: 4}", "teachers.stream.choose is 4, but every sample is read once"),
+        ("train_loader.streams.main.choose=0", "train_loader.streams.main.choose is 0, which leaves no samples"),
+        ("train_loader.dataset.epoch_size=0", "train_loader.dataset.epoch_size is 0, which leaves no samples"),
+        ("trainer.eval_subset_num_batches=0", "trainer.eval_subset_num_batches is 0: it must be 1 or more"),
+        ("trainer.max_duration=0ep", "trainer.max_duration is '0ep': nothing would train"),
         ("trainer.seed=1", "trainer.seed cannot be set: set `seed`"),
         ("trainer.load_path=x", "trainer.load_path cannot be set: set `load_path`"),
         ("trainer.callbacks=x", "trainer.callbacks cannot be set: set the section `callbacks`"),
@@ -320,6 +343,13 @@ def test_a_split_that_was_not_converted_is_named(minimal: str, tmp_path: Path) -
         ConfigError, match=rf"^eval_loader\.streams\.main\.local: {tmp_path}/data/val has no index.json"
     ):
         check_machine(load_config(minimal, streams))
+    with pytest.raises(ConfigError) as raised:
+        mistakes = ["eval_loader.streams.main.split=trian", "model.pretrained_model_name_or_path=nosuch"]
+        check_machine(load_config(minimal, [*streams, *mistakes]))
+    first, model, split = str(raised.value).splitlines()
+    assert first == "2 settings do not fit this machine:"
+    assert "model.pretrained_model_name_or_path is 'nosuch', but neither a folder nor the hub has it" in model
+    assert f"eval_loader.streams.main.split is 'trian', which {tmp_path}/data lacks: did you mean train?" in split
     check_machine(load_config(minimal, [*streams, "eval_loader.streams.main.split=train"]))
     check_machine(load_config(minimal, [streams[0], "eval_loader.streams.main.remote=s3://a/b"]))
 
@@ -459,3 +489,58 @@ def test_a_rate_of_zero_wins_over_stages(tmp_path: Path, caplog: pytest.LogCaptu
     config = load_and_check(staged(tmp_path), "optimizer.lr_vision=0")
     assert list(parse_stages(config.staged_freezing, config.optimizer)) == ["llm"]
     assert caplog.text.count("optimizer.lr_vision is 0") == 1
+
+
+WORDS = ["on", "Off", "no", "yes", "y", "TRUE", "null", "~", "7", "1.50", "0x1F", "1_000", "2026-11-27", "a cat"]
+
+
+@pytest.mark.parametrize("in_yaml", [False, True])
+def test_words_stay_as_they_are_written(tmp_path: Path, minimal: str, in_yaml: bool) -> None:
+    """YAML reads some of them as booleans, numbers or nothing."""
+    written = {
+        "prompt.candidate_phrases": f"[{', '.join(WORDS)}]",
+        "prompt.system": "no",
+        "run_folder": "2026_11",
+        "trainer.run_name": "20261127",
+        "loggers.wandb": "{project: 007, tags: [off, 3], init_kwargs: {id: 1e3}}",
+        "eval_loader.streams.main.split": "2017",
+        "loss.weight_bbox": "1_0",
+        "prompt.student_answer": "no",
+    }
+    if in_yaml:
+        lines = "".join(
+            f"  {key.split('.')[1]}: {text}\n" for key, text in written.items() if key.startswith("prompt.")
+        )
+        (tmp_path / "words.yaml").write_text(
+            f"prompt:\n{lines}run_folder: 2026_11\nloss: {{weight_bbox: 1_0}}\n"
+            f"trainer: {{run_name: 20261127}}\nloggers:\n  wandb: {written['loggers.wandb']}\n"
+            "model: {pretrained_model_name_or_path: x}\n"
+            "train_loader: {streams: {main: {local: x}}, global_batch_size: 1}\n"
+            "eval_loader: {streams: {main: {local: x, split: 2017}}, global_batch_size: 1}\n"
+        )
+        config = load_config(str(tmp_path / "words.yaml"))
+    else:
+        config = load_config(minimal, [f"{key}={text}" for key, text in written.items()])
+    assert config.prompt.candidate_phrases == WORDS
+    assert config.prompt.system == "no" and config.run_folder == "2026_11" and config.prompt.student_answer is False
+    assert config.trainer["run_name"] == "20261127" and config.eval_loader.streams["main"]["split"] == "2017"
+    assert config.loggers["wandb"] == {"project": "007", "tags": ["off", "3"], "init_kwargs": {"id": "1e3"}}
+    assert config.loss.weight_bbox == 10
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(str(tmp_path / "saved.yaml")) == config
+
+
+def test_home_is_expanded_in_every_path(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/me")
+    paths = ("run_folder", "load_path", "model.pretrained_model_name_or_path", "trainer.save_folder")
+    paths += ("eval_loader.streams.main.local", "eval_loader.streams.main.remote", "loggers.wandb.init_kwargs.dir")
+    config = load_config(minimal, [*(f"{path}=~/a b/x" for path in paths), "prompt.detect=~/a", "trainer.run_name=a~b"])
+    found: Any = asdict(config)
+    for path in paths:
+        value = found
+        for name in path.split("."):
+            value = value[name]
+        assert value == "/me/a b/x", path
+    assert config.prompt.detect == "~/a" and config.trainer["run_name"] == "a~b"
+    arguments = ["--out=~/x", "~/*.jpg", "--prompt=see ~/x", "a/~/b"]
+    assert [expand_home(text) for text in arguments] == ["--out=/me/x", "/me/*.jpg", *arguments[2:]]

@@ -13,9 +13,11 @@ from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist, is_notebook
 from torch.utils.data import DataLoader
 
+from recipe.config import SchedulerConfig
 from recipe.data.stream import PackStream
 from recipe.metrics.gather import UNDEFINED
 from recipe.optim.groups import num_parameters
+from recipe.optim.schedule import long_warmups
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +128,11 @@ class Summary(Callback):
         run_folder: Where the run writes.
         save_folder: Where checkpoints go; None: none are saved.
         eval_interval: As configured: a duration, or a number of epochs.
+        scheduler: Warm-ups that are longer than the run are reported.
     """
 
-    def __init__(self, run_folder: str, save_folder: str | None, eval_interval: str | int):
+    def __init__(self, run_folder: str, save_folder: str | None, eval_interval: str | int, scheduler: SchedulerConfig):
+        self.scheduler = scheduler
         self.run_folder = run_folder
         self.save_folder = save_folder
         self.eval_interval = eval_interval if isinstance(eval_interval, str) else f"{eval_interval}ep"
@@ -164,6 +168,8 @@ class Summary(Callback):
             f"  writes      {self.run_folder}: config.yaml, metrics.jsonl, images; {checkpoints}",
         ]
         log.info("this run\n%s", "\n".join(lines))
+        for warmup in long_warmups(self.scheduler, duration, int(state.dataloader_len or 0)):
+            log.warning("%s is longer than the run, %s: the full rate is never reached; shorten it", warmup, duration)
         if steps is not None and steps < FEW_STEPS:
             log.warning(
                 "%d steps in all: a new head needs %d or more; lower train_loader.global_batch_size or raise "

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from composer.utils import dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from recipe.config import ConfigError, LoaderConfig
 from recipe.data.chat import IMAGE, Segment
 from recipe.data.encode import Encoder, naming
 from recipe.data.image import resized_size
@@ -59,11 +61,13 @@ class LengthTable:
     teacher_tokens: NDArray[np.int64]  # (T,)
     teacher_patches: NDArray[np.int64]  # (T,)
 
-    def of_epoch(self, epoch: int, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (tokens, patches), each (S,), of an epoch's occurrences, given their stored positions (S,)."""
+    def of_epoch(
+        self, epoch: int, samples: NDArray[np.int64], first: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (tokens, patches), each (S,), of an epoch's occurrences from `first` on, given positions (S,)."""
         tokens, patches = self.samples.tokens[samples], self.samples.patches[samples]
         if self.teachers is not None:
-            drawn = self.teachers.draw(epoch, 0, self.samples.id_hashes[samples])
+            drawn = self.teachers.draw(epoch, first, self.samples.id_hashes[samples])
             shown = (drawn >= 0) & self.samples.takes_teachers[samples, None]
             tokens = tokens + np.where(shown, self.teacher_tokens[drawn], 0).sum(axis=1)
             patches = patches + np.where(shown, self.teacher_patches[drawn], 0).sum(axis=1)
@@ -114,16 +118,18 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
     return Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
 
-def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokens of the longest caption that the head must predict, tokenized as by `Encoder`; 0 without any."""
-    longest = 0
+def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """Return (N,) the tokens of each sample's longest caption, tokenized as by `Encoder`; 0 without any."""
+    longest: list[int] = []
     for chunk in _chunks(samples):
-        objects = (item for sample in chunk for item in sample.objects or () if not item.iscrowd)
-        captions = list(dict.fromkeys(item.caption for item in objects))
-        if captions:
-            rows: Any = tokenizer(captions, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-            longest = max(longest, 1 + max(map(len, rows)))
-    return longest
+        captions = [[item.caption for item in sample.objects or () if not item.iscrowd] for sample in chunk]
+        texts = list(dict.fromkeys(caption for row in captions for caption in row))
+        rows: Any = (
+            tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+        )
+        lengths = {text: 1 + len(row) for text, row in zip(texts, rows, strict=True)}
+        longest += [max((lengths[caption] for caption in row), default=0) for row in captions]
+    return np.array(longest, dtype=np.int64)
 
 
 def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -133,8 +139,12 @@ def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int6
 
 def read_length_table(streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
     """Return the lengths of all streams and of the pool; raise ValueError as `read_lengths`."""
+    return _with_teachers(read_lengths(streams, encoder), encoder, teachers)
+
+
+def _with_teachers(lengths: Lengths, encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
     added = (np.empty(0, dtype=np.int64),) * 2 if teachers is None else count_teachers(teachers, encoder)
-    return LengthTable(read_lengths(streams, encoder), teachers, *added)
+    return LengthTable(lengths, teachers, *added)
 
 
 def fingerprint(encoder: Encoder) -> str:
@@ -151,29 +161,110 @@ def read_lengths(streams: Sequence[CheckedStream], encoder: Encoder) -> Lengths:
     Raises:
         ValueError: A stream has no records next to its index, or a sample cannot be used.
     """
-    kept = KeptCount(
-        name="lengths",
-        fingerprint=fingerprint(encoder),
-        what="this tokenizer, prompt and pixel budget",
-        remedy="train without train_loader.packing",
-        count=lambda samples: vars(count_lengths(samples, encoder)),
-    )
+    kept = _kept_lengths(encoder)
     parts = from_rank_0(lambda: [kept.of(stream) for stream in streams])
     return Lengths(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def read_longest_caption(streams: Sequence[CheckedStream], tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the tokens of the longest caption of all streams, including end-of-sequence; counted as `read_lengths`."""
-    backend: Any = tokenizer
-    kept = KeptCount(
-        name="captions",
-        fingerprint=hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest()[:16],
-        what="the longest caption",
-        remedy="set caption_decoder.max_caption_tokens",
-        count=lambda samples: {"longest": np.array([count_captions(samples, tokenizer)])},
-    )
+    kept = _kept_captions(tokenizer)
     parts = from_rank_0(lambda: [kept.of(stream) for stream in streams])
-    return max(int(part["longest"][0]) for part in parts)
+    return max(int(part["tokens"].max(initial=0)) for part in parts)
+
+
+def check_records(
+    where: str, streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None, loader: LoaderConfig
+) -> None:
+    """Judge the records of a loader before the first batch; all ranks must call it.
+
+    Without packing a stream that has no records next to its index is not judged, and logged. With packing the plan
+    judges the lengths of conversations.
+
+    Args:
+        where: The loader's key, `train_loader` or `eval_loader`.
+        streams: Its streams.
+        encoder: Gives the longest caption and conversation.
+        teachers: Shown with the samples; training is judged by the longest that a sample can be shown.
+        loader: Its section. With `on_bad_sample: skip`, what is too long is only logged.
+
+    Raises:
+        ConfigError: A caption or conversation is too long, or a sample cannot be used.
+    """
+    problems = from_rank_0(lambda: _judge(where, streams, encoder, teachers, loader.packing is not None))
+    if problems and loader.on_bad_sample != "skip":
+        raise ConfigError(
+            "\n  ".join(f"{text}; {where}.on_bad_sample=skip leaves such samples out" for text in problems)
+        )
+    for problem in problems if dist.get_global_rank() == 0 else ():
+        log.warning("%s; skipped", problem)
+
+
+def _judge(
+    where: str, streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None, is_packed: bool
+) -> list[str]:
+    """Return what is wrong with the records of the streams."""
+    problems: list[str] = []
+    first = 0  # position of the stream's first sample
+    for stream in streams:
+        num_samples = sum(shard["samples"] for shard in stream.read_index()["shards"])
+        try:
+            captions = _kept_captions(encoder.tokenizer).of(stream)["tokens"]
+            problems += _too_long(where, stream, captions, encoder.max_caption_tokens, "a caption")
+            table = _with_teachers(Lengths(**_kept_lengths(encoder).of(stream)), encoder, teachers)
+            if not is_packed:
+                is_drawn = where == "eval_loader"  # every evaluation draws the same teachers
+                tokens, _ = table.of_epoch(0, np.arange(num_samples), first) if is_drawn else table.longest()
+                problems += _too_long(where, stream, tokens, encoder.max_seq_len, "a conversation")
+        except (MissingRecordsError, DamagedRecordsError) as error:
+            if is_packed:
+                raise ConfigError(f"{where}: {error}") from error
+            log.warning("%s: captions and lengths are not judged before training: %s", where, error)
+        except ValueError as error:
+            if is_packed:  # it cannot be planned either
+                raise ConfigError(f"{where}: {error}") from error
+            problems.append(f"{where}: {error}")
+        first += num_samples
+    return problems
+
+
+def _too_long(where: str, stream: CheckedStream, tokens: NDArray[np.int64], most: int, what: str) -> list[str]:
+    num_long, longest = int((tokens > most).sum()), int(tokens.argmax()) if len(tokens) else 0
+    if not num_long:
+        return []
+    remedy = "raise max_seq_len, or lower image.max_pixels or teachers.num_teachers"
+    if what == "a caption":
+        remedy = "raise caption_decoder.max_caption_tokens in training (null: the longest), or shorten it"
+    record = next(islice(read_records(stream.folder / RECORDS_FILE, stream.read_index()), longest, None))
+    return [
+        f"{where}: {num_long} of {len(tokens)} samples in {stream.folder} have {what} above {most} tokens, up to "
+        f"{tokens[longest]} in {record.id!r}: {remedy}"
+    ]
+
+
+def _kept_lengths(encoder: Encoder) -> "KeptCount":
+    return KeptCount(
+        name="lengths",
+        fingerprint=fingerprint(encoder),
+        what="this tokenizer, prompt and pixel budget",
+        remedy="train without train_loader.packing",
+        count=lambda samples: vars(count_lengths(samples, encoder)),
+    )
+
+
+def _kept_captions(tokenizer: PreTrainedTokenizerBase) -> "KeptCount":
+    backend: Any = tokenizer
+    return KeptCount(
+        name="caption_lengths",
+        fingerprint=hashlib.sha256(backend.backend_tokenizer.to_str().encode()).hexdigest()[:16],
+        what="the longest captions",
+        remedy="set caption_decoder.max_caption_tokens",
+        count=lambda samples: {"tokens": count_captions(samples, tokenizer)},
+    )
+
+
+class MissingRecordsError(ConfigError):
+    """A data set has no records next to its index."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +307,7 @@ class KeptCount:
     def _count(self, stream: CheckedStream, index: Mapping[str, Any]) -> Arrays:
         records = stream.fetch_next_to_index(RECORDS_FILE)
         if records is None:
-            raise ValueError(
+            raise MissingRecordsError(
                 f"{stream.folder} has no {RECORDS_FILE} next to its {INDEX_FILE}, so its lengths are unknown: "
                 f"convert the data set again, or {self.remedy}"
             )

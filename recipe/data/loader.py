@@ -1,5 +1,6 @@
 """Packs → what Composer's Trainer takes: a DataSpec whose batches are lists of microbatches."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,16 +14,18 @@ from composer.core import DataSpec
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-from recipe.config import LoaderConfig
+from recipe.config import ConfigError, LoaderConfig
 from recipe.data.collate import Collator, collate_microbatches, collate_packed, collate_standard
 from recipe.data.encode import Encoder
-from recipe.data.lengths import read_length_table
+from recipe.data.lengths import check_records, read_length_table
 from recipe.data.plan import Budget
 from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, Packing, PackStream
 from recipe.data.teachers import TeacherPool
 from recipe.schema import Batch
 from recipe.upstream.agreement import LockstepLoader
 from recipe.upstream.storage import open_streams
+
+log = logging.getLogger(__name__)
 
 _OF_WORKERS = ("prefetch_factor", "persistent_workers", "multiprocessing_context", "timeout")
 
@@ -42,7 +45,8 @@ def build_train_loader(
     """
     batch_size = device_batch_size(loader)
     streams = open_streams(loader.streams)
-    packing, wanted = None, loader.packing
+    packing, wanted, skips = None, loader.packing, loader.on_bad_sample == "skip"
+    check_records("train_loader", streams, encoder, teachers, loader)
     if wanted is not None:
         max_tokens = wanted.max_tokens or encoder.max_seq_len
         budget = Budget(max_tokens, wanted.max_patches, wanted.window, encoder.max_seq_len)
@@ -51,13 +55,15 @@ def build_train_loader(
     dataset = PackStream(
         ExampleMaker(encoder, teachers, seed),
         packing,
-        skips_bad_samples=loader.on_bad_sample == "skip",
+        skips_bad_samples=skips,
         streams=streams,
         batch_size=batch_size,
         **{"shuffle_seed": seed, **loader.dataset},
     )
+    dataloader = _dataloader(loader, dataset, encoder.pad_token_id, batch_size, microbatch_size)
+    _check_batches("train_loader", loader, dataloader, dataset.plan(0).num_packs)
     return DataSpec(
-        _dataloader(loader, dataset, encoder.pad_token_id, batch_size, microbatch_size),
+        dataloader,
         split_batch=split_batch,
         get_num_samples_in_batch=get_num_packs_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
@@ -66,16 +72,38 @@ def build_train_loader(
 
 def build_eval_loader(loader: LoaderConfig, encoder: Encoder, teachers: TeacherPool | None, seed: int) -> DataSpec:
     """Return the evaluation loader: every sample once, in stored order; each batch is one microbatch."""
-    batch_size = device_batch_size(loader)
+    batch_size, skips = device_batch_size(loader), loader.on_bad_sample == "skip"
+    streams = open_streams(loader.streams)
+    check_records("eval_loader", streams, encoder, teachers, loader)
     maker = ExampleMaker(encoder, teachers, seed)
-    dataset = EvalSamples(maker, streams=open_streams(loader.streams), batch_size=batch_size, **loader.dataset)
+    dataset = EvalSamples(maker, skips, streams=streams, batch_size=batch_size, **loader.dataset)
+    sampler = EvalSampler(dataset)
+    dataloader = _dataloader(loader, dataset, encoder.pad_token_id, batch_size, batch_size, sampler=sampler)
+    _check_batches("eval_loader", loader, dataloader, len(dataset))
     return DataSpec(
-        _dataloader(loader, dataset, encoder.pad_token_id, batch_size, batch_size, sampler=EvalSampler(dataset)),
+        dataloader,
         num_samples=len(dataset),
         split_batch=lambda batches, microbatch_size: batches,
         get_num_samples_in_batch=get_num_samples_in_batch,
         get_num_tokens_in_batch=get_num_tokens_in_batch,
     )
+
+
+def _check_batches(where: str, loader: LoaderConfig, dataloader: DataLoader, num_packs: int) -> None:
+    """Raise ConfigError if an epoch has no batches; log the samples that `drop_last` leaves out of an evaluation."""
+    num_batches, size = len(dataloader), loader.global_batch_size
+    if num_batches == 0:
+        remedy = "check choose, repeat and epoch_size"
+        if num_packs:
+            remedy = f"set {where}.dataloader.drop_last=false, or lower {where}.global_batch_size"
+        raise ConfigError(
+            f"{where}: an epoch has no batches, as it has {num_packs} samples or packs for a global_batch_size of "
+            f"{size}: {remedy}"
+        )
+    if where == "eval_loader" and num_batches * size < num_packs and dist.get_global_rank() == 0:
+        log.warning(
+            "eval_loader.dataloader.drop_last leaves out %d of %d samples", num_packs - num_batches * size, num_packs
+        )
 
 
 def tokens_per_batch(loader: LoaderConfig, spec: DataSpec) -> float:

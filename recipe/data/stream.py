@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streaming.base.shuffle import get_shuffle
 from torch.utils.data import Dataset, DistributedSampler
 
-from recipe.config import NEW_RUN, TeacherConfig
+from recipe.config import NEW_RUN, ConfigError, TeacherConfig
 from recipe.data.encode import Encoder
 from recipe.data.lengths import LengthTable, takes_teachers
 from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
@@ -258,7 +258,7 @@ class PackStream(CheckedDataset):
         tokens, patches = self._packing.lengths.of_epoch(epoch, samples)
         budget = self._packing.budget
         if not budget.fits(tokens, patches).any():
-            raise ValueError(
+            raise ConfigError(
                 f"all {len(samples)} samples of epoch {epoch} are over the budget of a pack: "
                 "raise train_loader.packing.max_tokens, max_seq_len or max_patches"
             )
@@ -272,7 +272,7 @@ class PackStream(CheckedDataset):
         if not len(long):
             return
         shown = "" if self._maker.teachers is None else ", including its longest teachers"
-        raise ValueError(
+        raise ConfigError(
             f"{len(long)} samples can be over {budget.max_tokens} tokens per pack, {budget.max_seq_len} per sample and "
             f"{budget.max_patches or 'any number of'} patches; first {self[int(long[0])]['id']!r}, with "
             f"{tokens[long[0]]} tokens and {patches[long[0]]} patches{shown}. Raise train_loader.packing.max_tokens, "
@@ -285,19 +285,36 @@ def _digest(value: object) -> str:
 
 
 class EvalSamples(Dataset[Pack]):
-    """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert."""
+    """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert.
 
-    def __init__(self, maker: ExampleMaker, **keywords: Any):
+    A sample that cannot be used raises, or is listed in `Pack.skipped` with an inert one in its place.
+    """
+
+    def __init__(self, maker: ExampleMaker, skips_bad_samples: bool = False, **keywords: Any):
         self._rows = CheckedDataset(**keywords)
-        self._maker = maker
+        self._maker, self._skips_bad_samples = maker, skips_bad_samples
 
     def __len__(self) -> int:
         return self._rows.num_samples
 
     def __getitem__(self, index: int) -> Pack:
         position = index if index >= 0 else -1 - index
-        example = self._maker(self._rows[position], 0, position)
+        row = self._rows[position]
+        try:
+            example = self._maker(row, 0, position)
+        except ValueError as error:
+            if not self._skips_bad_samples:
+                raise
+            return Pack(position, [self._find_filler()], {row["id"]: str(error)}, is_inert=True)
         return Pack(position, [example]) if index >= 0 else Pack(position, [make_inert(example)], is_inert=True)
+
+    def _find_filler(self) -> Example:
+        """Return an inert example without an image to draw, in place of a sample that is skipped."""
+        for position in range(len(self)):
+            with suppress(ValueError):
+                filler = make_inert(self._maker(self._rows[position], 0, position))
+                return replace(filler, sample=replace(filler.sample, image=b""))
+        raise ValueError("no sample of the evaluation set can be used: convert it again, with --strict to see why")
 
 
 class EvalSampler(DistributedSampler):

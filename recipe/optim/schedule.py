@@ -12,7 +12,7 @@ from composer.optim import (
 )
 
 from recipe.config import GROUPS, CurveConfig, OptimizerConfig, SchedulerConfig, StagedFreezingConfig
-from recipe.rules import parse_stages
+from recipe.rules import parse_duration, parse_stages
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,27 @@ def build_schedule(scheduler: SchedulerConfig, staged: StagedFreezingConfig, opt
 
 def build_curve(config: CurveConfig) -> ComposerScheduler:
     """Return Composer's scheduler of that name: a function of the training state."""
+    t_warmup = config.t_warmup
+    if (parse_duration(t_warmup) or (1.0, ""))[0] == 0:
+        t_warmup = "0dur"  # none, in the unit of the run: Composer refuses another
     if config.name == "cosine":
-        return CosineAnnealingWithWarmupScheduler(t_warmup=config.t_warmup, alpha_f=config.alpha_f)
+        return CosineAnnealingWithWarmupScheduler(t_warmup=t_warmup, alpha_f=config.alpha_f)
     if config.name == "linear":
-        return LinearWithWarmupScheduler(t_warmup=config.t_warmup, alpha_f=config.alpha_f)
-    return ConstantWithWarmupScheduler(t_warmup=config.t_warmup)
+        return LinearWithWarmupScheduler(t_warmup=t_warmup, alpha_f=config.alpha_f)
+    return ConstantWithWarmupScheduler(t_warmup=t_warmup)
+
+
+def long_warmups(config: SchedulerConfig, max_duration: Time, batches_per_epoch: int) -> list[str]:
+    """Return which warm-ups, by their key and value, are longer than the run, so that no full rate is reached."""
+    factors = {TimeUnit.EPOCH: batches_per_epoch}
+    curves = {f"scheduler.groups.{group}": curve for group, curve in config.groups.items()}
+    found = []
+    for where, curve in {"scheduler": config, **curves}.items():
+        warmup = Time.from_timestring(curve.t_warmup)
+        length = 1.0 if warmup.unit is TimeUnit.DURATION else max_duration.value * factors.get(max_duration.unit, 1)
+        if warmup.value * factors.get(warmup.unit, 1) > length:
+            found.append(f"{where}.t_warmup {curve.t_warmup}")
+    return found
 
 
 def lr_factor(schedule: Schedule, group: str, state: State) -> float:

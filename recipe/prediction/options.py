@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipe.configure import load_config
+from recipe.configure import expand_home, load_config
 from recipe.rules import check_fields
 
 GALLERY_THRESHOLD = 0.3  # where the slider starts, if nothing is given
@@ -93,7 +93,7 @@ def _parse_numbers(
     parser: argparse.ArgumentParser, arguments: Sequence[str], counts: Sequence[str]
 ) -> argparse.Namespace:
     """Return the parsed arguments; refuse a threshold outside [0, 1] and `counts` below 1."""
-    args = parser.parse_args(arguments)
+    args = parser.parse_args([expand_home(argument) for argument in arguments])
     if args.score_threshold is not None and not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold {args.score_threshold}: must be between 0 and 1")
     for name in counts:

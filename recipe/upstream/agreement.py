@@ -11,6 +11,8 @@ import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
+from recipe.config import ConfigError
+
 Made = TypeVar("Made")
 
 # Seconds that ranks wait for one another, unless `trainer.dist_timeout` is set. Composer's 300 are too few to count a
@@ -23,6 +25,7 @@ def agree(error: Exception | None) -> None:
 
     Raises:
         Exception: This rank's own error.
+        ConfigError: Another rank's.
         RuntimeError: Quotes the errors of other ranks.
     """
     if dist.get_world_size() > 1:
@@ -36,10 +39,15 @@ def agree(error: Exception | None) -> None:
                 raise
             raise error from lost
         if failed.item() and error is None:
-            texts = dist.all_gather_object(None)
-            raise RuntimeError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text))
+            others: list[Any] = dist.all_gather_object(None)
+            mistakes = [text for text, is_mistake in filter(None, others) if is_mistake]
+            if mistakes:
+                raise ConfigError(mistakes[0])
+            texts = [f"rank {rank}: {other[0]}" for rank, other in enumerate(others) if other]
+            raise RuntimeError("; ".join(texts))
         if error is not None:
-            dist.all_gather_object(f"{type(error).__name__}: {error}")
+            is_mistake = isinstance(error, ConfigError)
+            dist.all_gather_object((str(error) if is_mistake else f"{type(error).__name__}: {error}", is_mistake))
     if error is not None:
         raise error
 

@@ -88,6 +88,18 @@ def test_the_package_lists_its_commands() -> None:
     assert all(f"python -m convert.{name} " in text for name in with_main)
 
 
+def test_home_is_expanded_in_every_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in --out=~/x, of which shells leave the ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jpg").write_bytes(picture())
+    (tmp_path / "a.jsonl").write_text('{"images": ["a.jpg"], "objects": []}\n')
+    run_main(monkeypatch, "jsonl", "--annotations=~/a.jsonl", "--images=~/", "--out=~/out", "--split=train")
+    run_main(monkeypatch, "verify", "--local=~/out", "--split=train")
+    assert (tmp_path / "out/train/index.json").is_file()
+    with pytest.raises(SystemExit, match="3 teachers asked, but only 0 samples"):
+        run_main(monkeypatch, "teachers", "--local=~/out", "--split=train", "--out=~/pool", "--num-samples=3")
+
+
 def test_the_first_unusable_record_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(picture())

@@ -2,19 +2,23 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from recipe.config import ImageConfig, PromptConfig, TeacherConfig
+from convert.shapes import draw_scene
+from recipe.config import ConfigError, ImageConfig, LoaderConfig, PackingConfig, PromptConfig, TeacherConfig
 from recipe.data import lengths as lengths_module
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.data.lengths import (
     LengthTable,
+    check_records,
     count_lengths,
     count_teachers,
     fingerprint,
@@ -213,7 +217,76 @@ def test_data_without_captions_or_records(tmp_path: Path, samples: list[Sample],
     nothing = [replace(sample, objects=None) for sample in samples if sample.messages]
     assert read_longest_caption(open_streams({"a": write_shards(tmp_path / "a", nothing)}), encoder.tokenizer) == 0
     (tmp_path / "a" / RECORDS_FILE).unlink()
-    for path in tmp_path.glob("a/captions-*.npz"):
+    for path in tmp_path.glob("a/caption_lengths-*.npz"):
         path.unlink()
     with pytest.raises(ValueError, match=r"has no records.jsonl.gz .* or set caption_decoder.max_caption_tokens"):
         read_longest_caption(open_streams({"a": {"local": str(tmp_path / "a")}}), encoder.tokenizer)
+
+
+def problem_of(write_shards, folder: Path, samples: list[Sample], encoder: Encoder, **changes: Any) -> str:
+    """What is said of the records of a training set before training; empty if nothing."""
+    streams = open_streams({"a": write_shards(folder, samples)})
+    try:
+        check_records("train_loader", streams, encoder, None, LoaderConfig(**changes))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_records_are_judged_before_training(
+    write_shards, tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, packed = draw_scene(1, 0, 84), PackingConfig()
+    wordy = replace(good, id="wordy", objects=(Object((1.0, 2.0, 9.0, 9.0), "a very long caption " * 9),))
+    crowd = replace(wordy, id="crowd", objects=tuple(replace(item, iscrowd=True) for item in wordy.objects or ()))
+    chatty = Sample("chatty", b"", 0, 0, None, ({"role": "user", "content": "x y " * encoder.max_seq_len},))
+    flat = replace(good, id="flat", width=2000, height=8)
+    assert problem_of(write_shards, tmp_path / "1", [good, crowd], encoder) == ""
+    found = problem_of(write_shards, tmp_path / "2", [good, wordy], encoder)
+    assert (
+        "train_loader: 1 of 2 samples" in found and "'wordy'" in found and "caption_decoder.max_caption_tokens" in found
+    )
+    assert "'wordy'" in problem_of(write_shards, tmp_path / "3", [good, wordy], encoder, packing=packed)
+    found = problem_of(write_shards, tmp_path / "4", [good, wordy, chatty], encoder)
+    assert "'wordy'" in found and "'chatty'" in found and "raise max_seq_len" in found
+    assert problem_of(write_shards, tmp_path / "5", [good, chatty], encoder, packing=packed) == ""  # the plan judges it
+    assert not caplog.records
+    assert problem_of(write_shards, tmp_path / "6", [good, wordy], encoder, on_bad_sample="skip") == ""
+    assert "'wordy'" in caplog.text
+    assert "'flat'" in problem_of(write_shards, tmp_path / "7", [good, flat], encoder)
+    skips = {"packing": packed, "on_bad_sample": "skip"}
+    assert "'flat'" in problem_of(write_shards, tmp_path / "8", [good, flat], encoder, **skips)  # it cannot be planned
+
+
+def test_evaluation_records_are_judged_with_the_teachers_they_get(
+    write_shards, tmp_path: Path, encoder: Encoder, samples: list[Sample], make_sample
+) -> None:
+    pool = TeacherPool([make_sample(50 + n, n, 60 + 40 * n) for n in range(4)], TeacherConfig(num_teachers=1), 0)
+    shown = [replace(sample, id=f"{sample.id}-{at}") for at in range(3) for sample in samples if sample.has_image]
+    cut = len(shown) // 2
+    streams = {"a": write_shards(tmp_path / "a", shown[:cut]), "b": write_shards(tmp_path / "b", shown[cut:])}
+    maker = ExampleMaker(encoder, pool, 0)
+    lengths = [len(maker(sample.to_mds(), 0, at).input_ids) for at, sample in enumerate(shown)]
+    most = sorted(lengths)[len(lengths) // 2]
+    with pytest.raises(ConfigError) as raised:
+        check_records("eval_loader", open_streams(streams), replace(encoder, max_seq_len=most), pool, LoaderConfig())
+    for part in (lengths[:cut], lengths[cut:]):
+        told = f"{sum(length > most for length in part)} of {len(part)} samples .* up to {max(part)} in"
+        assert re.search(told, str(raised.value)), told
+    check_records(
+        "eval_loader", open_streams(streams), replace(encoder, max_seq_len=max(lengths)), pool, LoaderConfig()
+    )
+
+
+def test_records_that_are_missing_are_reported(
+    write_shards, tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    keywords = write_shards(tmp_path / "a", [draw_scene(1, 0, 84)])
+    for path in Path(keywords["local"]).rglob("records.jsonl*"):
+        path.unlink()
+    check_records("eval_loader", open_streams({"a": keywords}), encoder, None, LoaderConfig())
+    assert "captions and lengths are not judged before training" in caplog.text
+    with pytest.raises(ConfigError, match=r"train_loader: .* has no records"):
+        check_records(
+            "train_loader", open_streams({"a": keywords}), encoder, None, LoaderConfig(packing=PackingConfig())
+        )

@@ -1,6 +1,7 @@
 """The loaders: microbatches, counts, resumption, workers, teachers, evaluation without double counting."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from composer.core import DataSpec
 from torch.utils.data import DataLoader
 
-from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
+from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.data import loader as loader_module
 from recipe.data.encode import Encoder
 from recipe.data.loader import (
@@ -271,3 +272,35 @@ def test_teachers_without_a_pool_are_refused(config: RecipeConfig, encoder: Enco
     config.teachers = TeacherConfig(stream=None, num_teachers=1)
     with pytest.raises(ValueError, match=r"teachers\.stream is null"):
         train_spec(config, encoder, microbatch_size=1)
+
+
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_an_epoch_without_batches_is_refused(config: RecipeConfig, encoder: Encoder, which: str) -> None:
+    loader = replace(getattr(config, f"{which}_loader"), global_batch_size=16, dataloader={"drop_last": True})
+    with pytest.raises(ConfigError, match=rf"{which}_loader: an epoch has no batches, as it has 10 .*drop_last=false"):
+        if which == "train":
+            train_spec(replace(config, train_loader=loader), encoder, 1)
+        else:
+            build_eval_loader(loader, encoder, None, 0)
+
+
+def test_what_an_evaluation_drops_is_reported(
+    config: RecipeConfig, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_eval_loader(replace(config.eval_loader, dataloader={"drop_last": True}), encoder, None, 0)
+    assert "drop_last leaves out 2 of 10 samples" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [[0], [3, 4], [9]])
+def test_an_evaluation_skips_broken_images_if_asked(
+    tmp_path: Path, make_sample, write_shards, config: RecipeConfig, encoder: Encoder, bad: list[int]
+) -> None:
+    samples = [make_sample(number, 1) for number in range(NUM_SAMPLES)]
+    samples = [replace(item, image=b"broken") if at in bad else item for at, item in enumerate(samples)]
+    loader = replace(config.eval_loader, streams={"eval": write_shards(tmp_path / "bad", samples)})
+    with pytest.raises(ValueError, match=f"sample-{bad[0]}"):
+        list(dataloader_of(build_eval_loader(loader, encoder, None, 0)))
+    batches = list(dataloader_of(build_eval_loader(replace(loader, on_bad_sample="skip"), encoder, None, 0)))
+    microbatches = [item for batch in batches for item in batch]
+    assert sorted(name for item in microbatches for name in item["skipped"]) == [f"sample-{at}" for at in bad]
+    assert sum(get_num_samples_in_batch(batch) for batch in batches) == NUM_SAMPLES - len(bad)

@@ -20,7 +20,7 @@ from recipe.config import (
 )
 from recipe.configure import load_config
 from recipe.optim.groups import GROUP_PATTERNS
-from recipe.optim.schedule import Schedule, build_schedule, lr_factor, stage_factor
+from recipe.optim.schedule import Schedule, build_curve, build_schedule, long_warmups, lr_factor, stage_factor
 from recipe.rules import StageEntry, check_config, check_fields, check_stages, parse_stages
 
 JOINT = str(Path(__file__).resolve().parents[2] / "yamls" / "joint.yaml")
@@ -258,3 +258,23 @@ def test_null_drops_the_stages_of_a_group():
     config = load_config(JOINT, overrides[:1])  # a rate of 0 drops them too
     check_config(config)
     assert "llm" not in stages_of(config)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_no_warm_up_fits_a_run_in_any_unit(name: str):
+    """Composer compares the units even of a warm-up of nothing."""
+    for duration in ("100tok", "100sp", "10ba", "2ep"):
+        assert build_curve(CurveConfig(name, "0ba"))(at(duration=duration)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("t_warmup", "duration", "is_long"),
+    [
+        *[("9ba", "8ba", True), ("8ba", "8ba", False), ("21ba", "2ep", True), ("1ep", "9ba", True)],
+        *[("1ep", "10ba", False), ("1.5dur", "9tok", True), ("1dur", "9tok", False), ("9tok", "8tok", True)],
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_reported(t_warmup: str, duration: str, is_long: bool):
+    config = SchedulerConfig("cosine", "0ba", groups={"llm": CurveConfig("cosine", t_warmup)})
+    expected = [f"scheduler.groups.llm.t_warmup {t_warmup}"] if is_long else []
+    assert long_warmups(config, Time.from_timestring(duration), batches_per_epoch=10) == expected
