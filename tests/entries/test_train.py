@@ -158,3 +158,41 @@ def test_quickstart_yaml_on_two_ranks(tiny_checkpoint: str, scenes: str, tmp_pat
     rows = [json.loads(line)["metrics"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(row.get("time/sample", 0) for row in rows) == 8
     assert any("metrics/eval/box_ap50" in row for row in rows)
+
+
+@pytest.mark.slow
+def test_joint_yaml_through_all_its_stages(tiny_checkpoint: str, scenes: str, tmp_path: Path) -> None:
+    """As on a machine without a GPU: twenty steps of one small pack."""
+    output = run_composer(
+        1,
+        "recipe/train.py",
+        "yamls/joint.yaml",
+        f"run_folder={tmp_path}/run",
+        f"model.pretrained_model_name_or_path={tiny_checkpoint}",
+        f"train_loader.streams.main.local={scenes}",
+        f"eval_loader.streams.main.local={scenes}",
+        "train_loader.global_batch_size=1",
+        "train_loader.dataloader.num_workers=1",
+        "eval_loader.dataloader.num_workers=1",
+        "max_seq_len=512",
+        "train_loader.packing.max_tokens=512",
+        "detection_head={num_layers: 1, num_queries: 8, width: 32}",
+        "evaluation.max_new_tokens=4",
+        "trainer.parallelism_config=null",
+        "trainer.precision=fp32",
+        "trainer.max_duration=20ba",
+    ).output
+    # The step after 5 % still stands at the bottom of its warm-up.
+    assert output.count("stage from batch") == 3
+    rows = [json.loads(line)["metrics"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = {
+        group: [row[f"lr/{group}"] for row in rows if f"lr/{group}" in row] for group in ("vision", "llm", "detection")
+    }
+    assert all(len(found) == 20 for found in rates.values())
+    # Nothing in the first step: the curve's own warm-up begins at 0, and is shorter than a step here.
+    assert all(rate > 0 for rate in rates["vision"][1:])
+    for group in ("llm", "detection"):
+        assert rates[group][:2] == [0, 0] and all(rate > 0 for rate in rates[group][2:])
+    assert rates["llm"][15] < 0.2 * rates["llm"][14]
+    assert any("metrics/eval/box_ap50" in row for row in rows)
+    assert (tmp_path / "run" / "checkpoints" / "latest-rank0.pt").exists()
