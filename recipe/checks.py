@@ -10,7 +10,7 @@ import torch
 from composer import Callback, Trainer
 from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer

@@ -82,7 +82,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
                     check_fields(item, f"{key}.{name}.")
         elif value is None:
             continue
-        elif isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+        elif _is_nested(value):
             raise ConfigError(f"{key} is {value!r}: it must be a plain list; quote an entry that holds a colon")
         elif "choices" in rule:
             _check_choice(key, value, rule["choices"])
@@ -94,6 +94,10 @@ def check_fields(section: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{key} is {value!r}: it must be {least}, such as 50ba")
         elif rule:
             _check_number(key, value, **rule)
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
 
 
 def _check_number(
