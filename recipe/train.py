@@ -42,7 +42,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.losses.counts import split_batch
     from recipe.optim.fsdp import build_parallelism
     from recipe.optim.groups import build_optimizer
-    from recipe.optim.schedule import build_curve
+    from recipe.optim.schedule import build_curve, build_schedule
     from recipe.upstream.agreement import DIST_TIMEOUT
     from recipe.upstream.composer_state import restore_random_states
     from recipe.upstream.shared_memory import clean_dead_shared_memory
@@ -86,7 +86,13 @@ def main(config: RecipeConfig) -> "Trainer":
                 *build_all_callbacks(config, tokenizer),
                 lock,
                 *([] if saver is None else [saver, Preemption(saver)]),
-                Summary(config.run_folder, view.save_folder, view.keywords.get("eval_interval", 1), config.scheduler),
+                Summary(
+                    config.run_folder,
+                    view.save_folder,
+                    view.keywords.get("eval_interval", 1),
+                    config.scheduler,
+                    build_schedule(config.scheduler, config.staged_freezing, config.optimizer),
+                ),
             ],
             loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),
             seed=config.seed,

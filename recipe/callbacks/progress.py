@@ -17,13 +17,14 @@ from recipe.config import SchedulerConfig
 from recipe.data.stream import PackStream
 from recipe.metrics.gather import UNDEFINED
 from recipe.optim.groups import num_parameters
-from recipe.optim.schedule import long_warmups
+from recipe.optim.schedule import Schedule, long_warmups, trained_steps
 
 log = logging.getLogger(__name__)
 
 LINE_EVERY = 20  # steps between progress lines without a terminal
 LONGEST_SILENCE = 60.0  # seconds after which a step gets its line anyway
-FEW_STEPS = 300  # a run of fewer teaches a new head little
+FEW_STEPS = 500  # fewer teach a new head little
+OFTEN = 200  # passes over a set, after which it is learned by heart
 
 # Names of an evaluation's first lines, in this order, and what they are called there.
 HEADLINES = {
@@ -129,10 +130,19 @@ class Summary(Callback):
         save_folder: Where checkpoints go; None: none are saved.
         eval_interval: As configured: a duration, or a number of epochs.
         scheduler: Warm-ups that are longer than the run are reported.
+        schedule: Says in which steps the head learns.
     """
 
-    def __init__(self, run_folder: str, save_folder: str | None, eval_interval: str | int, scheduler: SchedulerConfig):
+    def __init__(
+        self,
+        run_folder: str,
+        save_folder: str | None,
+        eval_interval: str | int,
+        scheduler: SchedulerConfig,
+        schedule: Schedule,
+    ):
         self.scheduler = scheduler
+        self.schedule = schedule
         self.run_folder = run_folder
         self.save_folder = save_folder
         self.eval_interval = eval_interval if isinstance(eval_interval, str) else f"{eval_interval}ep"
@@ -150,8 +160,15 @@ class Summary(Callback):
         length = {"ba": 1, "ep": int(state.dataloader_len or 0)}.get(duration.unit.value)
         steps = int(duration.value) * length if length else None
         origin = f", resumed at step {begun}" if begun else ""
-        sizes, num_others = num_parameters(state)
+        per_epoch = int(state.dataloader_len or 0)
+        seen = steps / per_epoch if steps and per_epoch else None
         rates = {group["name"]: group["initial_lr"] for group in state.optimizers[0].param_groups}
+        learned = (
+            steps
+            and "detection" in rates
+            and trained_steps(self.schedule.stages.get("detection", ()), steps, per_epoch)
+        )
+        sizes, num_others = num_parameters(state)
         groups = ", ".join(f"{name} {short(size)} at {rates[name]:g}" for name, size in sizes.items())
         trained = sum(sizes.values())
         processes = dist.get_world_size()
@@ -160,9 +177,12 @@ class Summary(Callback):
         if dist.get_global_rank() != 0:
             return
         lines = [
-            f"  data        {num_samples} samples{packs}, {len(loader)} steps per epoch; "
-            f"evaluation every {self.eval_interval}",
-            f"  steps       {duration}" + (f" = {steps} steps" if steps else "") + origin,
+            f"  data        {num_samples} samples{packs}, {len(loader)} steps per epoch"
+            + (f"; each is seen {seen:.3g} times" if seen else ""),
+            f"  steps       {duration}"
+            + (f" = {steps} steps" if steps else "")
+            + (f", the head learns in {learned}" if learned else "")
+            + f"{origin}; evaluation every {self.eval_interval}",
             f"  trains      {groups}; {short(trained)} of {short(trained + num_others)} parameters",
             f"  runs on     {each}, {state.device.name}, {state.precision.value}",
             f"  writes      {self.run_folder}: config.yaml, metrics.jsonl, images; {checkpoints}",
@@ -170,12 +190,19 @@ class Summary(Callback):
         log.info("this run\n%s", "\n".join(lines))
         for warmup in long_warmups(self.scheduler, duration, int(state.dataloader_len or 0)):
             log.warning("%s is longer than the run, %s: the full rate is never reached; shorten it", warmup, duration)
-        if steps is not None and steps < FEW_STEPS:
+        if learned and learned < FEW_STEPS:
             log.warning(
-                "%d steps in all: a new head needs %d or more; lower train_loader.global_batch_size or raise "
-                "trainer.max_duration",
-                steps,
+                "the head learns in %d steps, a new one needs %d or more: raise trainer.max_duration or lower "
+                "train_loader.global_batch_size",
+                learned,
                 FEW_STEPS,
+            )
+        if seen is not None and seen > OFTEN:
+            log.warning(
+                "each sample is seen %.0f times, more than %d teaches little more: lower trainer.max_duration or "
+                "convert more images",
+                seen,
+                OFTEN,
             )
 
     def fit_end(self, state: State, logger: Logger) -> None:

@@ -116,6 +116,17 @@ def _position(unit: TimeUnit, state: State) -> float:
     return now.get(unit).value
 
 
+def trained_steps(stages: Sequence[Stage], num_steps: int, batches_per_epoch: int) -> int | None:
+    """Return in how many steps of a run a group with these stages learns; None if they begin in packs or tokens."""
+    lengths = {TimeUnit.DURATION: num_steps, TimeUnit.EPOCH: batches_per_epoch, TimeUnit.BATCH: 1}
+    if any(stage.start.unit not in lengths for stage in stages):
+        return None
+    starts = [min(num_steps, int(stage.start.value * lengths[stage.start.unit])) for stage in stages]
+    ends = [*starts, num_steps][1:]
+    idle = [end - start for stage, start, end in zip(stages, starts, ends, strict=True) if not stage.factor]
+    return num_steps - sum(idle)
+
+
 def has_come(start: Time, state: State) -> bool:
     """Return whether a time has passed when a batch starts.
 

@@ -44,7 +44,8 @@ def test_a_run_says_what_it_does_and_what_it_did(
     assert first.splitlines()[0] == "this run" and len(first.splitlines()) == 6
     assert f"writes      {config.run_folder}" in first
     assert "parameters" in first and "evaluation every" in first
-    assert messages[1].startswith(f"2 steps in all: a new head needs {FEW_STEPS}")
+    assert "each is seen 1 times" in first and "2ba = 2 steps, the head learns in 2; evaluation every" in first
+    assert messages[1].startswith(f"the head learns in 2 steps, a new one needs {FEW_STEPS} or more: raise")
     steps = [message for message in messages if message.startswith("step ")]
     assert len(steps) == 1 and steps[0].startswith("step 1 (50 %), loss ") and LINE_EVERY > 2
     assert [message for message in messages if message.startswith("evaluation at step 2: box AP50 ")]

@@ -20,7 +20,15 @@ from recipe.config import (
 )
 from recipe.configure import load_config
 from recipe.optim.groups import GROUP_PATTERNS
-from recipe.optim.schedule import Schedule, build_curve, build_schedule, long_warmups, lr_factor, stage_factor
+from recipe.optim.schedule import (
+    Schedule,
+    build_curve,
+    build_schedule,
+    long_warmups,
+    lr_factor,
+    stage_factor,
+    trained_steps,
+)
 from recipe.rules import StageEntry, check_config, check_fields, check_stages, parse_stages
 
 JOINT = str(Path(__file__).resolve().parents[2] / "yamls" / "joint.yaml")
@@ -209,6 +217,23 @@ def test_a_stage_warms_up(entry: dict[str, Any], state: dict[str, Any], expected
     config = replace(config, scheduler=SchedulerConfig("constant", "0ba"))
     assert lr_factor(schedule_of(config), "llm", at(**state)) == pytest.approx(expected, abs=1e-12)
     assert stage_factor(schedule_of(config).stages["llm"], at(**state)) in (None, 0.5), "the same stage all along"
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([], 40),
+        ([("0dur", "frozen"), ("0.1dur", 1.0)], 36),
+        ([("1ep", 0.5), ("2ep", 0)], 20),
+        ([("0ba", "frozen"), ("7ba", 1.0), ("30ba", "frozen")], 23),
+        ([("50ba", "frozen")], 40),
+        ([("100sp", 1.0)], None),
+    ],
+)
+def test_how_many_steps_a_group_learns(entries: list[tuple[str, Any]], expected: int | None):
+    """Worked by hand, in four epochs of ten steps."""
+    groups = {"llm": [{"from": start, "lr": lr} for start, lr in entries]} if entries else {}
+    assert trained_steps(schedule_of(config_of(groups)).stages.get("llm", ()), 40, 10) == expected
 
 
 def test_joint_yaml_thaws_head_and_language_model_with_a_warm_up():
