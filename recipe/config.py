@@ -250,6 +250,18 @@ class StagedFreezingConfig:
     detection_freeze_epochs: int | None = number(None, least=0)  # short for freezing adapter and detection for N epochs
 
 
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """A factor on a group's learning rate from a time on."""
+
+    start: str  # such as 2ep or 0.75dur
+    factor: float | None  # None: frozen
+    warmup: str | None = None  # the rate rises from 0 over that long
+
+
 @dataclass
 class EmaConfig:
     """An exponential moving average of adapter and head, as `composer.algorithms.EMA`; see `algorithms/head_ema.py`."""

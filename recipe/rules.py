@@ -9,12 +9,13 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from math import inf
 from operator import ge, gt, le, lt
 from typing import Any
 
 from recipe.config import (
+    FROZEN,
     GROUPS,
     CaptionDecoderConfig,
     ConfigError,
@@ -23,6 +24,7 @@ from recipe.config import (
     OptimizerConfig,
     RecipeConfig,
     StagedFreezingConfig,
+    StageEntry,
     TrainerView,
     nearest,
     view_trainer,
@@ -82,7 +84,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
                     check_fields(item, f"{key}.{name}.")
         elif value is None:
             continue
-        elif _is_nested(value):
+        elif any(isinstance(item, list | dict) for item in (value if isinstance(value, list) else ())):
             raise ConfigError(f"{key} is {value!r}: it must be a plain list; quote an entry that holds a colon")
         elif "choices" in rule:
             _check_choice(key, value, rule["choices"])
@@ -94,10 +96,6 @@ def check_fields(section: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{key} is {value!r}: it must be {least}, such as 50ba")
         elif rule:
             _check_number(key, value, **rule)
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
 
 
 def _check_number(
@@ -362,18 +360,6 @@ def _check_saving(config: RecipeConfig, view: TrainerView) -> None:
         )
     if config.save_best.metric is not None and folder is None:
         raise ConfigError("save_best.metric is set but trainer.save_folder is null: give a folder")
-
-
-FROZEN = "frozen"
-
-
-@dataclass(frozen=True)
-class StageEntry:
-    """A factor on a group's learning rate from a time on."""
-
-    start: str  # such as 2ep or 0.75dur
-    factor: float | None  # None: frozen
-    warmup: str | None = None  # the rate rises from 0 over that long
 
 
 def parse_stages(staged: StagedFreezingConfig, optimizer: OptimizerConfig) -> dict[str, list[StageEntry]]:

@@ -17,6 +17,7 @@ from recipe.config import (
     RecipeConfig,
     SchedulerConfig,
     StagedFreezingConfig,
+    StageEntry,
 )
 from recipe.configure import load_config
 from recipe.optim.groups import GROUP_PATTERNS
@@ -29,7 +30,7 @@ from recipe.optim.schedule import (
     stage_factor,
     trained_steps,
 )
-from recipe.rules import StageEntry, check_config, check_fields, check_stages, parse_stages
+from recipe.rules import check_config, check_fields, check_stages, parse_stages
 
 JOINT = str(Path(__file__).resolve().parents[2] / "yamls" / "joint.yaml")
 SEED_SCHEDULE = {
