@@ -47,6 +47,7 @@ from recipe.prediction.files import (
     rounded,
     rounded_score,
     unique_names,
+    with_objects_below,
     write_entries,
 )
 from recipe.redact import redact_text
@@ -256,6 +257,7 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path, ent
             entry = PredictedFile(
                 item.name, str(item.path), item.image_id, rounded(result, threshold, with_head), written
             )
+            entry = with_objects_below(entry, result, threshold) if with_head else entry
         entries.append(entry)  # before the drawings: if one cannot be written, what was predicted is kept
     for example in examples if predictor.with_drawings else ():
         result = results[example.sample.id]

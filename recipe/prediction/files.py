@@ -5,11 +5,14 @@
     {"id": "a", "file": "images/a.jpg", "image_id": 1, "width": 640, "height": 480,
      "score_threshold": 0.3, "objects": [{"box": [x1, y1, x2, y2], "score": 0.93, "caption": "a cat"}, ...],
      "answer": "[...]", "answer_objects": [{"box": [...], "caption": "a cat"}, ...],
-     "answer_is_cut": false, "error": null}
+     "answer_is_cut": false, "error": null, "least_score": 0.05,
+     "objects_below": [{"box": [...], "score": 0.12, "caption": ""}, ...]}
 
 Boxes are xyxy in pixels of the displayed image. `objects` are all with at least `score_threshold`, by falling score;
-both are null if the head was not asked. `answer` is null if the language model was not asked, `answer_objects` also if
-its answer could not be parsed. If an image could not be used, all but `error`, `id`, `file` and `image_id` is null.
+both are null if the head was not asked. `objects_below` are no predictions: only the gallery's slider shows them. They
+have less than the threshold, at least `least_score`, and no captions. `answer` is null if the language model was not
+asked, `answer_objects` also if its answer could not be parsed. If an image could not be used, all but `error`, `id`,
+`file` and `image_id` is null.
 """
 
 import glob
@@ -29,6 +32,7 @@ from recipe.schema import DetectedObject, PredictedFile, Prediction, Sample
 
 PREDICTIONS_FILE = "predictions.json"
 COCO_RESULTS_FILE = "coco_results.json"
+LEAST_SCORE = 0.05  # of objects below the threshold
 _KEYS = {"id", "file", "width", "height", "objects", "answer", "answer_objects", "error"}
 
 
@@ -181,19 +185,25 @@ def read_annotated_folder(folder: Path) -> list[Sample]:
 
 def rounded(prediction: Prediction, score_threshold: float, with_head: bool = True) -> Prediction:
     """Return a prediction as it is written: without objects below the threshold, or without the head's at all."""
-
-    def written(objects: Iterable[DetectedObject]) -> tuple[DetectedObject, ...]:
-        boxes = ((item, [round(value, 2) for value in item.box]) for item in objects)  # hundredths of a pixel
-        return tuple(
-            DetectedObject((x1, y1, x2, y2), rounded_score(item.score), item.caption)
-            for item, (x1, y1, x2, y2) in boxes
-        )
-
     return replace(
         prediction,
-        objects=written(item for item in prediction.objects if with_head and item.score >= score_threshold),
-        answer_objects=None if prediction.answer_objects is None else written(prediction.answer_objects),
+        objects=_rounded(item for item in prediction.objects if with_head and item.score >= score_threshold),
+        answer_objects=None if prediction.answer_objects is None else _rounded(prediction.answer_objects),
         with_head=with_head,
+    )
+
+
+def with_objects_below(entry: PredictedFile, found: Prediction, score_threshold: float) -> PredictedFile:
+    """Add the objects of `found`, which holds all, from `LEAST_SCORE` up to the threshold."""
+    below = (item for item in found.objects if LEAST_SCORE <= item.score < score_threshold)
+    least = min(LEAST_SCORE, rounded_score(score_threshold))
+    return replace(entry, least_score=least, objects_below=_rounded(below))
+
+
+def _rounded(objects: Iterable[DetectedObject]) -> tuple[DetectedObject, ...]:
+    boxes = ((item, [round(value, 2) for value in item.box]) for item in objects)  # hundredths of a pixel
+    return tuple(
+        DetectedObject((x1, y1, x2, y2), rounded_score(item.score), item.caption) for item, (x1, y1, x2, y2) in boxes
     )
 
 
@@ -225,9 +235,15 @@ def coco_results(entries: Iterable[PredictedFile]) -> list[dict[str, Any]]:
     return results
 
 
-def least_score(entries: Iterable[PredictedFile]) -> float:
-    """Return the least score of which every entry holds its objects; 0 if a file of an older version does not say."""
-    return max((entry.score_threshold or 0.0 for entry in entries), default=0.0)
+def least_score(entries: Iterable[PredictedFile], below: bool = False) -> float:
+    """Return the least score of which every entry holds its objects, or with `below` also those below the threshold.
+
+    0 if a file of an older version does not say.
+    """
+    scores = (
+        entry.least_score if below and entry.objects_below is not None else entry.score_threshold for entry in entries
+    )
+    return max((score or 0.0 for score in scores), default=0.0)
 
 
 def refuse_to_overwrite(out: Path, names: Sequence[str]) -> None:
@@ -291,10 +307,11 @@ def _fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     if row["error"] is None:
         yield "width", row["width"], "a number"
         yield "height", row["height"], "a number"
-    if row.get("score_threshold") is not None:
-        yield "score_threshold", row["score_threshold"], "a number"
-    for name in ("objects", "answer_objects"):
-        if row[name] is None:
+    for name in ("score_threshold", "least_score"):
+        if row.get(name) is not None:
+            yield name, row[name], "a number"
+    for name in ("objects", "answer_objects", "objects_below"):
+        if row.get(name) is None:
             continue
         yield name, row[name], "a list"
         for index, item in enumerate(row[name]):
@@ -302,7 +319,7 @@ def _fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
             yield where, item, "an object"
             yield f"{where}.box", item.get("box"), "four numbers"
             yield f"{where}.caption", item.get("caption"), "a text"
-            if name == "objects":
+            if name != "answer_objects":
                 yield f"{where}.score", item.get("score"), "a number"
 
 

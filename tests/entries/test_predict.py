@@ -145,6 +145,8 @@ def test_options_are_obeyed(trained_checkpoint: Path, picture: Path, tmp_path: P
     kept = predict(trained_checkpoint, tmp_path / "out", picture, options=options)[0]
     assert kept["objects"] == everything["objects"][:2]
     assert kept["score_threshold"] == pytest.approx(middle, rel=1e-5)
+    below = [{**item, "caption": ""} for item in everything["objects"][2:] if item["score"] >= kept["least_score"]]
+    assert kept["objects_below"] == below and everything["objects_below"] == []
 
 
 def test_unusable_pictures_are_told_and_the_others_done(
