@@ -19,7 +19,7 @@ import glob
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +27,13 @@ from typing import Any
 
 from convert.annotated import jsonl_files, read_jsonl
 from recipe.images import SUFFIXES
+from recipe.metrics.gather import normalized_caption
 from recipe.records import INDEX_FILE, write_whole
-from recipe.schema import DetectedObject, PredictedFile, Prediction, Sample
+from recipe.schema import DetectedObject, ImageId, PredictedFile, Prediction, Sample
 
 PREDICTIONS_FILE = "predictions.json"
 COCO_RESULTS_FILE = "coco_results.json"
+NO_CATEGORY = -1  # in COCO results; pycocotools skips such a box unless useCats is 0
 LEAST_SCORE = 0.05  # of objects below the threshold
 _KEYS = {"id", "file", "width", "height", "objects", "answer", "answer_objects", "error"}
 
@@ -212,11 +214,31 @@ def rounded_score(score: float) -> float:
     return float(f"{score:.6g}")
 
 
-def coco_results(entries: Iterable[PredictedFile]) -> list[dict[str, Any]]:
-    """Return the head's objects as COCO results, all of category 1, with their captions.
+def category_ids(categories: Iterable[tuple[str, ImageId]]) -> dict[str, ImageId]:
+    """Return the id of each category by its name, in the form in which captions are compared.
+
+    Two categories that share a name in that form are told apart by nothing: it has `NO_CATEGORY`.
+    """
+    ids = defaultdict[str, set[ImageId]](set)
+    for name, category_id in categories:
+        ids[normalized_caption(name)].add(category_id)
+    return {name: next(iter(found)) if len(found) == 1 else NO_CATEGORY for name, found in ids.items()}
+
+
+def coco_results(
+    entries: Iterable[PredictedFile], categories: Mapping[str, ImageId] | None = None
+) -> list[dict[str, Any]]:
+    """Return the head's objects as COCO results with their captions.
 
     If the head was not asked, the objects of the text answer, with score 1.
+
+    Args:
+        entries: What was predicted.
+        categories: From `category_ids`: a box is of the category that is named like its caption, else of
+            `NO_CATEGORY`. A single one is that of all boxes. None: all are of category 1.
     """
+    known = {"": 1} if categories is None else categories
+    otherwise = next(iter(known.values())) if len(known) == 1 else NO_CATEGORY
     results = []
     for entry in entries:
         if entry.prediction is None:
@@ -226,7 +248,7 @@ def coco_results(entries: Iterable[PredictedFile]) -> list[dict[str, Any]]:
             results.append(
                 {
                     "image_id": entry.image_id,
-                    "category_id": 1,
+                    "category_id": known.get(normalized_caption(item.caption), otherwise),
                     "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
                     "score": item.score,
                     "caption": item.caption,
@@ -255,10 +277,10 @@ def refuse_to_overwrite(out: Path, names: Sequence[str]) -> None:
         raise ValueError(f"{out} already holds {', '.join(there[:3])}{more}: give another --out, or --overwrite")
 
 
-def write_entries(out: Path, entries: Sequence[PredictedFile]) -> None:
-    """Write both files; each appears whole."""
+def write_entries(out: Path, entries: Sequence[PredictedFile], categories: Mapping[str, ImageId] | None = None) -> None:
+    """Write both files; each appears whole. For `categories` see `coco_results`."""
     rows = [entry.to_json() for entry in entries]
-    for name, value in ((PREDICTIONS_FILE, rows), (COCO_RESULTS_FILE, coco_results(entries))):
+    for name, value in ((PREDICTIONS_FILE, rows), (COCO_RESULTS_FILE, coco_results(entries, categories))):
         write_json_text(out / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 

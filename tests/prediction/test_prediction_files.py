@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from recipe.prediction.files import (
+    NO_CATEGORY,
+    category_ids,
     coco_results,
     least_score,
     read_entries,
@@ -80,6 +82,21 @@ def test_low_scores_keep_their_digits(tmp_path: Path):
     assert [item.score for item in entry.prediction.objects] == expected
     results = json.loads((tmp_path / "coco_results.json").read_text())
     assert [item["score"] for item in results] == expected
+
+
+def test_categories_of_results():
+    """Named like the caption, but for blanks and case; none where nobody can tell; a single one is that of all."""
+    captions = ("cat", " STRASSE", "a red cat", "", "dog")
+    found = tuple(DetectedObject(BOX, 0.5, caption) for caption in captions)
+    entries = [PredictedFile("a", "a.png", 7, replace(FULL, objects=found), 0.3)]
+
+    def ids(*categories: tuple[str, int | str]) -> list[int | str]:
+        return [row["category_id"] for row in coco_results(entries, category_ids(categories))]
+
+    assert ids(("Cat ", 17), ("straße", "s"), ("bird", 1)) == [17, "s", NO_CATEGORY, NO_CATEGORY, NO_CATEGORY]
+    assert ids(("cat", 1), ("CAT", 2), ("dog", 3)) == [NO_CATEGORY] * 4 + [3]
+    assert ids(("object", 5)) == [5] * 5
+    assert [row["category_id"] for row in coco_results(entries)] == [1] * 5
 
 
 def test_the_least_score_of_a_file():
