@@ -98,8 +98,8 @@ def test_the_slider_goes_below_the_threshold() -> None:
 @pytest.mark.parametrize(
     ("files", "names"),
     [
-        (["/home/ann/set/a/x.png", "/home/ann/set/b/x.png", "/home/ann/set/y.png"], ["a/x.png", "b/x.png", "y.png"]),
-        (["/home/ann/x.png"], ["x.png"]),
+        (["/users/ann/set/a/x.png", "/users/ann/set/b/x.png", "/users/ann/set/y.png"], ["a/x.png", "b/x.png", "y.png"]),
+        (["/users/ann/x.png"], ["x.png"]),
         (["../ann/x.png", "../ann/y.png"], ["x.png", "y.png"]),
     ],
 )
