@@ -217,7 +217,7 @@ def rounded_score(score: float) -> float:
 def category_ids(categories: Iterable[tuple[str, ImageId]]) -> dict[str, ImageId]:
     """Return the id of each category by its name, in the form in which captions are compared.
 
-    Two categories that share a name in that form are told apart by nothing: it has `NO_CATEGORY`.
+    A name that two categories share in that form has `NO_CATEGORY`.
     """
     ids = defaultdict[str, set[ImageId]](set)
     for name, category_id in categories:
