@@ -57,6 +57,23 @@ def read_image_ids(path: Path) -> dict[str, int | str]:
     return ids
 
 
+def read_categories(path: Path) -> list[tuple[str, int | str]]:
+    """Return name and `id` of the categories of a COCO file; none if it has no such list, as a test split may.
+
+    Raises:
+        ValueError: It is not such a file, or a category lacks its name or id.
+    """
+    try:
+        rows = read_instances(path, ("images", "categories"))["categories"]
+    except ValueError:
+        read_instances(path, ("images",))
+        return []
+    try:
+        return [(row["name"].strip(), row["id"]) for row in rows]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds a category without id or name") from error
+
+
 def jsonl_files(folder: Path) -> list[Path]:
     """Return the JSON-lines files of annotations in a folder, by name; not a conversion's list of rejected records."""
     return sorted(file for file in folder.glob("*.jsonl") if file.name != REJECTED_FILE)

@@ -2,8 +2,8 @@
 
 The truth is a COCO instances file (`--truth instances.json`) or a converted data set (`--data FOLDER --split val`). The
 page is one file that any browser opens from disk: it holds small images and loads nothing else. Images with the most
-missed and false boxes at the slider's threshold come first. The slider starts at the threshold of the predictions, as
-lower scores are not in the file. Boxes at the right place in other words are marked; "words count" makes them errors.
+missed and false boxes at the slider's threshold come first. The slider starts at the threshold of the predictions;
+boxes below it have no captions. Boxes at the right place in other words are marked; "words count" makes them errors.
 The totals are of all images, also of those that `--max-images` leaves out.
 """
 
@@ -20,6 +20,7 @@ import argparse
 import base64
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -95,9 +96,9 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 def threshold_of(entries: Sequence[PredictedFile], wanted: float | None) -> float:
     """Return the slider's first value; raise ValueError if the entries lack objects of that score."""
-    least = least_score(entries)
     if wanted is None:
-        return max(GALLERY_THRESHOLD, least)
+        return max(GALLERY_THRESHOLD, least_score(entries))
+    least = least_score(entries, below=True)
     if rounded_score(wanted) < least:
         raise ValueError(
             f"--score-threshold {wanted}: the predictions hold only scores from {least}; give at least that, or "
@@ -111,7 +112,8 @@ def report(
 ) -> int:
     """Print what is missing from the page; return the number of images concerned."""
     without_truth = [entry.file for entry in entries if truth is not None and entry.id not in truths]
-    without_image = [item["file"] for item in page["images"] if not item["thumbnail"] and item["error"] is None]
+    unseen = {item["id"] for item in page["images"] if not item["thumbnail"] and item["error"] is None}
+    without_image = [entry.file for entry in entries if entry.id in unseen]
     absent = f"not in {truth} (folders count if its names have them)"
     unread = f"the image cannot be read, neither from {Path.cwd()} nor from {folder.resolve()}"
     unread += ": run this command in the folder where predict.py ran"
@@ -170,7 +172,8 @@ def page_data(
 
     Among images with equally many errors at the threshold, those with more other words are kept.
     """
-    images = [_image(entry, truths.get(entry.id)) for entry in entries]
+    names = shown_names([entry.file for entry in entries])
+    images = [_image(entry, name, truths.get(entry.id)) for entry, name in zip(entries, names, strict=True)]
     source = next((name for name in SOURCES if any(image[name] is not None for image in images)), "head")
 
     def worst_first(index: int) -> list[float]:
@@ -184,11 +187,19 @@ def page_data(
         images[index]["thumbnail"] = thumbnail(data, image_size)
     return {
         "threshold": score_threshold,
-        "least": least_score(entries),
+        "least": least_score(entries, below=True),
+        "captions_from": least_score(entries),
         "iou": IOU,
         "images": [images[index] for index in kept],
         "left_out": [_counted(images[index]) for index in left_out],
     }
+
+
+def shown_names(files: Sequence[str]) -> list[str]:
+    """Return each file's path below the folder that holds them all: the page may be given to others."""
+    paths = [os.path.abspath(file) for file in files]
+    above = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return [os.path.relpath(path, above) for path in paths]
 
 
 def num_errors(image: Page, source: str, score_threshold: float, words_count: bool = False) -> float:
@@ -225,14 +236,14 @@ def render(page: Mapping[str, Any]) -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", data)
 
 
-def _image(entry: PredictedFile, truth: Sample | None) -> dict[str, Any]:
-    image: dict[str, Any] = {"id": entry.id, "file": entry.file, "error": entry.error}
+def _image(entry: PredictedFile, name: str, truth: Sample | None) -> dict[str, Any]:
+    image: dict[str, Any] = {"id": entry.id, "file": name, "error": entry.error}
     image |= dict.fromkeys(("width", "height", "answer", "thumbnail", "head", "text", "truth", "num_wanted"))
     wanted, prediction = None if truth is None else truth.objects, entry.prediction
     if prediction is not None:
         image |= {"width": prediction.width, "height": prediction.height, "answer": prediction.answer}
         if prediction.with_head:
-            image["head"] = _judged(prediction.objects, wanted, with_score=True)
+            image["head"] = _judged(prediction.objects, wanted, with_score=True, below=entry.objects_below or ())
         if prediction.answer_objects is not None:
             image["text"] = _judged(prediction.answer_objects, wanted, with_score=False)
     if wanted is not None:
@@ -241,13 +252,22 @@ def _image(entry: PredictedFile, truth: Sample | None) -> dict[str, Any]:
     return image
 
 
-def _judged(found: Iterable[DetectedObject], wanted: Sequence[Object] | None, with_score: bool) -> list[dict[str, Any]]:
-    """Return objects by falling score, with the truth that each finds and whether its caption differs."""
-    found = sorted(found, key=lambda item: -item.score)
+def _judged(
+    found: Sequence[DetectedObject],
+    wanted: Sequence[Object] | None,
+    with_score: bool,
+    below: Sequence[DetectedObject] = (),
+) -> list[dict[str, Any]]:
+    """Return objects by falling score, with the truth that each finds and whether its caption differs.
+
+    Those `below` the threshold come last. They have no captions, so theirs do not differ.
+    """
+    captioned = len(found)
+    found = [*sorted(found, key=lambda item: -item.score), *sorted(below, key=lambda item: -item.score)]
     matches = [IGNORED] * len(found) if wanted is None else found_truths(found, wanted, IOU)
     rows = []
-    for item, match in zip(found, matches, strict=True):
-        truth = item if match < 0 or wanted is None else wanted[match]
+    for index, (item, match) in enumerate(zip(found, matches, strict=True)):
+        truth = item if match < 0 or wanted is None or index >= captioned else wanted[match]
         differs = normalized_caption(item.caption) != normalized_caption(truth.caption)
         score = {"score": item.score} if with_score else {}
         rows.append({"box": item.box, **score, "caption": item.caption, "match": match, "other_words": differs})

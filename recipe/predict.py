@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import argparse
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from convert.annotated import read_coco, read_image_ids
+from convert.annotated import read_categories, read_coco, read_image_ids
 from recipe.config import EvaluationConfig, PromptConfig, view_trainer
 from recipe.data.chat import checked
 from recipe.data.collate import collate_standard, one_each
@@ -39,7 +39,11 @@ from recipe.models.network import JointNetwork
 from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.draw import draw_prediction
 from recipe.prediction.files import (
+    COCO_RESULTS_FILE,
+    NO_CATEGORY,
     PREDICTIONS_FILE,
+    category_ids,
+    coco_results,
     entries_of,
     find_images,
     read_annotated_folder,
@@ -47,6 +51,7 @@ from recipe.prediction.files import (
     rounded,
     rounded_score,
     unique_names,
+    with_objects_below,
     write_entries,
 )
 from recipe.redact import redact_text
@@ -114,6 +119,7 @@ def main(args: argparse.Namespace) -> int:
     paths, left_out = find_images(args.images, left_out=out)
     names = unique_names(paths, out)
     inputs = inputs_of(paths, names, args)
+    categories = categories_of(args)
     if not args.overwrite:
         refuse_to_overwrite(out, names)
     try:
@@ -130,21 +136,45 @@ def main(args: argparse.Namespace) -> int:
                 progress.update(len(part))
     finally:
         if entries:
-            write_entries(out, entries)  # whatever ends the run, finished work is kept
+            write_entries(out, entries, categories)  # whatever ends the run, finished work is kept
+    report_categories(entries, categories)
     return report(entries, out, left_out)
 
 
 def inputs_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Namespace) -> list[Input]:
     """Return the images, with the ids and the truth that COCO instances files give them."""
     ids: Sequence[ImageId] = range(1, len(paths) + 1)
-    if args.image_ids is not None:
-        known = read_image_ids(args.image_ids)
-        ids = [known[entry] for entry in entries_of(paths, known, f"--image-ids {args.image_ids}")]
+    source = args.image_ids or args.truth
+    if source is not None:
+        known = read_image_ids(source)
+        option = "--truth" if args.image_ids is None else "--image-ids"
+        ids = [known[entry] for entry in entries_of(paths, known, f"{option} {source}")]
     truths: Sequence[Sample | None] = [None] * len(paths)
     if args.truth is not None:
         samples = read_coco(args.truth)
         truths = [samples[entry] for entry in entries_of(paths, samples, f"--truth {args.truth}")]
     return [Input(*row) for row in zip(paths, names, ids, truths, strict=True)]
+
+
+def categories_of(args: argparse.Namespace) -> dict[str, ImageId] | None:
+    """Return the category ids by name of --image-ids, else of --truth; None if neither has categories."""
+    for path in filter(None, (args.image_ids, args.truth)):
+        if categories := category_ids(read_categories(path)):
+            return categories
+    return None
+
+
+def report_categories(entries: Sequence[PredictedFile], categories: Mapping[str, ImageId] | None) -> None:
+    """Print what the category ids of the COCO results mean."""
+    rows = coco_results(entries, categories)
+    if categories is None or len(categories) == 1:
+        same = 1 if categories is None else next(iter(categories.values()))
+        print(f"{COCO_RESULTS_FILE} is class-agnostic: every category_id is {same}; evaluate it with useCats=0")
+    elif unnamed := sum(row["category_id"] == NO_CATEGORY for row in rows):
+        print(
+            f"{COCO_RESULTS_FILE}: {unnamed} of {len(rows)} boxes have category_id {NO_CATEGORY}, as no category is "
+            "named like their caption; evaluate with useCats=0 to count them"
+        )
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
@@ -256,6 +286,7 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path, ent
             entry = PredictedFile(
                 item.name, str(item.path), item.image_id, rounded(result, threshold, with_head), written
             )
+            entry = with_objects_below(entry, result, threshold) if with_head else entry
         entries.append(entry)  # before the drawings: if one cannot be written, what was predicted is kept
     for example in examples if predictor.with_drawings else ():
         result = results[example.sample.id]

@@ -477,6 +477,8 @@ class PredictedFile:
         prediction: Holds the objects with at least `score_threshold`; None if the image could not be used.
         score_threshold: None if the head did not run, and in files of older versions.
         error: Why the image could not be used.
+        objects_below: Objects below the threshold, for the gallery's slider: no predictions, without captions. Holds
+            those with at least `least_score`. Both are None if the head did not run, and in files of older versions.
     """
 
     id: str
@@ -485,6 +487,8 @@ class PredictedFile:
     prediction: Prediction | None
     score_threshold: float | None = None
     error: str | None = None
+    least_score: float | None = None
+    objects_below: tuple[DetectedObject, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads; if the image was not used, all but `error` and the names is null."""
@@ -492,14 +496,18 @@ class PredictedFile:
         known = dict.fromkeys((*size, *made)) if self.prediction is None else self.prediction.to_json()
         row = {"id": self.id, "file": self.file, "image_id": self.image_id, **{name: known[name] for name in size}}
         row["score_threshold"] = self.score_threshold
-        return {**row, **{name: known[name] for name in made}, "error": self.error}
+        row |= {**{name: known[name] for name in made}, "error": self.error}
+        if self.objects_below is not None:
+            row |= {"least_score": self.least_score, "objects_below": [item.to_json() for item in self.objects_below]}
+        return row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> PredictedFile:
-        """Read what `to_json` wrote, also in a version without `score_threshold`."""
+        """Read what `to_json` wrote, also in a version without `score_threshold` or `objects_below`."""
         prediction = None if row["error"] is not None else Prediction.from_json(row)
-        threshold = row.get("score_threshold")
-        return cls(row["id"], row["file"], row.get("image_id"), prediction, threshold, row["error"])
+        threshold, least, below = (row.get(name) for name in ("score_threshold", "least_score", "objects_below"))
+        below = None if below is None else tuple(map(DetectedObject.from_json, below))
+        return cls(row["id"], row["file"], row.get("image_id"), prediction, threshold, row["error"], least, below)
 
 
 @dataclass

@@ -192,18 +192,22 @@ def _dataloader(
 
 
 def obey_only_parent(worker_id: int) -> None:
-    """Make a loader's worker end on its parent's SIGTERM only.
+    """Make a loader's worker end on its parent's SIGTERM, or soon after its parent has ended, and not on others'.
 
     Schedulers send SIGTERM to all processes at once. torch's workers would end immediately, and the run with an error
-    before it could finish the current batch and save.
+    before it could finish the current batch and save. And a worker that waits for one of another rank, as Streaming's
+    do, would outlive a parent that was killed, with its memory.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
+    started_by = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-            pass
+        while os.getppid() == started_by:
+            received = signal.sigtimedwait({signal.SIGTERM}, 5)
+            if received is not None and received.si_pid == parent.pid:
+                break
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -153,7 +153,7 @@ class PackStream(CheckedDataset):
         """Return Streaming's state, counted in packs, and what the plan depends on."""
         state = super().state_dict(num_samples, from_beginning)
         digest = self.plan(state["epoch"]).digest() if state["sample_in_epoch"] else ""
-        return {**state, "plan": {**self.identity(), "digest": digest}}
+        return {**state, "plan": {**self.identity(), "digest": digest}, "streams": self._describe_streams()}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Resume from a state; raise ValueError if the plan is not that run's, and say why."""
@@ -161,8 +161,11 @@ class PackStream(CheckedDataset):
         self.shuffle_block_size = self._asked_block_size
         self._set_shuffle_block_size(self._parallel_rank_world)
         then, now = obj.get("plan", {}), self.identity()
+        streams = obj.get("streams", {}), self._describe_streams()
         changed = [
-            f"{name} was {then.get(name)}, now {value}" for name, value in now.items() if then.get(name) != value
+            _CHANGES[name](*streams) if name in _CHANGES else f"{name} was {then.get(name)}, now {value}"
+            for name, value in now.items()
+            if then.get(name) != value
         ]
         asked = self._asked_canonical_nodes
         if asked and asked != obj["num_canonical_nodes"]:
@@ -234,16 +237,25 @@ class PackStream(CheckedDataset):
 
     def _identify_data(self) -> dict[str, str]:
         """Return the part of `identity` that is constant while the data set is open."""
-        shards = [(shard.samples, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]) for shard in self.shards]
         sampling = (self.sampling_method, self.sampling_granularity, [int(stream.choose) for stream in self.streams])
         packing, teachers = self._packing, self._maker.teachers
         return {
-            "data": _digest(shards),
+            "data": _digest(_contents(self.shards)),
             "sampling of streams": _digest(sampling),
             "packing": str(packing and (packing.budget, packing.skips_long_samples)),
             "lengths (tokenizer, prompt, pixel budget)": packing.lengths.digest() if packing else "",
             "teachers": teachers.digest() if teachers else "",
         }
+
+    def _describe_streams(self) -> dict[str, list[Any]]:
+        """Return a fingerprint, the samples, and the samples per epoch of each stream, by its key."""
+        shards = iter(self.shards)
+        found = {}
+        for index, stream in enumerate(self.streams):
+            own = [next(shards) for _ in range(int(self.shards_per_stream[index]))]
+            key = getattr(stream, "key", str(index))
+            found[key] = [_digest(_contents(own)), sum(shard.samples for shard in own), int(stream.choose)]
+        return found
 
     def _make_plan(self, epoch: int) -> Plan:
         units, samples = self.resample_streams(epoch)
@@ -280,8 +292,45 @@ class PackStream(CheckedDataset):
         )
 
 
+def _contents(shards: Iterable[Any]) -> list[Any]:
+    return [(shard.samples, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]) for shard in shards]
+
+
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _other_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return which streams hold other samples; both from `_describe_streams`, `then` empty in older checkpoints."""
+    parts = []
+    for key in [*then, *(key for key in now if key not in then)] if then else []:
+        before, after = then.get(key), now.get(key)
+        if before is None or after is None:
+            parts.append(f"train_loader.streams.{key} is {'new' if before is None else 'missing'}")
+        elif before[0] != after[0]:
+            parts.append(f"train_loader.streams.{key} had other samples ({before[1]}, now {after[1]})")
+    return ", ".join(parts) or "train_loader.streams hold other samples, or in another order"
+
+
+def _other_sampling(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return how many samples per epoch other streams give; as `_other_data`."""
+    parts = [
+        f"train_loader.streams.{key} gave {then[key][2]} samples per epoch, now {now[key][2]} "
+        f"(its choose, repeat or proportion, or train_loader.dataset.epoch_size)"
+        for key in now
+        if key in then and then[key][2] != now[key][2]
+    ]
+    what = "choose, repeat or proportion of train_loader.streams, or train_loader.dataset.epoch_size or sampling_*"
+    return ", ".join(parts) or what
+
+
+# What is compared by a fingerprint, which says nothing to a reader.
+_CHANGES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]] = {
+    "data": _other_data,
+    "sampling of streams": _other_sampling,
+    "lengths (tokenizer, prompt, pixel budget)": lambda then, now: "lengths (tokenizer, prompt, pixel budget)",
+    "teachers": lambda then, now: "teachers (teachers.stream, num_teachers, teacher_ratio, or seed)",
+}
 
 
 class EvalSamples(Dataset[Pack]):

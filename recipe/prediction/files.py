@@ -5,18 +5,21 @@
     {"id": "a", "file": "images/a.jpg", "image_id": 1, "width": 640, "height": 480,
      "score_threshold": 0.3, "objects": [{"box": [x1, y1, x2, y2], "score": 0.93, "caption": "a cat"}, ...],
      "answer": "[...]", "answer_objects": [{"box": [...], "caption": "a cat"}, ...],
-     "answer_is_cut": false, "error": null}
+     "answer_is_cut": false, "error": null, "least_score": 0.05,
+     "objects_below": [{"box": [...], "score": 0.12, "caption": ""}, ...]}
 
 Boxes are xyxy in pixels of the displayed image. `objects` are all with at least `score_threshold`, by falling score;
-both are null if the head was not asked. `answer` is null if the language model was not asked, `answer_objects` also if
-its answer could not be parsed. If an image could not be used, all but `error`, `id`, `file` and `image_id` is null.
+both are null if the head was not asked. `objects_below` are no predictions: only the gallery's slider shows them. They
+have less than the threshold, at least `least_score`, and no captions. `answer` is null if the language model was not
+asked, `answer_objects` also if its answer could not be parsed. If an image could not be used, all but `error`, `id`,
+`file` and `image_id` is null.
 """
 
 import glob
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +27,14 @@ from typing import Any
 
 from convert.annotated import jsonl_files, read_jsonl
 from recipe.images import SUFFIXES
+from recipe.metrics.gather import normalized_caption
 from recipe.records import INDEX_FILE, write_whole
-from recipe.schema import DetectedObject, PredictedFile, Prediction, Sample
+from recipe.schema import DetectedObject, ImageId, PredictedFile, Prediction, Sample
 
 PREDICTIONS_FILE = "predictions.json"
 COCO_RESULTS_FILE = "coco_results.json"
+NO_CATEGORY = -1  # in COCO results; pycocotools skips such a box unless useCats is 0
+LEAST_SCORE = 0.05  # of objects below the threshold
 _KEYS = {"id", "file", "width", "height", "objects", "answer", "answer_objects", "error"}
 
 
@@ -181,19 +187,25 @@ def read_annotated_folder(folder: Path) -> list[Sample]:
 
 def rounded(prediction: Prediction, score_threshold: float, with_head: bool = True) -> Prediction:
     """Return a prediction as it is written: without objects below the threshold, or without the head's at all."""
-
-    def written(objects: Iterable[DetectedObject]) -> tuple[DetectedObject, ...]:
-        boxes = ((item, [round(value, 2) for value in item.box]) for item in objects)  # hundredths of a pixel
-        return tuple(
-            DetectedObject((x1, y1, x2, y2), rounded_score(item.score), item.caption)
-            for item, (x1, y1, x2, y2) in boxes
-        )
-
     return replace(
         prediction,
-        objects=written(item for item in prediction.objects if with_head and item.score >= score_threshold),
-        answer_objects=None if prediction.answer_objects is None else written(prediction.answer_objects),
+        objects=_rounded(item for item in prediction.objects if with_head and item.score >= score_threshold),
+        answer_objects=None if prediction.answer_objects is None else _rounded(prediction.answer_objects),
         with_head=with_head,
+    )
+
+
+def with_objects_below(entry: PredictedFile, found: Prediction, score_threshold: float) -> PredictedFile:
+    """Add the objects of `found`, which holds all, from `LEAST_SCORE` up to the threshold."""
+    below = (item for item in found.objects if LEAST_SCORE <= item.score < score_threshold)
+    least = min(LEAST_SCORE, rounded_score(score_threshold))
+    return replace(entry, least_score=least, objects_below=_rounded(below))
+
+
+def _rounded(objects: Iterable[DetectedObject]) -> tuple[DetectedObject, ...]:
+    boxes = ((item, [round(value, 2) for value in item.box]) for item in objects)  # hundredths of a pixel
+    return tuple(
+        DetectedObject((x1, y1, x2, y2), rounded_score(item.score), item.caption) for item, (x1, y1, x2, y2) in boxes
     )
 
 
@@ -202,11 +214,31 @@ def rounded_score(score: float) -> float:
     return float(f"{score:.6g}")
 
 
-def coco_results(entries: Iterable[PredictedFile]) -> list[dict[str, Any]]:
-    """Return the head's objects as COCO results, all of category 1, with their captions.
+def category_ids(categories: Iterable[tuple[str, ImageId]]) -> dict[str, ImageId]:
+    """Return the id of each category by its name, in the form in which captions are compared.
+
+    A name that two categories share in that form has `NO_CATEGORY`.
+    """
+    ids = defaultdict[str, set[ImageId]](set)
+    for name, category_id in categories:
+        ids[normalized_caption(name)].add(category_id)
+    return {name: next(iter(found)) if len(found) == 1 else NO_CATEGORY for name, found in ids.items()}
+
+
+def coco_results(
+    entries: Iterable[PredictedFile], categories: Mapping[str, ImageId] | None = None
+) -> list[dict[str, Any]]:
+    """Return the head's objects as COCO results with their captions.
 
     If the head was not asked, the objects of the text answer, with score 1.
+
+    Args:
+        entries: What was predicted.
+        categories: From `category_ids`: a box is of the category that is named like its caption, else of
+            `NO_CATEGORY`. A single one is that of all boxes. None: all are of category 1.
     """
+    known = {"": 1} if categories is None else categories
+    otherwise = next(iter(known.values())) if len(known) == 1 else NO_CATEGORY
     results = []
     for entry in entries:
         if entry.prediction is None:
@@ -216,7 +248,7 @@ def coco_results(entries: Iterable[PredictedFile]) -> list[dict[str, Any]]:
             results.append(
                 {
                     "image_id": entry.image_id,
-                    "category_id": 1,
+                    "category_id": known.get(normalized_caption(item.caption), otherwise),
                     "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
                     "score": item.score,
                     "caption": item.caption,
@@ -225,9 +257,15 @@ def coco_results(entries: Iterable[PredictedFile]) -> list[dict[str, Any]]:
     return results
 
 
-def least_score(entries: Iterable[PredictedFile]) -> float:
-    """Return the least score of which every entry holds its objects; 0 if a file of an older version does not say."""
-    return max((entry.score_threshold or 0.0 for entry in entries), default=0.0)
+def least_score(entries: Iterable[PredictedFile], below: bool = False) -> float:
+    """Return the least score of which every entry holds its objects, or with `below` also those below the threshold.
+
+    0 if a file of an older version does not say.
+    """
+    scores = (
+        entry.least_score if below and entry.objects_below is not None else entry.score_threshold for entry in entries
+    )
+    return max((score or 0.0 for score in scores), default=0.0)
 
 
 def refuse_to_overwrite(out: Path, names: Sequence[str]) -> None:
@@ -239,10 +277,10 @@ def refuse_to_overwrite(out: Path, names: Sequence[str]) -> None:
         raise ValueError(f"{out} already holds {', '.join(there[:3])}{more}: give another --out, or --overwrite")
 
 
-def write_entries(out: Path, entries: Sequence[PredictedFile]) -> None:
-    """Write both files; each appears whole."""
+def write_entries(out: Path, entries: Sequence[PredictedFile], categories: Mapping[str, ImageId] | None = None) -> None:
+    """Write both files; each appears whole. For `categories` see `coco_results`."""
     rows = [entry.to_json() for entry in entries]
-    for name, value in ((PREDICTIONS_FILE, rows), (COCO_RESULTS_FILE, coco_results(entries))):
+    for name, value in ((PREDICTIONS_FILE, rows), (COCO_RESULTS_FILE, coco_results(entries, categories))):
         write_json_text(out / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -291,10 +329,11 @@ def _fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     if row["error"] is None:
         yield "width", row["width"], "a number"
         yield "height", row["height"], "a number"
-    if row.get("score_threshold") is not None:
-        yield "score_threshold", row["score_threshold"], "a number"
-    for name in ("objects", "answer_objects"):
-        if row[name] is None:
+    for name in ("score_threshold", "least_score"):
+        if row.get(name) is not None:
+            yield name, row[name], "a number"
+    for name in ("objects", "answer_objects", "objects_below"):
+        if row.get(name) is None:
             continue
         yield name, row[name], "a list"
         for index, item in enumerate(row[name]):
@@ -302,7 +341,7 @@ def _fields(row: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
             yield where, item, "an object"
             yield f"{where}.box", item.get("box"), "four numbers"
             yield f"{where}.caption", item.get("caption"), "a text"
-            if name == "objects":
+            if name != "answer_objects":
                 yield f"{where}.score", item.get("score"), "a number"
 
 

@@ -50,9 +50,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--teachers", type=Path, metavar="FOLDER", help=what)
     what = "first N of FOLDER; default: as in training, else all"
     parser.add_argument("--num-teachers", type=int, metavar="N", help=what)
-    what = "COCO instances file: draw the truth next to the prediction"
+    what = "COCO instances file: draw the truth next to the prediction, use its ids in coco_results.json"
     parser.add_argument("--truth", type=Path, metavar="JSON", help=what)
-    what = "COCO instances file with their ids; default: 1, 2, ..."
+    what = "COCO instances file with their ids; default: that of --truth, else 1, 2, ..."
     parser.add_argument("--image-ids", type=Path, metavar="JSON", help=what)
     args = _parse_numbers(parser, arguments, ("batch_size", "max_new_tokens", "num_teachers"))
     if args.nms_iou is not None and not 0 < args.nms_iou < 1:

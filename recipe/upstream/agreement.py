@@ -12,6 +12,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from recipe.config import ConfigError
+from recipe.upstream.killed_worker import end_if_killed, explained
 
 Made = TypeVar("Made")
 
@@ -69,6 +70,11 @@ def from_rank_0(make: Callable[[], Made]) -> Made:
 class LockstepLoader(DataLoader):
     """A DataLoader that raises the error of any rank's worker, such as a bad shard, on all ranks."""
 
+    def _get_iterator(self) -> Any:
+        batches = super()._get_iterator()
+        end_if_killed(getattr(batches, "_workers", ()))
+        return batches
+
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Yield the batches; every rank must have equally many."""
         batches = super().__iter__()
@@ -77,7 +83,7 @@ class LockstepLoader(DataLoader):
             try:
                 batch = next(batches, None)
             except Exception as raised:  # raised by agree
-                error = raised
+                error = explained(raised, getattr(batches, "_workers", ()))
             agree(error)
             if batch is None:
                 return

@@ -40,6 +40,7 @@ class CheckedStream(Stream):
     download_retry = DOWNLOAD_RETRY
     download_timeout = DOWNLOAD_TIMEOUT
     checks_all_at_start = False
+    key = ""  # below `streams` in the configuration
 
     def __init__(self, *, local: str, remote: str | None = None, **keywords: Any):
         if remote is not None and os.path.abspath(remote) == os.path.abspath(local):

@@ -248,7 +248,9 @@ def _open_stream(name: str, keywords: Mapping[str, Any]) -> CheckedStream:
             f"stream {name!r}: the folder {folder} {state}: convert a data set into it first, "
             "with `python -m convert.coco|voc|jsonl|shapes --out DIR --split SPLIT`"
         )
-    return CheckedStream(**keywords)
+    stream = CheckedStream(**keywords)
+    stream.key = name
+    return stream
 
 
 def read_mds(folder: Path, split: str | None = None) -> Iterator[Sample]:

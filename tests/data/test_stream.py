@@ -1,5 +1,6 @@
 """The packed training stream: every sample once in its planned pack, resumed anywhere, refused when plans change."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -136,12 +137,15 @@ def test_resumes_with_the_pack_after_the_last(config: RecipeConfig, encoder: Enc
         ),
         (lambda c: with_loader(c, packing=None), "packing was .*, now None"),
         (lambda c: with_loader(c, dataset={"shuffle": False}), "shuffle was .*py1e.*, now None"),
-        (lambda c: replace(c, teachers=TeacherConfig()), "teachers was"),
+        (lambda c: replace(c, teachers=TeacherConfig()), r"teachers \(teachers.stream, num_teachers"),
         (
             lambda c: with_loader(c, dataset={"shuffle": True, "num_canonical_nodes": 4}),
             "num_canonical_nodes was 1, now 4",
         ),
-        (lambda c: with_loader(c, streams={"train": {**c.train_loader.streams["train"], "choose": 9}}), "sampling of"),
+        (
+            lambda c: with_loader(c, streams={"train": {**c.train_loader.streams["train"], "choose": 9}}),
+            r"streams.train gave 40 samples per epoch, now 9 \(its choose",
+        ),
     ],
 )
 def test_a_changed_plan_is_refused_with_the_reason(config: RecipeConfig, encoder: Encoder, change, named, steps: int):
@@ -160,8 +164,15 @@ def with_loader(config: RecipeConfig, **changes: Any) -> RecipeConfig:
 def test_other_data_and_another_prompt_are_refused(config: RecipeConfig, encoder: Encoder, data):
     state = dataset_of(open_loader(config, encoder)).state_dict(0, True)
     other = with_loader(config, streams={"train": data["other"]})
-    with pytest.raises(ValueError, match=r"data was \w+, now \w+; .*lengths \(tokenizer, prompt, pixel budget\) was"):
+    with pytest.raises(ValueError, match=r"streams.train had other samples \(\d+, now 12\).*; lengths \(tok") as raised:
         dataset_of(open_loader(other, encoder)).load_state_dict(state)
+    assert not re.search("[0-9a-f]{16}", str(raised.value)), "a fingerprint says nothing"
+    renamed = with_loader(config, streams={"others": data["other"]})
+    with pytest.raises(ValueError, match=r"streams.train is missing, train_loader.streams.others is new"):
+        dataset_of(open_loader(renamed, encoder)).load_state_dict(state)
+    older = {key: value for key, value in state.items() if key != "streams"}
+    with pytest.raises(ValueError, match=r"\(train_loader.streams hold other samples"):
+        dataset_of(open_loader(other, encoder)).load_state_dict(older)
     with pytest.raises(ValueError, match=r"changed since the checkpoint \(lengths \(tokenizer, prompt, pixel budget\)"):
         prompted = replace(encoder, prompt=PromptConfig(detect="Find all."))
         dataset_of(open_loader(config, prompted)).load_state_dict(state)

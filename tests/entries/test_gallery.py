@@ -4,6 +4,7 @@ import json
 import os
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -73,6 +74,39 @@ def test_the_slider_begins_where_the_predictions_do() -> None:
     with pytest.raises(ValueError, match=r"threshold 0.3: .* only scores from 0.45; give at least that, or predict"):
         threshold_of(rows, 0.3)
     assert threshold_of([entry("a", [], score_threshold=0.123457)], 0.12345678) == 0.123457  # the threshold, as written
+
+
+def test_the_slider_goes_below_the_threshold() -> None:
+    """Down to the least score that all images hold; there a box can find a truth or be false, but it has no words."""
+    below: dict[str, Any] = {"score_threshold": 0.4, "least_score": 0.05}
+    low = entry("low", [found(0, 0.9, "dog")], **below, objects_below=[found(30, 0.1, ""), found(80, 0.2, "")])
+    truths = {"low": sample("low", true(0), true(30))}
+    page = page_data([low], truths, 0.4, 1, 64)
+    assert (page["least"], page["captions_from"]) == (0.05, 0.4)
+    (image,) = page["images"]
+    assert [item["score"] for item in image["head"]] == [0.9, 0.2, 0.1]
+    assert [item["other_words"] for item in image["head"]] == [True, False, False]
+    assert [num_errors(image, "head", at) for at in (0.4, 0.15, 0.05)] == [1, 2, 1]
+    assert num_errors(image, "head", 0.05, words_count=True) == 2
+    assert (threshold_of([low], None), threshold_of([low], 0.1)) == (0.4, 0.1)
+    older = entry("older", [], score_threshold=0.3)
+    assert page_data([low, older], truths, 0.4, 1, 64)["least"] == 0.3
+    with pytest.raises(ValueError, match=r"threshold 0.01: .* only scores from 0.05"):
+        threshold_of([low], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["/users/ann/set/a/x.png", "/users/ann/set/b/x.png", "/users/ann/set/y.png"], ["a/x.png", "b/x.png", "y.png"]),
+        (["/users/ann/x.png"], ["x.png"]),
+        (["../ann/x.png", "../ann/y.png"], ["x.png", "y.png"]),
+    ],
+)
+def test_a_page_names_no_folder_above_the_images(files: list[str], names: list[str]) -> None:
+    page = page_data([entry(file, [], file) for file in files], {}, 0.3, 9, 64)
+    assert sorted(image["file"] for image in page["images"]) == names
+    assert "ann" not in json.dumps([image["file"] for image in page["images"]])
 
 
 def test_images_are_small_and_text_stays_text() -> None:

@@ -20,7 +20,7 @@ from recipe.data.collate import collate_standard, one_each
 from recipe.export import main as export
 from recipe.export import parse as parse_export
 from recipe.predict import encode_image, main
-from recipe.prediction.files import find_images, read_annotated_folder, read_entries
+from recipe.prediction.files import NO_CATEGORY, find_images, read_annotated_folder, read_entries
 from recipe.prediction.options import parse
 from recipe.schema import Example, Object, Pack, Prediction, Sample
 from tests.launches.launch import run_composer
@@ -145,6 +145,8 @@ def test_options_are_obeyed(trained_checkpoint: Path, picture: Path, tmp_path: P
     kept = predict(trained_checkpoint, tmp_path / "out", picture, options=options)[0]
     assert kept["objects"] == everything["objects"][:2]
     assert kept["score_threshold"] == pytest.approx(middle, rel=1e-5)
+    below = [{**item, "caption": ""} for item in everything["objects"][2:] if item["score"] >= kept["least_score"]]
+    assert kept["objects_below"] == below and everything["objects_below"] == []
 
 
 def test_unusable_pictures_are_told_and_the_others_done(
@@ -319,7 +321,7 @@ def test_nothing_is_overwritten_unasked(trained_checkpoint: Path, picture: Path,
         main(parse(arguments))
 
 
-def test_coco_results(trained_checkpoint: Path, scene: Image.Image, tmp_path: Path):
+def test_coco_results(trained_checkpoint: Path, scene: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for folder, size in (("a", (60, 60)), ("b", (90, 60))):
         (tmp_path / folder).mkdir()
         scene.resize(size).save(tmp_path / folder / "x.png")
@@ -329,6 +331,7 @@ def test_coco_results(trained_checkpoint: Path, scene: Image.Image, tmp_path: Pa
     paths = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.png"]
     rows = predict(trained_checkpoint, tmp_path / "out", *paths, options=f"--answer boxes --image-ids {instances}")
     assert [row["image_id"] for row in rows] == [80, 70]
+    assert "class-agnostic: every category_id is 1" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "coco_results.json").read_text())
     assert [item["image_id"] for item in results] == [80] * 5 + [70] * 5
     for item, found in zip(results, rows[0]["objects"] + rows[1]["objects"], strict=True):
@@ -348,18 +351,23 @@ def test_coco_results(trained_checkpoint: Path, scene: Image.Image, tmp_path: Pa
 
 
 def test_the_truth_is_drawn_beside(
-    trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained_checkpoint: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    """Of pictures of its size alone."""
+    """Of pictures of its size alone; its ids are those of the results."""
     other = picture.with_name("other.png")
     Image.open(picture).resize((60, 40)).save(other)
-    box = {"image_id": 1, "category_id": 1, "bbox": [10, 20, 30, 40]}
+    box = {"image_id": 31, "category_id": 2, "bbox": [10, 20, 30, 40]}
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
     images = [
         {"id": n, "file_name": name, "width": 300, "height": 200}
-        for n, name in enumerate(("scene.png", "other.png"), 1)
+        for n, name in enumerate(("scene.png", "other.png"), 31)
     ]
     truth = tmp_path / "instances.json"
-    truth.write_text(json.dumps({"images": images, "annotations": [box], "categories": [{"id": 1, "name": "cat"}]}))
+    truth.write_text(json.dumps({"images": images, "annotations": [box], "categories": categories}))
     drawn: list[Sample] = []
 
     def recorded(image: Image.Image, prediction: Prediction, truth: Sample, *_: object) -> Image.Image:
@@ -370,6 +378,9 @@ def test_the_truth_is_drawn_beside(
     rows = predict(trained_checkpoint, tmp_path / "out", picture, other, options=f"--answer boxes --truth {truth}")
     assert [sample.objects for sample in drawn] == [(Object((10, 20, 40, 60), "cat"),)]
     assert rows[0]["error"] is None
+    results = json.loads((tmp_path / "out" / "coco_results.json").read_text())
+    assert {(item["image_id"], item["category_id"]) for item in results} == {(31, NO_CATEGORY)}
+    assert f"{len(results)} of {len(results)} boxes have category_id -1" in capsys.readouterr().out
     assert "it has 60 x 40 pixels, its truth 300 x 200" in rows[1]["error"]
     with pytest.raises(ValueError, match=r"gone.png is not among the images of --truth"):
         main(parse(["--checkpoint", "c", "--out", str(tmp_path / "o"), "--truth", str(truth), "gone.png"]))

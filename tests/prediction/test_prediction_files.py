@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from recipe.prediction.files import least_score, read_entries, rounded, write_entries
+from recipe.prediction.files import (
+    NO_CATEGORY,
+    category_ids,
+    coco_results,
+    least_score,
+    read_entries,
+    rounded,
+    with_objects_below,
+    write_entries,
+)
 from recipe.schema import DetectedObject, PredictedFile, Prediction
 from tests.support.gallery_cases import found, row
 
@@ -32,6 +41,7 @@ def test_predictions_go_through_json_and_back(prediction: Prediction):
     assert Prediction.from_json(json.loads(json.dumps(prediction.to_json()))) == prediction
     for entry in (
         PredictedFile("a", "dir/a.png", 7, prediction, 0.25),
+        PredictedFile("a", "dir/a.png", 7, prediction, 0.25, None, 0.05, (DetectedObject(BOX, 0.2, ""),)),
         PredictedFile("a", "dir/a.png", "seven", None, error="not an image"),
     ):
         assert PredictedFile.from_json(json.loads(json.dumps(entry.to_json()))) == entry
@@ -74,11 +84,28 @@ def test_low_scores_keep_their_digits(tmp_path: Path):
     assert [item["score"] for item in results] == expected
 
 
+def test_categories_of_results():
+    """Named like the caption, but for blanks and case; none where nobody can tell; a single one is that of all."""
+    captions = ("cat", " STRASSE", "a red cat", "", "dog")
+    found = tuple(DetectedObject(BOX, 0.5, caption) for caption in captions)
+    entries = [PredictedFile("a", "a.png", 7, replace(FULL, objects=found), 0.3)]
+
+    def ids(*categories: tuple[str, int | str]) -> list[int | str]:
+        return [row["category_id"] for row in coco_results(entries, category_ids(categories))]
+
+    assert ids(("Cat ", 17), ("straße", "s"), ("bird", 1)) == [17, "s", NO_CATEGORY, NO_CATEGORY, NO_CATEGORY]
+    assert ids(("cat", 1), ("CAT", 2), ("dog", 3)) == [NO_CATEGORY] * 4 + [3]
+    assert ids(("object", 5)) == [5] * 5
+    assert [row["category_id"] for row in coco_results(entries)] == [1] * 5
+
+
 def test_the_least_score_of_a_file():
     known = PredictedFile("a", "a.png", 1, FULL, 0.372846)
     older, failed = replace(known, score_threshold=None), PredictedFile("b", "b.png", 2, None, error="not an image")
     assert least_score([failed, known, replace(known, score_threshold=0.2), older]) == 0.372846
     assert least_score([failed, older]) == least_score([]) == 0
+    low = replace(known, least_score=0.05, objects_below=())
+    assert (least_score([low, low], below=True), least_score([low, known], below=True)) == (0.05, 0.372846)
 
 
 def test_what_is_written_of_a_prediction():
@@ -89,6 +116,13 @@ def test_what_is_written_of_a_prediction():
         ((0.0, 0.3, 0.33, 1.0), 0.142857),
     ]
     assert len(rounded(FULL, 0.15).objects) == 1
+    known = PredictedFile("a", "a.png", 1, written, 0.5)
+    low = replace(FULL, objects=tuple(DetectedObject(BOX, score, "") for score in (0.9, 0.4999, 0.05, 0.0499)))
+    below = with_objects_below(known, low, 0.5)
+    assert [item.score for item in below.objects_below or ()] == [0.4999, 0.05] and below.least_score == 0.05
+    assert coco_results([below]) == coco_results([known]), "they are no results"
+    least = with_objects_below(known, low, 0.01)
+    assert (least.objects_below, least.least_score) == ((), 0.01)
     silent = rounded(FULL, 0.0, with_head=False)
     assert (silent.objects, silent.with_head, silent.answer_objects) == ((), False, written.answer_objects)
 
@@ -105,6 +139,8 @@ def test_what_is_written_of_a_prediction():
         ({"objects": ["cat"]}, r"objects\[0\] is 'cat', not an object"),
         ({"objects": "cat"}, "objects is 'cat', not a list"),
         ({"score_threshold": "0.3"}, "score_threshold is '0.3', not a number"),
+        ({"least_score": "0"}, "least_score is '0', not a number"),
+        ({"objects_below": [{"box": [0, 0, 5, 5], "caption": ""}]}, r"objects_below\[0\].score is None, not a number"),
         ({"width": None}, "width is None, not a number"),
     ],
 )
