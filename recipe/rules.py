@@ -84,7 +84,7 @@ def check_fields(section: Any, prefix: str = "") -> None:
                     check_fields(item, f"{key}.{name}.")
         elif value is None:
             continue
-        elif any(isinstance(item, list | dict) for item in (value if isinstance(value, list) else ())):
+        elif hasattr(value, "append") and any(isinstance(item, list | dict) for item in value):
             raise ConfigError(f"{key} is {value!r}: it must be a plain list; quote an entry that holds a colon")
         elif "choices" in rule:
             _check_choice(key, value, rule["choices"])
