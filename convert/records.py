@@ -5,7 +5,8 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +250,18 @@ def find_image(root: str, name: str, follow_links: bool = False) -> str:
         raise BadRecord("is a link to outside --images", f"{name!r}: give --follow-links to read what it names")
     if not os.path.isfile(target):
         lost = f", a link to {target!r}, which is not there" if os.path.islink(path) else ""
-        raise BadRecord("missing file", f"{path!r}{lost}")
+        place = next((place for place in _places_near(root) if os.path.isfile(os.path.join(place, name))), None)
+        hint = "" if place is None else f"; --images {place} has it"
+        raise BadRecord("missing file", f"{path!r}{lost}{hint}")
     return target
+
+
+@cache
+def _places_near(root: str) -> list[str]:
+    """Return the folder above and the first folders below an image folder, which may have been meant."""
+    with os.scandir(root) as entries:
+        below = [entry.path for entry in islice(entries, 1000) if entry.is_dir()]
+    return [os.path.dirname(os.path.abspath(root)), *sorted(below)[:20]]
 
 
 def _is_below(path: str, folder: str) -> bool:

@@ -63,6 +63,8 @@ def test_a_backslash_can_be_part_of_a_name(root: Path) -> None:
         ("linked/blob", "is a link to outside --images"),
         ("lost.jpg", "missing file: .*lost.jpg', a link to .*annex/object', which is not there"),
         ("sub\\b.jpg", "missing file: .*sub/b.jpg"),
+        ("a.jpg", "missing file: .*images/a.jpg'; --images .*/images/sub has it"),
+        ("images/sub/a.jpg", "missing file: .*images/images/sub/a.jpg'; --images .*[^/]{9} has it"),
         ("\ud83d.jpg", r"text beyond Unicode: .*ud83d"),
     ],
 )
