@@ -1,8 +1,8 @@
 """Cross-entropy of the language model's output matrix, in chunks: the logits of all positions never exist at once.
 
 At 4,096 positions and 152,000 tokens the logits and what autograd keeps of them take 6 GB in float32. Here only the
-states, the labels and the losses are kept; the backward pass computes each chunk's logits again, which costs less than
-reading and writing all of them (measured on a CPU: tests/benchmarks/real_size.py).
+states, the labels and the losses are kept; the backward pass computes each chunk's logits again, which costs about what
+reading and writing all of them does (tests/benchmarks/lm_loss.py; figures in RESULTS.md there).
 """
 
 from typing import Any
