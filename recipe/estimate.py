@@ -100,7 +100,7 @@ class Memory:
     moments: int  # AdamW's two
     compute_copies: int  # weights in the precision of the computation, or unsharded while in use
     activations: int  # kept for the backward pass, plus one recomputed block
-    logits: int  # of supervised positions and captions, with their gradient
+    logits: int  # of one chunk of supervised positions or captions, with their gradient
     snapshot: int  # in the host's memory per process: weights and moments of this rank
 
     @property
@@ -192,9 +192,11 @@ def _forward_bytes(
     """Return upper bounds for the activations and the logits of one forward pass, in bytes.
 
     Rows of the head's width: 20 and the feed-forward's per query or caption token, 4 per memory token, 3 more if it
-    selects queries. The patch adapter keeps 5 rows of the tower's width per patch. Each logit of the losses counts four
-    times: itself, in float32, its log-probability and its gradient.
+    selects queries. The patch adapter keeps 5 rows of the tower's width per patch. Each logit of a chunk of positions
+    counts three times: itself, in float32, and its log-probability or gradient.
     """
+    from recipe.models.token_losses import CHUNK
+
     head, captions = config.detection_head, config.caption_decoder
     vision, text = network.vlm.hf_model.config.vision_config, network.vlm.text_config
     side, hidden = vision.hidden_size, text.hidden_size
@@ -214,7 +216,7 @@ def _forward_bytes(
     rows += 3 * memory if head.select_queries else 0
     adapter = 5 * (memory - tokens) * side
     activations += (rows * network.memory.width + adapter) * max(width, 4)
-    logits = (round(tokens * SUPERVISED) + words) * (width + 12) * text.vocab_size
+    logits = min(CHUNK, max(round(tokens * SUPERVISED), words)) * (width + 8) * text.vocab_size
     return activations, logits
 
 

@@ -69,10 +69,10 @@ class JointModel(ComposerModel):
 
     def loss_terms(self, outputs: JointOutputs, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
         """Return the unweighted terms, divided by `counts`, with the same names on every rank for any batch."""
-        terms = language_losses(outputs.label_logits, batch["labels"], batch["label_roles"], counts)
+        terms = language_losses(outputs.label_losses, batch["label_roles"], counts)
         terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, self.loss_config)
         terms["loss_caption"] = caption_loss(
-            outputs.caption_logits, outputs.caption_labels, outputs.caption_images, len(outputs.targets), counts
+            outputs.caption_losses, outputs.caption_images, len(outputs.targets), counts
         )
         if self.model.training and self.model.num_denoising_groups:
             terms |= denoising_losses(outputs.denoising, outputs.detection, counts, self.loss_config)

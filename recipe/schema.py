@@ -382,23 +382,23 @@ class JointOutputs:
     """What one forward pass returns.
 
     Attributes:
-        label_logits: (K, V), of the supervised positions.
+        label_losses: (K,), cross-entropy of each supervised position.
         memory: Of the N images.
         detection: Of the object queries.
         denoising: The queries and their outputs; None outside training.
         matches: One for each of `detection.layers()`.
         targets: N of them.
-        caption_logits: (k, V), of the tokens of all matched captions.
+        caption_losses: (k,), cross-entropy of each token of all matched captions.
         caption_labels, caption_images: (k,) int64, each token and its image.
     """
 
-    label_logits: Tensor
+    label_losses: Tensor
     memory: Memory
     detection: DetectionOutputs
     denoising: tuple[DenoisingQueries, DetectionOutputs] | None
     matches: list[Matches]
     targets: Sequence[Target | None]
-    caption_logits: Tensor
+    caption_losses: Tensor
     caption_labels: Tensor
     caption_images: Tensor
 

@@ -36,7 +36,7 @@ def detection_tensors(outputs: DetectionOutputs) -> dict[str, Tensor]:
 
 
 def everything_but_answers(outputs: JointOutputs) -> dict[str, Tensor]:
-    tensors = {"memory": outputs.memory.tokens, "captions": outputs.caption_logits}
+    tensors = {"memory": outputs.memory.tokens, "captions": outputs.caption_losses}
     tensors |= detection_tensors(outputs.detection)
     if outputs.denoising is not None:
         tensors |= {f"denoising {name}": value for name, value in detection_tensors(outputs.denoising[1]).items()}
@@ -106,7 +106,7 @@ def test_the_answer_tokens_change_no_detection_output(
         before = either(collator(layout)(mixed))
         after = either(collator(layout)([with_other_answer(example) for example in mixed]))
     assert largest_change(everything_but_answers(before), everything_but_answers(after)) == 0.0
-    assert float((before.label_logits - after.label_logits).abs().max()) > 0.1
+    assert float((before.label_losses - after.label_losses).abs().max()) > 0.1
 
 
 @LAYOUTS
@@ -142,13 +142,13 @@ def by_sample(model: JointModel, examples: dict[str, Example], layout: str) -> d
     outputs = model(batch)
     supervised = [int((example.roles != Role.NONE).sum()) for example in examples.values()]
     found = {
-        name: {"answer": logits} for name, logits in zip(examples, outputs.label_logits.split(supervised), strict=True)
+        name: {"answer": logits} for name, logits in zip(examples, outputs.label_losses.split(supervised), strict=True)
     }
     names = list(examples)
     shared = {key: value for key, value in everything_but_answers(outputs).items() if key != "captions"}
     for row, sample in enumerate(batch["student_samples"]):
         parts = {key: value[row] for key, value in shared.items()}
-        captions = outputs.caption_logits[outputs.caption_images == row]
+        captions = outputs.caption_losses[outputs.caption_images == row]
         if len(captions):
             parts["captions"] = captions
         found[names[sample]] |= parts

@@ -29,7 +29,7 @@ PARTS = ("vision", "merger", "llm", "detection")  # detection: the memory's adap
 
 @dataclass
 class Flops:
-    """FLOPs of each of `PARTS`: forward and backward of the model, and what gradient checkpointing computes twice."""
+    """FLOPs of each of `PARTS`: forward and backward of the model, and what is computed twice to save memory."""
 
     model: Counter[str] = field(default_factory=Counter[str])
     recompute: Counter[str] = field(default_factory=Counter[str])
@@ -37,6 +37,11 @@ class Flops:
     def add(self, part: str, linear: int, trained: bool, gradient: bool, attention: int = 0) -> None:
         """Add multiplications with weights (`linear`: rows times `_weights`) and of queries, keys and values."""
         self.model[part] += 2 * (linear * (1 + trained + gradient) + attention * (1 + 2 * gradient))
+
+    def add_logits(self, part: str, linear: int, trained: bool, gradient: bool) -> None:
+        """Add the output matrix, whose logits the backward pass computes again, see `recipe.models.token_losses`."""
+        self.add(part, linear, trained, gradient)
+        self.recompute[part] += 2 * linear * gradient
 
     def add_blocks(self, part: str, blocks: Any, rows: int, trained: bool, gradient: bool, attention: int) -> None:
         """Add transformer blocks. Checkpointing recomputes all but the last product, whose result is not needed."""
@@ -79,7 +84,7 @@ def _add_trunk(network: Any, batch: Batch, trained: Collection[str], flops: Flop
     pairs = len(layers) * sum(length**2 for length in batch["segment_lengths"] or [row_length] * num_rows)
     attention = 2 * pairs * layers[0].self_attn.o_proj.in_features
     flops.add_blocks("llm", layers, num_rows * row_length, "llm" in trained, gradient, attention)
-    flops.add("llm", len(batch["labels"]) * _weights(hf_model.lm_head), "llm" in trained, gradient)
+    flops.add_logits("llm", len(batch["labels"]) * _weights(hf_model.lm_head), "llm" in trained, gradient)
 
 
 def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: Flops) -> None:
@@ -119,7 +124,7 @@ def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: 
         flops.add("detection", len(layers) * tokens * _weights(cross.key, cross.value), learns, below)
         linear = tokens * _weights(cross.key_position) + places * _weights(cross.query_position)
         flops.add("detection", len(layers) * linear, learns, gradient=False)  # positions are given
-    flops.add("detection", written * _weights(hf_model.lm_head), gradient and "llm" in trained, gradient)
+    flops.add_logits("detection", written * _weights(hf_model.lm_head), gradient and "llm" in trained, gradient)
 
 
 def _weights(*modules: nn.Module) -> int:
@@ -134,7 +139,7 @@ class Throughput(Callback):
     Logged every `interval`, of the steps since the last time and over all ranks:
         flops/step/{vision,merger,llm,detection}: of one step, forward and backward, nothing that is computed twice.
         flops/per_second: the same over all parts.
-        flops/hardware_per_second: with what gradient checkpointing computes twice.
+        flops/hardware_per_second: with what gradient checkpointing and the losses' logits compute twice.
         mfu: `flops/per_second` over the peak of all devices; only where the peak is known.
         data/stall_share: share of the time in which the rank waited for its loader.
 

@@ -34,13 +34,12 @@ def base_term(name: str) -> str:
     return name.removeprefix("loss_")
 
 
-def language_losses(logits: Tensor, labels: Tensor, roles: Tensor, counts: LossCounts) -> dict[str, Tensor]:
+def language_losses(losses: Tensor, roles: Tensor, counts: LossCounts) -> dict[str, Tensor]:
     """Return each role's summed cross-entropy, divided by the role's tokens in the whole global batch.
 
-    `logits` (K, V), `labels` (K,) and `roles` (K,) of `Role` are of the supervised positions only.
+    `losses` (K,) and `roles` (K,) of `Role` are of the supervised positions only.
     """
-    nll = F.cross_entropy(_widen(logits), labels, reduction="none")
-    sums = nll.new_zeros(len(Role)).index_add(0, roles, nll)
+    sums = losses.new_zeros(len(Role)).index_add(0, roles, losses)
     return {
         "loss_lm_teacher": sums[Role.TEACHER] / max(counts["teacher_tokens"], 1),
         "loss_lm_student": sums[Role.STUDENT] / max(counts["student_tokens"], 1),
@@ -140,14 +139,13 @@ def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: 
     return weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
-def caption_loss(logits: Tensor, labels: Tensor, images: Tensor, num_images: int, counts: LossCounts) -> Tensor:
+def caption_loss(losses: Tensor, images: Tensor, num_images: int, counts: LossCounts) -> Tensor:
     """Return the mean cross-entropy over each image's caption tokens, summed, divided by the batch's images.
 
-    `logits` (k, V), `labels` (k,) and `images` (k,), in [0, num_images), are of the tokens of all matched captions.
+    `losses` (k,) and `images` (k,), in [0, num_images), are of the tokens of all matched captions.
     """
-    nll = F.cross_entropy(_widen(logits), labels, reduction="none")
-    sums = nll.new_zeros(num_images).index_add(0, images, nll)
-    tokens = nll.new_zeros(num_images).index_add(0, images, torch.ones_like(nll))
+    sums = losses.new_zeros(num_images).index_add(0, images, losses)
+    tokens = losses.new_zeros(num_images).index_add(0, images, torch.ones_like(losses))
     return (sums / tokens.clamp(min=1)).sum() / max(counts["images"], 1)
 
 

@@ -167,7 +167,7 @@ class JointNetwork(nn.Module):
             batch["image_grid_thw"],
             with_patches=self.memory.patch_adapter is not None,
         )
-        label_logits = self.vlm.logits(states.last_hidden_state[batch["label_index"]])
+        label_losses = self.vlm.token_losses(states.last_hidden_state[batch["label_index"]], batch["labels"])
         parts = (self.memory, self.detection_head, self.caption_decoder)
         head_trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and head_trains):
@@ -183,9 +183,9 @@ class JointNetwork(nn.Module):
             layers = [layer for _, layer in detection.layers()]
             costs = (self.matcher.cost_bbox, self.matcher.cost_giou, self.matcher.cost_objectness)
             matches = match(layers, targets, *costs, *self.focal)
-            captions = self._caption_logits(detection, memory, matches[-1], targets)
+            captions = self._caption_losses(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
-        return JointOutputs(label_logits, memory, detection, denoising, matches, targets, *captions)
+        return JointOutputs(label_losses, memory, detection, denoising, matches, targets, *captions)
 
     def _build_memory(
         self, states: VlmOutputs, prompt_index: Tensor, student_grids: Mapping[int, Sequence[int]]
@@ -211,14 +211,13 @@ class JointNetwork(nn.Module):
             [states.patch_features[image] for image in student_grids] if states.patch_features else (),
         )
 
-    def _caption_logits(
+    def _caption_losses(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return teacher-forced logits (k, V), labels (k,) and images (k,) of the matched queries' caption tokens."""
+        """Return losses (k,) under teacher forcing, labels (k,) and images (k,) of the matched queries' captions."""
         # Prediction has no captions to learn from, but ranks that share weights must call the decoder together.
         if not (any(targets) or self.training or is_sharded(self)):
-            hidden = detection.query_features.new_zeros(0, *self.caption_decoder.token_norm.normalized_shape)
-            return self.vlm.logits(hidden), matches.image[:0], matches.image[:0]
+            return detection.pred_boxes.new_zeros(0), matches.image[:0], matches.image[:0]
         captions = padded_captions(targets, memory.mask.device)  # (N, T, C)
         image, query, slot = matches.image, matches.query, matches.target
         if len(matches) == 0:  # one caption without words, so that the decoder takes part
@@ -232,7 +231,8 @@ class JointNetwork(nn.Module):
             memory,
             self.vlm.embed_tokens(labels[:, :-1].clamp(min=0)),  # (R, C - 1, D)
         )
-        return self.vlm.logits(hidden[row, token]), labels[row, token], image[row]
+        labels = labels[row, token]
+        return self.vlm.token_losses(hidden[row, token], labels), labels, image[row]
 
 
 def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:

@@ -27,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from recipe.config import ConfigError
+from recipe.models.token_losses import token_losses
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +181,13 @@ class VisionLanguageModel(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Return the language model's logits (..., V) of hidden states (..., D)."""
         return self.hf_model.lm_head(hidden_states.to(self.hf_model.dtype))
+
+    def token_losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy (K,) of the logits of hidden states (K, D) with `labels` (K,), without keeping them.
+
+        Call it inside the forward pass: outside, FSDP has sharded the output matrix.
+        """
+        return token_losses(hidden_states, self.hf_model.lm_head.weight, labels)
 
     def blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the smallest image the vision tower accepts, black: (patches uint8, grid)."""

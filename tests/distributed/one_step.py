@@ -4,6 +4,7 @@ MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-CASE-RANK.pt: gradients,
 logged terms.
 """
 
+import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
         weights = {
             plain_name(name): whole(value.detach()).clone() for name, value in trainer.state.model.named_parameters()
         }
-    blind = logits_without_weights(model, trainer.state.optimizers[0], microbatches[0])
+    blind = losses_without_weights(model, trainer.state.optimizers[0], microbatches[0])
     trainer.close()
     return {
         "losses": recorder.losses,
@@ -201,14 +202,14 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def logits_without_weights(model: JointModel, optimizer: Optimizer, batch: Batch) -> Tensor:
-    """The logits where all that is trained becomes 0 between an evaluation and the next forward pass."""
+def losses_without_weights(model: JointModel, optimizer: Optimizer, batch: Batch) -> Tensor:
+    """The answers' losses, less those of equal logits, where all that is trained becomes 0 after an evaluation."""
     model.eval()
     model.eval_forward(batch)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             local(parameter.data).zero_()
-    return model(batch).label_logits
+    return model(batch).label_losses - math.log(model.model.vlm.text_config.vocab_size)
 
 
 def main() -> None:

@@ -46,16 +46,16 @@ def test_boxes_apart_have_a_giou_below_zero():
 
 def test_caption_loss_is_the_mean_of_each_image_over_all_images():
     """Image 0: two tokens of ln 2 and ln 4; image 2: one of ln 4; images 1 and 3 have none: (1.5 + 2) ln 2 / 4."""
-    logits = torch.tensor([[0.0, 0.0, -math.inf, -math.inf], [0.0] * 4, [0.0] * 4], dtype=torch.float64)
-    loss = caption_loss(logits, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 2]), 4, {**COUNTS, "images": 4})
+    losses = torch.tensor([LN2, 2 * LN2, 2 * LN2], dtype=torch.float64)
+    loss = caption_loss(losses, torch.tensor([0, 0, 2]), 4, {**COUNTS, "images": 4})
     assert float(loss) == pytest.approx(3.5 * LN2 / 4)
 
 
 def test_caption_loss_without_captions_is_zero_with_a_gradient():
-    logits = torch.zeros(0, 4, requires_grad=True)
-    loss = caption_loss(logits, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 1, COUNTS)
+    losses = torch.zeros(0, requires_grad=True)
+    loss = caption_loss(losses, torch.zeros(0, dtype=torch.int64), 1, COUNTS)
     loss.backward()
-    assert float(loss.detach()) == 0 and logits.grad is not None
+    assert float(loss.detach()) == 0 and losses.grad is not None
 
 
 @pytest.mark.parametrize("seed", range(3))

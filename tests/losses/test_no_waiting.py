@@ -11,6 +11,7 @@ from recipe.config import LossConfig
 from recipe.losses.terms import caption_loss, denoising_losses, detection_losses
 from recipe.models.detection_head import make_denoising_queries
 from recipe.models.matcher import match
+from recipe.models.token_losses import token_losses
 from tests.support.waits import Waits
 
 
@@ -41,13 +42,13 @@ def test_one_copy_a_step(objectness: str, monkeypatch: pytest.MonkeyPatch):
     queries = make_denoising_queries(targets, [1, 2, 3, 4], 2, 1.0)
     assert queries is not None
     denoised = random_outputs(4, len(queries), seed=2, num_layers=2)
-    logits = torch.randn(6, 9, requires_grad=True)
+    states, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     labels, images = torch.arange(6), torch.tensor([0, 0, 0, 3, 3, 3])
     with Waits() as waits:
         matches = match([layer for _, layer in outputs.layers()], targets, 5.0, 2.0, 2.0)
         terms = detection_losses(outputs, matches, targets, COUNTS, config)
         terms |= denoising_losses((queries, denoised), outputs, COUNTS, config)
-        terms["loss_caption"] = caption_loss(logits, labels, images, 4, COUNTS)
+        terms["loss_caption"] = caption_loss(token_losses(states, weight, labels, 4), images, 4, COUNTS)
         torch.stack([term.double() for term in terms.values()]).sum().backward()
     assert not waits.seen, waits.seen
     assert copies == [(2, 4, 5, 7)]

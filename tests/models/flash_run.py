@@ -31,10 +31,10 @@ from tests.support.tiny_cases import (
 def difference(found: JointOutputs, expected: JointOutputs) -> float:
     """Of answers, boxes, objectness and captions, the largest."""
     pairs = [
-        (found.label_logits, expected.label_logits),
+        (found.label_losses, expected.label_losses),
         (found.detection.pred_boxes, expected.detection.pred_boxes),
         (found.detection.pred_objectness, expected.detection.pred_objectness),
-        (found.caption_logits, expected.caption_logits),
+        (found.caption_losses, expected.caption_losses),
     ]
     return max(float((one - other).detach().abs().max()) for one, other in pairs)
 

@@ -51,7 +51,7 @@ def test_a_prediction_writes_no_captions_of_nothing(tiny_model: JointModel, tiny
     hook.remove()
     assert len(calls) == 1
     assert torch.equal(judged.detection.pred_boxes, predicted.detection.pred_boxes)
-    assert len(judged.caption_logits) and predicted.caption_logits.shape == (0, judged.caption_logits.shape[1])
+    assert len(judged.caption_losses) and not len(predicted.caption_losses)
 
 
 @pytest.mark.parametrize("switches", [{}, ALL_SWITCHES], ids=["plain", "all_switches"])
@@ -127,7 +127,7 @@ def test_only_matched_queries_are_captioned_in_training(
     """The captions' logits are as many as the matched captions' tokens, and depend on the matched queries alone."""
     batch = collate_packed(one_each([tiny_examples["two"], tiny_examples["crowded"], tiny_examples["empty"]]))
     outputs = tiny_model(batch)
-    (gradient,) = torch.autograd.grad(outputs.caption_logits.square().sum(), outputs.detection.query_features)
+    (gradient,) = torch.autograd.grad(outputs.caption_losses.square().sum(), outputs.detection.query_features)
     matches = outputs.matches[-1]
     matched = torch.zeros(gradient.shape[:2], dtype=torch.bool)
     matched[matches.image, matches.query] = True
@@ -137,7 +137,7 @@ def test_only_matched_queries_are_captioned_in_training(
         int((batch["targets"][image]["caption_ids"][target] >= 0).sum())
         for image, target in zip(matches.image.tolist(), matches.target.tolist(), strict=True)
     ]
-    assert len(outputs.caption_logits) == len(outputs.caption_labels) == sum(lengths)
+    assert len(outputs.caption_losses) == len(outputs.caption_labels) == sum(lengths)
 
 
 def test_labels_of_captions_in_any_language(

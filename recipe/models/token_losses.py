@@ -1,0 +1,64 @@
+"""Cross-entropy of the language model's output matrix, in chunks: the logits of all positions never exist at once.
+
+At 4,096 positions and 152,000 tokens the logits and what autograd keeps of them take 6 GB in float32. Here only the
+states, the labels and the losses are kept; the backward pass computes each chunk's logits again, which costs about what
+reading and writing all of them does (tests/benchmarks/lm_loss.py; figures in RESULTS.md there).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+CHUNK = 256  # positions; a chunk's logits in float32 take 156 MB at 152,000 tokens
+
+
+def token_losses(states: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Return the cross-entropy of each position: (K,), float32 at least.
+
+    Args:
+        states: (K, D), of the supervised positions only; K may be 0.
+        weight: (V, D), as a Parameter or, under FSDP, as gathered in the forward pass.
+        labels: (K,) int64 in [0, V).
+        chunk: Positions whose logits exist at the same time.
+    """
+    device = states.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        # Cast here, in the graph: autocast would reuse a copy without gradient.
+        weight = weight.to(torch.get_autocast_dtype(device))
+    return _TokenLosses.apply(states.to(weight.dtype), weight, labels, chunk)  # pyright: ignore[reportReturnType]
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(states, weight, labels)
+        ctx.chunk = chunk
+        losses = states.new_empty(len(states), dtype=torch.promote_types(states.dtype, torch.float32))
+        with torch.autocast(states.device.type, enabled=False):
+            for start in range(0, len(states), chunk):
+                rows = slice(start, start + chunk)
+                logits = (states[rows] @ weight.T).to(losses.dtype)
+                losses[rows] = F.cross_entropy(logits, labels[rows], reduction="none")
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        states, weight, labels = ctx.saved_tensors
+        of_states = torch.empty_like(states)
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        with torch.autocast(states.device.type, enabled=False):
+            for start in range(0, len(states), ctx.chunk):
+                rows = slice(start, start + ctx.chunk)
+                logits = (states[rows] @ weight.T).to(gradient.dtype)
+                # (softmax - one-hot) x gradient, in place
+                torch.softmax(logits, dim=-1, out=logits)
+                logits.scatter_add_(1, labels[rows, None], -torch.ones_like(logits[:, :1]))
+                of_logits = logits.mul_(gradient[rows, None]).to(weight.dtype)
+                of_states[rows] = of_logits @ weight
+                if of_weight is not None:
+                    torch.addmm(of_weight, of_logits.T, states[rows], out=of_weight)
+        return of_states, of_weight, None, None
