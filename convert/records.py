@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
@@ -259,9 +260,10 @@ def find_image(root: str, name: str, follow_links: bool = False) -> str:
 @cache
 def _places_near(root: str) -> list[str]:
     """Return the folder above and the first folders below an image folder, which may have been meant."""
-    with os.scandir(root) as entries:
-        below = [entry.path for entry in islice(entries, 1000) if entry.is_dir()]
-    return [os.path.dirname(os.path.abspath(root)), *sorted(below)[:20]]
+    below: list[str] = []
+    with suppress(OSError), os.scandir(root) as entries:
+        below = sorted(entry.path for entry in islice(entries, 1000) if os.path.isdir(entry.path))
+    return [os.path.dirname(os.path.abspath(root)), *below[:20]]
 
 
 def _is_below(path: str, folder: str) -> bool:

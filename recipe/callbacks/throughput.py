@@ -39,9 +39,12 @@ class Flops:
         self.model[part] += 2 * (linear * (1 + trained + gradient) + attention * (1 + 2 * gradient))
 
     def add_logits(self, part: str, linear: int, trained: bool, gradient: bool) -> None:
-        """Add the output matrix, whose logits the backward pass computes again, see `recipe.models.token_losses`."""
+        """Add the output matrix; if it is trained, the backward pass computes its logits again.
+
+        See `recipe.models.token_losses`.
+        """
         self.add(part, linear, trained, gradient)
-        self.recompute[part] += 2 * linear * gradient
+        self.recompute[part] += 2 * linear * (gradient and trained)
 
     def add_blocks(self, part: str, blocks: Any, rows: int, trained: bool, gradient: bool, attention: int) -> None:
         """Add transformer blocks. Checkpointing recomputes all but the last product, whose result is not needed."""

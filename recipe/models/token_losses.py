@@ -2,7 +2,8 @@
 
 At 4,096 positions and 152,000 tokens the logits and what autograd keeps of them take 6 GB in float32. Here only the
 states, the labels and the losses are kept; the backward pass computes each chunk's logits again, which costs about what
-reading and writing all of them does (tests/benchmarks/lm_loss.py; figures in RESULTS.md there).
+reading and writing all of them does (tests/benchmarks/lm_loss.py; figures in RESULTS.md there). If the matrix is
+frozen, the forward pass computes the gradients of the states, and nothing is computed again.
 """
 
 from typing import Any
@@ -34,31 +35,40 @@ def token_losses(states: Tensor, weight: Tensor, labels: Tensor, chunk: int = CH
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        ctx.save_for_backward(states, weight, labels)
         ctx.chunk = chunk
+        # Of a frozen matrix each position's gradient is known here, up to the factor that the backward pass brings.
+        is_known = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        of_states = torch.empty_like(states) if is_known else None
         losses = states.new_empty(len(states), dtype=torch.promote_types(states.dtype, torch.float32))
         with torch.autocast(states.device.type, enabled=False):
             for start in range(0, len(states), chunk):
                 rows = slice(start, start + chunk)
                 logits = (states[rows] @ weight.T).to(losses.dtype)
                 losses[rows] = F.cross_entropy(logits, labels[rows], reduction="none")
+                if of_states is not None:
+                    of_states[rows] = _gradient_of_logits(logits, labels[rows]).to(weight.dtype) @ weight
+        ctx.save_for_backward(*((states, weight, labels) if of_states is None else (of_states,)))
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if len(ctx.saved_tensors) == 1:
+            (of_states,) = ctx.saved_tensors
+            return of_states * gradient[:, None].to(of_states.dtype), None, None, None
         states, weight, labels = ctx.saved_tensors
-        of_states = torch.empty_like(states)
-        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        of_states, of_weight = torch.empty_like(states), torch.zeros_like(weight)
         with torch.autocast(states.device.type, enabled=False):
             for start in range(0, len(states), ctx.chunk):
                 rows = slice(start, start + ctx.chunk)
                 logits = (states[rows] @ weight.T).to(gradient.dtype)
-                # (softmax - one-hot) x gradient, in place
-                torch.softmax(logits, dim=-1, out=logits)
-                logits.scatter_add_(1, labels[rows, None], -torch.ones_like(logits[:, :1]))
-                of_logits = logits.mul_(gradient[rows, None]).to(weight.dtype)
+                of_logits = _gradient_of_logits(logits, labels[rows]).mul_(gradient[rows, None]).to(weight.dtype)
                 of_states[rows] = of_logits @ weight
-                if of_weight is not None:
-                    torch.addmm(of_weight, of_logits.T, states[rows], out=of_weight)
+                torch.addmm(of_weight, of_logits.T, states[rows], out=of_weight)
         return of_states, of_weight, None, None
+
+
+def _gradient_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Turn logits (K, V) into the gradient of each row's cross-entropy, softmax - one-hot, in place."""
+    torch.softmax(logits, dim=-1, out=logits)
+    return logits.scatter_add_(1, labels[:, None], -torch.ones_like(logits[:, :1]))

@@ -106,7 +106,7 @@ def test_another_programs_file_is_told(content: Any, tmp_path: Path):
 
 
 def test_wrong_paths_are_told(trained_checkpoint: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"missing.pt does not exist: give a .pt file"):
+    with pytest.raises(ValueError, match=r"missing.pt does not exist: give one from"):
         load_model(tmp_path / "missing.pt")
     with pytest.raises(
         ValueError, match=r"is not an exported model, it lacks recipe.yaml and detection_head.safetensors"

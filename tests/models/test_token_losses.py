@@ -57,8 +57,9 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_the_same(frozen: str):
     states, weight, labels = make(7)
     learned, kept = (weight, states) if frozen == "states" else (states, weight)
     kept.requires_grad_(False)
-    (found,) = torch.autograd.grad(token_losses(states, weight, labels, 3).sum(), learned)
-    (expected,) = torch.autograd.grad(with_full_logits(states, weight, labels).sum(), learned)
+    of_each = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    (found,) = torch.autograd.grad((token_losses(states, weight, labels, 3) * of_each).sum(), learned)
+    (expected,) = torch.autograd.grad((with_full_logits(states, weight, labels) * of_each).sum(), learned)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -102,3 +103,5 @@ def test_no_logits_are_kept_for_the_backward_pass():
     losses = token_losses(states, weight, labels, 8)
     kept = sum(tensor.numel() for tensor in losses.grad_fn.saved_tensors)  # pyright: ignore
     assert kept == states.numel() + weight.numel() + labels.numel() < losses.numel() * 100
+    losses = token_losses(states, weight.detach(), labels, 8)
+    assert [tensor.shape for tensor in losses.grad_fn.saved_tensors] == [states.shape]  # pyright: ignore
