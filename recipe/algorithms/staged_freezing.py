@@ -183,6 +183,8 @@ class MovementCheck:
         names = {id(parameter): plain_name(name) for name, parameter in state.model.named_parameters()}
         groups = named_groups(state.optimizers[0])
         self.trained = trained
+        # AdamW's step shrinks with a gradient below eps, which may be the rounding of a gradient that is 0.
+        self.negligible = {group["name"]: group["eps"] for group in state.optimizers[0].param_groups}
         self.parameters: list[tuple[str, str, Parameter]] = [
             (group, names[id(parameter)], parameter)
             for group, parameters in groups.items()
@@ -219,7 +221,12 @@ class MovementCheck:
                 continue  # the head, if no image of the batch has annotations
             judged.add(group)
             # Zero gradients are common in the first steps: a layer initialized to zero passes none back.
-            still = [self.parameters[index][1] for index in rows if not moved[index] and gradients[index] != 0]
+            least = self.negligible[group]
+            still = [
+                self.parameters[index][1]
+                for index in rows
+                if not moved[index] and not 0 <= gradients[index] <= least  # below 0: it has none
+            ]
             if not any(moved[index] for index in rows):
                 raise RuntimeError(
                     f"batch {batch} moved no parameter of the group {group}, though it has a gradient: the learning "

@@ -269,22 +269,25 @@ def test_a_parameter_without_gradient_is_named():
     assert "batch 0 did not move 1 parameters of the group llm: model.llm.spare" in "\n".join(messages)
 
 
-def test_a_gradient_of_zeros_is_not_reported():
-    """A layer that starts at zero passes none on in the first step."""
+@pytest.mark.parametrize(("gradient", "is_reported"), [(0.0, False), (1e-12, False), (1e-7, True)])
+def test_a_gradient_of_zeros_or_their_rounding_is_not_reported(gradient: float, is_reported: bool):
+    """A layer that starts at zero passes none on in the first step; a rate of 1e-7 moves no weight of 100."""
 
     class Behind(Toy):
         def __init__(self):
             super().__init__()
-            self.behind = nn.Parameter(torch.zeros(2))
+            self.behind = nn.Parameter(torch.full((2,), 100.0))
             self.model["llm"].register_parameter("behind", self.behind)
 
         def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
             language, detection = super().forward(batch)
-            return language + 0.0 * self.behind.sum(), detection
+            return language + gradient * self.behind.sum(), detection
 
+    config = config_with({"llm": [{"from": "0ba", "lr": 1e-4}]})
+    config = replace(config, optimizer=replace(config.optimizer, weight_decay=0.0))
     with messages_of("recipe") as messages:
-        train_toy(config_with({}), model=Behind())
-    assert "did not move" not in "\n".join(messages)
+        train_toy(config, model=Behind())
+    assert ("did not move 1 parameters of the group llm: model.llm.behind" in "\n".join(messages)) == is_reported
 
 
 @pytest.mark.parametrize("spoiled", [None, float("nan")])
