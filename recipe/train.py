@@ -33,7 +33,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.lock import OneRunPerFolder
-    from recipe.checkpoints.resume import catch_up, is_finished, load_keywords, safe_loading
+    from recipe.checkpoints.resume import catch_up, check_data, is_finished, load_keywords, safe_loading
     from recipe.checkpoints.save import build_saver, without_saving
     from recipe.checkpoints.sigterm import Preemption
     from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
@@ -70,6 +70,7 @@ def main(config: RecipeConfig) -> "Trainer":
         partial(split_batch, equally_many=view.is_sharded),
     )
     eval_loader = build_eval_loader(config.eval_loader, build_encoder(*asked, keep_image=True), teachers, config.seed)
+    check_data(start, train_loader)
     saver = build_saver(view, config.save_best, origin)
     with safe_loading():
         trainer = Trainer(

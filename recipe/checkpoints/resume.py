@@ -8,10 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import composer.algorithms
-from composer import Event, Trainer
+import torch
+from composer import DataSpec, Event, Trainer
 from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
 from composer.utils.file_helpers import extract_path_from_symlink
 from torch.serialization import safe_globals
+from torch.utils.data import DataLoader
 
 from recipe.callbacks.stoppers import Stopping
 from recipe.checkpoints.check import (
@@ -25,8 +27,9 @@ from recipe.checkpoints.check import (
     read_manifest,
 )
 from recipe.checkpoints.save import CheckpointSaver
-from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, is_export, some
+from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_export, some
 from recipe.config import NEW_RUN, ConfigError, TrainerView
+from recipe.data.stream import PackStream
 from recipe.redact import redact
 from recipe.schema import Origin
 from recipe.upstream.agreement import agree, from_rank_0
@@ -77,6 +80,28 @@ def _keywords_from_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         error = ValueError(f"{path} does not exist on rank {dist.get_global_rank()}: use a folder that all nodes share")
     agree(error)
     return found
+
+
+def check_data(start: Mapping[str, Any], train_loader: DataSpec) -> None:
+    """Raise ConfigError if a run resumes with other data, before its loggers start; called by all ranks.
+
+    `start` is from `load_keywords`. Of a sharded or remote checkpoint the Trainer finds out as it loads it.
+    """
+    path = start["load_path"]
+    if path is None or start["load_weights_only"]:
+        return
+
+    def read() -> Mapping[str, Any] | None:
+        if not Path(path).is_file():
+            return None
+        with explaining(Path(path)), safe_globals(SAFE_GLOBALS):
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return saved["state"].get("dataset_state", {}).get("train")
+
+    loader = train_loader.dataloader
+    assert isinstance(loader, DataLoader) and isinstance(loader.dataset, PackStream)
+    if saved := from_rank_0(read):
+        loader.dataset.check_plan(saved)
 
 
 def is_finished(trainer: Trainer) -> bool:

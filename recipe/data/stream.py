@@ -156,7 +156,12 @@ class PackStream(CheckedDataset):
         return {**state, "plan": {**self.identity(), "digest": digest}, "streams": self._describe_streams()}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Resume from a state; raise ValueError if the plan is not that run's, and say why."""
+        """Resume from a state; raise ConfigError if the plan is not that run's."""
+        self.check_plan(obj)
+        super().load_state_dict(obj)
+
+    def check_plan(self, obj: Mapping[str, Any]) -> None:
+        """Take over a state's partitions; raise ConfigError that says why if the plan is not that run's."""
         self.num_canonical_nodes = obj["num_canonical_nodes"]
         self.shuffle_block_size = self._asked_block_size
         self._set_shuffle_block_size(self._parallel_rank_world)
@@ -173,11 +178,10 @@ class PackStream(CheckedDataset):
         if not changed and then["digest"] and then["digest"] != self.plan(obj["epoch"]).digest():
             changed = ["the packer, Streaming's shuffle or numpy has another version"]
         if changed:
-            raise ValueError(
+            raise ConfigError(
                 f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}). "
                 f"Undo the change, or start a new run from the weights: {NEW_RUN}"
             )
-        super().load_state_dict(obj)
 
     def __iter__(self) -> Iterator[Pack]:
         """Yield this worker's packs of the epoch."""

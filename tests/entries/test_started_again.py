@@ -156,9 +156,12 @@ def test_other_data_at_a_resume(config: RecipeConfig, tmp_path: Path) -> None:
     folder = str(tmp_path / "others")
     write_split(iter_samples(num_samples=4, seed=12, image_size=84), folder, "train")
     stream = {"shapes": {"local": folder, "split": "train"}}
-    other = longer(config, 3, train_loader=replace(config.train_loader, streams=stream))
-    with pytest.raises(ValueError, match=f"cannot resume: .*{NEW_RUN}"):
+    other = longer(config, 3, train_loader=replace(config.train_loader, streams=stream), loggers={"tensorboard": {}})
+    with pytest.raises(
+        ConfigError, match=rf"cannot resume: .*streams\.shapes had other samples \(4, now 4\).*{NEW_RUN}"
+    ):
         run(other)
+    assert not list(Path(config.run_folder).rglob("*tfevents*")), "no logger has started"
     start = f"{config.run_folder}/checkpoints/latest-rank0.pt"
     other = replace(other, run_folder=str(tmp_path / "other"), load_path=start)
     assert run(replace(other, trainer={**other.trainer, "load_weights_only": True})) == 3
