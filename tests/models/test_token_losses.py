@@ -1,11 +1,13 @@
 """Losses in chunks: by hand, against full logits, with nothing supervised, under autocast, and what they keep."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recipe.models.token_losses import token_losses
 
@@ -105,3 +107,24 @@ def test_no_logits_are_kept_for_the_backward_pass():
     assert kept == states.numel() + weight.numel() + labels.numel() < losses.numel() * 100
     losses = token_losses(states, weight.detach(), labels, 8)
     assert [tensor.shape for tensor in losses.grad_fn.saved_tensors] == [states.shape]  # pyright: ignore
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_no_tensor_is_larger_than_the_logits_of_a_chunk(trained: bool):
+    """Forward and backward; but for states, matrix and gradients, of 64 x 6 and 100 x 6."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.numel = max(self.numel, result.numel() if isinstance(result, Tensor) else 0)
+            return result
+
+    states, weight, labels = make(64, vocabulary=100)
+    with Largest() as largest:
+        token_losses(states, weight.requires_grad_(trained), labels, 8).sum().backward()
+    assert largest.numel == 8 * 100
+    with Largest() as largest:
+        with_full_logits(states, weight, labels).sum().backward()
+    assert largest.numel == 64 * 100
