@@ -281,7 +281,9 @@ class KeptCount:
         """Return a stream's count, read or computed; raise ValueError if there are no records or one cannot be used."""
         index = stream.read_index()
         name = f"{self.name}-{shards_sha256(index)[:16]}-{self.fingerprint}.npz"
-        path = stream.fetch_next_to_index(name)
+        # Nobody asks the store where the records are at hand: it may be out of reach.
+        is_counted_here = (stream.folder / RECORDS_FILE).is_file()
+        path = stream.folder / name if is_counted_here else stream.fetch_next_to_index(name)
         kept = None if path is None else read_arrays(path)
         if kept is not None:
             return kept
