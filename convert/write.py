@@ -23,6 +23,7 @@ from convert.items import Found, Item, Summary
 from convert.records import BAD_BOXES, BBOX_TYPES
 from recipe.records import INDEX_FILE, RECORDS_FILE, rename
 from recipe.redact import redact
+from recipe.schema import Sample
 
 if TYPE_CHECKING:
     from convert.parts import Job
@@ -165,6 +166,11 @@ def _describe_full_disk(job: "Job") -> str:
         written = sum(path.stat().st_size for path in job.data.rglob("*") if path.is_file())
         rest = written / finished * (total - finished)
         text += f"; the {total - finished} parts of {total} that are missing need about {rest / 2**30:.2f} GiB"
+    elif job.restartable:
+        shown = job.entries[:: max(1, len(job.entries) // 32)]
+        sizes = [len(item.image) for entry in shown for item in entry.read() if isinstance(item, Sample)]
+        needed = sum(sizes) / max(1, len(shown)) * len(job.entries)
+        text += f"; all {len(job.entries)} records need about {needed / 2**30:.2f} GiB"
     text += ". Make room, then run the same command again"
     return text + (": it continues after the finished parts" if finished and job.restartable else "")
 

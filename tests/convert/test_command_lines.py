@@ -135,6 +135,17 @@ def test_the_summary_counts_captions() -> None:
     assert f"> {MOST_CAPTIONS}  (different ones)" in str(summary)
 
 
+def test_a_full_disk_before_the_first_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, records: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    images = [Sample(str(index), b"x" * 2**20, 9, 9, None) for index in range(100)]
+    monkeypatch.setattr(Scene, "read", lambda scene: iter([images[scene.index]]))
+    monkeypatch.setattr("convert.parts.write_part", refuse)
+    with pytest.raises(OSError, match=r"GiB are free; all 100 records need about 0.10 GiB. Make room"):
+        convert_split(Found([Scene(1, index, 56) for index in range(100)]), str(tmp_path), "train", num_workers=1)
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
     def refuse(path: Path, records: Any) -> None:
