@@ -69,6 +69,9 @@ def _signal_of(worker: Process, options: int) -> int:
     assert worker.pid is not None
     try:
         found = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT | options)
-    except ChildProcessError:  # collected already
+    except ChildProcessError:  # collected already, by a thread that notes the exit code a moment later
+        until = time.monotonic() + 1
+        while worker.exitcode is None and time.monotonic() < until:
+            time.sleep(0.01)
         return max(0, -(worker.exitcode or 0))
     return 0 if found is None or found.si_code == os.CLD_EXITED else found.si_status

@@ -97,6 +97,25 @@ def test_alone_it_says_what_to_lower(number: signal.Signals, remedy: str, alarms
     wait_until(lambda: alarms == [killed_worker.PATIENCE])
 
 
+def test_a_status_that_another_thread_collects_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """`join` in the main thread collects it first and notes the exit code after."""
+
+    class Collected:
+        pid = 1
+        codes = iter([None, None, -signal.SIGBUS])
+
+        @property
+        def exitcode(self) -> int | None:
+            return next(self.codes, -signal.SIGBUS)
+
+    def refuse(*args: Any) -> None:
+        raise ChildProcessError
+
+    monkeypatch.setattr(os, "waitid", refuse)
+    worker: Any = Collected()
+    assert killed_worker._signal_of(worker, 0) == signal.SIGBUS
+
+
 def test_workers_that_end_as_they_should_raise_no_alarm(alarms: list[int]):
     class Whole(Numbers):
         def __getitem__(self, index: int) -> int:
