@@ -175,14 +175,14 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
     vlm = load_vlm(**{**vars(config.model), "pretrained_model_name_or_path": str(folder)})
     spec = image_spec(processor.image_processor, config.image)
     network = build_network(config, vlm, spec, _trained_length(config, weights))
-    fill_head(network, folder)
+    fill_head(network, folder, weights)
     return network, processor, config
 
 
-def fill_head(network: JointNetwork, folder: Path) -> None:
-    """Load all but the language model from an export; raise ValueError if it does not fit."""
+def fill_head(network: JointNetwork, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Load all but the language model from an export, or its `weights`; raise ValueError if they do not fit."""
     head = nn.ModuleDict({name: part for name, part in network.named_children() if f"{name}." != LANGUAGE_MODEL})
-    fill(head, load_file(folder / HEAD_FILE), folder / HEAD_FILE)
+    fill(head, weights or load_file(folder / HEAD_FILE), folder / HEAD_FILE)
 
 
 def fill_whole(network: JointNetwork, path: Path, config: ModelConfig) -> None:

@@ -36,7 +36,7 @@ class EvaluationData(Callback):
             return
         logger.log_metrics({"data/eval_skipped_samples": len(found)})
         if dist.get_global_rank() == 0:
-            for name in found.keys() - self._reported:
+            for name in sorted(found.keys() - self._reported):
                 log.warning("evaluation skipped a sample: %s", found[name])
             log.warning("the scores leave out %d samples that could not be used", len(found))
         self._reported |= found.keys()

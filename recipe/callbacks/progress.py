@@ -157,17 +157,16 @@ class Summary(Callback):
         num_packs = loader.dataset.plan(int(state.timestamp.epoch)).num_packs
         packs = "" if num_packs == num_samples else f" in {num_packs} packs"
         # Unknown if the run's duration is in samples, tokens or seconds.
-        length = {"ba": 1, "ep": int(state.dataloader_len or 0)}.get(duration.unit.value)
+        per_epoch = int(state.dataloader_len or 0)
+        length = {"ba": 1, "ep": per_epoch}.get(duration.unit.value)
         steps = int(duration.value) * length if length else None
         origin = f", resumed at step {begun}" if begun else ""
-        per_epoch = int(state.dataloader_len or 0)
-        seen = steps / per_epoch if steps and per_epoch else None
         rates = {group["name"]: group["initial_lr"] for group in state.optimizers[0].param_groups}
-        learned = (
-            steps
-            and "detection" in rates
-            and trained_steps(self.schedule.stages.get("detection", ()), steps, per_epoch)
-        )
+        seen = learned = None
+        if steps and per_epoch:
+            seen = steps / per_epoch
+            if "detection" in rates:
+                learned = trained_steps(self.schedule.stages.get("detection", ()), steps, per_epoch)
         sizes, num_others = num_parameters(state)
         groups = ", ".join(f"{name} {short(size)} at {rates[name]:g}" for name, size in sizes.items())
         trained = sum(sizes.values())
@@ -181,16 +180,16 @@ class Summary(Callback):
             + (f"; each is seen {seen:.3g} times" if seen else ""),
             f"  steps       {duration}"
             + (f" = {steps} steps" if steps else "")
-            + (f", the head learns in {learned}" if learned else "")
+            + ("" if learned is None else f", the head learns in {learned}")
             + f"{origin}; evaluation every {self.eval_interval}",
             f"  trains      {groups}; {short(trained)} of {short(trained + num_others)} parameters",
             f"  runs on     {each}, {state.device.name}, {state.precision.value}",
             f"  writes      {self.run_folder}: config.yaml, metrics.jsonl, images; {checkpoints}",
         ]
         log.info("this run\n%s", "\n".join(lines))
-        for warmup in long_warmups(self.scheduler, duration, int(state.dataloader_len or 0)):
+        for warmup in long_warmups(self.scheduler, duration, per_epoch):
             log.warning("%s is longer than the run, %s: the full rate is never reached; shorten it", warmup, duration)
-        if learned and learned < FEW_STEPS:
+        if learned is not None and learned < FEW_STEPS:
             log.warning(
                 "the head learns in %d steps, a new one needs %d or more: raise trainer.max_duration or lower "
                 "train_loader.global_batch_size",

@@ -139,12 +139,12 @@ def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int6
 
 def read_length_table(streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
     """Return the lengths of all streams and of the pool; raise ValueError as `read_lengths`."""
-    return _with_teachers(read_lengths(streams, encoder), encoder, teachers)
+    return LengthTable(read_lengths(streams, encoder), teachers, *_added(teachers, encoder))
 
 
-def _with_teachers(lengths: Lengths, encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
-    added = (np.empty(0, dtype=np.int64),) * 2 if teachers is None else count_teachers(teachers, encoder)
-    return LengthTable(lengths, teachers, *added)
+def _added(teachers: TeacherPool | None, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    empty = np.empty(0, dtype=np.int64)
+    return (empty, empty) if teachers is None else count_teachers(teachers, encoder)
 
 
 def fingerprint(encoder: Encoder) -> str:
@@ -205,14 +205,16 @@ def _judge(
 ) -> list[str]:
     """Return what is wrong with the records of the streams."""
     problems: list[str] = []
+    added = _added(None if is_packed else teachers, encoder)
     first = 0  # position of the stream's first sample
     for stream in streams:
         num_samples = sum(shard["samples"] for shard in stream.read_index()["shards"])
         try:
             captions = _kept_captions(encoder.tokenizer).of(stream)["tokens"]
             problems += _too_long(where, stream, captions, encoder.max_caption_tokens, "a caption")
-            table = _with_teachers(Lengths(**_kept_lengths(encoder).of(stream)), encoder, teachers)
+            lengths = Lengths(**_kept_lengths(encoder).of(stream))
             if not is_packed:
+                table = LengthTable(lengths, teachers, *added)
                 is_drawn = where == "eval_loader"  # every evaluation draws the same teachers
                 tokens, _ = table.of_epoch(0, np.arange(num_samples), first) if is_drawn else table.longest()
                 problems += _too_long(where, stream, tokens, encoder.max_seq_len, "a conversation")

@@ -117,7 +117,7 @@ class PackStream(CheckedDataset):
             self.predownload = max(64, round(8 * (self.batch_size or 1) * per_pack))
         if packing is not None and not packing.skips_long_samples:
             self._check_lengths(packing)
-        self._fixed_identity = self._identify_data()
+        self._fixed_identity, self._described = self._identify_data(), self._describe_streams()
         self.epoch_of_length = 0
         self.quarantined: set[str] = set()  # ids left out; only workers started later see a change
         self._plan: tuple[str, Plan] | None = None
@@ -153,7 +153,7 @@ class PackStream(CheckedDataset):
         """Return Streaming's state, counted in packs, and what the plan depends on."""
         state = super().state_dict(num_samples, from_beginning)
         digest = self.plan(state["epoch"]).digest() if state["sample_in_epoch"] else ""
-        return {**state, "plan": {**self.identity(), "digest": digest}, "streams": self._describe_streams()}
+        return {**state, "plan": {**self.identity(), "digest": digest}, "streams": self._described}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Resume from a state; raise ConfigError if the plan is not that run's."""
@@ -166,7 +166,7 @@ class PackStream(CheckedDataset):
         self.shuffle_block_size = self._asked_block_size
         self._set_shuffle_block_size(self._parallel_rank_world)
         then, now = obj.get("plan", {}), self.identity()
-        streams = obj.get("streams", {}), self._describe_streams()
+        streams = obj.get("streams", {}), self._described
         changed = [
             _CHANGES[name](*streams) if name in _CHANGES else f"{name} was {then.get(name)}, now {value}"
             for name, value in now.items()

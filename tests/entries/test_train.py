@@ -182,7 +182,7 @@ def test_joint_yaml_through_all_its_stages(tiny_checkpoint: str, scenes: str, tm
         "trainer.precision=fp32",
         "trainer.max_duration=20ba",
     ).output
-    # The step after 5 % still stands at the bottom of its warm-up.
+    # In the first step after 5 % the rate of what thaws is 0.
     assert output.count("stage from batch") == 3
     rows = [json.loads(line)["metrics"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rates = {
