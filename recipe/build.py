@@ -8,6 +8,7 @@ itself never changes.
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import build_callbacks
 from recipe.callbacks.training_data import TrainingData
-from recipe.checkpoints.resume import WEIGHTS_FROM
+from recipe.checkpoints.base import base_weights, leave_out
+from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import is_export, trained_caption_length
-from recipe.config import ConfigError, ModelConfig, RecipeConfig
+from recipe.config import ConfigError, RecipeConfig
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
-from recipe.load import build_network, fill_head, fill_whole
-from recipe.models.vlm import load_vlm
+from recipe.load import build_network, fill_head, fill_whole, load_base
 from recipe.optim.schedule import build_schedule
+from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
 
     `max_caption_tokens` defaults to the configuration's.
     """
-    vlm = load_vlm(**vars(config.model))
+    vlm = load_base(config)
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image), max_caption_tokens)
     base = head_to_start_from(config)
     if base is not None:
@@ -90,15 +92,32 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
     return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
 
 
-def take_weights(model: JointModel, start: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Load what Composer cannot, before the model is sharded; return what is left of the Trainer's `load_*` keywords.
+def take_weights(
+    model: JointModel, start: Mapping[str, Any], config: RecipeConfig, origin: Origin
+) -> tuple[dict[str, Any], Origin]:
+    """Load what Composer cannot, before the model is sharded, and leave the base's weights out of checkpoints.
 
-    `start` is from `recipe.checkpoints.resume`.
+    Weights that the run does not train but that come from where it starts stay in its checkpoints.
+
+    Args:
+        model: Of `build_model`.
+        start: From `recipe.checkpoints.resume`.
+        config: Of the run.
+        origin: From `describe`.
+
+    Returns:
+        What is left of the Trainer's `load_*` keywords, and what the run's checkpoints say of their origin.
     """
     start = dict(start)
     if (path := start.pop(WEIGHTS_FROM, None)) is not None:
-        fill_whole(model.model, Path(path), config)
-    return start
+        fill_whole(model.model, path, config)
+    if start.pop(HOLDS_BASE) and origin.base is not None:
+        log.info("checkpoints hold the frozen weights too: they are not the base model's, but come from load_path")
+        origin = replace(origin, base=None)
+    if origin.base is None:
+        return start, origin
+    leave_out(model, base_weights(model.model, config), origin.base)
+    return start, origin
 
 
 def build_algorithms(config: RecipeConfig) -> list[Algorithm]:

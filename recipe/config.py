@@ -68,7 +68,9 @@ class ModelConfig:
     pretrained_model_name_or_path: str = MISSING  # a local folder, or a name on the Hugging Face hub
     # auto: flash_attention_2 on CUDA if it is installed, else sdpa
     attn_implementation: str = one_of("auto", "eager", "sdpa", "flash_attention_2")
-    dtype: str = one_of("float32", "bfloat16", "float64")  # of the weights
+    dtype: str = one_of("float32", "bfloat16", "float64")  # of the weights that are trained
+    # Of those that no stage trains, if `dtype` is float32; same: as `dtype`, which FSDP needs and so always takes.
+    frozen_dtype: str = one_of("bfloat16", "same")
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
 
 
@@ -322,7 +324,9 @@ class NaNRollbackConfig:
     A bad batch is skipped. null switches a watcher off.
     """
 
-    snapshot_interval: str = in_batches("50ba", least=1)  # between copies of weights and optimizer in host memory
+    # Where what is trained, and the optimizer's state, are copied to; off: a rollback ends the run with exit code 65.
+    snapshot: str = one_of("memory", "disk", "off")
+    snapshot_interval: str = in_batches("50ba", least=1)  # between copies
     strikes: int = number(3, least=1)  # consecutive bad batches before a restore; bad weights restore at once
     lr_factor: float = number(0.5, least=1e-6, most=1)  # on all learning rates at each rollback
     clip_factor: float = number(0.5, least=1e-6, most=1)  # on `optimizer.clip_norm` at each rollback

@@ -293,7 +293,8 @@ def from_command_line(
     args, unknown = parser.parse_known_intermixed_args([expand_home(argument) for argument in arguments])
     if args.yaml is None or "=" in args.yaml:
         raise ConfigError("no YAML is given: name one first, such as yamls/joint.yaml; --help shows examples")
-    config = load_config(args.yaml, [*args.overrides, *unknown])
+    args.overrides += unknown
+    config = load_config(args.yaml, args.overrides)
     check_config(config)
     for key in required:
         if getattr(config, key) is None:

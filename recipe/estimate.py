@@ -1,16 +1,19 @@
 """Estimate the memory of a run: `python -m recipe.estimate YAML [--world-size N] [key.sub=value ...]`; see --help.
 
 It counts weights, gradients, moments and the snapshot from the model's shapes on the meta device and loads nothing.
-Activations follow a formula, whose assumptions it prints below the table.
+Activations follow a formula, whose assumptions it prints below the table. It ends with an answer: whether the run fits
+GPUs of three sizes, and which keys would save most.
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recipe.config import ConfigError, RecipeConfig, view_trainer
-from recipe.configure import from_command_line, one_line_errors, parser_of
+from recipe.configure import from_command_line, load_config, one_line_errors, parser_of
 from recipe.rules import check_ranks
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
@@ -19,8 +22,9 @@ if TYPE_CHECKING:
 
     from recipe.models.network import JointNetwork
 
-USAGE = "python -m recipe.estimate YAML [--world-size N] [key.sub=value ...]"
+USAGE = "python -m recipe.estimate YAML [--world-size N] [--fit GIB] [--json] [key.sub=value ...]"
 EXAMPLES = """  python -m recipe.estimate yamls/joint.yaml --world-size 8
+  python -m recipe.estimate yamls/lora.yaml --fit 24
   python -m recipe.estimate yamls/joint.yaml optimizer.lr_vision=0 train_loader.packing.max_tokens=2048
   python -m recipe.estimate yamls/joint.yaml model.pretrained_model_name_or_path=Qwen/Qwen2.5-VL-7B-Instruct"""
 
@@ -80,6 +84,12 @@ GIB = 2**30
 OBJECTS = 16  # per image
 CAPTION_TOKENS = 8  # per object
 SUPERVISED = 0.25  # share of the tokens that have a label
+CARDS = (24, 40, 80)  # GiB
+CONTEXT = 1.5  # GiB of CUDA and NCCL themselves
+FRAGMENTS = 0.1  # share of the sum that the allocator loses
+LIBRARIES = 0.8  # GiB of the host: Python with torch, transformers and Composer
+RESERVE = f"{CONTEXT:g} GiB for CUDA itself and {FRAGMENTS:.0%} of the sum for the allocator's fragmentation"
+TRUNK = ("vision", "merger", "llm", "lora_vision", "lora_llm")  # groups that the language model's graph is kept for
 ASSUMED = """Assumed:
   tokens       {tokens} per microbatch (packing.max_tokens or max_seq_len, times device_train_microbatch_size)
   patches      {patches} per microbatch (packing.max_patches; if it is not set, every token is an image's)
@@ -88,25 +98,32 @@ ASSUMED = """Assumed:
   attention    flash or packed sdpa: no score matrix is kept
   all groups with a learning rate are trained at once; DDP keeps the bf16 copies that autocast makes
   FSDP         FULL_SHARD: two of the largest blocks are whole at a time, and all that is in no block always
-  not counted  the allocator's fragmentation (10-20 %), CUDA's and NCCL's own memory (1-2 GiB), evaluation"""
+  reserve      {reserve}
+  not counted  evaluation, which keeps no activations"""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per GPU, except `snapshot`."""
+    """Bytes per GPU, except `snapshot` and `host`."""
 
-    weights: int  # as the optimizer updates them, and their averages
+    weights: int  # as they are stored, and their averages
     gradients: int  # of trained weights; twice if DDP adds buckets
     moments: int  # AdamW's two
     compute_copies: int  # weights in the precision of the computation, or unsharded while in use
     activations: int  # kept for the backward pass, plus one recomputed block
     logits: int  # of one chunk of supervised positions or captions, with their gradient
-    snapshot: int  # in the host's memory per process: weights and moments of this rank
+    snapshot: int  # in the host's memory per process: what this rank trains, and its moments
+    host: int  # per process: libraries, snapshot, and the weights while they are loaded; without a GPU also all above
 
     @property
     def device_total(self) -> int:
-        """Return the sum without the snapshot."""
-        return sum(vars(self).values()) - self.snapshot
+        """Return the sum of what a GPU holds."""
+        return sum(vars(self).values()) - self.snapshot - self.host
+
+    @property
+    def needed(self) -> int:
+        """Return the bytes that a GPU must have: the sum and the reserve."""
+        return round(self.device_total * (1 + FRAGMENTS) + CONTEXT * GIB)
 
 
 def build_on_meta(config: RecipeConfig) -> "JointNetwork":
@@ -114,7 +131,7 @@ def build_on_meta(config: RecipeConfig) -> "JointNetwork":
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from recipe.load import build_network
+    from recipe.load import build_network, round_frozen
     from recipe.schema import ImageSpec
 
     hf_config = model_config(config.model.pretrained_model_name_or_path)
@@ -122,7 +139,9 @@ def build_on_meta(config: RecipeConfig) -> "JointNetwork":
     spec = ImageSpec(vision.patch_size, vision.spatial_merge_size, 1, 1, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(hf_config).to(getattr(torch, config.model.dtype))
-        network = build_network(config, vlm, spec)
+        round_frozen(vlm, config)
+        # If the data decides the length of captions: it changes little but the size of a table.
+        network = build_network(config, vlm, spec, config.caption_decoder.max_caption_tokens or 32)
         if config.ema is not None:
             network.add_average()
         return network.to("meta")  # after a `from_pretrained` of transformers 5, linspace ignores the device above
@@ -144,17 +163,20 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     view = view_trainer(config)
     shards = world_size if view.is_sharded else 1
     amp = (view.precision or "").startswith("amp_") and config.model.dtype != "bfloat16"
-    weights = trained = elements = 0
+    weights = trained = elements = copied = 0
     for group, members in group_parameters(network).items():
         size = sum(parameter.numel() * parameter.element_size() for _, parameter in members)
-        elements += sum(parameter.numel() for _, parameter in members)
+        count = sum(parameter.numel() for _, parameter in members)
+        elements += count
         weights += size
-        trained += size if getattr(config.optimizer, f"lr_{group}") else 0
-    weights += sum(average.numel() * average.element_size() for _, average in network.averaged_parameters())
+        if getattr(config.optimizer, f"lr_{group}"):
+            trained += size
+            copied += count  # autocast keeps its copies of weights that are trained
+    averages = sum(average.numel() * average.element_size() for _, average in network.averaged_parameters())
     gradients = trained * (2 if world_size > 1 and not view.is_sharded else 1)
     width = 2 if amp else {"float64": 8, "float32": 4, "bfloat16": 2}[config.model.dtype]
-    copies = elements * 2 if amp else 0
     model = network.vlm.hf_model.model
+    copies = copied * 2 if amp else 0
     if view.is_sharded:
         blocks = [
             sum(parameter.numel() for parameter in block.parameters())
@@ -162,16 +184,19 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
         ]
         copies = (elements - sum(blocks) + 2 * max(blocks)) * width
     tokens, patches = microbatch_shape(config, network.vlm.hf_model.config.vision_config.spatial_merge_size)
-    activations, logits = _forward_bytes(config, network, tokens, patches, width)
-    return Memory(
-        weights=weights // shards,
-        gradients=gradients // shards,
-        moments=2 * trained // shards,
-        compute_copies=copies,
-        activations=activations,
-        logits=logits,
-        snapshot=(weights + 2 * trained) // shards,
-    )
+    stored = max(parameter.element_size() for parameter in network.vlm.parameters())
+    activations, logits = _forward_bytes(config, network, tokens, patches, min(width, stored))
+    snapshot = (trained + averages + 2 * trained) // shards if config.nan_rollback.snapshot == "memory" else 0
+    parts = {
+        "weights": (weights + averages) // shards,
+        "gradients": gradients // shards,
+        "moments": 2 * trained // shards,
+        "compute_copies": copies,
+        "activations": activations,
+        "logits": logits,
+    }
+    loaded = sum(parts.values()) if view.device == "cpu" else weights + averages
+    return Memory(**parts, snapshot=snapshot, host=round(LIBRARIES * GIB) + snapshot + loaded)
 
 
 def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width: int) -> int:
@@ -202,11 +227,15 @@ def _forward_bytes(
     side, hidden = vision.hidden_size, text.hidden_size
     vision_block = block_bytes(patches, side, side, vision.intermediate_size, width)
     text_block = block_bytes(tokens, hidden, hidden, text.intermediate_size, width)
+    # The graph reaches down to the lowest part that learns; below it a block's memory is given back at once.
+    learning = {group for group in TRUNK if getattr(config.optimizer, f"lr_{group}", 0)}
+    kept_vision = vision.depth if learning & {"vision", "lora_vision"} else 0
+    kept_text = text.num_hidden_layers if learning else 0
     if config.model.gradient_checkpointing:
-        inputs = vision.depth * patches * side + text.num_hidden_layers * tokens * hidden
-        activations = inputs * width + max(vision_block, text_block)
+        activations = (kept_vision * patches * side + kept_text * tokens * hidden) * width
     else:
-        activations = vision.depth * vision_block + text.num_hidden_layers * text_block
+        activations = max(kept_vision - 1, 0) * vision_block + max(kept_text - 1, 0) * text_block
+    activations += max(vision_block, text_block)
     images = max(1, tokens // 256)  # of the head
     memory = tokens + (patches if head.patch_features else 0)
     queries = images * (head.num_query_groups * head.num_queries + 2 * head.num_denoising_groups * OBJECTS)
@@ -220,23 +249,82 @@ def _forward_bytes(
     return activations, logits
 
 
+def fits(memory: Memory, card: float) -> bool:
+    """Return whether a GPU of `card` GiB holds the sum and the reserve."""
+    return memory.needed <= card * GIB
+
+
+def largest_packs(config: RecipeConfig, network: "JointNetwork", world_size: int, card: float) -> int | None:
+    """Return the largest `packing.max_tokens`, a multiple of 256, with which a GPU of `card` GiB is enough; or None."""
+    packing = config.train_loader.packing
+    if packing is None:
+        raise ConfigError("--fit looks for train_loader.packing.max_tokens: set train_loader.packing={}")
+    found = None
+    for step in (2**power * 256 for power in range(10, -1, -1)):  # by bisection: more tokens never need less
+        trial = deepcopy(config)
+        assert trial.train_loader.packing is not None
+        trial.train_loader.packing.max_tokens = (found or 0) + step
+        if fits(estimate(trial, network, world_size), card):
+            found = (found or 0) + step
+    return found
+
+
+def savings(reload: Callable[[list[str]], RecipeConfig], world_size: int) -> list[tuple[str, int]]:
+    """Return overrides that would save memory, each with the bytes that it saves alone; the greatest first.
+
+    `reload` gives the run's configuration with overrides.
+    """
+
+    def needed(overrides: list[str]) -> int:
+        config = reload(overrides)
+        return estimate(config, build_on_meta(config), world_size).needed
+
+    before = needed([])
+    found = [(way, before - needed(way.split())) for way in _ways_to_save(reload([]))]
+    return sorted(((way, saved) for way, saved in found if saved > 0), key=lambda entry: -entry[1])
+
+
+def _ways_to_save(config: RecipeConfig) -> list[str]:
+    packing = config.train_loader.packing
+    ways = [] if config.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
+    if config.optimizer.lr_llm:
+        ways.append("optimizer.lr_vision=0 optimizer.lr_merger=0 optimizer.lr_llm=0")
+    if config.optimizer.lr_vision:
+        ways.append("optimizer.lr_vision=0")
+    if packing is not None:
+        tokens = packing.max_tokens or config.max_seq_len
+        ways.append(f"train_loader.packing.max_tokens={tokens // 2}")
+    return ways
+
+
 def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str:
     """Return the text that the command prints."""
     from recipe.optim.groups import group_parameters
 
     memory = estimate(config, network, world_size)
-    kind = "FSDP" if view_trainer(config).is_sharded else "DDP"
+    view = view_trainer(config)
+    kind = "FSDP" if view.is_sharded else "DDP"
     lines = [f"{config.model.pretrained_model_name_or_path}, {world_size} x {kind}", ""]
     for group, members in group_parameters(network).items():
         count = sum(parameter.numel() for _, parameter in members)
         frozen = "" if getattr(config.optimizer, f"lr_{group}") else ", frozen"
         lines.append(f"{group:<16}{count / 1e6:>10.1f} M parameters{frozen}")
     lines += ["", f"{'per GPU':<16}{'GiB':>10}"]
-    lines += [f"{name:<16}{size / GIB:>10.2f}" for name, size in vars(memory).items() if name != "snapshot"]
-    lines += [f"{'total':<16}{memory.device_total / GIB:>10.2f}", ""]
-    lines += [f"{'host, process':<16}{memory.snapshot / GIB:>10.2f}  snapshot of the NaN rollback", ""]
+    parts = {name: size for name, size in vars(memory).items() if name not in ("snapshot", "host")}
+    lines += [f"{name:<16}{size / GIB:>10.2f}" for name, size in parts.items()]
+    lines += [f"{'sum':<16}{memory.device_total / GIB:>10.2f}", "", f"{'per process':<16}{'GiB':>10}"]
+    lines += [f"{'host':<16}{memory.host / GIB:>10.2f}  {memory.snapshot / GIB:.2f} of it the NaN rollback's snapshot"]
     tokens, patches = microbatch_shape(config, network.vlm.hf_model.config.vision_config.spatial_merge_size)
-    return "\n".join([*lines, ASSUMED.format(tokens=tokens, patches=patches, objects=OBJECTS, words=CAPTION_TOKENS)])
+    words = {"objects": OBJECTS, "words": CAPTION_TOKENS, "reserve": RESERVE}
+    return "\n".join([*lines, "", ASSUMED.format(tokens=tokens, patches=patches, **words)])
+
+
+def answer(memory: Memory, ways: Sequence[tuple[str, int]]) -> str:
+    """Return the last lines of the command: which GPUs are enough, and what would save most, from `savings`."""
+    verdicts = [f"{card} GB: {'yes' if fits(memory, card) else 'no'}" for card in CARDS]
+    lines = [f"fits a GPU of  {', '.join(verdicts)}  (needs {memory.needed / GIB:.1f} GiB with the reserve)"]
+    lines += [f"saves {saved / GIB:>5.1f} GiB  {way}" for way, saved in ways[:3]]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -244,6 +332,8 @@ def main(arguments: Sequence[str]) -> None:
     purpose = "Estimate the memory of a run, per GPU; nothing is loaded and no GPU is needed."
     parser = parser_of(USAGE, purpose, EXAMPLES)
     parser.add_argument("--world-size", type=int, default=1, help="GPUs of the run; default %(default)s")
+    parser.add_argument("--fit", type=float, metavar="GIB", help="print the largest packing.max_tokens for such a GPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: GiB by part, sum, needed, host")
     with one_line_errors():
         config, args = from_command_line(parser, arguments)
         if args.world_size < 1:
@@ -252,7 +342,20 @@ def main(arguments: Sequence[str]) -> None:
         from recipe.checks import check_libraries
 
         check_libraries(config)
-        print(table(config, build_on_meta(config), args.world_size))
+        network = build_on_meta(config)
+        if args.fit is not None:
+            tokens = largest_packs(config, network, args.world_size, args.fit)
+            if tokens is None:
+                raise ConfigError(f"no pack fits {args.fit:g} GiB: freeze parts or use lora (yamls/README.md)")
+            print(f"train_loader.packing.max_tokens={tokens} fits {args.fit:g} GiB, with {RESERVE}")
+        elif args.json:
+            memory = estimate(config, network, args.world_size)
+            sizes = {**vars(memory), "sum": memory.device_total, "needed": memory.needed}
+            print(json.dumps({name: round(size / GIB, 3) for name, size in sizes.items()}))
+        else:
+            ways = savings(lambda more: load_config(args.yaml, [*args.overrides, *more]), args.world_size)
+            print(table(config, network, args.world_size), "", sep="\n")
+            print(answer(estimate(config, network, args.world_size), ways))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def main(config: RecipeConfig) -> dict[str, float]:
     model = build_model(config, processor, longest)
     encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
     eval_loader = build_eval_loader(config.eval_loader, encoder, teachers, config.seed)
-    origin = describe(as_saved(config, longest), processor.tokenizer, model)
-    start = take_weights(model, weights_keywords(view, config.load_path, origin), config.model)
+    origin = describe(as_saved(config, longest), processor.tokenizer, model, base={})
+    start, _ = take_weights(model, weights_keywords(view, config.load_path, origin), config, origin)
     with safe_loading():
         trainer = Trainer(
             model=model,

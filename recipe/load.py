@@ -1,5 +1,6 @@
 """Load network, processor and configuration of a checkpoint, as prediction and export need them, without Composer."""
 
+from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 
+from recipe.checkpoints.base import BACKBONE, FINGERPRINT, NETWORK, add_base, frozen_groups
 from recipe.checkpoints.weights import (
     CONFIG_FILE,
     HEAD_FILE,
@@ -23,7 +25,7 @@ from recipe.checkpoints.weights import (
     read_remote_weights,
     read_weights,
 )
-from recipe.config import ConfigError, ImageConfig, ModelConfig, PromptConfig, RecipeConfig
+from recipe.config import ConfigError, ImageConfig, PromptConfig, RecipeConfig, view_trainer
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
@@ -32,6 +34,8 @@ from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import JointNetwork
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config, resolve_attention
+from recipe.optim.groups import group_of
+from recipe.redact import redact
 from recipe.rules import check_width
 from recipe.schema import ImageSpec
 
@@ -69,6 +73,35 @@ def build_encoder(
         max_seq_len=max_seq_len,
         keep_image=keep_image,
     )
+
+
+def load_base(config: RecipeConfig, name: str | None = None) -> PreTrainedModel:
+    """Load a run's language model, by default the base's, each weight in the precision in which the run stores it.
+
+    Raises:
+        ConfigError: As `load_vlm`.
+    """
+    settings = {key: value for key, value in vars(config.model).items() if key != "frozen_dtype"}
+    settings["pretrained_model_name_or_path"] = name or config.model.pretrained_model_name_or_path
+    if _rounded_groups(config) >= set(BACKBONE):
+        settings["dtype"] = "bfloat16"  # never in float32, which takes twice the memory
+    vlm = load_vlm(**settings)
+    round_frozen(vlm, config)
+    return vlm
+
+
+def round_frozen(vlm: PreTrainedModel, config: RecipeConfig) -> None:
+    """Store in bfloat16 what no stage trains, as `model.frozen_dtype` asks."""
+    rounded = _rounded_groups(config)
+    for name, parameter in vlm.named_parameters():
+        if group_of(f"hf_model.{name}") in rounded:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _rounded_groups(config: RecipeConfig) -> Set[str]:
+    # FSDP keeps a unit's weights in one piece, which has one precision.
+    rounds = (config.model.dtype, config.model.frozen_dtype) == ("float32", "bfloat16")
+    return frozen_groups(config) if rounds and not view_trainer(config).is_sharded else frozenset()
 
 
 def build_network(
@@ -155,11 +188,12 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
         config = given or find_config(path)
         base = config.model.pretrained_model_name_or_path
         base = base if given else find_base_model(base, path)
-    processor, weights = load_processor(base), answering_weights(weights, "model.")
-    length = _trained_length(config, weights, "model.")
+    processor, weights = load_processor(base), answering_weights(weights, NETWORK)
+    length = _trained_length(config, weights, NETWORK)
     spec = image_spec(processor.image_processor, config.image)
-    network = build_network(config, _unread_vlm(base, config.model), spec, length)
-    fill(nn.ModuleDict({"model": network}), weights, path)  # JointModel's names, as in the checkpoint
+    vlm = load_base(config, base) if FINGERPRINT in weights else _unread_vlm(base, config)
+    network = build_network(config, vlm, spec, length)
+    _fill_from_checkpoint(network, weights, checkpoint)
     return network, processor, config
 
 
@@ -172,7 +206,7 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
         raise ValueError(f"{folder} is not an exported model, it lacks {' and '.join(missing)}: {remedy}")
     config = config or load_config(str(folder / CONFIG_FILE))
     weights, processor = load_file(folder / HEAD_FILE), load_processor(str(folder))
-    vlm = load_vlm(**{**vars(config.model), "pretrained_model_name_or_path": str(folder)})
+    vlm = load_base(config, str(folder))
     spec = image_spec(processor.image_processor, config.image)
     network = build_network(config, vlm, spec, _trained_length(config, weights))
     fill_head(network, folder, weights)
@@ -185,15 +219,19 @@ def fill_head(network: JointNetwork, folder: Path, weights: dict[str, torch.Tens
     fill(head, weights or load_file(folder / HEAD_FILE), folder / HEAD_FILE)
 
 
-def fill_whole(network: JointNetwork, path: Path, config: ModelConfig) -> None:
-    """Load all weights of a checkpoint on disk or an export; raise ValueError if it does not fit."""
+def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
+    """Load all weights of a checkpoint, also in an object store, or an export; raise ValueError if it does not fit."""
     if is_export(path):
-        network.vlm.hf_model.load_state_dict(
-            load_vlm(**{**vars(config), "pretrained_model_name_or_path": str(path)}).state_dict()
-        )
-        fill_head(network, path)
+        network.vlm.hf_model.load_state_dict(load_base(config, path).state_dict())
+        fill_head(network, Path(path))
     else:
-        fill(nn.ModuleDict({"model": network}), read_weights(path), path)  # JointModel's names, as in the checkpoint
+        weights = read_remote_weights(path) if "://" in path else read_weights(path)
+        _fill_from_checkpoint(network, weights, redact(path))
+
+
+def _fill_from_checkpoint(network: JointNetwork, weights: dict[str, torch.Tensor], source: str | Path) -> None:
+    add_base(network, weights, source)
+    fill(nn.ModuleDict({NETWORK.removesuffix("."): network}), weights, Path(source))
 
 
 def _trained_length(config: RecipeConfig, weights: dict[str, torch.Tensor], prefix: str = "") -> int | None:
@@ -202,15 +240,16 @@ def _trained_length(config: RecipeConfig, weights: dict[str, torch.Tensor], pref
     return config.caption_decoder.max_caption_tokens or (None if positions is None else len(positions))
 
 
-def _unread_vlm(name: str, config: ModelConfig) -> PreTrainedModel:
+def _unread_vlm(name: str, config: RecipeConfig) -> PreTrainedModel:
     """Return the language model with uninitialized weights, to be filled from the checkpoint."""
     with no_init_weights():
         vlm = AutoModelForImageTextToText.from_config(
             read_hf_config(name),
-            attn_implementation=resolve_attention(config.attn_implementation),
-            dtype=getattr(torch, config.dtype),
+            attn_implementation=resolve_attention(config.model.attn_implementation),
+            dtype=getattr(torch, config.model.dtype),
         )
     vlm.tie_weights()
+    round_frozen(vlm, config)
     with suppress(OSError):  # the file is optional
         vlm.generation_config = GenerationConfig.from_pretrained(name)
     return vlm

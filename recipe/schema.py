@@ -533,8 +533,10 @@ class Origin:
         config: The whole configuration, without secrets.
         tokenizer: Fingerprint of the tokenizer and its chat template.
         model: Fingerprint of the names and shapes of all parameters but averages.
+        base: Fingerprint of the weights that its checkpoints leave out; None: they hold all.
     """
 
     config: dict[str, Any]
     tokenizer: str
     model: str
+    base: str | None = None

@@ -31,6 +31,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length, take_weights
     from recipe.callbacks.progress import Summary
     from recipe.callbacks.table import build_loggers
+    from recipe.checkpoints.base import base_weights
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.lock import OneRunPerFolder
     from recipe.checkpoints.resume import catch_up, check_data, is_finished, load_keywords, safe_loading
@@ -58,8 +59,9 @@ def main(config: RecipeConfig) -> "Trainer":
     longest = caption_length(config, tokenizer)
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor, longest)
-    origin = describe(as_saved(config, longest), tokenizer, model)
-    start = take_weights(model, load_keywords(view, config.load_path, config.autoresume, origin), config.model)
+    origin = describe(as_saved(config, longest), tokenizer, model, base_weights(model.model, config))
+    start = load_keywords(view, config.load_path, config.autoresume, origin)
+    start, origin = take_weights(model, start, config, origin)
     asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
     train_loader = build_train_loader(
         config.train_loader,

@@ -56,7 +56,8 @@ class NaNRollback(Algorithm):
         self.snapshot_interval = int(Time.from_timestring(config.snapshot_interval))
         self.watch = Watch(config)
         self.quarantine = Quarantine(folder, config.quarantine_after)
-        self.snapshot = Snapshot()
+        is_on_disk = config.snapshot == "disk"
+        self.snapshot = Snapshot(Path(folder, f".snapshot-rank{dist.get_global_rank()}.pt") if is_on_disk else None)
         self.gradient_norms: dict[str, float] = {}  # of the last step: every group and `total`
         self.num_skipped = 0
         self.num_rollbacks = 0
@@ -102,8 +103,15 @@ class NaNRollback(Algorithm):
                 f"the weights at the start of training, batch {int(state.timestamp.batch)}, are not finite: "
                 "start from an earlier checkpoint"
             )
-        self.snapshot.take(state)
+        self._take(state)
         self._is_saved = False
+
+    def _take(self, state: State) -> None:
+        if self.config.snapshot != "off":
+            self.snapshot.take(state)
+
+    def _end(self, state: State, logger: Logger) -> None:
+        self.snapshot.remove()
 
     def _begin_epoch(self, state: State, logger: Logger) -> None:
         self.quarantine.begin_epoch()
@@ -114,7 +122,7 @@ class NaNRollback(Algorithm):
         if self._is_saved:
             self._is_saved = False
             if self.snapshot.batch != self._batch and weights_are_finite(state):
-                self.snapshot.take(state)
+                self._take(state)
         if anomaly := self.config.detect_anomaly:
             done = self._batch - int(Time.from_timestring(anomaly.start))
             torch.autograd.set_detect_anomaly(0 <= done < anomaly.batches)
@@ -129,7 +137,7 @@ class NaNRollback(Algorithm):
         if int(state.timestamp.batch) % self.snapshot_interval or self.strikes:
             return
         if weights_are_finite(state):
-            self.snapshot.take(state)
+            self._take(state)
         else:
             self._reject(state, logger, ["weights"])
 
@@ -199,6 +207,8 @@ class NaNRollback(Algorithm):
         stop = ""
         if rollback and self.num_rollbacks >= self.config.max_rollbacks:
             stop = f"a rollback is due after {self.num_rollbacks}, the limit nan_rollback.max_rollbacks"
+        elif rollback and self.config.snapshot == "off":
+            stop = "a rollback is due, but nan_rollback.snapshot is off"
         elif len(self.recently_skipped) > self.config.max_skipped:
             stop = f"{len(self.recently_skipped)} of the last {window} batches were bad, above nan_rollback.max_skipped"
         action = "stop" if stop else "rollback" if rollback else "skip"
@@ -236,6 +246,11 @@ class NaNRollback(Algorithm):
 
     def _restore(self, state: State) -> None:
         self.snapshot.restore(state)
+        if not weights_are_finite(state):
+            raise TrainingDiverged(
+                f"weights that are never trained are not finite at batch {self._batch}, which no snapshot mends: the "
+                "memory is faulty, or the file of the base model was damaged while it was read"
+            )
         self.strikes = 0
         self.watch.readings.clear()
         self.num_rollbacks += 1
@@ -257,4 +272,5 @@ class NaNRollback(Algorithm):
         Event.AFTER_LOSS: _flag_losses,
         Event.AFTER_TRAIN_BATCH: _decide,
         Event.BATCH_END: _end_batch,
+        Event.FIT_END: _end,
     }

@@ -11,9 +11,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from recipe.checkpoints.base import fingerprint
 from recipe.models.network import AVERAGE
 from recipe.records import PARTIAL, write_whole
 from recipe.redact import redact
@@ -59,13 +60,16 @@ class Manifest:
         return self.timestamp["batch"], self.timestamp["epoch"]
 
 
-def describe(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Origin:
+def describe(
+    saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model: nn.Module, base: Mapping[str, Tensor]
+) -> Origin:
     """Return what this run is made from.
 
     Args:
         saved: The run's configuration, from `configure.as_saved`.
         tokenizer: A fast one.
         model: Not yet sharded.
+        base: The weights of the base model that the run never trains, by name.
     """
     backend: Any = tokenizer
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if AVERAGE not in name}
@@ -73,6 +77,7 @@ def describe(saved: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model
         config=json.loads(json.dumps(saved, default=str)),
         tokenizer=_sha256([backend.backend_tokenizer.to_str(), tokenizer.chat_template]),
         model=_sha256(shapes),
+        base=fingerprint(base) if base else None,
     )
 
 

@@ -16,9 +16,11 @@ from torch.serialization import safe_globals
 from torch.utils.data import DataLoader
 
 from recipe.callbacks.stoppers import Stopping
+from recipe.checkpoints.base import FINGERPRINT
 from recipe.checkpoints.check import (
     MANIFEST,
     Found,
+    Manifest,
     check,
     differences,
     existing,
@@ -27,7 +29,7 @@ from recipe.checkpoints.check import (
     read_manifest,
 )
 from recipe.checkpoints.save import CheckpointSaver
-from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_export, some
+from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_export, read_weights, some
 from recipe.config import NEW_RUN, ConfigError, TrainerView
 from recipe.data.stream import PackStream
 from recipe.redact import redact
@@ -36,6 +38,7 @@ from recipe.upstream.agreement import agree, from_rank_0
 
 log = logging.getLogger(__name__)
 
+HOLDS_BASE = "holds_base"  # whether what the run starts from also holds weights that the run does not train
 WEIGHTS_FROM = "weights_from"  # instead of `load_path`: what Composer cannot load, see `recipe.build.take_weights`
 
 
@@ -58,7 +61,8 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
         log.info("resuming from %s, batch %d", redact(found.path), found.manifest.batch)
         _check_fit(trainer, origin, found)
         _check_groups(found, origin)
-        return _keywords(found.path, weights_only=False) | {"load_ignore_keys": None}
+        _check_base(found, origin)
+        return {**_keywords(found.path, weights_only=False, manifest=found.manifest), "load_ignore_keys": None}
 
     return _keywords_from_rank_0(look)
 
@@ -143,7 +147,7 @@ def catch_up(trainer: Trainer, saver: CheckpointSaver | None, start: Mapping[str
 
 def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_only: bool) -> dict[str, Any]:
     if load_path is None:
-        return {"load_path": None}
+        return {"load_path": None, HOLDS_BASE: False}
     path = _resolve(load_path)
     parent, _, name = path.rpartition("/")
     place = open_folder(parent or ".")
@@ -153,25 +157,34 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
             raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
         weights_only = manifest.weights_only or weights_only
         _check_fit(trainer, origin, Found(path, manifest), weights_only)
-        if weights_only and manifest.sharded != trainer.saves_shards:
-            return {"load_path": None, WEIGHTS_FROM: path}
+        holds_base = manifest.origin.base is None
+        if weights_only and not (holds_base and manifest.sharded == trainer.saves_shards):
+            return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: holds_base}
         if not weights_only:
             _check_groups(Found(path, manifest), origin)
-        return _keywords(path, weights_only)
+            _check_base(Found(path, manifest), origin)
+        return _keywords(path, weights_only, manifest)
     if is_export(path):
         log.info("load_path %s is an export, which holds weights only", path)
-        return {"load_path": None, WEIGHTS_FROM: path}
+        return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: True}
     if "://" not in path and Path(path).is_dir():
         raise ValueError(
             f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint, and not an export: "
             "give a checkpoint in it; a Hugging Face model belongs in model.pretrained_model_name_or_path"
         )
-    log.warning("%s was not saved by this recipe: only its weights are loaded", redact(path))
+    log.warning("%s has no manifest, as one of this recipe would: only its weights are loaded", redact(path))
+    if Path(path).is_file() and FINGERPRINT in read_weights(path):  # it was, but its manifest was left behind
+        return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: False}
     return _keywords(path, weights_only=True)
 
 
-def _keywords(path: str, weights_only: bool) -> dict[str, Any]:
-    return {"load_path": path, "load_weights_only": weights_only, "load_exclude_algorithms": list(EXCLUDED_ALGORITHMS)}
+def _keywords(path: str, weights_only: bool, manifest: Manifest | None = None) -> dict[str, Any]:
+    return {
+        "load_path": path,
+        "load_weights_only": weights_only,
+        "load_exclude_algorithms": list(EXCLUDED_ALGORITHMS),
+        HOLDS_BASE: manifest is None or manifest.origin.base is None,
+    }
 
 
 def _own_checkpoint(trainer: TrainerView, autoresume: bool) -> Found | None:
@@ -216,6 +229,15 @@ def _check_groups(found: Found, origin: Origin) -> None:
                 f"({then.get(key)}): set optimizer.{key}={then.get(key)}{stages}; "
                 f"or start a new run from the weights: {NEW_RUN}"
             )
+
+
+def _check_base(found: Found, origin: Origin) -> None:
+    """Raise ValueError if a checkpoint lacks the weights of another base model than the run's."""
+    if origin.base and found.manifest.origin.base not in (None, origin.base):
+        raise ValueError(
+            f"{redact(found.path)} holds only what its run trained, on top of another base model: set "
+            "model.pretrained_model_name_or_path to the one of that run, or set another run_folder"
+        )
 
 
 def _check_fit(trainer: TrainerView, origin: Origin, found: Found, weights_only: bool = False) -> None:

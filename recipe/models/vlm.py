@@ -99,6 +99,8 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         visual: Any = hf_model.model.visual
         visual.patch_embed = ImageEmbedding(visual.patch_embed)
+        # A trained tower in float32 may be below a frozen merger in bfloat16.
+        visual.merger.register_forward_pre_hook(lambda merger, inputs: (inputs[0].to(merger.ln_q.weight.dtype),))
         self.hf_model = hf_model
         self.normalizer = normalizer
 
@@ -180,7 +182,7 @@ class VisionLanguageModel(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Return the language model's logits (..., V) of hidden states (..., D)."""
-        return self.hf_model.lm_head(hidden_states.to(self.hf_model.dtype))
+        return self.hf_model.lm_head(hidden_states.to(self.hf_model.lm_head.weight.dtype))
 
     def token_losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy (K,) of the logits of hidden states (K, D) with `labels` (K,), without keeping them.

@@ -297,13 +297,38 @@ def test_an_audit_that_cannot_be_written_stops_nobody(tmp_path: Path, caplog: py
     assert "batch 1: skip, because of loss_fit" in caplog.text and guard.num_skipped == 1
 
 
-def test_a_bad_weight_that_never_trains_is_put_back_too(tmp_path: Path):
-    """Of a group with rate 0, which is not in the optimizer."""
+def test_a_bad_weight_that_never_trains_ends_the_run(tmp_path: Path):
+    """Of a group with rate 0, which is not in the optimizer, and so neither in the snapshot nor in checkpoints."""
     trainer, guard = make_trainer([make_batch(index) for index in range(4)], tmp_path)
     frozen = trainer.state.optimizers[0].param_groups.pop(0)["params"][0]
     scheduler: Any = trainer.state.schedulers[0]
     del scheduler.lr_lambdas[0], scheduler.base_lrs[0]
-    before = frozen.detach().clone()
     trainer.state.callbacks.append(Do(Event.BATCH_START, [2], spoil_weight))
-    trainer.fit()
-    assert torch.equal(frozen, before) and guard.num_rollbacks == 1
+    with pytest.raises(TrainingDiverged, match="never trained are not finite at batch 2"):
+        trainer.fit()
+    assert not torch.isfinite(frozen).all() and guard.num_rollbacks == 0
+
+
+def test_a_snapshot_on_disk_is_the_one_in_memory(tmp_path: Path):
+    """The same weights and moments after a rollback, bit for bit; its file is gone at the end."""
+    ends = []
+    for where in ("memory", "disk"):
+        config = NaNRollbackConfig(snapshot=where, snapshot_interval="2ba")
+        batches = [make_batch(index) for index in range(6)]
+        trainer, guard = make_trainer(
+            batches, tmp_path / where, config, extras=[Do(Event.BATCH_START, [3], spoil_weight)]
+        )
+        trainer.fit()
+        assert guard.num_rollbacks == 1 and guard.snapshot.batch == 6
+        ends.append(trained_state(trainer))
+    assert_equal(*ends)
+    assert not list((tmp_path / "disk").glob(".snapshot*"))
+
+
+def test_without_snapshots_a_rollback_ends_the_run(tmp_path: Path):
+    config = NaNRollbackConfig(snapshot="off")
+    trainer, _ = make_trainer(
+        [make_batch(index) for index in range(4)], tmp_path, config, extras=[Do(Event.BATCH_START, [2], spoil_weight)]
+    )
+    with pytest.raises(TrainingDiverged, match="snapshot is off"):
+        trainer.fit()

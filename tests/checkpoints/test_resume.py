@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recipe.checkpoints import resume
-from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS
+from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, HOLDS_BASE
 from recipe.config import NEW_RUN, ConfigError, RecipeConfig, view_trainer
 from recipe.schema import Origin
 from tests.checkpoints.checkpoint_cases import ORIGIN, flip, train, truncate
@@ -38,12 +38,13 @@ def weights_keywords(asked: RecipeConfig, origin: Origin) -> dict[str, Any]:
 
 def keywords(path: Path | str, weights_only: bool) -> dict[str, Any]:
     excluded = list(EXCLUDED_ALGORITHMS)
-    return {"load_path": str(path), "load_weights_only": weights_only, "load_exclude_algorithms": excluded}
+    kind = {"load_weights_only": weights_only, "load_exclude_algorithms": excluded, HOLDS_BASE: True}
+    return {"load_path": str(path), **kind}
 
 
 def test_a_first_run_loads_nothing(tmp_path: Path) -> None:
-    assert load_keywords(config(tmp_path), ORIGIN) == {"load_path": None}
-    assert load_keywords(config(tmp_path, save_folder=None), ORIGIN) == {"load_path": None}
+    assert load_keywords(config(tmp_path), ORIGIN) == {"load_path": None, HOLDS_BASE: False}
+    assert load_keywords(config(tmp_path, save_folder=None), ORIGIN) == {"load_path": None, HOLDS_BASE: False}
 
 
 def test_its_own_checkpoint_comes_before_load_path(run_folder: Path, tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_of_a_foreign_one_only_weights(run_folder: Path, tmp_path: Path, caplog:
     foreign = tmp_path / "foreign.pt"
     shutil.copy(run_folder / "checkpoints" / "ba1.pt", foreign)
     assert load_keywords(config(tmp_path / "new", foreign), ORIGIN) == keywords(foreign, weights_only=True)
-    assert f"{foreign} was not saved by this recipe: only its weights are loaded" in caplog.text
+    assert f"{foreign} has no manifest, as one of this recipe would: only its weights are loaded" in caplog.text
 
 
 def test_an_evaluation_reads_weights_only(run_folder: Path) -> None:
@@ -96,7 +97,7 @@ def test_never_from_nothing_where_checkpoints_are(run_folder: Path) -> None:
         ):
             load_keywords(asked, ORIGIN)
     asked = config(run_folder, autoresume=False, save_overwrite=True)
-    assert load_keywords(asked, ORIGIN) == {"load_path": None}
+    assert load_keywords(asked, ORIGIN) == {"load_path": None, HOLDS_BASE: False}
 
 
 def test_without_autoresume_checkpoints_are_in_the_way(run_folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The estimate of a run's memory: what is static exactly, a block's activations nearly."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,18 @@ from torch import Tensor, nn
 
 from recipe.config import EmaConfig, RecipeConfig
 from recipe.configure import load_config
-from recipe.estimate import CAPTION_TOKENS, block_bytes, build_on_meta, estimate, main, microbatch_shape, table
+from recipe.estimate import (
+    CAPTION_TOKENS,
+    GIB,
+    block_bytes,
+    build_on_meta,
+    estimate,
+    largest_packs,
+    main,
+    microbatch_shape,
+    table,
+)
+from recipe.models.network import AVERAGE
 from recipe.models.token_losses import CHUNK
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Example
@@ -55,7 +67,9 @@ def test_static_part_is_that_of_real_tensors(
     assert found.gradients == num_bytes([p.grad for p in model.parameters() if p.grad is not None])
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert found.moments == num_bytes(moments)
-    assert found.snapshot == found.weights + found.moments
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    kept = [p.data for name, p in model.named_parameters() if id(p) in held or AVERAGE in name]
+    assert found.snapshot == num_bytes(kept) + found.moments
 
 
 def test_ranks_share_what_is_sharded(tiny_config: Callable[..., RecipeConfig]) -> None:
@@ -68,7 +82,7 @@ def test_ranks_share_what_is_sharded(tiny_config: Callable[..., RecipeConfig]) -
     for part in ("weights", "gradients", "moments", "snapshot"):
         assert getattr(fsdp, part) == getattr(one, part) // 4
     assert 0 < fsdp.compute_copies < one.weights and one.compute_copies == 0
-    assert one.device_total == sum(vars(one).values()) - one.snapshot
+    assert one.device_total == sum(vars(one).values()) - one.snapshot - one.host
 
 
 def saved_bytes(block: nn.Module, run: Callable[[], Any]) -> int:
@@ -151,6 +165,54 @@ def test_the_heads_switches_need_more() -> None:
     assert need(select_queries="true") == (activations + 3 * 4096 * 256 * 4, logits)
     more = patches * (5 * 1280 + (2 + 4) * 4 * 256) * 4
     assert need(patch_features="true") == (activations + more, logits)
+
+
+HEAD = str(Path(YAML).with_name("head.yaml"))
+
+
+def test_what_is_frozen_is_stored_in_bfloat16() -> None:
+    """By hand: 3,754,622,976 weights of the trunk in two bytes, all else in four; no graph of the trunk is kept."""
+    config = load_config(HEAD)
+    network = build_on_meta(config)
+    head = sum(parameter.numel() for name, parameter in network.named_parameters() if not name.startswith("vlm."))
+    found = estimate(config, network, 1)
+    trained = head - sum(average.numel() for _, average in network.averaged_parameters())
+    assert found.weights == 2 * 3_754_622_976 + 4 * head
+    assert (found.gradients, found.moments, found.snapshot) == (4 * trained, 8 * trained, 4 * head + 8 * trained)
+    assert estimate(load_config(HEAD, ["nan_rollback.snapshot=off"]), network, 1).snapshot == 0
+    assert found.host > found.snapshot + found.weights
+    on_cpu = estimate(load_config(HEAD, ["trainer.device=cpu"]), network, 1)
+    assert on_cpu.host - found.host == on_cpu.device_total - on_cpu.weights
+
+
+def test_the_largest_pack_that_fits() -> None:
+    """The next larger one does not."""
+    config = load_config(HEAD)
+    network = build_on_meta(config)
+    tokens = largest_packs(config, network, 1, 24)
+    assert tokens is not None and tokens % 256 == 0
+
+    def needed(tokens: int) -> int:
+        return estimate(load_config(HEAD, [f"train_loader.packing.max_tokens={tokens}"]), network, 1).needed
+
+    assert needed(tokens) <= 24 * GIB < needed(tokens + 256)
+    assert largest_packs(config, network, 1, 8) is None
+
+
+def test_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    main([HEAD, "model.gradient_checkpointing=false"])
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].startswith("fits a GPU of  24 GB: yes, 40 GB: yes, 80 GB: yes  (needs 1")
+    assert last[1].endswith("GiB  train_loader.packing.max_tokens=2048")
+    main([HEAD, "--fit", "24"])
+    assert "train_loader.packing.max_tokens=" in capsys.readouterr().out
+    main([HEAD, "--json"])
+    sizes = json.loads(capsys.readouterr().out)
+    parts = ("weights", "gradients", "moments", "compute_copies", "activations", "logits")
+    assert sizes["sum"] == pytest.approx(sum(sizes[name] for name in parts), abs=0.01)
+    with pytest.raises(SystemExit):
+        main([HEAD, "--fit", "4"])
+    assert "no pack fits 4 GiB" in capsys.readouterr().err
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
