@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recipe.config import ConfigError, RecipeConfig, view_trainer
+from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import from_command_line, one_line_errors, parser_of
 from recipe.rules import check_ranks
+from recipe.upstream.trainer_section import view_trainer
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Qwen2_5_VLConfig
 
     from recipe.models.network import JointNetwork
@@ -202,6 +204,9 @@ def _forward_bytes(
     side, hidden = vision.hidden_size, text.hidden_size
     vision_block = block_bytes(patches, side, side, vision.intermediate_size, width)
     text_block = block_bytes(tokens, hidden, hidden, text.intermediate_size, width)
+    model = network.vlm.hf_model.model  # adapters keep a copy of their input in their own precision
+    vision_block += patches * width * _adapter_numbers(model.visual.blocks[0])
+    text_block += tokens * width * _adapter_numbers(model.language_model.layers[0])
     if config.model.gradient_checkpointing:
         inputs = vision.depth * patches * side + text.num_hidden_layers * tokens * hidden
         activations = inputs * width + max(vision_block, text_block)
@@ -218,6 +223,13 @@ def _forward_bytes(
     activations += (rows * network.memory.width + adapter) * max(width, 4)
     logits = min(CHUNK, max(round(tokens * SUPERVISED), words)) * (width + 8) * text.vocab_size
     return activations, logits
+
+
+def _adapter_numbers(block: "nn.Module") -> int:
+    """Return the numbers that the adapters of a block keep per row: their input, and `rank` more."""
+    from recipe.models.lora import adapter_layers
+
+    return sum(into.in_features + into.out_features for into, _, _ in adapter_layers(block))
 
 
 def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str:
