@@ -188,6 +188,22 @@ def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width
     return rows * (norms + attention + 4 * intermediate * width)
 
 
+def adapter_bytes(block: "nn.Module", width: int, amp: bool) -> int:
+    """Return the bytes per row that the adapters of a block keep for its backward pass, at most.
+
+    They are `rank` numbers each, a copy of the input if their precision is not the block's (`width`, bytes per number),
+    and with DoRA what base and adapter computed.
+    """
+    from recipe.models.lora import adapter_layers
+
+    total = 0
+    for into, out, has_dora in adapter_layers(block):
+        own = into.weight.element_size()
+        copy = 0 if own == width else into.in_features * (width if amp else own)
+        total += copy + own * (into.out_features + 2 * has_dora * out.out_features)
+    return total
+
+
 def _forward_bytes(
     config: RecipeConfig, network: "JointNetwork", tokens: int, patches: int, width: int
 ) -> tuple[int, int]:
@@ -204,9 +220,9 @@ def _forward_bytes(
     side, hidden = vision.hidden_size, text.hidden_size
     vision_block = block_bytes(patches, side, side, vision.intermediate_size, width)
     text_block = block_bytes(tokens, hidden, hidden, text.intermediate_size, width)
-    model = network.vlm.hf_model.model  # adapters keep a copy of their input in their own precision
-    vision_block += patches * width * _adapter_numbers(model.visual.blocks[0])
-    text_block += tokens * width * _adapter_numbers(model.language_model.layers[0])
+    model, amp = network.vlm.hf_model.model, (view_trainer(config).precision or "").startswith("amp_")
+    vision_block += patches * adapter_bytes(model.visual.blocks[0], width, amp)
+    text_block += tokens * adapter_bytes(model.language_model.layers[0], width, amp)
     if config.model.gradient_checkpointing:
         inputs = vision.depth * patches * side + text.num_hidden_layers * tokens * hidden
         activations = inputs * width + max(vision_block, text_block)
@@ -223,13 +239,6 @@ def _forward_bytes(
     activations += (rows * network.memory.width + adapter) * max(width, 4)
     logits = min(CHUNK, max(round(tokens * SUPERVISED), words)) * (width + 8) * text.vocab_size
     return activations, logits
-
-
-def _adapter_numbers(block: "nn.Module") -> int:
-    """Return the numbers that the adapters of a block keep per row: their input, and `rank` more."""
-    from recipe.models.lora import adapter_layers
-
-    return sum(into.in_features + into.out_features for into, _, _ in adapter_layers(block))
 
 
 def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str:

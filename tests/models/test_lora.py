@@ -196,7 +196,7 @@ def test_one_dora_of_two_has_no_folder() -> None:
         ("llm", {"targets": []}, {"lr_llm": 0.0}, r"lora\.llm\.targets is empty: give some of q_proj, .* or null"),
     ],
 )
-def test_mistakes_are_named(part: str, section: dict[str, Any], rates: dict[str, float], expected: str) -> None:
+def test_mistakes_are_named(part: str, section: dict[str, Any], rates: dict[str, Any], expected: str) -> None:
     lora = LoraConfig(**{part: LoraPartConfig(**section)})
     with pytest.raises(ConfigError, match=expected):
         check_adapters(RecipeConfig(lora=lora, optimizer=OptimizerConfig(**rates)))
