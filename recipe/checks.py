@@ -13,14 +13,16 @@ from torch.utils.data import DataLoader
 from transformers.utils.hub import cached_file
 
 from recipe.callbacks.table import CALLBACKS, LOGGERS
-from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
+from recipe.config import LORA_TARGETS, ConfigError, LoaderConfig, RecipeConfig, lora_parts, nearest
 from recipe.joint import all_scores
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import Meteor15, MeteorLite
+from recipe.models.lora import check_peft, read_base
 from recipe.optim.fsdp import FSDP_CONFIGS
 from recipe.records import INDEX_FILE, RECORDS_FILE, parse_index, read_records
 from recipe.schema import Sample
 from recipe.upstream.owned_keywords import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
+from recipe.upstream.trainer_section import TrainerView, view_trainer
 
 
 def check_libraries(config: RecipeConfig) -> None:
@@ -38,6 +40,7 @@ def check_libraries(config: RecipeConfig) -> None:
             if keywords is not None:
                 check_keywords(f"{where}.{name}", keywords, table[name], {})
     check_metrics(config)
+    check_adapters(config)
     names = [entry.name for entry in fields(FSDP_CONFIGS[config.fsdp_version]) if not entry.name.startswith("_")]
     allowed = [name for name in names if name not in OWNED_BY_FSDP]
     for key in view_trainer(config).fsdp or {}:
@@ -46,6 +49,30 @@ def check_libraries(config: RecipeConfig) -> None:
                 f"unknown key trainer.parallelism_config.fsdp.{key} with fsdp_version {config.fsdp_version}: "
                 f"{nearest(key, allowed)}"
             )
+
+
+def check_adapters(config: RecipeConfig) -> None:
+    """Raise ConfigError if peft is missing, a base weight would train too, or a target cannot have an adapter."""
+    parts = lora_parts(config)
+    if parts:
+        check_peft()
+    for part, section in parts.items():
+        rate, allowed = getattr(config.optimizer, f"lr_{part}"), LORA_TARGETS[part]
+        if rate:
+            raise ConfigError(
+                f"lora.{part} is set, but optimizer.lr_{part} is {rate:g}: set optimizer.lr_{part}=0, which freezes "
+                f"the weights below the adapters; optimizer.lr_lora_{part} is the adapters' own"
+            )
+        if section.targets is not None and not section.targets:
+            raise ConfigError(f"lora.{part}.targets is empty: give some of {', '.join(allowed)}, or null for all")
+        for target in section.targets or ():
+            if target in ("embed_tokens", "lm_head"):
+                raise ConfigError(
+                    f"lora.{part}.targets holds {target}: losses and captions read that matrix itself, and merged into "
+                    f"one that is tied an adapter counts twice; leave it out: one of {', '.join(allowed)}"
+                )
+            if target not in allowed:
+                raise ConfigError(f"lora.{part}.targets holds {target!r}: {nearest(target, allowed)}")
 
 
 def check_metrics(config: RecipeConfig) -> None:
@@ -121,6 +148,11 @@ def _device_problems(trainer: TrainerView) -> list[str]:
 
 
 def _model_problems(name: str) -> list[str]:
+    if (base := read_base(name)) is not None:
+        return [
+            f"model.pretrained_model_name_or_path={name} holds adapters only: give their base model, {base}, and "
+            f"load_path={name} to start from them"
+        ]
     try:
         cached_file(name, "config.json")
     except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either

@@ -13,7 +13,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what each holds: recipe/optim/groups.py
+# Of parameters; what each holds: recipe/optim/groups.py. Those of `lora` exist only if it is set.
+GROUPS = ("vision", "merger", "llm", "lora_vision", "lora_llm", "adapter", "detection")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = {  # linear layers in every block of a part that `lora` may adapt; all by default
+    "llm": ("q_proj", "k_proj", "v_proj", "o_proj", *_FEED_FORWARD),
+    "vision": ("qkv", "proj", *_FEED_FORWARD),
+}
 # What each logs: yamls/README.md. Their classes: recipe/callbacks/table.py.
 CALLBACK_NAMES = (
     *("early_stopper", "group_metrics", "loss_gradients", "loss_shares", "lr_monitor", "memory_monitor"),
@@ -72,6 +78,25 @@ class ModelConfig:
     # Of those that no stage trains, if `dtype` is float32; same: as `dtype`, which FSDP needs and so always takes.
     frozen_dtype: str = one_of("bfloat16", "same")
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+
+
+@dataclass
+class LoraPartConfig:
+    """Low-rank adapters on the linear layers of one part; see `recipe/models/lora.py`."""
+
+    rank: int = number(16, least=1)
+    alpha: float = number(32.0, above=0)  # what an adapter computes counts alpha / rank times
+    dropout: float = number(0.0, least=0, below=1)  # of an adapter's input
+    targets: list[str] | None = None  # of `LORA_TARGETS`; null: all
+    dora: bool = False  # learn the length of each row of a weight too (DoRA); slower
+
+
+@dataclass
+class LoraConfig:
+    """Adapters on a frozen language model and vision tower, by peft; null: none in that part, {}: the defaults."""
+
+    llm: LoraPartConfig | None = None
+    vision: LoraPartConfig | None = None
 
 
 @dataclass
@@ -213,6 +238,8 @@ class OptimizerConfig:
     lr_vision: float = number(2e-6, least=0)
     lr_merger: float = number(1e-5, least=0)
     lr_llm: float = number(1e-5, least=0)
+    lr_lora_vision: float = number(1e-4, least=0)  # of the adapters, if `lora.vision` is set; lr_vision is then 0
+    lr_lora_llm: float = number(1e-4, least=0)  # if `lora.llm` is set; lr_llm is then 0
     lr_adapter: float = number(1e-4, least=0)
     lr_detection: float = number(1e-4, least=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -360,6 +387,7 @@ class RecipeConfig:
     autoresume: bool = True  # continue from the run's newest valid checkpoint; `load_path` is then not read
     max_seq_len: int = number(4096, least=1)  # tokens per sample; a longer one is an error that names it
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig | None = None
     detection_head: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
     caption_decoder: CaptionDecoderConfig = field(default_factory=CaptionDecoderConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -383,50 +411,15 @@ class RecipeConfig:
     loggers: dict[str, Any] = field(default_factory=dict[str, Any], metadata={"names": LOGGER_NAMES})
 
 
-@dataclass(frozen=True)
-class TrainerView:
-    """What the recipe itself reads of the section `trainer`."""
-
-    keywords: Mapping[str, Any]  # the section without `parallelism_config`, for composer.Trainer
-    max_duration: str | int | None  # such as 10ep; a number counts epochs
-    precision: str | None  # None: Composer's default for the device
-    device: str | None  # such as cpu or gpu; None: a GPU if there is one
-    microbatch_size: int | None  # packs of one forward pass on one device; None: the whole device batch
-    fsdp: Mapping[str, Any] | None  # FSDP's keywords; None: DDP
-    save_folder: str | None  # of the checkpoints; None: none are saved
-    save_overwrite: bool  # whether checkpoints of another run there may be replaced
-    load_weights_only: bool  # whether only weights are read from `load_path`
-    progress_bar: bool
-    dist_timeout: float | None  # seconds that ranks wait for each other; None: the recipe's default
-
-    @property
-    def is_sharded(self) -> bool:
-        """Return whether parameters are sharded over ranks."""
-        return self.fsdp is not None
-
-    @property
-    def saves_shards(self) -> bool:
-        """Return whether each rank writes its own part of a checkpoint."""
-        return (self.fsdp or {}).get("state_dict_type") == "sharded"
+def lora_parts(config: RecipeConfig) -> dict[str, LoraPartConfig]:
+    """Return the parts (`llm`, `vision`) that have adapters."""
+    return {part: value for part, value in vars(config.lora or LoraConfig()).items() if value is not None}
 
 
-def view_trainer(config: RecipeConfig) -> TrainerView:
-    """Return what the recipe reads of the section `trainer`, whose keys only this function names."""
-    section = config.trainer
-    parallelism: dict[str, Any] = section.get("parallelism_config") or {}
-    return TrainerView(
-        keywords={name: value for name, value in section.items() if name != "parallelism_config"},
-        max_duration=section.get("max_duration"),
-        precision=section.get("precision"),
-        device=section.get("device"),
-        microbatch_size=section.get("device_train_microbatch_size"),
-        fsdp=parallelism.get("fsdp"),
-        save_folder=section.get("save_folder", f"{config.run_folder}/checkpoints"),
-        save_overwrite=section.get("save_overwrite", False),
-        load_weights_only=section.get("load_weights_only", False),
-        progress_bar=section.get("progress_bar", True),
-        dist_timeout=section.get("dist_timeout"),
-    )
+def groups_of(config: RecipeConfig) -> list[str]:
+    """Return the parameter groups that the run's model has."""
+    parts = lora_parts(config)
+    return [group for group in GROUPS if not group.startswith("lora_") or group.removeprefix("lora_") in parts]
 
 
 # Starts over from what a checkpoint's weights have learned; without another folder, its own checkpoints come first.

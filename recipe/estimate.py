@@ -12,12 +12,14 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recipe.config import ConfigError, RecipeConfig, view_trainer
+from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of
 from recipe.rules import check_ranks
+from recipe.upstream.trainer_section import view_trainer
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Qwen2_5_VLConfig
 
     from recipe.models.network import JointNetwork
@@ -211,6 +213,22 @@ def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width
     return rows * (norms + attention + 4 * intermediate * width)
 
 
+def adapter_bytes(block: "nn.Module", width: int, amp: bool) -> int:
+    """Return the bytes per row that the adapters of a block keep for its backward pass, at most.
+
+    They are `rank` numbers each, a copy of the input if their precision is not the block's (`width`, bytes per number),
+    and with DoRA what base and adapter computed.
+    """
+    from recipe.models.lora import adapter_layers
+
+    total = 0
+    for into, out, has_dora in adapter_layers(block):
+        own = into.weight.element_size()
+        copy = 0 if own == width else into.in_features * (width if amp else own)
+        total += copy + own * (into.out_features + 2 * has_dora * out.out_features)
+    return total
+
+
 def _forward_bytes(
     config: RecipeConfig, network: "JointNetwork", tokens: int, patches: int, width: int
 ) -> tuple[int, int]:
@@ -231,6 +249,9 @@ def _forward_bytes(
     learning = {group for group in TRUNK if getattr(config.optimizer, f"lr_{group}", 0)}
     kept_vision = vision.depth if learning & {"vision", "lora_vision"} else 0
     kept_text = text.num_hidden_layers if learning else 0
+    model, amp = network.vlm.hf_model.model, (view_trainer(config).precision or "").startswith("amp_")
+    vision_block += patches * adapter_bytes(model.visual.blocks[0], width, amp)
+    text_block += tokens * adapter_bytes(model.language_model.layers[0], width, amp)
     if config.model.gradient_checkpointing:
         activations = (kept_vision * patches * side + kept_text * tokens * hidden) * width
     else:

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipe.config import EvaluationConfig, RecipeConfig, view_trainer
+from recipe.config import EvaluationConfig, RecipeConfig
 from recipe.configure import as_saved, from_command_line, one_line_errors, parser_of
 from recipe.console import setup_logging
 from recipe.redact import redact
+from recipe.upstream.trainer_section import view_trainer
 
 if TYPE_CHECKING:
     from composer import Trainer

@@ -18,6 +18,7 @@ log = logging.getLogger("recipe.export")  # its __name__ is __main__
 EXAMPLES = """examples:
   python recipe/export.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out exported
   python recipe/predict.py --checkpoint exported --out found images/
+  python recipe/export.py --checkpoint runs/lora/checkpoints/latest-rank0.pt --out adapters --adapters
 
 DIR holds the language model and processor for transformers' from_pretrained, which read text and images but find no
 boxes; the detection head (detection_head.safetensors); and the run's configuration (recipe.yaml), whose keys
@@ -38,6 +39,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="a Composer checkpoint: a .pt file, or the folder of a sharded one",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new or empty folder to write")
+    parser.add_argument(
+        "--adapters",
+        action="store_true",
+        help="of a run with `lora`: write its adapters as peft reads them on the base model, instead of merging them",
+    )
     parser.add_argument("--config", metavar="YAML", help="default: the config.yaml saved with the run")
     return parser.parse_args([expand_home(argument) for argument in arguments])
 
@@ -55,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     generation = network.vlm.hf_model.generation_config
     if generation is not None and (dropped := drop_ineffective_flags(generation)):
         log.warning("generation_config.json: left out %s, which have no effect as they are set", ", ".join(dropped))
-    export_model(network, processor, config, args.out)
+    export_model(network, processor, config, args.out, only_adapters=args.adapters)
     print(f"wrote {args.checkpoint} to {args.out}")
 
 

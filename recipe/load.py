@@ -1,7 +1,9 @@
 """Load network, processor and configuration of a checkpoint, as prediction and export need them, without Composer."""
 
+import logging
 from collections.abc import Set
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ from recipe.checkpoints.weights import (
     read_remote_weights,
     read_weights,
 )
-from recipe.config import ConfigError, ImageConfig, PromptConfig, RecipeConfig, view_trainer
+from recipe.config import ConfigError, ImageConfig, PromptConfig, RecipeConfig, lora_parts
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
+from recipe.models.lora import adapters, add_adapters, load_adapters, read_base
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import JointNetwork
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config, resolve_attention
@@ -38,6 +41,9 @@ from recipe.optim.groups import group_of
 from recipe.redact import redact
 from recipe.rules import check_width
 from recipe.schema import ImageSpec
+from recipe.upstream.trainer_section import view_trainer
+
+log = logging.getLogger(__name__)
 
 
 def load_processor(name: str) -> Any:
@@ -107,15 +113,17 @@ def _rounded_groups(config: RecipeConfig) -> Set[str]:
 def build_network(
     config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec, max_caption_tokens: int | None = None
 ) -> JointNetwork:
-    """Return the head on top of a language model, whose dimensions are read from its config.
+    """Return the head on top of a language model, whose dimensions are read from its config; it gets its adapters here.
 
-    The head's weights are float32 at least: the eight bits of a bfloat16 box are too few.
+    The head's weights are float32 at least: the eight bits of a bfloat16 box are too few. So are those of adapters, but
+    under FSDP, whose units hold weights of one dtype.
 
     Raises:
         ConfigError: The head's width, by default the language model's, does not fit its heads.
         ValueError: The caption length is unknown.
     """
     dtype = torch.promote_types(vlm.dtype, torch.float32)
+    add_adapters(vlm, lora_parts(config), vlm.dtype if view_trainer(config).is_sharded else dtype)
     hidden_size = vlm.config.get_text_config().hidden_size
     head, decoder = config.detection_head, config.caption_decoder
     width = hidden_size if head.width is None else head.width
@@ -204,11 +212,17 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
         found = sorted(str(path) for path in within if path.suffix == ".pt" or is_sharded(path))
         remedy = f"give one of its checkpoints, such as {found[-1]}" if found else "make one with recipe/export.py"
         raise ValueError(f"{folder} is not an exported model, it lacks {' and '.join(missing)}: {remedy}")
-    config = config or load_config(str(folder / CONFIG_FILE))
+    config, base = config or load_config(str(folder / CONFIG_FILE)), read_base(folder)
+    if base is None:
+        config, source = replace(config, lora=None), str(folder)  # adapters are merged
+    else:
+        source = find_base_model(base, folder / CONFIG_FILE)
     weights, processor = load_file(folder / HEAD_FILE), load_processor(str(folder))
-    vlm = load_base(config, str(folder))
+    vlm = load_base(config, source)
     spec = image_spec(processor.image_processor, config.image)
     network = build_network(config, vlm, spec, _trained_length(config, weights))
+    if base is not None:
+        load_adapters(vlm, folder)
     fill_head(network, folder, weights)
     return network, processor, config
 
@@ -220,9 +234,24 @@ def fill_head(network: JointNetwork, folder: Path, weights: dict[str, torch.Tens
 
 
 def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
-    """Load all weights of a checkpoint, also in an object store, or an export; raise ValueError if it does not fit."""
-    if is_export(path):
-        network.vlm.hf_model.load_state_dict(load_base(config, path).state_dict())
+    """Load all weights of a checkpoint, also in an object store, or an export; raise ValueError if it does not fit.
+
+    An export of adapters leaves the base as it is: that of `config`.
+    """
+    hf_model, base = network.vlm.hf_model, read_base(path)
+    if base is not None:
+        name = config.model.pretrained_model_name_or_path
+        if Path(base).name != Path(name).name:
+            log.warning("load_path=%s holds adapters of %s, which are now put on %s", path, base, name)
+        load_adapters(hf_model, Path(path))
+        fill_head(network, Path(path))
+    elif is_export(path):
+        if adapters(hf_model):
+            raise ConfigError(
+                f"load_path={path} is a whole model, which begins with new adapters only as the base: set "
+                f"model.pretrained_model_name_or_path={path} and leave load_path out; or set lora=null"
+            )
+        hf_model.load_state_dict(load_base(config, path).state_dict())
         fill_head(network, Path(path))
     else:
         weights = read_remote_weights(path) if "://" in path else read_weights(path)

@@ -10,6 +10,7 @@ import sys
 from recipe.configure import load_config, one_line_errors
 from recipe.console import setup_logging
 from recipe.prediction.options import parse
+from recipe.upstream.trainer_section import view_trainer
 
 if __name__ == "__main__":
     setup_logging()
@@ -28,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from convert.annotated import read_categories, read_coco, read_image_ids
-from recipe.config import EvaluationConfig, PromptConfig, view_trainer
+from recipe.config import EvaluationConfig, PromptConfig
 from recipe.data.chat import checked
 from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder

@@ -16,7 +16,6 @@ from typing import Any
 
 from recipe.config import (
     FROZEN,
-    GROUPS,
     CaptionDecoderConfig,
     ConfigError,
     DetectionHeadConfig,
@@ -25,9 +24,8 @@ from recipe.config import (
     RecipeConfig,
     StagedFreezingConfig,
     StageEntry,
-    TrainerView,
+    groups_of,
     nearest,
-    view_trainer,
 )
 from recipe.upstream.owned_keywords import (
     FSDP_CHOICES,
@@ -37,6 +35,7 @@ from recipe.upstream.owned_keywords import (
     OWNED_BY_FSDP,
     OWNED_BY_TRAINER,
 )
+from recipe.upstream.trainer_section import TrainerView, view_trainer
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +164,7 @@ def _check_model(config: RecipeConfig) -> None:
 
 def _check_optimization(config: RecipeConfig) -> None:
     optimizer, ema = config.optimizer, config.ema
-    if not any(getattr(optimizer, f"lr_{group}") for group in GROUPS):
+    if not any(getattr(optimizer, f"lr_{group}") for group in groups_of(config)):
         raise ConfigError("optimizer.lr_*: all are 0, so nothing would train; set at least one above 0")
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         raise ConfigError(f"optimizer.betas is {optimizer.betas}: it must be two numbers from 0 to below 1")
@@ -419,7 +418,9 @@ def check_stages(config: RecipeConfig, max_duration: str | int | None) -> None:
     """Raise ConfigError if a group with stages never trains, or if nothing trains at first."""
     groups, where = parse_stages(config.staged_freezing, config.optimizer), "staged_freezing.groups"
     for group in config.staged_freezing.groups:
-        if not getattr(config.optimizer, f"lr_{group}"):
+        if group not in groups_of(config):
+            log.info("lora is not set for the group %s: %s.%s has no effect", group, where, group)
+        elif not getattr(config.optimizer, f"lr_{group}"):
             log.info("optimizer.lr_%s is 0: frozen throughout, %s.%s has no effect", group, where, group)
     for group, stages in groups.items():
         reached = [stage for stage in stages if not _is_never(stage.start, max_duration)]
@@ -427,7 +428,7 @@ def check_stages(config: RecipeConfig, max_duration: str | int | None) -> None:
             raise ConfigError(
                 f"{where}.{group} freezes it throughout: set optimizer.lr_{group}=0, which needs no optimizer state"
             )
-    trained = [group for group in GROUPS if getattr(config.optimizer, f"lr_{group}")]
+    trained = [group for group in groups_of(config) if getattr(config.optimizer, f"lr_{group}")]
     if trained and all(_first_factor(groups.get(group, [])) is None for group in trained):
         raise ConfigError(f"{where} freezes {', '.join(trained)} at the start, so nothing would train: leave one out")
 

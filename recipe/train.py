@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipe.config import RecipeConfig, view_trainer
+from recipe.config import RecipeConfig
 from recipe.configure import as_saved, from_command_line, one_line_errors, parser_of, save_config
 from recipe.console import setup_logging
+from recipe.upstream.trainer_section import view_trainer
 
 if TYPE_CHECKING:
     from composer import Trainer

@@ -14,6 +14,7 @@ from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import DetectionOutputs, Example, JointOutputs, Role
 from tests.support.tiny_cases import (
+    ADAPTED,
     ALL_SWITCHES,
     collator,
     gradient_error,
@@ -90,10 +91,15 @@ def all_switches(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
     return make_model(tiny_config(**ALL_SWITCHES))
 
 
-@pytest.fixture(params=["plain", "all_switches"])
-def either(request: pytest.FixtureRequest, tiny_model: JointModel, all_switches: JointModel) -> JointModel:
-    """The model as it is by default, and with every ingredient of the head."""
-    return tiny_model if request.param == "plain" else all_switches.train()
+@pytest.fixture(scope="module")
+def adapted(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    return make_model(tiny_config(**ADAPTED))
+
+
+@pytest.fixture(params=["plain", "all_switches", "adapted"])
+def either(request: pytest.FixtureRequest) -> JointModel:
+    """The model as it is by default, with every ingredient of the head, and with adapters on a frozen trunk."""
+    return request.getfixturevalue("tiny_model" if request.param == "plain" else request.param).train()
 
 
 @LAYOUTS

@@ -146,13 +146,13 @@ def _fixed_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
 def _table(state: State, factors: dict[str, float | None], rates: dict[str, float]) -> str:
     """Return one line per group; an all-reduce under FSDP."""
     counts, num_rest = num_parameters(state)
-    lines = [f"{'group':<10} {'parameters':>14} {'trainable':>14} {'factor':>8} {'lr':>10}"]
+    lines = [f"{'group':<11} {'parameters':>14} {'trainable':>14} {'factor':>8} {'lr':>10}"]
     for name, count in counts.items():
         factor = factors[name]
         stage = "frozen" if factor is None else f"{factor:g}"
-        lines.append(f"{name:<10} {count:>14,} {0 if factor is None else count:>14,} {stage:>8} {rates[name]:>10.3g}")
+        lines.append(f"{name:<11} {count:>14,} {0 if factor is None else count:>14,} {stage:>8} {rates[name]:>10.3g}")
     if num_rest:
-        lines.append(f"{'(no group)':<10} {num_rest:>14,} {0:>14,} {'frozen':>8} {0:>10}")
+        lines.append(f"{'(no group)':<11} {num_rest:>14,} {0:>14,} {'frozen':>8} {0:>10}")
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from composer.utils import dist
 from torch import nn
 
 from recipe.callbacks.measures import every_batches, joint_model
+from recipe.models.lora import adapter_layers
 from recipe.optim.groups import named_groups
 from recipe.schema import Batch
 
@@ -46,12 +47,26 @@ class Flops:
         self.add(part, linear, trained, gradient)
         self.recompute[part] += 2 * linear * (gradient and trained)
 
-    def add_blocks(self, part: str, blocks: Any, rows: int, trained: bool, gradient: bool, attention: int) -> None:
+    def add_blocks(
+        self, part: str, blocks: Any, rows: int, trained: Collection[str], gradient: bool, attention: int
+    ) -> None:
         """Add transformer blocks. Checkpointing recomputes all but the last product, whose result is not needed."""
-        linear, last = rows * _weights(*blocks), rows * _weights(*(block.mlp.down_proj for block in blocks))
-        self.add(part, linear, trained, gradient, attention)
+        pairs = [pair for block in blocks for pair in adapter_layers(block)]
+        adapters = rows * sum(_weights(into, out) for into, out, _ in pairs)
+        linear = rows * _weights(*blocks) - adapters
+        # DoRA computes the whole change of each weight, from a unit matrix, to measure its rows.
+        whole = sum(into.in_features * _weights(into, out) for into, out, has_dora in pairs if has_dora)
+        self.add(part, linear, part in trained, gradient, attention)
+        self.add(part, adapters, f"lora_{part}" in trained, gradient)
+        self.add(part, whole, trained=False, gradient=False)
         if gradient and getattr(blocks[0], "gradient_checkpointing", False):
-            self.recompute[part] += 2 * (linear + attention - last)
+            last = rows * sum(_weights(_last_product(block)) for block in blocks)
+            self.recompute[part] += 2 * (linear + adapters + whole + attention - last)
+
+
+def _last_product(block: Any) -> nn.Module:
+    found = adapter_layers(block.mlp.down_proj)
+    return found[0][1] if found else block.mlp.down_proj
 
 
 def step_flops(network: nn.Module, batches: Sequence[Batch], trained: Collection[str]) -> Flops:
@@ -78,15 +93,15 @@ def _add_trunk(network: Any, batch: Batch, trained: Collection[str], flops: Flop
     pairs = num_whole * sum(t * (h * w) ** 2 for t, h, w in grids)
     pairs += (len(visual.blocks) - num_whole) * sum(window_pairs(grid, side) for grid in grids)
     pixels = embed.in_channels * embed.kernel_size[-1] ** 2  # of one frame: two equal ones are read as one
-    gradient = "vision" in trained
-    flops.add("vision", patches * pixels * embed.out_channels, gradient, gradient=False)
-    flops.add_blocks("vision", visual.blocks, patches, gradient, gradient, 2 * pairs * embed.out_channels)
+    flops.add("vision", patches * pixels * embed.out_channels, "vision" in trained, gradient=False)
+    gradient = not {"vision", "lora_vision"}.isdisjoint(trained)
+    flops.add_blocks("vision", visual.blocks, patches, trained, gradient, 2 * pairs * embed.out_channels)
     gradient = gradient or "merger" in trained
     flops.add("merger", patches // merge**2 * _weights(visual.merger), "merger" in trained, gradient)
-    gradient = gradient or "llm" in trained
+    gradient = gradient or not {"llm", "lora_llm"}.isdisjoint(trained)
     pairs = len(layers) * sum(length**2 for length in batch["segment_lengths"] or [row_length] * num_rows)
     attention = 2 * pairs * layers[0].self_attn.o_proj.in_features
-    flops.add_blocks("llm", layers, num_rows * row_length, "llm" in trained, gradient, attention)
+    flops.add_blocks("llm", layers, num_rows * row_length, trained, gradient, attention)
     flops.add_logits("llm", len(batch["labels"]) * _weights(hf_model.lm_head), "llm" in trained, gradient)
 
 

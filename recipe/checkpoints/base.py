@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipe.config import RecipeConfig, view_trainer
+from recipe.config import RecipeConfig
 from recipe.models.network import JointNetwork
 from recipe.optim.groups import group_of
+from recipe.upstream.trainer_section import view_trainer
 
 FINGERPRINT = "base_fingerprint"  # a buffer of the joint model: (32,) uint8
 NETWORK = "model."  # prefix of the network's names in the joint model, and so in a checkpoint

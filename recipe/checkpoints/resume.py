@@ -30,11 +30,12 @@ from recipe.checkpoints.check import (
 )
 from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_export, read_weights, some
-from recipe.config import NEW_RUN, ConfigError, TrainerView
+from recipe.config import NEW_RUN, ConfigError
 from recipe.data.stream import PackStream
 from recipe.redact import redact
 from recipe.schema import Origin
 from recipe.upstream.agreement import agree, from_rank_0
+from recipe.upstream.trainer_section import TrainerView
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,10 @@ def _resolve(path: str) -> str:
 def _check_groups(found: Found, origin: Origin) -> None:
     """Raise ValueError if the optimizer's state is of other groups: a rate became 0, or is 0 no longer."""
     then, now = found.manifest.origin.config.get("optimizer", {}), origin.config.get("optimizer", {})
+    adapted = origin.config.get("lora") or {}
     for key in sorted(now):
+        if key.startswith("lr_lora_") and not adapted.get(key.removeprefix("lr_lora_")):
+            continue  # there is no such group; if the checkpoint has it, its model is another
         if key.startswith("lr_") and isinstance(now[key], int | float) and (now[key] == 0) != (then.get(key) == 0):
             name, was = key.removeprefix("lr_"), "frozen" if then.get(key) == 0 else "trained"
             stages = f"; staged_freezing.groups.{name} freezes it from some batch on" if was == "trained" else ""

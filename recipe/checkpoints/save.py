@@ -39,11 +39,12 @@ from recipe.checkpoints.write import (
     write_file,
     write_shards,
 )
-from recipe.config import SaveBestConfig, TrainerView
+from recipe.config import SaveBestConfig
 from recipe.metrics.gather import UNDEFINED
 from recipe.records import replacing
 from recipe.redact import redact
 from recipe.schema import Origin
+from recipe.upstream.trainer_section import TrainerView
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +27,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from torch.torch_version import TorchVersion
 
-from recipe.config import CaptionDecoderConfig, RecipeConfig
+from recipe.config import CaptionDecoderConfig, RecipeConfig, lora_parts
 from recipe.configure import load_config, save_config
 from recipe.data.image import image_spec
+from recipe.models.lora import merge_adapters, save_adapters
 from recipe.models.network import AVERAGE, JointNetwork
 from recipe.records import PARTIAL
 from recipe.redact import redact
@@ -90,7 +92,7 @@ def is_sharded(path: str | Path) -> bool:
 
 
 def is_export(path: str | Path) -> bool:
-    """Return whether a path is a folder from `export_model`."""
+    """Return whether a path is a folder from `export_model`, whole or of adapters."""
     return Path(path, HEAD_FILE).is_file()
 
 
@@ -201,29 +203,51 @@ def trained_caption_length(decoder: CaptionDecoderConfig, checkpoint: str | None
     return trained.caption_decoder.max_caption_tokens
 
 
-def export_model(network: JointNetwork, processor: Any, config: RecipeConfig, folder: str | Path) -> None:
+def export_model(
+    network: JointNetwork, processor: Any, config: RecipeConfig, folder: str | Path, only_adapters: bool = False
+) -> None:
     """Write a model as a folder that transformers loads, with the head's weights and the configuration next to it.
 
     If the model has averaged weights, those are written. The image processor gets the run's pixel budget, so that
-    transformers shows the model images as training did.
+    transformers shows the model images as training did. Adapters are merged, in the given network too, and the
+    configuration written has `lora: null`.
+
+    `only_adapters` writes them as a folder that peft loads on the base model instead of the whole language model.
 
     Raises:
-        ValueError: The folder is not empty.
+        ValueError: The folder is not empty; there are no adapters, more than they was trained, or peft cannot describe
+            them.
     """
+    parts, whole = lora_parts(config), "export without --adapters, which writes the whole model"
+    if only_adapters and not parts:
+        raise ValueError(f"the run has no adapters, as lora is null: {whole}")
+    for part in ("llm", "vision"):
+        if only_adapters and part not in parts and getattr(config.optimizer, f"lr_{part}"):
+            raise ValueError(f"optimizer.lr_{part} is not 0, so more than adapters was trained: {whole}")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is a file or a folder that is not empty: give the export a folder of its own")
     partial = folder.absolute().with_name(folder.absolute().name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write_export(network, processor, config, partial)
+        _write_export(network, processor, config, partial, only_adapters)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_export(network: JointNetwork, processor: Any, config: RecipeConfig, folder: Path) -> None:
-    network.vlm.hf_model.save_pretrained(folder)
+def _write_export(
+    network: JointNetwork, processor: Any, config: RecipeConfig, folder: Path, only_adapters: bool
+) -> None:
+    hf_model = network.vlm.hf_model
+    if only_adapters:
+        folder.mkdir(parents=True)
+        with_merger = config.optimizer.lr_merger > 0
+        save_adapters(hf_model, lora_parts(config), str(hf_model.name_or_path), folder, with_merger)
+    else:
+        merge_adapters(hf_model)
+        config = replace(config, lora=None)
+        hf_model.save_pretrained(folder)
     spec, processor = image_spec(processor.image_processor, config.image), deepcopy(processor)
     images = processor.image_processor
     images.min_pixels, images.max_pixels = spec.min_pixels, spec.max_pixels

@@ -18,11 +18,14 @@ from recipe.upstream.torch_private import foreach_norm
 
 log = logging.getLogger(__name__)
 
-# A parameter belongs to the one group whose pattern is found in its name. The vision pattern excludes the merger.
+# A parameter belongs to the one group whose pattern is found in its name. The vision pattern excludes the merger. What
+# peft adds has `lora_` in its name (lora_A, lora_B, lora_magnitude_vector); the weight it adapts is a `base_layer`.
 GROUP_PATTERNS: Mapping[str, str] = {
-    "vision": r"\bhf_model\.model\.visual\.(?!merger\.)",
+    "vision": r"\bhf_model\.model\.visual\.(?!merger\.|.*\.lora_)",
     "merger": r"\bhf_model\.model\.visual\.merger\.",
-    "llm": r"\bhf_model\.(model\.language_model|lm_head)\.",
+    "llm": r"\bhf_model\.(model\.language_model|lm_head)\.(?!.*\.lora_)",
+    "lora_vision": r"\bhf_model\.model\.visual\..*\.lora_",
+    "lora_llm": r"\bhf_model\.model\.language_model\..*\.lora_",
     "adapter": r"^(model\.)?memory\.",
     "detection": r"^(model\.)?(detection_head|caption_decoder)\.",
 }
@@ -38,12 +41,12 @@ def group_of(name: str, patterns: Mapping[str, str] = GROUP_PATTERNS) -> str:
 
 
 def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Return the parameters by group, in the model's order; averages are left out, tied parameters appear once."""
+    """Return the parameters of the groups that have any, in the model's order; averages are left out, ties are once."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {group: [] for group in GROUP_PATTERNS}
     for name, parameter in model.named_parameters():
         if not name.removeprefix("model.").startswith(AVERAGE):
             groups[group_of(name)].append((name, parameter))
-    return groups
+    return {group: members for group, members in groups.items() if members}
 
 
 def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> float:

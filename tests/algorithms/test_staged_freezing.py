@@ -15,7 +15,7 @@ from composer.models import ComposerModel
 from torch import Tensor, nn
 
 from recipe.algorithms.staged_freezing import StagedFreezing, bit_sums, check_membership
-from recipe.config import GROUPS, OptimizerConfig, RecipeConfig, SchedulerConfig
+from recipe.config import OptimizerConfig, RecipeConfig, SchedulerConfig
 from recipe.optim.schedule import build_curve, build_schedule
 from tests.support.staged_cases import (
     MANY_STAGES,
@@ -36,7 +36,7 @@ class Toy(ComposerModel):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.model = nn.ModuleDict({group: nn.Linear(3, 3) for group in GROUPS})
+        self.model = nn.ModuleDict({group: nn.Linear(3, 3) for group in SEQUENCE})
 
     def forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         for group in SEQUENCE[:3]:
@@ -172,7 +172,7 @@ def test_the_rate_of_every_batch_is_that_of_its_own_time(run: Run):
         assert run.logged[f"lr/{group}"] == pytest.approx([1e-3 * factor for factor in factors], rel=1e-3)
     # What a checkpoint or another callback reads after the step is that step's rate.
     for batch, rates in enumerate(run.recorder.saved_rates):
-        assert {group: run.logged[f"lr/{group}"][batch] for group in GROUPS} == rates
+        assert {group: run.logged[f"lr/{group}"][batch] for group in SEQUENCE} == rates
 
 
 def test_frozen_groups_rest_and_then_start_fresh(run: Run):
@@ -328,7 +328,7 @@ def test_a_rate_of_zero_waits_for_its_check():
 
 
 def test_all_frozen_stops_the_run():
-    stages = {group: [{"from": "2ba", "lr": "frozen"}] for group in GROUPS}
+    stages = {group: [{"from": "2ba", "lr": "frozen"}] for group in SEQUENCE}
     with pytest.raises(RuntimeError, match=r"all groups are frozen from batch 2 on"):
         train_toy(config_with(stages))
 

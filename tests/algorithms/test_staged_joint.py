@@ -13,8 +13,11 @@ from recipe.joint import JointModel
 from recipe.optim.groups import build_optimizer, group_of
 from recipe.schema import Example
 from tests.support.staged_cases import (
+    ADAPTED_RATES,
     MANY_STAGES,
+    RATES,
     TWO_STAGES,
+    adapted,
     by_hand,
     config_with,
     differing,
@@ -22,30 +25,41 @@ from tests.support.staged_cases import (
     parts_of,
     train,
 )
-from tests.support.tiny_cases import collator, make_model
+from tests.support.tiny_cases import ADAPTED, collator, make_model
 
 COSINE = SchedulerConfig("cosine", "2ba", 0.1)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("with_adapters", [False, True])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_two_stages_are_two_runs_by_hand(
-    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], gradient_checkpointing: bool
+    tiny_config: Callable[..., RecipeConfig],
+    tiny_examples: dict[str, Example],
+    gradient_checkpointing: bool,
+    with_adapters: bool,
 ):
     """The joint model, whose embedding is tied to the output matrix; bit for bit, Adam state too."""
-    config = tiny_config(model={"gradient_checkpointing": gradient_checkpointing})
+    config = tiny_config(model={"gradient_checkpointing": gradient_checkpointing}, **(ADAPTED if with_adapters else {}))
+    stages, rates = (adapted(TWO_STAGES), ADAPTED_RATES) if with_adapters else (TWO_STAGES, RATES)
     steps = make_steps(tiny_examples)
-    trainer = train(make_model(config), steps, "2ep", config_with(TWO_STAGES))
-    expected = by_hand(make_model(config), make_model(config), steps)
+    trainer = train(make_model(config), steps, "2ep", config_with(stages, rates=rates))
+    expected = by_hand(make_model(config), make_model(config), steps, rates=rates)
     assert differing(parts_of(trainer.state), expected) == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [2, 3, 6, 7])
+@pytest.mark.parametrize(("batch", "with_adapters"), [(2, False), (3, False), (6, False), (7, False), (6, True)])
 def test_the_joint_model_resumes_bit_for_bit(
-    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], tmp_path: Path, batch: int
+    tiny_config: Callable[..., RecipeConfig],
+    tiny_examples: dict[str, Example],
+    tmp_path: Path,
+    batch: int,
+    with_adapters: bool,
 ):
     config, stages, steps = tiny_config(), config_with(MANY_STAGES, COSINE), make_steps(tiny_examples)
+    if with_adapters:
+        config, stages = tiny_config(**ADAPTED), config_with(adapted(MANY_STAGES), COSINE, ADAPTED_RATES)
     saving: dict[str, Any] = {"save_folder": str(tmp_path), "save_interval": "1ba", "save_filename": "ba{batch}.pt"}
     whole = train(make_model(config), steps, "2ep", stages, **saving)
     resumed = train(make_model(config), steps, "2ep", stages, load_path=str(tmp_path / f"ba{batch}.pt"))

@@ -43,7 +43,7 @@ FOLDER = Path("bench", "real_size")
 NAMES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct"}
 YAMLS = {"head": "yamls/head.yaml", "lora": "yamls/lora.yaml", "full": "yamls/joint.yaml"}
 SHARD_BYTES = 2 * 10**9
-PICTURES = 12  # of the source, the last of them to evaluate
+PICTURES = 4  # of the source, the last of them to evaluate; the others are one epoch, a pack each
 GB = 10**9
 
 
@@ -233,6 +233,48 @@ def estimated(leg: str, overrides: Sequence[str]) -> float:
     return round(json.loads(output.splitlines()[-1])["host"] * 2**30 / GB, 2)
 
 
+def seconds_of_head(overrides: Sequence[str], run: Path, *more: str, tree: Path = ROOT) -> list[float]:
+    """Return the seconds of each step of yamls/head.yaml, one sample each, in the order of the data."""
+    shutil.rmtree(run, ignore_errors=True)
+    fixed = ["train_loader.packing=null", "train_loader.dataset.shuffle=false", "callbacks.throughput.interval=1ba"]
+    once = ["trainer.eval_interval=0", "trainer.save_interval=1000ba", "nan_rollback.snapshot_interval=1000ba"]
+    path = run.with_suffix(".yaml")
+    path.write_text((ROOT / YAMLS["head"]).read_text())
+    measure("recipe/train.py", str(path), *overrides, f"run_folder={run}", *fixed, *once, *more, tree=tree)
+    return [seconds for seconds, _ in steps(run)]
+
+
+def head_speeds(overrides: Sequence[str], folder: Path, against: Path | None) -> dict[str, float]:
+    """Time the head's step on the same samples: with answers, without, from the cache, and by another tree.
+
+    Without another tree the cache is compared with this one's step with answers.
+    """
+    others = [override for override in overrides if not override.startswith("run_folder")]
+    epoch = PICTURES - 1
+    kept = seconds_of_head(others, folder / "kept", "prompt.student_answer=true", f"trainer.max_duration={epoch}ba")
+    cache = f"cache_frozen.local={folder / 'cache'}"
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    left_out = seconds_of_head(others, folder / "cached", cache, f"trainer.max_duration={3 * epoch}ba")
+    first, later = statistics.median(left_out[:epoch]), statistics.median(left_out[epoch:])
+    found = {"with_answers": statistics.median(kept), "without_answers": first, "cached": later}
+    base = found["with_answers"]
+    if against is not None:
+        old = [override for override in others if "frozen_dtype" not in override]
+        more = ("model.dtype=bfloat16", "prompt.student_answer=true", f"trainer.max_duration={epoch}ba")
+        found["other_tree"] = base = statistics.median(seconds_of_head(old, folder / "other", *more, tree=against))
+    print(json.dumps({"head_seconds": {name: round(seconds, 3) for name, seconds in found.items()}}), flush=True)
+    return {
+        "head_speedup_without_answers": round(found["with_answers"] / first, 2),
+        "head_speedup_cached": round(base / later, 1),
+    }
+
+
+def lm_loss_memory(arguments: Sequence[str]) -> float:
+    """Return the worst ratio of `lm_loss.py`."""
+    _, _, output = measure("tests/benchmarks/lm_loss.py", *arguments)
+    return json.loads(output.splitlines()[-1])["lm_loss_memory_ratio"]
+
+
 def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Run everything, print the figures, and return them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,6 +283,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--legs", nargs="+", choices=tuple(YAMLS), default=("head", "lora"))
     parser.add_argument("--source", type=Path, default=shared / "chess_train", help="`images` and `instances.json`")
     parser.add_argument("--tokenizer", type=Path, default=shared / "tokenizer")
+    parser.add_argument("--against", type=Path, help="another tree of this repository, whose head step is timed too")
     parser.add_argument("--tokens", type=int, default=2048, help="of a pack")
     parser.add_argument("--folder", type=Path, default=ROOT / FOLDER)
     args = parser.parse_args(arguments)
@@ -257,7 +300,12 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
             {"estimate_gb": estimated(leg, overrides)} if leg == "full" else run_leg(leg, overrides, run, picture)
         )
         print(json.dumps({leg: legs[leg]}), flush=True)
-    print(json.dumps(result := {"legs": legs}))
+    result: dict[str, Any] = {"legs": legs}
+    if "head" in args.legs:
+        result |= head_speeds(settings(folder / "model", folder / "data", folder, args.tokens), folder, args.against)
+    sizes = ["--sizes", "256", "64", "2048"] if args.size == "tiny" else []
+    result["lm_loss_memory_ratio"] = lm_loss_memory([*sizes, "--cases", "bfloat16 trained", "bfloat16 frozen"])
+    print(json.dumps(result))
     return result
 
 

@@ -11,8 +11,9 @@ import torch
 
 from recipe.checkpoints import resume
 from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, HOLDS_BASE
-from recipe.config import NEW_RUN, ConfigError, RecipeConfig, view_trainer
+from recipe.config import NEW_RUN, ConfigError, RecipeConfig
 from recipe.schema import Origin
+from recipe.upstream.trainer_section import view_trainer
 from tests.checkpoints.checkpoint_cases import ORIGIN, flip, train, truncate
 
 

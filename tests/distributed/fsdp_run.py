@@ -35,7 +35,8 @@ from tests.distributed.fsdp_shim import install
 from tests.distributed.one_step import whole, whole_parameters
 from tests.launches.launch import leave
 from tests.support.float64 import compute_in_float64
-from tests.support.tiny_cases import ALL_SWITCHES, make_config
+from tests.support.staged_cases import ADAPTED_RATES
+from tests.support.tiny_cases import ADAPTED, ALL_SWITCHES, make_config
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Leg:
         ema: Whether evaluation uses averages of the head's weights.
         kept: Whether FSDP keeps gathered weights from the forward pass to the backward pass.
         switched: Every ingredient of the head is on.
+        adapted: The trunk is frozen below adapters.
     """
 
     checkpoint: str
@@ -65,6 +67,7 @@ class Leg:
     ema: bool = False
     kept: bool = False
     switched: bool = False
+    adapted: bool = False
 
 
 class Recorder(Callback):
@@ -130,14 +133,16 @@ def config_of(leg: Leg) -> RecipeConfig:
     return replace(
         make_config(
             leg.checkpoint,
-            **(ALL_SWITCHES if leg.switched else {}),
+            **(ALL_SWITCHES if leg.switched else ADAPTED if leg.adapted else {}),
         ),
         run_folder=leg.out,
         fsdp_version=1 if leg.mode == "fsdp1" else 2,
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
         evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6, num_logged_images=1),
-        optimizer=OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
+        optimizer=ADAPTED_RATES
+        if leg.adapted
+        else OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
         scheduler=SchedulerConfig("constant"),
         ema=EmaConfig(half_life="2ba") if leg.ema else None,
         callbacks={"recorder": {}},

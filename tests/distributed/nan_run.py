@@ -1,7 +1,8 @@
 """The joint model, hit on rank 1 alone: `composer -n 2 tests/distributed/nan_run.py TINY OUT MODE`.
 
-MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-CASE-RANK.pt: its part of the weights and of the optimizer's
-state, what the guard counted, and whether the run gave up; the audit goes to OUT/MODE-CASE/quarantine.jsonl.
+MODE is ddp, fsdp1 or fsdp2, or with adapters in the trunk ddp_lora or fsdp2_lora. Every rank writes
+OUT/MODE-CASE-RANK.pt: its part of the weights and of the optimizer's state, what the guard counted, and whether the run
+gave up; the audit goes to OUT/MODE-CASE/quarantine.jsonl.
 """
 
 import sys
@@ -24,7 +25,8 @@ from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer, local
 from tests.distributed.fsdp_shim import install
 from tests.launches.launch import leave
-from tests.support.tiny_cases import make_config, make_examples, make_model, microbatches_of
+from tests.support.staged_cases import ADAPTED_RATES
+from tests.support.tiny_cases import ADAPTED, make_config, make_examples, make_model, microbatches_of
 
 NAN = float("nan")
 HIT = 2  # the bad batch
@@ -114,7 +116,9 @@ CASES: dict[str, tuple[Event, Callable[[State], None]]] = {
 
 def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]:
     """`clean` and `clean_cut` never hold the bad batch; this rank's record."""
-    config = make_config(checkpoint)
+    folder = out / f"{mode}-{name}"
+    mode, _, lora = mode.partition("_")
+    config = make_config(checkpoint, **(ADAPTED if lora else {}))
     examples = make_examples(config)
     rank = dist.get_global_rank()
     is_clean = name.startswith("clean")
@@ -129,7 +133,7 @@ def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]
     if mode != "ddp":
         fsdp = {"mixed_precision": "FULL"}
         parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
-    guard = NaNRollback(settings, 1.0, out / f"{mode}-{name}")
+    guard = NaNRollback(settings, 1.0, folder)
     loader = DataSpec(
         microbatches,
         split_batch=split_batch,
@@ -140,7 +144,7 @@ def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]
         model=model,
         parallelism_config=parallelism,
         train_dataloader=loader,
-        optimizers=build_optimizer(model, OPTIMIZER),
+        optimizers=build_optimizer(model, ADAPTED_RATES if lora else OPTIMIZER),
         schedulers=ConstantScheduler(),
         algorithms=[guard, *hits] if name not in ("weight", "given_up", "clean_cut") else [*hits, guard],
         max_duration="1ep",

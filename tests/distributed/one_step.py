@@ -7,7 +7,7 @@ logged terms.
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from recipe.schema import Batch
 from tests.distributed.fsdp_shim import install
 from tests.launches.launch import leave
 from tests.support.float64 import compute_in_float64
-from tests.support.tiny_cases import ALL_SWITCHES, make_config, make_examples, make_model, microbatches_of
+from tests.support.staged_cases import ADAPTED_RATES
+from tests.support.tiny_cases import ADAPTED, ALL_SWITCHES, make_config, make_examples, make_model, microbatches_of
 
 MIXED = (["two", "text", "crowded"], ["unannotated", "empty", "one"])
 TEXT_ONLY_RANK = (["text", "text"], ["two", "one"])
@@ -56,7 +57,7 @@ class Case:
     layout: str = "standard"
     microbatch_size: int = 1
     model: dict[str, Any] = field(default_factory=dict[str, Any])
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    sections: dict[str, Any] = field(default_factory=dict[str, Any])
     untied: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     only_ddp: bool = False
@@ -78,6 +79,13 @@ CASES = {
         TEXT_ONLY_RANK,
         model={"gradient_checkpointing": True},
         optimizer=OptimizerConfig(lr_llm=0.0, lr_adapter=0.0, lr_detection=0.0),
+    ),
+    "adapted": Case(MIXED, "packed", 2, sections=ADAPTED, optimizer=ADAPTED_RATES),
+    "adapted_text_only_rank": Case(
+        TEXT_ONLY_RANK, model={"gradient_checkpointing": True}, sections=ADAPTED, optimizer=ADAPTED_RATES
+    ),
+    "adapted_language_alone": Case(
+        TEXT_ONLY_RANK, sections=ADAPTED, optimizer=replace(ADAPTED_RATES, lr_merger=0.0, lr_lora_vision=0.0)
     ),
     "uneven_microbatches": Case(
         (["two", "one", "empty", "text", "crowded"], ["unannotated", "two"]), "packed", only_ddp=True

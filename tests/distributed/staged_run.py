@@ -1,4 +1,6 @@
-"""Stages on two ranks: `composer -n 2 tests/distributed/staged_run.py TINY OUT MODE`; MODE is ddp, fsdp1 or fsdp2.
+"""Stages on two ranks: `composer -n 2 tests/distributed/staged_run.py TINY OUT MODE [lora]`.
+
+MODE is ddp, fsdp1 or fsdp2; with `lora` the trunk has adapters, whose stages they are.
 
 Every rank writes OUT/MODE-RANK.json: of each comparison of two runs, the parameters that differ in any bit.
 """
@@ -16,9 +18,12 @@ from recipe.joint import JointModel
 from tests.distributed.fsdp_shim import install
 from tests.launches.launch import leave
 from tests.support.staged_cases import (
+    ADAPTED_RATES,
     MANY_STAGES,
+    RATES,
     TWO_STAGES,
     Parts,
+    adapted,
     by_hand,
     config_with,
     differing,
@@ -26,7 +31,7 @@ from tests.support.staged_cases import (
     parts_of,
     train,
 )
-from tests.support.tiny_cases import make_config, make_examples, make_model
+from tests.support.tiny_cases import ADAPTED, make_config, make_examples, make_model
 
 
 def finish(trainer: Trainer) -> Parts:
@@ -38,18 +43,21 @@ def finish(trainer: Trainer) -> Parts:
 
 def main() -> None:
     """Compares two stages with two runs, and resumed runs with one that was never stopped."""
-    checkpoint, out, mode = sys.argv[1:]
+    checkpoint, out, mode, *lora = sys.argv[1:]
     dist.initialize_dist("cpu")
     install()
-    config = make_config(checkpoint)
+    config = make_config(checkpoint, **(ADAPTED if lora else {}))
+    two, many, rates = TWO_STAGES, MANY_STAGES, RATES
+    if lora:
+        two, many, rates = adapted(two), adapted(many), ADAPTED_RATES
     steps = make_steps(make_examples(config))
 
     def model() -> JointModel:
         return make_model(config)
 
-    staged = finish(train(model(), steps, "2ep", config_with(TWO_STAGES), mode=mode))
-    found = {"by hand": differing(staged, by_hand(model(), model(), steps, mode))}
-    stages = config_with(MANY_STAGES, SchedulerConfig("cosine", "2ba", 0.1))
+    staged = finish(train(model(), steps, "2ep", config_with(two, rates=rates), mode=mode))
+    found = {"by hand": differing(staged, by_hand(model(), model(), steps, mode, rates))}
+    stages = config_with(many, SchedulerConfig("cosine", "2ba", 0.1), rates)
     folder = f"{out}/{mode}"
     saving: dict[str, Any] = {"save_folder": folder, "save_interval": "1ba", "save_filename": "ba{batch}.pt"}
     whole = finish(train(model(), steps, "2ep", stages, mode=mode, **saving))

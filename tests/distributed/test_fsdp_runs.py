@@ -29,10 +29,16 @@ TWO_RANKS = {
     "fsdp2": Leg("", "", "", "fsdp2"),
     "fsdp1_switched": Leg("", "", "", "fsdp1", switched=True),
     "fsdp2_switched": Leg("", "", "", "fsdp2", switched=True),
+    "fsdp1_adapted": Leg("", "", "", "fsdp1", adapted=True, ema=True),
+    "fsdp2_adapted": Leg("", "", "", "fsdp2", adapted=True, ema=True),
     "ddp_begun": Leg("", "", "", "ddp", steps=3),
     "fsdp1_begun": Leg("", "", "", "fsdp1", steps=3, sharded=True),
     "fsdp2_begun": Leg("", "", "", "fsdp2", steps=3),
     "fsdp2_begun_sharded": Leg("", "", "", "fsdp2", steps=3, sharded=True),
+    "fsdp2_begun_adapted": Leg("", "", "", "fsdp2", steps=3, sharded=True, adapted=True, ema=True),
+    "fsdp2_adapted_sharded": Leg(
+        "", "", "", "fsdp2", sharded=True, adapted=True, ema=True, begin_with="fsdp2_begun_adapted"
+    ),
     "fsdp2_of_fsdp2": Leg("", "", "", "fsdp2", begin_with="fsdp2_begun"),
     "fsdp2_of_ddp": Leg("", "", "", "fsdp2", begin_with="ddp_begun"),
     "ddp_of_fsdp2": Leg("", "", "", "ddp", begin_with="fsdp2_begun"),
@@ -42,6 +48,7 @@ TWO_RANKS = {
 ONE_RANK = {
     "one": Leg("", "", "", "ddp"),
     "one_switched": Leg("", "", "", "ddp", switched=True),
+    "one_adapted": Leg("", "", "", "ddp", adapted=True, ema=True),
     "one_fsdp1": Leg("", "", "", "fsdp1"),
     "one_fsdp2": Leg("", "", "", "fsdp2"),
     "one_of_fsdp2": Leg("", "", "", "ddp", begin_with="fsdp2_begun"),
@@ -111,6 +118,11 @@ def read_run(folder: Path, world_size: int) -> Run:
     return Run(losses, flops, ranks[0]["scores"], texts, ranks[0]["weights"])
 
 
+def one_of(name: str) -> str:
+    """The run of one process that a run is to equal."""
+    return next((f"one_{kind}" for kind in ("switched", "adapted") if kind in name), "one")
+
+
 def assert_same(found: Run, expected: Run) -> None:
     """The same losses in the steps that both made, the same evaluation at the end and the same weights."""
     assert found.losses
@@ -130,11 +142,14 @@ def assert_same(found: Run, expected: Run) -> None:
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
     "name",
-    ["ddp", "fsdp1", "fsdp2", "one_fsdp1", "one_fsdp2", "fsdp1_switched", "fsdp2_switched"],
+    [
+        *("ddp", "fsdp1", "fsdp2", "one_fsdp1", "one_fsdp2"),
+        *("fsdp1_switched", "fsdp2_switched", "fsdp1_adapted", "fsdp2_adapted"),
+    ],
 )
 def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
     assert len(runs[name].losses) == 5 and len(runs[name].scores) == 2
-    assert_same(runs[name], runs["one_switched" if name.endswith("_switched") else "one"])
+    assert_same(runs[name], runs[one_of(name)])
     # Captions and answers were written, of every sample with a picture.
     texts = runs[name].texts[-1]
     assert len(texts) == len(SAMPLES)
@@ -158,6 +173,7 @@ def test_flops_are_those_of_whole_weights(runs: Mapping[str, Run], name: str) ->
         ("fsdp2_of_fsdp2", True),
         ("fsdp2_sharded", True),
         ("fsdp1_sharded", True),
+        ("fsdp2_adapted_sharded", True),
         ("fsdp2_of_ddp", False),
         ("ddp_of_fsdp2", False),
         ("one_of_fsdp2", False),
@@ -166,19 +182,21 @@ def test_flops_are_those_of_whole_weights(runs: Mapping[str, Run], name: str) ->
 )
 def test_a_resumed_run_is_the_uninterrupted_one(runs: Mapping[str, Run], name: str, same_bits: bool) -> None:
     assert len(runs[name].losses) == 2
-    assert_same(runs[name], runs["one"])
+    assert_same(runs[name], runs[one_of(name)])
     if same_bits:
-        whole = runs[name.split("_")[0]]
+        whole = runs[name.partition("_of_")[0].removesuffix("_sharded")]
         assert all(torch.equal(value, whole.weights[key]) for key, value in runs[name].weights.items())
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("name", ["fsdp2_begun_sharded", "fsdp1_begun"])
+@pytest.mark.parametrize("name", ["fsdp2_begun_sharded", "fsdp1_begun", "fsdp2_begun_adapted"])
 def test_shards_are_gathered_for_export(runs: Mapping[str, Run], folder: Path, name: str) -> None:
     checkpoint = folder / name / "checkpoints" / "latest-rank0.pt"
     gathered = read_weights(checkpoint)
     assert all(torch.equal(gathered[key], value) for key, value in runs[name].weights.items())
     network, _, _ = load_network(checkpoint)
     parameters = dict(network.named_parameters(prefix="model"))
-    assert all(torch.equal(parameters[key], value) for key, value in runs[name].weights.items())
+    # With averages, the head's weights are those.
+    weights = {key: value for key, value in runs[name].weights.items() if "adapted" not in name or ".vlm." in key}
+    assert all(torch.equal(parameters[key], value) for key, value in weights.items())

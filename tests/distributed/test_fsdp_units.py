@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from recipe.checks import check_libraries
-from recipe.config import ConfigError, RecipeConfig, view_trainer
+from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import load_config
 from recipe.data.collate import collate_packed, one_each
 from recipe.estimate import model_config
@@ -35,6 +35,7 @@ from recipe.optim.groups import group_parameters
 from recipe.optim.schedule import build_schedule
 from recipe.rules import check_config, check_fields, check_trainer
 from recipe.schema import Example, ImageSpec
+from recipe.upstream.trainer_section import view_trainer
 from tests.distributed import fsdp_shim
 from tests.support.tiny_cases import make_batches, make_model
 

@@ -13,7 +13,7 @@ from recipe.algorithms.nan_rollback import DIVERGED
 from tests.distributed.nan_run import CASES, HIT
 from tests.launches.launch import run_composer
 
-MODES = ("ddp", "fsdp1", "fsdp2")
+MODES = ("ddp", "fsdp1", "fsdp2", "ddp_lora", "fsdp2_lora")
 SKIPPED = [name for name in CASES if name not in ("weight", "given_up")]
 Records = dict[str, list[dict[str, Any]]]
 

@@ -10,10 +10,12 @@ from tests.launches.launch import run_composer
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp2"])
-def test_stages_on_two_ranks(mode: str, tiny_checkpoint: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("mode", "lora"), [("ddp", []), ("fsdp1", []), ("fsdp2", []), ("ddp", ["lora"]), ("fsdp2", ["lora"])]
+)
+def test_stages_on_two_ranks(mode: str, lora: list[str], tiny_checkpoint: str, tmp_path: Path):
     script = Path(__file__).with_name("staged_run.py")
-    run_composer(2, script, tiny_checkpoint, str(tmp_path), mode, timeout=900)
+    run_composer(2, script, tiny_checkpoint, str(tmp_path), mode, *lora, timeout=900)
     for rank in range(2):
         found = json.loads((tmp_path / f"{mode}-{rank}.json").read_text())
         assert found == {"by hand": [], "resumed at 3": [], "resumed at 6": []}

@@ -38,13 +38,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def frozen(base: str, scenes: str, folder: Path, steps: int = 2, **rates: float) -> RecipeConfig:
+def frozen(base: str, scenes: str, folder: Path, steps: int = 2, **rates: Any) -> RecipeConfig:
     """The trunk is frozen but for `rates`; a checkpoint after every step."""
     stream = {"shapes": {"local": scenes, "split": "train"}}
     return replace(
         make_config(base, model={"dtype": "float32"}),
         run_folder=str(folder),
-        optimizer=OptimizerConfig(**{"lr_vision": 0.0, "lr_merger": 0.0, "lr_llm": 0.0, "lr_detection": 1e-3, **rates}),
+        optimizer=replace(OptimizerConfig(lr_vision=0, lr_merger=0, lr_llm=0, lr_detection=1e-3), **rates),
         train_loader=LoaderConfig(streams=stream, global_batch_size=2),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=4),
         trainer={"max_duration": f"{steps}ba", "eval_interval": 0, "save_interval": "1ba", "progress_bar": False},

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recipe.callbacks.throughput import PARTS, Flops, step_flops, window_pairs
-from recipe.config import RecipeConfig
+from recipe.config import LoraConfig, LoraPartConfig, RecipeConfig
 from recipe.joint import JointModel
 from recipe.optim.groups import group_parameters
 from recipe.schema import Batch, Example
@@ -119,6 +119,25 @@ def test_frozen_groups_need_less(
     batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
     flops = assert_near(model, batches, trained)
     assert flops.model.total() < step_flops(model.model, batches, GROUPS).model.total()
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters(
+    tiny_config: Callable[..., RecipeConfig],
+    tiny_examples: dict[str, Example],
+    dora: bool,
+    gradient_checkpointing: bool,
+) -> None:
+    part = LoraPartConfig(rank=4, dora=dora)
+    config = tiny_config(
+        lora=LoraConfig(llm=part, vision=part),
+        model={"gradient_checkpointing": gradient_checkpointing},
+        optimizer={"lr_llm": 0.0, "lr_vision": 0.0},
+    )
+    trained = ("lora_vision", "merger", "lora_llm", "adapter", "detection")
+    flops = assert_near(make_model(config), make_batches([tiny_examples[name] for name in NAMES], "packed", 5), trained)
+    assert all(flops.recompute[part] > 0 for part in ("vision", "llm")) == gradient_checkpointing
 
 
 @pytest.mark.parametrize(

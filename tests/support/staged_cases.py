@@ -1,6 +1,7 @@
 """Training in stages through Composer's Trainer, in one process or several: what each run ends with, on each rank."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ STEPS = [(["one"], ["text"]), (["empty"], ["one"]), (["text"], ["unannotated"]),
 RATES = OptimizerConfig(
     lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=2e-3, lr_detection=2e-3, weight_decay=0.1
 )
+# With `tiny_cases.ADAPTED`, whose adapters take the place of what is below them.
+ADAPTED_RATES = replace(RATES, lr_vision=0.0, lr_llm=0.0, lr_lora_vision=1e-3, lr_lora_llm=1e-3)
 FROZEN_FROM_START = [{"from": "0ba", "lr": "frozen"}, {"from": "3ba", "lr": 1.0}]
 TWO_STAGES = {group: FROZEN_FROM_START for group in ("llm", "adapter", "detection")}
 # Stages of 3, 2, 2 and 1 batches.
@@ -35,6 +38,11 @@ MANY_STAGES = {
     "llm": [*FROZEN_FROM_START, {"from": "7ba", "lr": 0.1}],
     "vision": [{"from": "5ba", "lr": "frozen"}, {"from": "7ba", "lr": 0.5}],
 }
+
+
+def adapted(stages: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages of the trunk as those of its adapters."""
+    return {f"lora_{group}" if group in ("vision", "llm") else group: value for group, value in stages.items()}
 
 
 def make_steps(examples: Mapping[str, Example]) -> list[list[Batch]]:
@@ -46,9 +54,11 @@ def make_steps(examples: Mapping[str, Example]) -> list[list[Batch]]:
     return steps
 
 
-def config_with(stages: dict[str, Any], scheduler: SchedulerConfig | None = None) -> RecipeConfig:
+def config_with(
+    stages: dict[str, Any], scheduler: SchedulerConfig | None = None, rates: OptimizerConfig = RATES
+) -> RecipeConfig:
     return RecipeConfig(
-        optimizer=RATES,
+        optimizer=rates,
         staged_freezing=StagedFreezingConfig(stages),
         scheduler=scheduler or SchedulerConfig("constant"),
         trainer={"max_duration": "2ep"},
@@ -147,7 +157,13 @@ def differing(found: Parts, expected: Parts) -> list[str]:
     ]
 
 
-def by_hand(model: JointModel, other: JointModel, steps: Sequence[list[Batch]], mode: str = "ddp") -> Parts:
+def by_hand(
+    model: JointModel,
+    other: JointModel,
+    steps: Sequence[list[Batch]],
+    mode: str = "ddp",
+    rates: OptimizerConfig = RATES,
+) -> Parts:
     """`TWO_STAGES` as two runs without the algorithm: the frozen groups' rates 0; then all, from what the first left.
 
     Args:
@@ -155,10 +171,11 @@ def by_hand(model: JointModel, other: JointModel, steps: Sequence[list[Batch]], 
         other: For the second.
         steps: Of an epoch.
         mode: Of both.
+        rates: Of both, but for what is frozen.
     """
-    config = config_with({})
+    config = config_with({}, rates=rates)
     first = RecipeConfig(
-        optimizer=OptimizerConfig(**{**vars(RATES), "lr_llm": 0.0, "lr_adapter": 0.0, "lr_detection": 0.0}),
+        optimizer=replace(rates, lr_llm=0.0, lr_lora_llm=0.0, lr_adapter=0.0, lr_detection=0.0),
         scheduler=SchedulerConfig("constant"),
     )
     trainer = train(model, steps, "3ba", first, algorithms=[], mode=mode)

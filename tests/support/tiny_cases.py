@@ -13,13 +13,15 @@ from transformers import AutoConfig
 
 from convert.shapes import draw_scene
 from recipe.build import build_model
-from recipe.config import RecipeConfig
+from recipe.config import LoraConfig, LoraPartConfig, RecipeConfig, lora_parts
 from recipe.data.collate import Collator, collate_packed, collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.load import load_network, load_processor
 from recipe.losses.counts import split_batch
+from recipe.models.lora import adapters
+from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, CountedBatch, Example, Sample
 from recipe.tiny import build_tiny_checkpoint
 
@@ -27,6 +29,12 @@ NUM_QUERIES = 5
 ALL_SWITCHES: dict[str, dict[str, Any]] = {
     "detection_head": {"patch_features": True, "select_queries": True, "num_query_groups": 3},
     "loss": {"objectness": "mal"},
+}
+ADAPTED: dict[str, Any] = {  # of both parts; the language model's lengths too (DoRA)
+    "lora": LoraConfig(
+        llm=LoraPartConfig(rank=4, dora=True), vision=LoraPartConfig(rank=2, alpha=3.0, targets=["qkv", "down_proj"])
+    ),
+    "optimizer": {"lr_llm": 0.0, "lr_vision": 0.0},
 }
 TEXT_CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
 IMAGE_CHAT = ({"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "large blue circle"})
@@ -83,6 +91,7 @@ def make_model(config: RecipeConfig) -> JointModel:
     """The joint model in training mode, its fresh parts moved off the zeros they start from.
 
     A zero weight hides what lies behind it: with the box layer at its start no other box parameter has a gradient.
+    Below adapters the weights are frozen.
     """
     torch.manual_seed(0)
     model = build_model(config, load_processor(config.model.pretrained_model_name_or_path))
@@ -90,6 +99,10 @@ def make_model(config: RecipeConfig) -> JointModel:
         for part in (model.model.memory, model.model.detection_head, model.model.caption_decoder):
             for parameter in part.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
+        for parameter in adapters(model.model.vlm.hf_model).values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    if lora_parts(config):
+        build_optimizer(model, config.optimizer)
     return model.train()
 
 
