@@ -31,7 +31,7 @@ from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
 from recipe.load import build_network, fill_head, fill_whole, load_base
-from recipe.optim.schedule import build_schedule
+from recipe.optim.schedule import Schedule, build_schedule
 from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
 
@@ -132,6 +132,13 @@ def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
     ]
 
 
+def answer_schedule(config: RecipeConfig) -> Schedule | None:
+    """Return the schedule that decides in which epochs training reads answers; None: in all."""
+    if config.prompt.student_answer is True:
+        return None
+    return build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+
+
 def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
     """Return the yaml's callbacks and those that isolate evaluation, watch the data and show samples."""
     loader, evaluation = config.train_loader, config.evaluation
@@ -139,7 +146,13 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
     callbacks: list[Callback] = [
         EvaluationWithoutTraces(),
         *build_callbacks(config.callbacks, config.run_folder),
-        TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, config.detection_head.num_queries),
+        TrainingData(
+            max_tokens,
+            loader.max_bad_samples,
+            config.run_folder,
+            config.detection_head.num_queries,
+            answer_schedule(config),
+        ),
         EvaluationData(config.eval_loader.max_bad_samples),
         LogFirstSample(tokenizer, config.run_folder),
     ]

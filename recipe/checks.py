@@ -13,7 +13,16 @@ from torch.utils.data import DataLoader
 from transformers.utils.hub import cached_file
 
 from recipe.callbacks.table import CALLBACKS, LOGGERS
-from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
+from recipe.config import (
+    GROUPS,
+    HEAD_GROUPS,
+    ConfigError,
+    LoaderConfig,
+    RecipeConfig,
+    TrainerView,
+    nearest,
+    view_trainer,
+)
 from recipe.joint import all_scores
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import Meteor15, MeteorLite
@@ -170,8 +179,10 @@ def _teaches(sample: Sample, config: RecipeConfig) -> bool:
     loss, is_annotated = config.loss, sample.objects is not None
     if is_annotated and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
         return True
+    if not any(getattr(config.optimizer, f"lr_{group}") for group in GROUPS if group not in HEAD_GROUPS):
+        return False  # texts teach the trunk alone
     if sample.messages is not None:
         return loss.weight_lm_student > 0 and any(message.get("role") == "assistant" for message in sample.messages)
-    if is_annotated and config.prompt.student_answer and loss.weight_lm_student > 0:
+    if is_annotated and config.prompt.student_answer is not False and loss.weight_lm_student > 0:
         return True
     return config.teachers.num_teachers > 0 and loss.weight_lm_teacher > 0 and sample.has_image

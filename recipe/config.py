@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what each holds: recipe/optim/groups.py
+HEAD_GROUPS = ("adapter", "detection")  # all others are the trunk
 # What each logs: yamls/README.md. Their classes: recipe/callbacks/table.py.
 CALLBACK_NAMES = (
     *("early_stopper", "group_metrics", "loss_gradients", "loss_shares", "lr_monitor", "memory_monitor"),
@@ -118,7 +119,9 @@ class PromptConfig:
     candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect`
     # absolute: pixels of the resized image; normalized_1000: 0 to 1000
     box_coordinates: str = one_of("absolute", "normalized_1000")
-    student_answer: bool = True  # false: train the head without the text answer, on much shorter sequences
+    # Whether training reads the text answer. null: only while vision tower, merger or language model learn, since it
+    # teaches nothing else; true: always; false: never.
+    student_answer: bool | None = None
 
 
 @dataclass

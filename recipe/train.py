@@ -28,7 +28,14 @@ def main(config: RecipeConfig) -> "Trainer":
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length, take_weights
+    from recipe.build import (
+        answer_schedule,
+        build_algorithms,
+        build_all_callbacks,
+        build_model,
+        caption_length,
+        take_weights,
+    )
     from recipe.callbacks.progress import Summary
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.base import base_weights
@@ -43,7 +50,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.losses.counts import split_batch
     from recipe.optim.fsdp import build_parallelism
     from recipe.optim.groups import build_optimizer
-    from recipe.optim.schedule import build_curve, build_schedule
+    from recipe.optim.schedule import build_curve, build_schedule, trunk_learns
     from recipe.upstream.agreement import DIST_TIMEOUT
     from recipe.upstream.composer_state import restore_random_states
     from recipe.upstream.shared_memory import clean_dead_shared_memory
@@ -62,6 +69,7 @@ def main(config: RecipeConfig) -> "Trainer":
     origin = describe(as_saved(config, longest), tokenizer, model, base_weights(model.model, config))
     start = load_keywords(view, config.load_path, config.autoresume, origin)
     start, origin = take_weights(model, start, config, origin)
+    answers = answer_schedule(config)
     asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
     train_loader = build_train_loader(
         config.train_loader,
@@ -70,6 +78,8 @@ def main(config: RecipeConfig) -> "Trainer":
         config.seed,
         view.microbatch_size or device_batch_size(config.train_loader),
         partial(split_batch, equally_many=view.is_sharded),
+        answers_at_start=answers is None or trunk_learns(answers, None),
+        answers_ever=answers is None or bool(answers.trunk),
     )
     eval_loader = build_eval_loader(config.eval_loader, build_encoder(*asked, keep_image=True), teachers, config.seed)
     check_data(start, train_loader)

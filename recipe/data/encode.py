@@ -34,6 +34,12 @@ def rope_positions(input_ids: Tensor, image_grid_thw: Tensor, hf_config: Any) ->
     return positions[:, 0].clone()
 
 
+def num_prompt_segments(student: Sequence[Segment]) -> int:
+    """Return how many segments of a student turn precede its first answer: what inference sees."""
+    answers = (position for position, segment in enumerate(student) if segment.role is Role.STUDENT)
+    return next(answers, len(student))
+
+
 @contextmanager
 def naming(sample: Sample) -> Iterator[None]:
     """Put the sample's id in front of a ValueError."""
@@ -60,17 +66,18 @@ class Encoder:
         """Return the id that pads rows."""
         return cast(int, self.tokenizer.pad_token_id)
 
-    def __call__(self, sample: Sample, teachers: Sequence[Sample] = ()) -> Example:
+    def __call__(self, sample: Sample, teachers: Sequence[Sample] = (), with_answers: bool = True) -> Example:
         """Encode the teacher turns, then the student turn.
 
         A sample without `objects` and `messages` gives its prompt alone, as in prediction: exactly the first
-        `prompt_length` ids of the annotated sample, none supervised.
+        `prompt_length` ids of the annotated sample, none supervised. So does any sample if not `with_answers`: its
+        student turn ends with the prompt, and the teachers' answers are not supervised.
 
         Raises:
             ValueError: The sample or a teacher cannot be used; names its id and the remedy.
         """
         with naming(sample):
-            head, student = self.segments(sample, teachers)
+            head, student = self.segments(sample, teachers, with_answers)
             with_image = [item for item in (*teachers, sample) if item.has_image]
             images = [patchify(item.image, self.image_spec) for item in with_image]
             for item, (_, (_, rows, columns)) in zip(with_image, images, strict=True):
@@ -93,7 +100,7 @@ class Encoder:
             return Example(
                 sample=sample if self.keep_image else replace(sample, image=b""),
                 input_ids=input_ids,
-                roles=roles,
+                roles=roles if with_answers else torch.zeros_like(roles),
                 position_ids=rope_positions(input_ids, image_grid_thw, self.hf_config),
                 prompt_length=prompt_length,
                 pixel_patches=torch.cat([no_patches, *(patches for patches, _ in images)]),
@@ -102,8 +109,14 @@ class Encoder:
                 target=None if sample.objects is None else self._target(sample, sample.objects),
             )
 
-    def segments(self, sample: Sample, teachers: Sequence[Sample] = ()) -> tuple[list[Segment], list[Segment]]:
+    def segments(
+        self, sample: Sample, teachers: Sequence[Sample] = (), with_answers: bool = True
+    ) -> tuple[list[Segment], list[Segment]]:
         """Return the segments before the student turn, and its own, without decoding images; raises as `__call__`."""
+        head, student = self._segments(sample, teachers)
+        return head, student if with_answers else student[: num_prompt_segments(student)]
+
+    def _segments(self, sample: Sample, teachers: Sequence[Sample]) -> tuple[list[Segment], list[Segment]]:
         if sample.objects is not None and not sample.has_image:
             raise ValueError("it has objects but no image: add the image, or write null for the objects")
         messages = None
@@ -117,7 +130,7 @@ class Encoder:
         if not sample.has_image:
             raise ValueError("it has neither an image nor messages: add one of them, or remove the sample")
         student = [Segment(chat.detection_question(self.prompt))]
-        if sample.objects is not None and self.prompt.student_answer:
+        if sample.objects is not None and self.prompt.student_answer is not False:
             student += chat.answer_segments(self._answer(sample, sample.objects), Role.STUDENT)
         return head, student
 
@@ -147,18 +160,16 @@ class Encoder:
         ids: list[int] = []
         roles: list[int] = []
         image_token_id, images = self.hf_config.image_token_id, iter(tokens_per_image)
-        prompt_length = None
+        prompt_length, first_answer = 0, len(head) + num_prompt_segments(student)
         segments = [*head, *student]
         rows = self.ids([segment.text for segment in segments])
         for position, (segment, row) in enumerate(zip(segments, rows, strict=True)):
-            # The head may read the prompt, so it ends before the student's first answer.
-            if position >= len(head) and segment.role is Role.STUDENT and prompt_length is None:
-                prompt_length = len(ids)
             for token in row:
                 ids += [token] * (next(images) if token == image_token_id else 1)
             roles += [int(segment.role)] * (len(ids) - len(roles))
+            if position < first_answer:  # all that the head may read
+                prompt_length = len(ids)
         assert next(images, None) is None, "every image has its placeholder"
-        prompt_length = len(ids) if prompt_length is None else prompt_length
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(roles, dtype=torch.uint8), prompt_length
 
     def ids(self, texts: list[str]) -> list[list[int]]:

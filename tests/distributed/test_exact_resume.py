@@ -28,9 +28,10 @@ class Leg:
 
 @dataclass(frozen=True)
 class Run:
-    """What all launches of a run leave: the ids of each global step, sorted; the final weights."""
+    """What all launches of a run leave: the ids of each global step, sorted, and the final weights."""
 
     steps: list[list[str]]
+    answers: list[bool]  # of each global step, whether its conversations hold any
     weights: dict[str, torch.Tensor]
 
 
@@ -42,11 +43,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg]) -> Run:
+def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg], thaw: str = "") -> Run:
     """Launches the legs one after the other, each from the checkpoint of the kill before."""
     folder.mkdir()
-    settings = Settings(checkpoint, data, str(folder), str(folder / "checkpoints"), steps=STEPS)
+    settings = Settings(checkpoint, data, str(folder), str(folder / "checkpoints"), steps=STEPS, thaw=thaw)
     steps: list[list[str]] = []
+    answers: list[bool] = []
     for leg in legs:
         for path in folder.glob("ids-*.jsonl"):
             path.unlink()
@@ -56,20 +58,23 @@ def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg]) -> Run:
         launch = run_composer(leg.world_size, SCRIPT, str(path), timeout=240, check=False)
         assert (launch.returncode == 0) == (leg.kill_at == 0), launch.output
         until = leg.kill_at or STEPS
-        steps += list(read_steps(folder, leg.world_size, len(steps), until))
-    return Run(steps, torch.load(folder / "weights.pt"))
+        rows = list(read_steps(folder, leg.world_size, len(steps), until))
+        steps += [ids for ids, _ in rows]
+        answers += [has_any for _, has_any in rows]
+    return Run(steps, answers, torch.load(folder / "weights.pt"))
 
 
-def read_steps(folder: Path, world_size: int, first: int, until: int) -> Iterator[list[str]]:
+def read_steps(folder: Path, world_size: int, first: int, until: int) -> Iterator[tuple[list[str], bool]]:
     """The ids of the global steps `first` to `until`, which are all that a launch made, of all ranks together."""
     ranks = []
     for rank in range(world_size):
         rows = [json.loads(line) for line in (folder / f"ids-{rank}.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in rows]
         assert steps == list(range(first, first + len(steps))), f"rank {rank} began or went on elsewhere: {steps}"
-        ranks.append({row["step"]: row["ids"] for row in rows})
+        ranks.append({row["step"]: row for row in rows})
     for step in range(first, until):
-        yield sorted(name for rank in ranks for name in rank[step])
+        found = [rank[step] for rank in ranks]
+        yield sorted(name for row in found for name in row["ids"]), any(row["answers"] for row in found)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,23 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights(
     assert killed.steps == whole.steps
     assert killed.weights.keys() == whole.weights.keys()
     assert all(torch.equal(killed.weights[name], value) for name, value in whole.weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_resumed_in_epochs_without_and_with_answers(tiny_checkpoint: str, data: str, tmp_path: Path):
+    """The trunk thaws within the second epoch: answers are read from the third on."""
+    thaw = "5ba"
+    whole = run(tiny_checkpoint, data, tmp_path / "whole", [Leg(1, 0)], thaw)
+    first = whole.answers.index(True)
+    assert 5 < first < STEPS - 2 and whole.answers == [False] * first + [True] * (STEPS - first)
+    assert len({name for step in whole.steps[:first] for name in step}) == 45
+    legs = [Leg(1, 2, kill_at=2), Leg(1, 0, kill_at=first + 1), Leg(1, 2)]
+    killed = run(tiny_checkpoint, data, tmp_path / "killed", legs, thaw)
+    assert (killed.steps, killed.answers) == (whole.steps, whole.answers)
+    assert all(torch.equal(killed.weights[name], value) for name, value in whole.weights.items())
+    spread = run(tiny_checkpoint, data, tmp_path / "spread", [Leg(1, 0, kill_at=first - 1), Leg(2, 0)], thaw)
+    assert (spread.steps, spread.answers) == (whole.steps, whole.answers)
 
 
 @pytest.mark.slow
