@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.callbacks.cache_frozen import CacheFrozen
 from recipe.callbacks.evaluation_data import EvaluationData
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
@@ -155,6 +156,7 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
         ),
         EvaluationData(config.eval_loader.max_bad_samples),
         LogFirstSample(tokenizer, config.run_folder),
+        *([] if config.cache_frozen is None else [CacheFrozen(config.cache_frozen)]),
     ]
     if evaluation.num_logged_images:
         folder = Path(config.run_folder) / "images"

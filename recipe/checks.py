@@ -12,6 +12,7 @@ from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
 from transformers.utils.hub import cached_file
 
+from recipe.callbacks.cache_frozen import parse_size
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import (
     GROUPS,
@@ -47,6 +48,7 @@ def check_libraries(config: RecipeConfig) -> None:
             if keywords is not None:
                 check_keywords(f"{where}.{name}", keywords, table[name], {})
     check_metrics(config)
+    check_cache(config)
     names = [entry.name for entry in fields(FSDP_CONFIGS[config.fsdp_version]) if not entry.name.startswith("_")]
     allowed = [name for name in names if name not in OWNED_BY_FSDP]
     for key in view_trainer(config).fsdp or {}:
@@ -55,6 +57,43 @@ def check_libraries(config: RecipeConfig) -> None:
                 f"unknown key trainer.parallelism_config.fsdp.{key} with fsdp_version {config.fsdp_version}: "
                 f"{nearest(key, allowed)}"
             )
+
+
+def trained_trunk(config: RecipeConfig) -> list[str]:
+    """Return the groups of the trunk, which are all but adapter and detection, that have a learning rate."""
+    return [group for group in GROUPS if group not in HEAD_GROUPS and getattr(config.optimizer, f"lr_{group}")]
+
+
+def check_cache(config: RecipeConfig) -> None:
+    """Raise ConfigError if `cache_frozen` is set, but what the head reads of the trunk is not always the same."""
+    if config.cache_frozen is None:
+        return
+    if parse_size(config.cache_frozen.size_limit) is None:
+        raise ConfigError(
+            f"cache_frozen.size_limit is {config.cache_frozen.size_limit!r}: give a size such as 500mb, 50gb or 2tb"
+        )
+    if learning := trained_trunk(config):
+        raise ConfigError(
+            "cache_frozen needs a trunk that never learns: set "
+            + " ".join(f"optimizer.lr_{group}=0" for group in learning)
+            + ", or cache_frozen=null"
+        )
+    teachers = config.teachers
+    if teachers.num_teachers and teachers.teacher_ratio:
+        raise ConfigError(
+            f"cache_frozen with teachers.num_teachers {teachers.num_teachers}: an image has other teachers in every "
+            "epoch, so nothing would be read again; set teachers.num_teachers=0 or cache_frozen=null"
+        )
+    if config.prompt.student_answer:
+        raise ConfigError(
+            "cache_frozen with prompt.student_answer true: the loss of answers needs the language model in every step; "
+            "set prompt.student_answer=null or cache_frozen=null"
+        )
+    if view_trainer(config).is_sharded:
+        raise ConfigError(
+            "cache_frozen with trainer.parallelism_config.fsdp: ranks that share weights must all run or all read; set "
+            "trainer.parallelism_config=null, as a frozen trunk that is read needs no FSDP, or cache_frozen=null"
+        )
 
 
 def check_metrics(config: RecipeConfig) -> None:
@@ -179,7 +218,7 @@ def _teaches(sample: Sample, config: RecipeConfig) -> bool:
     loss, is_annotated = config.loss, sample.objects is not None
     if is_annotated and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
         return True
-    if not any(getattr(config.optimizer, f"lr_{group}") for group in GROUPS if group not in HEAD_GROUPS):
+    if not trained_trunk(config):
         return False  # texts teach the trunk alone
     if sample.messages is not None:
         return loss.weight_lm_student > 0 and any(message.get("role") == "assistant" for message in sample.messages)

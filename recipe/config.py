@@ -119,8 +119,7 @@ class PromptConfig:
     candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect`
     # absolute: pixels of the resized image; normalized_1000: 0 to 1000
     box_coordinates: str = one_of("absolute", "normalized_1000")
-    # Whether training reads the text answer. null: only while vision tower, merger or language model learn, since it
-    # teaches nothing else; true: always; false: never.
+    # Whether training reads the text answer. null: while the trunk learns, as it teaches only that; false: never.
     student_answer: bool | None = None
 
 
@@ -147,9 +146,7 @@ class PackingConfig:
 
     max_tokens: int | None = number(None, least=1)  # per pack; null: max_seq_len
     max_patches: int | None = number(None, least=1)  # image patches per pack; bounds the vision tower's memory
-    window: int = number(
-        1024, least=1
-    )  # samples packed together; more: fuller packs, an order further from the shuffle
+    window: int = number(1024, least=1)  # samples packed together; more: fuller packs, further from the shuffle
     on_long_sample: str = one_of("raise", "skip")  # if one sample alone exceeds the budget
 
 
@@ -268,6 +265,14 @@ class StageEntry:
 
 
 @dataclass
+class CacheFrozenConfig:
+    """Keep what the head reads of a trunk that never learns on disk; see `recipe/models/frozen_cache.py`."""
+
+    local: str = MISSING  # a folder; other runs may share it
+    size_limit: str = "50gb"  # of the folder; what no longer fits is computed in every epoch
+
+
+@dataclass
 class EmaConfig:
     """An exponential moving average of adapter and head, as `composer.algorithms.EMA`; see `algorithms/head_ema.py`."""
 
@@ -376,6 +381,7 @@ class RecipeConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     staged_freezing: StagedFreezingConfig = field(default_factory=StagedFreezingConfig)
+    cache_frozen: CacheFrozenConfig | None = None
     ema: EmaConfig | None = None  # {}: evaluation, predict and export use averaged weights of the head
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     save_best: SaveBestConfig = field(default_factory=SaveBestConfig)

@@ -73,7 +73,7 @@ def main(config: RecipeConfig) -> "Trainer":
     asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
     train_loader = build_train_loader(
         config.train_loader,
-        build_encoder(*asked),
+        build_encoder(*asked, with_content=config.cache_frozen is not None),
         teachers,
         config.seed,
         view.microbatch_size or device_batch_size(config.train_loader),

@@ -54,11 +54,15 @@ class Flops:
             self.recompute[part] += 2 * (linear + attention - last)
 
 
-def step_flops(network: nn.Module, batches: Sequence[Batch], trained: Collection[str]) -> Flops:
-    """Count this rank's optimizer step of a `JointNetwork`, within 1 %, if these parameter groups are `trained`."""
+def step_flops(network: Any, batches: Sequence[Batch], trained: Collection[str]) -> Flops:
+    """Count this rank's optimizer step of a `JointNetwork`, within 1 %, if these parameter groups are `trained`.
+
+    The trunk of a microbatch that the network's cache holds does not run.
+    """
     flops = Flops()
     for batch in batches:
-        _add_trunk(network, batch, trained, flops)
+        if network.cache is None or not network.cache.has(batch["contents"]):
+            _add_trunk(network, batch, trained, flops)
         _add_detection(network, batch, trained, flops)
     return flops
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any, cast
@@ -60,6 +61,7 @@ class Encoder:
     max_caption_tokens: int  # of the longest caption, including end-of-sequence
     max_seq_len: int  # of the longest conversation
     keep_image: bool = False  # keep the student's image bytes in the example, for drawing
+    with_content: bool = False  # identify each example's pixels and prompt
 
     @property
     def pad_token_id(self) -> int:
@@ -97,17 +99,29 @@ class Encoder:
                     "or lower image.max_pixels or teachers.num_teachers"
                 )
             no_patches = torch.empty(0, self.image_spec.patch_values, dtype=torch.uint8)
+            pixel_patches = torch.cat([no_patches, *(patches for patches, _ in images)])
+            content = ""
+            if self.with_content:
+                content = self._content_of(input_ids[:prompt_length], image_grid_thw, pixel_patches)
             return Example(
                 sample=sample if self.keep_image else replace(sample, image=b""),
                 input_ids=input_ids,
                 roles=roles if with_answers else torch.zeros_like(roles),
                 position_ids=rope_positions(input_ids, image_grid_thw, self.hf_config),
                 prompt_length=prompt_length,
-                pixel_patches=torch.cat([no_patches, *(patches for patches, _ in images)]),
+                pixel_patches=pixel_patches,
                 image_grid_thw=image_grid_thw,
                 has_student_image=sample.has_image,
                 target=None if sample.objects is None else self._target(sample, sample.objects),
+                content=content,
             )
+
+    def _content_of(self, *tensors: Tensor) -> str:
+        """Return 40 hex digits of the tensors and of how pixels are normalised."""
+        content = blake2b(repr((self.image_spec, [tuple(tensor.shape) for tensor in tensors])).encode(), digest_size=20)
+        for tensor in tensors:
+            content.update(tensor.contiguous().numpy().data)
+        return content.hexdigest()
 
     def segments(
         self, sample: Sample, teachers: Sequence[Sample] = (), with_answers: bool = True

@@ -158,6 +158,23 @@ class PackStream(CheckedDataset):
         """Return the Example of a stored sample, as epoch 0 shows it without resampling."""
         return self._maker(self[position], 0, position, self.answers_at_start)
 
+    def prompt_sizes(self) -> tuple[int, float, float]:
+        """Return the stored images, their prompts' tokens and their patches; the last two may be estimates.
+
+        Without packing they are those of some 16 evenly spread samples.
+        """
+        if self._packing is not None:
+            own = self._packing.lengths.samples
+            has_image = own.patches > 0
+            tokens = (own.tokens - own.answer_tokens)[has_image].sum()
+            return int(has_image.sum()), float(tokens), float(own.patches.sum())
+        positions = range(0, self.num_samples, max(1, self.num_samples // 16))
+        examples = [example for example in map(self.example, positions) if example.has_student_image]
+        scale = self.num_samples / len(positions)
+        tokens = sum(example.prompt_length for example in examples)
+        patches = sum(len(example.pixel_patches) for example in examples)
+        return round(scale * len(examples)), scale * tokens, scale * patches
+
     def identity(self) -> dict[str, str]:
         """Return all that the plans depend on, by the names that error messages use."""
         shuffle = (self.shuffle_algo, self.shuffle_block_size) if self.shuffle else None

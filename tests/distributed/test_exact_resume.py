@@ -43,10 +43,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg], thaw: str = "") -> Run:
+def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg], **changes: str) -> Run:
     """Launches the legs one after the other, each from the checkpoint of the kill before."""
     folder.mkdir()
-    settings = Settings(checkpoint, data, str(folder), str(folder / "checkpoints"), steps=STEPS, thaw=thaw)
+    settings = Settings(checkpoint, data, str(folder), str(folder / "checkpoints"), steps=STEPS, **changes)
     steps: list[list[str]] = []
     answers: list[bool] = []
     for leg in legs:
@@ -106,16 +106,38 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights(
 def test_resumed_in_epochs_without_and_with_answers(tiny_checkpoint: str, data: str, tmp_path: Path):
     """The trunk thaws within the second epoch: answers are read from the third on."""
     thaw = "5ba"
-    whole = run(tiny_checkpoint, data, tmp_path / "whole", [Leg(1, 0)], thaw)
+    whole = run(tiny_checkpoint, data, tmp_path / "whole", [Leg(1, 0)], thaw=thaw)
     first = whole.answers.index(True)
     assert 5 < first < STEPS - 2 and whole.answers == [False] * first + [True] * (STEPS - first)
     assert len({name for step in whole.steps[:first] for name in step}) == 45
     legs = [Leg(1, 2, kill_at=2), Leg(1, 0, kill_at=first + 1), Leg(1, 2)]
-    killed = run(tiny_checkpoint, data, tmp_path / "killed", legs, thaw)
+    killed = run(tiny_checkpoint, data, tmp_path / "killed", legs, thaw=thaw)
     assert (killed.steps, killed.answers) == (whole.steps, whole.answers)
     assert all(torch.equal(killed.weights[name], value) for name, value in whole.weights.items())
-    spread = run(tiny_checkpoint, data, tmp_path / "spread", [Leg(1, 0, kill_at=first - 1), Leg(2, 0)], thaw)
+    spread = run(tiny_checkpoint, data, tmp_path / "spread", [Leg(1, 0, kill_at=first - 1), Leg(2, 0)], thaw=thaw)
     assert (spread.steps, spread.answers) == (whole.steps, whole.answers)
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_resumed_with_a_cache_of_the_frozen_trunk(tiny_checkpoint: str, data: str, tmp_path: Path):
+    """Killed while it is written and while it is read; two ranks share it. To the bit, and by rounding on two ranks."""
+
+    def cached(name: str, legs: Sequence[Leg], cache: str | None = None) -> Run:
+        return run(
+            tiny_checkpoint, data, tmp_path / name, legs, frozen_cache=str(tmp_path / (cache or f"{name}_cache"))
+        )
+
+    whole = cached("whole", [Leg(1, 0)])
+    killed = cached("killed", [Leg(1, 2, kill_at=2), Leg(1, 0, kill_at=8), Leg(1, 2)])
+    assert killed.steps == whole.steps and not any(whole.answers)
+    assert all(torch.equal(killed.weights[name], value) for name, value in whole.weights.items())
+    for name, cache in (("spread", None), ("warm", "whole_cache")):
+        spread = cached(name, [Leg(2, 0, kill_at=3), Leg(2, 0)], cache)
+        assert spread.steps == whole.steps
+        assert max(float((spread.weights[key] - value).abs().max()) for key, value in whole.weights.items()) < 1e-4
+    names = [{path.name for path in (tmp_path / f"{name}_cache").glob("*/*")} for name in ("whole", "killed", "spread")]
+    assert names[0] == names[1] == names[2] and len(names[0]) == 45
 
 
 @pytest.mark.slow
