@@ -99,8 +99,9 @@ class TrainingData(Callback):
             )
         self._logged = dataset.with_answers
 
-    def _warn_of_missing_answers(self, state: State, dataset: PackStream) -> None:
-        if self._warned or dataset.with_answers or self.schedule is None or not trunk_learns(self.schedule, state):
+    def _warn_of_missing_answers(self, schedule: Schedule, state: State) -> None:
+        assert isinstance(state.dataloader, DataLoader) and isinstance(state.dataloader.dataset, PackStream)
+        if state.dataloader.dataset.with_answers or not trunk_learns(schedule, state):
             return
         self._warned = True
         if dist.get_global_rank() == 0:
@@ -113,8 +114,8 @@ class TrainingData(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Count the batch over all ranks; raise RuntimeError on every rank after too many skipped samples."""
-        assert isinstance(state.dataloader, DataLoader) and isinstance(state.dataloader.dataset, PackStream)
-        self._warn_of_missing_answers(state, state.dataloader.dataset)
+        if self.schedule is not None and not self._warned:
+            self._warn_of_missing_answers(self.schedule, state)
         batches: list[Batch] = state.batch
         skipped = {name: reason for batch in batches for name, reason in batch["skipped"].items()}
         counts = [sum(batch[name] for batch in batches) for name in ("num_samples", "num_packs", "num_tokens")]
