@@ -119,8 +119,7 @@ class PromptConfig:
     candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect`
     # absolute: pixels of the resized image; normalized_1000: 0 to 1000
     box_coordinates: str = one_of("absolute", "normalized_1000")
-    # Whether training reads the text answer. null: while the trunk learns, as it teaches only that; false: never.
-    student_answer: bool | None = None
+    student_answer: bool | None = None  # in training; null: while the trunk learns; true: always; false: never
 
 
 @dataclass
@@ -161,8 +160,7 @@ class LoaderConfig:
     on_bad_sample: str = one_of("raise", "skip")  # if a sample is unusable, such as a broken image
     max_bad_samples: int = number(100, least=0)  # skipped per run, or per evaluation; one more stops the run
     dataset: dict[str, Any] = field(default_factory=dict[str, Any])  # streaming.StreamingDataset keywords
-    # torch.utils.data.DataLoader keywords; `KEY: null` drops one. num_workers: 0 drops those that only concern workers
-    # (prefetch_factor, persistent_workers ...).
+    # torch.utils.data.DataLoader keywords; `KEY: null` drops one, num_workers: 0 those that only concern workers.
     dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
