@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.callbacks.cache_frozen import CacheFrozen
 from recipe.callbacks.evaluation_data import EvaluationData
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
@@ -26,12 +27,12 @@ from recipe.callbacks.training_data import TrainingData
 from recipe.checkpoints.base import base_weights, leave_out
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import is_export, trained_caption_length
-from recipe.config import ConfigError, RecipeConfig
+from recipe.config import ConfigError, RecipeConfig, groups_of
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
 from recipe.load import build_network, fill_head, fill_whole, load_base
-from recipe.optim.schedule import build_schedule
+from recipe.optim.schedule import Schedule, build_schedule
 from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
 
@@ -126,10 +127,17 @@ def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
     Composer calls the last one first after the backward pass, and last at the end of a batch.
     """
     return [
-        StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer)),
+        StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer, groups_of(config))),
         *([] if config.ema is None else [HeadEMA(config.ema)]),
         NaNRollback(config.nan_rollback, config.optimizer.clip_norm, config.run_folder),
     ]
+
+
+def answer_schedule(config: RecipeConfig) -> Schedule | None:
+    """Return the schedule that decides in which epochs training reads answers; None: in all."""
+    if config.prompt.student_answer is True:
+        return None
+    return build_schedule(config.scheduler, config.staged_freezing, config.optimizer, groups_of(config))
 
 
 def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
@@ -139,9 +147,16 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
     callbacks: list[Callback] = [
         EvaluationWithoutTraces(),
         *build_callbacks(config.callbacks, config.run_folder),
-        TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, config.detection_head.num_queries),
+        TrainingData(
+            max_tokens,
+            loader.max_bad_samples,
+            config.run_folder,
+            config.detection_head.num_queries,
+            answer_schedule(config),
+        ),
         EvaluationData(config.eval_loader.max_bad_samples),
         LogFirstSample(tokenizer, config.run_folder),
+        *([] if config.cache_frozen is None else [CacheFrozen(config.cache_frozen)]),
     ]
     if evaluation.num_logged_images:
         folder = Path(config.run_folder) / "images"

@@ -12,8 +12,18 @@ from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
 from transformers.utils.hub import cached_file
 
+from recipe.callbacks.cache_frozen import parse_size
 from recipe.callbacks.table import CALLBACKS, LOGGERS
-from recipe.config import LORA_TARGETS, ConfigError, LoaderConfig, RecipeConfig, lora_parts, nearest
+from recipe.config import (
+    HEAD_GROUPS,
+    LORA_TARGETS,
+    ConfigError,
+    LoaderConfig,
+    RecipeConfig,
+    groups_of,
+    lora_parts,
+    nearest,
+)
 from recipe.joint import all_scores
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import Meteor15, MeteorLite
@@ -41,6 +51,7 @@ def check_libraries(config: RecipeConfig) -> None:
                 check_keywords(f"{where}.{name}", keywords, table[name], {})
     check_metrics(config)
     check_adapters(config)
+    check_cache(config)
     names = [entry.name for entry in fields(FSDP_CONFIGS[config.fsdp_version]) if not entry.name.startswith("_")]
     allowed = [name for name in names if name not in OWNED_BY_FSDP]
     for key in view_trainer(config).fsdp or {}:
@@ -73,6 +84,44 @@ def check_adapters(config: RecipeConfig) -> None:
                 )
             if target not in allowed:
                 raise ConfigError(f"lora.{part}.targets holds {target!r}: {nearest(target, allowed)}")
+
+
+def trained_trunk(config: RecipeConfig) -> list[str]:
+    """Return the groups of the trunk, which are all but adapter and detection, that have a learning rate."""
+    groups = set(groups_of(config)) - set(HEAD_GROUPS)
+    return sorted(group for group in groups if getattr(config.optimizer, f"lr_{group}"))
+
+
+def check_cache(config: RecipeConfig) -> None:
+    """Raise ConfigError if `cache_frozen` is set, but what the head reads of the trunk is not always the same."""
+    if config.cache_frozen is None:
+        return
+    if parse_size(config.cache_frozen.size_limit) is None:
+        raise ConfigError(
+            f"cache_frozen.size_limit is {config.cache_frozen.size_limit!r}: give a size such as 500mb, 50gb or 2tb"
+        )
+    if learning := trained_trunk(config):
+        raise ConfigError(
+            "cache_frozen needs a trunk that never learns: set "
+            + " ".join(f"optimizer.lr_{group}=0" for group in learning)
+            + ", or cache_frozen=null"
+        )
+    teachers = config.teachers
+    if teachers.num_teachers and teachers.teacher_ratio:
+        raise ConfigError(
+            f"cache_frozen with teachers.num_teachers {teachers.num_teachers}: an image has other teachers in every "
+            "epoch, so nothing would be read again; set teachers.num_teachers=0 or cache_frozen=null"
+        )
+    if config.prompt.student_answer:
+        raise ConfigError(
+            "cache_frozen with prompt.student_answer true: the loss of answers needs the language model in every step; "
+            "set prompt.student_answer=null or cache_frozen=null"
+        )
+    if view_trainer(config).is_sharded:
+        raise ConfigError(
+            "cache_frozen with trainer.parallelism_config.fsdp: ranks that share weights must all run or all read; set "
+            "trainer.parallelism_config=null, as a frozen trunk that is read needs no FSDP, or cache_frozen=null"
+        )
 
 
 def check_metrics(config: RecipeConfig) -> None:
@@ -202,8 +251,10 @@ def _teaches(sample: Sample, config: RecipeConfig) -> bool:
     loss, is_annotated = config.loss, sample.objects is not None
     if is_annotated and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
         return True
+    if not trained_trunk(config):
+        return False  # texts teach the trunk alone
     if sample.messages is not None:
         return loss.weight_lm_student > 0 and any(message.get("role") == "assistant" for message in sample.messages)
-    if is_annotated and config.prompt.student_answer and loss.weight_lm_student > 0:
+    if is_annotated and config.prompt.student_answer is not False and loss.weight_lm_student > 0:
         return True
     return config.teachers.num_teachers > 0 and loss.weight_lm_teacher > 0 and sample.has_image

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 # Of parameters; what each holds: recipe/optim/groups.py. Those of `lora` exist only if it is set.
 GROUPS = ("vision", "merger", "llm", "lora_vision", "lora_llm", "adapter", "detection")
+HEAD_GROUPS = ("adapter", "detection")  # all others are the trunk
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = {  # linear layers in every block of a part that `lora` may adapt; all by default
     "llm": ("q_proj", "k_proj", "v_proj", "o_proj", *_FEED_FORWARD),
@@ -143,7 +144,7 @@ class PromptConfig:
     candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect`
     # absolute: pixels of the resized image; normalized_1000: 0 to 1000
     box_coordinates: str = one_of("absolute", "normalized_1000")
-    student_answer: bool = True  # false: train the head without the text answer, on much shorter sequences
+    student_answer: bool | None = None  # in training; null: while the trunk learns; true: always; false: never
 
 
 @dataclass
@@ -169,9 +170,7 @@ class PackingConfig:
 
     max_tokens: int | None = number(None, least=1)  # per pack; null: max_seq_len
     max_patches: int | None = number(None, least=1)  # image patches per pack; bounds the vision tower's memory
-    window: int = number(
-        1024, least=1
-    )  # samples packed together; more: fuller packs, an order further from the shuffle
+    window: int = number(1024, least=1)  # samples packed together; more: fuller packs, further from the shuffle
     on_long_sample: str = one_of("raise", "skip")  # if one sample alone exceeds the budget
 
 
@@ -186,8 +185,7 @@ class LoaderConfig:
     on_bad_sample: str = one_of("raise", "skip")  # if a sample is unusable, such as a broken image
     max_bad_samples: int = number(100, least=0)  # skipped per run, or per evaluation; one more stops the run
     dataset: dict[str, Any] = field(default_factory=dict[str, Any])  # streaming.StreamingDataset keywords
-    # torch.utils.data.DataLoader keywords; `KEY: null` drops one. num_workers: 0 drops those that only concern workers
-    # (prefetch_factor, persistent_workers ...).
+    # torch.utils.data.DataLoader keywords; `KEY: null` drops one, num_workers: 0 those that only concern workers.
     dataloader: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -289,6 +287,14 @@ class StageEntry:
     start: str  # such as 2ep or 0.75dur
     factor: float | None  # None: frozen
     warmup: str | None = None  # the rate rises from 0 over that long
+
+
+@dataclass
+class CacheFrozenConfig:
+    """Keep what the head reads of a trunk that never learns on disk; see `recipe/models/frozen_cache.py`."""
+
+    local: str = MISSING  # a folder; other runs may share it
+    size_limit: str = "50gb"  # of the folder; what no longer fits is computed in every epoch
 
 
 @dataclass
@@ -401,6 +407,7 @@ class RecipeConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     staged_freezing: StagedFreezingConfig = field(default_factory=StagedFreezingConfig)
+    cache_frozen: CacheFrozenConfig | None = None
     ema: EmaConfig | None = None  # {}: evaluation, predict and export use averaged weights of the head
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     save_best: SaveBestConfig = field(default_factory=SaveBestConfig)

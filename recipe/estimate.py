@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recipe.config import ConfigError, RecipeConfig
+from recipe.config import HEAD_GROUPS, ConfigError, RecipeConfig, groups_of
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of
 from recipe.rules import check_ranks
 from recipe.upstream.trainer_section import view_trainer
@@ -91,7 +91,6 @@ CONTEXT = 1.5  # GiB of CUDA and NCCL themselves
 FRAGMENTS = 0.1  # share of the sum that the allocator loses
 LIBRARIES = 0.8  # GiB of the host: Python with torch, transformers and Composer
 RESERVE = f"{CONTEXT:g} GiB for CUDA itself and {FRAGMENTS:.0%} of the sum for the allocator's fragmentation"
-TRUNK = ("vision", "merger", "llm", "lora_vision", "lora_llm")  # groups that the language model's graph is kept for
 ASSUMED = """Assumed:
   tokens       {tokens} per microbatch (packing.max_tokens or max_seq_len, times device_train_microbatch_size)
   patches      {patches} per microbatch (packing.max_patches; if it is not set, every token is an image's)
@@ -246,7 +245,8 @@ def _forward_bytes(
     vision_block = block_bytes(patches, side, side, vision.intermediate_size, width)
     text_block = block_bytes(tokens, hidden, hidden, text.intermediate_size, width)
     # The graph reaches down to the lowest part that learns; below it a block's memory is given back at once.
-    learning = {group for group in TRUNK if getattr(config.optimizer, f"lr_{group}", 0)}
+    trunk = set(groups_of(config)) - set(HEAD_GROUPS)
+    learning = {group for group in trunk if getattr(config.optimizer, f"lr_{group}")}
     kept_vision = vision.depth if learning & {"vision", "lora_vision"} else 0
     kept_text = text.num_hidden_layers if learning else 0
     model, amp = network.vlm.hf_model.model, (view_trainer(config).precision or "").startswith("amp_")

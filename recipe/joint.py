@@ -57,6 +57,8 @@ class JointModel(ComposerModel):
     ) -> dict[str, Tensor]:
         """Return the named terms and their weighted `total`; a batch without counts counts as a whole global batch.
 
+        A term of the language model is left out if the global batch has no token for it.
+
         Composer averages over all microbatches of all ranks. Each term is multiplied by their number, so that it logs
         and differentiates the global batch's sum divided by the global batch's count.
         """
@@ -65,6 +67,10 @@ class JointModel(ComposerModel):
         # The one weighted sum; repeated terms (earlier layers, groups, ...) have the weight of their base term.
         weighted = [getattr(self.loss_config, f"weight_{base_term(name)}") * term for name, term in terms.items()]
         terms["total"] = torch.stack(weighted).sum()
+        # Of no token in the whole global batch: a 0 would read as learned.
+        for name, count in (("lm_teacher", counts["teacher_tokens"]), ("lm_student", counts["student_tokens"])):
+            if not count:
+                del terms[f"loss_{name}"]
         return {name: term * counts["microbatches"] for name, term in terms.items()}
 
     def loss_terms(self, outputs: JointOutputs, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:

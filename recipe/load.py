@@ -68,8 +68,12 @@ def build_encoder(
     prompt: PromptConfig,
     max_seq_len: int,
     keep_image: bool = False,
+    with_content: bool = False,
 ) -> Encoder:
-    """Return the encoder of samples into a network's examples; evaluation sets `keep_image` to draw images."""
+    """Return the encoder of samples into a network's examples.
+
+    Evaluation sets `keep_image` to draw images, training `with_content` if a cache is to find them again.
+    """
     return Encoder(
         tokenizer=processor.tokenizer,
         hf_config=network.vlm.hf_model.config,
@@ -78,6 +82,7 @@ def build_encoder(
         max_caption_tokens=network.caption_decoder.max_caption_tokens,
         max_seq_len=max_seq_len,
         keep_image=keep_image,
+        with_content=with_content,
     )
 
 

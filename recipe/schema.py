@@ -168,6 +168,7 @@ class Example:
         target: None: not annotated, so no detection loss.
         noise_seed: Of this sample's denoising queries in this epoch.
         is_inert: Added to keep ranks in step: nothing is learned from it or scored, and it is not counted.
+        content: Identifies the pixels and the prompt; empty if not requested.
     """
 
     sample: Sample
@@ -181,6 +182,7 @@ class Example:
     target: Target | None
     noise_seed: int = 0
     is_inert: bool = False
+    content: str = ""
 
 
 @dataclass
@@ -230,7 +232,7 @@ class Batch(TypedDict):
         student_images: (N,) int64, which of the I images the head solves.
         student_samples: Which sample each of the N images belongs to.
         targets: N of them; None if not annotated.
-        noise_seeds: N of them, see `Example`.
+        noise_seeds, contents: N of them, see `Example`.
         num_tokens: Real tokens: without padding and inert samples.
         num_samples: Without the inert ones.
         num_packs: Without the inert ones; training data is counted and resumed in packs.
@@ -252,6 +254,7 @@ class Batch(TypedDict):
     student_samples: list[int]
     targets: list[Target | None]
     noise_seeds: list[int]
+    contents: list[str]
     num_tokens: int
     num_samples: int
     num_packs: int

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipe.config import RecipeConfig
+from recipe.config import RecipeConfig, groups_of
 from recipe.configure import as_saved, from_command_line, one_line_errors, parser_of, save_config
 from recipe.console import setup_logging
 from recipe.upstream.trainer_section import view_trainer
@@ -29,7 +29,14 @@ def main(config: RecipeConfig) -> "Trainer":
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from recipe.build import build_algorithms, build_all_callbacks, build_model, caption_length, take_weights
+    from recipe.build import (
+        answer_schedule,
+        build_algorithms,
+        build_all_callbacks,
+        build_model,
+        caption_length,
+        take_weights,
+    )
     from recipe.callbacks.progress import Summary
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.base import base_weights
@@ -44,7 +51,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.losses.counts import split_batch
     from recipe.optim.fsdp import build_parallelism
     from recipe.optim.groups import build_optimizer
-    from recipe.optim.schedule import build_curve, build_schedule
+    from recipe.optim.schedule import build_curve, build_schedule, trunk_learns
     from recipe.upstream.agreement import DIST_TIMEOUT
     from recipe.upstream.composer_state import restore_random_states
     from recipe.upstream.shared_memory import clean_dead_shared_memory
@@ -63,14 +70,17 @@ def main(config: RecipeConfig) -> "Trainer":
     origin = describe(as_saved(config, longest), tokenizer, model, base_weights(model.model, config))
     start = load_keywords(view, config.load_path, config.autoresume, origin)
     start, origin = take_weights(model, start, config, origin)
+    answers = answer_schedule(config)
     asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
     train_loader = build_train_loader(
         config.train_loader,
-        build_encoder(*asked),
+        build_encoder(*asked, with_content=config.cache_frozen is not None),
         teachers,
         config.seed,
         view.microbatch_size or device_batch_size(config.train_loader),
         partial(split_batch, equally_many=view.is_sharded),
+        answers_at_start=answers is None or trunk_learns(answers, None),
+        answers_ever=answers is None or bool(answers.trunk),
     )
     eval_loader = build_eval_loader(config.eval_loader, build_encoder(*asked, keep_image=True), teachers, config.seed)
     check_data(start, train_loader)
@@ -95,7 +105,7 @@ def main(config: RecipeConfig) -> "Trainer":
                     view.save_folder,
                     view.keywords.get("eval_interval", 1),
                     config.scheduler,
-                    build_schedule(config.scheduler, config.staged_freezing, config.optimizer),
+                    build_schedule(config.scheduler, config.staged_freezing, config.optimizer, groups_of(config)),
                 ),
             ],
             loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),

@@ -356,6 +356,7 @@ def test_a_split_that_was_not_converted_is_named(minimal: str, tmp_path: Path) -
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 NO_HEAD = [f"loss.weight_{name}=0" for name in ("bbox", "giou", "objectness", "caption")]
+NO_TRUNK = [f"optimizer.lr_{group}=0" for group in ("vision", "merger", "llm")]
 TEACHERS = ["teachers.num_teachers=1", "teachers.stream={remote: s3://a/b}"]
 
 
@@ -371,6 +372,9 @@ TEACHERS = ["teachers.num_teachers=1", "teachers.stream={remote: s3://a/b}"]
         (None, CHAT, [], True),
         ((), None, ["prompt.student_answer=false"], True),
         ((), None, NO_HEAD, True),
+        ((), None, [*NO_HEAD, *NO_TRUNK], False),
+        (None, CHAT, NO_TRUNK, False),
+        ((), None, NO_TRUNK, True),
     ],
 )
 def test_a_set_that_teaches_nothing_is_refused(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipe.config import RecipeConfig
+from recipe.config import OptimizerConfig, RecipeConfig
 from recipe.joint import JointModel
+from recipe.optim.groups import build_optimizer
 from recipe.schema import DetectionOutputs, Example, JointOutputs, Role
 from tests.support.tiny_cases import (
     ADAPTED,
@@ -21,6 +22,7 @@ from tests.support.tiny_cases import (
     loss_error,
     losses_and_gradients,
     make_batches,
+    make_examples,
     make_model,
 )
 
@@ -180,6 +182,25 @@ def test_order_of_samples_is_no_matter(tiny_model: JointModel, mixed: list[Examp
     found, found_gradients = losses_and_gradients(tiny_model, make_batches(mixed[::-1], "packed", 4))
     # measured: 6.0e-16 and 8.1e-16
     assert loss_error(found, losses) <= 1e-9
+    assert gradient_error(found_gradients, gradients) <= 1e-9
+
+
+@LAYOUTS
+def test_a_frozen_trunk_misses_no_answer(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], layout: str
+):
+    """The head's losses and gradients are those with answers; the language model's terms are gone, not 0."""
+    config = tiny_config(**ALL_SWITCHES)
+    model = make_model(config)
+    build_optimizer(model, OptimizerConfig(lr_vision=0, lr_merger=0, lr_llm=0))
+    bare = list(make_examples(config, with_answers=False).values())
+    assert sum(len(item.input_ids) for item in bare) < sum(len(item.input_ids) for item in tiny_examples.values())
+    losses, gradients = losses_and_gradients(model, make_batches(list(tiny_examples.values()), layout, 3))
+    found, found_gradients = losses_and_gradients(model, make_batches(bare, layout, 3))
+    assert {name for name in losses if name not in found} == {"loss_lm_teacher", "loss_lm_student"}
+    expected = {name: losses[name] for name in found if name != "total"}
+    # measured: 2.4e-16 and 3.6e-16
+    assert loss_error({name: found[name] for name in expected}, expected) <= 1e-9
     assert gradient_error(found_gradients, gradients) <= 1e-9
 
 

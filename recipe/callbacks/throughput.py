@@ -69,11 +69,15 @@ def _last_product(block: Any) -> nn.Module:
     return found[0][1] if found else block.mlp.down_proj
 
 
-def step_flops(network: nn.Module, batches: Sequence[Batch], trained: Collection[str]) -> Flops:
-    """Count this rank's optimizer step of a `JointNetwork`, within 1 %, if these parameter groups are `trained`."""
+def step_flops(network: Any, batches: Sequence[Batch], trained: Collection[str]) -> Flops:
+    """Count this rank's optimizer step of a `JointNetwork`, within 1 %, if these parameter groups are `trained`.
+
+    The trunk of a microbatch that the network's cache holds does not run.
+    """
     flops = Flops()
     for batch in batches:
-        _add_trunk(network, batch, trained, flops)
+        if network.cache is None or not network.cache.has(batch["contents"]):
+            _add_trunk(network, batch, trained, flops)
         _add_detection(network, batch, trained, flops)
     return flops
 

@@ -91,6 +91,7 @@ def _batch(
         student_samples=solved,
         targets=[examples[position].target for position in solved],
         noise_seeds=[examples[position].noise_seed for position in solved],
+        contents=[examples[position].content for position in solved],
         num_tokens=sum(len(item.input_ids) for item in examples if not item.is_inert),
         num_samples=sum(not item.is_inert for item in examples),
         num_packs=sum(not pack.is_inert for pack in packs),

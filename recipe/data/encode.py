@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,6 +35,12 @@ def rope_positions(input_ids: Tensor, image_grid_thw: Tensor, hf_config: Any) ->
     return positions[:, 0].clone()
 
 
+def num_prompt_segments(student: Sequence[Segment]) -> int:
+    """Return how many segments of a student turn precede its first answer: what inference sees."""
+    answers = (position for position, segment in enumerate(student) if segment.role is Role.STUDENT)
+    return next(answers, len(student))
+
+
 @contextmanager
 def naming(sample: Sample) -> Iterator[None]:
     """Put the sample's id in front of a ValueError."""
@@ -54,23 +61,25 @@ class Encoder:
     max_caption_tokens: int  # of the longest caption, including end-of-sequence
     max_seq_len: int  # of the longest conversation
     keep_image: bool = False  # keep the student's image bytes in the example, for drawing
+    with_content: bool = False  # identify each example's pixels and prompt
 
     @property
     def pad_token_id(self) -> int:
         """Return the id that pads rows."""
         return cast(int, self.tokenizer.pad_token_id)
 
-    def __call__(self, sample: Sample, teachers: Sequence[Sample] = ()) -> Example:
+    def __call__(self, sample: Sample, teachers: Sequence[Sample] = (), with_answers: bool = True) -> Example:
         """Encode the teacher turns, then the student turn.
 
         A sample without `objects` and `messages` gives its prompt alone, as in prediction: exactly the first
-        `prompt_length` ids of the annotated sample, none supervised.
+        `prompt_length` ids of the annotated sample, none supervised. So does any sample if not `with_answers`: its
+        student turn ends with the prompt, and the teachers' answers are not supervised.
 
         Raises:
             ValueError: The sample or a teacher cannot be used; names its id and the remedy.
         """
         with naming(sample):
-            head, student = self.segments(sample, teachers)
+            head, student = self.segments(sample, teachers, with_answers)
             with_image = [item for item in (*teachers, sample) if item.has_image]
             images = [patchify(item.image, self.image_spec) for item in with_image]
             for item, (_, (_, rows, columns)) in zip(with_image, images, strict=True):
@@ -90,20 +99,38 @@ class Encoder:
                     "or lower image.max_pixels or teachers.num_teachers"
                 )
             no_patches = torch.empty(0, self.image_spec.patch_values, dtype=torch.uint8)
+            pixel_patches = torch.cat([no_patches, *(patches for patches, _ in images)])
+            content = ""
+            if self.with_content:
+                content = self._content_of(input_ids[:prompt_length], image_grid_thw, pixel_patches)
             return Example(
                 sample=sample if self.keep_image else replace(sample, image=b""),
                 input_ids=input_ids,
-                roles=roles,
+                roles=roles if with_answers else torch.zeros_like(roles),
                 position_ids=rope_positions(input_ids, image_grid_thw, self.hf_config),
                 prompt_length=prompt_length,
-                pixel_patches=torch.cat([no_patches, *(patches for patches, _ in images)]),
+                pixel_patches=pixel_patches,
                 image_grid_thw=image_grid_thw,
                 has_student_image=sample.has_image,
                 target=None if sample.objects is None else self._target(sample, sample.objects),
+                content=content,
             )
 
-    def segments(self, sample: Sample, teachers: Sequence[Sample] = ()) -> tuple[list[Segment], list[Segment]]:
+    def _content_of(self, *tensors: Tensor) -> str:
+        """Return 40 hex digits of the tensors and of how pixels are normalised."""
+        content = blake2b(repr((self.image_spec, [tuple(tensor.shape) for tensor in tensors])).encode(), digest_size=20)
+        for tensor in tensors:
+            content.update(tensor.contiguous().numpy().data)
+        return content.hexdigest()
+
+    def segments(
+        self, sample: Sample, teachers: Sequence[Sample] = (), with_answers: bool = True
+    ) -> tuple[list[Segment], list[Segment]]:
         """Return the segments before the student turn, and its own, without decoding images; raises as `__call__`."""
+        head, student = self._segments(sample, teachers)
+        return head, student if with_answers else student[: num_prompt_segments(student)]
+
+    def _segments(self, sample: Sample, teachers: Sequence[Sample]) -> tuple[list[Segment], list[Segment]]:
         if sample.objects is not None and not sample.has_image:
             raise ValueError("it has objects but no image: add the image, or write null for the objects")
         messages = None
@@ -117,7 +144,7 @@ class Encoder:
         if not sample.has_image:
             raise ValueError("it has neither an image nor messages: add one of them, or remove the sample")
         student = [Segment(chat.detection_question(self.prompt))]
-        if sample.objects is not None and self.prompt.student_answer:
+        if sample.objects is not None and self.prompt.student_answer is not False:
             student += chat.answer_segments(self._answer(sample, sample.objects), Role.STUDENT)
         return head, student
 
@@ -147,18 +174,16 @@ class Encoder:
         ids: list[int] = []
         roles: list[int] = []
         image_token_id, images = self.hf_config.image_token_id, iter(tokens_per_image)
-        prompt_length = None
+        prompt_length, first_answer = 0, len(head) + num_prompt_segments(student)
         segments = [*head, *student]
         rows = self.ids([segment.text for segment in segments])
         for position, (segment, row) in enumerate(zip(segments, rows, strict=True)):
-            # The head may read the prompt, so it ends before the student's first answer.
-            if position >= len(head) and segment.role is Role.STUDENT and prompt_length is None:
-                prompt_length = len(ids)
             for token in row:
                 ids += [token] * (next(images) if token == image_token_id else 1)
             roles += [int(segment.role)] * (len(ids) - len(roles))
+            if position < first_answer:  # all that the head may read
+                prompt_length = len(ids)
         assert next(images, None) is None, "every image has its placeholder"
-        prompt_length = len(ids) if prompt_length is None else prompt_length
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(roles, dtype=torch.uint8), prompt_length
 
     def ids(self, texts: list[str]) -> list[list[int]]:

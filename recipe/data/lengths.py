@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.config import ConfigError, LoaderConfig
 from recipe.data.chat import IMAGE, Segment
-from recipe.data.encode import Encoder, naming
+from recipe.data.encode import Encoder, naming, num_prompt_segments
 from recipe.data.image import resized_size
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.records import INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256, write_whole
@@ -47,6 +47,7 @@ class Lengths:
     patches: NDArray[np.int64]  # (N,) of the sample's own image; 0 without one
     takes_teachers: NDArray[np.bool_]  # (N,) see `takes_teachers`
     id_hashes: NDArray[np.int64]  # (N,) see `id_hash`
+    answer_tokens: NDArray[np.int64]  # (N,) of `tokens`, those from the first answer on
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,10 +63,10 @@ class LengthTable:
     teacher_patches: NDArray[np.int64]  # (T,)
 
     def of_epoch(
-        self, epoch: int, samples: NDArray[np.int64], first: int = 0
+        self, epoch: int, samples: NDArray[np.int64], first: int = 0, with_answers: bool = True
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (tokens, patches), each (S,), of an epoch's occurrences from `first` on, given positions (S,)."""
-        tokens, patches = self.samples.tokens[samples], self.samples.patches[samples]
+        tokens, patches = self._own_tokens(with_answers)[samples], self.samples.patches[samples]
         if self.teachers is not None:
             drawn = self.teachers.draw(epoch, first, self.samples.id_hashes[samples])
             shown = (drawn >= 0) & self.samples.takes_teachers[samples, None]
@@ -73,13 +74,17 @@ class LengthTable:
             patches = patches + np.where(shown, self.teacher_patches[drawn], 0).sum(axis=1)
         return tokens, patches
 
-    def longest(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def longest(self, with_answers: bool = True) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return (tokens, patches), each (N,), of every sample with the longest teachers that it can be shown."""
-        tokens, patches = self.samples.tokens, self.samples.patches
+        tokens, patches = self._own_tokens(with_answers), self.samples.patches
         if self.teachers is not None:
             tokens = tokens + self._most_added(self.teachers, self.teacher_tokens)
             patches = patches + self._most_added(self.teachers, self.teacher_patches)
         return tokens, patches
+
+    def _own_tokens(self, with_answers: bool) -> NDArray[np.int64]:
+        """Return (N,) the tokens of each conversation without teachers."""
+        return self.samples.tokens - (0 if with_answers else self.samples.answer_tokens)
 
     def _most_added(self, teachers: TeacherPool, added: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return (N,) the most that teachers other than the sample can add to it, each adding `added` (T,)."""
@@ -93,8 +98,9 @@ class LengthTable:
     def digest(self) -> str:
         """Return 16 hex digits that identify these lengths."""
         content = hashlib.sha256()
-        for array in (*vars(self.samples).values(), self.teacher_tokens, self.teacher_patches):
-            content.update(array.tobytes())
+        for name, array in (*vars(self.samples).items(), ("", self.teacher_tokens), ("", self.teacher_patches)):
+            if name != "answer_tokens":  # absent in older checkpoints; the plan has a digest of its own
+                content.update(array.tobytes())
         return content.hexdigest()[:16]
 
 
@@ -107,14 +113,17 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
     """Count what `encoder` would make of each sample, without its image; raise ValueError if one cannot be used."""
     chunks = []
     for chunk in _chunks(samples):
-        conversations = []
+        conversations, prompts = [], []
         for sample in chunk:
             with naming(sample):
                 head, student = encoder.segments(sample)
             conversations.append(head + student)
+            prompts.append(head + student[: num_prompt_segments(student)])
         tokens, patches = _count_chunk(chunk, conversations, encoder)
+        answer_tokens = tokens - _count_chunk(chunk, prompts, encoder)[0]
         taking = np.array([takes_teachers(sample) for sample in chunk])
-        chunks.append((tokens, patches, taking, np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)))
+        hashes = np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)
+        chunks.append((tokens, patches, taking, hashes, answer_tokens))
     return Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
 
@@ -151,7 +160,8 @@ def fingerprint(encoder: Encoder) -> str:
     """Return 16 hex digits of all that token counts depend on, except the samples."""
     probe = [segment.text for part in encoder.segments(_PROBE, [_PROBE]) for segment in part]
     tokenizer: Any = encoder.tokenizer
-    parts = [tokenizer.backend_tokenizer.to_str(), asdict(encoder.prompt), asdict(encoder.image_spec), probe]
+    counted = [entry.name for entry in fields(Lengths)]
+    parts = [tokenizer.backend_tokenizer.to_str(), asdict(encoder.prompt), asdict(encoder.image_spec), probe, counted]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -174,7 +184,12 @@ def read_longest_caption(streams: Sequence[CheckedStream], tokenizer: PreTrained
 
 
 def check_records(
-    where: str, streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None, loader: LoaderConfig
+    where: str,
+    streams: Sequence[CheckedStream],
+    encoder: Encoder,
+    teachers: TeacherPool | None,
+    loader: LoaderConfig,
+    with_answers: bool = True,
 ) -> None:
     """Judge the records of a loader before the first batch; all ranks must call it.
 
@@ -187,11 +202,13 @@ def check_records(
         encoder: Gives the longest caption and conversation.
         teachers: Shown with the samples; training is judged by the longest that a sample can be shown.
         loader: Its section. With `on_bad_sample: skip`, what is too long is only logged.
+        with_answers: Whether any epoch reads them.
 
     Raises:
         ConfigError: A caption or conversation is too long, or a sample cannot be used.
     """
-    problems = from_rank_0(lambda: _judge(where, streams, encoder, teachers, loader.packing is not None))
+    is_packed = loader.packing is not None
+    problems = from_rank_0(lambda: _judge(where, streams, encoder, teachers, is_packed, with_answers))
     if problems and loader.on_bad_sample != "skip":
         raise ConfigError(
             "\n  ".join(f"{text}; {where}.on_bad_sample=skip leaves such samples out" for text in problems)
@@ -201,7 +218,12 @@ def check_records(
 
 
 def _judge(
-    where: str, streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None, is_packed: bool
+    where: str,
+    streams: Sequence[CheckedStream],
+    encoder: Encoder,
+    teachers: TeacherPool | None,
+    is_packed: bool,
+    with_answers: bool,
 ) -> list[str]:
     """Return what is wrong with the records of the streams."""
     problems: list[str] = []
@@ -216,7 +238,9 @@ def _judge(
             if not is_packed:
                 table = LengthTable(lengths, teachers, *added)
                 is_drawn = where == "eval_loader"  # every evaluation draws the same teachers
-                tokens, _ = table.of_epoch(0, np.arange(num_samples), first) if is_drawn else table.longest()
+                tokens, _ = (
+                    table.of_epoch(0, np.arange(num_samples), first) if is_drawn else table.longest(with_answers)
+                )
                 problems += _too_long(where, stream, tokens, encoder.max_seq_len, "a conversation")
         except (MissingRecordsError, DamagedRecordsError) as error:
             if is_packed:

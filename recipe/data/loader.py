@@ -37,16 +37,19 @@ def build_train_loader(
     seed: int,
     microbatch_size: int,
     split_batch: Callable[[list[Batch], int | float], Sequence[Batch]],
+    answers_at_start: bool = True,
+    answers_ever: bool = True,
 ) -> DataSpec:
     """Return the training loader: batches of packs, resumed exactly at any number of ranks and workers.
 
     A forward pass on one device takes `microbatch_size` packs. Composer calls `split_batch` with each device batch, to
-    which it adds the loss denominators of the global batch.
+    which it adds the loss denominators of the global batch. `answers_at_start` and `answers_ever`: whether the first
+    epoch, and any, reads answers; `recipe.callbacks.training_data` decides for the others.
     """
     batch_size = device_batch_size(loader)
     streams = open_streams(loader.streams)
     packing, wanted, skips = None, loader.packing, loader.on_bad_sample == "skip"
-    check_records("train_loader", streams, encoder, teachers, loader)
+    check_records("train_loader", streams, encoder, teachers, loader, answers_ever)
     if wanted is not None:
         max_tokens = wanted.max_tokens or encoder.max_seq_len
         budget = Budget(max_tokens, wanted.max_patches, wanted.window, encoder.max_seq_len)
@@ -56,6 +59,8 @@ def build_train_loader(
         ExampleMaker(encoder, teachers, seed),
         packing,
         skips_bad_samples=skips,
+        answers_at_start=answers_at_start,
+        answers_ever=answers_ever,
         streams=streams,
         batch_size=batch_size,
         **{"shuffle_seed": seed, **loader.dataset},
@@ -114,7 +119,7 @@ def tokens_per_batch(loader: LoaderConfig, spec: DataSpec) -> float:
     assert isinstance(spec.dataloader, DataLoader)
     dataset = spec.dataloader.dataset
     assert isinstance(dataset, PackStream)
-    plan = dataset.plan(0)
+    plan = dataset.plan(0, dataset.answers_at_start)
     if loader.packing is not None:
         mean = float(plan.tokens.sum()) / plan.num_packs
     else:

@@ -56,13 +56,13 @@ class ExampleMaker:
     teachers: TeacherPool | None
     seed: int
 
-    def __call__(self, row: Mapping[str, Any], epoch: int, occurrence: int) -> Example:
+    def __call__(self, row: Mapping[str, Any], epoch: int, occurrence: int, with_answers: bool = True) -> Example:
         """Encode a row; raise ValueError with its id and the remedy if it cannot be used."""
         sample = Sample.from_mds(row)
         shown = []
         if self.teachers is not None and takes_teachers(sample):
             shown = self.teachers.draw_samples(epoch, occurrence, sample.id)
-        return replace(self.encoder(sample, shown), noise_seed=noise_seed(self.seed, epoch, occurrence))
+        return replace(self.encoder(sample, shown, with_answers), noise_seed=noise_seed(self.seed, epoch, occurrence))
 
 
 def make_inert(example: Example) -> Example:
@@ -90,15 +90,31 @@ class PackStream(CheckedDataset):
 
     Streaming resamples and shuffles an epoch's samples and fetches their shards. The plan says which samples share a
     pack and assigns the packs to ranks and workers.
+
+    Attributes:
+        epoch_of_length: The epoch that `len` is of.
+        with_answers: Whether this epoch's conversations hold the answers; constant within an epoch, and part of the
+            state of the epoch in progress. Only workers started later see a change.
+        quarantined: Ids left out; only workers started later see a change.
     """
 
-    def __init__(self, maker: ExampleMaker, packing: Packing | None, skips_bad_samples: bool, **keywords: Any):
+    def __init__(
+        self,
+        maker: ExampleMaker,
+        packing: Packing | None,
+        skips_bad_samples: bool,
+        answers_at_start: bool = True,
+        answers_ever: bool = True,
+        **keywords: Any,
+    ):
         """Open the shards.
 
         Args:
             maker: Row → Example.
             packing: None: one sample per pack.
             skips_bad_samples: List samples that cannot be used in `Pack.skipped`, else raise.
+            answers_at_start: `with_answers` of the run's first epoch.
+            answers_ever: Whether any epoch has answers, so that a sample must fit with its own.
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)
@@ -113,13 +129,15 @@ class PackStream(CheckedDataset):
             # Streaming's own default would count packs as samples.
             per_pack = 1.0
             if packing is not None:
-                per_pack = max(1.0, packing.budget.max_tokens / float(packing.lengths.samples.tokens.mean()))
+                tokens, _ = packing.lengths.of_epoch(0, np.arange(len(packing.lengths.samples)), 0, answers_at_start)
+                per_pack = max(1.0, packing.budget.max_tokens / float(tokens.mean()))
             self.predownload = max(64, round(8 * (self.batch_size or 1) * per_pack))
         if packing is not None and not packing.skips_long_samples:
-            self._check_lengths(packing)
+            self._check_lengths(packing, answers_ever)
         self._fixed_identity, self._described = self._identify_data(), self._describe_streams()
         self.epoch_of_length = 0
-        self.quarantined: set[str] = set()  # ids left out; only workers started later see a change
+        self.with_answers = self.answers_at_start = answers_at_start
+        self.quarantined: set[str] = set()
         self._plan: tuple[str, Plan] | None = None
         self._packs: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._epoch = 0
@@ -128,16 +146,34 @@ class PackStream(CheckedDataset):
         """Return the packs of one rank in `epoch_of_length`: epochs differ."""
         return -(-self.plan(self.epoch_of_length).num_packs // self._parallel_rank_world.num_ranks)
 
-    def plan(self, epoch: int) -> Plan:
-        """Return the packs of an epoch, of all ranks."""
-        key = f"epoch{epoch}-{_digest(self.identity())}"
+    def plan(self, epoch: int, with_answers: bool | None = None) -> Plan:
+        """Return the packs of an epoch, of all ranks; `with_answers` is by default that of the epoch in progress."""
+        answers = self.with_answers if with_answers is None else with_answers
+        key = f"epoch{epoch}-{'answers' if answers else 'prompts'}-{_digest(self.identity())}"
         if self._plan is None or self._plan[0] != key:
-            self._plan = (key, cached_plan(key, lambda: self._make_plan(epoch)))
+            self._plan = (key, cached_plan(key, lambda: self._make_plan(epoch, answers)))
         return self._plan[1]
 
     def example(self, position: int) -> Example:
         """Return the Example of a stored sample, as epoch 0 shows it without resampling."""
-        return self._maker(self[position], 0, position)
+        return self._maker(self[position], 0, position, self.answers_at_start)
+
+    def prompt_sizes(self) -> tuple[int, float, float]:
+        """Return the stored images, their prompts' tokens and their patches; the last two may be estimates.
+
+        Without packing they are those of some 16 evenly spread samples.
+        """
+        if self._packing is not None:
+            own = self._packing.lengths.samples
+            has_image = own.patches > 0
+            tokens = (own.tokens - own.answer_tokens)[has_image].sum()
+            return int(has_image.sum()), float(tokens), float(own.patches.sum())
+        positions = range(0, self.num_samples, max(1, self.num_samples // 16))
+        examples = [example for example in map(self.example, positions) if example.has_student_image]
+        scale = self.num_samples / len(positions)
+        tokens = sum(example.prompt_length for example in examples)
+        patches = sum(len(example.pixel_patches) for example in examples)
+        return round(scale * len(examples)), scale * tokens, scale * patches
 
     def identity(self) -> dict[str, str]:
         """Return all that the plans depend on, by the names that error messages use."""
@@ -153,11 +189,13 @@ class PackStream(CheckedDataset):
         """Return Streaming's state, counted in packs, and what the plan depends on."""
         state = super().state_dict(num_samples, from_beginning)
         digest = self.plan(state["epoch"]).digest() if state["sample_in_epoch"] else ""
-        return {**state, "plan": {**self.identity(), "digest": digest}, "streams": self._described}
+        plan = {**self.identity(), "digest": digest}
+        return {**state, "plan": plan, "streams": self._described, "with_answers": self.with_answers}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Resume from a state; raise ConfigError if the plan is not that run's."""
         self.check_plan(obj)
+        self.with_answers = obj.get("with_answers", True)  # older checkpoints have answers in every epoch
         super().load_state_dict(obj)
 
     def check_plan(self, obj: Mapping[str, Any]) -> None:
@@ -175,13 +213,17 @@ class PackStream(CheckedDataset):
         asked = self._asked_canonical_nodes
         if asked and asked != obj["num_canonical_nodes"]:
             changed.append(f"num_canonical_nodes was {obj['num_canonical_nodes']}, now {asked}")
-        if not changed and then["digest"] and then["digest"] != self.plan(obj["epoch"]).digest():
+        if not changed and then["digest"] and then["digest"] != self._digest_of(obj):
             changed = ["the packer, Streaming's shuffle or numpy has another version"]
         if changed:
             raise ConfigError(
                 f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}). "
                 f"Undo the change, or start a new run from the weights: {NEW_RUN}"
             )
+
+    def _digest_of(self, obj: Mapping[str, Any]) -> str:
+        """Return the digest of the plan that a state is within."""
+        return self.plan(obj["epoch"], obj.get("with_answers", True)).digest()
 
     def __iter__(self) -> Iterator[Pack]:
         """Yield this worker's packs of the epoch."""
@@ -192,7 +234,7 @@ class PackStream(CheckedDataset):
             number, occurrence, num_tokens, is_last = next(members)
             try:
                 if row["id"] not in self.quarantined:
-                    example = self._maker(row, self._epoch, occurrence)
+                    example = self._maker(row, self._epoch, occurrence, self.with_answers)
                     if num_tokens and len(example.input_ids) != num_tokens:
                         raise RuntimeError(
                             f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were "
@@ -261,7 +303,7 @@ class PackStream(CheckedDataset):
             found[key] = [_digest(_contents(own)), sum(shard.samples for shard in own), int(stream.choose)]
         return found
 
-    def _make_plan(self, epoch: int) -> Plan:
+    def _make_plan(self, epoch: int, with_answers: bool) -> Plan:
         units, samples = self.resample_streams(epoch)
         order = np.arange(len(samples))
         if self.shuffle:
@@ -271,7 +313,7 @@ class PackStream(CheckedDataset):
             )
         if self._packing is None:
             return plan_samples(order, samples, self.num_canonical_nodes)
-        tokens, patches = self._packing.lengths.of_epoch(epoch, samples)
+        tokens, patches = self._packing.lengths.of_epoch(epoch, samples, 0, with_answers)
         budget = self._packing.budget
         if not budget.fits(tokens, patches).any():
             raise ConfigError(
@@ -280,10 +322,10 @@ class PackStream(CheckedDataset):
             )
         return plan_packs(order, samples, tokens, patches, self.num_canonical_nodes, budget, self.shuffle_seed, epoch)
 
-    def _check_lengths(self, packing: Packing) -> None:
+    def _check_lengths(self, packing: Packing, with_answers: bool) -> None:
         """Raise ValueError if a sample could be over the budget alone, in any epoch."""
         budget = packing.budget
-        tokens, patches = packing.lengths.longest()
+        tokens, patches = packing.lengths.longest(with_answers)
         long = np.flatnonzero(~budget.fits(tokens, patches))
         if not len(long):
             return

@@ -3,16 +3,19 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import accumulate
 from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import Parameter
+from torch.nn.utils.rnn import pad_sequence
 
 from recipe.config import LossConfig, MatcherConfig
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead, make_denoising_queries
+from recipe.models.frozen_cache import FrozenCache, TrunkReading
 from recipe.models.matcher import match
 from recipe.models.memory import MemoryBuilder
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
@@ -70,6 +73,7 @@ class JointNetwork(nn.Module):
 
     Attributes:
         average: Averages of memory, detection head and caption decoder, which replace them in evaluation; or None.
+        cache: In training, holds what the memory reads of the trunk, which then runs only for new images; or None.
 
     Args:
         loss: For the focal parameters of the matching cost.
@@ -100,6 +104,7 @@ class JointNetwork(nn.Module):
         self.box_noise = box_noise
         self.aux_loss = aux_loss
         self.average: nn.ModuleDict | None = None
+        self.cache: FrozenCache | None = None
 
     def add_average(self) -> None:
         """Create `average` from the current weights; `recipe.algorithms.head_ema` updates it.
@@ -158,20 +163,15 @@ class JointNetwork(nn.Module):
         # Read now: after the language model's pass is queued, the host would wait until a GPU has finished it.
         grids = batch["image_grid_thw"].tolist()
         student_grids = {image: grids[image] for image in batch["student_images"].tolist()}
-        states = self.vlm(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["position_ids"],
-            batch["segment_lengths"],
-            batch["pixel_patches"],
-            batch["image_grid_thw"],
-            with_patches=self.memory.patch_adapter is not None,
-        )
+        if self.training and self.cache is not None:
+            states, prompt_index, student_grids = self._cached_states(self.cache, batch, student_grids)
+        else:
+            states, prompt_index = self._run_trunk(batch), batch["prompt_index"]
         label_losses = self.vlm.token_losses(states.last_hidden_state[batch["label_index"]], batch["labels"])
         parts = (self.memory, self.detection_head, self.caption_decoder)
         head_trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and head_trains):
-            memory = self._build_memory(states, batch["prompt_index"], student_grids)
+            memory = self._build_memory(states, prompt_index, student_grids)
             targets: Sequence[Target | None] = batch["targets"] or [None]
             noise_seeds, queries = batch["noise_seeds"] or [0], None
             if self.training:
@@ -186,6 +186,46 @@ class JointNetwork(nn.Module):
             captions = self._caption_losses(detection, memory, matches[-1], targets)
         denoising = None if queries is None or denoised is None else (queries, denoised)
         return JointOutputs(label_losses, memory, detection, denoising, matches, targets, *captions)
+
+    def _run_trunk(self, batch: Batch) -> VlmOutputs:
+        return self.vlm(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["position_ids"],
+            batch["segment_lengths"],
+            batch["pixel_patches"],
+            batch["image_grid_thw"],
+            with_patches=self.memory.patch_adapter is not None,
+        )
+
+    def _cached_states(
+        self, cache: FrozenCache, batch: Batch, student_grids: Mapping[int, Sequence[int]]
+    ) -> tuple[VlmOutputs, Tensor, Mapping[int, Sequence[int]]]:
+        """Return states, prompt index and grids for `_build_memory`, of the cache if it has all of the batch's images.
+
+        Else the trunk runs, and the cache gets what is new. Read states hold the prompts of the N images alone, and
+        their features; without images, they are one blank row.
+        """
+        assert len(batch["labels"]) == 0, "a trunk that never learns reads no answers"
+        device = batch["input_ids"].device
+        readings = cache.read(batch["contents"], device)
+        if readings is None:
+            states = self._run_trunk(batch)
+            prompts = [states.last_hidden_state[index[index >= 0]] for index in batch["prompt_index"]]
+            features = [states.image_features[image] for image in student_grids]
+            patches = [states.patch_features[image] if states.patch_features else None for image in student_grids]
+            cache.write(batch["contents"], list(map(TrunkReading, features, prompts, patches)))
+            return states, batch["prompt_index"], student_grids
+        prompts = [reading.prompt for reading in readings]
+        ends = accumulate((len(prompt) for prompt in prompts), initial=0)
+        rows = [torch.arange(len(prompt), device=device) + end for prompt, end in zip(prompts, ends, strict=False)]
+        states = VlmOutputs(
+            torch.cat(prompts or [next(self.vlm.parameters()).new_zeros(1, self.vlm.text_config.hidden_size)]),
+            tuple(reading.vision for reading in readings),
+            tuple(reading.patches for reading in readings if reading.patches is not None),
+        )
+        index = pad_sequence(rows, batch_first=True, padding_value=-1) if rows else batch["prompt_index"]
+        return states, index, dict(enumerate(student_grids.values()))
 
     def _build_memory(
         self, states: VlmOutputs, prompt_index: Tensor, student_grids: Mapping[int, Sequence[int]]

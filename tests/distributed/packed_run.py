@@ -19,7 +19,14 @@ from composer import Callback, Logger, State
 from composer.utils import dist, maybe_create_object_store_from_uri
 
 from recipe.callbacks import table
-from recipe.config import LoaderConfig, PackingConfig, RecipeConfig, TeacherConfig
+from recipe.config import (
+    CacheFrozenConfig,
+    LoaderConfig,
+    PackingConfig,
+    RecipeConfig,
+    StagedFreezingConfig,
+    TeacherConfig,
+)
 from recipe.console import setup_logging
 from recipe.train import main
 from tests.launches.launch import leave
@@ -41,6 +48,8 @@ class Settings:
         kill_at: Steps after which the last rank is killed with SIGKILL; 0: never.
         terminate_at: Steps after which SIGTERM is sent; 0: never.
         terminate: Whom: `launcher`, which hands it on to all ranks; or `rank`: the last one alone.
+        frozen_cache: Folder of `cache_frozen` in a run of the head alone, without teachers; empty: a joint run.
+        thaw: When vision tower, merger and language model begin to learn, such as `9ba`; empty: at the start.
     """
 
     checkpoint: str
@@ -53,6 +62,8 @@ class Settings:
     kill_at: int = 0
     terminate_at: int = 0
     terminate: str = "launcher"
+    thaw: str = ""
+    frozen_cache: str = ""
 
 
 class Recorder(Callback):
@@ -73,8 +84,9 @@ class Recorder(Callback):
             wait_for_upload(self.save_folder)
             os.kill(os.getpid(), signal.SIGKILL)
         ids = [sample.id for batch in state.batch if batch["num_packs"] for sample in batch["samples"]]
+        answers = any(len(batch["labels"]) for batch in state.batch)
         with (self.out / f"ids-{dist.get_global_rank()}.jsonl").open("a") as file:
-            file.write(json.dumps({"step": int(state.timestamp.batch), "ids": ids}) + "\n")
+            file.write(json.dumps({"step": int(state.timestamp.batch), "ids": ids, "answers": answers}) + "\n")
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """The weights, of rank 0."""
@@ -105,10 +117,21 @@ def config_of(settings: Settings) -> RecipeConfig:
             return {"local": settings.data, "split": split}
         return {"remote": settings.data, "local": settings.cache, "split": split}
 
+    stages = [{"from": "0ba", "lr": "frozen"}, {"from": settings.thaw, "lr": 1.0}]
+    groups = {group: stages for group in ("vision", "merger", "llm") if settings.thaw}
+    is_cached = bool(settings.frozen_cache)
+    rates = {f"lr_{group}": 0.0 for group in ("vision", "merger", "llm") if is_cached}
     return replace(
-        make_config(settings.checkpoint, model={"dtype": "float32"}, evaluation={"generate_answer": False}),
+        make_config(
+            settings.checkpoint,
+            model={"dtype": "float32"},
+            evaluation={"generate_answer": False},
+            optimizer=rates,
+            cache_frozen=CacheFrozenConfig(settings.frozen_cache) if is_cached else None,
+        ),
         run_folder=settings.out,
-        teachers=TeacherConfig(stream=stream("teachers"), num_teachers=1, teacher_ratio=0.5),
+        staged_freezing=StagedFreezingConfig(groups),
+        teachers=TeacherConfig(stream=stream("teachers"), num_teachers=int(not is_cached), teacher_ratio=0.5),
         train_loader=LoaderConfig(
             streams={"train": stream("train")},
             global_batch_size=4,

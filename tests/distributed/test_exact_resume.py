@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,10 @@ class Leg:
 
 @dataclass(frozen=True)
 class Run:
-    """What all launches of a run leave: the ids of each global step, sorted; the final weights."""
+    """What all launches of a run leave: the ids of each global step, sorted, and the final weights."""
 
     steps: list[list[str]]
+    answers: list[bool]  # of each global step, whether its conversations hold any
     weights: dict[str, torch.Tensor]
 
 
@@ -42,11 +44,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg]) -> Run:
+def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg], **changes: str) -> Run:
     """Launches the legs one after the other, each from the checkpoint of the kill before."""
     folder.mkdir()
-    settings = Settings(checkpoint, data, str(folder), str(folder / "checkpoints"), steps=STEPS)
+    settings = Settings(checkpoint, data, str(folder), str(folder / "checkpoints"), steps=STEPS, **changes)
     steps: list[list[str]] = []
+    answers: list[bool] = []
     for leg in legs:
         for path in folder.glob("ids-*.jsonl"):
             path.unlink()
@@ -56,20 +59,23 @@ def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg]) -> Run:
         launch = run_composer(leg.world_size, SCRIPT, str(path), timeout=240, check=False)
         assert (launch.returncode == 0) == (leg.kill_at == 0), launch.output
         until = leg.kill_at or STEPS
-        steps += list(read_steps(folder, leg.world_size, len(steps), until))
-    return Run(steps, torch.load(folder / "weights.pt"))
+        rows = list(read_steps(folder, leg.world_size, len(steps), until))
+        steps += [ids for ids, _ in rows]
+        answers += [has_any for _, has_any in rows]
+    return Run(steps, answers, torch.load(folder / "weights.pt"))
 
 
-def read_steps(folder: Path, world_size: int, first: int, until: int) -> Iterator[list[str]]:
+def read_steps(folder: Path, world_size: int, first: int, until: int) -> Iterator[tuple[list[str], bool]]:
     """The ids of the global steps `first` to `until`, which are all that a launch made, of all ranks together."""
     ranks = []
     for rank in range(world_size):
         rows = [json.loads(line) for line in (folder / f"ids-{rank}.jsonl").read_text().splitlines()]
         steps = [row["step"] for row in rows]
         assert steps == list(range(first, first + len(steps))), f"rank {rank} began or went on elsewhere: {steps}"
-        ranks.append({row["step"]: row["ids"] for row in rows})
+        ranks.append({row["step"]: row for row in rows})
     for step in range(first, until):
-        yield sorted(name for rank in ranks for name in rank[step])
+        found = [rank[step] for rank in ranks]
+        yield sorted(name for row in found for name in row["ids"]), any(row["answers"] for row in found)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,45 @@ def test_killed_twice_and_resumed_ends_with_the_same_weights(
     assert killed.steps == whole.steps
     assert killed.weights.keys() == whole.weights.keys()
     assert all(torch.equal(killed.weights[name], value) for name, value in whole.weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_resumed_in_epochs_without_and_with_answers(tiny_checkpoint: str, data: str, tmp_path: Path):
+    """The trunk thaws within the second epoch: answers are read from the third on."""
+    thaw = "5ba"
+    whole = run(tiny_checkpoint, data, tmp_path / "whole", [Leg(1, 0)], thaw=thaw)
+    first = whole.answers.index(True)
+    assert 5 < first < STEPS - 2 and whole.answers == [False] * first + [True] * (STEPS - first)
+    assert len({name for step in whole.steps[:first] for name in step}) == 45
+    legs = [Leg(1, 2, kill_at=2), Leg(1, 0, kill_at=first + 1), Leg(1, 2)]
+    killed = run(tiny_checkpoint, data, tmp_path / "killed", legs, thaw=thaw)
+    assert (killed.steps, killed.answers) == (whole.steps, whole.answers)
+    assert all(torch.equal(killed.weights[name], value) for name, value in whole.weights.items())
+    spread = run(tiny_checkpoint, data, tmp_path / "spread", [Leg(1, 0, kill_at=first - 1), Leg(2, 0)], thaw=thaw)
+    assert (spread.steps, spread.answers) == (whole.steps, whole.answers)
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_resumed_with_a_cache_of_the_frozen_trunk(tiny_checkpoint: str, data: str, tmp_path: Path):
+    """Killed while it is written and while it is read; two ranks share it. To the bit, and by rounding on two ranks."""
+
+    def cached(name: str, legs: Sequence[Leg], cache: str | None = None) -> Run:
+        return run(
+            tiny_checkpoint, data, tmp_path / name, legs, frozen_cache=str(tmp_path / (cache or f"{name}_cache"))
+        )
+
+    whole = cached("whole", [Leg(1, 0)])
+    killed = cached("killed", [Leg(1, 2, kill_at=2), Leg(1, 0, kill_at=8), Leg(1, 2)])
+    assert killed.steps == whole.steps and not any(whole.answers)
+    assert all(torch.equal(killed.weights[name], value) for name, value in whole.weights.items())
+    for name, cache in (("spread", None), ("warm", "whole_cache")):
+        spread = cached(name, [Leg(2, 0, kill_at=3), Leg(2, 0)], cache)
+        assert spread.steps == whole.steps
+        assert max(float((spread.weights[key] - value).abs().max()) for key, value in whole.weights.items()) < 1e-4
+    names = [{path.name for path in (tmp_path / f"{name}_cache").glob("*/*")} for name in ("whole", "killed", "spread")]
+    assert names[0] == names[1] == names[2] and len(names[0]) == 45
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ class Drill:
         return run_composer(world_size, SCRIPT, str(out / "settings.json"), env=env, timeout=240, check=False)
 
     def steps(self, name: str, world_size: int, first: int = 0, until: int = STEPS) -> list[list[str]]:
-        return list(read_steps(self.folder / name, world_size, first, until))
+        return [ids for ids, _ in read_steps(self.folder / name, world_size, first, until)]
 
 
 def convert(out: str, split: str, num_samples: int, env: dict[str, str]) -> None:

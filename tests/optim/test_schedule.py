@@ -29,6 +29,7 @@ from recipe.optim.schedule import (
     lr_factor,
     stage_factor,
     trained_steps,
+    trunk_learns,
 )
 from recipe.rules import check_config, check_fields, check_stages, parse_stages
 
@@ -149,6 +150,29 @@ def test_the_last_entry_whose_time_has_come_holds():
     assert [factor(entries, at(batch=batch)) for batch in (0, 2)] == [0.25, 0.25]
     entries = [{"from": "0ba", "lr": 0.25}, {"from": "2ba", "lr": "frozen"}, {"from": "4ba", "lr": 2}]
     assert [factor(entries, at(batch=batch)) for batch in (0, 1, 2, 3, 4, 9)] == [0.25, 0.25, None, None, 2.0, 2.0]
+
+
+def learns(entries: dict[str, Any], state: Any, **rates: Any) -> tuple[bool, bool]:
+    """Whether the trunk learns, now and for an epoch that begins now."""
+    config = config_of(entries, "4ep", None, **rates)
+    schedule = build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+    return trunk_learns(schedule, state), trunk_learns(schedule, state, whole_epochs=True)
+
+
+def test_whether_the_trunk_learns():
+    frozen, rates = SEED_SCHEDULE["llm"], {"lr_vision": 0, "lr_merger": 0}
+    assert learns({}, None) == (True, True)
+    assert learns({}, None, lr_llm=0, **rates) == (False, False)
+    assert learns({"llm": frozen}, None) == (True, True)  # the vision tower
+    assert learns({"llm": frozen}, None, **rates) == (False, False)
+    assert learns({"llm": frozen}, at(epoch=0, in_epoch=9), **rates) == (False, False)
+    assert learns({"llm": frozen}, at(epoch=1), **rates) == (True, True)
+    both = {"llm": frozen, "vision": [{"from": "1ep", "lr": "frozen"}]}
+    assert learns(both, at(epoch=0), lr_merger=0) == learns(both, at(epoch=1), lr_merger=0) == (True, True)
+    # Epochs of three batches: 0.05 of four epochs begins with the first batch, whatever length the epoch will have.
+    short = {"llm": [{"from": "0ba", "lr": "frozen"}, {"from": "0.05dur", "lr": 1.0}]}
+    assert learns(short, at(length=3), **rates) == (True, False)
+    assert learns(short, at(epoch=1), **rates) == (True, True)
 
 
 def test_detection_freeze_epochs_is_short_for_two_lists():

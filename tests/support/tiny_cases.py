@@ -131,14 +131,14 @@ def make_samples() -> dict[str, Sample]:
     }
 
 
-def make_examples(config: RecipeConfig) -> dict[str, Example]:
+def make_examples(config: RecipeConfig, with_answers: bool = True) -> dict[str, Example]:
     """The student samples of `make_samples`, encoded, with up to three teachers (0-4 pictures) and own noise."""
     encoder = make_encoder(config)
     samples = make_samples()
     teachers = [samples.pop(name) for name in ("teacher", "other_teacher", "third_teacher")]
     shown = {"two": teachers, "empty": teachers[1:], "one": teachers[:1]}
     return {
-        name: replace(encoder(sample, shown.get(name, [])), noise_seed=seed)
+        name: replace(encoder(sample, shown.get(name, []), with_answers), noise_seed=seed)
         for seed, (name, sample) in enumerate(samples.items(), start=100)
     }
 
