@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg], **changes: str) -> Run:
+def run(checkpoint: str, data: str, folder: Path, legs: Sequence[Leg], **changes: Any) -> Run:
     """Launches the legs one after the other, each from the checkpoint of the kill before."""
     folder.mkdir()
     settings = Settings(checkpoint, data, str(folder), str(folder / "checkpoints"), steps=STEPS, **changes)
