@@ -10,7 +10,7 @@ import yaml
 
 from convert.write import write_split
 from recipe.checks import check_libraries, check_machine
-from recipe.config import REMOVED_KEYS, ConfigError, RecipeConfig
+from recipe.config import GROUPS, REMOVED_KEYS, ConfigError, LoraConfig, LoraPartConfig, RecipeConfig, groups_of
 from recipe.configure import expand_home, from_command_line, load_config, one_line_errors, parser_of, save_config
 from recipe.redact import redact
 from recipe.rules import check_config, parse_stages
@@ -493,6 +493,43 @@ def test_a_rate_of_zero_wins_over_stages(tmp_path: Path, caplog: pytest.LogCaptu
     config = load_and_check(staged(tmp_path), "optimizer.lr_vision=0")
     assert list(parse_stages(config.staged_freezing, config.optimizer)) == ["llm"]
     assert caplog.text.count("optimizer.lr_vision is 0") == 1
+
+
+def test_adapters_on_the_command_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of one part, with its other keys at their defaults; null takes them away, and then their stages do nothing."""
+    path = write_yaml(tmp_path, MINIMAL)
+    stage = "staged_freezing.groups.lora_llm=[{from: 0ep, lr: frozen}, {from: 1ep, lr: 1}]"
+    trunk = ["optimizer.lr_vision=0", "optimizer.lr_llm=0"]
+    frozen = [*trunk, "optimizer.lr_merger=0", "optimizer.lr_adapter=0", "optimizer.lr_detection=0"]
+    config = load_and_check(path, *trunk, "lora.llm={}", "lora.vision.rank=8", "lora.vision.targets=[qkv]", stage)
+    assert config.lora == LoraConfig(llm=LoraPartConfig(), vision=LoraPartConfig(rank=8, targets=["qkv"]))
+    assert set(groups_of(config)) == set(GROUPS)
+    caplog.set_level("INFO")
+    config = load_and_check(path, "lora.llm={}", stage, "lora=null")
+    assert config.lora is None and groups_of(config) == [group for group in GROUPS if not group.startswith("lora")]
+    assert "lora is not set for the group lora_llm: staged_freezing.groups.lora_llm has no effect" in caplog.text
+    with pytest.raises(ConfigError, match=r"optimizer\.lr_\*: all are 0, so nothing would train"):
+        load_and_check(path, *frozen)
+    load_and_check(path, *frozen, "lora.llm={}")
+    with pytest.raises(ConfigError, match=r"freezes lora_llm at the start, so nothing would train"):
+        load_and_check(path, *frozen, "lora.llm={}", stage)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora.llm.rnak=8", r"unknown key lora\.llm\.rnak .*: did you mean rank\?"),
+        ("lora.text.rank=8", r"unknown key lora\.text"),
+        ("lora.llm.rank=0", r"lora\.llm\.rank is 0: it must be 1 or more"),
+        ("lora.llm.alpha=0", r"lora\.llm\.alpha is 0\.0: it must be above 0"),
+        ("lora.vision.dropout=1", r"lora\.vision\.dropout is 1\.0: it must be"),
+        ("lora.llm.targets=q_proj", r"lora\.llm.*targets"),
+        ("lora=true", r"lora"),
+    ],
+)
+def test_wrong_adapters_are_named(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_and_check(write_yaml(tmp_path, MINIMAL), override)
 
 
 WORDS = ["on", "Off", "no", "yes", "y", "TRUE", "null", "~", "7", "1.50", "0x1F", "1_000", "2026-11-27", "a cat"]

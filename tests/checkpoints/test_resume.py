@@ -122,6 +122,20 @@ def test_a_group_frozen_or_thawed_is_refused_and_the_remedies_work(
     assert load_keywords(config(tmp_path / "new", own, load_weights_only=True), after) == keywords(own, True)
 
 
+def test_the_rate_of_adapters_counts_only_if_there_are_any(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also against a checkpoint that was saved before there was such a rate."""
+    old, rate = {"optimizer": {"lr_llm": 0.0}}, {"lr_llm": 0.0, "lr_lora_llm": 0.0}
+    monkeypatch.setattr("tests.checkpoints.checkpoint_cases.ORIGIN", replace(ORIGIN, config=old))
+    train(tmp_path / "run" / "checkpoints", 2)
+    asked = config(tmp_path / "run")
+    for lora in (None, {"llm": None, "vision": {"rank": 4}}):
+        load_keywords(asked, replace(ORIGIN, config={"optimizer": rate, "lora": lora}))
+    with pytest.raises(ConfigError, match=r"optimizer\.lr_lora_llm is 0, but .* was saved with the group trained"):
+        load_keywords(asked, replace(ORIGIN, config={"optimizer": rate, "lora": {"llm": {"rank": 4}}}))
+
+
 def test_changed_keys_are_told(run_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     changed = replace(ORIGIN, config={"seed": 1, "optimizer": {"lr": 0.2}})
     with caplog.at_level(logging.INFO):

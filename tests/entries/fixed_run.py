@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -95,6 +96,18 @@ CONFIG: Mapping[str, Any] = {
     "loggers": {"json_lines": {}},
 }
 
+# Sections that put adapters on the trunk, their dropout on, and give them its rates and stages.
+ADAPTED: Mapping[str, Any] = {
+    "lora": {"llm": {"rank": 4, "dropout": 0.1}, "vision": {"rank": 4, "dora": True}},
+    "optimizer": {
+        **{"lr_vision": 0.0, "lr_lora_vision": 1e-2, "lr_merger": 8e-3, "lr_llm": 0.0, "lr_lora_llm": 1e-2},
+        **{"lr_adapter": 2e-3, "lr_detection": 2e-3},
+    },
+    "staged_freezing": {
+        "groups": {f"lora_{group}": stages for group, stages in CONFIG["staged_freezing"]["groups"].items()}
+    },
+}
+
 
 def make_inputs(folder: Path, root: Path = ROOT) -> None:
     """Write the scenes, the pool of teachers and the tiny checkpoint below `folder`, by the commands of `root`."""
@@ -109,7 +122,14 @@ def make_inputs(folder: Path, root: Path = ROOT) -> None:
     run(folder, root, "-m", module, "--out", "tiny", "--hidden-size", "64", "--num-layers", "2")
 
 
-def train(folder: Path, name: str, root: Path = ROOT, resume_at: int | None = None, seed: int = 17) -> dict[str, Any]:
+def train(
+    folder: Path,
+    name: str,
+    root: Path = ROOT,
+    resume_at: int | None = None,
+    seed: int = 17,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Train as `CONFIG` says and return what was computed; see `read_run`.
 
     Args:
@@ -118,12 +138,13 @@ def train(folder: Path, name: str, root: Path = ROOT, resume_at: int | None = No
         root: The checkout whose code runs.
         resume_at: Stop by SIGTERM once this step has begun, then give the same command again.
         seed: Of the run.
+        changes: Sections instead of those of `CONFIG`.
 
     Raises:
         RuntimeError: A command failed, or the run ended before it could be stopped.
     """
     yaml = folder / f"{name}.yaml"
-    yaml.write_text(json.dumps({**CONFIG, "seed": seed, "run_folder": name}))  # JSON is YAML
+    yaml.write_text(json.dumps({**CONFIG, **changes, "seed": seed, "run_folder": name}))  # JSON is YAML
     command = (str(root / "recipe" / "train.py"), yaml.name)
     if resume_at is not None:
         stop_at(folder, name, root, command, resume_at)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.entries.fixed_run import STEPS, compare, flatten, make_inputs, train
+from tests.entries.fixed_run import ADAPTED, STEPS, compare, flatten, make_inputs, train
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,15 @@ def test_second_run_is_bit_equal(folder: Path, uninterrupted: dict[str, Any]):
 @pytest.mark.slow
 def test_resumed_run_is_bit_equal(folder: Path, uninterrupted: dict[str, Any]):
     assert compare(uninterrupted, train(folder, "resumed", resume_at=20)) == []
+
+
+@pytest.mark.slow
+def test_resumed_run_with_adapters_is_bit_equal(folder: Path):
+    """Packs, stages, averages of the head, dropout; stopped by SIGTERM inside the stage in which one part is frozen."""
+    whole = train(folder, "adapted", changes=ADAPTED)
+    assert compare(whole, train(folder, "adapted_resumed", resume_at=20, changes=ADAPTED)) == []
+    names = {name for line in whole["metrics"] for name in line}
+    assert {"gradient_norm/lora_llm", "weight_norm/lora_vision", "lr/lora_llm"} <= names and "lr/llm" not in names
 
 
 def test_compare_names_one_changed_bit():

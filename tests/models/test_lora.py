@@ -1,6 +1,7 @@
 """Adapters by peft: where they sit, what they compute, what they are merged into, and what peft reads of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,15 @@ def test_no_adapters_leave_no_trace(tiny_config: Callable[..., RecipeConfig]) ->
         assert groups_of(config) == list(group_parameters(model)) == ["vision", "merger", "llm", "adapter", "detection"]
         assert not adapters(model)
         assert len({group["name"] for group in build_optimizer(model, config.optimizer).param_groups}) == 5
+
+
+@pytest.mark.parametrize(("trainer", "expected"), [({}, "float32"), ({"parallelism_config": {"fsdp": {}}}, "bfloat16")])
+def test_under_fsdp_adapters_have_the_dtype_of_their_unit(
+    tiny_config: Callable[..., RecipeConfig], trainer: dict[str, Any], expected: str
+) -> None:
+    model = make_model(replace(tiny_config(**ADAPTED, model={"dtype": "bfloat16"}), trainer=trainer)).model
+    assert {parameter.dtype for parameter in adapters(model.vlm.hf_model).values()} == {getattr(torch, expected)}
+    assert {parameter.dtype for parameter in model.detection_head.parameters()} == {torch.float32}
 
 
 @BOTH

@@ -14,17 +14,19 @@ from tests.support.tiny_cases import make_config
 def train_tiny_run(checkpoint: str, folder: Path, steps: int = 2, **changes: Any) -> Path:
     """Trains on four scenes in float32, evaluating after each step; returns the Composer checkpoint.
 
-    `changes` are those of `make_config`. Saved after every second step; given again, the run goes on.
+    `changes` are those of `make_config`, callbacks or loggers. Saved after every second step; called again, the run
+    resumes.
     """
     if not (folder / "data").exists():
         write_split(iter_samples(num_samples=4, seed=11, image_size=84), str(folder / "data"), "train")
     stream = {"shapes": {"local": str(folder / "data"), "split": "train"}}
+    sections = {name: changes.pop(name) for name in ("callbacks", "loggers") if name in changes}
     config = replace(
         make_config(checkpoint, **{**changes, "model": {"dtype": "float32", **changes.get("model", {})}}),
         run_folder=str(folder / "run"),
         train_loader=LoaderConfig(streams=stream, global_batch_size=2),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=4),
-        callbacks={"speed_monitor": {}, "lr_monitor": {}},
+        **{"callbacks": {"speed_monitor": {}, "lr_monitor": {}}, **sections},
         trainer={"max_duration": f"{steps}ba", "eval_interval": "1ba", "save_interval": "2ba", "progress_bar": False},
     )
     main(config).close()
