@@ -27,7 +27,7 @@ from recipe.callbacks.training_data import TrainingData
 from recipe.checkpoints.base import base_weights, leave_out
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import is_export, trained_caption_length
-from recipe.config import ConfigError, RecipeConfig
+from recipe.config import GROUPS, HEAD_GROUPS, ConfigError, RecipeConfig
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
@@ -137,7 +137,13 @@ def answer_schedule(config: RecipeConfig) -> Schedule | None:
     """Return the schedule that decides in which epochs training reads answers; None: in all."""
     if config.prompt.student_answer is True:
         return None
-    return build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+    schedule = build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+    return replace(schedule, trunk=trained_trunk(config))
+
+
+def trained_trunk(config: RecipeConfig) -> list[str]:
+    """Return the groups of the trunk, which are all but adapter and detection, that have a learning rate."""
+    return [group for group in GROUPS if group not in HEAD_GROUPS and getattr(config.optimizer, f"lr_{group}")]
 
 
 def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:

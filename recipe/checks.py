@@ -12,11 +12,10 @@ from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
 from transformers.utils.hub import cached_file
 
+from recipe.build import trained_trunk
 from recipe.callbacks.cache_frozen import parse_size
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import (
-    GROUPS,
-    HEAD_GROUPS,
     ConfigError,
     LoaderConfig,
     RecipeConfig,
@@ -57,11 +56,6 @@ def check_libraries(config: RecipeConfig) -> None:
                 f"unknown key trainer.parallelism_config.fsdp.{key} with fsdp_version {config.fsdp_version}: "
                 f"{nearest(key, allowed)}"
             )
-
-
-def trained_trunk(config: RecipeConfig) -> list[str]:
-    """Return the groups of the trunk, which are all but adapter and detection, that have a learning rate."""
-    return [group for group in GROUPS if group not in HEAD_GROUPS and getattr(config.optimizer, f"lr_{group}")]
 
 
 def check_cache(config: RecipeConfig) -> None:
