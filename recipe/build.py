@@ -27,7 +27,7 @@ from recipe.callbacks.training_data import TrainingData
 from recipe.checkpoints.base import base_weights, leave_out
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import is_export, trained_caption_length
-from recipe.config import ConfigError, RecipeConfig, groups_of
+from recipe.config import ConfigError, RecipeConfig, trained_trunk
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
@@ -127,7 +127,7 @@ def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
     Composer calls the last one first after the backward pass, and last at the end of a batch.
     """
     return [
-        StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer, groups_of(config))),
+        StagedFreezing(build_schedule(config.scheduler, config.staged_freezing, config.optimizer)),
         *([] if config.ema is None else [HeadEMA(config.ema)]),
         NaNRollback(config.nan_rollback, config.optimizer.clip_norm, config.run_folder),
     ]
@@ -137,7 +137,8 @@ def answer_schedule(config: RecipeConfig) -> Schedule | None:
     """Return the schedule that decides in which epochs training reads answers; None: in all."""
     if config.prompt.student_answer is True:
         return None
-    return build_schedule(config.scheduler, config.staged_freezing, config.optimizer, groups_of(config))
+    schedule = build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+    return replace(schedule, trunk=trained_trunk(config))
 
 
 def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:

@@ -15,14 +15,13 @@ from transformers.utils.hub import cached_file
 from recipe.callbacks.cache_frozen import parse_size
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import (
-    HEAD_GROUPS,
     LORA_TARGETS,
     ConfigError,
     LoaderConfig,
     RecipeConfig,
-    groups_of,
     lora_parts,
     nearest,
+    trained_trunk,
 )
 from recipe.joint import all_scores
 from recipe.metrics.gather import Evaluation
@@ -84,12 +83,6 @@ def check_adapters(config: RecipeConfig) -> None:
                 )
             if target not in allowed:
                 raise ConfigError(f"lora.{part}.targets holds {target!r}: {nearest(target, allowed)}")
-
-
-def trained_trunk(config: RecipeConfig) -> list[str]:
-    """Return the groups of the trunk, which are all but adapter and detection, that have a learning rate."""
-    groups = set(groups_of(config)) - set(HEAD_GROUPS)
-    return sorted(group for group in groups if getattr(config.optimizer, f"lr_{group}"))
 
 
 def check_cache(config: RecipeConfig) -> None:

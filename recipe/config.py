@@ -429,6 +429,11 @@ def groups_of(config: RecipeConfig) -> list[str]:
     return [group for group in GROUPS if not group.startswith("lora_") or group.removeprefix("lora_") in parts]
 
 
+def trained_trunk(config: RecipeConfig) -> list[str]:
+    """Return the groups of the trunk, which are all but adapter and detection, that have a learning rate."""
+    return [name for name in groups_of(config) if name not in HEAD_GROUPS and getattr(config.optimizer, f"lr_{name}")]
+
+
 # Starts over from what a checkpoint's weights have learned; without another folder, its own checkpoints come first.
 NEW_RUN = "run_folder=ANOTHER load_path=CHECKPOINT trainer.load_weights_only=true"
 

@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recipe.config import HEAD_GROUPS, ConfigError, RecipeConfig, groups_of
+from recipe.config import ConfigError, RecipeConfig, trained_trunk
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of
 from recipe.rules import check_ranks
 from recipe.upstream.trainer_section import view_trainer
@@ -245,8 +245,7 @@ def _forward_bytes(
     vision_block = block_bytes(patches, side, side, vision.intermediate_size, width)
     text_block = block_bytes(tokens, hidden, hidden, text.intermediate_size, width)
     # The graph reaches down to the lowest part that learns; below it a block's memory is given back at once.
-    trunk = set(groups_of(config)) - set(HEAD_GROUPS)
-    learning = {group for group in trunk if getattr(config.optimizer, f"lr_{group}")}
+    learning = set(trained_trunk(config))
     kept_vision = vision.depth if learning & {"vision", "lora_vision"} else 0
     kept_text = text.num_hidden_layers if learning else 0
     model, amp = network.vlm.hf_model.model, (view_trainer(config).precision or "").startswith("amp_")

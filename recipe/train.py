@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipe.config import RecipeConfig, groups_of
+from recipe.config import RecipeConfig
 from recipe.configure import as_saved, from_command_line, one_line_errors, parser_of, save_config
 from recipe.console import setup_logging
 from recipe.upstream.trainer_section import view_trainer
@@ -105,7 +105,7 @@ def main(config: RecipeConfig) -> "Trainer":
                     view.save_folder,
                     view.keywords.get("eval_interval", 1),
                     config.scheduler,
-                    build_schedule(config.scheduler, config.staged_freezing, config.optimizer, groups_of(config)),
+                    build_schedule(config.scheduler, config.staged_freezing, config.optimizer),
                 ),
             ],
             loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),

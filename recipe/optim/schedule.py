@@ -11,7 +11,7 @@ from composer.optim import (
     LinearWithWarmupScheduler,
 )
 
-from recipe.config import GROUPS, HEAD_GROUPS, CurveConfig, OptimizerConfig, SchedulerConfig, StagedFreezingConfig
+from recipe.config import GROUPS, CurveConfig, OptimizerConfig, SchedulerConfig, StagedFreezingConfig
 from recipe.rules import parse_duration, parse_stages
 
 
@@ -26,16 +26,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Hold every group's base curve, the stages of those that have any, and which have a learning rate at all."""
+    """Hold every group's base curve, the stages of those that have any, and the groups of the trunk that ever learn."""
 
     curves: Mapping[str, ComposerScheduler]
     stages: Mapping[str, Sequence[Stage]]
-    trained: Sequence[str] = ()
-
-    @property
-    def trunk(self) -> list[Sequence[Stage]]:
-        """Return the stages of each group of the trunk that has a learning rate; none if it never learns."""
-        return [self.stages.get(group, ()) for group in self.trained if group not in HEAD_GROUPS]
+    trunk: Sequence[str] = ()
 
     @property
     def freezes(self) -> bool:
@@ -43,13 +38,8 @@ class Schedule:
         return any(stage.factor is None for stages in self.stages.values() for stage in stages)
 
 
-def build_schedule(
-    scheduler: SchedulerConfig,
-    staged: StagedFreezingConfig,
-    optimizer: OptimizerConfig,
-    groups: Sequence[str] = GROUPS,
-) -> Schedule:
-    """Return the schedule that the sections describe; `optimizer` says which of the model's `groups` train at all."""
+def build_schedule(scheduler: SchedulerConfig, staged: StagedFreezingConfig, optimizer: OptimizerConfig) -> Schedule:
+    """Return the schedule that the sections describe; `optimizer` says which groups train at all."""
     curves = {group: build_curve(scheduler.groups.get(group, scheduler)) for group in GROUPS}
     stages = {
         group: [
@@ -62,7 +52,7 @@ def build_schedule(
         ]
         for group, entries in parse_stages(staged, optimizer).items()
     }
-    return Schedule(curves, stages, [group for group in groups if getattr(optimizer, f"lr_{group}")])
+    return Schedule(curves, stages)
 
 
 def build_curve(config: CurveConfig) -> ComposerScheduler:
@@ -105,20 +95,21 @@ def stage_factor(stages: Sequence[Stage], state: State) -> float | None:
 
 
 def trunk_learns(schedule: Schedule, state: State | None, whole_epochs: bool = False) -> bool:
-    """Return whether any group but adapter and detection learns in the coming step; `state` None: in the first.
+    """Return whether a group of the trunk learns in the coming step; `state` None: in the first.
 
     With `whole_epochs`, at an epoch's start, a stage that begins within the epoch has not come: the length of the epoch
     may depend on the answer.
     """
     current = [
-        [stage for stage in stages if _has_come_by(stage.start, state, whole_epochs)][-1:] for stages in schedule.trunk
+        [stage for stage in schedule.stages.get(group, ()) if _has_come_by(stage.start, state, whole_epochs)][-1:]
+        for group in schedule.trunk
     ]
     return any(not stages or stages[0].factor is not None for stages in current)
 
 
 def trunk_thaws_later(schedule: Schedule, state: State) -> bool:
     """Return whether a stage in which a group of the trunk learns has yet to come, at an epoch's start."""
-    stages = [stage for stages in schedule.trunk for stage in stages]
+    stages = [stage for group in schedule.trunk for stage in schedule.stages.get(group, ())]
     return any(stage.factor is not None and not _has_come_by(stage.start, state, True) for stage in stages)
 
 

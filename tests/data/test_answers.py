@@ -12,13 +12,14 @@ from composer import Trainer
 from composer.models import ComposerModel
 from torch.utils.data import DataLoader
 
+from recipe.build import answer_schedule
 from recipe.callbacks.training_data import TrainingData
 from recipe.config import (
     LoaderConfig,
     OptimizerConfig,
     PackingConfig,
     PromptConfig,
-    SchedulerConfig,
+    RecipeConfig,
     StagedFreezingConfig,
     TeacherConfig,
 )
@@ -28,7 +29,6 @@ from recipe.data.loader import build_train_loader, get_num_packs_in_batch, token
 from recipe.data.stream import ExampleMaker, PackStream
 from recipe.data.teachers import TeacherPool
 from recipe.losses.counts import split_batch
-from recipe.optim.schedule import build_schedule
 from recipe.schema import Batch, Role, Sample
 from tests.data.conftest import MakeSample
 
@@ -189,7 +189,8 @@ def train(
 ) -> list[tuple[int, bool, list[str]]]:
     """Epoch, whether answers are read, and ids of each pack, if the language model has the stages; None: rate 0."""
     optimizer = OptimizerConfig(lr_vision=0, lr_merger=0, lr_llm=0 if stages is None else 1)
-    schedule = build_schedule(SchedulerConfig(), StagedFreezingConfig({"llm": stages} if stages else {}), optimizer)
+    staged = StagedFreezingConfig({"llm": stages} if stages else {})
+    schedule = answer_schedule(RecipeConfig(optimizer=optimizer, staged_freezing=staged))
     model, max_duration = Reader(), changes.pop("max_duration", "3ep")
     spec = build_train_loader(loader, encoder, None, 3, 1, split_batch, answers_at_start=True)
     epochs: list[int] = []
@@ -291,8 +292,6 @@ def test_a_run_says_once_when_answers_come_and_go(
 
 
 def test_true_keeps_answers_in_every_epoch(tiny_config: Callable[..., Any]):
-    from recipe.build import answer_schedule
-
     rates = {"lr_vision": 0, "lr_merger": 0, "lr_llm": 0}
     for choice, is_kept in ((None, False), (True, True), (False, False)):
         schedule = answer_schedule(tiny_config(optimizer=rates, prompt={"student_answer": choice}))

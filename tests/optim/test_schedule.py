@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from composer import Time, Timestamp
 
+from recipe.build import answer_schedule
 from recipe.config import (
     GROUPS,
     ConfigError,
@@ -154,8 +155,8 @@ def test_the_last_entry_whose_time_has_come_holds():
 
 def learns(entries: dict[str, Any], state: Any, **rates: Any) -> tuple[bool, bool]:
     """Whether the trunk learns, now and for an epoch that begins now."""
-    config = config_of(entries, "4ep", None, **rates)
-    schedule = build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+    schedule = answer_schedule(config_of(entries, "4ep", None, **rates))
+    assert schedule is not None
     return trunk_learns(schedule, state), trunk_learns(schedule, state, whole_epochs=True)
 
 
