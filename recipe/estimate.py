@@ -185,7 +185,9 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
         ]
         copies = (elements - sum(blocks) + 2 * max(blocks)) * width
     tokens, patches = microbatch_shape(config, network.vlm.hf_model.config.vision_config.spatial_merge_size)
-    stored = max(parameter.element_size() for parameter in network.vlm.parameters())
+    stored = (
+        network.vlm.embed_tokens.weight.element_size()
+    )  # without autocast, the trunk computes in what it is stored in
     activations, logits = _forward_bytes(config, network, tokens, patches, min(width, stored))
     snapshot = (trained + averages + 2 * trained) // shards if config.nan_rollback.snapshot == "memory" else 0
     parts = {
@@ -332,7 +334,7 @@ def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str
     lines += ["", f"{'per GPU':<16}{'GiB':>10}"]
     parts = {name: size for name, size in vars(memory).items() if name not in ("snapshot", "host")}
     lines += [f"{name:<16}{size / GIB:>10.2f}" for name, size in parts.items()]
-    lines += [f"{'sum':<16}{memory.device_total / GIB:>10.2f}", "", f"{'per process':<16}{'GiB':>10}"]
+    lines += [f"{'total':<16}{memory.device_total / GIB:>10.2f}", "", f"{'per process':<16}{'GiB':>10}"]
     lines += [f"{'host':<16}{memory.host / GIB:>10.2f}  {memory.snapshot / GIB:.2f} of it the NaN rollback's snapshot"]
     tokens, patches = microbatch_shape(config, network.vlm.hf_model.config.vision_config.spatial_merge_size)
     words = {"objects": OBJECTS, "words": CAPTION_TOKENS, "reserve": RESERVE}

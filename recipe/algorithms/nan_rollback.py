@@ -248,7 +248,7 @@ class NaNRollback(Algorithm):
         self.snapshot.restore(state)
         if not weights_are_finite(state):
             raise TrainingDiverged(
-                f"weights that are never trained are not finite at batch {self._batch}, which no snapshot mends: the "
+                f"weights that are never trained are not finite at batch {self._batch}, which no snapshot brings back: the "
                 "memory is faulty, or the file of the base model was damaged while it was read"
             )
         self.strikes = 0
