@@ -47,7 +47,7 @@ def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """
     if config.caption_decoder.max_caption_tokens is not None:
         return config.caption_decoder.max_caption_tokens
-    loaders = (config.train_loader, config.eval_loader)
+    loaders = (config.train_loader, *([config.eval_loader] if config.val_fraction is None else []))
     streams = [stream for loader in loaders for stream in open_streams(loader.streams)]
     longest = max(read_longest_caption(streams, tokenizer), 2)
     start, trained = config.load_path or head_to_start_from(config), None

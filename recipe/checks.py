@@ -90,6 +90,8 @@ def check_keywords(
 def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader", "eval_loader")) -> None:
     """Raise ConfigError if this machine lacks a device or the data of `loaders`, with every reason and its remedy."""
     problems = _device_problems(view_trainer(config)) + _model_problems(config.model.pretrained_model_name_or_path)
+    if config.val_fraction is not None:
+        loaders = ("train_loader",)  # what is evaluated comes from there
     for where in loaders:
         loader: LoaderConfig = getattr(config, where)
         for name, keywords in loader.streams.items():

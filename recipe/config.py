@@ -355,6 +355,8 @@ class RecipeConfig:
     load_path: str | None = None  # a checkpoint or export: train.py starts from it, eval.py evaluates it
     autoresume: bool = True  # continue from the run's newest valid checkpoint; `load_path` is then not read
     max_seq_len: int = number(4096, least=1)  # tokens per sample; a longer one is an error that names it
+    # Share of the training images held out for evaluation, instead of `eval_loader.streams`; recipe/data/split.py
+    val_fraction: float | None = number(None, above=0, below=1)
     model: ModelConfig = field(default_factory=ModelConfig)
     detection_head: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
     caption_decoder: CaptionDecoderConfig = field(default_factory=CaptionDecoderConfig)

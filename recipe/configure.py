@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -72,6 +72,8 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     for override in overrides:  # in order: `groups={}` clears what came before it
         config = _merge(config, _parse_override(override), "the command line")
     try:
+        if config.val_fraction is not None and OmegaConf.is_missing(config.eval_loader, "streams"):
+            config.eval_loader.streams = {}
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}: set in {yaml_path} or as key=value on the command line")
@@ -192,7 +194,7 @@ def _clear(config: Any, section: Any, updates: dict[str, Any]) -> None:
         value = updates.get(entry.name, _NO_DEFAULT)
         if is_dataclass(entry.type) and isinstance(value, dict) and isinstance(config, DictConfig):
             _clear(config[entry.name], entry.type, value)
-        elif value in (None, {}) and callable(entry.default_factory) and isinstance(entry.default_factory(), dict):
+        elif value in (None, {}) and get_origin(entry.type) is dict:
             config[entry.name] = updates[entry.name] = {}
 
 

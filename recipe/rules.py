@@ -47,7 +47,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_model(config)
     _check_optimization(config)
     _check_loader("train_loader", config.train_loader)
-    _check_loader("eval_loader", config.eval_loader)
+    _check_loader("eval_loader", config.eval_loader, may_be_empty=config.val_fraction is not None)
     check_ranks(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_data(config)
     check_trainer(config.trainer)
@@ -198,8 +198,8 @@ def _check_warmups(config: RecipeConfig, max_duration: str | int | None) -> None
             )
 
 
-def _check_loader(where: str, loader: LoaderConfig) -> None:
-    if not loader.streams:
+def _check_loader(where: str, loader: LoaderConfig, may_be_empty: bool = False) -> None:
+    if not loader.streams and not may_be_empty:
         raise ConfigError(f"{where}.streams is empty: name at least one stream, such as `{{main: {{local: FOLDER}}}}`")
     for name, keywords in loader.streams.items():
         _check_stream(f"{where}.streams.{name}", keywords)
@@ -232,6 +232,8 @@ def _check_owned(where: str, keywords: Mapping[str, Any], owned: Mapping[str, st
 
 def _check_data(config: RecipeConfig) -> None:
     teachers, loader = config.teachers, config.train_loader
+    if config.val_fraction is not None and config.eval_loader.streams:
+        raise ConfigError("val_fraction and eval_loader.streams both choose what is evaluated: set one of them to null")
     if teachers.stream is not None:
         _check_stream("teachers.stream", teachers.stream)
     elif teachers.num_teachers > 0:

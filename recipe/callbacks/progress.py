@@ -153,7 +153,7 @@ class Summary(Callback):
         loader, duration, begun = state.train_dataloader, state.max_duration, int(state.timestamp.batch)
         assert isinstance(loader, DataLoader) and isinstance(loader.dataset, PackStream) and duration is not None
         self._start = (begun, time.monotonic())
-        num_samples = loader.dataset.num_samples
+        num_samples = int(loader.dataset.is_trained.sum())
         num_packs = loader.dataset.plan(int(state.timestamp.epoch)).num_packs
         packs = "" if num_packs == num_samples else f" in {num_packs} packs"
         # Unknown if the run's duration is in samples, tokens or seconds.
