@@ -29,6 +29,7 @@ from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
 from recipe.load import build_network, fill_head, fill_whole
+from recipe.models.attention import describe_attention
 from recipe.models.vlm import load_vlm
 from recipe.optim.schedule import build_schedule
 from recipe.upstream.storage import open_streams
@@ -77,6 +78,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
     `max_caption_tokens` defaults to the configuration's.
     """
     vlm = load_vlm(**vars(config.model))
+    log.info("attention: %s", describe_attention(config.model.attn_implementation))
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image), max_caption_tokens)
     base = head_to_start_from(config)
     if base is not None:

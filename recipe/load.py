@@ -27,11 +27,12 @@ from recipe.config import ConfigError, ImageConfig, ModelConfig, PromptConfig, R
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
+from recipe.models.attention import resolve_attention
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import JointNetwork
-from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config, resolve_attention
+from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config
 from recipe.rules import check_width
 from recipe.schema import ImageSpec
 
@@ -94,7 +95,9 @@ def build_network(
             f"(a run's is in its {RUN_CONFIG_FILE})"
         )
     return JointNetwork(
-        vlm=VisionLanguageModel(vlm, PixelNormalizer(spec.image_mean, spec.image_std)),
+        vlm=VisionLanguageModel(
+            vlm, PixelNormalizer(spec.image_mean, spec.image_std), config.model.attn_implementation
+        ),
         memory=MemoryBuilder(
             hidden_size,
             width,

@@ -2,7 +2,8 @@
 
 flash-attention 2, if installed, has a kernel for both; transformers calls it. Without it, `packed_sdpa` is registered
 with transformers and `WindowAttention` replaces the vision tower's: torch's `varlen_attn` on a GPU (torch 2.10 and
-later), else one call of `scaled_dot_product_attention` for all segments of equal length. No mask, no padding.
+later), else one call of `scaled_dot_product_attention` for all segments of equal length, and on a CPU, where the calls
+cost less than putting them side by side, one for each. No mask, no padding.
 """
 
 from collections import deque
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 PACKED = "packed_sdpa"
 _HALF = (torch.float16, torch.bfloat16)
+# Devices with one call per segment: on two cores at 16 heads of 80 the loop is 3 % faster for windows of 64 patches
+# and 32 % faster for mixed ones (`window_seconds` in tests/benchmarks/step_speed.py).
+LOOPING = ("cpu",)
 
 
 def packed_sdpa(
@@ -60,8 +64,8 @@ def packed_sdpa(
             f"segments of {segment_lengths} tokens do not cover a row of shape {tuple(query.shape[:3:2])}: "
             "use recipe.data.collate.collate_packed"
         )
-    rows = (states[0].transpose(0, 1) for states in (query, key, value))
-    return attend_segments(*rows, segment_lengths, causal, dropout, scaling)[None], None
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend_segments(query, key, value, segment_lengths, causal, dropout, scaling)[None], None
 
 
 def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -70,9 +74,9 @@ def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any)
 
 
 class WindowAttention(nn.Module):
-    """The vision tower's attention, with one call for all windows of equal length.
+    """The vision tower's attention, by `attend_segments`. Weights keep their place and name.
 
-    transformers makes one call per window and layer, some 7,000 per pack. Weights keep their place and name.
+    transformers makes one call per window and layer, some 7,000 per pack.
     """
 
     def __init__(self, attention: nn.Module):
@@ -92,8 +96,9 @@ class WindowAttention(nn.Module):
         """Attend within the windows that `cu_seqlens` (windows + 1,) cuts `hidden_states` (L, C) into: (L, C)."""
         assert position_embeddings is not None
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        return self.proj(attend_segments(query, key, value, _lengths_of(cu_seqlens)).flatten(1))
+        query, key = modeling_qwen2_5_vl.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        scale = query.shape[-1] ** -0.5  # torch's own differs in the last bit
+        return self.proj(attend_segments(query, key, value, _lengths_of(cu_seqlens), scale=scale).flatten(1))
 
 
 _recent: deque[tuple[Tensor, list[int]]] = deque(maxlen=2)  # of windows and of whole images
@@ -120,20 +125,22 @@ class Segments:
 
 
 @lru_cache(maxsize=16)
-def group_segments(lengths: tuple[int, ...], device: torch.device) -> Segments:
-    """Return how to attend within segments; kept, since every layer of a pass asks the same."""
+def group_segments(lengths: tuple[int, ...], device: torch.device, together: bool) -> Segments:
+    """Return how to attend within segments, those of equal length `together`; kept, as every layer asks the same."""
     sizes = np.array(lengths)
     starts = np.concatenate([[0], sizes.cumsum()])
     by_length = sizes.argsort(kind="stable")
     values, counts = np.unique(sizes, return_counts=True)
     order = inverse = None
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training
-        if len(values) < len(sizes) and (by_length[1:] < by_length[:-1]).any():
-            first = np.repeat(starts[by_length] - np.concatenate([[0], sizes[by_length].cumsum()[:-1]]), sizes[by_length])
+        if together and len(values) < len(sizes) and (by_length[1:] < by_length[:-1]).any():
+            first = np.repeat(
+                starts[by_length] - np.concatenate([[0], sizes[by_length].cumsum()[:-1]]), sizes[by_length]
+            )
             positions = torch.from_numpy(first + np.arange(len(first)))
             order, inverse = positions.to(device), positions.argsort().to(device)
         ends = torch.from_numpy(starts.astype(np.int32)).to(device)
-    if len(values) == len(sizes):  # nothing to put together
+    if not together or len(values) == len(sizes):
         return Segments(tuple((1, length) for length in lengths), None, None, ends, max(lengths))
     groups = tuple(zip(counts.tolist(), values.tolist(), strict=True))
     return Segments(groups, order, inverse, ends, max(lengths))
@@ -152,18 +159,22 @@ def attend_segments(
 
     `query`, `key` and `value` are (L, heads, ·); `scale` is by default one over the root of their width.
     """
-    segments = group_segments(tuple(lengths), query.device)
+    segments = group_segments(tuple(lengths), query.device, query.device.type not in LOOPING)
     kernel = varlen_kernel()
     if kernel is not None and not dropout and fits_varlen(query):
         return attend_varlen(kernel, query, key, value, segments, causal, scale)
     rows = [query, key, value]
     if segments.order is not None:
         rows = [states.index_select(0, segments.order) for states in rows]
-    parts = zip(*(states.split([number * length for number, length in segments.groups]) for states in rows), strict=True)
+    parts = zip(
+        *(states.split([number * length for number, length in segments.groups]) for states in rows), strict=True
+    )
     attended: list[Tensor] = []
     for (number, length), part in zip(segments.groups, parts, strict=True):
         q, k, v = (states.unflatten(0, (number, length)).transpose(1, 2) for states in part)
-        found = F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scale)  # (number, heads, length, ·)
+        found = F.scaled_dot_product_attention(
+            q, k, v, None, dropout, causal, scale=scale
+        )  # (number, heads, length, ·)
         attended.append(found.transpose(1, 2).flatten(0, 1))
     together = torch.cat(attended) if len(attended) > 1 else attended[0]
     return together if segments.inverse is None else together.index_select(0, segments.inverse)
@@ -231,7 +242,7 @@ def describe_attention(attn_implementation: str) -> str:
         return "flash_attention_2, which is installed"
     sdpa = "torch's SDPA, one call for all samples or windows of equal length"
     if not torch.cuda.is_available():
-        return f"{sdpa} (no GPU)"
+        return "torch's SDPA, one call per sample and window (no GPU)"
     if varlen_kernel() is None:
         return f"{sdpa}: flash-attn is not installed, and torch {torch.__version__} has no varlen_attn (2.10 has)"
     return f"torch's varlen_attn in half precision, as flash-attn is not installed; in float32 {sdpa}"
