@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
+from recipe.callbacks.curves import CURVES_FILE, DrawCurves
 from recipe.callbacks.evaluation_data import EvaluationData
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
@@ -126,6 +127,10 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
         EvaluationData(config.eval_loader.max_bad_samples),
         LogFirstSample(tokenizer, config.run_folder),
     ]
+    metrics = config.loggers.get("json_lines")  # keywords; null: switched off
+    if metrics is not None:
+        path = metrics.get("path", f"{config.run_folder}/metrics.jsonl")
+        callbacks.append(DrawCurves(path, Path(config.run_folder, CURVES_FILE)))
     if evaluation.num_logged_images:
         folder = Path(config.run_folder) / "images"
         callbacks.append(LogPredictions(evaluation.num_logged_images, folder, evaluation.score_threshold))
