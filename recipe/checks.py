@@ -12,6 +12,7 @@ from streaming import Stream, StreamingDataset
 from torch.utils.data import DataLoader
 from transformers.utils.hub import cached_file
 
+from recipe.callbacks.memory import MemoryBounds
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
 from recipe.joint import all_scores
@@ -37,6 +38,7 @@ def check_libraries(config: RecipeConfig) -> None:
         for name, keywords in chosen.items():
             if keywords is not None:
                 check_keywords(f"{where}.{name}", keywords, table[name], {})
+    MemoryBounds(**(config.callbacks.get("memory_bounds") or {}))
     check_metrics(config)
     names = [entry.name for entry in fields(FSDP_CONFIGS[config.fsdp_version]) if not entry.name.startswith("_")]
     allowed = [name for name in names if name not in OWNED_BY_FSDP]

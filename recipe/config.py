@@ -16,7 +16,8 @@ from omegaconf import MISSING
 GROUPS = ("vision", "merger", "llm", "adapter", "detection")  # of parameters; what each holds: recipe/optim/groups.py
 # What each logs: yamls/README.md. Their classes: recipe/callbacks/table.py.
 CALLBACK_NAMES = (
-    *("early_stopper", "group_metrics", "loss_gradients", "loss_shares", "lr_monitor", "memory_monitor"),
+    *("early_stopper", "group_metrics", "loss_gradients", "loss_shares", "lr_monitor", "memory_bounds"),
+    *("memory_monitor",),
     *("oom_observer", "optimizer_monitor", "runtime_estimator", "speed_monitor", "system_metrics_monitor"),
     *("threshold_stopper", "throughput"),
 )

@@ -151,6 +151,7 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("callbacks.lr_moniter={}", "unknown key callbacks.lr_moniter: did you mean lr_monitor"),
         ("callbacks.speed_monitor.window=3", "unknown key callbacks.speed_monitor.window: did you mean window_size"),
         ("callbacks.lr_monitor.x=3", "unknown key callbacks.lr_monitor.x: it takes none"),
+        ("callbacks.memory_bounds={warn_share: 2}", "callbacks.memory_bounds: warn_share is 2 and release_share 0.95"),
         ("callbacks.nan_monitor={}", "callbacks.nan_monitor cannot be set: leave it out"),
         ("callbacks.early_stopper.monitor=x", "missing callbacks.early_stopper.dataloader_label"),
         ("loggers.wanb={}", "unknown key loggers.wanb: did you mean wandb"),
