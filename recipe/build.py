@@ -6,6 +6,7 @@ itself never changes.
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -38,8 +39,10 @@ from recipe.upstream.storage import open_streams
 log = logging.getLogger(__name__)
 
 
-def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return `max_caption_tokens`; if it is null, that of the head to start from, else the data's; called by all ranks.
+
+    None without a head.
 
     Evaluation captions count too: one that is too long would stop the first evaluation.
 
@@ -47,7 +50,7 @@ def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> 
         ConfigError: The data has longer captions than the head to start from writes.
         ValueError: A stream cannot be opened, or has no records.
     """
-    if config.caption_decoder.max_caption_tokens is not None:
+    if config.caption_decoder.max_caption_tokens is not None or config.detection_head is None:
         return config.caption_decoder.max_caption_tokens
     loaders = (config.train_loader, *([config.eval_loader] if config.val_fraction is None else []))
     streams = [stream for loader in loaders for stream in open_streams(loader.streams)]
@@ -69,8 +72,8 @@ def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 def head_to_start_from(config: RecipeConfig) -> str | None:
     """Return the folder of the base model if it is an export and its head is wanted, else None."""
-    base = config.model.pretrained_model_name_or_path
-    return base if config.detection_head.pretrained and is_export(base) else None
+    base, head = config.model.pretrained_model_name_or_path, config.detection_head
+    return base if head is not None and head.pretrained and is_export(base) else None
 
 
 def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | None = None) -> JointModel:
@@ -120,10 +123,11 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
     """Return the yaml's callbacks and those that isolate evaluation, watch the data and show samples."""
     loader, evaluation = config.train_loader, config.evaluation
     max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
+    num_queries = sys.maxsize if config.detection_head is None else config.detection_head.num_queries
     callbacks: list[Callback] = [
         EvaluationWithoutTraces(),
         *build_callbacks(config.callbacks, config.run_folder),
-        TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, config.detection_head.num_queries),
+        TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, num_queries),
         EvaluationData(config.eval_loader.max_bad_samples),
         LogFirstSample(tokenizer, config.run_folder),
     ]

@@ -16,7 +16,7 @@ from recipe.callbacks.memory import MemoryBounds
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TrainerView, nearest, view_trainer
 from recipe.joint import all_scores
-from recipe.metrics.gather import Evaluation
+from recipe.metrics.gather import LANGUAGE_LOSSES, Evaluation
 from recipe.metrics.scorers import Meteor15, MeteorLite
 from recipe.optim.fsdp import FSDP_CONFIGS
 from recipe.records import INDEX_FILE, RECORDS_FILE, parse_index, read_records
@@ -24,8 +24,28 @@ from recipe.schema import Sample
 from recipe.upstream.owned_keywords import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
 
 
+def check_without_head(config: RecipeConfig) -> None:
+    """Raise ConfigError if `detection_head` is null and nothing would train, or a key needs the head."""
+    if config.detection_head is not None:
+        return
+    if not any(getattr(config.optimizer, f"lr_{group}") for group in ("vision", "merger", "llm")):
+        raise ConfigError(
+            "detection_head is null and optimizer.lr_vision, lr_merger and lr_llm are 0, so nothing would train: set "
+            "one above 0"
+        )
+    if not (config.loss.weight_lm_student or config.loss.weight_lm_teacher):
+        raise ConfigError(
+            "detection_head is null and loss.weight_lm_student and weight_lm_teacher are 0, so nothing would train: "
+            "set one above 0"
+        )
+    for where, value in (("ema", config.ema), ("callbacks.loss_gradients", config.callbacks.get("loss_gradients"))):
+        if value is not None:
+            raise ConfigError(f"{where} is about the detection head, but detection_head is null: set {where}=null")
+
+
 def check_libraries(config: RecipeConfig) -> None:
     """Raise ConfigError if another library's keyword does not fit the signature that it is passed to."""
+    check_without_head(config)
     for where, loader in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         for name, keywords in loader.streams.items():
             check_keywords(f"{where}.streams.{name}", keywords, Stream, {})
@@ -52,8 +72,9 @@ def check_libraries(config: RecipeConfig) -> None:
 
 def check_metrics(config: RecipeConfig) -> None:
     """Raise ConfigError if `save_best` or a stopper names a metric that no evaluation measures."""
-    evaluation, num_queries = config.evaluation, config.detection_head.num_queries
-    names = [*Evaluation.denominators]
+    evaluation, head = config.evaluation, config.detection_head
+    num_queries = None if head is None else head.num_queries
+    names = [*(LANGUAGE_LOSSES if head is None else Evaluation.denominators)]
     for scorer in (MeteorLite(), Meteor15()):  # the ranks have yet to agree on one
         names += all_scores([], [], num_queries, evaluation.score_threshold, scorer, evaluation.generate_answer)
     asked = {"save_best.metric": (config.save_best.metric, "eval/")}
@@ -172,7 +193,8 @@ def _lesson_problems(config: RecipeConfig) -> list[str]:
 
 def _teaches(sample: Sample, config: RecipeConfig) -> bool:
     loss, is_annotated = config.loss, sample.objects is not None
-    if is_annotated and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
+    trains_head = is_annotated and config.detection_head is not None
+    if trains_head and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
         return True
     if sample.messages is not None:
         return loss.weight_lm_student > 0 and any(message.get("role") == "assistant" for message in sample.messages)

@@ -359,7 +359,8 @@ class RecipeConfig:
     # Share of the training images held out for evaluation, instead of `eval_loader.streams`; recipe/data/split.py
     val_fraction: float | None = number(None, above=0, below=1)
     model: ModelConfig = field(default_factory=ModelConfig)
-    detection_head: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
+    # null: the language model alone, without memory, head and captions
+    detection_head: DetectionHeadConfig | None = field(default_factory=DetectionHeadConfig)
     caption_decoder: CaptionDecoderConfig = field(default_factory=CaptionDecoderConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     image: ImageConfig = field(default_factory=ImageConfig)

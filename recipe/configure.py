@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast, get_origin
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -173,7 +173,8 @@ def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
     sections = {entry.name for entry in fields(RecipeConfig) if callable(entry.default_factory)}
     for name, value in _without_removed(cast(dict[str, Any], OmegaConf.to_container(updates)), source).items():
         # One section at a time: OmegaConf names no key if a section has the wrong type.
-        if name in sections and not isinstance(value, dict) and not str(value).startswith("${"):
+        is_section = isinstance(value, dict) or (value is None and name == "detection_head")
+        if name in sections and not is_section and not str(value).startswith("${"):
             raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
         _clear(config, RecipeConfig, {name: value})
         try:
@@ -244,8 +245,8 @@ def _nearest_key(error: ConfigKeyError) -> str:
 def _all_keys(section: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for entry in fields(section):
-        kind: Any = entry.type
-        keys += _all_keys(kind, f"{prefix}{entry.name}.") if is_dataclass(kind) else [prefix + entry.name]
+        kinds: list[Any] = [kind for kind in (entry.type, *get_args(entry.type)) if is_dataclass(kind)]  # also if null
+        keys += _all_keys(kinds[0], f"{prefix}{entry.name}.") if kinds else [prefix + entry.name]
     return keys
 
 

@@ -207,6 +207,8 @@ def _forward_bytes(
         activations = inputs * width + max(vision_block, text_block)
     else:
         activations = vision.depth * vision_block + text.num_hidden_layers * text_block
+    if head is None:
+        return activations, min(CHUNK, round(tokens * SUPERVISED)) * (width + 8) * text.vocab_size
     images = max(1, tokens // 256)  # of the head
     memory = tokens + (patches if head.patch_features else 0)
     queries = images * (head.num_query_groups * head.num_queries + 2 * head.num_denoising_groups * OBJECTS)

@@ -81,7 +81,8 @@ def main(config: RecipeConfig) -> dict[str, float]:
         print(headline(scores))
         for name, value in scores.items():
             print(f"  {name:24} {'-' if value == UNDEFINED else format(value, '.4f')}")
-        calibrate(trainer, config.evaluation, config.run_folder)
+        if config.detection_head is not None:
+            calibrate(trainer, config.evaluation, config.run_folder)
     return scores
 
 

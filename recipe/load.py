@@ -1,5 +1,6 @@
 """Load network, processor and configuration of a checkpoint, as prediction and export need them, without Composer."""
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from recipe.models.attention import resolve_attention
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
 from recipe.models.memory import MemoryBuilder
-from recipe.models.network import JointNetwork
+from recipe.models.network import JointNetwork, LanguageNetwork
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config
 from recipe.rules import check_width
 from recipe.schema import ImageSpec
@@ -66,7 +67,7 @@ def build_encoder(
         hf_config=network.vlm.hf_model.config,
         image_spec=image_spec(processor.image_processor, image),
         prompt=prompt,
-        max_caption_tokens=network.caption_decoder.max_caption_tokens,
+        max_caption_tokens=network.max_caption_tokens or sys.maxsize,
         max_seq_len=max_seq_len,
         keep_image=keep_image,
     )
@@ -75,7 +76,7 @@ def build_encoder(
 def build_network(
     config: RecipeConfig, vlm: PreTrainedModel, spec: ImageSpec, max_caption_tokens: int | None = None
 ) -> JointNetwork:
-    """Return the head on top of a language model, whose dimensions are read from its config.
+    """Return the head on top of a language model, whose dimensions are read from its config; without one if it is null.
 
     The head's weights are float32 at least: the eight bits of a bfloat16 box are too few.
 
@@ -83,6 +84,10 @@ def build_network(
         ConfigError: The head's width, by default the language model's, does not fit its heads.
         ValueError: The caption length is unknown.
     """
+    normalizer = PixelNormalizer(spec.image_mean, spec.image_std)
+    model = VisionLanguageModel(vlm, normalizer, config.model.attn_implementation)
+    if config.detection_head is None:
+        return LanguageNetwork(model)
     dtype = torch.promote_types(vlm.dtype, torch.float32)
     hidden_size = vlm.config.get_text_config().hidden_size
     head, decoder = config.detection_head, config.caption_decoder
@@ -95,9 +100,7 @@ def build_network(
             f"(a run's is in its {RUN_CONFIG_FILE})"
         )
     return JointNetwork(
-        vlm=VisionLanguageModel(
-            vlm, PixelNormalizer(spec.image_mean, spec.image_std), config.model.attn_implementation
-        ),
+        vlm=model,
         memory=MemoryBuilder(
             hidden_size,
             width,

@@ -149,11 +149,11 @@ def check_width(width: int, head: DetectionHeadConfig, decoder: CaptionDecoderCo
 
 def _check_model(config: RecipeConfig) -> None:
     head = config.detection_head
-    if head.num_denoising_groups and head.box_noise <= 0:
+    if head is not None and head.num_denoising_groups and head.box_noise <= 0:
         raise ConfigError(
             f"detection_head.box_noise is {head.box_noise}: denoising needs noise above 0, or num_denoising_groups: 0"
         )
-    if head.width is not None:  # else the language model's, which is not known yet
+    if head is not None and head.width is not None:  # else the language model's, which is not known yet
         check_width(head.width, head, config.caption_decoder)
     least, most = config.image.min_pixels, config.image.max_pixels
     if least is not None and most is not None and least > most:

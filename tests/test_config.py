@@ -85,6 +85,7 @@ def test_overrides_of_every_kind(minimal: str) -> None:
         "loggers.wandb=null",
         "callbacks.lr_monitor={}",
     )
+    assert config.detection_head is not None
     assert config.detection_head.refine_boxes is False
     assert config.teachers.stream is None
     assert config.optimizer.lr_llm == 1e-4
@@ -276,6 +277,14 @@ def test_max_duration_is_required(minimal: str) -> None:
     del config.trainer["max_duration"]
     with pytest.raises(ConfigError, match=r"missing trainer\.max_duration"):
         check_config(config)
+
+
+def test_the_head_may_be_null_but_not_a_text(minimal: str) -> None:
+    assert load_and_check(minimal, "detection_head=null").detection_head is None
+    again = load_and_check(minimal, "detection_head=null", "detection_head.num_queries=7").detection_head
+    assert again is not None and again.num_queries == 7
+    assert_one_line(minimal, ["detection_head=none"], "detection_head in the command line is 'none': give it")
+    assert_one_line(minimal, ["detection_head=null", "ema={}"], "ema is about the detection head")
 
 
 def test_a_validation_split_needs_no_streams(minimal: str, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def step_flops(network: nn.Module, batches: Sequence[Batch], trained: Collection
     flops = Flops()
     for batch in batches:
         _add_trunk(network, batch, trained, flops)
-        _add_detection(network, batch, trained, flops)
+        if network.has_head:
+            _add_detection(network, batch, trained, flops)
     return flops
 
 
