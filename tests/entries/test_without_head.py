@@ -21,11 +21,13 @@ from recipe.estimate import build_on_meta, estimate
 from recipe.eval import main as evaluate
 from recipe.export import main as export
 from recipe.export import parse as parse_export
+from recipe.images import open_image
 from recipe.load import load_processor
 from recipe.optim.groups import build_optimizer
 from recipe.predict import main as predict
+from recipe.prediction.draw import draw_prediction
 from recipe.prediction.options import parse
-from recipe.schema import Example
+from recipe.schema import Example, Prediction
 from recipe.train import main as train
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import gradient_error, losses_and_gradients, make_batches, make_model
@@ -195,3 +197,13 @@ def test_the_estimate_has_no_head(make_run: Configure):
     alone = estimate(config, build_on_meta(config), 1)
     head = replace(config, detection_head=RecipeConfig().detection_head)
     assert alone.weights < estimate(head, build_on_meta(head), 1).weights
+
+
+def test_a_drawing_has_no_panel_for_a_head_that_is_not_there():
+    sample = draw_scene(seed=4, index=1, image_size=84)
+    image = open_image(sample.image)
+    sizes = [
+        draw_prediction(image, Prediction(sample.id, 84, 84, (), "none", with_head=with_head), sample).size
+        for with_head in (True, False)
+    ]
+    assert sizes[0] != sizes[1]  # one panel fewer
