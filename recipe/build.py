@@ -6,6 +6,7 @@ itself never changes.
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +20,7 @@ from recipe.algorithms.head_ema import HeadEMA
 from recipe.algorithms.nan_rollback import NaNRollback
 from recipe.algorithms.staged_freezing import StagedFreezing
 from recipe.callbacks.cache_frozen import CacheFrozen
+from recipe.callbacks.curves import CURVES_FILE, DrawCurves
 from recipe.callbacks.evaluation_data import EvaluationData
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
@@ -32,6 +34,7 @@ from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
 from recipe.load import build_network, fill_head, fill_whole, load_base
+from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
 from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
@@ -39,8 +42,10 @@ from recipe.upstream.storage import open_streams
 log = logging.getLogger(__name__)
 
 
-def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return `max_caption_tokens`; if it is null, that of the head to start from, else the data's; called by all ranks.
+
+    None without a head.
 
     Evaluation captions count too: one that is too long would stop the first evaluation.
 
@@ -48,9 +53,9 @@ def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> 
         ConfigError: The data has longer captions than the head to start from writes.
         ValueError: A stream cannot be opened, or has no records.
     """
-    if config.caption_decoder.max_caption_tokens is not None:
+    if config.caption_decoder.max_caption_tokens is not None or config.detection_head is None:
         return config.caption_decoder.max_caption_tokens
-    loaders = (config.train_loader, config.eval_loader)
+    loaders = (config.train_loader, *([config.eval_loader] if config.val_fraction is None else []))
     streams = [stream for loader in loaders for stream in open_streams(loader.streams)]
     longest = max(read_longest_caption(streams, tokenizer), 2)
     start, trained = config.load_path or head_to_start_from(config), None
@@ -70,8 +75,8 @@ def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 def head_to_start_from(config: RecipeConfig) -> str | None:
     """Return the folder of the base model if it is an export and its head is wanted, else None."""
-    base = config.model.pretrained_model_name_or_path
-    return base if config.detection_head.pretrained and is_export(base) else None
+    base, head = config.model.pretrained_model_name_or_path, config.detection_head
+    return base if head is not None and head.pretrained and is_export(base) else None
 
 
 def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | None = None) -> JointModel:
@@ -80,6 +85,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
     `max_caption_tokens` defaults to the configuration's.
     """
     vlm = load_base(config)
+    log.info("attention: %s", describe_attention(config.model.attn_implementation))
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image), max_caption_tokens)
     base = head_to_start_from(config)
     if base is not None:
@@ -145,20 +151,19 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
     """Return the yaml's callbacks and those that isolate evaluation, watch the data and show samples."""
     loader, evaluation = config.train_loader, config.evaluation
     max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
+    num_queries = sys.maxsize if config.detection_head is None else config.detection_head.num_queries
     callbacks: list[Callback] = [
         EvaluationWithoutTraces(),
         *build_callbacks(config.callbacks, config.run_folder),
-        TrainingData(
-            max_tokens,
-            loader.max_bad_samples,
-            config.run_folder,
-            config.detection_head.num_queries,
-            answer_schedule(config),
-        ),
+        TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, num_queries, answer_schedule(config)),
         EvaluationData(config.eval_loader.max_bad_samples),
         LogFirstSample(tokenizer, config.run_folder),
         *([] if config.cache_frozen is None else [CacheFrozen(config.cache_frozen)]),
     ]
+    metrics = config.loggers.get("json_lines")  # keywords; null: switched off
+    if metrics is not None:
+        path = metrics.get("path", f"{config.run_folder}/metrics.jsonl")
+        callbacks.append(DrawCurves(path, Path(config.run_folder, CURVES_FILE)))
     if evaluation.num_logged_images:
         folder = Path(config.run_folder) / "images"
         callbacks.append(LogPredictions(evaluation.num_logged_images, folder, evaluation.score_threshold))

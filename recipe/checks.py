@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers.utils.hub import cached_file
 
 from recipe.callbacks.cache_frozen import parse_size
+from recipe.callbacks.memory import MemoryBounds
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import (
     LORA_TARGETS,
@@ -24,7 +25,7 @@ from recipe.config import (
     trained_trunk,
 )
 from recipe.joint import all_scores
-from recipe.metrics.gather import Evaluation
+from recipe.metrics.gather import LANGUAGE_LOSSES, Evaluation
 from recipe.metrics.scorers import Meteor15, MeteorLite
 from recipe.models.lora import check_peft, read_base
 from recipe.optim.fsdp import FSDP_CONFIGS
@@ -34,8 +35,28 @@ from recipe.upstream.owned_keywords import OWNED_BY_DATALOADER, OWNED_BY_DATASET
 from recipe.upstream.trainer_section import TrainerView, view_trainer
 
 
+def check_without_head(config: RecipeConfig) -> None:
+    """Raise ConfigError if `detection_head` is null and nothing would train, or a key needs the head."""
+    if config.detection_head is not None:
+        return
+    if not trained_trunk(config):
+        raise ConfigError(
+            "detection_head is null and optimizer.lr_vision, lr_merger and lr_llm are 0, so nothing would train: set "
+            "one above 0"
+        )
+    if not (config.loss.weight_lm_student or config.loss.weight_lm_teacher):
+        raise ConfigError(
+            "detection_head is null and loss.weight_lm_student and weight_lm_teacher are 0, so nothing would train: "
+            "set one above 0"
+        )
+    for where, value in (("ema", config.ema), ("callbacks.loss_gradients", config.callbacks.get("loss_gradients"))):
+        if value is not None:
+            raise ConfigError(f"{where} is about the detection head, but detection_head is null: set {where}=null")
+
+
 def check_libraries(config: RecipeConfig) -> None:
     """Raise ConfigError if another library's keyword does not fit the signature that it is passed to."""
+    check_without_head(config)
     for where, loader in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         for name, keywords in loader.streams.items():
             check_keywords(f"{where}.streams.{name}", keywords, Stream, {})
@@ -48,6 +69,7 @@ def check_libraries(config: RecipeConfig) -> None:
         for name, keywords in chosen.items():
             if keywords is not None:
                 check_keywords(f"{where}.{name}", keywords, table[name], {})
+    MemoryBounds(**(config.callbacks.get("memory_bounds") or {}))
     check_metrics(config)
     check_adapters(config)
     check_cache(config)
@@ -119,8 +141,9 @@ def check_cache(config: RecipeConfig) -> None:
 
 def check_metrics(config: RecipeConfig) -> None:
     """Raise ConfigError if `save_best` or a stopper names a metric that no evaluation measures."""
-    evaluation, num_queries = config.evaluation, config.detection_head.num_queries
-    names = [*Evaluation.denominators]
+    evaluation, head = config.evaluation, config.detection_head
+    num_queries = None if head is None else head.num_queries
+    names = [*(LANGUAGE_LOSSES if head is None else Evaluation.denominators)]
     for scorer in (MeteorLite(), Meteor15()):  # the ranks have yet to agree on one
         names += all_scores([], [], num_queries, evaluation.score_threshold, scorer, evaluation.generate_answer)
     asked = {"save_best.metric": (config.save_best.metric, "eval/")}
@@ -159,6 +182,8 @@ def check_keywords(
 def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader", "eval_loader")) -> None:
     """Raise ConfigError if this machine lacks a device or the data of `loaders`, with every reason and its remedy."""
     problems = _device_problems(view_trainer(config)) + _model_problems(config.model.pretrained_model_name_or_path)
+    if config.val_fraction is not None:
+        loaders = ("train_loader",)  # what is evaluated comes from there
     for where in loaders:
         loader: LoaderConfig = getattr(config, where)
         for name, keywords in loader.streams.items():
@@ -242,7 +267,8 @@ def _lesson_problems(config: RecipeConfig) -> list[str]:
 
 def _teaches(sample: Sample, config: RecipeConfig) -> bool:
     loss, is_annotated = config.loss, sample.objects is not None
-    if is_annotated and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
+    trains_head = is_annotated and config.detection_head is not None
+    if trains_head and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
         return True
     if not trained_trunk(config):
         return False  # texts teach the trunk alone

@@ -23,9 +23,9 @@ LORA_TARGETS = {  # linear layers in every block of a part that `lora` may adapt
 }
 # What each logs: yamls/README.md. Their classes: recipe/callbacks/table.py.
 CALLBACK_NAMES = (
-    *("early_stopper", "group_metrics", "loss_gradients", "loss_shares", "lr_monitor", "memory_monitor"),
-    *("oom_observer", "optimizer_monitor", "runtime_estimator", "speed_monitor", "system_metrics_monitor"),
-    *("threshold_stopper", "throughput"),
+    *("early_stopper", "group_metrics", "loss_gradients", "loss_shares", "lr_monitor", "memory_bounds"),
+    *("memory_monitor", "oom_observer", "optimizer_monitor", "runtime_estimator", "speed_monitor"),
+    *("system_metrics_monitor", "threshold_stopper", "throughput"),
 )
 LOGGER_NAMES = ("file", "json_lines", "tensorboard", "wandb")
 
@@ -392,9 +392,11 @@ class RecipeConfig:
     load_path: str | None = None  # a checkpoint or export: train.py starts from it, eval.py evaluates it
     autoresume: bool = True  # continue from the run's newest valid checkpoint; `load_path` is then not read
     max_seq_len: int = number(4096, least=1)  # tokens per sample; a longer one is an error that names it
+    # Share of the training images held out for evaluation, instead of `eval_loader.streams`; recipe/data/split.py
+    val_fraction: float | None = number(None, above=0, below=1)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig | None = None
-    detection_head: DetectionHeadConfig = field(default_factory=DetectionHeadConfig)
+    detection_head: DetectionHeadConfig | None = field(default_factory=DetectionHeadConfig)  # null: no head
     caption_decoder: CaptionDecoderConfig = field(default_factory=CaptionDecoderConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     image: ImageConfig = field(default_factory=ImageConfig)

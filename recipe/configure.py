@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -72,6 +72,8 @@ def load_config(yaml_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     for override in overrides:  # in order: `groups={}` clears what came before it
         config = _merge(config, _parse_override(override), "the command line")
     try:
+        if config.val_fraction is not None and OmegaConf.is_missing(config.eval_loader, "streams"):
+            config.eval_loader.streams = {}
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}: set in {yaml_path} or as key=value on the command line")
@@ -171,7 +173,8 @@ def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
     sections = {entry.name for entry in fields(RecipeConfig) if callable(entry.default_factory)}
     for name, value in _without_removed(cast(dict[str, Any], OmegaConf.to_container(updates)), source).items():
         # One section at a time: OmegaConf names no key if a section has the wrong type.
-        if name in sections and not isinstance(value, dict) and not str(value).startswith("${"):
+        is_section = isinstance(value, dict) or (value is None and name == "detection_head")
+        if name in sections and not is_section and not str(value).startswith("${"):
             raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
         _clear(config, RecipeConfig, {name: value})
         try:
@@ -192,7 +195,7 @@ def _clear(config: Any, section: Any, updates: dict[str, Any]) -> None:
         value = updates.get(entry.name, _NO_DEFAULT)
         if is_dataclass(entry.type) and isinstance(value, dict) and isinstance(config, DictConfig):
             _clear(config[entry.name], entry.type, value)
-        elif value in (None, {}) and callable(entry.default_factory) and isinstance(entry.default_factory(), dict):
+        elif value in (None, {}) and get_origin(entry.type) is dict:
             config[entry.name] = updates[entry.name] = {}
 
 
@@ -242,8 +245,8 @@ def _nearest_key(error: ConfigKeyError) -> str:
 def _all_keys(section: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for entry in fields(section):
-        kind: Any = entry.type
-        keys += _all_keys(kind, f"{prefix}{entry.name}.") if is_dataclass(kind) else [prefix + entry.name]
+        kinds: list[Any] = [kind for kind in (entry.type, *get_args(entry.type)) if is_dataclass(kind)]  # also if null
+        keys += _all_keys(kinds[0], f"{prefix}{entry.name}.") if kinds else [prefix + entry.name]
     return keys
 
 

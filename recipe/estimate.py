@@ -185,9 +185,8 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
         ]
         copies = (elements - sum(blocks) + 2 * max(blocks)) * width
     tokens, patches = microbatch_shape(config, network.vlm.hf_model.config.vision_config.spatial_merge_size)
-    stored = (
-        network.vlm.embed_tokens.weight.element_size()
-    )  # without autocast, the trunk computes in what it is stored in
+    # Without autocast, the trunk computes in what it is stored in.
+    stored = max(parameter.element_size() for parameter in network.vlm.embed_tokens.parameters())
     activations, logits = _forward_bytes(config, network, tokens, patches, min(width, stored))
     snapshot = (trained + averages + 2 * trained) // shards if config.nan_rollback.snapshot == "memory" else 0
     parts = {
@@ -258,6 +257,8 @@ def _forward_bytes(
     else:
         activations = max(kept_vision - 1, 0) * vision_block + max(kept_text - 1, 0) * text_block
     activations += max(vision_block, text_block)
+    if head is None:
+        return activations, min(CHUNK, round(tokens * SUPERVISED)) * (width + 8) * text.vocab_size
     images = max(1, tokens // 256)  # of the head
     memory = tokens + (patches if head.patch_features else 0)
     queries = images * (head.num_query_groups * head.num_queries + 2 * head.num_denoising_groups * OBJECTS)

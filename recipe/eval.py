@@ -39,6 +39,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from recipe.checkpoints.resume import safe_loading, weights_keywords
     from recipe.checkpoints.weights import trained_caption_length
     from recipe.data.loader import build_eval_loader
+    from recipe.data.split import evaluation_loader
     from recipe.data.stream import read_teachers
     from recipe.load import build_encoder, load_processor
     from recipe.metrics.gather import UNDEFINED
@@ -56,7 +57,8 @@ def main(config: RecipeConfig) -> dict[str, float]:
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor, longest)
     encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
-    eval_loader = build_eval_loader(config.eval_loader, encoder, teachers, config.seed)
+    loader = evaluation_loader(config)
+    eval_loader = build_eval_loader(loader, encoder, teachers, config.seed, config.val_fraction)
     origin = describe(as_saved(config, longest), processor.tokenizer, model, base={})
     start, _ = take_weights(model, weights_keywords(view, config.load_path, origin), config, origin)
     with safe_loading():
@@ -75,12 +77,13 @@ def main(config: RecipeConfig) -> dict[str, float]:
     scores = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     if dist.get_global_rank() == 0:
         Path(config.run_folder, "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
-        names = ", ".join(config.eval_loader.streams)
+        names = ", ".join(loader.streams)
         print(f"{eval_loader.num_samples} samples of {names}, checkpoint {redact(str(config.load_path))}")
         print(headline(scores))
         for name, value in scores.items():
             print(f"  {name:24} {'-' if value == UNDEFINED else format(value, '.4f')}")
-        calibrate(trainer, config.evaluation, config.run_folder)
+        if config.detection_head is not None:
+            calibrate(trainer, config.evaluation, config.run_folder)
     return scores
 
 

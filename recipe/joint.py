@@ -76,6 +76,8 @@ class JointModel(ComposerModel):
     def loss_terms(self, outputs: JointOutputs, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
         """Return the unweighted terms, divided by `counts`, with the same names on every rank for any batch."""
         terms = language_losses(outputs.label_losses, batch["label_roles"], counts)
+        if not self.model.has_head:
+            return terms
         terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, self.loss_config)
         terms["loss_caption"] = caption_loss(
             outputs.caption_losses, outputs.caption_images, len(outputs.targets), counts
@@ -97,12 +99,12 @@ class JointModel(ComposerModel):
             return {}
         scores = partial(
             all_scores,
-            num_queries=self.model.detection_head.num_queries,
+            num_queries=self.model.detection_head.num_queries if self.model.has_head else None,
             score_threshold=self.evaluation.score_threshold,
             scorer=default_text_scorer(),
             with_answers=self.evaluation.generate_answer,
         )
-        return Evaluation(scores).entries()
+        return Evaluation(scores, self.model.has_head).entries()
 
     def update_metric(self, batch: Batch, outputs: EvalOutputs, metric: Metric) -> None:
         """Add one evaluation batch to a metric."""
@@ -112,12 +114,15 @@ class JointModel(ComposerModel):
 def all_scores(
     predictions: Sequence[Prediction],
     samples: Sequence[Sample],
-    num_queries: int,
+    num_queries: int | None,
     score_threshold: float,
     scorer: TextScorer,
     with_answers: bool,
 ) -> dict[str, float]:
-    """Return every score that an evaluation reports, except the losses."""
+    """Return every score that an evaluation reports, except the losses; `num_queries` is None without a head."""
+    answers = answer_boxes(predictions, samples) if with_answers else {}
+    if num_queries is None:
+        return answers
     return {
         **box_average_precision(predictions, samples),
         **category_average_precision(predictions, samples),
@@ -127,5 +132,5 @@ def all_scores(
         **query_recall(predictions, samples, num_queries),
         **expression_accuracy(predictions, samples),
         **calibration(predictions, samples),
-        **(answer_boxes(predictions, samples) if with_answers else {}),
+        **answers,
     }

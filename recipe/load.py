@@ -1,6 +1,7 @@
 """Load network, processor and configuration of a checkpoint, as prediction and export need them, without Composer."""
 
 import logging
+import sys
 from collections.abc import Set
 from contextlib import suppress
 from dataclasses import replace
@@ -31,12 +32,13 @@ from recipe.config import ConfigError, ImageConfig, PromptConfig, RecipeConfig, 
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
+from recipe.models.attention import resolve_attention
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
 from recipe.models.lora import adapters, add_adapters, load_adapters, read_base
 from recipe.models.memory import MemoryBuilder
-from recipe.models.network import JointNetwork
-from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config, resolve_attention
+from recipe.models.network import JointNetwork, LanguageNetwork
+from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config
 from recipe.optim.groups import group_of
 from recipe.redact import redact
 from recipe.rules import check_width
@@ -79,7 +81,7 @@ def build_encoder(
         hf_config=network.vlm.hf_model.config,
         image_spec=image_spec(processor.image_processor, image),
         prompt=prompt,
-        max_caption_tokens=network.caption_decoder.max_caption_tokens,
+        max_caption_tokens=network.max_caption_tokens or sys.maxsize,
         max_seq_len=max_seq_len,
         keep_image=keep_image,
         with_content=with_content,
@@ -120,6 +122,8 @@ def build_network(
 ) -> JointNetwork:
     """Return the head on top of a language model, whose dimensions are read from its config; it gets its adapters here.
 
+    Without a head if `detection_head` is null.
+
     The head's weights are float32 at least: the eight bits of a bfloat16 box are too few. So are those of adapters, but
     under FSDP, whose units hold weights of one dtype.
 
@@ -127,8 +131,12 @@ def build_network(
         ConfigError: The head's width, by default the language model's, does not fit its heads.
         ValueError: The caption length is unknown.
     """
+    normalizer = PixelNormalizer(spec.image_mean, spec.image_std)
+    model = VisionLanguageModel(vlm, normalizer, config.model.attn_implementation)
     dtype = torch.promote_types(vlm.dtype, torch.float32)
     add_adapters(vlm, lora_parts(config), vlm.dtype if view_trainer(config).is_sharded else dtype)
+    if config.detection_head is None:
+        return LanguageNetwork(model)
     hidden_size = vlm.config.get_text_config().hidden_size
     head, decoder = config.detection_head, config.caption_decoder
     width = hidden_size if head.width is None else head.width
@@ -140,7 +148,7 @@ def build_network(
             f"(a run's is in its {RUN_CONFIG_FILE})"
         )
     return JointNetwork(
-        vlm=VisionLanguageModel(vlm, PixelNormalizer(spec.image_mean, spec.image_std)),
+        vlm=model,
         memory=MemoryBuilder(
             hidden_size,
             width,

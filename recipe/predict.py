@@ -185,6 +185,10 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     teachers = [] if args.teachers is None else read_annotated_folder(args.teachers)
     network, processor, config = load_network(args.checkpoint, load_config(args.config) if args.config else None)
+    if not network.has_head:
+        if args.answer not in (None, "text"):
+            raise ValueError(f"{args.checkpoint} was trained with detection_head: null: use --answer text")
+        args.answer = "text"
     prompt = prompt_of(args, config.prompt)
     precision = (view_trainer(config).precision or "amp_fp16").lower()  # Composer's default
     if precision not in DTYPES:

@@ -1,4 +1,4 @@
-"""The files next to a data set's shards: `index.json`, the records (every column but the image), and how to write one.
+"""The files next to a data set's shards: `index.json`, the records (columns without images), and how to write one.
 
 `records.jsonl.gz` lets a run count the tokens of a data set without its images, for any tokenizer and prompt. Its
 first line binds it to the shards of the index next to it.
@@ -10,13 +10,15 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from recipe.schema import Sample
+
+Parsed = TypeVar("Parsed")
 
 INDEX_FILE = "index.json"
 PARTIAL = ".partial"  # ends the name of a file that is being written
@@ -123,8 +125,13 @@ def shards_sha256(index: Mapping[str, Any]) -> str:
 
 
 def to_record(sample: Sample) -> dict[str, Any]:
-    """Return a line of the file: the sample's MDS row without its image."""
-    return {column: value for column, value in sample.to_mds().items() if column != "image"}
+    """Return a line of the file: the sample's MDS row, with 64 bits of a hash in place of its image."""
+    row = {column: value for column, value in sample.to_mds().items() if column != "image"}
+    return row | ({"image_hash": _hash(sample.image)} if sample.image else {})
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def write_part(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -151,6 +158,20 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
     Raises:
         DamagedRecordsError: The file is damaged, or was written for other shards.
     """
+    return _parse_lines(path, index, lambda line: Sample.from_mds({**line, "image": b""}))
+
+
+def read_image_hashes(path: Path, index: Mapping[str, Any]) -> Iterator[str]:
+    """Yield 16 hex digits of each sample's image, or of its id without one, in stored order; as `read_records`.
+
+    An image of several samples has one hash. It is empty if an earlier version of `convert/` wrote the file.
+    """
+    return _parse_lines(
+        path, index, lambda line: line.get("image_hash", "" if line["width"] else _hash(line["id"].encode()))
+    )
+
+
+def _parse_lines(path: Path, index: Mapping[str, Any], parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
     remedy = "convert the data set again"
     expected, found = sum(shard["samples"] for shard in index["shards"]), 0
     try:
@@ -159,7 +180,7 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
             if header.get("version") != _VERSION or header.get("shards_sha256") != shards_sha256(index):
                 raise DamagedRecordsError(f"{path} was written for other shards than its index.json lists: {remedy}")
             for line in file:
-                yield Sample.from_mds({**json.loads(line), "image": b""})
+                yield parse(json.loads(line))
                 found += 1
     except _DAMAGE as error:
         raise DamagedRecordsError(f"{path} cannot be read ({error!r}): {remedy}") from error

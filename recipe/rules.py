@@ -46,7 +46,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_model(config)
     _check_optimization(config)
     _check_loader("train_loader", config.train_loader)
-    _check_loader("eval_loader", config.eval_loader)
+    _check_loader("eval_loader", config.eval_loader, may_be_empty=config.val_fraction is not None)
     check_ranks(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_data(config)
     check_trainer(config.trainer)
@@ -148,11 +148,11 @@ def check_width(width: int, head: DetectionHeadConfig, decoder: CaptionDecoderCo
 
 def _check_model(config: RecipeConfig) -> None:
     head = config.detection_head
-    if head.num_denoising_groups and head.box_noise <= 0:
+    if head is not None and head.num_denoising_groups and head.box_noise <= 0:
         raise ConfigError(
             f"detection_head.box_noise is {head.box_noise}: denoising needs noise above 0, or num_denoising_groups: 0"
         )
-    if head.width is not None:  # else the language model's, which is not known yet
+    if head is not None and head.width is not None:  # else the language model's, which is not known yet
         check_width(head.width, head, config.caption_decoder)
     least, most = config.image.min_pixels, config.image.max_pixels
     if least is not None and most is not None and least > most:
@@ -197,8 +197,8 @@ def _check_warmups(config: RecipeConfig, max_duration: str | int | None) -> None
             )
 
 
-def _check_loader(where: str, loader: LoaderConfig) -> None:
-    if not loader.streams:
+def _check_loader(where: str, loader: LoaderConfig, may_be_empty: bool = False) -> None:
+    if not loader.streams and not may_be_empty:
         raise ConfigError(f"{where}.streams is empty: name at least one stream, such as `{{main: {{local: FOLDER}}}}`")
     for name, keywords in loader.streams.items():
         _check_stream(f"{where}.streams.{name}", keywords)
@@ -231,6 +231,8 @@ def _check_owned(where: str, keywords: Mapping[str, Any], owned: Mapping[str, st
 
 def _check_data(config: RecipeConfig) -> None:
     teachers, loader = config.teachers, config.train_loader
+    if config.val_fraction is not None and config.eval_loader.streams:
+        raise ConfigError("val_fraction and eval_loader.streams both choose what is evaluated: set one of them to null")
     if teachers.stream is not None:
         _check_stream("teachers.stream", teachers.stream)
     elif teachers.num_teachers > 0:

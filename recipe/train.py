@@ -46,6 +46,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.checkpoints.save import build_saver, without_saving
     from recipe.checkpoints.sigterm import Preemption
     from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
+    from recipe.data.split import evaluation_loader
     from recipe.data.stream import read_teachers
     from recipe.load import build_encoder, load_processor
     from recipe.losses.counts import split_batch
@@ -79,10 +80,17 @@ def main(config: RecipeConfig) -> "Trainer":
         config.seed,
         view.microbatch_size or device_batch_size(config.train_loader),
         partial(split_batch, equally_many=view.is_sharded),
+        config.val_fraction,
         answers_at_start=answers is None or trunk_learns(answers, None),
         answers_ever=answers is None or bool(answers.trunk),
     )
-    eval_loader = build_eval_loader(config.eval_loader, build_encoder(*asked, keep_image=True), teachers, config.seed)
+    eval_loader = build_eval_loader(
+        evaluation_loader(config),
+        build_encoder(*asked, keep_image=True),
+        teachers,
+        config.seed,
+        config.val_fraction,
+    )
     check_data(start, train_loader)
     saver = build_saver(view, config.save_best, origin)
     with safe_loading():

@@ -85,6 +85,7 @@ def test_overrides_of_every_kind(minimal: str) -> None:
         "loggers.wandb=null",
         "callbacks.lr_monitor={}",
     )
+    assert config.detection_head is not None
     assert config.detection_head.refine_boxes is False
     assert config.teachers.stream is None
     assert config.optimizer.lr_llm == 1e-4
@@ -151,6 +152,7 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("callbacks.lr_moniter={}", "unknown key callbacks.lr_moniter: did you mean lr_monitor"),
         ("callbacks.speed_monitor.window=3", "unknown key callbacks.speed_monitor.window: did you mean window_size"),
         ("callbacks.lr_monitor.x=3", "unknown key callbacks.lr_monitor.x: it takes none"),
+        ("callbacks.memory_bounds={warn_share: 2}", "callbacks.memory_bounds: warn_share is 2 and release_share 0.95"),
         ("callbacks.nan_monitor={}", "callbacks.nan_monitor cannot be set: leave it out"),
         ("callbacks.early_stopper.monitor=x", "missing callbacks.early_stopper.dataloader_label"),
         ("loggers.wanb={}", "unknown key loggers.wanb: did you mean wandb"),
@@ -181,7 +183,9 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("detection_head.num_queries=2.5", "wrong value of detection_head.num_queries"),
         ("detection_head.aux_loss=perhaps", "wrong value of detection_head.aux_loss"),
         ("optimizer.betas=[0.9,x]", "wrong value of optimizer.betas"),
-        ("train_loader.streams=null", "wrong value of train_loader.streams"),
+        ("train_loader.streams=null", "train_loader.streams is empty: name at least one"),
+        ("val_fraction=1", "val_fraction is 1.0: it must be above 0 and below 1"),
+        ("val_fraction=0.1", "val_fraction and eval_loader.streams both choose .*: set one of them to null"),
         ("train_loader.streams=abc", "wrong value of train_loader.streams"),
         ("run_folder=${oc.env:RECIPE_NO_SUCH_VARIABLE}", "run_folder: .*RECIPE_NO_SUCH_VARIABLE"),
         ("run_folder=${nothing}", "run_folder: .*nothing"),
@@ -273,6 +277,22 @@ def test_max_duration_is_required(minimal: str) -> None:
     del config.trainer["max_duration"]
     with pytest.raises(ConfigError, match=r"missing trainer\.max_duration"):
         check_config(config)
+
+
+def test_the_head_may_be_null_but_not_a_text(minimal: str) -> None:
+    assert load_and_check(minimal, "detection_head=null").detection_head is None
+    again = load_and_check(minimal, "detection_head=null", "detection_head.num_queries=7").detection_head
+    assert again is not None and again.num_queries == 7
+    assert_one_line(minimal, ["detection_head=none"], "detection_head in the command line is 'none': give it")
+    assert_one_line(minimal, ["detection_head=null", "ema={}"], "ema is about the detection head")
+
+
+def test_a_validation_split_needs_no_streams(minimal: str, tmp_path: Path) -> None:
+    assert_one_line(minimal, ["eval_loader.streams=null"], "eval_loader.streams is empty")
+    loaded = load_and_check(minimal, "val_fraction=0.1", "eval_loader.streams=null")
+    assert loaded.eval_loader.streams == {}
+    without = {**MINIMAL, "eval_loader": {"global_batch_size": 2}, "val_fraction": 0.1}
+    assert load_and_check(write_yaml(tmp_path, without)).eval_loader.streams == {}
 
 
 def test_batch_is_shared_by_the_ranks(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:

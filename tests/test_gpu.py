@@ -9,7 +9,7 @@ from composer.utils import get_device
 from recipe.config import RecipeConfig
 from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.losses.counts import split_batch
-from recipe.models.vlm import register
+from recipe.models.attention import register
 from recipe.schema import Batch, Example
 from tests.support.tiny_cases import make_model
 

@@ -248,8 +248,8 @@ class NaNRollback(Algorithm):
         self.snapshot.restore(state)
         if not weights_are_finite(state):
             raise TrainingDiverged(
-                f"weights that are never trained are not finite at batch {self._batch}, which no snapshot brings back: the "
-                "memory is faulty, or the file of the base model was damaged while it was read"
+                f"weights that are never trained are not finite at batch {self._batch}, and no snapshot holds them: "
+                "run the same command again, which reads them from the base model; if it recurs, test the memory"
             )
         self.strikes = 0
         self.watch.readings.clear()

@@ -1,4 +1,4 @@
-"""What a run says on the console: five lines at the start, its progress, five lines at the end."""
+"""What a run says on the console: five lines at the start, its progress, six lines at the end."""
 
 import logging
 import sys
@@ -13,6 +13,7 @@ from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist, is_notebook
 from torch.utils.data import DataLoader
 
+from recipe.callbacks.memory import MemoryPeaks
 from recipe.config import SchedulerConfig
 from recipe.data.stream import PackStream
 from recipe.metrics.gather import UNDEFINED
@@ -123,7 +124,7 @@ class ProgressLogger(ProgressBarLogger):
 
 
 class Summary(Callback):
-    """Logs what a run is about to do in five lines, and what it did in five.
+    """Logs what a run is about to do in five lines, and what it did in six.
 
     Args:
         run_folder: Where the run writes.
@@ -147,13 +148,18 @@ class Summary(Callback):
         self.save_folder = save_folder
         self.eval_interval = eval_interval if isinstance(eval_interval, str) else f"{eval_interval}ep"
         self._start = (0, 0.0)  # step and time
+        self._memory = MemoryPeaks()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Note where a stage begins, for its peak of memory."""
+        self._memory.batch_start(state)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Log the first lines. Collective under FSDP."""
         loader, duration, begun = state.train_dataloader, state.max_duration, int(state.timestamp.batch)
         assert isinstance(loader, DataLoader) and isinstance(loader.dataset, PackStream) and duration is not None
         self._start = (begun, time.monotonic())
-        num_samples = loader.dataset.num_samples
+        num_samples = int(loader.dataset.is_trained.sum())
         num_packs = loader.dataset.plan(int(state.timestamp.epoch)).num_packs
         packs = "" if num_packs == num_samples else f" in {num_packs} packs"
         # Unknown if the run's duration is in samples, tokens or seconds.
@@ -205,7 +211,8 @@ class Summary(Callback):
             )
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Log the last lines."""
+        """Log the last lines. Collective."""
+        memory = self._memory.describe(state)
         if dist.get_global_rank() != 0:
             return
         step, start = self._start
@@ -216,11 +223,12 @@ class Summary(Callback):
         lines = [
             f"  done        step {int(state.timestamp.batch)} after {timedelta(seconds=round(seconds))}{pace}",
             f"  evaluation  {headline(scores) if scores else 'none yet'}",
+            f"  memory      {memory}",
             f"  checkpoint  {newest}",
-            f"  results     {self.run_folder}: metrics.jsonl, images, config.yaml",
+            f"  results     {self.run_folder}: metrics.jsonl, curves.png, images, config.yaml",
             f"  next        python recipe/predict.py --checkpoint {newest} --out predictions IMAGES",
         ]
-        log.info("this run has ended\n%s", "\n".join(lines[: 4 if self.save_folder is None else 5]))
+        log.info("this run has ended\n%s", "\n".join(lines[: 5 if self.save_folder is None else 6]))
 
 
 def short(number: float) -> str:

@@ -21,6 +21,7 @@ from composer.utils import dist
 
 from recipe.callbacks.loggers import GuardedJsonLinesLogger, GuardedTensorboardLogger, TextLogger
 from recipe.callbacks.measures import GroupMetrics, LossGradients, LossShares
+from recipe.callbacks.memory import MemoryBounds
 from recipe.callbacks.progress import ProgressLogger
 from recipe.callbacks.stoppers import StayingEarlyStopper, StayingThresholdStopper
 from recipe.callbacks.throughput import Throughput
@@ -35,6 +36,7 @@ CALLBACKS: Mapping[str, type[Callback]] = {
     "loss_gradients": LossGradients,
     "loss_shares": LossShares,
     "lr_monitor": LRMonitor,
+    "memory_bounds": MemoryBounds,
     "memory_monitor": MemoryMonitor,
     "oom_observer": OOMObserver,
     "optimizer_monitor": OptimizerMonitor,

@@ -78,7 +78,8 @@ def step_flops(network: Any, batches: Sequence[Batch], trained: Collection[str])
     for batch in batches:
         if network.cache is None or not network.cache.has(batch["contents"]):
             _add_trunk(network, batch, trained, flops)
-        _add_detection(network, batch, trained, flops)
+        if network.has_head:
+            _add_detection(network, batch, trained, flops)
     return flops
 
 

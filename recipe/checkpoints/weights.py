@@ -256,7 +256,7 @@ def _write_export(
     weights = answering_weights(network.state_dict())
     head = {name: value.contiguous() for name, value in weights.items() if not name.startswith(LANGUAGE_MODEL)}
     save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
-    save_config(config, folder / CONFIG_FILE, network.caption_decoder.max_caption_tokens)
+    save_config(config, folder / CONFIG_FILE, network.max_caption_tokens)
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*"):

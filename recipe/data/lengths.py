@@ -190,6 +190,7 @@ def check_records(
     teachers: TeacherPool | None,
     loader: LoaderConfig,
     with_answers: bool = True,
+    is_used: NDArray[np.bool_] | None = None,
 ) -> None:
     """Judge the records of a loader before the first batch; all ranks must call it.
 
@@ -203,12 +204,13 @@ def check_records(
         teachers: Shown with the samples; training is judged by the longest that a sample can be shown.
         loader: Its section. With `on_bad_sample: skip`, what is too long is only logged.
         with_answers: Whether any epoch reads them.
+        is_used: (N,) which samples of the streams the loader reads, for lengths; None: all.
 
     Raises:
         ConfigError: A caption or conversation is too long, or a sample cannot be used.
     """
     is_packed = loader.packing is not None
-    problems = from_rank_0(lambda: _judge(where, streams, encoder, teachers, is_packed, with_answers))
+    problems = from_rank_0(lambda: _judge(where, streams, encoder, teachers, is_packed, with_answers, is_used))
     if problems and loader.on_bad_sample != "skip":
         raise ConfigError(
             "\n  ".join(f"{text}; {where}.on_bad_sample=skip leaves such samples out" for text in problems)
@@ -224,6 +226,7 @@ def _judge(
     teachers: TeacherPool | None,
     is_packed: bool,
     with_answers: bool,
+    is_used: NDArray[np.bool_] | None,
 ) -> list[str]:
     """Return what is wrong with the records of the streams."""
     problems: list[str] = []
@@ -231,17 +234,21 @@ def _judge(
     first = 0  # position of the stream's first sample
     for stream in streams:
         num_samples = sum(shard["samples"] for shard in stream.read_index()["shards"])
+        used = slice(None) if is_used is None else is_used[first : first + num_samples]
+        factor = np.zeros(num_samples, dtype=np.int64)  # 0: not read, so never too long
+        factor[used] = 1
         try:
-            captions = _kept_captions(encoder.tokenizer).of(stream)["tokens"]
+            captions = _kept_captions(encoder.tokenizer).of(stream)["tokens"] * factor
             problems += _too_long(where, stream, captions, encoder.max_caption_tokens, "a caption")
             lengths = Lengths(**_kept_lengths(encoder).of(stream))
             if not is_packed:
                 table = LengthTable(lengths, teachers, *added)
                 is_drawn = where == "eval_loader"  # every evaluation draws the same teachers
-                tokens, _ = (
-                    table.of_epoch(0, np.arange(num_samples), first) if is_drawn else table.longest(with_answers)
-                )
-                problems += _too_long(where, stream, tokens, encoder.max_seq_len, "a conversation")
+                if is_drawn:
+                    tokens, _ = table.of_epoch(0, np.arange(num_samples), first)
+                else:
+                    tokens, _ = table.longest(with_answers)
+                problems += _too_long(where, stream, tokens * factor, encoder.max_seq_len, "a conversation")
         except (MissingRecordsError, DamagedRecordsError) as error:
             if is_packed:
                 raise ConfigError(f"{where}: {error}") from error
@@ -301,7 +308,8 @@ class KeptCount:
     fingerprint: str  # of all that the count depends on except the samples
     what: str  # names the count in the log
     remedy: str  # what to do if a stream has no records
-    count: Callable[[Iterable[Sample]], Arrays]
+    count: Callable[[Iterable[Any]], Arrays]  # of what `read` yields
+    read: Callable[[Path, Mapping[str, Any]], Iterator[Any]] = read_records
 
     def of(self, stream: CheckedStream) -> Arrays:
         """Return a stream's count, read or computed; raise ValueError if there are no records or one cannot be used."""
@@ -339,7 +347,7 @@ class KeptCount:
                 f"{stream.folder} has no {RECORDS_FILE} next to its {INDEX_FILE}, so its lengths are unknown: "
                 f"convert the data set again, or {self.remedy}"
             )
-        return self.count(tqdm(read_records(records, index), unit=" samples", desc="count", disable=None))
+        return self.count(tqdm(self.read(records, index), unit=" samples", desc="count", disable=None))
 
 
 def read_arrays(path: Path) -> Arrays | None:

@@ -19,6 +19,7 @@ from recipe.data.collate import Collator, collate_microbatches, collate_packed, 
 from recipe.data.encode import Encoder
 from recipe.data.lengths import check_records, read_length_table
 from recipe.data.plan import Budget
+from recipe.data.split import split_streams
 from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, Packing, PackStream
 from recipe.data.teachers import TeacherPool
 from recipe.schema import Batch
@@ -37,19 +38,23 @@ def build_train_loader(
     seed: int,
     microbatch_size: int,
     split_batch: Callable[[list[Batch], int | float], Sequence[Batch]],
+    val_fraction: float | None = None,
     answers_at_start: bool = True,
     answers_ever: bool = True,
 ) -> DataSpec:
     """Return the training loader: batches of packs, resumed exactly at any number of ranks and workers.
 
     A forward pass on one device takes `microbatch_size` packs. Composer calls `split_batch` with each device batch, to
-    which it adds the loss denominators of the global batch. `answers_at_start` and `answers_ever`: whether the first
-    epoch, and any, reads answers; `recipe.callbacks.training_data` decides for the others.
+    which it adds the loss denominators of the global batch. `val_fraction` of the images are held out.
+    `answers_at_start` and `answers_ever`: whether the first epoch, and any, reads answers;
+    `recipe.callbacks.training_data` decides for the others.
     """
     batch_size = device_batch_size(loader)
     streams = open_streams(loader.streams)
     packing, wanted, skips = None, loader.packing, loader.on_bad_sample == "skip"
-    check_records("train_loader", streams, encoder, teachers, loader, answers_ever)
+    split = split_streams(streams, val_fraction)
+    is_used = None if split is None else ~split.is_validation
+    check_records("train_loader", streams, encoder, teachers, loader, answers_ever, is_used)
     if wanted is not None:
         max_tokens = wanted.max_tokens or encoder.max_seq_len
         budget = Budget(max_tokens, wanted.max_patches, wanted.window, encoder.max_seq_len)
@@ -61,6 +66,7 @@ def build_train_loader(
         skips_bad_samples=skips,
         answers_at_start=answers_at_start,
         answers_ever=answers_ever,
+        split=split,
         streams=streams,
         batch_size=batch_size,
         **{"shuffle_seed": seed, **loader.dataset},
@@ -75,13 +81,26 @@ def build_train_loader(
     )
 
 
-def build_eval_loader(loader: LoaderConfig, encoder: Encoder, teachers: TeacherPool | None, seed: int) -> DataSpec:
-    """Return the evaluation loader: every sample once, in stored order; each batch is one microbatch."""
+def build_eval_loader(
+    loader: LoaderConfig,
+    encoder: Encoder,
+    teachers: TeacherPool | None,
+    seed: int,
+    val_fraction: float | None = None,
+) -> DataSpec:
+    """Return the evaluation loader: every sample once, in stored order; each batch is one microbatch.
+
+    With `val_fraction`, `loader` is that of `evaluation_loader` and only what training holds out is read.
+    """
     batch_size, skips = device_batch_size(loader), loader.on_bad_sample == "skip"
     streams = open_streams(loader.streams)
-    check_records("eval_loader", streams, encoder, teachers, loader)
+    split = split_streams(streams, val_fraction)
+    if split is not None and dist.get_global_rank() == 0:
+        log.info("validation: %s (val_fraction %s)", split.describe(), val_fraction)
+    is_used = None if split is None else split.is_validation
+    check_records("eval_loader", streams, encoder, teachers, loader, is_used=is_used)
     maker = ExampleMaker(encoder, teachers, seed)
-    dataset = EvalSamples(maker, skips, streams=streams, batch_size=batch_size, **loader.dataset)
+    dataset = EvalSamples(maker, skips, split, streams=streams, batch_size=batch_size, **loader.dataset)
     sampler = EvalSampler(dataset)
     dataloader = _dataloader(loader, dataset, encoder.pad_token_id, batch_size, batch_size, sampler=sampler)
     _check_batches("eval_loader", loader, dataloader, len(dataset))
@@ -123,7 +142,8 @@ def tokens_per_batch(loader: LoaderConfig, spec: DataSpec) -> float:
     if loader.packing is not None:
         mean = float(plan.tokens.sum()) / plan.num_packs
     else:
-        positions = range(0, dataset.num_samples, max(1, dataset.num_samples // 32))
+        positions = dataset.is_trained.nonzero()[0].tolist()
+        positions = positions[:: max(1, len(positions) // 32)]
         mean = sum(len(dataset.example(position).input_ids) for position in positions) / len(positions)
     return mean * loader.global_batch_size
 

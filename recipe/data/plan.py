@@ -85,10 +85,11 @@ def plan_packs(
 ) -> Plan:
     """Pack each canonical node's share of the order, so that a node keeps reading its own shards.
 
-    `order` (S,) holds the epoch's occurrences, shuffled; those over the budget alone are left out. `samples`, `tokens`
-    and `patches` (S,) hold the stored position of each occurrence and its lengths, including its teachers.
+    `order` holds the epoch's occurrences, shuffled; those over the budget alone are left out. `samples`, `tokens` and
+    `patches` (S,) hold the stored position of each occurrence and its lengths, including its teachers.
     """
     fits = budget.fits(tokens, patches)
+    left_out = samples[np.sort(order[~fits[order]])]
     order = order[fits[order]]
     tokens_in_order, patches_in_order = tokens[order], patches[order]
     rows = []
@@ -101,7 +102,7 @@ def plan_packs(
         rows.append([[row.start + position for position in pack] for pack in packs])
     num_packs = max(len(row) for row in rows)
     rows = [_split_emptiest(row, num_packs, tokens_in_order) for row in rows]
-    return _assemble(rows, order, samples, tokens, left_out=samples[~fits])
+    return _assemble(rows, order, samples, tokens, left_out)
 
 
 def assign_packs(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDArray[np.int64]:

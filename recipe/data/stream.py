@@ -18,6 +18,7 @@ from recipe.config import NEW_RUN, ConfigError, TeacherConfig
 from recipe.data.encode import Encoder
 from recipe.data.lengths import LengthTable, takes_teachers
 from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
+from recipe.data.split import Split
 from recipe.data.teachers import TeacherPool, noise_seed
 from recipe.images import open_image
 from recipe.schema import Example, Pack, Sample
@@ -105,6 +106,7 @@ class PackStream(CheckedDataset):
         skips_bad_samples: bool,
         answers_at_start: bool = True,
         answers_ever: bool = True,
+        split: Split | None = None,
         **keywords: Any,
     ):
         """Open the shards.
@@ -115,10 +117,13 @@ class PackStream(CheckedDataset):
             skips_bad_samples: List samples that cannot be used in `Pack.skipped`, else raise.
             answers_at_start: `with_answers` of the run's first epoch.
             answers_ever: Whether any epoch has answers, so that a sample must fit with its own.
+            split: What is held out for evaluation, if anything.
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)
         self._maker, self._packing, self._skips_bad_samples = maker, packing, skips_bad_samples
+        self._val_fraction = None if split is None else split.fraction
+        self.is_trained = np.ones(self.num_samples, dtype=np.bool_) if split is None else ~split.is_validation  # (N,)
         self._asked_block_size = self.shuffle_block_size
         self._asked_canonical_nodes = self.num_canonical_nodes
         # Streaming would set both when the first epoch starts, but its length must be known before.
@@ -203,7 +208,8 @@ class PackStream(CheckedDataset):
         self.num_canonical_nodes = obj["num_canonical_nodes"]
         self.shuffle_block_size = self._asked_block_size
         self._set_shuffle_block_size(self._parallel_rank_world)
-        then, now = obj.get("plan", {}), self.identity()
+        # Older checkpoints do not name it.
+        then, now = {"val_fraction": "None", **obj.get("plan", {})}, self.identity()
         streams = obj.get("streams", {}), self._described
         changed = [
             _CHANGES[name](*streams) if name in _CHANGES else f"{name} was {then.get(name)}, now {value}"
@@ -277,7 +283,7 @@ class PackStream(CheckedDataset):
         """Return an inert example, for a pack without a usable sample."""
         for index in range(self.num_samples):
             with suppress(ValueError):
-                if self[index]["id"] not in self.quarantined:
+                if self.is_trained[index] and self[index]["id"] not in self.quarantined:
                     return make_inert(self.example(index))
         raise ValueError("no sample of the data set can be used: convert it again, with --strict to see why")
 
@@ -291,6 +297,7 @@ class PackStream(CheckedDataset):
             "packing": str(packing and (packing.budget, packing.skips_long_samples)),
             "lengths (tokenizer, prompt, pixel budget)": packing.lengths.digest() if packing else "",
             "teachers": teachers.digest() if teachers else "",
+            "val_fraction": str(self._val_fraction),
         }
 
     def _describe_streams(self) -> dict[str, list[Any]]:
@@ -311,13 +318,14 @@ class PackStream(CheckedDataset):
             order = get_shuffle(
                 self.shuffle_algo, units, self.num_canonical_nodes, self.shuffle_seed, epoch, self.shuffle_block_size
             )
+        order = order[self.is_trained[samples[order]]]
         if self._packing is None:
             return plan_samples(order, samples, self.num_canonical_nodes)
         tokens, patches = self._packing.lengths.of_epoch(epoch, samples, 0, with_answers)
         budget = self._packing.budget
-        if not budget.fits(tokens, patches).any():
+        if not budget.fits(tokens, patches)[order].any():
             raise ConfigError(
-                f"all {len(samples)} samples of epoch {epoch} are over the budget of a pack: "
+                f"all {len(order)} samples of epoch {epoch} are over the budget of a pack: "
                 "raise train_loader.packing.max_tokens, max_seq_len or max_patches"
             )
         return plan_packs(order, samples, tokens, patches, self.num_canonical_nodes, budget, self.shuffle_seed, epoch)
@@ -326,7 +334,7 @@ class PackStream(CheckedDataset):
         """Raise ValueError if a sample could be over the budget alone, in any epoch."""
         budget = packing.budget
         tokens, patches = packing.lengths.longest(with_answers)
-        long = np.flatnonzero(~budget.fits(tokens, patches))
+        long = np.flatnonzero(~budget.fits(tokens, patches) & self.is_trained)
         if not len(long):
             return
         shown = "" if self._maker.teachers is None else ", including its longest teachers"
@@ -382,18 +390,22 @@ _CHANGES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]] = {
 class EvalSamples(Dataset[Pack]):
     """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert.
 
-    A sample that cannot be used raises, or is listed in `Pack.skipped` with an inert one in its place.
+    With a `split` it holds that part of the stored samples. A sample that cannot be used raises, or is listed in
+    `Pack.skipped` with an inert one in its place.
     """
 
-    def __init__(self, maker: ExampleMaker, skips_bad_samples: bool = False, **keywords: Any):
+    def __init__(
+        self, maker: ExampleMaker, skips_bad_samples: bool = False, split: Split | None = None, **keywords: Any
+    ):
         self._rows = CheckedDataset(**keywords)
         self._maker, self._skips_bad_samples = maker, skips_bad_samples
+        self._positions = np.arange(self._rows.num_samples) if split is None else np.flatnonzero(split.is_validation)
 
     def __len__(self) -> int:
-        return self._rows.num_samples
+        return len(self._positions)
 
     def __getitem__(self, index: int) -> Pack:
-        position = index if index >= 0 else -1 - index
+        position = int(self._positions[index if index >= 0 else -1 - index])
         row = self._rows[position]
         try:
             example = self._maker(row, 0, position)
@@ -405,7 +417,7 @@ class EvalSamples(Dataset[Pack]):
 
     def _find_filler(self) -> Example:
         """Return an inert example without an image to draw, in place of a sample that is skipped."""
-        for position in range(len(self)):
+        for position in self._positions.tolist():
             with suppress(ValueError):
                 filler = make_inert(self._maker(self._rows[position], 0, position))
                 return replace(filler, sample=replace(filler.sample, image=b""))

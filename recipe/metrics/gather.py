@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -25,20 +25,23 @@ Scores = Callable[[Sequence[Prediction], Sequence[Sample]], dict[str, float]]
 _TEXT_OF_BOXES = re.compile(r'"bbox_2d"\s*:|\[\s*\]')
 
 
+LANGUAGE_LOSSES = {"loss_lm_teacher": "teacher_tokens", "loss_lm_student": "student_tokens"}
+
+
 class Evaluation(Metric):
     """Computes loss averages and scores of a whole evaluation set, over all batches and ranks.
 
     Each loss term is its summed numerators over its summed counts; 0 if nothing was counted.
 
     Args:
+        with_head: False: only the losses of the language model.
         scores: Called with all annotated samples of all ranks, ordered by `sample_key` and without image bytes. Called
             without samples it must return the same names.
     """
 
     full_state_update = False
-    denominators: ClassVar[Mapping[str, str]] = {
-        "loss_lm_teacher": "teacher_tokens",
-        "loss_lm_student": "student_tokens",
+    denominators: Mapping[str, str] = {
+        **LANGUAGE_LOSSES,
         "loss_bbox": "objects",
         "loss_giou": "objects",
         "loss_objectness": "images",
@@ -49,8 +52,10 @@ class Evaluation(Metric):
     loss_sums: Tensor
     loss_counts: Tensor
 
-    def __init__(self, scores: Scores):
+    def __init__(self, scores: Scores, with_head: bool = True):
         super().__init__()
+        if not with_head:
+            self.denominators = LANGUAGE_LOSSES
         self.scores = scores
         self.names = (*self.denominators, *scores([], []))
         self.evaluated: list[tuple[int, Prediction, Sample]] = []

@@ -72,6 +72,7 @@ class JointNetwork(nn.Module):
     still passes gradients.
 
     Attributes:
+        has_head: Whether there are memory, detection head and caption decoder.
         average: Averages of memory, detection head and caption decoder, which replace them in evaluation; or None.
         cache: In training, holds what the memory reads of the trunk, which then runs only for new images; or None.
 
@@ -80,6 +81,8 @@ class JointNetwork(nn.Module):
         num_denoising_groups: 0: no denoising queries.
         aux_loss: False: earlier layers' outputs are dropped.
     """
+
+    has_head = True
 
     def __init__(
         self,
@@ -105,6 +108,11 @@ class JointNetwork(nn.Module):
         self.aux_loss = aux_loss
         self.average: nn.ModuleDict | None = None
         self.cache: FrozenCache | None = None
+
+    @property
+    def max_caption_tokens(self) -> int | None:
+        """Return the length of the longest caption that can be learned; None: captions are not read."""
+        return self.caption_decoder.max_caption_tokens
 
     def add_average(self) -> None:
         """Create `average` from the current weights; `recipe.algorithms.head_ema` updates it.
@@ -273,6 +281,41 @@ class JointNetwork(nn.Module):
         )
         labels = labels[row, token]
         return self.vlm.token_losses(hidden[row, token], labels), labels, image[row]
+
+
+class LanguageNetwork(JointNetwork):
+    """The language model alone, for `detection_head: null`: its outputs hold no query, match or caption."""
+
+    has_head = False
+
+    def __init__(self, vlm: VisionLanguageModel):
+        nn.Module.__init__(self)
+        self.vlm = vlm
+        self.num_denoising_groups = 0
+        self.average = None
+        self.cache = None
+
+    @property
+    def max_caption_tokens(self) -> None:
+        """Return None: captions are not read."""
+
+    def _outputs(self, batch: Batch) -> JointOutputs:
+        states = self.vlm(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["position_ids"],
+            batch["segment_lengths"],
+            batch["pixel_patches"],
+            batch["image_grid_thw"],
+        )
+        losses = self.vlm.token_losses(states.last_hidden_state[batch["label_index"]], batch["labels"])
+        targets: Sequence[Target | None] = batch["targets"] or [None]
+        boxes = losses.new_zeros(len(targets), 0, 4)
+        nothing = DetectionOutputs(boxes, boxes, boxes[..., 0], boxes)
+        memory = Memory(boxes, boxes, torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device), boxes)
+        none = torch.zeros(0, dtype=torch.int64, device=boxes.device)
+        no_losses = losses.new_zeros(0)
+        return JointOutputs(losses, memory, nothing, None, [Matches(none, none, none)], targets, no_losses, none, none)
 
 
 def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:

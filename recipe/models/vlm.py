@@ -1,8 +1,4 @@
-"""The language model: Qwen2.5-VL through `from_pretrained`, vision features computed once and shared with the head.
-
-Its attention for packed rows runs on any device: one `scaled_dot_product_attention` per sample, no mask, no padding.
-Registered with transformers as `packed_sdpa`; flash-attention 2, if installed, has a kernel that does the same.
-"""
+"""The language model: Qwen2.5-VL through `from_pretrained`, vision features computed once and shared with the head."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,17 +12,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from recipe.config import ConfigError
+from recipe.models.attention import PACKED, WindowAttention, resolve_attention
 from recipe.models.token_losses import token_losses
 
 log = logging.getLogger(__name__)
@@ -92,15 +86,19 @@ class ImageEmbedding(nn.Module):
 class VisionLanguageModel(nn.Module):
     """`Qwen2_5_VLForConditionalGeneration`, one pass of which gives hidden states and the image features they read.
 
-    Its patch embedding is replaced by an `ImageEmbedding`.
+    Its patch embedding is replaced by an `ImageEmbedding`, and with the attention `packed_sdpa` that of its vision
+    tower by `WindowAttention`.
     """
 
-    def __init__(self, hf_model: PreTrainedModel, normalizer: PixelNormalizer):
+    def __init__(self, hf_model: PreTrainedModel, normalizer: PixelNormalizer, attention: str = "auto"):
         super().__init__()
         visual: Any = hf_model.model.visual
         visual.patch_embed = ImageEmbedding(visual.patch_embed)
         # A trained tower in float32 may be below a frozen merger in bfloat16.
         visual.merger.register_forward_pre_hook(lambda merger, inputs: (inputs[0].to(merger.ln_q.weight.dtype),))
+        if resolve_attention(attention) == PACKED:
+            for block in visual.blocks:
+                block.attn = WindowAttention(block.attn)
         self.hf_model = hf_model
         self.normalizer = normalizer
 
@@ -244,65 +242,6 @@ def check_packing_contract(
             f"position_ids {tuple(position_ids.shape)} and segments {segment_lengths} for input_ids "
             f"{tuple(input_ids.shape)}: use recipe.data.collate's collate_standard or collate_packed"
         )
-
-
-def packed_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    segment_lengths: list[int] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Return the attended values (B, L, heads, ·) and no weights, as transformers' attention functions do.
-
-    `query` is (B, heads, L, ·), `key` and `value` (B, key heads, L', ·). A packed row has `segment_lengths`, the tokens
-    of each sample, and no mask. `is_causal` is by default the layer's own; `kwargs` are not used.
-
-    Raises:
-        ValueError: The segments do not cover the row.
-    """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:  # on CPU `enable_gqa` takes the slow kernel
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if segment_lengths is None:
-        causal = causal and attention_mask is None and query.shape[2] > 1
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, is_causal=causal
-        )
-        return attended.transpose(1, 2), None
-    if query.shape[0] != 1 or sum(segment_lengths) != query.shape[2]:
-        raise ValueError(
-            f"segments of {segment_lengths} tokens do not cover a row of shape {tuple(query.shape[:3:2])}: "
-            "use recipe.data.collate.collate_packed"
-        )
-    parts = zip(*(states.split(segment_lengths, dim=2) for states in (query, key, value)), strict=True)
-    attended = [F.scaled_dot_product_attention(q, k, v, None, dropout, causal, scale=scaling) for q, k, v in parts]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
-
-
-def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """Return no mask for a packed row, and sdpa's own for padded rows and cached generation."""
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-
-
-def register() -> str:
-    """Register `packed_sdpa` with transformers and return its name."""
-    AttentionInterface.register("packed_sdpa", packed_sdpa)
-    AttentionMaskInterface.register("packed_sdpa", packed_mask)
-    return "packed_sdpa"
-
-
-def resolve_attention(attn_implementation: str) -> str:
-    """Resolve `auto` to flash-attention 2 if usable, else to `packed_sdpa`; return others unchanged."""
-    if attn_implementation != "auto":
-        return attn_implementation
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else register()
 
 
 def read_hf_config(name: str) -> PretrainedConfig:

@@ -54,13 +54,16 @@ def predict(network: JointNetwork, batch: Batch, decoding: Decoding) -> tuple[Jo
 def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding: Decoding) -> list[Prediction]:
     """Return the predictions of a batch whose outputs are known; see `predict`."""
     lockstep = is_sharded(network)
-    ranking = rank_queries(outputs.detection, decoding.evaluation)
-    captions, answers = [], {}
-    if batch["student_samples"] or lockstep:
-        captions = _captions(network, outputs, ranking, decoding, lockstep)
-        answers = _answers(network, batch, decoding, lockstep) if decoding.evaluation.generate_answer else {}
     rows = {sample: row for row, sample in enumerate(batch["student_samples"])}
-    objects_of = _objects(ranking, captions, [batch["samples"][position] for position in rows])
+    is_asked = bool(rows) or lockstep
+    objects_of: list[tuple[DetectedObject, ...]] = [() for _ in rows]
+    if network.has_head:
+        ranking = rank_queries(outputs.detection, decoding.evaluation)
+        captions = _captions(network, outputs, ranking, decoding, lockstep) if is_asked else []
+        objects_of = _objects(ranking, captions, [batch["samples"][position] for position in rows])
+    answers = {}
+    if is_asked and decoding.evaluation.generate_answer:
+        answers = _answers(network, batch, decoding, lockstep)
     patch = network.vlm.hf_model.config.vision_config.patch_size
     predictions = []
     for position, sample in enumerate(batch["samples"]):
@@ -72,7 +75,8 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
             frame = answer_frame(decoding.prompt.box_coordinates, (width * patch, height * patch))
             parsed = text_to_objects(answer, size, frame)
             answer_objects = None if parsed is None else tuple(parsed)
-        predictions.append(Prediction(sample.id, *size, objects, answer, answer_objects, is_cut))
+        made = (objects, answer, answer_objects, is_cut, network.has_head)
+        predictions.append(Prediction(sample.id, *size, *made))
     return predictions
 
 

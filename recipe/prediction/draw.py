@@ -96,6 +96,7 @@ def _panels(
     image: _Image, prediction: Prediction, truth: Sample | None, least: float, with_head: bool = True
 ) -> list[_Panel]:
     """Return at least one panel; the first is headed by the image's name."""
+    with_head = with_head and prediction.with_head
     found = [item for item in prediction.objects if item.score >= least] if with_head else None
     layers = {"prediction": found, "truth": truth and truth.objects, "text answer": prediction.answer_objects}
     plain, panels = _Panel(image, (prediction.width, prediction.height), CaptionColours()), list[_Panel]()

@@ -21,7 +21,7 @@ from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.load import load_processor
-from recipe.models.vlm import packed_mask
+from recipe.models.attention import attend_segments, packed_mask
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example, Sample
 
@@ -99,6 +99,27 @@ class Step:
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
+
+
+def window_seconds(
+    lengths: Sequence[int], num_heads: int, width: int, repeats: int, dtype: torch.dtype = torch.float32
+) -> dict[str, float]:
+    """Core-seconds of attention within windows, forward and backward: one call a window, or one a length; medians."""
+
+    def loop(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = zip(*(states.split(list(lengths)) for states in (query, key, value)), strict=True)
+        heads = ([states.transpose(0, 1)[None] for states in part] for part in parts)
+        return torch.cat([F.scaled_dot_product_attention(*part)[0].transpose(0, 1) for part in heads])
+
+    ways = {"loop": loop, "grouped": lambda query, key, value: attend_segments(query, key, value, lengths)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, way in ways.items():
+            states = [torch.randn(sum(lengths), num_heads, width, dtype=dtype, requires_grad=True) for _ in range(3)]
+            start = time.process_time()
+            way(*states).sum().backward()
+            seconds[name].append(time.process_time() - start)
+    return {name: median(values[1:]) for name, values in seconds.items()}
 
 
 def step_seconds(config: RecipeConfig, examples: Sequence[Example], repeats: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """`recipe.callbacks.progress`: what a run says on the console."""
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def test_a_run_says_what_it_does_and_what_it_did(
     steps = [message for message in messages if message.startswith("step ")]
     assert len(steps) == 1 and steps[0].startswith("step 1 (50 %), loss ") and LINE_EVERY > 2
     assert [message for message in messages if message.startswith("evaluation at step 2: box AP50 ")]
-    assert last.splitlines()[0] == "this run has ended" and len(last.splitlines()) == 6
+    assert last.splitlines()[0] == "this run has ended" and len(last.splitlines()) == 7
+    assert re.search(r"memory      peak [\d.]+ GiB per process", last)
     assert "done        step 2 after" in last
     assert f"--checkpoint {config.run_folder}/checkpoints/latest-rank0.pt" in last

@@ -156,6 +156,7 @@ def test_misfitting_names_are_told(trained_checkpoint: Path, tmp_path: Path):
 
 def test_misfitting_shapes_are_told(trained_checkpoint: Path):
     config = find_config(trained_checkpoint)
+    assert config.detection_head is not None
     config = replace(config, detection_head=replace(config.detection_head, num_queries=7))
     with pytest.raises(ValueError, match=r"of another shape model\.detection_head\..* \(5, 32\) instead of \(7, 32\)"):
         load_model(trained_checkpoint, config)

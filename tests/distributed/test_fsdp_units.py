@@ -145,6 +145,7 @@ def test_the_real_models_have_groups_stages_and_units(
     policy = generate_composer_model_policy(model)
     units = policy._run_policy(model, set(), {"mp_policy": "backbone"})
     counts = Counter(type(module).__name__ for module in units)
+    assert config.detection_head is not None
     head, decoder = config.detection_head.num_layers, config.caption_decoder.num_layers
     assert counts == {
         "JointNetwork": 1,

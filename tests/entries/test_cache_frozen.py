@@ -14,6 +14,7 @@ from recipe.checks import check_cache
 from recipe.config import (
     CacheFrozenConfig,
     ConfigError,
+    DetectionHeadConfig,
     LoaderConfig,
     OptimizerConfig,
     PackingConfig,
@@ -137,7 +138,7 @@ def test_another_trunk_is_not_read(tiny_checkpoint: str, data: str, tmp_path: Pa
     for name, changes in {
         "precision": {"model": replace(config.model, dtype="float32")},
         "budget": {"image": replace(config.image, max_pixels=3136)},
-        "features": {"detection_head": replace(config.detection_head, patch_features=True)},
+        "features": {"detection_head": DetectionHeadConfig(**{**vars(config.detection_head), "patch_features": True})},
     }.items():
         trunk_runs.clear()
         main(replace(config, run_folder=str(tmp_path / name), **changes)).close()

@@ -179,6 +179,7 @@ def test_full_folder_is_left_alone(exported: Path, trained_checkpoint: Path, tmp
 
 def test_misfitting_head_is_told(exported: Path):
     config = load_config(str(exported / "recipe.yaml"))
+    assert config.detection_head is not None
     config = replace(config, detection_head=replace(config.detection_head, num_queries=9))
     with pytest.raises(ValueError, match=r"detection_head\.safetensors does not fit .* instead of \(9, 32\)"):
         load_model(exported, config)

@@ -13,7 +13,15 @@ from convert.shapes import iter_samples
 from convert.write import write_split
 from recipe.checkpoints.check import MANIFEST, describe_file, newest_valid, parse_manifest, write_manifest
 from recipe.checkpoints.weights import read_weights
-from recipe.config import NEW_RUN, ConfigError, EmaConfig, LoaderConfig, RecipeConfig, SaveBestConfig
+from recipe.config import (
+    NEW_RUN,
+    ConfigError,
+    DetectionHeadConfig,
+    EmaConfig,
+    LoaderConfig,
+    RecipeConfig,
+    SaveBestConfig,
+)
 from recipe.configure import load_config
 from recipe.eval import main as evaluate
 from recipe.export import main as export
@@ -121,7 +129,7 @@ def test_the_configuration_belongs_to_the_weights(config: RecipeConfig, monkeypa
     run(other)  # has ended
     assert saved.read_text() == before
     with pytest.raises(ValueError, match="another model"):
-        run(longer(other, 3, detection_head=replace(config.detection_head, num_queries=3)))
+        run(longer(other, 3, detection_head=replace(config.detection_head or DetectionHeadConfig(), num_queries=3)))
     assert saved.read_text() == before
 
     def fail(*args: Any) -> None:
@@ -188,7 +196,7 @@ def test_training_on_from_an_export_is_training_on_from_its_checkpoint(
         "new head": replace(
             config,
             model=replace(config.model, pretrained_model_name_or_path=exported),
-            detection_head=replace(config.detection_head, pretrained=False, num_queries=3),
+            detection_head=replace(config.detection_head or DetectionHeadConfig(), pretrained=False, num_queries=3),
         ),
     }
     weights = {}
@@ -209,7 +217,7 @@ def test_training_on_from_an_export_is_training_on_from_its_checkpoint(
     with pytest.raises(
         ConfigError, match=r"detection_head.safetensors does not fit .* detection_head.pretrained=false"
     ):
-        main(replace(base, detection_head=replace(config.detection_head, num_queries=3)))
+        main(replace(base, detection_head=replace(config.detection_head or DetectionHeadConfig(), num_queries=3)))
     folder = str(tmp_path / "wordy")
     wordy = [
         replace(sample, objects=tuple(replace(item, caption=10 * "so red a thing ") for item in sample.objects or ()))

@@ -98,6 +98,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_runs_config_alone(make_run: C
     train(run).close()
     saved = Path(run.run_folder, "config.yaml").read_bytes()
     other = make_run("run", "2ba", load_path=f"{run.run_folder}/checkpoints/ba1.pt", eval_interval="1ep")
+    assert other.detection_head is not None
     other.detection_head.num_queries += 1
     with pytest.raises(ValueError, match=r"made with another model .* differ in detection_head\.num_queries"):
         train(other)

@@ -20,6 +20,7 @@ from recipe.data.encode import rope_positions
 from recipe.data.image import image_spec, patchify
 from recipe.joint import JointModel
 from recipe.load import drop_ineffective_flags, load_processor
+from recipe.models.attention import resolve_attention
 from recipe.models.vlm import (
     IS_TRANSFORMERS_4,
     ImageEmbedding,
@@ -27,7 +28,6 @@ from recipe.models.vlm import (
     VisionLanguageModel,
     check_packing_contract,
     load_vlm,
-    resolve_attention,
     scatter_features,
 )
 from recipe.prediction.decode import generate_answers, special_ids
