@@ -18,6 +18,8 @@ from recipe.upstream.torch_private import foreach_norm
 
 log = logging.getLogger(__name__)
 
+_PIECE = 2**24  # numbers
+
 # A parameter belongs to the one group whose pattern is found in its name. The vision pattern excludes the merger. What
 # peft adds has `lora_` in its name (lora_A, lora_B, lora_magnitude_vector); the weight it adapts is a `base_layer`.
 GROUP_PATTERNS: Mapping[str, str] = {
@@ -125,6 +127,11 @@ def num_parameters(state: State) -> tuple[dict[str, int], int]:
     return dict(zip(groups, counts, strict=True)), num_others
 
 
+def _pieces(tensor: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Return a tensor in parts that are small in `dtype`, or whole if it has that dtype."""
+    return (tensor,) if tensor.dtype == dtype else tensor.flatten().split(_PIECE)
+
+
 @torch.no_grad()
 def square_sums(lists: Sequence[Sequence[Tensor]], device: torch.device | str = "cpu") -> Tensor:
     """Return the sum of squares of this rank's part of each list: (len(lists),) float64, 0 for an empty list."""
@@ -134,6 +141,8 @@ def square_sums(lists: Sequence[Sequence[Tensor]], device: torch.device | str = 
         if parts:
             # Norms in at least float32: the square of a bfloat16 norm has three digits.
             dtype = reduce(torch.promote_types, {part.dtype for part in parts}, torch.float32)
+            if not parts[0].is_cuda:  # a CPU converts all of a tensor at once: 1.2 GB of the 3B's token embedding
+                parts = [piece for part in parts for piece in _pieces(part, dtype)]
             norms = torch.stack(list(foreach_norm(parts, 2, dtype=dtype)))
             sums.append(norms.double().square().sum())
         else:
