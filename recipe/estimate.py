@@ -292,6 +292,22 @@ def largest_packs(config: RecipeConfig, network: "JointNetwork", world_size: int
     return found
 
 
+def advice(config: RecipeConfig, world_size: int, card: float) -> str:
+    """Return what to set after a GPU of `card` GiB has run out of memory."""
+    packing = config.train_loader.packing
+    if packing is None:
+        return "set train_loader.packing={max_tokens: 2048}, which bounds a step's memory"
+    tokens = largest_packs(config, build_on_meta(config), world_size, card)
+    if tokens is None:
+        return f"by recipe.estimate no pack fits {card:.0f} GiB: freeze parts or set lora (yamls/README.md)"
+    if tokens < (packing.max_tokens or config.max_seq_len):
+        return f"by recipe.estimate {card:.0f} GiB are enough for train_loader.packing.max_tokens={tokens}"
+    return (
+        f"by recipe.estimate packs of {tokens} tokens fit {card:.0f} GiB: look for another process on the GPU "
+        "(nvidia-smi), set trainer.device_train_microbatch_size=1, or lower train_loader.packing.max_tokens"
+    )
+
+
 def savings(reload: Callable[[list[str]], RecipeConfig], world_size: int) -> list[tuple[str, int]]:
     """Return overrides that would save memory, each with the bytes that it saves alone; the greatest first.
 

@@ -138,6 +138,8 @@ def main(config: RecipeConfig) -> "Trainer":
 
 def run(config: RecipeConfig) -> None:
     """Judge what is left to judge, then train; a run that diverged ends with exit code 65, without a traceback."""
+    import torch
+
     from recipe.algorithms.nan_rollback import DIVERGED, TrainingDiverged
     from recipe.checkpoints.sigterm import exit_on_sigterm, ignore_sigterm
     from recipe.checks import check_libraries, check_machine
@@ -147,6 +149,14 @@ def run(config: RecipeConfig) -> None:
     check_machine(config)
     try:
         main(config)
+    except torch.OutOfMemoryError:
+        from composer.utils import dist
+
+        from recipe.estimate import GIB, advice
+
+        card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+        log.error("the GPU is out of memory: %s", advice(config, dist.get_world_size(), card))
+        raise
     except TrainingDiverged as error:
         ignore_sigterm()
         log.error("%s", error)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from recipe.models.network import AVERAGE
 from recipe.models.token_losses import CHUNK
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.schema import Example
+from recipe.train import run
 from tests.support.tiny_cases import ADAPTED, ALL_SWITCHES, losses_and_gradients, make_batches, make_model
 
 YAML = str(Path(__file__).resolve().parents[2] / "yamls" / "joint.yaml")
@@ -127,7 +129,7 @@ def test_activations_of_a_block(
 ) -> None:
     part = LoraPartConfig(rank=4)
     changes = {"lora": LoraConfig(part, part), "optimizer": {"lr_llm": 0.0, "lr_vision": 0.0}} if with_adapters else {}
-    model = make_model(tiny_config(model={"dtype": "float32"}, **changes))
+    model = make_model(tiny_config(model={"dtype": "float32", "frozen_dtype": "same"}, **changes))
     hf_model = model.model.vlm.hf_model
     block = hf_model.model.visual.blocks[0] if kind == "vision" else hf_model.model.language_model.layers[0]
     measured: list[int] = []
@@ -218,6 +220,33 @@ def test_the_largest_pack_that_fits() -> None:
 
     assert needed(tokens) <= 24 * GIB < needed(tokens + 256)
     assert largest_packs(config, network, 1, 8) is None
+
+
+@pytest.mark.parametrize(
+    ("card", "overrides", "words"),
+    [
+        (8, [], "no pack fits 8 GiB: freeze parts or set lora"),
+        (11, [], "11 GiB are enough for train_loader.packing.max_tokens="),
+        (24, [], "fit 24 GiB: look for another process on the GPU"),
+        (24, ["train_loader.packing=null"], "set train_loader.packing={max_tokens: 2048}"),
+    ],
+)
+def test_a_full_gpu_is_told_what_to_set(
+    card: int, overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the size of the card it ran on; the error itself is raised on."""
+
+    def fill_the_card(config: RecipeConfig) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("recipe.train.main", fill_the_card)
+    monkeypatch.setattr("recipe.checkpoints.sigterm.exit_on_sigterm", lambda: None)
+    monkeypatch.setattr("recipe.checks.check_machine", lambda config: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=card * GIB))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(load_config(HEAD, overrides))
+    assert "the GPU is out of memory" in caplog.text and words in caplog.text
 
 
 def test_answer(capsys: pytest.CaptureFixture[str]) -> None:

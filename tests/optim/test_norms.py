@@ -36,3 +36,10 @@ def test_groups_of_one_name_are_one():
     groups = named_groups(optimizer)
     assert list(groups) == ["a", "b"]
     assert groups["a"][0] is weight and groups["a"][1] is bias and groups["b"][0] is other
+
+
+def test_pieces_of_another_precision_sum_to_the_whole(monkeypatch: pytest.MonkeyPatch):
+    """By hand: 1 + 4 + 9 + 16 + 25, of bfloat16 values in pieces of two; of float32 values, which are taken whole."""
+    monkeypatch.setattr("recipe.optim.groups._PIECE", 2)
+    row = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    assert square_sums([[row.bfloat16()], [row]]).tolist() == pytest.approx([55.0, 55.0], rel=1e-6)
