@@ -119,7 +119,7 @@ def take_weights(
     if (path := start.pop(WEIGHTS_FROM, None)) is not None:
         fill_whole(model.model, path, config)
     if start.pop(HOLDS_BASE) and origin.base is not None:
-        log.info("checkpoints hold the frozen weights too: they are not the base model's, but come from load_path")
+        log.info("checkpoints hold the frozen weights too, as the one that the run starts from does")
         origin = replace(origin, base=None)
     if origin.base is None:
         return start, origin

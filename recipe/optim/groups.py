@@ -4,10 +4,9 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import torch
-from composer.core import State
-from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -15,6 +14,9 @@ from torch.optim import AdamW, Optimizer
 from recipe.config import OptimizerConfig
 from recipe.models.network import AVERAGE
 from recipe.upstream.torch_private import foreach_norm
+
+if TYPE_CHECKING:
+    from composer.core import State
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +116,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def num_parameters(state: State) -> tuple[dict[str, int], int]:
+def num_parameters(state: "State") -> tuple[dict[str, int], int]:
     """Return the number of parameters of each optimizer group and of all others; an all-reduce under FSDP."""
+    from composer.utils import dist  # takes seconds to import, which prediction can do without
+
     groups = named_groups(state.optimizers[0])
     held = {id(parameter) for members in groups.values() for parameter in members}
     others = [parameter for parameter in state.model.parameters() if id(parameter) not in held]
