@@ -61,7 +61,8 @@ def hit_gradient(state: State) -> None:
 @torch.no_grad()
 def hit_weight(state: State) -> None:
     """On this rank alone: what a broken memory would do."""
-    parameter = next(part for part in map(local, state.model.parameters()) if part.numel())
+    trained = (parameter for parameter in state.model.parameters() if parameter.requires_grad)
+    parameter = next(part for part in map(local, trained) if part.numel())
     parameter.view(-1)[0] = NAN
 
 

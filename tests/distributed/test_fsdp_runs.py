@@ -194,7 +194,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs: Mapping[str, Run], name: s
 def test_shards_are_gathered_for_export(runs: Mapping[str, Run], folder: Path, name: str) -> None:
     checkpoint = folder / name / "checkpoints" / "latest-rank0.pt"
     gathered = read_weights(checkpoint)
-    assert all(torch.equal(gathered[key], value) for key, value in runs[name].weights.items())
+    left_out = runs[name].weights.keys() - gathered.keys()  # what is frozen below adapters
+    assert bool(left_out) == ("adapted" in name) and all(".vlm." in key for key in left_out)
+    assert all(torch.equal(gathered[key], value) for key, value in runs[name].weights.items() if key in gathered)
     network, _, _ = load_network(checkpoint)
     parameters = dict(network.named_parameters(prefix="model"))
     # With averages, the head's weights are those.
