@@ -26,6 +26,7 @@ EXAMPLES = """  composer recipe/train.py yamls/quickstart.yaml
 def main(config: RecipeConfig) -> "Trainer":
     """Train as configured and return the trainer, its state that of the last step."""
     # Imported here because they take seconds: a mistake in the yaml is reported before.
+    import torch
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
@@ -55,6 +56,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.optim.schedule import build_curve, build_schedule, trunk_learns
     from recipe.upstream.agreement import DIST_TIMEOUT
     from recipe.upstream.composer_state import restore_random_states
+    from recipe.upstream.heap import give_back_freed_blocks
     from recipe.upstream.shared_memory import clean_dead_shared_memory
 
     view = view_trainer(config)
@@ -68,6 +70,8 @@ def main(config: RecipeConfig) -> "Trainer":
     longest = caption_length(config, tokenizer)
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor, longest)
+    if not torch.cuda.is_available():
+        give_back_freed_blocks(model)
     origin = describe(as_saved(config, longest), tokenizer, model, base_weights(model.model, config))
     start = load_keywords(view, config.load_path, config.autoresume, origin)
     start, origin = take_weights(model, start, config, origin)

@@ -1,0 +1,27 @@
+"""glibc is told to give freed blocks back beside a large model on a CPU, not beside a small one."""
+
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from recipe.upstream import heap
+
+# In a process of its own: the setting cannot be read back or undone.
+SET = """
+from torch import nn
+from recipe.upstream import heap
+heap.LARGE = 8
+assert heap.give_back_freed_blocks(nn.Linear(2, 1))
+assert not heap.give_back_freed_blocks(nn.Linear(1, 1, bias=False))
+"""
+
+
+def test_a_small_model_changes_nothing() -> None:
+    assert not heap.give_back_freed_blocks(nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
+def test_blocks_beside_a_large_one_are_mapped() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", SET], check=True)
