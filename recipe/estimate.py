@@ -114,7 +114,7 @@ class Memory:
     activations: int  # kept for the backward pass, plus one recomputed block
     logits: int  # of one chunk of supervised positions or captions, with their gradient
     snapshot: int  # in the host's memory per process: what this rank trains, and its moments
-    host: int  # per process: libraries, snapshot, and the weights while they are loaded; without a GPU also all above
+    host: int  # per process: libraries, snapshot, and the loaded weights; with `trainer.device: cpu` all above
 
     @property
     def device_total(self) -> int:
@@ -326,8 +326,10 @@ def savings(reload: Callable[[list[str]], RecipeConfig], world_size: int) -> lis
 def _ways_to_save(config: RecipeConfig) -> list[str]:
     packing = config.train_loader.packing
     ways = [] if config.model.gradient_checkpointing else ["model.gradient_checkpointing=true"]
-    if config.optimizer.lr_llm:
-        ways.append("optimizer.lr_vision=0 optimizer.lr_merger=0 optimizer.lr_llm=0")
+    if config.optimizer.lr_llm and config.detection_head is not None:
+        frozen = "optimizer.lr_vision=0 optimizer.lr_merger=0 optimizer.lr_llm=0"
+        # Stages that freeze the head at first would leave nothing that trains.
+        ways.append(f"{frozen} staged_freezing.groups=null" if config.staged_freezing.groups else frozen)
     if config.optimizer.lr_vision:
         ways.append("optimizer.lr_vision=0")
     if packing is not None:

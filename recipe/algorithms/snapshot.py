@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from recipe.models.network import AVERAGE
 from recipe.optim.groups import local, square_sums
 from recipe.records import replacing
+from recipe.upstream.agreement import agree
 from recipe.upstream.torch_private import foreach_copy_
 
 
@@ -31,12 +32,14 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self, state: State) -> None:
-        """Copy everything, reusing the memory of the last copy."""
+        """Copy everything, reusing the memory of the last copy; all ranks must call it.
+
+        Raises:
+            OSError: On every rank: the file of one cannot be written.
+        """
         live = _live_tensors(state)
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as partial:
-                torch.save(live, partial)
+            self._write(live, self.path)
         else:
             for name, tensor in live.items():
                 copy = self._copies.get(name)
@@ -60,6 +63,17 @@ class Snapshot:
                 optimizer.state.pop(parameter, None)
         live = _live_tensors(state)
         foreach_copy_([live[name] for name in copies], list(copies.values()), non_blocking=True)
+
+    def _write(self, live: dict[str, Tensor], path: Path) -> None:
+        error = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                torch.save(live, partial)
+        except (OSError, RuntimeError) as raised:
+            reason = str(raised).splitlines()[0]
+            error = OSError(f"{path} cannot be written ({reason}): free disk space, or set nan_rollback.snapshot=off")
+        agree(error)
 
     def remove(self) -> None:
         """Remove the file, if there is one."""

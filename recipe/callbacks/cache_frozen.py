@@ -4,7 +4,6 @@ import hashlib
 import logging
 import re
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 from composer import Callback
@@ -50,13 +49,11 @@ class CacheFrozen(Callback):
 
     Args:
         config: Folder and size.
-        fingerprint: Identifies the trunk's weights.
     """
 
-    def __init__(self, config: CacheFrozenConfig, fingerprint: Callable[[JointNetwork], str] = trunk_fingerprint):
+    def __init__(self, config: CacheFrozenConfig):
         self.folder = Path(config.local)
         self.size_limit = config.size_limit
-        self.fingerprint = fingerprint
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Open the cache once the weights are loaded; raise on all ranks if the folder cannot be written."""
@@ -76,7 +73,7 @@ class CacheFrozen(Callback):
         sharing = sum((self.folder / name).exists() for name in dist.all_gather_object(mark.name))
         dist.barrier()
         mark.unlink(missing_ok=True)
-        trunk = f"{self.fingerprint(network)} {network.vlm.hf_model.dtype} {state.precision.value}"
+        trunk = f"{trunk_fingerprint(network)} {network.vlm.hf_model.dtype} {state.precision.value}"
         base = f"{trunk} {'patches' if network.memory.patch_adapter is not None else ''}"
         network.cache = FrozenCache(self.folder, base, max(0, limit - there) // max(1, sharing))
         if dist.get_global_rank() == 0:

@@ -215,8 +215,8 @@ def export_model(
     `only_adapters` writes them as a folder that peft loads on the base model instead of the whole language model.
 
     Raises:
-        ValueError: The folder is not empty; there are no adapters, more than they was trained, or peft cannot describe
-            them.
+        ValueError: The folder is not empty; there are no adapters, more than adapters was trained, or peft cannot
+            describe them.
     """
     parts, whole = lora_parts(config), "export without --adapters, which writes the whole model"
     if only_adapters and not parts:

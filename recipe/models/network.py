@@ -203,7 +203,7 @@ class JointNetwork(nn.Module):
             batch["segment_lengths"],
             batch["pixel_patches"],
             batch["image_grid_thw"],
-            with_patches=self.memory.patch_adapter is not None,
+            with_patches=self.has_head and self.memory.patch_adapter is not None,
         )
 
     def _cached_states(
@@ -300,14 +300,7 @@ class LanguageNetwork(JointNetwork):
         """Return None: captions are not read."""
 
     def _outputs(self, batch: Batch) -> JointOutputs:
-        states = self.vlm(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["position_ids"],
-            batch["segment_lengths"],
-            batch["pixel_patches"],
-            batch["image_grid_thw"],
-        )
+        states = self._run_trunk(batch)
         losses = self.vlm.token_losses(states.last_hidden_state[batch["label_index"]], batch["labels"])
         targets: Sequence[Target | None] = batch["targets"] or [None]
         boxes = losses.new_zeros(len(targets), 0, 4)

@@ -15,9 +15,8 @@ LARGE = 2**30  # bytes of weights; below, the pages of mapped blocks cost more t
 
 
 def give_back_freed_blocks(model: nn.Module) -> bool:
-    """Map large blocks, which are given back when freed, if a model on a CPU is large; return whether that was set."""
-    weights = list(model.parameters())
-    if sum(weight.nbytes for weight in weights) < LARGE or any(weight.is_cuda for weight in weights):
+    """Map large blocks, which are given back when freed, if a model is large; return whether that was set."""
+    if sum(weight.nbytes for weight in model.parameters()) < LARGE:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _MAPPED))

@@ -332,3 +332,13 @@ def test_without_snapshots_a_rollback_ends_the_run(tmp_path: Path):
     )
     with pytest.raises(TrainingDiverged, match="snapshot is off"):
         trainer.fit()
+
+
+def test_a_snapshot_that_cannot_be_written_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("recipe.algorithms.snapshot.torch.save", full)
+    with pytest.raises(OSError, match=r"\.snapshot-rank0\.pt cannot be written \(No space left.*snapshot=off"):
+        train([make_batch(0)], tmp_path, config=NaNRollbackConfig(snapshot="disk"))
+    assert not list(tmp_path.glob("*.pt*"))

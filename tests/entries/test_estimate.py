@@ -23,11 +23,13 @@ from recipe.estimate import (
     largest_packs,
     main,
     microbatch_shape,
+    savings,
     table,
 )
 from recipe.models.network import AVERAGE
 from recipe.models.token_losses import CHUNK
 from recipe.optim.groups import build_optimizer, group_parameters
+from recipe.rules import check_config
 from recipe.schema import Example
 from recipe.train import run
 from tests.support.tiny_cases import ADAPTED, ALL_SWITCHES, losses_and_gradients, make_batches, make_model
@@ -247,6 +249,17 @@ def test_a_full_gpu_is_told_what_to_set(
     with pytest.raises(torch.OutOfMemoryError):
         run(load_config(HEAD, overrides))
     assert "the GPU is out of memory" in caplog.text and words in caplog.text
+
+
+@pytest.mark.parametrize("name", ["head", "lora", "joint", "joint_fsdp"])
+def test_what_would_save_memory_is_accepted(name: str) -> None:
+    """By the checks that training makes; each is less than the run needs."""
+    path = str(Path(YAML).with_name(f"{name}.yaml"))
+    found = savings(lambda more: load_config(path, more), 8)
+    assert found
+    for way, saved in found:
+        check_config(load_config(path, way.split()))
+        assert saved > 0
 
 
 def test_answer(capsys: pytest.CaptureFixture[str]) -> None:

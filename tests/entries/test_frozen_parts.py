@@ -96,7 +96,6 @@ def test_a_checkpoint_holds_what_is_trained(base: str, scenes: str, tmp_path: Pa
 
 
 def test_frozen_weights_stay_as_they_were_published(base: str, scenes: str, tmp_path: Path) -> None:
-    """And the losses are those of a model that stores them in float32, up to bfloat16's arithmetic."""
     weights = train(frozen(base, scenes, tmp_path / "run"))
     published = load_vlm(base, "sdpa", "bfloat16").state_dict()
     for name, value in published.items():

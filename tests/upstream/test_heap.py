@@ -1,4 +1,4 @@
-"""glibc is told to give freed blocks back beside a large model on a CPU, not beside a small one."""
+"""glibc is told to give freed blocks back for a large model, not for a small one."""
 
 import subprocess
 import sys
@@ -23,5 +23,5 @@ def test_a_small_model_changes_nothing() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
-def test_blocks_beside_a_large_one_are_mapped() -> None:
+def test_blocks_are_mapped_for_a_large_one() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", SET], check=True)
