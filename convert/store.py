@@ -4,20 +4,22 @@ Every function opens a client of its own: processes that share one over a fork g
 OSError if a store fails. Streaming is imported when a store is used, because it imports torch.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from urllib.parse import urlparse
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from convert.items import Rejected
 from recipe.records import INDEX_FILE, write_whole
@@ -143,11 +145,7 @@ def locked(folder: Path, address: str, keep: bool) -> Iterator[None]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise ValueError(f"{folder} belongs to another user: choose another --staging")
-    try:
-        lock = FileLock(folder / "lock", timeout=_LOCK_SECONDS).acquire()
-    except Timeout as error:
-        raise ValueError(f"another conversion is writing {redact(address)}: wait for it, or stop it") from error
-    with lock:
+    with _locked_file(folder, address):
         try:
             yield
         except BaseException:
@@ -155,6 +153,26 @@ def locked(folder: Path, address: str, keep: bool) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder)
+
+
+def _locked_file(folder: Path, address: str) -> IO[bytes]:
+    """Return the folder's lock file, locked until this process and all that it forks have closed it or ended.
+
+    So workers that outlive their killed parent keep the next conversion waiting. `filelock` (4.2.11) does not: it
+    closes the file in forked processes, and such a worker would remove what the next conversion has written.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a conversion that ended meanwhile removed it
+        file = (folder / "lock").open("ab")
+        with suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                return file
+        file.close()
+        if time.monotonic() > deadline:
+            raise ValueError(f"another conversion is writing {redact(address)}: wait for it, or stop it")
+        time.sleep(0.1)
 
 
 def save_rejected(out: str, split: str, rejected: Sequence[Rejected]) -> None:

@@ -1,5 +1,6 @@
 """Parts: the same bytes from any number of processes, whole or killed and begun again."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -13,14 +14,13 @@ from typing import Any
 
 import pytest
 from convert_helpers import picture, read_rejected, read_samples
-from filelock import FileLock
 from streaming.base.util import merge_index
 
 from convert import parts
 from convert.items import Entry, Found, Item, Note, Rejected
 from convert.jsonl import find
 from convert.shapes import Scene
-from convert.store import staging_folder
+from convert.store import locked, staging_folder
 from convert.write import convert_split
 from recipe import records
 from recipe.records import RECORDS_FILE, read_records
@@ -285,12 +285,29 @@ def test_two_conversions_do_not_mix(found: Found, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("convert.store._LOCK_SECONDS", 0.1)
     staging = staging_folder(str(tmp_path / "train"))
     staging.mkdir()
-    with FileLock(staging / "lock"):
+    with (staging / "lock").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another conversion is writing"):
             convert(found, tmp_path)
         assert staging.exists()
     convert(found, tmp_path)
     assert not staging.exists()
+
+
+def test_a_worker_that_outlives_its_parent_holds_the_lock(tmp_path: Path) -> None:
+    """Else it could remove what the next conversion has written."""
+    staging, ended = tmp_path / ".train.parts", tmp_path / "ended"
+    process = os.fork()
+    if process == 0:
+        with locked(staging, "train", keep=True):
+            if os.fork() != 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.5)
+            ended.touch()
+            os._exit(0)
+    os.waitpid(process, 0)
+    with locked(staging, "train", keep=True):
+        assert ended.exists()
 
 
 def test_first_failure_without_a_finished_part_leaves_nothing(found: Found, tmp_path: Path) -> None:
