@@ -38,6 +38,7 @@ from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
 from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
+from recipe.upstream.trainer_section import view_trainer
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
 
     `max_caption_tokens` defaults to the configuration's.
     """
-    vlm = load_base(config)
+    # What `load_path` names is filled in before the model is sharded, and may have more digits than the file.
+    vlm = load_base(config, as_stored=view_trainer(config).is_sharded and config.load_path is None)
     log.info("attention: %s", describe_attention(config.model.attn_implementation))
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image), max_caption_tokens)
     base = head_to_start_from(config)

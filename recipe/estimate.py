@@ -114,7 +114,7 @@ class Memory:
     activations: int  # kept for the backward pass, plus one recomputed block
     logits: int  # of one chunk of supervised positions or captions, with their gradient
     snapshot: int  # in the host's memory per process: what this rank trains, and its moments
-    host: int  # per process: libraries, snapshot, and the loaded weights; with `trainer.device: cpu` all above
+    host: int  # per process: libraries, snapshot, and the weights as loaded; with `trainer.device: cpu` all above
 
     @property
     def device_total(self) -> int:
@@ -198,6 +198,8 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
         "logits": logits,
     }
     loaded = sum(parts.values()) if view.device == "cpu" else weights + averages
+    if view.is_sharded and config.load_path is None:
+        loaded = 2 * elements  # mapped from a file in bfloat16, as bases are published, until it is sharded
     return Memory(**parts, snapshot=snapshot, host=round(LIBRARIES * GIB) + snapshot + loaded)
 
 

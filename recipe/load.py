@@ -38,7 +38,7 @@ from recipe.models.detection_head import DetectionHead
 from recipe.models.lora import adapters, add_adapters, load_adapters, read_base
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import JointNetwork, LanguageNetwork
-from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, read_hf_config
+from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, mapped_dtype, read_hf_config
 from recipe.optim.groups import group_of
 from recipe.redact import redact
 from recipe.rules import check_width
@@ -88,16 +88,24 @@ def build_encoder(
     )
 
 
-def load_base(config: RecipeConfig, name: str | None = None) -> PreTrainedModel:
-    """Load a run's language model, by default the base's, each weight in the precision in which the run stores it.
+def load_base(config: RecipeConfig, name: str | None = None, as_stored: bool = False) -> PreTrainedModel:
+    """Load a run's language model, each weight in the precision in which the run stores it.
+
+    Args:
+        config: Of the run.
+        name: Default: the base's.
+        as_stored: Keep the file's own precision where the run's holds all its values, for a model that is sharded
+            next: all ranks of a machine then share the file's pages.
 
     Raises:
         ConfigError: As `load_vlm`.
     """
     settings = {key: value for key, value in vars(config.model).items() if key != "frozen_dtype"}
-    settings["pretrained_model_name_or_path"] = name or config.model.pretrained_model_name_or_path
+    settings["pretrained_model_name_or_path"] = name = name or config.model.pretrained_model_name_or_path
     if _rounded_groups(config) >= set(BACKBONE):
         settings["dtype"] = "bfloat16"  # never in float32, which takes twice the memory
+    elif as_stored:
+        settings["dtype"] = mapped_dtype(name, config.model.dtype)
     vlm = load_vlm(**settings)
     round_frozen(vlm, config)
     return vlm
@@ -133,8 +141,9 @@ def build_network(
     """
     normalizer = PixelNormalizer(spec.image_mean, spec.image_std)
     model = VisionLanguageModel(vlm, normalizer, config.model.attn_implementation)
-    dtype = torch.promote_types(vlm.dtype, torch.float32)
-    add_adapters(vlm, lora_parts(config), vlm.dtype if view_trainer(config).is_sharded else dtype)
+    trained = getattr(torch, config.model.dtype)
+    dtype = torch.promote_types(trained, torch.float32)
+    add_adapters(vlm, lora_parts(config), trained if view_trainer(config).is_sharded else dtype)
     if config.detection_head is None:
         return LanguageNetwork(model)
     hidden_size = vlm.config.get_text_config().hidden_size

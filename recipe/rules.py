@@ -285,8 +285,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     microbatch = trainer.get("device_train_microbatch_size")
     if microbatch == "auto":
         raise ConfigError(
-            "trainer.device_train_microbatch_size: auto breaks the exact normalisation of the losses; "
-            "give the number of samples that fit on a device"
+            "trainer.device_train_microbatch_size: auto breaks the exact normalisation of the losses: give the number "
+            "of packs that fit on a device; python -m recipe.estimate YAML --fit GIB says which packs do"
         )
     if microbatch is not None and not (isinstance(microbatch, int) and microbatch > 0):
         raise ConfigError(f"trainer.device_train_microbatch_size is {microbatch!r}: it must be a whole number above 0")

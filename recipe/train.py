@@ -51,7 +51,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.data.stream import read_teachers
     from recipe.load import build_encoder, load_processor
     from recipe.losses.counts import split_batch
-    from recipe.optim.fsdp import build_parallelism
+    from recipe.optim.fsdp import build_parallelism, fill_unit_by_unit
     from recipe.optim.groups import build_optimizer
     from recipe.optim.schedule import build_curve, build_schedule, trunk_learns
     from recipe.upstream.agreement import DIST_TIMEOUT
@@ -75,6 +75,8 @@ def main(config: RecipeConfig) -> "Trainer":
     origin = describe(as_saved(config, longest), tokenizer, model, base_weights(model.model, config))
     start = load_keywords(view, config.load_path, config.autoresume, origin)
     start, origin = take_weights(model, start, config, origin)
+    if view.is_sharded:
+        fill_unit_by_unit(model.model, model.model.vlm, getattr(torch, config.model.dtype))
     answers = answer_schedule(config)
     asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
     train_loader = build_train_loader(

@@ -1,14 +1,16 @@
 """The language model: Qwen2.5-VL through `from_pretrained`, vision features computed once and shared with the head."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -18,6 +20,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from recipe.config import ConfigError
 from recipe.models.attention import PACKED, WindowAttention, resolve_attention
@@ -25,6 +28,7 @@ from recipe.models.token_losses import token_losses
 
 log = logging.getLogger(__name__)
 
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16"}
 IS_TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
@@ -264,6 +268,30 @@ def read_hf_config(name: str) -> PretrainedConfig:
             f"{transformers.__version__} cannot read (rope_parameters): save it with transformers 4, or install 5"
         )
     return config
+
+
+def mapped_dtype(name: str, dtype: str) -> str:
+    """Return the precision of a checkpoint's weights, or `dtype` if that does not hold all their values.
+
+    Weights that are read in their own precision are mapped from their files. Without safetensors files, or with several
+    precisions in them, it is `dtype` too.
+    """
+    try:
+        files = [cached_file(name, SAFE_WEIGHTS_NAME)]
+    except OSError:
+        try:
+            index: Any = cached_file(name, SAFE_WEIGHTS_INDEX_NAME)
+            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            files = [cached_file(name, shard) for shard in shards]
+        except OSError:
+            return dtype
+    found: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            found |= {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118  (no dict)
+    stored = SAFETENSORS_DTYPES.get(found.pop(), dtype) if len(found) == 1 else dtype
+    wanted: torch.dtype = getattr(torch, dtype)
+    return stored if torch.promote_types(getattr(torch, stored), wanted) == wanted else dtype
 
 
 def _writer(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Configure FSDP through Composer: which modules become units, and in which precision.
+"""Configure FSDP through Composer: which modules become units, in which precision, and how they get their weights.
 
 `recipe.rules` checks its yaml section, `recipe.checks` whether there is a GPU.
 """
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 
 from recipe.config import ConfigError
@@ -46,6 +47,38 @@ def build_parallelism(
         summed = precision if keywords["mixed_precision"] == "PURE" else "float32"
         keywords["mixed_precision"] = {"param_dtype": precision, "reduce_dtype": summed}
     return {"fsdp": FSDP_CONFIGS[version](**keywords)}
+
+
+def fill_unit_by_unit(network: nn.Module, part: nn.Module, dtype: torch.dtype) -> None:
+    """Move a part's weights to the meta device, from where Composer fills each unit on its GPU as it shards it.
+
+    So no rank holds the part in `dtype` as a whole, neither in the host's memory nor in the GPU's. Weights that are
+    mapped from a file are in memory once per machine, as the file's pages.
+
+    Args:
+        network: What becomes `JointModel.model`; gets the function `param_init_fn` that Composer calls.
+        part: Of the network. Tied weights stay tied.
+        dtype: In which the weights are trained; they are converted as they are filled.
+    """
+    sources: dict[tuple[nn.Module, str], Tensor] = {}
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in part.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            sources[module, name] = weight.detach()
+            if weight not in moved:
+                empty = torch.empty_like(weight, dtype=dtype, device="meta")
+                moved[weight] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+            setattr(module, name, moved[weight])
+
+    @torch.no_grad()
+    def fill(module: nn.Module) -> None:
+        for name, weight in module.named_parameters(recurse=False):
+            source = sources.pop((module, name)).to(weight.device)
+            if isinstance(weight, DTensor):  # FSDP2 fills after it has sharded; each rank cuts its own shard
+                source = distribute_tensor(source, weight.device_mesh, weight.placements, src_data_rank=None)
+            weight.copy_(source)
+
+    network.param_init_fn = fill  # pyright: ignore[reportArgumentType]
 
 
 def check_device() -> None:

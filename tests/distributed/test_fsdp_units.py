@@ -1,7 +1,9 @@
 """What FSDP makes of the model: its units, their precision, what is rounded and what not; and what a yaml may say."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +15,35 @@ from composer.distributed import dist_strategy
 from composer.distributed.dist_strategy import prepare_fsdp_module
 from composer.distributed.fsdp2 import prepare_fully_shard
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
+from composer.distributed.param_init import meta_init
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from recipe.algorithms.staged_freezing import plain_name
 from recipe.checks import check_libraries
 from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import load_config
 from recipe.data.collate import collate_packed, one_each
 from recipe.estimate import model_config
 from recipe.joint import JointModel
-from recipe.load import build_network
+from recipe.load import build_network, load_base
 from recipe.losses import counts
 from recipe.losses.counts import split_batch
+from recipe.models.vlm import mapped_dtype
 from recipe.optim import fsdp as parallel
-from recipe.optim.fsdp import build_parallelism
+from recipe.optim.fsdp import build_parallelism, fill_unit_by_unit
 from recipe.optim.groups import group_parameters
 from recipe.optim.schedule import build_schedule
 from recipe.rules import check_config, check_fields, check_trainer
 from recipe.schema import Example, ImageSpec
 from recipe.upstream.trainer_section import view_trainer
 from tests.distributed import fsdp_shim
+from tests.distributed.one_step import whole, whole_parameters
 from tests.support.tiny_cases import make_batches, make_model
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
@@ -113,6 +120,62 @@ def test_backbone_in_bf16_head_and_boxes_in_float32(
     assert gradients and all(gradient.dtype == torch.float32 for gradient in gradients)
     # The pictures' mean and the rotary frequencies would lose their last digits.
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point())
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("version", [1, 2])
+def test_units_are_filled_with_the_weights_of_the_file(
+    tiny_config: Callable[..., RecipeConfig], tmp_path: Path, version: int
+) -> None:
+    """They are mapped in bfloat16 until then, which no rank holds in float32 as a whole."""
+    config = replace(tiny_config(model={"dtype": "bfloat16"}), trainer={**TRAINER, "max_duration": "1ep"})
+    load_base(config).save_pretrained(tmp_path / "base")
+    config = replace(config, model=replace(config.model, dtype="float32"), fsdp_version=version)
+    vlm = load_base(config, str(tmp_path / "base"), as_stored=True)
+    assert {weight.dtype for weight in vlm.parameters()} == {torch.bfloat16}
+    network = build_network(config, vlm, ImageSpec(14, 2, 3136, 12845056, (0.5,) * 3, (0.5,) * 3), 8)
+    expected = {name: weight.detach().float() for name, weight in network.named_parameters(remove_duplicate=False)}
+    tokenizer: Any = None
+    model = JointModel(network, tokenizer, config.loss, config.evaluation, config.prompt)
+    fill_unit_by_unit(network, network.vlm, torch.float32)
+    assert all(weight.is_meta for weight in network.vlm.parameters())
+    shard(model, version)
+    if version == 2:
+        meta_init(model)  # as Composer does
+    with whole_parameters(model):
+        found = {
+            plain_name(name).removeprefix("model."): whole(weight.detach())
+            for name, weight in model.named_parameters(remove_duplicate=False)
+        }
+        assert {name: weight.dtype for name, weight in found.items()} == dict.fromkeys(expected, torch.float32)
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert network.vlm.hf_model.lm_head.weight is network.vlm.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("stored", "trained", "read"),
+    [
+        (["bfloat16"], "float32", "bfloat16"),
+        (["float32"], "float64", "float32"),
+        (["float32"], "bfloat16", "bfloat16"),
+        (["bfloat16", "float32"], "float32", "float32"),
+        (["float16"], "float32", "float32"),
+        ([], "float32", "float32"),
+    ],
+)
+def test_a_file_is_mapped_where_no_value_is_rounded(stored: list[str], trained: str, read: str, tmp_path: Path) -> None:
+    for sharded in (False, True):
+        folder = tmp_path / str(sharded)
+        folder.mkdir()
+        weights = {f"weight.{index}": torch.zeros(2, dtype=getattr(torch, name)) for index, name in enumerate(stored)}
+        if weights and not sharded:
+            save_file(weights, folder / "model.safetensors")
+        elif weights:
+            for name, weight in weights.items():
+                save_file({name: weight}, folder / f"{name}.safetensors")
+            index = {"weight_map": {name: f"{name}.safetensors" for name in weights}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert mapped_dtype(str(folder), trained) == read
 
 
 @pytest.mark.parametrize(
