@@ -260,7 +260,9 @@ def head_speeds(overrides: Sequence[str], folder: Path, against: Path | None) ->
     base = found["with_answers"]
     if against is not None:
         old = [override for override in others if "frozen_dtype" not in override]
-        more = ("model.dtype=bfloat16", "prompt.student_answer=true", f"trainer.max_duration={epoch}ba")
+        # Earlier releases take neither key next to `num_workers: 0`.
+        loader = [f"train_loader.dataloader.{key}" for key in ("prefetch_factor=null", "persistent_workers=false")]
+        more = ("model.dtype=bfloat16", "prompt.student_answer=true", f"trainer.max_duration={epoch}ba", *loader)
         found["other_tree"] = base = statistics.median(seconds_of_head(old, folder / "other", *more, tree=against))
     print(json.dumps({"head_seconds": {name: round(seconds, 3) for name, seconds in found.items()}}), flush=True)
     return {
