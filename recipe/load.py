@@ -37,7 +37,7 @@ from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
 from recipe.models.lora import adapters, add_adapters, load_adapters, read_base
 from recipe.models.memory import MemoryBuilder
-from recipe.models.network import JointNetwork, LanguageNetwork
+from recipe.models.network import AVERAGE, JointNetwork, LanguageNetwork
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, mapped_dtype, read_hf_config
 from recipe.optim.groups import group_of
 from recipe.redact import redact
@@ -250,9 +250,15 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
 
 
 def fill_head(network: JointNetwork, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Load all but the language model from an export, or its `weights`; raise ValueError if they do not fit."""
+    """Load all but the language model from an export, or its `weights`; raise ValueError if they do not fit.
+
+    An export holds no averages; they begin as its weights.
+    """
+    weights = weights or load_file(folder / HEAD_FILE)
+    averaged = {name.removeprefix(AVERAGE) for name in network.state_dict() if name.startswith(AVERAGE)}
+    weights |= {AVERAGE + name: weights[name] for name in averaged & weights.keys()}
     head = nn.ModuleDict({name: part for name, part in network.named_children() if f"{name}." != LANGUAGE_MODEL})
-    fill(head, weights or load_file(folder / HEAD_FILE), folder / HEAD_FILE)
+    fill(head, weights, folder / HEAD_FILE)
 
 
 def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
