@@ -36,6 +36,7 @@ from recipe.joint import JointModel
 from recipe.load import build_network, fill_head, fill_whole, load_base
 from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
+from recipe.redact import redact
 from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
 from recipe.upstream.trainer_section import view_trainer
@@ -116,11 +117,20 @@ def take_weights(
 
     Returns:
         What is left of the Trainer's `load_*` keywords, and what the run's checkpoints say of their origin.
+
+    Raises:
+        ConfigError: The frozen weights are stored in nf4, and where the run starts from has its own.
     """
     start = dict(start)
     if (path := start.pop(WEIGHTS_FROM, None)) is not None:
         fill_whole(model.model, path, config)
-    if start.pop(HOLDS_BASE) and origin.base is not None:
+    holds_base = start.pop(HOLDS_BASE)
+    if holds_base and config.model.frozen_dtype == "nf4":
+        raise ConfigError(
+            f"load_path={redact(str(config.load_path))} holds weights of the language model, but nf4 is stored from a "
+            "base model: set model.pretrained_model_name_or_path to an export of it, or model.frozen_dtype=bfloat16"
+        )
+    if holds_base and origin.base is not None:
         log.info("checkpoints hold the frozen weights too, as the one that the run starts from does")
         origin = replace(origin, base=None)
     if origin.base is None:

@@ -74,8 +74,8 @@ class ModelConfig:
     # auto: flash_attention_2 on CUDA if it is installed, else sdpa
     attn_implementation: str = one_of("auto", "eager", "sdpa", "flash_attention_2")
     dtype: str = one_of("float32", "bfloat16", "float64")  # of the weights that are trained
-    # Of those that no stage trains, if `dtype` is float32; same: as `dtype`, which FSDP needs and so always takes.
-    frozen_dtype: str = one_of("bfloat16", "same")
+    # Of what no stage trains, if `dtype` is float32; same: as `dtype`, as always under FSDP; nf4: recipe/models/nf4.py
+    frozen_dtype: str = one_of("bfloat16", "same", "nf4")
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
 
 

@@ -38,6 +38,7 @@ from recipe.models.detection_head import DetectionHead
 from recipe.models.lora import adapters, add_adapters, load_adapters, read_base
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import AVERAGE, JointNetwork, LanguageNetwork
+from recipe.models.nf4 import store_in_nf4
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, mapped_dtype, read_hf_config
 from recipe.optim.groups import group_of
 from recipe.redact import redact
@@ -107,21 +108,23 @@ def load_base(config: RecipeConfig, name: str | None = None, as_stored: bool = F
     elif as_stored:
         settings["dtype"] = mapped_dtype(name, config.model.dtype)
     vlm = load_vlm(**settings)
-    round_frozen(vlm, config)
+    store_frozen(vlm, config)
     return vlm
 
 
-def round_frozen(vlm: PreTrainedModel, config: RecipeConfig) -> None:
-    """Store in bfloat16 what no stage trains, as `model.frozen_dtype` asks."""
+def store_frozen(vlm: PreTrainedModel, config: RecipeConfig) -> None:
+    """Store in bfloat16, or linear layers of the language model in nf4, what no stage trains: `model.frozen_dtype`."""
     rounded = _rounded_groups(config)
     for name, parameter in vlm.named_parameters():
         if group_of(f"hf_model.{name}") in rounded:
             parameter.data = parameter.data.to(torch.bfloat16)
+    if config.model.frozen_dtype == "nf4" and "llm" in frozen_groups(config):
+        store_in_nf4(vlm.model.language_model)
 
 
 def _rounded_groups(config: RecipeConfig) -> Set[str]:
     # FSDP keeps a unit's weights in one piece, which has one precision.
-    rounds = (config.model.dtype, config.model.frozen_dtype) == ("float32", "bfloat16")
+    rounds = config.model.dtype == "float32" and config.model.frozen_dtype != "same"
     return frozen_groups(config) if rounds and not view_trainer(config).is_sharded else frozenset()
 
 
@@ -194,7 +197,9 @@ def build_network(
     )
 
 
-def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointNetwork, Any, RecipeConfig]:
+def load_network(
+    checkpoint: str | Path, config: RecipeConfig | None = None, in_nf4: bool = True
+) -> tuple[JointNetwork, Any, RecipeConfig]:
     """Return a trained network, its processor and its configuration; averaged weights are used if there are any.
 
     Args:
@@ -202,6 +207,7 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
             `export_model`.
         config: Default: the one saved with the checkpoint. For Composer's, only configuration and processor of the base
             model it names are read, not the weights.
+        in_nf4: False: what a run stored in nf4 is loaded in bfloat16, and the configuration returned says so.
 
     Raises:
         ValueError: The checkpoint is missing, is none of these, or does not fit the configuration.
@@ -218,6 +224,9 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
         config = given or find_config(path)
         base = config.model.pretrained_model_name_or_path
         base = base if given else find_base_model(base, path)
+    if not in_nf4 and config.model.frozen_dtype == "nf4":
+        log.info("the run stored its base model in nf4, and what it trained now joins the base in bfloat16")
+        config = replace(config, model=replace(config.model, frozen_dtype="bfloat16"))
     processor, weights = load_processor(base), answering_weights(weights, NETWORK)
     length = _trained_length(config, weights, NETWORK)
     spec = image_spec(processor.image_processor, config.image)
@@ -306,7 +315,7 @@ def _unread_vlm(name: str, config: RecipeConfig) -> PreTrainedModel:
             dtype=getattr(torch, config.model.dtype),
         )
     vlm.tie_weights()
-    round_frozen(vlm, config)
+    store_frozen(vlm, config)
     with suppress(OSError):  # the file is optional
         vlm.generation_config = GenerationConfig.from_pretrained(name)
     return vlm

@@ -83,7 +83,7 @@ class Snapshot:
 
 def weights_are_finite(state: State) -> bool:
     """Return whether all parameters and buffers are finite on all ranks; one all-reduce and one host wait."""
-    parameters = list(state.model.parameters())
+    parameters = [parameter for parameter in state.model.parameters() if parameter.is_floating_point()]  # not nf4
     buffers = [buffer for buffer in state.model.buffers() if buffer.is_floating_point()]
     sums = square_sums([parameters, buffers], parameters[0].device)
     dist.all_reduce(sums)

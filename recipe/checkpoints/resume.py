@@ -32,6 +32,7 @@ from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_export, read_weights, some
 from recipe.config import NEW_RUN, ConfigError
 from recipe.data.stream import PackStream
+from recipe.models.lora import holds_only_adapters
 from recipe.redact import redact
 from recipe.schema import Origin
 from recipe.upstream.agreement import agree, from_rank_0
@@ -167,7 +168,7 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
         return _keywords(path, weights_only, manifest)
     if is_export(path):
         log.info("load_path %s is an export, which holds weights only", path)
-        return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: True}
+        return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: not holds_only_adapters(path)}
     if "://" not in path and Path(path).is_dir():
         raise ValueError(
             f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint, and not an export: "

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from recipe.config import OptimizerConfig
 from recipe.models.network import AVERAGE
+from recipe.models.nf4 import num_weights
 from recipe.upstream.torch_private import foreach_norm
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def num_parameters(state: "State") -> tuple[dict[str, int], int]:
 
     groups = named_groups(state.optimizers[0])
     held = {id(parameter) for members in groups.values() for parameter in members}
-    others = [parameter for parameter in state.model.parameters() if id(parameter) not in held]
-    counts = [sum(local(parameter).numel() for parameter in members) for members in (*groups.values(), others)]
+    others = [num_weights(name, local(p)) for name, p in state.model.named_parameters() if id(p) not in held]
+    counts = [sum(local(parameter).numel() for parameter in members) for members in groups.values()] + [sum(others)]
     sums = state.device.tensor_to_device(torch.tensor(counts))
     if state.fsdp_enabled:
         dist.all_reduce(sums)
