@@ -74,6 +74,7 @@ def check_libraries(config: RecipeConfig) -> None:
     check_metrics(config)
     check_adapters(config)
     check_nf4(config)
+    check_moments(config)
     check_cache(config)
     names = [entry.name for entry in fields(FSDP_CONFIGS[config.fsdp_version]) if not entry.name.startswith("_")]
     allowed = [name for name in names if name not in OWNED_BY_FSDP]
@@ -124,6 +125,23 @@ def check_nf4(config: RecipeConfig) -> None:
         raise ConfigError(
             "model.frozen_dtype nf4 with trainer.parallelism_config.fsdp, whose units hold weights of one dtype: set "
             "trainer.parallelism_config=null, or model.frozen_dtype=same"
+        )
+
+
+def check_moments(config: RecipeConfig) -> None:
+    """Raise ConfigError if `optimizer.moments` is 8bit, but bitsandbytes is missing or cannot train this model."""
+    if config.optimizer.moments != "8bit":
+        return
+    check_bitsandbytes("optimizer.moments 8bit", "set optimizer.moments=full")
+    if view_trainer(config).is_sharded:
+        raise ConfigError(
+            "optimizer.moments 8bit with trainer.parallelism_config.fsdp, which cannot shard the scales of blocks: set "
+            "optimizer.moments=full, or trainer.parallelism_config=null"
+        )
+    if config.model.dtype == "float64":
+        raise ConfigError(
+            "optimizer.moments 8bit with model.dtype float64, which its steps would round to float32: set "
+            "optimizer.moments=full or model.dtype=float32"
         )
 
 

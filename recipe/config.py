@@ -74,8 +74,7 @@ class ModelConfig:
     # auto: flash_attention_2 on CUDA if it is installed, else sdpa
     attn_implementation: str = one_of("auto", "eager", "sdpa", "flash_attention_2")
     dtype: str = one_of("float32", "bfloat16", "float64")  # of the weights that are trained
-    # Of what no stage trains, if `dtype` is float32; same: as `dtype`, as always under FSDP; nf4: recipe/models/nf4.py
-    frozen_dtype: str = one_of("bfloat16", "same", "nf4")
+    frozen_dtype: str = one_of("bfloat16", "same", "nf4")  # of what no stage trains; yamls/README.md
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
 
 
@@ -238,6 +237,7 @@ class OptimizerConfig:
     lr_detection: float = number(1e-4, least=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = number(1e-8, least=0)
+    moments: str = one_of("full", "8bit")  # full: in the dtype of what is trained; 8bit: recipe/optim/eight_bit.py
     clip_norm: float | None = number(1.0, least=1e-6)  # largest norm of the whole gradient; null: no clipping
     weight_decay: float = number(0.01, least=0)  # of matrices; vectors (biases, norms) get none
     lr_scaling: str = one_of("none", "linear", "sqrt")  # by the ratio of tokens per step to `reference_tokens`

@@ -20,7 +20,7 @@ from recipe.upstream.trainer_section import view_trainer
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import Qwen2_5_VLConfig
 
     from recipe.models.network import JointNetwork
@@ -166,7 +166,7 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     view = view_trainer(config)
     shards = world_size if view.is_sharded else 1
     amp = (view.precision or "").startswith("amp_") and config.model.dtype != "bfloat16"
-    weights = trained = elements = copied = 0
+    weights = trained = elements = copied = moments = 0
     for group, members in group_parameters(network).items():
         size = sum(parameter.numel() * parameter.element_size() for _, parameter in members)
         count = sum(parameter.numel() for _, parameter in members)
@@ -174,6 +174,7 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
         weights += size
         if getattr(config.optimizer, f"lr_{group}"):
             trained += size
+            moments += sum(moment_bytes(parameter, config.optimizer.moments) for _, parameter in members)
             copied += count  # autocast keeps its copies of weights that are trained
     averages = sum(average.numel() * average.element_size() for _, average in network.averaged_parameters())
     gradients = trained * (2 if world_size > 1 and not view.is_sharded else 1)
@@ -190,7 +191,7 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     # Without autocast, the trunk computes in what it is stored in.
     stored = max(parameter.element_size() for parameter in network.vlm.embed_tokens.parameters())
     activations, logits = _forward_bytes(config, network, tokens, patches, min(width, stored))
-    snapshot = (trained + averages + 2 * trained) // shards if config.nan_rollback.snapshot == "memory" else 0
+    snapshot = (trained + averages + moments) // shards if config.nan_rollback.snapshot == "memory" else 0
     # Of nf4 one weight at a time is whole, and loading begins with all of them in bfloat16.
     nf4 = nf4_layers(network)
     whole = [2 * layer.in_features * layer.out_features for layer in nf4]
@@ -199,7 +200,7 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     parts = {
         "weights": (weights + averages) // shards,
         "gradients": gradients // shards,
-        "moments": 2 * trained // shards,
+        "moments": moments // shards,
         "compute_copies": copies,
         "activations": activations,
         "logits": logits,
@@ -210,6 +211,14 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     if view.is_sharded and config.load_path is None:
         loaded = 2 * elements  # mapped from a file in bfloat16, as bases are published, until it is sharded
     return Memory(**parts, snapshot=snapshot, host=round(LIBRARIES * GIB) + snapshot + loaded)
+
+
+def moment_bytes(parameter: "Tensor", kind: str) -> int:
+    """Return the bytes of AdamW's two moments; with 8 bits as `recipe.optim.eight_bit` says."""
+    count = parameter.numel()
+    if kind == "full":
+        return 2 * count * parameter.element_size()
+    return 2 * (count + 4 * -(-count // 256)) if count >= 4096 else 8 * count
 
 
 def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width: int) -> int:
@@ -343,9 +352,10 @@ def _ways_to_save(config: RecipeConfig) -> list[str]:
         ways.append(f"{frozen} staged_freezing.groups=null" if config.staged_freezing.groups else frozen)
     if config.optimizer.lr_vision:
         ways.append("optimizer.lr_vision=0")
-    can_quantize = not config.optimizer.lr_llm and not view_trainer(config).is_sharded and find_spec("bitsandbytes")
-    if can_quantize and config.model.frozen_dtype != "nf4":
-        ways.append("model.frozen_dtype=nf4")
+    if not view_trainer(config).is_sharded and find_spec("bitsandbytes"):
+        ways += [] if config.optimizer.lr_llm or config.model.frozen_dtype == "nf4" else ["model.frozen_dtype=nf4"]
+        takes_8bit = config.optimizer.moments == "full" and config.model.dtype != "float64"
+        ways += ["optimizer.moments=8bit"] if takes_8bit else []
     if packing is not None:
         tokens = packing.max_tokens or config.max_seq_len
         ways.append(f"train_loader.packing.max_tokens={tokens // 2}")

@@ -220,8 +220,14 @@ def _resolve(path: str) -> str:
 
 
 def _check_groups(found: Found, origin: Origin) -> None:
-    """Raise ValueError if the optimizer's state is of other groups: a rate became 0, or is 0 no longer."""
+    """Raise ValueError if the optimizer's state is of other groups: a rate became 0, or is 0 no longer; or 8-bit."""
     then, now = found.manifest.origin.config.get("optimizer", {}), origin.config.get("optimizer", {})
+    kinds = [settings.get("moments", "full") for settings in (then, now)]
+    if kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"optimizer.moments is {kinds[1]}, but {redact(found.path)} was saved with {kinds[0]}: set "
+            f"optimizer.moments={kinds[0]}; or start a new run from the weights: {NEW_RUN}"
+        )
     adapted = origin.config.get("lora") or {}
     for key in sorted(now):
         if key.startswith("lr_lora_") and not adapted.get(key.removeprefix("lr_lora_")):

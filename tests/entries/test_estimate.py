@@ -56,8 +56,14 @@ def num_bytes(tensors: list[Tensor]) -> int:
 
 @pytest.mark.parametrize(
     "switches",
-    [{}, ALL_SWITCHES, ADAPTED, {**ADAPTED, "model": {"dtype": "bfloat16", "frozen_dtype": "nf4"}}],
-    ids=["plain", "all_switches", "adapted", "nf4"],
+    [
+        {},
+        ALL_SWITCHES,
+        ADAPTED,
+        {**ADAPTED, "model": {"dtype": "bfloat16", "frozen_dtype": "nf4"}},
+        {"optimizer": {"lr_vision": 0.0, "moments": "8bit"}},
+    ],
+    ids=["plain", "all_switches", "adapted", "nf4", "8bit"],
 )
 def test_static_part_is_that_of_real_tensors(
     tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], switches: dict[str, Any]
@@ -74,7 +80,8 @@ def test_static_part_is_that_of_real_tensors(
     found = estimate(config, build_on_meta(config), 1)
     assert found.weights == num_bytes([parameter.data for parameter in model.parameters()])
     assert found.gradients == num_bytes([p.grad for p in model.parameters() if p.grad is not None])
-    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    names = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
+    moments = [state[name] for state in optimizer.state.values() for name in names if name in state]
     assert found.moments == num_bytes(moments)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     kept = [p.data for name, p in model.named_parameters() if id(p) in held or AVERAGE in name]
@@ -291,10 +298,10 @@ def test_what_would_save_memory_is_accepted(name: str) -> None:
 
 def test_answer(capsys: pytest.CaptureFixture[str]) -> None:
     main([HEAD, "model.gradient_checkpointing=false"])
-    last = capsys.readouterr().out.splitlines()[-3:]
+    last = capsys.readouterr().out.splitlines()[-4:]
     assert last[0].startswith("fits a GPU of  24 GB: yes, 40 GB: yes, 80 GB: yes  (needs 1")
-    assert last[1].endswith("GiB  model.frozen_dtype=nf4")
-    assert last[2].endswith("GiB  train_loader.packing.max_tokens=2048")
+    ways = ("model.frozen_dtype=nf4", "train_loader.packing.max_tokens=2048", "optimizer.moments=8bit")
+    assert all(line.endswith(f"GiB  {way}") for line, way in zip(last[1:], ways, strict=True))
     main([HEAD, "--fit", "24"])
     assert "train_loader.packing.max_tokens=" in capsys.readouterr().out
     main([HEAD, "--json"])
