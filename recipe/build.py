@@ -33,10 +33,9 @@ from recipe.config import ConfigError, RecipeConfig, trained_trunk
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
-from recipe.load import build_network, fill_head, fill_whole, load_base
+from recipe.load import build_network, fill_head, fill_whole, load_base, refuse_in_nf4
 from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
-from recipe.redact import redact
 from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
 from recipe.upstream.trainer_section import view_trainer
@@ -122,14 +121,11 @@ def take_weights(
         ConfigError: The frozen weights are stored in nf4, and where the run starts from has its own.
     """
     start = dict(start)
+    holds_base = start.pop(HOLDS_BASE, False)
     if (path := start.pop(WEIGHTS_FROM, None)) is not None:
-        fill_whole(model.model, path, config)
-    holds_base = start.pop(HOLDS_BASE)
-    if holds_base and config.model.frozen_dtype == "nf4":
-        raise ConfigError(
-            f"load_path={redact(str(config.load_path))} holds weights of the language model, but nf4 is stored from a "
-            "base model: set model.pretrained_model_name_or_path to an export of it, or model.frozen_dtype=bfloat16"
-        )
+        holds_base = fill_whole(model.model, path, config)
+    if holds_base and (origin.base is not None or path is None):
+        refuse_in_nf4(config, str(config.load_path))
     if holds_base and origin.base is not None:
         log.info("checkpoints hold the frozen weights too, as the one that the run starts from does")
         origin = replace(origin, base=None)

@@ -35,7 +35,7 @@ from recipe.data.image import image_spec
 from recipe.models.attention import resolve_attention
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
-from recipe.models.lora import adapters, add_adapters, load_adapters, read_base
+from recipe.models.lora import adapters, add_adapters, holds_only_adapters, load_adapters, read_base
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import AVERAGE, JointNetwork, LanguageNetwork
 from recipe.models.nf4 import store_in_nf4
@@ -270,11 +270,19 @@ def fill_head(network: JointNetwork, folder: Path, weights: dict[str, torch.Tens
     fill(head, weights, folder / HEAD_FILE)
 
 
-def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
-    """Load all weights of a checkpoint, also in an object store, or an export; raise ValueError if it does not fit.
+def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> bool:
+    """Load all weights of a checkpoint, also in an object store, or an export.
 
     An export of adapters leaves the base as it is: that of `config`.
+
+    Returns:
+        Whether it holds any weight that the run does not train, which need not be its base's then.
+
+    Raises:
+        ValueError: It does not fit.
+        ConfigError: It holds weights that the run stores in nf4.
     """
+    frozen = frozen_groups(config)
     hf_model, base = network.vlm.hf_model, read_base(path)
     if base is not None:
         name = config.model.pretrained_model_name_or_path
@@ -282,6 +290,7 @@ def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
             log.warning("load_path=%s holds adapters of %s, which are now put on %s", path, base, name)
         load_adapters(hf_model, Path(path))
         fill_head(network, Path(path))
+        return "merger" in frozen and not holds_only_adapters(path)
     elif is_export(path):
         if adapters(hf_model):
             raise ConfigError(
@@ -290,9 +299,22 @@ def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
             )
         hf_model.load_state_dict(load_base(config, path).state_dict())
         fill_head(network, Path(path))
-    else:
-        weights = read_remote_weights(path) if "://" in path else read_weights(path)
-        _fill_from_checkpoint(network, weights, redact(path))
+        return bool(frozen)
+    weights = read_remote_weights(path) if "://" in path else read_weights(path)
+    held = {name for name in weights if name.startswith(f"{NETWORK}{LANGUAGE_MODEL}") and group_of(name) in frozen}
+    if held:
+        refuse_in_nf4(config, path)
+    _fill_from_checkpoint(network, weights, redact(path))
+    return bool(held)
+
+
+def refuse_in_nf4(config: RecipeConfig, path: str) -> None:
+    """Raise ConfigError if a run stores in nf4 what `path` holds: a checkpoint's base could not be found again."""
+    if config.model.frozen_dtype == "nf4":
+        raise ConfigError(
+            f"load_path={redact(path)} holds weights that the run does not train, but nf4 is stored from a base model: "
+            "set model.pretrained_model_name_or_path to an export of it, or model.frozen_dtype=bfloat16"
+        )
 
 
 def _fill_from_checkpoint(network: JointNetwork, weights: dict[str, torch.Tensor], source: str | Path) -> None:

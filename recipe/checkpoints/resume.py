@@ -32,7 +32,6 @@ from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_export, read_weights, some
 from recipe.config import NEW_RUN, ConfigError
 from recipe.data.stream import PackStream
-from recipe.models.lora import holds_only_adapters
 from recipe.redact import redact
 from recipe.schema import Origin
 from recipe.upstream.agreement import agree, from_rank_0
@@ -40,8 +39,8 @@ from recipe.upstream.trainer_section import TrainerView
 
 log = logging.getLogger(__name__)
 
-HOLDS_BASE = "holds_base"  # whether what the run starts from also holds weights that the run does not train
-WEIGHTS_FROM = "weights_from"  # instead of `load_path`: what Composer cannot load, see `recipe.build.take_weights`
+HOLDS_BASE = "holds_base"  # whether what `load_path` names also holds weights that the run does not train
+WEIGHTS_FROM = "weights_from"  # instead of both: what Composer cannot load, see `recipe.build.take_weights`
 
 
 def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool, origin: Origin) -> dict[str, Any]:
@@ -161,14 +160,14 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
         _check_fit(trainer, origin, Found(path, manifest), weights_only)
         holds_base = manifest.origin.base is None
         if weights_only and not (holds_base and manifest.sharded == trainer.saves_shards):
-            return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: holds_base}
+            return {"load_path": None, WEIGHTS_FROM: path}
         if not weights_only:
             _check_groups(Found(path, manifest), origin)
             _check_base(Found(path, manifest), origin)
         return _keywords(path, weights_only, manifest)
     if is_export(path):
         log.info("load_path %s is an export, which holds weights only", path)
-        return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: not holds_only_adapters(path)}
+        return {"load_path": None, WEIGHTS_FROM: path}
     if "://" not in path and Path(path).is_dir():
         raise ValueError(
             f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint, and not an export: "
@@ -176,7 +175,7 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
         )
     log.warning("%s has no manifest, as one of this recipe would: only its weights are loaded", redact(path))
     if Path(path).is_file() and FINGERPRINT in read_weights(path):  # it was, but its manifest was left behind
-        return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: False}
+        return {"load_path": None, WEIGHTS_FROM: path}
     return _keywords(path, weights_only=True)
 
 

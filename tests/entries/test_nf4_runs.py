@@ -216,8 +216,12 @@ def test_weights_of_another_base_are_refused(
     """A whole export is a base, not a start; one frozen weight that differs in bfloat16 makes another base."""
     config, _, _ = trained
     export(parse(["--checkpoint", str(checkpoint(config)), "--out", str(tmp_path / "merged")]))
-    with pytest.raises(ConfigError, match=r"nf4 is stored from a base .* set model\.pretrained_model_name_or_path to"):
-        train(replace(begun_from(configure(tmp_path / "new", 1), tmp_path / "merged"), lora=None))
+    whole = configure(tmp_path / "whole", 1, lora=None, staged_freezing=StagedFreezingConfig())
+    train(replace(whole, optimizer=replace(whole.optimizer, lr_llm=1e-3)))
+    for start in (tmp_path / "merged", checkpoint(whole, 1)):
+        begun = replace(begun_from(whole, start), run_folder=str(tmp_path / "new"))
+        with pytest.raises(ConfigError, match=r"nf4 is stored from a base .* set model\.pretrained_model_name_or_path"):
+            train(begun)
     vlm: Any = load_vlm(base, "sdpa", "bfloat16")
     with torch.no_grad():
         weight = vlm.model.language_model.layers[0].mlp.up_proj.weight
