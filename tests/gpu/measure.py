@@ -181,7 +181,8 @@ def run_only(args: argparse.Namespace) -> None:
     module, function = place.split(":")
     session = Session(args.device, args.size, args.inputs, Path(folder))
     work = getattr(import_module(f"tests.gpu.{module}"), function)
-    sys.stdin.readline()  # the part before has ended
+    if not sys.stdin.readline():  # else the part before has ended
+        raise SystemExit("the measurements have ended")
     work(session)
 
 
@@ -228,4 +229,5 @@ if __name__ == "__main__":
     if asked.only:
         run_only(asked)
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # its processes are ended too
         sys.exit(any(how.startswith("failed") for how in main(sys.argv[1:])["parts"].values()))

@@ -20,6 +20,7 @@ from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
 from recipe.load import build_encoder, build_network, load_processor, round_frozen
+from recipe.losses.counts import split_batch
 from recipe.models.attention import resolve_attention
 from recipe.models.vlm import read_hf_config
 from recipe.schema import Batch, Example, Sample
@@ -107,7 +108,13 @@ def packed_batch(session: Session, config: RecipeConfig, encoder: Encoder, token
     """Return one pack on the device; without answers if the trunk is frozen, as training has it."""
     samples = read_images(session, 16)
     examples = [encoder(sample, with_answers=bool(trained_trunk(config))) for sample in samples]
-    return session.composer_device().batch_to_device(collate_packed(one_each(fill_row(examples, tokens))))
+    return on_device(session, collate_packed(one_each(fill_row(examples, tokens))))
+
+
+def on_device(session: Session, batch: Batch) -> Batch:
+    """Return a whole global batch on the device, its losses counted before, as the Trainer gets it."""
+    (counted,) = split_batch([batch], len(batch["samples"]))
+    return session.composer_device().batch_to_device(counted)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from tests.gpu.models import (
     build_random,
     encoder_of,
     leg_config,
+    on_device,
     out_of_memory_is_reported,
     packed_batch,
     read_images,
@@ -211,7 +212,7 @@ def layouts(session: Session) -> None:
     seconds: dict[str, float] = {}
     for name, batch in batches.items():
         with out_of_memory_is_reported(session, f"layout {name}"):
-            batch = session.composer_device().batch_to_device(batch)
+            batch = on_device(session, batch)
             step = make_step(session, model, optimizer, batch, session.precision)
             work = session.seconds(step, repeats=5 if session.is_cuda else 1, warm_up=1)
             seconds[name] = work

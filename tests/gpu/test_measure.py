@@ -97,6 +97,29 @@ Path({str(began)!r}).touch(); input(); assert Path({str(done)!r}).exists()
     assert run_parts([part("first"), part("second")], Budget(60), processes) == {"first": "done", "second": "done"}
 
 
+def test_sigterm_ends_the_part_that_runs_and_the_one_that_waits(tmp_path: Path) -> None:
+    code = f"""
+import signal, sys
+from tests.gpu.measure import Part, Processes
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+source = "import os, sys, time; open(os.path.join({str(tmp_path)!r}, str(os.getpid())), 'w'); "
+sources = {{"a": source + "input(); time.sleep(600)", "b": source + "input()"}}
+processes = Processes(lambda part: [sys.executable, "-c", sources[part.name]])
+a, b = (Part(name, "", 1, 600) for name in sources)
+try:
+    processes(a, b, 600)
+finally:
+    processes.close()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == 143
+    assert not [path.name for path in tmp_path.iterdir() if Path("/proc", path.name).exists()]
+
+
 def test_what_waits_in_vain_is_ended(tmp_path: Path) -> None:
     processes = scripts(a="input()", b="input()")
     assert processes(part("a"), part("b"), 60) == "done"
