@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -200,13 +200,16 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     """Run the parts that were asked for; print and return the report."""
     args = parse(arguments)
     budget = Budget(args.budget - args.spent)
+    parts = [part for part in PARTS if part.name in args.parts]
+    if args.device == "cpu":  # of unknown speed, so only the budget bounds a part
+        parts = [replace(part, most=args.budget) for part in parts]
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as name:
         options = ["--device", args.device, "--size", args.size, "--inputs", str(args.inputs.resolve())]
         # Not as a file: its folder would come first on the path of imports.
         module = [sys.executable, "-m", "tests.gpu.measure", *options]
         processes = Processes(lambda part: [*module, "--only", part.name, name])
         try:
-            ended = run_parts([part for part in PARTS if part.name in args.parts], budget, processes)
+            ended = run_parts(parts, budget, processes)
         finally:
             processes.close()
         figures = read_figures(Path(name))

@@ -214,9 +214,9 @@ def layouts(session: Session) -> None:
         with out_of_memory_is_reported(session, f"layout {name}"):
             batch = on_device(session, batch)
             step = make_step(session, model, optimizer, batch, session.precision)
-            work = session.seconds(step, repeats=5 if session.is_cuda else 1, warm_up=1)
+            work = session.seconds(step)
             seconds[name] = work
-            peak = session.peak_bytes(step)
+            peak = session.peak_bytes(step) if session.is_cuda else None
             session.report(
                 f"layout {name}",
                 ms=rounded(1e3 * work, 4),
