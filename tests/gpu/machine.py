@@ -24,7 +24,7 @@ def machine(session: Session) -> None:
         memory_gib=memory,
         gpus=gpus,
         torch=torch.__version__,
-        cuda=torch.version.cuda,
+        cuda=torch.version.cuda,  # pyright: ignore[reportAttributeAccessIssue] - it is there
         transformers=transformers.__version__,
         nccl=session.is_cuda and distributed.is_nccl_available(),
         attention=describe_attention("auto"),
