@@ -132,7 +132,11 @@ def _rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def _fixed_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    return [{name: group[name] for name in ("name", *_FIXED_AT_START)} for group in optimizer.param_groups]
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # a checkpoint of FSDP2 has betas as a list
+
+    names = ("name", *_FIXED_AT_START)
+    return [{name: plain(group[name]) for name in names} for group in optimizer.param_groups]
 
 
 def _table(state: State, factors: dict[str, float | None], rates: dict[str, float]) -> str:
