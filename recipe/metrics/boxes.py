@@ -1,6 +1,8 @@
 """Score boxes: COCO average precision, what the queries could find, referring expressions, boxes written in answers."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,39 +44,94 @@ def box_average_precision(predictions: Sequence[Prediction], samples: Sequence[S
         `box_ar100` of at most N boxes per image. AP uses the 100 best. -1 if no ground truth defines a value, 0
         without predictions.
     """
-    return _coco_summary("box", predictions, samples, lambda caption: "object")
+    return _coco_summary("box", predictions, samples)
 
 
 def category_average_precision(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
     """Compute `category_ap` and so on: `box_average_precision` averaged over categories.
 
-    Captions are the category names, compared without case and outer blanks. Objects without a caption are left out;
-    categories without ground truth do not count.
+    Captions are the category names, compared without case and outer blanks. An object with class probabilities counts
+    once for each class, its score times the probability. Objects without a caption are left out; categories without
+    ground truth do not count.
     """
-    return _coco_summary("category", predictions, samples, normalized_caption)
+    return _coco_summary("category", predictions, samples)
 
 
-def _coco_summary(
-    prefix: str, predictions: Sequence[Prediction], samples: Sequence[Sample], category_of: Callable[[str], str]
-) -> dict[str, float]:
-    """Return COCO's summary over the categories of captions; objects whose category is empty are left out."""
+@dataclass(frozen=True)
+class CategoryScores:
+    """The scores of one category, as COCO defines them; -1 without ground truth.
+
+    Attributes:
+        truths: Ground truths, without crowd regions.
+        ap, ap50: Average precision, mean over IoU .50:.95 and at .50.
+        recall: At an IoU of .50, of the 100 best of an image.
+    """
+
+    truths: int
+    ap: float
+    ap50: float
+    recall: float
+
+
+def scores_per_category(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, CategoryScores]:
+    """Return the scores of each category with ground truth, by falling number of truths; see `CategoryScores`.
+
+    The mean of their `ap` is `category_ap`.
+    """
+    truths = Counter(
+        normalized_caption(item.caption)
+        for _, _, objects in scored_pairs(predictions, samples)
+        for item in objects
+        if not item.iscrowd and normalized_caption(item.caption)
+    )
+    coco, numbers = _coco(predictions, samples, by_category=True, extended_summary=True)
+    if not truths:
+        return {}
+    summary = coco.compute()
+    place = {int(label): index for index, label in enumerate(summary["classes"].reshape(-1).tolist())}
+    # (IoU, recall, category, area, detections): of all areas, the 100 best.
+    precision, recall = summary["precision"][..., 0, -1], summary["recall"][..., 0, -1]
+    return {
+        name: CategoryScores(
+            count,
+            float(precision[:, :, place[numbers[name]]].mean()),
+            float(precision[0, :, place[numbers[name]]].mean()),
+            float(recall[0, place[numbers[name]]]),
+        )
+        for name, count in truths.most_common()
+    }
+
+
+def _coco_summary(prefix: str, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
+    """Return COCO's summary, of `box` without regard to captions, of `category` by them."""
+    coco, _ = _coco(predictions, samples, by_category=prefix == "category")
+    summary = coco.compute() if coco.groundtruth_labels else {}
+    return {f"{prefix}_{name}": float(summary.get(key, UNDEFINED)) for name, key in _COCO_NAMES.items()}
+
+
+def _coco(
+    predictions: Sequence[Prediction], samples: Sequence[Sample], by_category: bool, extended_summary: bool = False
+) -> tuple[MeanAveragePrecision, dict[str, int]]:
+    """Return COCO's metric of all images, and the number of each category; without categories all are one."""
     coco = MeanAveragePrecision(
         iou_thresholds=_IOU_THRESHOLDS,
         rec_thresholds=_RECALL_THRESHOLDS,
         backend="faster_coco_eval",
+        extended_summary=extended_summary,
         sync_on_compute=False,
     )
     coco.warn_on_many_detections = False  # only the 100 best of an image count
     numbers: dict[str, int] = {}
 
     def labels_of(objects: Sequence[Object] | Sequence[DetectedObject]) -> Tensor:
-        categories = [category_of(item.caption) for item in objects]
-        return torch.tensor([numbers.setdefault(name, len(numbers)) for name in categories], dtype=torch.int64)
+        names = [normalized_caption(item.caption) if by_category else "" for item in objects]
+        return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64)
 
-    is_empty = True
-    for prediction, _, objects in scored_pairs(predictions, samples):
-        found = [item for item in prediction.objects if category_of(item.caption)]
-        wanted = [item for item in objects if category_of(item.caption)]
+    for prediction, _, wanted in scored_pairs(predictions, samples):
+        found = prediction.objects
+        if by_category:
+            found = [one for item in found for one in item.per_class() if normalized_caption(one.caption)]
+            wanted = [item for item in wanted if normalized_caption(item.caption)]
         scores = torch.tensor([item.score for item in found], dtype=torch.float64)
         crowds = torch.tensor([int(item.iscrowd) for item in wanted], dtype=torch.int64)
         areas = torch.tensor([item.area or 0.0 for item in wanted], dtype=torch.float64)  # 0: torchmetrics' "not given"
@@ -82,9 +139,7 @@ def _coco_summary(
             [{"boxes": boxes_of(found), "scores": scores, "labels": labels_of(found)}],
             [{"boxes": boxes_of(wanted), "labels": labels_of(wanted), "iscrowd": crowds, "area": areas}],
         )
-        is_empty = False
-    summary = {} if is_empty else coco.compute()
-    return {f"{prefix}_{name}": float(summary.get(key, UNDEFINED)) for name, key in _COCO_NAMES.items()}
+    return coco, numbers
 
 
 def query_recall(
