@@ -63,7 +63,7 @@ class CaptionLayer(nn.Module):
         memory: Memory,
         centers: Float[Tensor, "N T W"] | None,
         cache: LayerCache | None,
-        mask: Bool[Tensor, "C C"] | None = None,
+        mask: Bool[Tensor, "1 1 C C"] | None = None,
     ) -> tuple[Float[Tensor, "R C W"], LayerCache]:
         """Advance R captions by C tokens: return their states and the cache including these tokens.
 
@@ -169,7 +169,7 @@ class CaptionDecoder(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache and cache.layers else None
             states, layer_cache = layer(
-                states, places, memory, centers, layer_cache, None if tree is None else tree.mask
+                states, places, memory, centers, layer_cache, None if tree is None else tree.mask[None, None]
             )
             kept.append(layer_cache)
         if cache is not None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from recipe.config import ConfigError
 from recipe.metrics.gather import normalized_caption
 from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.network import JointNetwork
 from recipe.schema import CaptionPlaces, Memory, TokenTree
 
 LEAST_SHARE = 0.01  # probability of a class that an object keeps
@@ -92,6 +94,23 @@ def build_trie(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos_tok
         mask=torch.tensor(is_ancestor),
     )
     return ClassTrie(names, tree, torch.tensor(edges), torch.tensor(paths))
+
+
+def class_trie(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, network: JointNetwork) -> ClassTrie | None:
+    """Return the trie of `evaluation.classes` for a network; None without classes.
+
+    Raises:
+        ConfigError: The network has no head, or as `build_trie`.
+    """
+    if not names:
+        return None
+    if not network.has_head:
+        raise ConfigError("evaluation.classes needs a detection head: leave it out, or detection_head: null")
+    assert isinstance(tokenizer.eos_token_id, int) and network.max_caption_tokens is not None
+    try:
+        return build_trie(names, tokenizer, tokenizer.eos_token_id, network.max_caption_tokens)
+    except ValueError as error:
+        raise ConfigError(f"evaluation.classes: {error}") from error
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@
 
 Boxes are xyxy in pixels of the displayed image. `objects` are all with at least `score_threshold`, by falling score;
 both are null if the head was not asked. `objects_below` are no predictions: only the gallery's slider shows them. They
-have less than the threshold, at least `least_score`, and no captions. `answer` is null if the language model was not
+have less than the threshold, at least `least_score`, and no captions. With a class list, an object also has `classes`,
+the probability of each likely one, and its caption is the first. `answer` is null if the language model was not
 asked, `answer_objects` also if its answer could not be parsed. If an image could not be used, all but `error`, `id`,
 `file` and `image_id` is null.
 """
