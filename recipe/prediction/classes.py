@@ -58,7 +58,7 @@ def build_trie(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos_tok
     """
     names = tuple(name.strip() for name in names)
     if len(names) < 2:
-        raise ValueError(f"{len(names)} classes cannot be told apart: give two or more")
+        raise ValueError(f"{len(names)} classes leave no choice: give two or more")
     forms: dict[str, str] = {}
     for name in names:
         form = normalized_caption(name)

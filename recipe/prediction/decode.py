@@ -39,7 +39,7 @@ class Decoding:
     tokenizer: PreTrainedTokenizerBase
     evaluation: EvaluationConfig
     prompt: PromptConfig  # says in which frame an answer gives its boxes
-    classes: ClassTrie | None = None  # of `evaluation.classes`: objects are told apart as these, instead of described
+    classes: ClassTrie | None = None  # of `evaluation.classes`, which are then the captions
 
 
 @torch.no_grad()

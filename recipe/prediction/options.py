@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
     what = "look for this (candidate phrase); repeatable"
     parser.add_argument("--expression", action="append", metavar="TEXT", help=what)
-    what = "tell objects apart as these, with a score for each, instead of describing them; or a file, one a line"
+    what = "one of these for each object, with scores, in place of a caption; or a file, one a line"
     parser.add_argument("--classes", metavar="A,B,...", help=what)
     what = "solved examples: MDS shards, or a .jsonl and images"
     parser.add_argument("--teachers", type=Path, metavar="FOLDER", help=what)

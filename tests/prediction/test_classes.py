@@ -1,6 +1,7 @@
 """Class probabilities: the caption decoder's likelihood of each class phrase, normalised where phrases part."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def by_teacher_forcing(model: JointModel, names: tuple[str, ...]) -> Tensor:
     """Each phrase alone, with the logits of the whole vocabulary."""
     inputs, vlm = Inputs(model), model.model.vlm
     eos = eos_token_id(model.tokenizer)
-    phrases = [(*model.tokenizer(name, add_special_tokens=False)["input_ids"], eos) for name in names]
+    tokenizer: Any = model.tokenizer
+    phrases = [(*tokenizer(name, add_special_tokens=False)["input_ids"], eos) for name in names]
     rows = []
     for phrase in phrases:
         embeds = vlm.embed_tokens(torch.tensor([phrase[:-1]] * 5))
@@ -115,12 +117,12 @@ def test_trie_by_hand() -> None:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("a",), "1 classes cannot be told apart: give two or more"),
+        (("a",), "1 classes leave no choice: give two or more"),
         (("a", " A"), "the classes 'a' and 'A' are the same: leave one out"),
         (("a", " "), "a class has an empty name"),
         (("a", "abcd"), r"the class 'abcd' has 5 tokens with end-of-sequence, the head writes at most 4 \(caption_dec"),
     ],
 )
-def test_what_cannot_be_told_apart_is_refused(names: tuple[str, ...], expected: str) -> None:
+def test_lists_without_a_choice_are_refused(names: tuple[str, ...], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         build_trie(names, Letters(), 0, 4)  # pyright: ignore[reportArgumentType]
