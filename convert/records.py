@@ -14,7 +14,7 @@ from typing import Any
 from convert.chats import check_messages, check_text
 from convert.items import BadBox, BadRecord, Item, Note, Rejected
 from recipe.images import MAX_ASPECT_RATIO, check_image
-from recipe.schema import Box, Message, Object, Sample
+from recipe.schema import Box, Message, Object, Sample, Searched
 
 ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
 BBOX_TYPES = {"real": None, "norm1": 1.0, "norm1000": 1000.0}  # what a box's numbers are parts of; real: pixels
@@ -33,6 +33,7 @@ class Record:
         bbox_type: One of `BBOX_TYPES` if the record states it, else that of its file applies.
         labels: What messages call each object; default: object 1, object 2, ...
         notes: What was done to it while parsing.
+        searched: See `Sample`.
     """
 
     image: str | None
@@ -42,6 +43,7 @@ class Record:
     bbox_type: str | None = None
     labels: Sequence[str] = ()
     notes: tuple[Note, ...] = ()
+    searched: Searched | None = None
 
     def label(self, position: int) -> str:
         """Return what messages call the object at `position`."""
@@ -115,7 +117,9 @@ class FileRecord:
         objects, notes = self._check_objects(record, width, height)
         if messages is not None:
             messages = tuple(self._check_box_parts(record, message, width, height) for message in messages)
-        return Sample(self.id, data, width, height, objects, messages), notes
+        for caption in (*record.searched.absent, *record.searched.incomplete) if record.searched else ():
+            check_text(caption)
+        return Sample(self.id, data, width, height, objects, messages, record.searched), notes
 
     def _check_box_parts(self, record: Record, message: Message, width: int, height: int) -> Message:
         """Return a message whose boxes, from `fill_placeholders`, are checked and in pixels."""
