@@ -2,6 +2,7 @@
 
 COMMANDS = {
     "coco": "COCO instances (instances.json)",
+    "lvis": "LVIS v0.5 and v1 instances",
     "voc": "Pascal VOC (a folder of .xml files)",
     "jsonl": "JSON lines (one record per line, chats too)",
     "shapes": "synthetic scenes, to try things out",
