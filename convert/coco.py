@@ -226,14 +226,14 @@ def _parse_annotation(annotation: dict[str, Any], names: dict[str, str], phrases
         raise BadRecord("unknown category", f"category_id {annotation.get('category_id')!r}")
     area = parse_optional(annotation.get("area"))
     return Object(
-        box=_parse_bbox(annotation),
+        box=parse_bbox(annotation),
         caption=phrases.get(_key(annotation, "id") or "", names[category]),
-        iscrowd=_parse_flag(annotation, "iscrowd") | _parse_flag(annotation, "ignore"),
+        iscrowd=parse_flag(annotation, "iscrowd") | parse_flag(annotation, "ignore"),
         area=area if area is not None and area >= 0 else None,
     )
 
 
-def _parse_bbox(annotation: dict[str, Any]) -> Box:
+def parse_bbox(annotation: dict[str, Any]) -> Box:
     """Return the box as xyxy; that of the polygons if there is no `bbox`."""
     if annotation.get("bbox") not in (None, []):
         x, y, width, height = parse_box(annotation["bbox"])
@@ -251,7 +251,8 @@ def _parse_bbox(annotation: dict[str, Any]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _parse_flag(annotation: dict[str, Any], name: str) -> bool:
+def parse_flag(annotation: dict[str, Any], name: str) -> bool:
+    """Return a flag of an annotation, False if it has none, or raise `BadRecord`."""
     value = annotation.get(name)
     if value is None:
         return False
@@ -306,6 +307,8 @@ def _key(entry: Any, name: str) -> str | None:
 
 def to_key(value: Any) -> str | None:
     """Return an id as text, see `_key`."""
+    if type(value) is int:
+        return str(value)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, float):

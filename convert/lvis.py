@@ -14,6 +14,7 @@ from typing import Any
 
 from convert import coco
 from convert.items import Found, Note
+from convert.records import name_of_url
 from convert.write import add_box_options, box_options, build_parser, run
 
 _LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -46,10 +47,7 @@ def _with_file(image: dict[str, Any], root: Path) -> dict[str, Any]:
     """Return the entry of an image with its `file_name` under `root`, and with both of LVIS's lists."""
     name, url = image.get("file_name"), image.get("coco_url")
     if isinstance(url, str) and url.strip():
-        parts = url.strip().split("/")
-        name = "/".join(parts[-2:])
-        if not (root / name).is_file() and (root / parts[-1]).is_file():
-            name = parts[-1]
+        name = name_of_url(url, root)
     return {**dict.fromkeys(_LISTS, ()), **image, "file_name": name}
 
 
