@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 test test-slow test-all test-next: export HF_HUB_OFFLINE = 1
 test test-slow test-all test-next: export WANDB_MODE = offline
 
-.PHONY: help environment quickstart test test-slow test-all test-next lint format types clean
+.PHONY: help environment quickstart test test-slow test-all test-next gpu lint format types clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test-slow    the slow ones"
 	@echo "make test-all     everything, the long SIGKILL drill and, if there is a GPU, its tests too"
 	@echo "make test-next    the fast ones on newer torch and transformers, in .venv-next"
+	@echo "make gpu          measure on the GPU of this machine, in at most 8 minutes"
 	@echo "make lint types   ruff, pyright"
 	@echo "make format       ruff format and the import order"
 	@echo "make clean        remove what was built, but not .venv"
@@ -63,6 +64,10 @@ NEXT := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
 
 test-next: .venv-next/.complete
 	.venv-next/bin/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
+
+# Without a package index: tests/gpu/wheels.sh elsewhere, then tests/gpu/run.sh here.
+gpu: $(INSTALLED)
+	PYTHON=$(BIN)/python tests/gpu/run.sh
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -91,12 +91,12 @@ def find(
         sentences = ref["sentences"] if isinstance(ref["sentences"], list) and ref["sentences"] else [None]
         for number, sentence in enumerate(sentences):
             ref_id = to_key(ref.get("ref_id")) or position
-            parse = partial(_parse, dict(ref), image, annotation, sentence, question)
+            parse = partial(_parse, ref, image, annotation, sentence, question)
             rows.append((f"{ref_id}-{number}", f"{source}: ref {position}", parse))
     return Found(list_records(images, rows, **boxes))
 
 
-def _parse(ref: dict[str, Any], image: Any, annotation: Any, sentence: Any, question: str) -> Record:
+def _parse(ref: Mapping[str, Any], image: Any, annotation: Any, sentence: Any, question: str) -> Record:
     if image is None:
         raise BadRecord("unknown image", f"image_id {ref.get('image_id')!r}")
     if annotation is None or to_key(annotation.get("image_id")) != to_key(ref.get("image_id")):

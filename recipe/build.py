@@ -33,7 +33,7 @@ from recipe.config import ConfigError, RecipeConfig, trained_trunk
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import JointModel
-from recipe.load import build_network, fill_head, fill_whole, load_base
+from recipe.load import build_network, fill_head, fill_whole, load_base, refuse_in_nf4
 from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
 from recipe.schema import Origin
@@ -116,11 +116,17 @@ def take_weights(
 
     Returns:
         What is left of the Trainer's `load_*` keywords, and what the run's checkpoints say of their origin.
+
+    Raises:
+        ConfigError: The frozen weights are stored in nf4, and where the run starts from has its own.
     """
     start = dict(start)
+    holds_base = start.pop(HOLDS_BASE, False)
     if (path := start.pop(WEIGHTS_FROM, None)) is not None:
-        fill_whole(model.model, path, config)
-    if start.pop(HOLDS_BASE) and origin.base is not None:
+        holds_base = fill_whole(model.model, path, config)
+    if holds_base and (origin.base is not None or path is None):
+        refuse_in_nf4(config, str(config.load_path))
+    if holds_base and origin.base is not None:
         log.info("checkpoints hold the frozen weights too, as the one that the run starts from does")
         origin = replace(origin, base=None)
     if origin.base is None:

@@ -28,6 +28,7 @@ from recipe.joint import all_scores
 from recipe.metrics.gather import LANGUAGE_LOSSES, Evaluation
 from recipe.metrics.scorers import Meteor15, MeteorLite
 from recipe.models.lora import check_peft, read_base
+from recipe.models.nf4 import check_bitsandbytes
 from recipe.optim.fsdp import FSDP_CONFIGS
 from recipe.records import INDEX_FILE, RECORDS_FILE, parse_index, read_records
 from recipe.schema import Sample
@@ -72,6 +73,8 @@ def check_libraries(config: RecipeConfig) -> None:
     MemoryBounds(**(config.callbacks.get("memory_bounds") or {}))
     check_metrics(config)
     check_adapters(config)
+    check_nf4(config)
+    check_moments(config)
     check_cache(config)
     names = [entry.name for entry in fields(FSDP_CONFIGS[config.fsdp_version]) if not entry.name.startswith("_")]
     allowed = [name for name in names if name not in OWNED_BY_FSDP]
@@ -105,6 +108,41 @@ def check_adapters(config: RecipeConfig) -> None:
                 )
             if target not in allowed:
                 raise ConfigError(f"lora.{part}.targets holds {target!r}: {nearest(target, allowed)}")
+
+
+def check_nf4(config: RecipeConfig) -> None:
+    """Raise ConfigError if `model.frozen_dtype` is nf4, but bitsandbytes is missing or no layer can be stored in it."""
+    if config.model.frozen_dtype != "nf4":
+        return
+    check_bitsandbytes("model.frozen_dtype nf4", "set model.frozen_dtype=bfloat16")
+    if config.optimizer.lr_llm:
+        raise ConfigError(
+            f"model.frozen_dtype is nf4, but optimizer.lr_llm is {config.optimizer.lr_llm:g}, so nothing of the "
+            "language model is frozen throughout: set optimizer.lr_llm=0 (lora.llm={} lets adapters learn instead), or "
+            "model.frozen_dtype=bfloat16"
+        )
+    if view_trainer(config).is_sharded:
+        raise ConfigError(
+            "model.frozen_dtype nf4 with trainer.parallelism_config.fsdp, whose units hold weights of one dtype: set "
+            "trainer.parallelism_config=null, or model.frozen_dtype=same"
+        )
+
+
+def check_moments(config: RecipeConfig) -> None:
+    """Raise ConfigError if `optimizer.moments` is 8bit, but bitsandbytes is missing or cannot train this model."""
+    if config.optimizer.moments != "8bit":
+        return
+    check_bitsandbytes("optimizer.moments 8bit", "set optimizer.moments=full")
+    if view_trainer(config).is_sharded:
+        raise ConfigError(
+            "optimizer.moments 8bit with trainer.parallelism_config.fsdp, which cannot shard the scales of blocks: set "
+            "optimizer.moments=full, or trainer.parallelism_config=null"
+        )
+    if config.model.dtype == "float64":
+        raise ConfigError(
+            "optimizer.moments 8bit with model.dtype float64, which its steps would round to float32: set "
+            "optimizer.moments=full or model.dtype=float32"
+        )
 
 
 def check_cache(config: RecipeConfig) -> None:

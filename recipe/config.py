@@ -30,13 +30,11 @@ CALLBACK_NAMES = (
 LOGGER_NAMES = ("file", "json_lines", "tensorboard", "wandb")
 
 
+Bound = float | None
+
+
 def number(
-    default: float | str | None = MISSING,
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    default: Bound | str = MISSING, *, least: Bound = None, most: Bound = None, above: Bound = None, below: Bound = None
 ) -> Any:
     """Return a field for a finite number within bounds; null is always allowed."""
     return field(default=default, metadata={"least": least, "most": most, "above": above, "below": below})
@@ -76,8 +74,7 @@ class ModelConfig:
     # auto: flash_attention_2 on CUDA if it is installed, else sdpa
     attn_implementation: str = one_of("auto", "eager", "sdpa", "flash_attention_2")
     dtype: str = one_of("float32", "bfloat16", "float64")  # of the weights that are trained
-    # Of those that no stage trains, if `dtype` is float32; same: as `dtype`, which FSDP needs and so always takes.
-    frozen_dtype: str = one_of("bfloat16", "same")
+    frozen_dtype: str = one_of("bfloat16", "same", "nf4")  # of what no stage trains; yamls/README.md
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
 
 
@@ -131,8 +128,7 @@ class CaptionDecoderConfig:
     num_heads: int = number(8, least=1)
     ffn_factor: int = number(4, least=1)
     dropout: float = number(0.0, least=0, most=1)
-    # Length of the longest caption, including end-of-sequence; null: training reads it from the data.
-    max_caption_tokens: int | None = number(32, least=2)
+    max_caption_tokens: int | None = number(32, least=2)  # including end-of-sequence; null: of the data's longest
 
 
 @dataclass
@@ -194,8 +190,7 @@ class EvaluationConfig:
     """How predictions are made for metrics, logged images and `predict.py`."""
 
     score_threshold: float = number(0.3, least=0, most=1)  # least score of a prediction; AP counts all queries
-    # score = sigmoid(score_scale * logit + score_shift). eval.py fits both and writes them to calibration.yaml, so that
-    # eight of ten objects scored 0.8 are right.
+    # score = sigmoid(score_scale * logit + score_shift); eval.py fits both: of ten objects scored 0.8 eight are right
     score_scale: float = number(1.0, above=0)
     score_shift: float = number(0.0, above=-inf)
     nms_iou: float | None = number(None, least=0, most=1)  # drop the worse of two boxes that overlap more; null: none
@@ -242,6 +237,7 @@ class OptimizerConfig:
     lr_detection: float = number(1e-4, least=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = number(1e-8, least=0)
+    moments: str = one_of("full", "8bit")  # full: in the dtype of what is trained; 8bit: recipe/optim/eight_bit.py
     clip_norm: float | None = number(1.0, least=1e-6)  # largest norm of the whole gradient; null: no clipping
     weight_decay: float = number(0.01, least=0)  # of matrices; vectors (biases, norms) get none
     lr_scaling: str = one_of("none", "linear", "sqrt")  # by the ratio of tokens per step to `reference_tokens`
@@ -301,8 +297,7 @@ class CacheFrozenConfig:
 class EmaConfig:
     """An exponential moving average of adapter and head, as `composer.algorithms.EMA`; see `algorithms/head_ema.py`."""
 
-    # Steps after which a weight counts half; null with `smoothing`.
-    half_life: str | None = in_batches("100ba", least=1)
+    half_life: str | None = in_batches("100ba", least=1)  # steps until a weight counts half; null with `smoothing`
     smoothing: float | None = number(None, above=0, below=1)  # share of the average that an update keeps, such as 0.99
     update_interval: str = in_batches("1ba", least=1)  # steps between updates
 
@@ -352,10 +347,7 @@ class AnomalyConfig:
 
 @dataclass
 class NaNRollbackConfig:
-    """How a run reacts to non-finite losses, gradients and weights; see `recipe/algorithms/nan_rollback.py`.
-
-    A bad batch is skipped. null switches a watcher off.
-    """
+    """How a run reacts to non-finite numbers; null switches a watcher off. See `recipe/algorithms/nan_rollback.py`."""
 
     # Where what is trained, and the optimizer's state, are copied to; off: a rollback ends the run with exit code 65.
     snapshot: str = one_of("memory", "disk", "off")
@@ -381,6 +373,13 @@ class SaveBestConfig:
 
     metric: str | None = None  # such as eval/box_ap50; null: keep none
     mode: str = one_of("max", "min")  # which value of it is the best
+
+
+@dataclass
+class DebugConfig:
+    """Checks that cost time."""
+
+    check_shapes: bool = False  # of what functions of recipe.data, recipe.models and recipe.losses take and return
 
 
 @dataclass
@@ -413,6 +412,7 @@ class RecipeConfig:
     ema: EmaConfig | None = None  # {}: evaluation, predict and export use averaged weights of the head
     nan_rollback: NaNRollbackConfig = field(default_factory=NaNRollbackConfig)
     save_best: SaveBestConfig = field(default_factory=SaveBestConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     fsdp_version: int = one_of(1, 2, default=2)  # if `trainer.parallelism_config.fsdp` is set; recipe/optim/fsdp.py
     trainer: dict[str, Any] = field(default_factory=dict[str, Any])  # composer.Trainer keywords
     # {name: keywords}; {name: null} switches one off

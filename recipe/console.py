@@ -45,6 +45,10 @@ def setup_logging() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("recipe").setLevel(logging.INFO if rank == "0" else logging.WARNING)
     logging.captureWarnings(True)
+    # torch starts processes that compile, which nothing here asks for, as soon as bitsandbytes is imported; peft does.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
+    # At import on a CPU with avx512_bf16 it names a kernel on the hub, which `recipe.models.nf4` does not use.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     for beginning in HIDDEN_WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(beginning))
     sys.excepthook = _print_traceback

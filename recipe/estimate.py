@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from recipe.config import ConfigError, RecipeConfig, trained_trunk
@@ -19,7 +20,7 @@ from recipe.upstream.trainer_section import view_trainer
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import Qwen2_5_VLConfig
 
     from recipe.models.network import JointNetwork
@@ -132,7 +133,7 @@ def build_on_meta(config: RecipeConfig) -> "JointNetwork":
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from recipe.load import build_network, round_frozen
+    from recipe.load import build_network, store_frozen
     from recipe.schema import ImageSpec
 
     hf_config = model_config(config.model.pretrained_model_name_or_path)
@@ -140,7 +141,7 @@ def build_on_meta(config: RecipeConfig) -> "JointNetwork":
     spec = ImageSpec(vision.patch_size, vision.spatial_merge_size, 1, 1, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(hf_config).to(getattr(torch, config.model.dtype))
-        round_frozen(vlm, config)
+        store_frozen(vlm, config)
         # If the data decides the length of captions: it changes little but the size of a table.
         network = build_network(config, vlm, spec, config.caption_decoder.max_caption_tokens or 32)
         if config.ema is not None:
@@ -159,12 +160,13 @@ def microbatch_shape(config: RecipeConfig, merge_size: int) -> tuple[int, int]:
 
 def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> Memory:
     """Return the memory of each of `world_size` GPUs; `network` is from `build_on_meta`, or a real one."""
+    from recipe.models.nf4 import nf4_layers
     from recipe.optim.groups import group_parameters
 
     view = view_trainer(config)
     shards = world_size if view.is_sharded else 1
     amp = (view.precision or "").startswith("amp_") and config.model.dtype != "bfloat16"
-    weights = trained = elements = copied = 0
+    weights = trained = elements = copied = moments = 0
     for group, members in group_parameters(network).items():
         size = sum(parameter.numel() * parameter.element_size() for _, parameter in members)
         count = sum(parameter.numel() for _, parameter in members)
@@ -172,6 +174,7 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
         weights += size
         if getattr(config.optimizer, f"lr_{group}"):
             trained += size
+            moments += sum(moment_bytes(parameter, config.optimizer.moments) for _, parameter in members)
             copied += count  # autocast keeps its copies of weights that are trained
     averages = sum(average.numel() * average.element_size() for _, average in network.averaged_parameters())
     gradients = trained * (2 if world_size > 1 and not view.is_sharded else 1)
@@ -188,19 +191,34 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     # Without autocast, the trunk computes in what it is stored in.
     stored = max(parameter.element_size() for parameter in network.vlm.embed_tokens.parameters())
     activations, logits = _forward_bytes(config, network, tokens, patches, min(width, stored))
-    snapshot = (trained + averages + 2 * trained) // shards if config.nan_rollback.snapshot == "memory" else 0
+    snapshot = (trained + averages + moments) // shards if config.nan_rollback.snapshot == "memory" else 0
+    # Of nf4 one weight at a time is whole, and loading begins with all of them in bfloat16.
+    nf4 = nf4_layers(network)
+    whole = [2 * layer.in_features * layer.out_features for layer in nf4]
+    copies += max(whole, default=0)
+    in_nf4 = sum(part.nbytes for layer in nf4 for part in layer.parameters() if part is not layer.bias)
     parts = {
         "weights": (weights + averages) // shards,
         "gradients": gradients // shards,
-        "moments": 2 * trained // shards,
+        "moments": moments // shards,
         "compute_copies": copies,
         "activations": activations,
         "logits": logits,
     }
-    loaded = sum(parts.values()) if view.device == "cpu" else weights + averages
+    loaded = weights + averages + sum(whole) - in_nf4
+    if view.device == "cpu":
+        loaded = max(loaded, sum(parts.values()))
     if view.is_sharded and config.load_path is None:
         loaded = 2 * elements  # mapped from a file in bfloat16, as bases are published, until it is sharded
     return Memory(**parts, snapshot=snapshot, host=round(LIBRARIES * GIB) + snapshot + loaded)
+
+
+def moment_bytes(parameter: "Tensor", kind: str) -> int:
+    """Return the bytes of AdamW's two moments; with 8 bits as `recipe.optim.eight_bit` says."""
+    count = parameter.numel()
+    if kind == "full":
+        return 2 * count * parameter.element_size()
+    return 2 * (count + 4 * -(-count // 256)) if count >= 4096 else 8 * count
 
 
 def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width: int) -> int:
@@ -334,6 +352,10 @@ def _ways_to_save(config: RecipeConfig) -> list[str]:
         ways.append(f"{frozen} staged_freezing.groups=null" if config.staged_freezing.groups else frozen)
     if config.optimizer.lr_vision:
         ways.append("optimizer.lr_vision=0")
+    if not view_trainer(config).is_sharded and find_spec("bitsandbytes"):
+        ways += [] if config.optimizer.lr_llm or config.model.frozen_dtype == "nf4" else ["model.frozen_dtype=nf4"]
+        takes_8bit = config.optimizer.moments == "full" and config.model.dtype != "float64"
+        ways += ["optimizer.moments=8bit"] if takes_8bit else []
     if packing is not None:
         tokens = packing.max_tokens or config.max_seq_len
         ways.append(f"train_loader.packing.max_tokens={tokens // 2}")
@@ -342,6 +364,7 @@ def _ways_to_save(config: RecipeConfig) -> list[str]:
 
 def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str:
     """Return the text that the command prints."""
+    from recipe.models.nf4 import num_weights
     from recipe.optim.groups import group_parameters
 
     memory = estimate(config, network, world_size)
@@ -349,7 +372,7 @@ def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str
     kind = "FSDP" if view.is_sharded else "DDP"
     lines = [f"{config.model.pretrained_model_name_or_path}, {world_size} x {kind}", ""]
     for group, members in group_parameters(network).items():
-        count = sum(parameter.numel() for _, parameter in members)
+        count = sum(num_weights(name, parameter) for name, parameter in members)
         frozen = "" if getattr(config.optimizer, f"lr_{group}") else ", frozen"
         lines.append(f"{group:<16}{count / 1e6:>10.1f} M parameters{frozen}")
     lines += ["", f"{'per GPU':<16}{'GiB':>10}"]

@@ -116,6 +116,10 @@ def calibrate(trainer: "Trainer", evaluation: EvaluationConfig, run_folder: str)
 
 def run(config: RecipeConfig) -> None:
     """Judge what is left to judge, then evaluate."""
+    if config.debug.check_shapes:
+        from recipe.upstream.shape_checks import check_shapes
+
+        check_shapes()
     from recipe.checks import check_libraries, check_machine
 
     check_libraries(config)

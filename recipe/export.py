@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     from recipe.checkpoints.weights import export_model
     from recipe.load import drop_ineffective_flags, load_network
 
-    network, processor, config = load_network(args.checkpoint, config)
+    network, processor, config = load_network(args.checkpoint, config, in_nf4=args.adapters)
     generation = network.vlm.hf_model.generation_config
     if generation is not None and (dropped := drop_ineffective_flags(generation)):
         log.warning("generation_config.json: left out %s, which have no effect as they are set", ", ".join(dropped))

@@ -35,9 +35,10 @@ from recipe.data.image import image_spec
 from recipe.models.attention import resolve_attention
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
-from recipe.models.lora import adapters, add_adapters, load_adapters, read_base
+from recipe.models.lora import adapters, add_adapters, holds_only_adapters, load_adapters, read_base
 from recipe.models.memory import MemoryBuilder
-from recipe.models.network import JointNetwork, LanguageNetwork
+from recipe.models.network import AVERAGE, JointNetwork, LanguageNetwork
+from recipe.models.nf4 import store_in_nf4
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, mapped_dtype, read_hf_config
 from recipe.optim.groups import group_of
 from recipe.redact import redact
@@ -107,21 +108,23 @@ def load_base(config: RecipeConfig, name: str | None = None, as_stored: bool = F
     elif as_stored:
         settings["dtype"] = mapped_dtype(name, config.model.dtype)
     vlm = load_vlm(**settings)
-    round_frozen(vlm, config)
+    store_frozen(vlm, config)
     return vlm
 
 
-def round_frozen(vlm: PreTrainedModel, config: RecipeConfig) -> None:
-    """Store in bfloat16 what no stage trains, as `model.frozen_dtype` asks."""
+def store_frozen(vlm: PreTrainedModel, config: RecipeConfig) -> None:
+    """Store in bfloat16, or linear layers of the language model in nf4, what no stage trains: `model.frozen_dtype`."""
     rounded = _rounded_groups(config)
     for name, parameter in vlm.named_parameters():
         if group_of(f"hf_model.{name}") in rounded:
             parameter.data = parameter.data.to(torch.bfloat16)
+    if config.model.frozen_dtype == "nf4" and "llm" in frozen_groups(config):
+        store_in_nf4(vlm.model.language_model)
 
 
 def _rounded_groups(config: RecipeConfig) -> Set[str]:
     # FSDP keeps a unit's weights in one piece, which has one precision.
-    rounds = (config.model.dtype, config.model.frozen_dtype) == ("float32", "bfloat16")
+    rounds = config.model.dtype == "float32" and config.model.frozen_dtype != "same"
     return frozen_groups(config) if rounds and not view_trainer(config).is_sharded else frozenset()
 
 
@@ -194,7 +197,9 @@ def build_network(
     )
 
 
-def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointNetwork, Any, RecipeConfig]:
+def load_network(
+    checkpoint: str | Path, config: RecipeConfig | None = None, in_nf4: bool = True
+) -> tuple[JointNetwork, Any, RecipeConfig]:
     """Return a trained network, its processor and its configuration; averaged weights are used if there are any.
 
     Args:
@@ -202,6 +207,7 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
             `export_model`.
         config: Default: the one saved with the checkpoint. For Composer's, only configuration and processor of the base
             model it names are read, not the weights.
+        in_nf4: False: what a run stored in nf4 is loaded in bfloat16, and the configuration returned says so.
 
     Raises:
         ValueError: The checkpoint is missing, is none of these, or does not fit the configuration.
@@ -218,6 +224,9 @@ def load_network(checkpoint: str | Path, config: RecipeConfig | None = None) -> 
         config = given or find_config(path)
         base = config.model.pretrained_model_name_or_path
         base = base if given else find_base_model(base, path)
+    if not in_nf4 and config.model.frozen_dtype == "nf4":
+        log.info("the run stored its base model in nf4, and what it trained now joins the base in bfloat16")
+        config = replace(config, model=replace(config.model, frozen_dtype="bfloat16"))
     processor, weights = load_processor(base), answering_weights(weights, NETWORK)
     length = _trained_length(config, weights, NETWORK)
     spec = image_spec(processor.image_processor, config.image)
@@ -250,16 +259,30 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
 
 
 def fill_head(network: JointNetwork, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Load all but the language model from an export, or its `weights`; raise ValueError if they do not fit."""
+    """Load all but the language model from an export, or its `weights`; raise ValueError if they do not fit.
+
+    An export holds no averages; they begin as its weights.
+    """
+    weights = weights or load_file(folder / HEAD_FILE)
+    averaged = {name.removeprefix(AVERAGE) for name in network.state_dict() if name.startswith(AVERAGE)}
+    weights |= {AVERAGE + name: weights[name] for name in averaged & weights.keys()}
     head = nn.ModuleDict({name: part for name, part in network.named_children() if f"{name}." != LANGUAGE_MODEL})
-    fill(head, weights or load_file(folder / HEAD_FILE), folder / HEAD_FILE)
+    fill(head, weights, folder / HEAD_FILE)
 
 
-def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
-    """Load all weights of a checkpoint, also in an object store, or an export; raise ValueError if it does not fit.
+def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> bool:
+    """Load all weights of a checkpoint, also in an object store, or an export.
 
     An export of adapters leaves the base as it is: that of `config`.
+
+    Returns:
+        Whether it holds any weight that the run does not train, which need not be its base's then.
+
+    Raises:
+        ValueError: It does not fit.
+        ConfigError: It holds weights that the run stores in nf4.
     """
+    frozen = frozen_groups(config)
     hf_model, base = network.vlm.hf_model, read_base(path)
     if base is not None:
         name = config.model.pretrained_model_name_or_path
@@ -267,6 +290,7 @@ def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
             log.warning("load_path=%s holds adapters of %s, which are now put on %s", path, base, name)
         load_adapters(hf_model, Path(path))
         fill_head(network, Path(path))
+        return "merger" in frozen and not holds_only_adapters(path)
     elif is_export(path):
         if adapters(hf_model):
             raise ConfigError(
@@ -275,9 +299,22 @@ def fill_whole(network: JointNetwork, path: str, config: RecipeConfig) -> None:
             )
         hf_model.load_state_dict(load_base(config, path).state_dict())
         fill_head(network, Path(path))
-    else:
-        weights = read_remote_weights(path) if "://" in path else read_weights(path)
-        _fill_from_checkpoint(network, weights, redact(path))
+        return bool(frozen)
+    weights = read_remote_weights(path) if "://" in path else read_weights(path)
+    held = {name for name in weights if name.startswith(f"{NETWORK}{LANGUAGE_MODEL}") and group_of(name) in frozen}
+    if held:
+        refuse_in_nf4(config, path)
+    _fill_from_checkpoint(network, weights, redact(path))
+    return bool(held)
+
+
+def refuse_in_nf4(config: RecipeConfig, path: str) -> None:
+    """Raise ConfigError if a run stores in nf4 what `path` holds: a checkpoint's base could not be found again."""
+    if config.model.frozen_dtype == "nf4":
+        raise ConfigError(
+            f"load_path={redact(path)} holds weights that the run does not train, but nf4 is stored from a base model: "
+            "set model.pretrained_model_name_or_path to an export of it, or model.frozen_dtype=bfloat16"
+        )
 
 
 def _fill_from_checkpoint(network: JointNetwork, weights: dict[str, torch.Tensor], source: str | Path) -> None:
@@ -300,7 +337,7 @@ def _unread_vlm(name: str, config: RecipeConfig) -> PreTrainedModel:
             dtype=getattr(torch, config.model.dtype),
         )
     vlm.tie_weights()
-    round_frozen(vlm, config)
+    store_frozen(vlm, config)
     with suppress(OSError):  # the file is optional
         vlm.generation_config = GenerationConfig.from_pretrained(name)
     return vlm

@@ -38,7 +38,7 @@ def main(config: RecipeConfig) -> "Trainer":
         caption_length,
         take_weights,
     )
-    from recipe.callbacks.progress import Summary
+    from recipe.callbacks.summary import Summary
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.base import base_weights
     from recipe.checkpoints.check import describe
@@ -119,7 +119,7 @@ def main(config: RecipeConfig) -> "Trainer":
                     view.save_folder,
                     view.keywords.get("eval_interval", 1),
                     config.scheduler,
-                    build_schedule(config.scheduler, config.staged_freezing, config.optimizer),
+                    answers or build_schedule(config.scheduler, config.staged_freezing, config.optimizer),
                 ),
             ],
             loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),
@@ -144,6 +144,10 @@ def main(config: RecipeConfig) -> "Trainer":
 
 def run(config: RecipeConfig) -> None:
     """Judge what is left to judge, then train; a run that diverged ends with exit code 65, without a traceback."""
+    if config.debug.check_shapes:
+        from recipe.upstream.shape_checks import check_shapes
+
+        check_shapes()
     import torch
 
     from recipe.algorithms.nan_rollback import DIVERGED, TrainingDiverged

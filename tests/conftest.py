@@ -8,6 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed
 
+from recipe.upstream.shape_checks import check_shapes
+
+check_shapes()  # before the first import of what is checked
+
+# ruff: noqa: E402
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import Example

@@ -17,6 +17,7 @@ from recipe.schema import DetectionOutputs, Example, JointOutputs, Role
 from tests.support.tiny_cases import (
     ADAPTED,
     ALL_SWITCHES,
+    IN_NF4,
     collator,
     gradient_error,
     loss_error,
@@ -98,9 +99,14 @@ def adapted(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
     return make_model(tiny_config(**ADAPTED))
 
 
-@pytest.fixture(params=["plain", "all_switches", "adapted"])
+@pytest.fixture(scope="module")
+def in_nf4(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    return make_model(tiny_config(**IN_NF4))
+
+
+@pytest.fixture(params=["plain", "all_switches", "adapted", "in_nf4"])
 def either(request: pytest.FixtureRequest) -> JointModel:
-    """The model as it is by default, with every ingredient of the head, and with adapters on a frozen trunk."""
+    """The model as it is by default, with every ingredient of the head, and with adapters on a frozen trunk or nf4."""
     return request.getfixturevalue("tiny_model" if request.param == "plain" else request.param).train()
 
 

@@ -18,8 +18,8 @@ from recipe.upstream.torch_private import foreach_copy_
 class Snapshot:
     """Copy what one rank trains: weights, averages, buffers and optimizer state; random states and times are left out.
 
-    Nothing is gathered. Costs 12 bytes per parameter that AdamW trains in float32; pinned memory is allocated in powers
-    of two, so up to twice as much.
+    Nothing is gathered. Costs 12 bytes per parameter that AdamW trains in float32, 6 with 8-bit moments; pinned memory
+    is allocated in powers of two, so up to twice as much.
 
     Args:
         path: A file of this rank's own to keep the copy in; None: in host memory.
@@ -63,6 +63,10 @@ class Snapshot:
                 optimizer.state.pop(parameter, None)
         live = _live_tensors(state)
         foreach_copy_([live[name] for name in copies], list(copies.values()), non_blocking=True)
+        for index, parameter in enumerate(_parameters(state)):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, int):  # the steps of 8-bit AdamW
+                    optimizer.state[parameter][key] = int(copies[f"state.{index}.{key}"])
 
     def _write(self, live: dict[str, Tensor], path: Path) -> None:
         error = None
@@ -83,7 +87,7 @@ class Snapshot:
 
 def weights_are_finite(state: State) -> bool:
     """Return whether all parameters and buffers are finite on all ranks; one all-reduce and one host wait."""
-    parameters = list(state.model.parameters())
+    parameters = [parameter for parameter in state.model.parameters() if parameter.is_floating_point()]  # not nf4
     buffers = [buffer for buffer in state.model.buffers() if buffer.is_floating_point()]
     sums = square_sums([parameters, buffers], parameters[0].device)
     dist.all_reduce(sums)
@@ -103,5 +107,5 @@ def _live_tensors(state: State) -> dict[str, Tensor]:
             tensors[f"parameter.{name}"] = parameter
     for index, parameter in enumerate(_parameters(state)):
         for key, value in state.optimizers[0].state.get(parameter, {}).items():
-            tensors[f"state.{index}.{key}"] = value
+            tensors[f"state.{index}.{key}"] = torch.as_tensor(value)
     return {name: local(tensor).detach() for name, tensor in tensors.items()}

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from recipe.config import NEW_RUN
-from recipe.optim.groups import local, named_groups, num_parameters
+from recipe.optim.groups import begin_moments, local, named_groups, num_parameters
 from recipe.optim.schedule import Schedule, lr_factor, stage_factor
 
 log = logging.getLogger(__name__)
@@ -81,15 +81,7 @@ class StagedFreezing(Algorithm):
             for name in _FIXED_AT_START:
                 if asked[name] != loaded[name] and dist.get_global_rank() == 0:
                     log.warning(text, asked["name"], name.removeprefix("initial_"), asked[name], loaded[name])
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            # The state that AdamW would create in its first step. Under FSDP1 a rank may hold no part of a parameter;
-            # then no state is saved.
-            if not optimizer.state.get(parameter) and parameter.numel():
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0, dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
+        begin_moments(optimizer)
         # So that what the scheduler sets, and others read after a step, is that step's rate.
         _scheduler(state).lr_lambdas = [
             lambda _, name=group["name"]: lr_factor(self.schedule, name, state) for group in optimizer.param_groups
@@ -140,7 +132,11 @@ def _rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def _fixed_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    return [{name: group[name] for name in ("name", *_FIXED_AT_START)} for group in optimizer.param_groups]
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # a checkpoint of FSDP2 has betas as a list
+
+    names = ("name", *_FIXED_AT_START)
+    return [{name: plain(group[name]) for name in names} for group in optimizer.param_groups]
 
 
 def _table(state: State, factors: dict[str, float | None], rates: dict[str, float]) -> str:

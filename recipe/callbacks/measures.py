@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from recipe.config import GROUPS, LossConfig
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.losses.terms import REPEATS
-from recipe.optim.groups import local, named_groups, square_sums
+from recipe.optim.groups import is_8bit, local, named_groups, square_sums
 from recipe.upstream.torch_private import foreach_add_, foreach_addcdiv_, foreach_mul, foreach_norm, foreach_sqrt
 
 # Elements processed at once; the temporary memory is twice this. Many on a GPU, so that launches are few; on the CPU as
@@ -47,8 +48,8 @@ class GroupMetrics(Callback):
     """Logs `weight_norm/{group}` and `update_ratio/{group}` of every parameter group of the optimizer.
 
     The ratio is the norm of what the step added to the group's weights, over the norm of its weights after the step.
-    The update is computed from AdamW's own state, so no copy of the weights is kept. A parameter that was not stepped
-    (frozen, or its batch skipped) adds 0. `recipe.algorithms.nan_rollback` logs gradient norms.
+    The update is computed from the optimizer's own state, so no copy of the weights is kept. A parameter that was not
+    stepped (frozen, or its batch skipped) adds 0. `recipe.algorithms.nan_rollback` logs gradient norms.
 
     Args:
         interval: Batches between two measurements, such as `10ba`.
@@ -57,36 +58,42 @@ class GroupMetrics(Callback):
     def __init__(self, interval: str = "10ba"):
         self.num_batches = every_batches(interval)
         self.rates: list[float] = []
+        self.updates: list[Tensor] = []  # of 8-bit AdamW, per optimizer group
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Raise ValueError if the optimizer is not a plain AdamW, the one whose update is known."""
+        """Raise ValueError if the optimizer is neither a plain AdamW nor the 8-bit one, whose updates are known."""
         optimizer = state.optimizers[0]
         plain = isinstance(optimizer, AdamW) and not any(
             group["amsgrad"] or group["maximize"] for group in optimizer.param_groups
         )
-        if not plain:
+        if not plain and not is_8bit(optimizer):
             raise ValueError(
                 f"group_metrics reads the update of AdamW, not of {optimizer}: set callbacks.group_metrics=null"
             )
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Keep the learning rates of this step, before the schedulers change them."""
-        self.rates = []
+        """Keep the learning rates of this step, before the schedulers change them, and what 8-bit AdamW will add."""
+        self.rates, self.updates = [], []
         if (int(state.timestamp.batch) + 1) % self.num_batches == 0:
-            self.rates = [float(group["lr"]) for group in state.optimizers[0].param_groups]
+            optimizer: Any = state.optimizers[0]
+            self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+            if is_8bit(optimizer):
+                from recipe.optim.eight_bit import next_update_square_sum
+
+                self.updates = [next_update_square_sum(optimizer, group) for group in optimizer.param_groups]
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Log the norms at every `interval`-th step; costs one wait for the device, and one all-reduce under FSDP."""
         if not self.rates:
             return
-        optimizer = state.optimizers[0]
-        assert isinstance(optimizer, AdamW)
+        optimizer: Any = state.optimizers[0]
         groups = named_groups(optimizer)
         names = list(groups)
         weights = square_sums(list(groups.values()), next(state.model.parameters()).device)
         updates = torch.zeros_like(weights)
-        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
-            updates[names.index(group["name"])] += update_square_sum(optimizer, group, rate).to(updates.device)
+        sums_of_groups = self.updates or map(update_square_sum, repeat(optimizer), optimizer.param_groups, self.rates)
+        for group, added in zip(optimizer.param_groups, sums_of_groups, strict=True):
+            updates[names.index(group["name"])] += added.to(updates.device)
         sums = torch.stack([weights, updates])
         if state.fsdp_enabled:
             dist.all_reduce(sums)

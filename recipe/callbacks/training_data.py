@@ -13,6 +13,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
+from recipe.data.contents import epoch_tokens
 from recipe.data.stream import PackStream
 from recipe.optim.schedule import Schedule, trunk_learns, trunk_thaws_later
 from recipe.schema import Batch
@@ -20,6 +21,7 @@ from recipe.upstream.torch_private import restart_workers
 
 log = logging.getLogger(__name__)
 
+SIMILAR = 0.02  # relative: epochs of one kind differ a little in their packs
 SKIPPED_FILE = "skipped_samples.jsonl"
 
 
@@ -29,9 +31,12 @@ class TrainingData(Callback):
     The number of packs differs between epochs, and the Trainer would cut off an epoch that is longer than it expects.
     While the trunk is frozen, answers teach nothing: an epoch that begins then is read without them.
 
-    Logged per step, over all ranks: `data/samples` and `data/packs` of the step, `data/samples_seen` since the start,
-    `data/packing_fill` (share of the packs' token budget), `data/skipped_samples` since the start, each counted once,
-    and `train/unmatched_objects`: objects of the step beyond their image's queries, which teach nothing.
+    The planned tokens of a step are logged when they change: an epoch without answers has others.
+
+    Logged per step, over all ranks: `data/samples`, `data/packs` and `data/tokens` of the step, `data/samples_seen`
+    since the start, `data/packing_fill` (share of the packs' token budget), `data/skipped_samples` since the start,
+    each counted once, and `train/unmatched_objects`: objects of the step beyond their image's queries, which teach
+    nothing.
 
     Args:
         max_tokens: Per pack; None: not packed.
@@ -51,6 +56,7 @@ class TrainingData(Callback):
     ):
         self.max_tokens = max_tokens
         self.schedule = schedule
+        self._step_tokens: float | None = None  # planned, the last that was logged
         self._logged = True  # the last `with_answers` that was logged; at first, that of most runs
         self._warned = False
         self.num_queries = num_queries
@@ -73,6 +79,8 @@ class TrainingData(Callback):
             self._choose_answers(state, state.dataloader, dataset)
         self._log_answers(epoch, dataset)
         state.dataloader_len = len(state.dataloader)
+        if dist.get_global_rank() == 0:
+            self._log_step_tokens(epoch, dataset)
         num_left_out = len(dataset.plan(epoch).left_out)
         if num_left_out and dist.get_global_rank() == 0:
             log.warning("epoch %d: %d samples exceed the budget of a pack and are left out", epoch, num_left_out)
@@ -98,6 +106,19 @@ class TrainingData(Callback):
                 epoch,
             )
         self._logged = dataset.with_answers
+
+    def _log_step_tokens(self, epoch: int, dataset: PackStream) -> None:
+        tokens = epoch_tokens(dataset, epoch, dataset.with_answers)
+        if tokens is None:
+            return
+        before, packs = self._step_tokens, (dataset.batch_size or 1) * dist.get_world_size()
+        now = tokens / dataset.plan(epoch).num_packs * packs
+        if before is not None and abs(now / before - 1) <= SIMILAR:
+            return
+        self._step_tokens = now
+        if before is not None:
+            text = "from epoch %d on a step reads %.0f tokens, before %.0f; learning rates do not follow"
+            log.info(text, epoch, now, before)
 
     def _warn_of_missing_answers(self, schedule: Schedule, state: State) -> None:
         assert isinstance(state.dataloader, DataLoader) and isinstance(state.dataloader.dataset, PackStream)
@@ -129,6 +150,7 @@ class TrainingData(Callback):
         metrics: dict[str, float] = {
             "data/samples": samples,
             "data/packs": packs,
+            "data/tokens": tokens,
             "data/samples_seen": self.num_samples,
             "data/skipped_samples": len(self.skipped),
             "train/unmatched_objects": unmatched,

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from recipe.config import RecipeConfig
 from recipe.models.network import JointNetwork
+from recipe.models.nf4 import plain_shapes, plain_sums
 from recipe.optim.groups import group_of
 from recipe.upstream.trainer_section import view_trainer
 
 FINGERPRINT = "base_fingerprint"  # a buffer of the joint model: (32,) uint8
 NETWORK = "model."  # prefix of the network's names in the joint model, and so in a checkpoint
 BACKBONE = ("vision", "merger", "llm")
-_CHUNK = 2**24  # numbers whose sum is taken at once, to bound the copies
 
 
 def frozen_groups(config: RecipeConfig) -> frozenset[str]:
@@ -44,14 +44,12 @@ def base_weights(network: JointNetwork, config: RecipeConfig) -> dict[str, Tenso
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Return a hash of names, shapes and values, the latter rounded to bfloat16, in which bases are published.
 
-    Reads each weight once; of those in another precision it gives the same as of their bfloat16 values.
+    Reads each weight once; of those in another precision it gives the same as of their bfloat16 values, and of those
+    stored in nf4 the same as of the weights that they were.
     """
-    sums: list[tuple[str, list[int], int]] = []
-    for name, weight in sorted(weights.items()):
-        chunks = weight.detach().flatten().split(_CHUNK)
-        bits = [chunk.to(torch.bfloat16).view(torch.int16).sum(dtype=torch.int64) for chunk in chunks]
-        sums.append((name.removeprefix(NETWORK), list(weight.shape), int(torch.stack(bits).sum()) if bits else 0))
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+    shapes, sums = plain_shapes(weights), plain_sums(weights)
+    entries = [(name.removeprefix(NETWORK), shapes[name], sums[name]) for name in sorted(sums)]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def leave_out(model: nn.Module, names: Collection[str], found: str) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.checkpoints.base import fingerprint
 from recipe.models.network import AVERAGE
+from recipe.models.nf4 import plain_shapes
 from recipe.records import PARTIAL, write_whole
 from recipe.redact import redact
 from recipe.schema import Origin
@@ -72,7 +73,7 @@ def describe(
         base: The weights of the base model that the run never trains, by name.
     """
     backend: Any = tokenizer
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters() if AVERAGE not in name}
+    shapes = plain_shapes({name: parameter for name, parameter in model.named_parameters() if AVERAGE not in name})
     return Origin(
         config=json.loads(json.dumps(saved, default=str)),
         tokenizer=_sha256([backend.backend_tokenizer.to_str(), tokenizer.chat_template]),

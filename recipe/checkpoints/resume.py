@@ -39,8 +39,8 @@ from recipe.upstream.trainer_section import TrainerView
 
 log = logging.getLogger(__name__)
 
-HOLDS_BASE = "holds_base"  # whether what the run starts from also holds weights that the run does not train
-WEIGHTS_FROM = "weights_from"  # instead of `load_path`: what Composer cannot load, see `recipe.build.take_weights`
+HOLDS_BASE = "holds_base"  # whether what `load_path` names also holds weights that the run does not train
+WEIGHTS_FROM = "weights_from"  # instead of both: what Composer cannot load, see `recipe.build.take_weights`
 
 
 def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool, origin: Origin) -> dict[str, Any]:
@@ -160,14 +160,14 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
         _check_fit(trainer, origin, Found(path, manifest), weights_only)
         holds_base = manifest.origin.base is None
         if weights_only and not (holds_base and manifest.sharded == trainer.saves_shards):
-            return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: holds_base}
+            return {"load_path": None, WEIGHTS_FROM: path}
         if not weights_only:
             _check_groups(Found(path, manifest), origin)
             _check_base(Found(path, manifest), origin)
         return _keywords(path, weights_only, manifest)
     if is_export(path):
         log.info("load_path %s is an export, which holds weights only", path)
-        return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: True}
+        return {"load_path": None, WEIGHTS_FROM: path}
     if "://" not in path and Path(path).is_dir():
         raise ValueError(
             f"load_path {redact(path)} is a folder without {MANIFEST}, so not a run's checkpoint, and not an export: "
@@ -175,7 +175,7 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
         )
     log.warning("%s has no manifest, as one of this recipe would: only its weights are loaded", redact(path))
     if Path(path).is_file() and FINGERPRINT in read_weights(path):  # it was, but its manifest was left behind
-        return {"load_path": None, WEIGHTS_FROM: path, HOLDS_BASE: False}
+        return {"load_path": None, WEIGHTS_FROM: path}
     return _keywords(path, weights_only=True)
 
 
@@ -219,8 +219,14 @@ def _resolve(path: str) -> str:
 
 
 def _check_groups(found: Found, origin: Origin) -> None:
-    """Raise ValueError if the optimizer's state is of other groups: a rate became 0, or is 0 no longer."""
+    """Raise ValueError if the optimizer's state is of other groups: a rate became 0, or is 0 no longer; or 8-bit."""
     then, now = found.manifest.origin.config.get("optimizer", {}), origin.config.get("optimizer", {})
+    kinds = [settings.get("moments", "full") for settings in (then, now)]
+    if kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"optimizer.moments is {kinds[1]}, but {redact(found.path)} was saved with {kinds[0]}: set "
+            f"optimizer.moments={kinds[0]}; or start a new run from the weights: {NEW_RUN}"
+        )
     adapted = origin.config.get("lora") or {}
     for key in sorted(now):
         if key.startswith("lr_lora_") and not adapted.get(key.removeprefix("lr_lora_")):

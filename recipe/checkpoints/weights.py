@@ -32,6 +32,7 @@ from recipe.configure import load_config, save_config
 from recipe.data.image import image_spec
 from recipe.models.lora import merge_adapters, save_adapters
 from recipe.models.network import AVERAGE, JointNetwork
+from recipe.models.nf4 import nf4_layers
 from recipe.records import PARTIAL
 from recipe.redact import redact
 
@@ -245,6 +246,8 @@ def _write_export(
         with_merger = config.optimizer.lr_merger > 0
         save_adapters(hf_model, lora_parts(config), str(hf_model.name_or_path), folder, with_merger)
     else:
+        if nf4_layers(hf_model):
+            raise ValueError("the language model is stored in nf4: load it with in_nf4=False to export it")
         merge_adapters(hf_model)
         config = replace(config, lora=None)
         hf_model.save_pretrained(folder)

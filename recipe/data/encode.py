@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLModel
@@ -22,8 +23,10 @@ from recipe.data.image import patchify, resized_size
 from recipe.schema import Box, Example, ImageSpec, Object, Role, Sample, Target
 
 
-def rope_positions(input_ids: Tensor, image_grid_thw: Tensor, hf_config: Any) -> Tensor:
-    """Return a sample's (3, L) int64 positions along time, height and width, from 0; it may have no image."""
+def rope_positions(
+    input_ids: Int64[Tensor, " L"], image_grid_thw: Int64[Tensor, "I 3"], hf_config: Any
+) -> Int64[Tensor, "3 L"]:
+    """Return a sample's positions along time, height and width, from 0; it may have no image."""
     # get_rope_index reads only the model's config and, in transformers 5, one method that does not read the model.
     kind: Any = Qwen2_5_VLModel
     model = SimpleNamespace(config=hf_config)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torchvision.transforms.v2.functional as F
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torchvision.io import decode_jpeg
@@ -54,11 +55,11 @@ def resized_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
     return resized_width, resized_height
 
 
-def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[Tensor, tuple[int, int, int]]:
+def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[UInt8[Tensor, "P values"], tuple[int, int, int]]:
     """Resize an image, encoded or RGB, and cut it into patches.
 
     Returns:
-        (P, 3 * patch * patch) uint8 patches, those of one merged vision token adjacent; and the grid
+        Patches of 3 * patch * patch values, those of one merged vision token adjacent; and the grid
         (1, patches along height, patches along width).
     """
     pixels = decode_pixels(image) if isinstance(image, bytes) else F.pil_to_tensor(image)  # (3, height, width)
@@ -75,8 +76,8 @@ def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[Tensor, tuple
     return torch.from_numpy(blocks.view(np.uint8)).view(rows * columns, spec.patch_values), (1, rows, columns)
 
 
-def decode_pixels(data: bytes) -> Tensor:
-    """Return (3, height, width) uint8, the pixels of `open_image`: a plain JPEG decodes faster without Pillow."""
+def decode_pixels(data: bytes) -> UInt8[Tensor, "3 height width"]:
+    """Return the pixels of `open_image`: a plain JPEG decodes faster without Pillow."""
     if is_plain_jpeg(data):
         try:
             return cast(Tensor, decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)))

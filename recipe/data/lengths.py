@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from composer.utils import dist
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ from recipe.upstream.checked_stream import CheckedStream
 log = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
+Counted = TypeVar("Counted")
 
 _CHUNK = 1024  # samples whose texts are tokenized per call
 _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))
@@ -43,11 +45,12 @@ _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a p
 class Lengths:
     """Lengths of the samples of a data set, in stored order."""
 
-    tokens: NDArray[np.int64]  # (N,) of the conversation without teachers, including image tokens
-    patches: NDArray[np.int64]  # (N,) of the sample's own image; 0 without one
-    takes_teachers: NDArray[np.bool_]  # (N,) see `takes_teachers`
-    id_hashes: NDArray[np.int64]  # (N,) see `id_hash`
-    answer_tokens: NDArray[np.int64]  # (N,) of `tokens`, those from the first answer on
+    tokens: Int64[np.ndarray, " N"]  # of the conversation without teachers, including image tokens
+    patches: Int64[np.ndarray, " N"]  # of the sample's own image; 0 without one
+    takes_teachers: Bool[np.ndarray, " N"]  # see `takes_teachers`
+    id_hashes: Int64[np.ndarray, " N"]  # see `id_hash`
+    answer_tokens: Int64[np.ndarray, " N"]  # of `tokens`, those from the first answer on
+    num_objects: Int64[np.ndarray, " N"]  # that the head learns; 0 if not annotated
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -59,13 +62,13 @@ class LengthTable:
 
     samples: Lengths
     teachers: TeacherPool | None
-    teacher_tokens: NDArray[np.int64]  # (T,)
-    teacher_patches: NDArray[np.int64]  # (T,)
+    teacher_tokens: Int64[np.ndarray, " T"]
+    teacher_patches: Int64[np.ndarray, " T"]
 
     def of_epoch(
-        self, epoch: int, samples: NDArray[np.int64], first: int = 0, with_answers: bool = True
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (tokens, patches), each (S,), of an epoch's occurrences from `first` on, given positions (S,)."""
+        self, epoch: int, samples: Int64[np.ndarray, " S"], first: int = 0, with_answers: bool = True
+    ) -> tuple[Int64[np.ndarray, " S"], Int64[np.ndarray, " S"]]:
+        """Return (tokens, patches) of an epoch's occurrences from `first` on, given their positions."""
         tokens, patches = self._own_tokens(with_answers)[samples], self.samples.patches[samples]
         if self.teachers is not None:
             drawn = self.teachers.draw(epoch, first, self.samples.id_hashes[samples])
@@ -74,8 +77,8 @@ class LengthTable:
             patches = patches + np.where(shown, self.teacher_patches[drawn], 0).sum(axis=1)
         return tokens, patches
 
-    def longest(self, with_answers: bool = True) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (tokens, patches), each (N,), of every sample with the longest teachers that it can be shown."""
+    def longest(self, with_answers: bool = True) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+        """Return (tokens, patches) of every sample with the longest teachers that it can be shown."""
         tokens, patches = self._own_tokens(with_answers), self.samples.patches
         if self.teachers is not None:
             tokens = tokens + self._most_added(self.teachers, self.teacher_tokens)
@@ -99,7 +102,8 @@ class LengthTable:
         """Return 16 hex digits that identify these lengths."""
         content = hashlib.sha256()
         for name, array in (*vars(self.samples).items(), ("", self.teacher_tokens), ("", self.teacher_patches)):
-            if name != "answer_tokens":  # absent in older checkpoints; the plan has a digest of its own
+            # Absent in older checkpoints; the plan has a digest of its own.
+            if name not in ("answer_tokens", "num_objects"):
                 content.update(array.tobytes())
         return content.hexdigest()[:16]
 
@@ -123,12 +127,13 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
         answer_tokens = tokens - _count_chunk(chunk, prompts, encoder)[0]
         taking = np.array([takes_teachers(sample) for sample in chunk])
         hashes = np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)
-        chunks.append((tokens, patches, taking, hashes, answer_tokens))
+        objects = np.array([sum(not item.iscrowd for item in sample.objects or ()) for sample in chunk], dtype=np.int64)
+        chunks.append((tokens, patches, taking, hashes, answer_tokens, objects))
     return Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
 
 
-def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
-    """Return (N,) the tokens of each sample's longest caption, tokenized as by `Encoder`; 0 without any."""
+def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> Int64[np.ndarray, " N"]:
+    """Return the tokens of each sample's longest caption, tokenized as by `Encoder`; 0 without any."""
     longest: list[int] = []
     for chunk in _chunks(samples):
         captions = [[item.caption for item in sample.objects or () if not item.iscrowd] for sample in chunk]
@@ -141,14 +146,31 @@ def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase
     return np.array(longest, dtype=np.int64)
 
 
-def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (tokens, patches), each (T,), that the teachers of the pool add to a conversation."""
+def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[Int64[np.ndarray, " T"], Int64[np.ndarray, " T"]]:
+    """Return (tokens, patches) that the teachers of the pool add to a conversation."""
     return _count_chunk(pool.samples, [encoder.teacher_segments(teacher) for teacher in pool.samples], encoder)
 
 
 def read_length_table(streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None) -> LengthTable:
     """Return the lengths of all streams and of the pool; raise ValueError as `read_lengths`."""
     return LengthTable(read_lengths(streams, encoder), teachers, *_added(teachers, encoder))
+
+
+def read_known_lengths(
+    streams: Sequence[CheckedStream], encoder: Encoder, teachers: TeacherPool | None
+) -> LengthTable | None:
+    """Return what `read_length_table` does, None if a stream has no records or a sample cannot be used."""
+    kept = _kept_lengths(encoder)
+    parts = from_rank_0(lambda: none_if_unknown(lambda: [kept.of(stream) for stream in streams]))
+    return None if parts is None else LengthTable(_join(parts), teachers, *_added(teachers, encoder))
+
+
+def none_if_unknown(count: Callable[[], Counted]) -> Counted | None:
+    """Return a count, None if it raises ValueError: what only informs needs no records."""
+    try:
+        return count()
+    except ValueError:
+        return None
 
 
 def _added(teachers: TeacherPool | None, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -173,6 +195,10 @@ def read_lengths(streams: Sequence[CheckedStream], encoder: Encoder) -> Lengths:
     """
     kept = _kept_lengths(encoder)
     parts = from_rank_0(lambda: [kept.of(stream) for stream in streams])
+    return _join(parts)
+
+
+def _join(parts: Sequence[Arrays]) -> Lengths:
     return Lengths(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
@@ -190,7 +216,7 @@ def check_records(
     teachers: TeacherPool | None,
     loader: LoaderConfig,
     with_answers: bool = True,
-    is_used: NDArray[np.bool_] | None = None,
+    is_used: Bool[np.ndarray, " N"] | None = None,
 ) -> None:
     """Judge the records of a loader before the first batch; all ranks must call it.
 
@@ -204,7 +230,7 @@ def check_records(
         teachers: Shown with the samples; training is judged by the longest that a sample can be shown.
         loader: Its section. With `on_bad_sample: skip`, what is too long is only logged.
         with_answers: Whether any epoch reads them.
-        is_used: (N,) which samples of the streams the loader reads, for lengths; None: all.
+        is_used: Which samples of the streams the loader reads, for lengths; None: all.
 
     Raises:
         ConfigError: A caption or conversation is too long, or a sample cannot be used.

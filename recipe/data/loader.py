@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 
 from recipe.config import ConfigError, LoaderConfig
 from recipe.data.collate import Collator, collate_microbatches, collate_packed, collate_standard
+from recipe.data.contents import epoch_tokens
 from recipe.data.encode import Encoder
-from recipe.data.lengths import check_records, read_length_table
+from recipe.data.lengths import check_records, read_known_lengths, read_length_table
 from recipe.data.plan import Budget
-from recipe.data.split import split_streams
+from recipe.data.split import read_known_hashes, split_streams
 from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, Packing, PackStream
 from recipe.data.teachers import TeacherPool
 from recipe.schema import Batch
@@ -60,6 +61,8 @@ def build_train_loader(
         budget = Budget(max_tokens, wanted.max_patches, wanted.window, encoder.max_seq_len)
         lengths = read_length_table(streams, encoder, teachers)
         packing = Packing(budget, lengths, skips_long_samples=wanted.on_long_sample == "skip")
+    else:
+        lengths = read_known_lengths(streams, encoder, teachers)
     dataset = PackStream(
         ExampleMaker(encoder, teachers, seed),
         packing,
@@ -67,6 +70,8 @@ def build_train_loader(
         answers_at_start=answers_at_start,
         answers_ever=answers_ever,
         split=split,
+        lengths=lengths,
+        image_hashes=read_known_hashes(streams) if split is None else split.hashes,
         streams=streams,
         batch_size=batch_size,
         **{"shuffle_seed": seed, **loader.dataset},
@@ -131,16 +136,19 @@ def _check_batches(where: str, loader: LoaderConfig, dataloader: DataLoader, num
 
 
 def tokens_per_batch(loader: LoaderConfig, spec: DataSpec) -> float:
-    """Return the real tokens of one global batch: the mean pack of the first epoch, or some 32 evenly spread samples.
+    """Return the planned tokens of an optimizer step, over all ranks and microbatches: of a mean batch of epoch 0.
 
-    The same number on every rank and at every resume.
+    Padding does not count; answers do if that epoch reads them. The same number on every rank, at every resume and at
+    any world size. Without packing and records it is an estimate, from some 32 evenly spread samples.
     """
     assert isinstance(spec.dataloader, DataLoader)
     dataset = spec.dataloader.dataset
     assert isinstance(dataset, PackStream)
     plan = dataset.plan(0, dataset.answers_at_start)
-    if loader.packing is not None:
-        mean = float(plan.tokens.sum()) / plan.num_packs
+    is_packed = loader.packing is not None
+    tokens = int(plan.tokens.sum()) if is_packed else epoch_tokens(dataset, 0, dataset.answers_at_start)
+    if tokens is not None:
+        mean = tokens / plan.num_packs
     else:
         positions = dataset.is_trained.nonzero()[0].tolist()
         positions = positions[:: max(1, len(positions) // 32)]

@@ -11,6 +11,7 @@ from itertools import accumulate
 from random import Random
 
 import numpy as np
+from jaxtyping import Int64
 from numpy.typing import NDArray
 
 PAIRS_TRIED = 8
@@ -26,8 +27,8 @@ _WAYS = ((2.7, True), (2.7, False), (3.2, False))
 
 
 def pack_ordered(
-    tokens: NDArray[np.int64],
-    patches: NDArray[np.int64],
+    tokens: Int64[np.ndarray, " N"],
+    patches: Int64[np.ndarray, " N"],
     max_tokens: int,
     max_patches: int | None,
     window: int,
@@ -38,7 +39,7 @@ def pack_ordered(
     A window's packs are returned in random order, because packing emits long samples first. The samples of badly
     filled packs move to the next window, at most `MOST_DELAYS` times each.
 
-    `tokens` and `patches` are (N,), per sample; `max_tokens` and `max_patches` (None: any number) are per pack.
+    `tokens` and `patches` are per sample; `max_tokens` and `max_patches` (None: any number) are per pack.
 
     Returns:
         Packs of ascending positions; every position is in exactly one.

@@ -14,6 +14,7 @@ from tempfile import gettempdir
 
 import numpy as np
 from filelock import FileLock
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from recipe.data.lengths import read_arrays, write_arrays
@@ -32,8 +33,8 @@ class Budget:
     window: int  # samples, in shuffled order, that are packed together
     max_seq_len: int | None = None  # tokens of one sample; None: as many as a pack
 
-    def fits(self, tokens: NDArray[np.int64], patches: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return (S,) which samples are within the budget alone."""
+    def fits(self, tokens: Int64[np.ndarray, " S"], patches: Int64[np.ndarray, " S"]) -> Bool[np.ndarray, " S"]:
+        """Return which samples are within the budget alone."""
         max_tokens = min(self.max_tokens, self.max_seq_len or self.max_tokens)
         return (tokens <= max_tokens) & (self.max_patches is None or patches <= self.max_patches)
 
@@ -42,11 +43,11 @@ class Budget:
 class Plan:
     """The packs of one epoch, in order; pack p holds entries `offsets[p]` to `offsets[p + 1]`."""
 
-    occurrences: NDArray[np.int64]  # (S,) the epoch's samples by their place before the shuffle
-    samples: NDArray[np.int64]  # (S,) their positions in the stored data
-    tokens: NDArray[np.int64]  # (S,) their planned tokens; 0 if lengths are unknown
-    offsets: NDArray[np.int64]  # (P + 1,)
-    left_out: NDArray[np.int64]  # (K,) the stored positions of occurrences too large for any pack
+    occurrences: Int64[np.ndarray, " S"]  # the epoch's samples by their place before the shuffle
+    samples: Int64[np.ndarray, " S"]  # their positions in the stored data
+    tokens: Int64[np.ndarray, " S"]  # their planned tokens; 0 if lengths are unknown
+    offsets: Int64[np.ndarray, " ends"]  # P + 1
+    left_out: Int64[np.ndarray, " K"]  # the stored positions of occurrences too large for any pack
 
     @property
     def num_packs(self) -> int:
@@ -66,7 +67,7 @@ class Plan:
         return content.hexdigest()[:16]
 
 
-def plan_samples(order: NDArray[np.int64], samples: NDArray[np.int64], num_canonical_nodes: int) -> Plan:
+def plan_samples(order: Int64[np.ndarray, " used"], samples: Int64[np.ndarray, " S"], num_canonical_nodes: int) -> Plan:
     """Return a plan with one sample per pack, for training without packing; arguments as of `plan_packs`."""
     rows = [[[position] for position in row] for row in _rows(len(order), num_canonical_nodes)]
     none = np.empty(0, dtype=np.int64)
@@ -74,10 +75,10 @@ def plan_samples(order: NDArray[np.int64], samples: NDArray[np.int64], num_canon
 
 
 def plan_packs(
-    order: NDArray[np.int64],
-    samples: NDArray[np.int64],
-    tokens: NDArray[np.int64],
-    patches: NDArray[np.int64],
+    order: Int64[np.ndarray, " used"],
+    samples: Int64[np.ndarray, " S"],
+    tokens: Int64[np.ndarray, " S"],
+    patches: Int64[np.ndarray, " S"],
     num_canonical_nodes: int,
     budget: Budget,
     seed: int,
@@ -86,7 +87,7 @@ def plan_packs(
     """Pack each canonical node's share of the order, so that a node keeps reading its own shards.
 
     `order` holds the epoch's occurrences, shuffled; those over the budget alone are left out. `samples`, `tokens` and
-    `patches` (S,) hold the stored position of each occurrence and its lengths, including its teachers.
+    `patches` hold the stored position of each occurrence and its lengths, including its teachers.
     """
     fits = budget.fits(tokens, patches)
     left_out = samples[np.sort(order[~fits[order]])]
@@ -105,14 +106,14 @@ def plan_packs(
     return _assemble(rows, order, samples, tokens, left_out)
 
 
-def assign_packs(num_packs: int, first: int, num_nodes: int, ranks_per_node: int) -> NDArray[np.int64]:
+def assign_packs(
+    num_packs: int, first: int, num_nodes: int, ranks_per_node: int
+) -> Int64[np.ndarray, "{num_nodes} {ranks_per_node} packs"]:
     """Assign the packs from `first` on to ranks in turn, so that a step takes the same packs at any world size.
 
     If the ranks do not divide the remaining packs, the last pack is repeated as `-1 - pack`: it keeps ranks in step
     and is not counted.
 
-    Returns:
-        (num_nodes, ranks_per_node, packs of a rank) int64.
     """
     left = np.arange(first, num_packs)
     missing = -len(left) % (num_nodes * ranks_per_node)
@@ -121,7 +122,9 @@ def assign_packs(num_packs: int, first: int, num_nodes: int, ranks_per_node: int
     return left.reshape(-1, ranks_per_node, num_nodes).transpose(2, 1, 0)
 
 
-def assign_to_worker(packs: NDArray[np.int64], worker: int, num_workers: int, batch_size: int) -> NDArray[np.int64]:
+def assign_to_worker(
+    packs: Int64[np.ndarray, " packs"], worker: int, num_workers: int, batch_size: int
+) -> Int64[np.ndarray, " own"]:
     """Return a loader worker's packs of a rank: every `num_workers`-th batch, as the DataLoader collects them."""
     return packs[np.arange(len(packs)) // batch_size % num_workers == worker]
 

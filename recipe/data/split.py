@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Bool, UInt64
 
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig
-from recipe.data.lengths import Arrays, KeptCount
+from recipe.data.lengths import Arrays, KeptCount, none_if_unknown
 from recipe.records import RECORDS_FILE, read_image_hashes
 from recipe.upstream.agreement import from_rank_0
 from recipe.upstream.checked_stream import CheckedStream
@@ -25,11 +25,11 @@ class Split:
     """Which samples of a training set are held out for evaluation."""
 
     fraction: float
-    hashes: NDArray[np.uint64]  # (N,) of each stored sample's image, or of its id without one
+    hashes: UInt64[np.ndarray, " N"]  # of each stored sample's image, or of its id without one
 
     @property
-    def is_validation(self) -> NDArray[np.bool_]:
-        """Return (N,) which stored samples are held out."""
+    def is_validation(self) -> Bool[np.ndarray, " N"]:
+        """Return which stored samples are held out."""
         return self.hashes < np.uint64(round(self.fraction * 2**64))
 
     def describe(self) -> str:
@@ -58,6 +58,13 @@ def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> S
             f"{'Lower' if side == 'training' else 'Raise'} it, or set val_fraction=null and give eval_loader.streams"
         )
     return split
+
+
+def read_known_hashes(streams: Sequence[CheckedStream]) -> UInt64[np.ndarray, " N"] | None:
+    """Return the hashes of `Split`, None if a stream has none; all ranks must call it."""
+    return from_rank_0(
+        lambda: none_if_unknown(lambda: np.concatenate([_KEPT_HASHES.of(stream)["hashes"] for stream in streams]))
+    )
 
 
 def evaluation_loader(config: RecipeConfig) -> LoaderConfig:
@@ -89,7 +96,7 @@ def _parse_hashes(hashes: Iterable[str]) -> Arrays:
 _KEPT_HASHES = KeptCount(
     name="image_hashes",
     fingerprint="1",
-    what="val_fraction",
+    what="different images",
     remedy="give eval_loader.streams instead of val_fraction",
     count=_parse_hashes,
     read=read_image_hashes,

@@ -107,6 +107,8 @@ class PackStream(CheckedDataset):
         answers_at_start: bool = True,
         answers_ever: bool = True,
         split: Split | None = None,
+        lengths: LengthTable | None = None,
+        image_hashes: NDArray[np.uint64] | None = None,
         **keywords: Any,
     ):
         """Open the shards.
@@ -118,12 +120,15 @@ class PackStream(CheckedDataset):
             answers_at_start: `with_answers` of the run's first epoch.
             answers_ever: Whether any epoch has answers, so that a sample must fit with its own.
             split: What is held out for evaluation, if anything.
+            lengths: Of all samples, if known; `packing` has its own.
+            image_hashes: (N,) as `Split.hashes`, if known.
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)
         self._maker, self._packing, self._skips_bad_samples = maker, packing, skips_bad_samples
         self._val_fraction = None if split is None else split.fraction
         self.is_trained = np.ones(self.num_samples, dtype=np.bool_) if split is None else ~split.is_validation  # (N,)
+        self.lengths, self.image_hashes = lengths if packing is None else packing.lengths, image_hashes
         self._asked_block_size = self.shuffle_block_size
         self._asked_canonical_nodes = self.num_canonical_nodes
         # Streaming would set both when the first epoch starts, but its length must be known before.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Int64, UInt64
 
 from recipe.config import TeacherConfig
 from recipe.schema import Sample
@@ -22,8 +22,8 @@ class Purpose(IntEnum):
 
 def random_words(
     seed: int, epoch: int, first: int, num_occurrences: int, purpose: Purpose, count: int
-) -> NDArray[np.uint64]:
-    """Return (num_occurrences, count) uniform 64-bit words; an occurrence's row does not depend on `first`.
+) -> UInt64[np.ndarray, "{num_occurrences} {count}"]:
+    """Return uniform 64-bit words; an occurrence's row does not depend on `first`.
 
     Counter-based (Philox4x64-10, Salmon et al. 2011) and raw: numpy guarantees that raw words never change.
     """
@@ -45,8 +45,8 @@ def id_hash(sample_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def draw_distinct(words: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
-    """Return (n, k) distinct numbers below `size` in random order, from (n, k) uniform words; k is at most `size`."""
+def draw_distinct(words: UInt64[np.ndarray, "n k"], size: int) -> Int64[np.ndarray, "n k"]:
+    """Return k distinct numbers below `size` in random order, from uniform words; k is at most `size`."""
     drawn = np.empty(words.shape, dtype=np.int64)
     for place in range(words.shape[1]):
         # The upper half of a 64-bit word times what is left: the bias is at most size / 2^32.
@@ -74,13 +74,13 @@ class TeacherPool:
         self.samples, self.config, self.seed = samples, config, seed
         self.id_hashes = np.array([id_hash(sample.id) for sample in samples], dtype=np.int64)
 
-    def draw(self, epoch: int, first: int, id_hashes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Draw the teachers of n occurrences from `first` on, given the `id_hash` (n,) of the samples that occur.
+    def draw(self, epoch: int, first: int, id_hashes: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, "n num_teachers"]:
+        """Draw the teachers of n occurrences from `first` on, given the `id_hash` of the samples that occur.
 
         A sample is never its own teacher: one spare is drawn for that.
 
         Returns:
-            (n, num_teachers) positions in the pool; a share of `1 - teacher_ratio` is shown none: -1.
+            Positions in the pool; a share of `1 - teacher_ratio` is shown none: -1.
         """
         count = self.config.num_teachers
         words = random_words(self.seed, epoch, first, len(id_hashes), Purpose.TEACHERS, count + 2)

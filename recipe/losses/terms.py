@@ -15,6 +15,7 @@ over all layers of the denoising queries and averaged over their groups.
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -34,10 +35,12 @@ def base_term(name: str) -> str:
     return name.removeprefix("loss_")
 
 
-def language_losses(losses: Tensor, roles: Tensor, counts: LossCounts) -> dict[str, Tensor]:
+def language_losses(
+    losses: Float[Tensor, " K"], roles: Int64[Tensor, " K"], counts: LossCounts
+) -> dict[str, Float[Tensor, ""]]:
     """Return each role's summed cross-entropy, divided by the role's tokens in the whole global batch.
 
-    `losses` (K,) and `roles` (K,) of `Role` are of the supervised positions only.
+    `losses` and `roles` (of `Role`) are of the supervised positions only.
     """
     sums = losses.new_zeros(len(Role)).index_add(0, roles, losses)
     return {
@@ -52,7 +55,7 @@ def detection_losses(
     targets: Sequence[Target | None],
     counts: LossCounts,
     config: LossConfig,
-) -> dict[str, Tensor]:
+) -> dict[str, Float[Tensor, ""]]:
     """Return `loss_bbox loss_giou loss_objectness` of the object queries, and each with the suffixes of `layers()`.
 
     `matches` has one entry for each of `outputs.layers()`, `targets` one per image; None (not annotated) takes no part.
@@ -89,7 +92,7 @@ def denoising_losses(
     detection: DetectionOutputs,
     counts: LossCounts,
     config: LossConfig,
-) -> dict[str, Tensor]:
+) -> dict[str, Float[Tensor, ""]]:
     """Return `loss_bbox_dn loss_giou_dn loss_objectness_dn` of the denoising queries, which know their targets.
 
     `denoising` is None if no image of the batch has an object: all terms are 0. Each group counts as its own batch.
@@ -115,15 +118,22 @@ def denoising_losses(
     return {**terms, "loss_objectness_dn": torch.where(queries.valid, objectness, 0.0).sum() / num_images}
 
 
-def box_losses(predicted: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """Return L1 and GIoU of pairs of boxes: (..., 4) cxcywh each → (...) each."""
+def box_losses(
+    predicted: Float[Tensor, "*pairs 4"], true: Float[Tensor, "*#pairs 4"]
+) -> dict[str, Float[Tensor, " *pairs"]]:
+    """Return L1 and GIoU of pairs of cxcywh boxes; the true ones may be the same for several predicted ones."""
     l1 = (predicted - true).abs().sum(-1)
     _, giou = elementwise_iou(predicted, true)
     return {"loss_bbox": l1, "loss_giou": 1 - giou}
 
 
-def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: LossConfig) -> Tensor:
-    """Return the loss of every query's objectness, of the shape that all three tensors share.
+def objectness_loss(
+    logits: Float[Tensor, " *queries"],
+    is_object: Float[Tensor, " *queries"],
+    quality: Float[Tensor, " *queries"],
+    config: LossConfig,
+) -> Float[Tensor, " *queries"]:
+    """Return the loss of every query's objectness.
 
     focal: Lin et al. 2017: the target is 1 for a matched query, and easy queries weigh less; `focal_alpha` weighs
         objects, 1 - `focal_alpha` empty queries.
@@ -139,10 +149,12 @@ def objectness_loss(logits: Tensor, is_object: Tensor, quality: Tensor, config: 
     return weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
-def caption_loss(losses: Tensor, images: Tensor, num_images: int, counts: LossCounts) -> Tensor:
+def caption_loss(
+    losses: Float[Tensor, " k"], images: Int64[Tensor, " k"], num_images: int, counts: LossCounts
+) -> Float[Tensor, ""]:
     """Return the mean cross-entropy over each image's caption tokens, summed, divided by the batch's images.
 
-    `losses` (k,) and `images` (k,), in [0, num_images), are of the tokens of all matched captions.
+    `losses` and `images`, in [0, num_images), are of the tokens of all matched captions.
     """
     sums = losses.new_zeros(num_images).index_add(0, images, losses)
     tokens = losses.new_zeros(num_images).index_add(0, images, torch.ones_like(losses))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
@@ -31,20 +32,20 @@ LOOPING = ("cpu",)
 
 def packed_sdpa(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "B heads L width"],
+    key: Float[Tensor, "B key_heads M width"],
+    value: Float[Tensor, "B key_heads M value_width"],
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     segment_lengths: list[int] | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Return the attended values (B, L, heads, ·) and no weights, as transformers' attention functions do.
+) -> tuple[Float[Tensor, "B L heads value_width"], None]:
+    """Return the attended values and no weights, as transformers' attention functions do.
 
-    `query` is (B, heads, L, ·), `key` and `value` (B, key heads, L', ·). A packed row has `segment_lengths`, the tokens
-    of each sample, and no mask. `is_causal` is by default the layer's own; `kwargs` are not used.
+    A packed row has `segment_lengths`, the tokens of each sample, and no mask. `is_causal` is by default the layer's
+    own; `kwargs` are not used.
 
     Raises:
         ValueError: The segments do not cover the row.
@@ -87,13 +88,13 @@ class WindowAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
+        hidden_states: Float[Tensor, "L C"],
+        cu_seqlens: Int[Tensor, " ends"],
         rotary_pos_emb: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: tuple[Float[Tensor, "L width"], Float[Tensor, "L width"]] | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """Attend within the windows that `cu_seqlens` (windows + 1,) cuts `hidden_states` (L, C) into: (L, C)."""
+    ) -> Float[Tensor, "L C"]:
+        """Attend within the windows that `cu_seqlens` cuts `hidden_states` into."""
         assert position_embeddings is not None
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         query, key = modeling_qwen2_5_vl.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
@@ -147,17 +148,17 @@ def group_segments(lengths: tuple[int, ...], device: torch.device, together: boo
 
 
 def attend_segments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "L heads width"],
+    key: Float[Tensor, "L heads width"],
+    value: Float[Tensor, "L heads value_width"],
     lengths: Sequence[int],
     causal: bool = False,
     dropout: float = 0.0,
     scale: float | None = None,
-) -> Tensor:
-    """Return (L, heads, ·) of attention within consecutive segments of `lengths`, whose sum is L.
+) -> Float[Tensor, "L heads value_width"]:
+    """Return the attended values within consecutive segments of `lengths`, whose sum is L.
 
-    `query`, `key` and `value` are (L, heads, ·); `scale` is by default one over the root of their width.
+    `scale` is by default one over the root of the width.
     """
     segments = group_segments(tuple(lengths), query.device, query.device.type not in LOOPING)
     kernel = varlen_kernel()
@@ -199,13 +200,13 @@ def fits_varlen(query: Tensor) -> bool:
 
 def attend_varlen(
     kernel: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Float[Tensor, "L heads width"],
+    key: Float[Tensor, "L heads width"],
+    value: Float[Tensor, "L heads value_width"],
     segments: Segments,
     causal: bool,
     scale: float | None,
-) -> Tensor:
+) -> Float[Tensor, "L heads value_width"]:
     """Return what `attend_segments` does, by one call of torch's kernel; autocast does not know it."""
     width = query.shape[-1]
     if scale is not None:  # not an argument in torch 2.10, whose own is 1 / sqrt(width)

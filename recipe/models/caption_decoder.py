@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from recipe.models.layers import Attention, FeedForward
@@ -56,15 +57,20 @@ class CaptionLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, states: Tensor, places: CaptionPlaces, memory: Memory, centers: Tensor | None, cache: LayerCache | None
-    ) -> tuple[Tensor, LayerCache]:
-        """Advance R captions by C tokens: return their states (R, C, W) and the cache including these tokens.
+        self,
+        states: Float[Tensor, "R C W"],
+        places: CaptionPlaces,
+        memory: Memory,
+        centers: Float[Tensor, "N T W"] | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Tensor, "R C W"], LayerCache]:
+        """Advance R captions by C tokens: return their states and the cache including these tokens.
 
         Args:
-            states: (R, C, W).
+            states: Of the tokens.
             places: Of the captions.
             memory: Of the N images.
-            centers: (N, T, W) embedding of the box centres; read only at the first token.
+            centers: Embedding of the box centres; read only at the first token.
             cache: Of earlier tokens; None at the first.
         """
         length = states.shape[1]
@@ -124,24 +130,24 @@ class CaptionDecoder(nn.Module):
 
     def forward(
         self,
-        query_features: Tensor,
-        boxes: Tensor,
+        query_features: Float[Tensor, "R W"],
+        boxes: Float[Tensor, "R 4"],
         places: CaptionPlaces,
         memory: Memory,
-        token_embeds: Tensor | None,
+        token_embeds: Float[Tensor, "R tokens D"] | None,
         cache: CaptionCache | None = None,
-    ) -> Tensor:
-        """Return the hidden states (R, C, D), ready for the output matrix, that predict each caption's next token.
+    ) -> Float[Tensor, "R C D"]:
+        """Return the hidden states, ready for the output matrix, that predict each caption's next token.
 
         Teacher forcing: `token_embeds` are a caption's tokens but the last; step i then predicts token i. With a cache,
         one step at a time (C = 1): first without `token_embeds`, then with the token just chosen.
 
         Args:
-            query_features: (R, W).
-            boxes: (R, 4) cxcywh in [0, 1] of the queries; no gradient flows into them.
+            query_features: Of the queries.
+            boxes: Their cxcywh in [0, 1]; no gradient flows into them.
             places: Of the captions.
             memory: Of the N images.
-            token_embeds: (R, C - 1, D), embeddings of the tokens so far; None for none.
+            token_embeds: Embeddings of the tokens so far, C - 1 without a cache; None for none.
             cache: Advanced in place; start with a new one.
         """
         parts, centers = [], None

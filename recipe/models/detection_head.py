@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -40,12 +41,17 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, queries: Tensor, box_positions: Tensor, place_positions: Tensor, memory: Memory, mask: Tensor | None
-    ) -> Tensor:
-        """Return the next layer's queries (N, Q, W).
+        self,
+        queries: Float[Tensor, "N Q W"],
+        box_positions: Float[Tensor, "N Q W"],
+        place_positions: Float[Tensor, "N heads Q W"],
+        memory: Memory,
+        mask: Bool[Tensor, "#N 1 Q Q"] | None,
+    ) -> Float[Tensor, "N Q W"]:
+        """Return the next layer's queries.
 
-        `box_positions` (N, Q, W) embed the reference boxes; `place_positions` (N, heads, Q, W) embed where each head
-        looks, comparable to `memory.positions`. `mask` is (N, 1, Q, Q) bool, for self-attention.
+        `box_positions` embed the reference boxes; `place_positions` embed where each head looks, comparable to
+        `memory.positions`. `mask` is for self-attention.
         """
         queries = queries + box_positions
         states = self.self_norm(queries)
@@ -172,8 +178,8 @@ class QuerySelection(nn.Module):
         self.objectness = _objectness(width)
         self.box_delta = _constant_mlp(width, 4, 3, start=0.0)  # at first, the proposal itself
 
-    def forward(self, memory: Memory, spare: Tensor) -> DetectionOutputs:
-        """Return the Q best proposals of N images; `spare` (N, Q, 4), before the sigmoid, fills in for missing ones."""
+    def forward(self, memory: Memory, spare: Float[Tensor, "N Q 4"]) -> DetectionOutputs:
+        """Return the Q best proposals of N images; `spare`, before the sigmoid, fills in for missing ones."""
         features = self.norm(self.inputs(memory.tokens))
         logits = self.objectness(features).squeeze(-1)  # (N, M)
         is_proposal = memory.cells[..., 2] > 0
@@ -189,8 +195,8 @@ class QuerySelection(nn.Module):
         return DetectionOutputs(raw.sigmoid(), raw, logits, F.pad(features[rows, best], (0, 0, 0, missing)))
 
 
-def initial_boxes(num_queries: int) -> Tensor:
-    """Return the initial learned references, a grid of boxes over the image: (Q, 4) cxcywh before the sigmoid."""
+def initial_boxes(num_queries: int) -> Float[Tensor, "{num_queries} 4"]:
+    """Return the initial learned references, a grid of boxes over the image: cxcywh before the sigmoid."""
     side = math.ceil(math.sqrt(num_queries))
     cells = torch.linspace(0, side * side - 1, num_queries).round().long()
     centers = torch.stack([cells % side, cells // side], dim=-1).add(0.5) / side  # (Q, 2)
@@ -203,8 +209,8 @@ def _objectness(width: int) -> nn.Linear:
     return layer
 
 
-def compass(num_heads: int) -> Tensor:
-    """Return (heads, 2) points on the edge of the square [-1, 1]²: the initial sampling points of Deformable DETR."""
+def compass(num_heads: int) -> Float[Tensor, "{num_heads} 2"]:
+    """Return points on the edge of the square [-1, 1]²: the initial sampling points of Deformable DETR."""
     angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
     points = torch.stack([angles.cos(), angles.sin()], dim=-1)
     return points / points.abs().amax(-1, keepdim=True)
@@ -228,8 +234,8 @@ def _outputs(boxes: list[Tensor], logits: list[Tensor], features: Tensor, rows: 
     return last
 
 
-def attention_mask(queries: DenoisingQueries, num_queries: int, num_groups: int = 1) -> Tensor:
-    """Return the self-attention mask, denoising queries first: (N, 1, total, total) bool, True if row may see column.
+def attention_mask(queries: DenoisingQueries, num_queries: int, num_groups: int = 1) -> Bool[Tensor, "N 1 total total"]:
+    """Return the self-attention mask, denoising queries first: True if row may see column.
 
     Object queries never see denoising queries, which hold the ground truth. Groups do not see one another, except that
     denoising queries see the first group of object queries. Padding is seen only by itself. `num_queries` counts the
@@ -246,8 +252,8 @@ def attention_mask(queries: DenoisingQueries, num_queries: int, num_groups: int 
     return (sees & visible[:, None, :] | itself)[:, None]
 
 
-def group_numbers(num_queries: int, num_groups: int, device: torch.device) -> Tensor:
-    """Return the group of each object query: (num_queries,) int64, -1, -2 and so on."""
+def group_numbers(num_queries: int, num_groups: int, device: torch.device) -> Int64[Tensor, " {num_queries}"]:
+    """Return the group of each object query: -1, -2 and so on."""
     return -1 - torch.arange(num_groups, device=device).repeat_interleave(num_queries // num_groups)
 
 

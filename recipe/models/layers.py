@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,16 +39,20 @@ class Attention(nn.Module):
                 self.key_position.weight.copy_(self.query_position.weight.mul_(gain))
                 self.query_position.bias.zero_()
 
-    def keys_values(self, states: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return keys and values (N, heads, M, ·) for `forward` from states (N, M, W)."""
+    def keys_values(
+        self, states: Float[Tensor, "N M W"], positions: Float[Tensor, "N M W"] | None = None
+    ) -> tuple[Float[Tensor, "N heads M key"], Float[Tensor, "N heads M value"]]:
+        """Return keys and values for `forward`."""
         keys = self._split(self.key(states))
         if self.key_position is not None:
             assert positions is not None
             keys = torch.cat([keys, self._split(self.key_position(positions))], dim=-1)
         return keys, self._split(self.value(states))
 
-    def query_positions(self, positions: Tensor) -> Tensor:
-        """Return (N, heads, Q, ·) for `forward` from positions (N, Q, W), or per head (N, heads, Q, W)."""
+    def query_positions(
+        self, positions: Float[Tensor, "N Q W"] | Float[Tensor, "N heads Q W"]
+    ) -> Float[Tensor, "N heads Q key"]:
+        """Return for `forward` what positions, the same for all heads or of each, add to the queries."""
         assert self.query_position is not None
         if positions.dim() == 3:
             return self._split(self.query_position(positions))
@@ -57,16 +62,16 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        states: Tensor,
-        keys_values: tuple[Tensor, Tensor],
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        states: Float[Tensor, "N Q W"],
+        keys_values: tuple[Float[Tensor, "N heads M key"], Float[Tensor, "N heads M value"]],
+        positions: Float[Tensor, "N heads Q position"] | None = None,
+        mask: Bool[Tensor, "#N #heads #Q #M"] | None = None,
         is_causal: bool = False,
-    ) -> Tensor:
-        """Attend from `states` (N, Q, W) to the keys: (N, Q, W).
+    ) -> Float[Tensor, "N Q W"]:
+        """Attend from `states` to the keys.
 
-        `positions` come from `query_positions`, if the module is positional. `mask` is bool, broadcastable to
-        (N, heads, Q, M), True if a query may see a key. `is_causal`: query i sees keys 0 to i.
+        `positions` come from `query_positions`, if the module is positional. `mask` is True if a query may see a key.
+        `is_causal`: query i sees keys 0 to i.
         """
         queries = self._split(self.query(states))
         if positions is not None:

@@ -58,8 +58,8 @@ def add_adapters(hf_model: PreTrainedModel, parts: Mapping[str, LoraPartConfig],
     for name, parameter in adapters(hf_model).items():
         parameter.data = parameter.data.to(dtype)
         if "lora_magnitude_vector" in name:  # peft rounds the lengths of rows to the base's dtype, and the start is off
-            weight = hf_model.get_parameter(name.partition(".lora_")[0] + ".base_layer.weight")
-            parameter.data = torch.linalg.vector_norm(weight.detach().to(dtype), dim=1)
+            base: Any = hf_model.get_submodule(name.partition(".lora_")[0] + ".base_layer")
+            parameter.data = torch.linalg.vector_norm(base.weight.detach().to(dtype), dim=1)
 
 
 def peft_config(parts: Mapping[str, LoraPartConfig], base: str | None = None) -> "LoraConfig":
@@ -158,6 +158,11 @@ def save_adapters(
 def read_base(folder: str | Path) -> str | None:
     """Return the base model that a folder of adapters names; None if it is not one."""
     return _read_config(folder)["base_model_name_or_path"] if Path(folder, CONFIG_FILE).is_file() else None
+
+
+def holds_only_adapters(folder: str | Path) -> bool:
+    """Return whether a folder holds adapters, and no merger that was trained with them."""
+    return read_base(folder) is not None and not _read_config(folder)["modules_to_save"]
 
 
 def _read_config(folder: str | Path) -> dict[str, Any]:

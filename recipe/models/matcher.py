@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -55,18 +56,18 @@ def match(
 
 
 def cost_matrix(
-    pred_boxes: Tensor,
-    pred_objectness: Tensor,
-    target_boxes: Tensor,
+    pred_boxes: Float[Tensor, "layers N Q 4"],
+    pred_objectness: Float[Tensor, "layers N Q"],
+    target_boxes: Float[Tensor, "#N T 4"],
     cost_bbox: float,
     cost_giou: float,
     cost_objectness: float,
     focal_alpha: float,
     focal_gamma: float,
-) -> Tensor:
-    """Return the cost of every (query, object) pair: (layers, N, Q, T) float32, always finite; weights as in `match`.
+) -> Float32[Tensor, "layers N Q T"]:
+    """Return the cost of every (query, object) pair, always finite; weights as in `match`.
 
-    `pred_boxes` is (layers, N, Q, 4) cxcywh, `pred_objectness` (layers, N, Q), `target_boxes` (N, T, 4) cxcywh, padded.
+    Boxes are cxcywh; `target_boxes` are padded.
     """
     queries = pred_boxes.float()[..., None, :]  # (layers, N, Q, 1, 4)
     objects = target_boxes.float()[:, None]  # (N, 1, T, 4)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -25,8 +26,8 @@ class Adapter(nn.Module):
         self.up = nn.Linear(inner, hidden_size)
         self.project = nn.Linear(hidden_size, width) if width != hidden_size else nn.Identity()
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Project (..., D) to (..., W)."""
+    def forward(self, hidden_states: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens W"]:
+        """Project each token."""
         hidden_states = self.norm(hidden_states)
         return self.project(hidden_states + self.up(nn.functional.gelu(self.down(hidden_states))))
 
@@ -53,19 +54,19 @@ class MemoryBuilder(nn.Module):
 
     def forward(
         self,
-        image_features: Sequence[Tensor],
+        image_features: Sequence[Float[Tensor, "_ D"]],
         grid_sizes: Sequence[tuple[int, int]],
-        prompt_states: Tensor,
-        prompt_mask: Tensor,
-        patch_features: Sequence[Tensor] = (),
+        prompt_states: Float[Tensor, "N S D"],
+        prompt_mask: Bool[Tensor, "N S"],
+        patch_features: Sequence[Float[Tensor, "_ _ C"]] = (),
     ) -> Memory:
         """Return the memory of N images: vision tokens, patches, then words, each part padded separately.
 
         Args:
             image_features: N of (tokens, D), raster order.
             grid_sizes: (rows, columns) of vision tokens of each image.
-            prompt_states: (N, S, D).
-            prompt_mask: (N, S) bool, True at real tokens.
+            prompt_states: Of each image's sample, padded.
+            prompt_mask: True at real tokens.
             patch_features: N of (tokens, merge², C), before the merger; read if they become tokens too.
         """
         device, dtype = prompt_states.device, self.vision_adapter.norm.weight.dtype
@@ -91,8 +92,8 @@ class MemoryBuilder(nn.Module):
         return Memory(tokens, positions, masks, cells)
 
 
-def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """Return the cells of a grid in raster order: (rows * columns, 4) cxcywh in [0, 1]."""
+def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> Float[Tensor, "{rows}*{columns} 4"]:
+    """Return the cells of a grid in raster order: cxcywh in [0, 1]."""
     y = (torch.arange(rows, device=device) + 0.5) / rows
     x = (torch.arange(columns, device=device) + 0.5) / columns
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
@@ -100,15 +101,17 @@ def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> T
     return torch.cat([grid_x.reshape(-1, 1), grid_y.reshape(-1, 1), size], dim=-1)
 
 
-def split_cells(cells: Tensor, parts: int) -> Tensor:
-    """Split each cell (n, 4) into `parts` x `parts` cells in raster order: (n * parts², 4)."""
+def split_cells(cells: Float[Tensor, "n 4"], parts: int) -> Float[Tensor, "n*{parts}**2 4"]:
+    """Split each cell into `parts` x `parts` cells in raster order."""
     inner = grid_cells(parts, parts, cells.device)
     corner, size = cells[:, None, :2] - cells[:, None, 2:] / 2, cells[:, None, 2:]  # (n, 1, 2)
     return torch.cat([corner + inner[:, :2] * size, size * inner[:, 2:]], dim=-1).flatten(0, 1)
 
 
-def sine_embedding(coordinates: Tensor, width: int, temperature: float = 20.0) -> Tensor:
-    """Return sine and cosine waves of coordinates (..., n) in [0, 1]: (..., width), `width` a multiple of 2n.
+def sine_embedding(
+    coordinates: Float[Tensor, "*points n"], width: int, temperature: float = 20.0
+) -> Float[Tensor, "*points {width}"]:
+    """Return sine and cosine waves of coordinates in [0, 1]; `width` is a multiple of 2n.
 
     As in DETR; `temperature`, the ratio of the longest to the shortest wave, as in DAB-DETR.
     """

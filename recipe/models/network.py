@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import TypeVar, overload
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import Parameter
@@ -311,8 +312,8 @@ class LanguageNetwork(JointNetwork):
         return JointOutputs(losses, memory, nothing, None, [Matches(none, none, none)], targets, no_losses, none, none)
 
 
-def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Tensor:
-    """Return the captions of all objects: (N, T, C) int64, padded with -100; T and C are at least 1."""
+def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Int64[Tensor, "N T C"]:
+    """Return the captions of all objects, padded with -100; T and C are at least 1."""
     captions = [torch.empty(0, 1, dtype=torch.int64) if t is None else t["caption_ids"] for t in targets]
     num_slots = max(1, *(len(ids) for ids in captions))
     length = max(1, *(ids.shape[1] for ids in captions if len(ids)), 1)

@@ -9,6 +9,7 @@ frozen, the forward pass computes the gradients of the states, and nothing is co
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -16,13 +17,15 @@ from torch.nn import functional as F
 CHUNK = 256  # positions; a chunk's logits in float32 take 156 MB at 152,000 tokens
 
 
-def token_losses(states: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Return the cross-entropy of each position: (K,), float32 at least.
+def token_losses(
+    states: Float[Tensor, "K D"], weight: Float[Tensor, "V D"], labels: Int64[Tensor, " K"], chunk: int = CHUNK
+) -> Float[Tensor, " K"]:
+    """Return the cross-entropy of each position, float32 at least.
 
     Args:
-        states: (K, D), of the supervised positions only; K may be 0.
-        weight: (V, D), as a Parameter or, under FSDP, as gathered in the forward pass.
-        labels: (K,) int64 in [0, V).
+        states: Of the supervised positions only; K may be 0.
+        weight: A Parameter or, under FSDP, as gathered in the forward pass.
+        labels: In [0, V).
         chunk: Positions whose logits exist at the same time.
     """
     device = states.device.type

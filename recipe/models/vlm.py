@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,15 +39,15 @@ class VlmOutputs:
     """Hidden states and vision features of one batch; letters as in `recipe.schema`.
 
     Attributes:
-        last_hidden_state: (B * L, D), after the final norm.
-        image_features: I tensors of (tokens of the image, D), raster order, after the merger.
-        patch_features: I tensors of (tokens of the image, merge², C), before it: each token's patches in raster order,
-            C the vision tower's width; empty if not requested.
+        last_hidden_state: Of the B * L tokens, after the final norm.
+        image_features: Of each image's tokens in raster order, after the merger.
+        patch_features: Before it, each token's merge² patches in raster order, C the vision tower's width; empty if not
+            requested.
     """
 
-    last_hidden_state: Tensor
-    image_features: tuple[Tensor, ...]
-    patch_features: tuple[Tensor, ...]
+    last_hidden_state: Float[Tensor, "all_tokens D"]
+    image_features: tuple[Float[Tensor, "_ D"], ...]
+    patch_features: tuple[Float[Tensor, "_ patches C"], ...]
 
 
 class PixelNormalizer(nn.Module):
@@ -63,8 +64,8 @@ class PixelNormalizer(nn.Module):
         self.mean: Tensor
         self.std: Tensor
 
-    def forward(self, pixel_patches: Tensor) -> Tensor:
-        """Return uint8 patches (P, 3 * patch * patch) as normalized float32."""
+    def forward(self, pixel_patches: UInt8[Tensor, "P values"]) -> Float32[Tensor, "P values"]:
+        """Return patches of 3 * patch * patch values, normalized."""
         pixels = pixel_patches.view(len(pixel_patches), self.mean.shape[1], -1).to(self.mean.dtype, copy=True)
         # In place: new memory costs a CPU more than the arithmetic.
         return pixels.sub_(self.mean).div_(self.std).flatten(1)
@@ -82,8 +83,8 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         self.proj: Any = patch_embed.proj
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Embed patches of one frame: (P, 3 * patch * patch) → (P, C)."""
+    def forward(self, pixel_values: Float[Tensor, "P values"]) -> Float[Tensor, "P C"]:
+        """Embed patches of one frame."""
         weight: Tensor = self.proj.weight.sum(2)  # (C, 3, frames, patch, patch) → (C, 3, patch, patch)
         return F.linear(pixel_values.to(weight.dtype), weight.flatten(1))
 
@@ -118,11 +119,11 @@ class VisionLanguageModel(nn.Module):
         return self.hf_model.get_input_embeddings()
 
     def image_features(
-        self, pixel_patches: Tensor, image_grid_thw: Tensor, with_patches: bool = False
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the vision features of every image: after the merger (tokens, D), and before it (tokens, merge², C).
+        self, pixel_patches: UInt8[Tensor, "P values"], image_grid_thw: Int64[Tensor, "I 3"], with_patches: bool = False
+    ) -> tuple[tuple[Float[Tensor, "_ D"], ...], tuple[Float[Tensor, "_ patches C"], ...]]:
+        """Return the vision features of every image's tokens: after the merger, and before it.
 
-        The second tuple is empty unless `with_patches`. `pixel_patches` is (P, 3 * patch * patch) uint8.
+        The second tuple is empty unless `with_patches`.
         """
         pixel_values = self.normalizer(pixel_patches).to(self.hf_model.dtype)
         visual = self.hf_model.model.visual
@@ -143,12 +144,12 @@ class VisionLanguageModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
+        input_ids: Int64[Tensor, "B L"],
+        attention_mask: Int64[Tensor, "B L"] | None,
+        position_ids: Int64[Tensor, "_ _ _"],
         segment_lengths: list[int] | None,
-        pixel_patches: Tensor,
-        image_grid_thw: Tensor,
+        pixel_patches: UInt8[Tensor, "P values"],
+        image_grid_thw: Int64[Tensor, "I 3"],
         with_patches: bool = False,
     ) -> VlmOutputs:
         """Run the vision tower once and the language model over its features.
@@ -183,27 +184,27 @@ class VisionLanguageModel(nn.Module):
         )
         return VlmOutputs(outputs.last_hidden_state.flatten(0, 1), features, patch_features)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """Return the language model's logits (..., V) of hidden states (..., D)."""
+    def logits(self, hidden_states: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens V"]:
+        """Return the language model's logits of hidden states."""
         return self.hf_model.lm_head(hidden_states.to(self.hf_model.lm_head.weight.dtype))
 
-    def token_losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy (K,) of the logits of hidden states (K, D) with `labels` (K,), without keeping them.
+    def token_losses(self, hidden_states: Float[Tensor, "K D"], labels: Int64[Tensor, " K"]) -> Float[Tensor, " K"]:
+        """Return the cross-entropy of the logits of hidden states with `labels`, without keeping them.
 
         Call it inside the forward pass: outside, FSDP has sharded the output matrix.
         """
         return token_losses(hidden_states, self.hf_model.lm_head.weight, labels)
 
-    def blank_image(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the smallest image the vision tower accepts, black: (patches uint8, grid)."""
+    def blank_image(self, device: torch.device) -> tuple[UInt8[Tensor, "P values"], Int64[Tensor, "1 3"]]:
+        """Return the smallest image the vision tower accepts, black, and its grid."""
         config = self.hf_model.config.vision_config
         side = config.spatial_merge_size
         patches = torch.zeros(side * side, 3 * config.patch_size**2, dtype=torch.uint8, device=device)
         return patches, torch.tensor([[1, side, side]], device=device)
 
 
-def window_order(visual: Any, image_grid_thw: Tensor) -> Tensor:
-    """Return the order in which the tower keeps the tokens of all images, by attention windows: (tokens,) int64."""
+def window_order(visual: Any, image_grid_thw: Int64[Tensor, "I 3"]) -> Int64[Tensor, " tokens"]:
+    """Return the order in which the tower keeps the tokens of all images, by attention windows."""
     if hasattr(visual, "get_window_index"):
         return visual.get_window_index(image_grid_thw)[0]
     from transformers.vision_utils import get_vision_window_index  # type: ignore[import-not-found]  # transformers 5
@@ -211,8 +212,10 @@ def window_order(visual: Any, image_grid_thw: Tensor) -> Tensor:
     return get_vision_window_index(image_grid_thw, visual.spatial_merge_size, visual.window_size, visual.patch_size)[0]
 
 
-def scatter_features(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor) -> Tensor:
-    """Return `inputs_embeds` (B, L, D) with `features` (vision tokens, D) at the placeholders, True in `image_mask`.
+def scatter_features(
+    inputs_embeds: Float[Tensor, "B L D"], image_mask: Bool[Tensor, "B L"], features: Float[Tensor, "vision_tokens D"]
+) -> Float[Tensor, "B L D"]:
+    """Return `inputs_embeds` with `features` at the placeholders, True in `image_mask`.
 
     Raises:
         ValueError: There are more or fewer placeholders than features.
@@ -227,7 +230,10 @@ def scatter_features(inputs_embeds: Tensor, image_mask: Tensor, features: Tensor
 
 
 def check_packing_contract(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, segment_lengths: list[int] | None
+    input_ids: Int[Tensor, "B L"],
+    attention_mask: Int[Tensor, "B L"] | None,
+    position_ids: Int[Tensor, "..."],
+    segment_lengths: list[int] | None,
 ) -> None:
     """Raise if a call breaks transformers' contract for packed rows, which would mix samples silently (4.57, measured).
 

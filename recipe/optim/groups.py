@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from recipe.config import OptimizerConfig
 from recipe.models.network import AVERAGE
+from recipe.models.nf4 import num_weights
 from recipe.upstream.torch_private import foreach_norm
 
 if TYPE_CHECKING:
@@ -74,8 +75,10 @@ def lr_scale(config: OptimizerConfig, tokens_per_batch: float) -> float:
 
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, tokens_per_batch: Callable[[], float] | None = None
-) -> AdamW:
+) -> Optimizer:
     """Return AdamW over the groups whose rate is not 0; freeze the others with `requires_grad_(False)`.
+
+    It is torch's, or bitsandbytes' with moments of 8 bits.
 
     Matrices decay, vectors (biases, norms) do not, so a group may become two optimizer groups; both carry its `name`.
     `tokens_per_batch` is only counted if the rates depend on it.
@@ -100,7 +103,32 @@ def build_optimizer(
     if config.lr_scaling != "none":
         text = "learning rates x %g: lr_scaling %s of %g tokens per step over %s"
         log.info(text, scale, config.lr_scaling, counted, config.reference_tokens)
-    return AdamW(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    kind: Any = AdamW
+    if config.moments == "8bit":
+        from recipe.optim.eight_bit import AdamW8bit as kind
+    return kind(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def begin_moments(optimizer: Any) -> None:
+    """Give every parameter that has no state the one that the optimizer would create in its first step."""
+    for index, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            # Under FSDP1 a rank may hold no part of a parameter; then no state is saved.
+            if optimizer.state.get(parameter) or not parameter.numel():
+                continue
+            if isinstance(optimizer, AdamW):
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0, dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+            else:
+                optimizer.init_state(group, parameter, index, place)
+
+
+def is_8bit(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer is AdamW with moments of 8 bits."""
+    return type(optimizer).__name__ == "AdamW8bit"  # its class would import bitsandbytes
 
 
 def named_groups(optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
@@ -122,8 +150,8 @@ def num_parameters(state: "State") -> tuple[dict[str, int], int]:
 
     groups = named_groups(state.optimizers[0])
     held = {id(parameter) for members in groups.values() for parameter in members}
-    others = [parameter for parameter in state.model.parameters() if id(parameter) not in held]
-    counts = [sum(local(parameter).numel() for parameter in members) for members in (*groups.values(), others)]
+    others = [num_weights(name, local(p)) for name, p in state.model.named_parameters() if id(p) not in held]
+    counts = [sum(local(parameter).numel() for parameter in members) for members in groups.values()] + [sum(others)]
     sums = state.device.tensor_to_device(torch.tensor(counts))
     if state.fsdp_enabled:
         dist.all_reduce(sums)

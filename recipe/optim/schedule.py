@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from composer import State, Time, TimeUnit
 from composer.optim import (
@@ -145,15 +146,43 @@ def _position(unit: TimeUnit, state: State) -> float:
     return now.get(unit).value
 
 
-def trained_steps(stages: Sequence[Stage], num_steps: int, batches_per_epoch: int) -> int | None:
-    """Return in how many steps of a run a group with these stages learns; None if they begin in packs or tokens."""
-    lengths = {TimeUnit.DURATION: num_steps, TimeUnit.EPOCH: batches_per_epoch, TimeUnit.BATCH: 1}
-    if any(stage.start.unit not in lengths for stage in stages):
+@dataclass(frozen=True)
+class RunStage:
+    """Some steps of a run in which the same groups learn, at the same factors."""
+
+    first: int
+    steps: int
+    factors: Mapping[str, float]  # of the groups that are not frozen
+
+
+def run_stages(
+    schedule: Schedule, groups: Sequence[str], num_steps: int, lengths: Mapping[TimeUnit, float]
+) -> list[RunStage] | None:
+    """Return the stages of a run in order, as far as is known at its start; `lengths` are steps per unit of time.
+
+    Epochs count as equally long. None if a stage begins in a unit without a length.
+    """
+    lengths = {**lengths, TimeUnit.DURATION: num_steps}
+    stages = {group: schedule.stages.get(group, ()) for group in groups}
+    if any(stage.start.unit not in lengths for entries in stages.values() for stage in entries):
         return None
-    starts = [min(num_steps, int(stage.start.value * lengths[stage.start.unit])) for stage in stages]
-    ends = [*starts, num_steps][1:]
-    idle = [end - start for stage, start, end in zip(stages, starts, ends, strict=True) if not stage.factor]
-    return num_steps - sum(idle)
+    starts = {
+        group: [min(num_steps, int(round(stage.start.value * lengths[stage.start.unit], 9))) for stage in entries]
+        for group, entries in stages.items()
+    }
+    edges = sorted({0, num_steps, *(start for entries in starts.values() for start in entries)})
+    found = []
+    for first, end in pairwise(edges):
+        factors: dict[str, float] = {}
+        for group, entries in stages.items():
+            factor = 1.0
+            for stage, start in zip(entries, starts[group], strict=True):
+                if start <= first:
+                    factor = stage.factor
+            if factor is not None:
+                factors[group] = factor
+        found.append(RunStage(first, end - first, factors))
+    return found
 
 
 def has_come(start: Time, state: State) -> bool:

@@ -220,6 +220,18 @@ def test_a_changed_rate_is_told_and_the_checkpoints_holds(run: Run):
     assert [value for _, value in memory.data["lr/llm"]] == run.logged["lr/llm"][4:]
 
 
+def test_betas_are_the_same_as_a_list(run: Run, tmp_path: Path):
+    """As whole checkpoints of FSDP2 hold them."""
+    checkpoint = torch.load(run.folder / "ba4.pt", weights_only=False)
+    (optimizer,) = checkpoint["state"]["optimizers"].values()
+    for group in optimizer["param_groups"]:
+        group["betas"] = list(group["betas"])
+    torch.save(checkpoint, tmp_path / "ba4.pt")
+    with messages_of("recipe") as messages:
+        train_toy(config_with(MANY_STAGES, COSINE), load_path=str(tmp_path / "ba4.pt"))
+    assert not [message for message in messages if "in the checkpoint" in message]
+
+
 def test_unchanged_rates_are_not_told(run: Run):
     with messages_of("recipe") as messages:
         train_toy(config_with(MANY_STAGES, COSINE), load_path=str(run.folder / "ba7.pt"))

@@ -145,19 +145,18 @@ def find_visual_genome(path: Path) -> Any:
 
 
 def write_refcoco(folder: Path, drawn: Drawn) -> Path:
-    """A ref with one sentence per box, so that the boxes are those of the others."""
+    """A ref for every third box, with three sentences: as many records as boxes, for about as many refs as published."""
     write_coco(folder, drawn)
     refs = []
     for rows in drawn.by_image():
         for number, image, category, _ in rows:
-            sentence = {
-                "tokens": ["left", NAMES[category - 1]],
-                "raw": "left one",
-                "sent_id": number,
-                "sent": "left one",
-            }
+            if number % 3:
+                continue
+            words = ["left", NAMES[category - 1], "close", "to", "us"]
+            ids = [number + place for place in range(3)]
+            sentences = [{"tokens": words, "raw": " ".join(words), "sent_id": one, "sent": "left one"} for one in ids]
             refs.append({"ref_id": number, "ann_id": number, "image_id": image, "category_id": category})
-            refs[-1] |= {"split": "train", "sentences": [sentence], "sent_ids": [number], "file_name": f"{number}.jpg"}
+            refs[-1] |= {"split": "train", "sentences": sentences, "sent_ids": ids, "file_name": f"{number}.jpg"}
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     return folder / "refs(unc).p"
 
@@ -179,7 +178,7 @@ def write_parquet(folder: Path, drawn: Drawn) -> Path:
     schema = pa.schema([("image_id", pa.int64()), ("image", image), ("objects", objects)])
     features = {"objects": {"feature": {"category": {"_type": "ClassLabel", "names": NAMES}}, "_type": "Sequence"}}
     schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    content, writer, group = random.Random(2).randbytes(20_000), None, []
+    content, writer, group = random.Random(2).randbytes(2**20), None, []
     target = folder / "data"
     target.mkdir()
     per_file = -(-drawn.num_images // 10)
@@ -189,7 +188,13 @@ def write_parquet(folder: Path, drawn: Drawn) -> Path:
                 writer.close()
             writer = ParquetWriter(target / f"train-{number // per_file:05d}-of-00010.parquet", schema)
         boxes = {"bbox": [row[3] for row in rows], "category": [row[2] - 1 for row in rows]}
-        group.append({"image_id": number, "image": {"bytes": content, "path": f"{number}.jpg"}, "objects": boxes})
+        group.append(
+            {
+                "image_id": number,
+                "image": {"bytes": content[number:][:20_000], "path": f"{number}.jpg"},
+                "objects": boxes,
+            }
+        )
         if len(group) == 100 or (number + 1) % per_file == 0 or number + 1 == drawn.num_images:
             assert writer is not None
             writer.write_table(pa.Table.from_pylist(group, schema=schema))

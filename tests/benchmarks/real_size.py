@@ -59,24 +59,31 @@ def write_checkpoint(size: str, folder: Path, tokenizer: Path) -> None:
         return
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    build_tiny_checkpoint(str(partial))
+    write_processor(size, partial, tokenizer)
     if size != "tiny":
-        (partial / "model.safetensors").unlink()
-        if tokenizer.is_dir():
-            processor = AutoProcessor.from_pretrained(partial, use_fast=True)
-            made = build_qwen_tokenizer(tokenizer, partial / "tokenizer")
-            made.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
-            made.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})  # pyright: ignore[reportArgumentType]
-            made.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE
-            processor.tokenizer = made
-            processor.save_pretrained(partial)
-            shutil.rmtree(partial / "tokenizer")
         write_weights(NAMES[size], partial)
     partial.replace(folder)
 
 
-def write_weights(name: str, folder: Path) -> None:
-    """Write configuration, weights and their index."""
+def write_processor(size: str, folder: Path, tokenizer: Path) -> None:
+    """Write the tiny checkpoint; for another size without its weights, and with the true tokenizer if it is there."""
+    build_tiny_checkpoint(str(folder))
+    if size == "tiny":
+        return
+    (folder / "model.safetensors").unlink()
+    if tokenizer.is_dir():
+        processor = AutoProcessor.from_pretrained(folder, use_fast=True)
+        made = build_qwen_tokenizer(tokenizer, folder / "tokenizer")
+        made.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+        made.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:]})  # pyright: ignore[reportArgumentType]
+        made.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE
+        processor.tokenizer = made
+        processor.save_pretrained(folder)
+        shutil.rmtree(folder / "tokenizer")
+
+
+def write_config(name: str, folder: Path) -> Any:
+    """Write the configuration of a published size with the ids of the folder's tokenizer; return it."""
     config = model_config(name)
     config.dtype = torch.bfloat16
     processor = AutoProcessor.from_pretrained(folder, use_fast=True)
@@ -86,6 +93,12 @@ def write_weights(name: str, folder: Path) -> None:
     config.save_pretrained(folder)
     ends = [ids("<|im_end|>"), ids("<|endoftext|>")]
     GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=False).save_pretrained(folder)
+    return config
+
+
+def write_weights(name: str, folder: Path) -> None:
+    """Write configuration, weights and their index."""
+    config = write_config(name, folder)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
@@ -260,7 +273,9 @@ def head_speeds(overrides: Sequence[str], folder: Path, against: Path | None) ->
     base = found["with_answers"]
     if against is not None:
         old = [override for override in others if "frozen_dtype" not in override]
-        more = ("model.dtype=bfloat16", "prompt.student_answer=true", f"trainer.max_duration={epoch}ba")
+        # Earlier releases take neither key next to `num_workers: 0`.
+        loader = [f"train_loader.dataloader.{key}" for key in ("prefetch_factor=null", "persistent_workers=false")]
+        more = ("model.dtype=bfloat16", "prompt.student_answer=true", f"trainer.max_duration={epoch}ba", *loader)
         found["other_tree"] = base = statistics.median(seconds_of_head(old, folder / "other", *more, tree=against))
     print(json.dumps({"head_seconds": {name: round(seconds, 3) for name, seconds in found.items()}}), flush=True)
     return {

@@ -87,6 +87,7 @@ CASES = {
     "adapted_language_alone": Case(
         TEXT_ONLY_RANK, sections=ADAPTED, optimizer=replace(ADAPTED_RATES, lr_merger=0.0, lr_lora_vision=0.0)
     ),
+    "in_nf4": Case(MIXED, "packed", 2, {"frozen_dtype": "nf4"}, ADAPTED, optimizer=ADAPTED_RATES, only_ddp=True),
     "uneven_microbatches": Case(
         (["two", "one", "empty", "text", "crowded"], ["unannotated", "two"]), "packed", only_ddp=True
     ),

@@ -54,7 +54,17 @@ def num_bytes(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("switches", [{}, ALL_SWITCHES, ADAPTED], ids=["plain", "all_switches", "adapted"])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        ALL_SWITCHES,
+        ADAPTED,
+        {**ADAPTED, "model": {"dtype": "bfloat16", "frozen_dtype": "nf4"}},
+        {"optimizer": {"lr_vision": 0.0, "moments": "8bit"}},
+    ],
+    ids=["plain", "all_switches", "adapted", "nf4", "8bit"],
+)
 def test_static_part_is_that_of_real_tensors(
     tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], switches: dict[str, Any]
 ) -> None:
@@ -70,7 +80,8 @@ def test_static_part_is_that_of_real_tensors(
     found = estimate(config, build_on_meta(config), 1)
     assert found.weights == num_bytes([parameter.data for parameter in model.parameters()])
     assert found.gradients == num_bytes([p.grad for p in model.parameters() if p.grad is not None])
-    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    names = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
+    moments = [state[name] for state in optimizer.state.values() for name in names if name in state]
     assert found.moments == num_bytes(moments)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     kept = [p.data for name, p in model.named_parameters() if id(p) in held or AVERAGE in name]
@@ -210,6 +221,29 @@ def test_what_is_frozen_is_stored_in_bfloat16() -> None:
     assert on_cpu.host - found.host == on_cpu.device_total - on_cpu.weights
 
 
+LORA = str(Path(YAML).with_name("lora.yaml"))
+NF4_OF_7B = ["model.pretrained_model_name_or_path=Qwen/Qwen2.5-VL-7B-Instruct", "model.frozen_dtype=nf4"]
+
+
+def test_7b_in_nf4(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each weight of 28 blocks in 4.127 bits, by hand: 4 + 8 / 64 + 32 / (64 * 256); all else as in bfloat16."""
+    rounded, in_nf4 = (load_config(LORA, NF4_OF_7B[:count]) for count in (1, 2))
+    networks = [build_on_meta(config) for config in (rounded, in_nf4)]
+    before, after = (estimate(config, made, 1) for config, made in zip((rounded, in_nf4), networks, strict=True))
+    # Query and output, key and value, gate, up and down of a block.
+    weights = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    small = 28 * 7 * (4 + 24)  # a layer's mean of scales, and what it was made from
+    assert before.weights - after.weights == pytest.approx(weights * (2 - (4 + 8 / 64 + 32 / 64 / 256) / 8) - small)
+    assert after.compute_copies - before.compute_copies == 2 * 3584 * 18944  # one weight is whole
+    assert after.activations == before.activations and after.snapshot == before.snapshot
+    assert after.host == pytest.approx(before.host, abs=small)  # it is loaded in bfloat16
+    assert after.needed <= 22 * GIB and in_nf4.train_loader.packing and in_nf4.train_loader.packing.max_tokens == 4096
+    header = Path(LORA).read_text().split("\nseed:")[0]
+    assert f"model.frozen_dtype=nf4 ({after.needed / GIB:.1f} GiB" in header
+    main([LORA, *NF4_OF_7B])
+    assert "llm                 7615.6 M parameters, frozen" in capsys.readouterr().out
+
+
 def test_the_largest_pack_that_fits() -> None:
     """The next larger one does not."""
     config = load_config(HEAD)
@@ -264,9 +298,10 @@ def test_what_would_save_memory_is_accepted(name: str) -> None:
 
 def test_answer(capsys: pytest.CaptureFixture[str]) -> None:
     main([HEAD, "model.gradient_checkpointing=false"])
-    last = capsys.readouterr().out.splitlines()[-2:]
+    last = capsys.readouterr().out.splitlines()[-4:]
     assert last[0].startswith("fits a GPU of  24 GB: yes, 40 GB: yes, 80 GB: yes  (needs 1")
-    assert last[1].endswith("GiB  train_loader.packing.max_tokens=2048")
+    ways = ("model.frozen_dtype=nf4", "train_loader.packing.max_tokens=2048", "optimizer.moments=8bit")
+    assert all(line.endswith(f"GiB  {way}") for line, way in zip(last[1:], ways, strict=True))
     main([HEAD, "--fit", "24"])
     assert "train_loader.packing.max_tokens=" in capsys.readouterr().out
     main([HEAD, "--json"])

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from recipe.build import build_model, take_weights
 from recipe.checkpoints.base import FINGERPRINT
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
-from recipe.checkpoints.weights import export_model, find_config, read_weights
+from recipe.checkpoints.weights import HEAD_FILE, export_model, find_config, read_weights
 from recipe.checks import check_machine
-from recipe.config import ConfigError, LoraConfig, LoraPartConfig, RecipeConfig, SchedulerConfig
+from recipe.config import ConfigError, EmaConfig, LoraConfig, LoraPartConfig, RecipeConfig, SchedulerConfig
 from recipe.configure import load_config
 from recipe.export import main as export
 from recipe.export import parse
@@ -182,6 +183,17 @@ def test_training_begins_from_adapters(
         begin(config, merged)
     with pytest.raises(ValueError, match=r"does not fit the model: it lacks .*lora_A"):
         begin(config, make_bare(checkpoint))
+
+
+def test_averages_begin_as_what_an_export_holds(checkpoint: Path, folder: Path, merged: Path) -> None:
+    config = replace(find_config(checkpoint), ema=EmaConfig())
+    saved = load_file(folder / HEAD_FILE)
+    for asked, start in ((config, folder), (replace(config, lora=None), merged)):
+        network = begin(asked, start).model
+        assert len(network.averaged_parameters()) > 50
+        assert all(torch.equal(parameter, average) for parameter, average in network.averaged_parameters())
+        own = network.state_dict()
+        assert all(torch.equal(own[name], value) for name, value in saved.items())
 
 
 def make_bare(checkpoint: Path) -> Path:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from composer import Time, Timestamp
+from composer import Time, Timestamp, TimeUnit
 
 from recipe.build import answer_schedule
 from recipe.config import (
@@ -23,13 +23,14 @@ from recipe.config import (
 from recipe.configure import load_config
 from recipe.optim.groups import GROUP_PATTERNS
 from recipe.optim.schedule import (
+    RunStage,
     Schedule,
     build_curve,
     build_schedule,
     long_warmups,
     lr_factor,
+    run_stages,
     stage_factor,
-    trained_steps,
     trunk_learns,
 )
 from recipe.rules import check_config, check_fields, check_stages, parse_stages
@@ -259,7 +260,22 @@ def test_a_stage_warms_up(entry: dict[str, Any], state: dict[str, Any], expected
 def test_how_many_steps_a_group_learns(entries: list[tuple[str, Any]], expected: int | None):
     """Worked by hand, in four epochs of ten steps."""
     groups = {"llm": [{"from": start, "lr": lr} for start, lr in entries]} if entries else {}
-    assert trained_steps(schedule_of(config_of(groups)).stages.get("llm", ()), 40, 10) == expected
+    stages = run_stages(schedule_of(config_of(groups)), ["llm"], 40, {TimeUnit.BATCH: 1, TimeUnit.EPOCH: 10})
+    assert (stages and sum(stage.steps for stage in stages if stage.factors.get("llm"))) == expected
+
+
+def test_the_stages_of_all_groups_by_hand():
+    """Two groups whose stages overlap; a step takes four packs. A stage beyond the end of the run has no steps."""
+    groups = {
+        "llm": [{"from": "0dur", "lr": "frozen"}, {"from": "0.25dur", "lr": 1.0}, {"from": "60ba", "lr": 0.1}],
+        "detection": [{"from": "0sp", "lr": "frozen"}, {"from": "80sp", "lr": 1.0}],
+    }
+    lengths = {TimeUnit.BATCH: 1.0, TimeUnit.SAMPLE: 1 / 4}
+    assert run_stages(schedule_of(config_of(groups)), ["llm", "adapter", "detection"], 40, lengths) == [
+        RunStage(0, 10, {"adapter": 1.0}),
+        RunStage(10, 10, {"llm": 1.0, "adapter": 1.0}),
+        RunStage(20, 20, {"llm": 1.0, "adapter": 1.0, "detection": 1.0}),
+    ]
 
 
 def test_joint_yaml_thaws_head_and_language_model_with_a_warm_up():

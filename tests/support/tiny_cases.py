@@ -36,6 +36,7 @@ ADAPTED: dict[str, Any] = {  # of both parts; the language model's lengths too (
     ),
     "optimizer": {"lr_llm": 0.0, "lr_vision": 0.0},
 }
+IN_NF4: dict[str, Any] = {**ADAPTED, "model": {"frozen_dtype": "nf4"}}
 TEXT_CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
 IMAGE_CHAT = ({"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "large blue circle"})
 
