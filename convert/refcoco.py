@@ -11,7 +11,7 @@ texts and numbers is refused.
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,21 +79,24 @@ def find(
         raise ValueError(f"--split {split}: no ref of {source} is of this split, only of {', '.join(splits)}")
     if "<ref-object>" not in question:
         raise ValueError(f"--question {question!r} lacks <ref-object>, the place of the sentence")
+    return Found(list_records(images, _rows(refs, instances, split, question, source), **boxes))
+
+
+def _rows(
+    refs: Sequence[Mapping[str, Any]], instances: Mapping[str, Sequence[Any]], split: str, question: str, source: str
+) -> Iterator[tuple[str, str, Parse]]:
     entries, annotations = (
         {to_key(row.get("id")): row for row in instances[name] if isinstance(row, dict)}
         for name in ("images", "annotations")
     )
-    rows: list[tuple[str, str, Parse]] = []
     for position, ref in enumerate(refs):
         if str(ref.get("split")) != split:
             continue
         annotation, image = annotations.get(to_key(ref.get("ann_id"))), entries.get(to_key(ref.get("image_id")))
+        ref_id, where = to_key(ref.get("ref_id")) or position, f"{source}: ref {position}"
         sentences = ref["sentences"] if isinstance(ref["sentences"], list) and ref["sentences"] else [None]
         for number, sentence in enumerate(sentences):
-            ref_id = to_key(ref.get("ref_id")) or position
-            parse = partial(_parse, ref, image, annotation, sentence, question)
-            rows.append((f"{ref_id}-{number}", f"{source}: ref {position}", parse))
-    return Found(list_records(images, rows, **boxes))
+            yield f"{ref_id}-{number}", where, partial(_parse, ref, image, annotation, sentence, question)
 
 
 def _parse(ref: Mapping[str, Any], image: Any, annotation: Any, sentence: Any, question: str) -> Record:

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/converters.py [--formats lvis ...] [--num-images N] [--num-boxes N] [--repeats N]
 
-Draws a set (by default a tenth of LVIS v1's train part, which has 100,170 images and 1,270,141 boxes), writes it in each
-format, and in a process of its own finds and parses every record; images are not read. Seconds are those of the
+Draws a set (by default a tenth of LVIS v1's train part, which has 100,170 images and 1,270,141 boxes), writes it in
+each format, and in a process of its own finds and parses every record; images are not read. Seconds are those of the
 processor; the best of the repeats counts. The last line is JSON, by format: `records boxes rejected mb seconds mb_per_s
-boxes_per_s peak_mb times_file times_coco`, the last two the peak of memory over what the imports take, in sizes of the
-files, and the boxes per second in those of `convert.coco`.
+boxes_per_s peak_mb times_file mb_times_coco boxes_times_coco`: `times_file` is the peak of memory over what the imports
+take, in sizes of the files; the last two are bytes and boxes per second in those of `convert.coco`.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def find_visual_genome(path: Path) -> Any:
 
 
 def write_refcoco(folder: Path, drawn: Drawn) -> Path:
-    """A ref for every third box, with three sentences: as many records as boxes, for about as many refs as published."""
+    """A ref for every third box, with three sentences: as many records as boxes."""
     write_coco(folder, drawn)
     refs = []
     for rows in drawn.by_image():
@@ -281,13 +281,15 @@ def main() -> None:
         return
     drawn, results = Drawn(args.num_images, args.num_boxes), {}
     print(f"{'format':<16}{'records':>9}{'boxes':>10}{'rejected':>9}{'MB':>8}{'s':>7}{'MB/s':>7}{'boxes/s':>10}"
-          f"{'peak MB':>9}{'x file':>7}{'x coco':>7}")  # fmt: skip
+          f"{'peak MB':>9}{'x file':>7}  x coco: MB/s boxes/s")  # fmt: skip
     for name in dict.fromkeys(["coco", *args.formats]):
         row = results[name] = measure(name, drawn, args.repeats)
-        row["times_coco"] = row["boxes_per_s"] / results["coco"]["boxes_per_s"]
+        for key in ("mb", "boxes"):
+            row[f"{key}_times_coco"] = row[f"{key}_per_s"] / results["coco"][f"{key}_per_s"]
         print(f"{name:<16}{row['records']:>9}{row['boxes']:>10}{row['rejected']:>9}{row['mb']:>8.1f}"
               f"{row['seconds']:>7.2f}{row['mb_per_s']:>7.1f}{row['boxes_per_s']:>10.0f}{row['peak_mb']:>9.0f}"
-              f"{row['times_file']:>7.2f}{row['times_coco']:>7.2f}", flush=True)  # fmt: skip
+              f"{row['times_file']:>7.2f}{row['mb_times_coco']:>14.2f}{row['boxes_times_coco']:>8.2f}",
+              flush=True)  # fmt: skip
     print(json.dumps(results))
 
 

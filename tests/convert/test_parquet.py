@@ -209,3 +209,14 @@ def test_two_processes_write_the_same(tmp_path: Path) -> None:
     files = [sorted(file.relative_to(tmp_path / n) for file in (tmp_path / n).rglob("*.mds")) for n in ("1", "2")]
     assert files[0] == files[1]
     assert all((tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes() for file in files[0])
+
+
+def test_a_part_is_made_again_if_its_images_changed(tmp_path: Path) -> None:
+    rows = [row({"bbox": [1.0, 1.0, 2.0, 2.0], "category": 1})]
+    first, same = (find(write(tmp_path / "a.parquet", rows), tmp_path, "train").entries[0] for _ in range(2))
+    assert first.fingerprint() == same.fingerprint()
+    assert len(first.fingerprint()) < 400, "the image is hashed"
+    rows[0]["image"]["bytes"] = picture(mode="L")
+    (tmp_path / "other").mkdir()
+    other = find(write(tmp_path / "other/a.parquet", rows), tmp_path, "train").entries[0]
+    assert other.fingerprint() != first.fingerprint()

@@ -37,6 +37,7 @@ INSTANCES = {
     "annotations": [
         {"id": 101, "image_id": 1, "bbox": [1.5, 2, 3, 4], "category_id": 1, "segmentation": [[1.0] * 6]},
         {"id": 102, "image_id": 1, "bbox": [0, 0, 20, 10], "category_id": 1},
+        {"id": 103, "image_id": 2, "bbox": [0, 0, 20, 10], "category_id": 1},
     ],
 }
 REFS = [ref(1, ["left cup", 'the "red" cup']), ref(2, ["all of it"], "testA")]
@@ -116,6 +117,7 @@ def test_a_split_that_is_not_there(images: Path) -> None:
     [
         ({"image_id": 9}, "unknown image"),
         ({"ann_id": 9}, "unknown annotation"),
+        ({"ann_id": 103}, "unknown annotation"),
         ({"sentences": []}, "malformed record"),
         ({"sentences": [{"tokens": []}]}, "malformed record"),
         ({"sentences": [{"sent": "a <|im_end|>"}]}, "control token in a text"),
