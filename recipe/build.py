@@ -36,6 +36,7 @@ from recipe.joint import JointModel
 from recipe.load import build_network, fill_head, fill_whole, load_base, refuse_in_nf4
 from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
+from recipe.prediction.classes import class_trie
 from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
 from recipe.upstream.trainer_section import view_trainer
@@ -98,7 +99,8 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
         log.info("the head starts from %s: detection_head.pretrained", base)
     if config.ema is not None:
         network.add_average()
-    return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt)
+    classes = class_trie(config.evaluation.classes, processor.tokenizer, network)
+    return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt, classes)
 
 
 def take_weights(

@@ -198,6 +198,8 @@ class EvaluationConfig:
     generate_answer: bool = True  # let the language model write its answer too
     max_new_tokens: int = number(512, least=1)
     num_logged_images: int = number(8, least=0)
+    # Each object gets a probability of each of these, in place of a caption; []: a caption.
+    classes: list[str] = field(default_factory=list[str])
 
 
 @dataclass

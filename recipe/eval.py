@@ -15,6 +15,9 @@ from recipe.upstream.trainer_section import view_trainer
 if TYPE_CHECKING:
     from composer import Trainer
 
+    from recipe.metrics.categories import CategoryReport
+    from recipe.metrics.gather import Evaluation
+
 log = logging.getLogger("recipe.eval")  # its __name__ is __main__
 
 USAGE = "composer recipe/eval.py YAML load_path=CHECKPOINT [key.sub=value ...]"
@@ -42,6 +45,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from recipe.data.split import evaluation_loader
     from recipe.data.stream import read_teachers
     from recipe.load import build_encoder, load_processor
+    from recipe.metrics.categories import category_table
     from recipe.metrics.gather import UNDEFINED
     from recipe.optim.fsdp import build_parallelism
     from recipe.upstream.agreement import DIST_TIMEOUT
@@ -76,15 +80,38 @@ def main(config: RecipeConfig) -> dict[str, float]:
     trainer.eval()
     scores = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     if dist.get_global_rank() == 0:
-        Path(config.run_folder, "eval.json").write_text(json.dumps(scores, indent=1) + "\n")
+        report = None if config.detection_head is None else report_of(trainer, config.evaluation)
+        found = scores if report is None else {**scores, "categories": report.to_json()}
+        Path(config.run_folder, "eval.json").write_text(json.dumps(found, indent=1) + "\n")
         names = ", ".join(loader.streams)
         print(f"{eval_loader.num_samples} samples of {names}, checkpoint {redact(str(config.load_path))}")
         print(headline(scores))
         for name, value in scores.items():
             print(f"  {name:24} {'-' if value == UNDEFINED else format(value, '.4f')}")
-        if config.detection_head is not None:
+        if report is not None:
+            print(category_table(report))
+            rows = [[name, *vars(found).values()] for name, found in report.scores.items()]
+            trainer.logger.log_table(["category", "truths", "ap", "ap50", "recall"], rows, name="eval/categories")
             calibrate(trainer, config.evaluation, config.run_folder)
     return scores
+
+
+def report_of(trainer: "Trainer", evaluation: EvaluationConfig) -> "CategoryReport":
+    """Return the scores by category of what was just evaluated."""
+    from recipe.metrics.categories import report_categories
+
+    rows = evaluated(trainer).evaluated
+    predictions, samples = [row for _, row, _ in rows], [sample for _, _, sample in rows]
+    return report_categories(predictions, samples, evaluation.score_threshold)
+
+
+def evaluated(trainer: "Trainer") -> "Evaluation":
+    """Return what holds all predictions and samples that were just evaluated."""
+    from recipe.metrics.gather import MetricEntry
+
+    entry = next(iter(trainer.state.eval_metrics["eval"].values()))
+    assert isinstance(entry, MetricEntry)
+    return entry.source
 
 
 def calibrate(trainer: "Trainer", evaluation: EvaluationConfig, run_folder: str) -> None:
@@ -97,14 +124,11 @@ def calibrate(trainer: "Trainer", evaluation: EvaluationConfig, run_folder: str)
         find_calibration,
         write_calibration,
     )
-    from recipe.metrics.gather import MetricEntry
 
     path = Path(run_folder, CALIBRATION_FILE)
     path.unlink(missing_ok=True)  # an earlier one may be of other weights
-    entry = next(iter(trainer.state.eval_metrics["eval"].values()))
-    assert isinstance(entry, MetricEntry)
     try:
-        halves = detections_of_halves(entry.source)
+        halves = detections_of_halves(evaluated(trainer))
         check_enough(*halves)
         found = find_calibration(*halves, evaluation)
     except ValueError as error:

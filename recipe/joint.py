@@ -26,6 +26,7 @@ from recipe.metrics.captions import caption_cider, caption_match, dense_captioni
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import TextScorer, default_text_scorer
 from recipe.models.network import JointNetwork, Sealed
+from recipe.prediction.classes import ClassTrie
 from recipe.prediction.decode import Decoding, predict
 from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts, Prediction, Sample
 
@@ -40,6 +41,7 @@ class JointModel(ComposerModel):
         loss: LossConfig,
         evaluation: EvaluationConfig,
         prompt: PromptConfig,
+        classes: ClassTrie | None = None,
     ):
         super().__init__()
         self.model = network
@@ -47,6 +49,7 @@ class JointModel(ComposerModel):
         self.loss_config = loss
         self.evaluation = evaluation
         self.prompt = prompt
+        self.classes = classes
 
     def forward(self, batch: Batch) -> JointOutputs:
         """Return the outputs of one microbatch."""
@@ -90,7 +93,7 @@ class JointModel(ComposerModel):
         """Return loss sums and predictions of one evaluation batch; ignore `outputs`, as captions need a new pass."""
         # Average precision scores the captions of all objects; metrics that need a threshold apply it themselves.
         evaluation = replace(self.evaluation, score_threshold=0.0)
-        made, predictions = predict(self.model, batch, Decoding(self.tokenizer, evaluation, self.prompt))
+        made, predictions = predict(self.model, batch, Decoding(self.tokenizer, evaluation, self.prompt, self.classes))
         return EvalOutputs(predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:

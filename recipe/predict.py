@@ -18,6 +18,7 @@ if __name__ == "__main__":
         parse(sys.argv[1:])  # before the imports below, which take seconds
 
 import argparse
+import itertools
 import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from recipe.images import displayed_size, open_image
 from recipe.load import build_encoder, load_network
 from recipe.metrics.calibration import read_calibration
 from recipe.models.network import JointNetwork
+from recipe.prediction.classes import class_trie
 from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.draw import draw_prediction
 from recipe.prediction.files import (
@@ -71,6 +73,8 @@ def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> Eva
         changes["generate_answer"] = args.answer != "boxes"
     if args.answer == "text":
         changes["max_captions"] = 0
+    if args.classes is not None:
+        changes["classes"] = args.classes
     return replace(evaluation, **changes)
 
 
@@ -128,6 +132,9 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ValueError(f"cannot make the folder --out {out}: {error.strerror}") from error
     predictor = build_predictor(args)
+    if categories is None and predictor.decoding.classes is not None:
+        categories = category_ids(zip(predictor.decoding.classes.names, itertools.count(1), strict=False))
+        print(f"{COCO_RESULTS_FILE}: category_id 1 to {len(categories)} are the classes in the order given")
     entries: list[PredictedFile] = []
     try:
         with tqdm(total=len(inputs), unit=" images", disable=None) as progress:
@@ -193,6 +200,8 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     precision = (view_trainer(config).precision or "amp_fp16").lower()  # Composer's default
     if precision not in DTYPES:
         raise ValueError(f"trainer.precision is {precision!r}: give a --config with one of {', '.join(DTYPES)}")
+    evaluation = evaluation_of(args, config.evaluation)
+    classes = class_trie(evaluation.classes, processor.tokenizer, network) if network.has_head else None
     num_teachers = args.num_teachers or config.teachers.num_teachers or len(teachers)
     if args.num_teachers is not None and args.num_teachers > len(teachers):
         raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated images")
@@ -201,7 +210,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     return Predictor(
         network=network.eval().to(device),
         encoder=build_encoder(processor, network, config.image, prompt, config.max_seq_len, keep_image=True),
-        decoding=Decoding(processor.tokenizer, evaluation_of(args, config.evaluation), prompt),
+        decoding=Decoding(processor.tokenizer, evaluation, prompt, classes),
         dtype=DTYPES[precision] if device.type == "cuda" else None,  # Composer ignores it on the CPU
         device=device,
         teachers=teachers[: num_teachers + 1],

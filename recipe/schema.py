@@ -355,6 +355,21 @@ class CaptionPlaces:
         return slots[self.image, self.slot]
 
 
+@dataclass(frozen=True)
+class TokenTree:
+    """Token sequences that share their beginnings, as C nodes, parents first; the first is the root, before any token.
+
+    Attributes:
+        tokens: (C - 1,) int64, the tokens of all nodes but the root.
+        depths: (C,) int64, the number of tokens from the root to a node.
+        mask: (C, C) bool: True if the column is the row's node or one of its ancestors.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    mask: Tensor
+
+
 @dataclass
 class DetectionOutputs:
     """What the head predicts for N images.
@@ -430,20 +445,33 @@ class JointOutputs:
 
 @dataclass(frozen=True)
 class DetectedObject:
-    """One predicted object: xyxy in original-image pixels, objectness in [0, 1], caption in words."""
+    """One predicted object: xyxy in original-image pixels, objectness in [0, 1], caption in words.
+
+    If it was to be one of some classes, `classes` holds (class, probability) of the likely ones, best first, and the
+    caption is the first.
+    """
 
     box: Box
     score: float
     caption: str
+    classes: tuple[tuple[str, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
-        return {"box": list(self.box), "score": self.score, "caption": self.caption}
+        row = {"box": list(self.box), "score": self.score, "caption": self.caption}
+        return {**row, "classes": dict(self.classes)} if self.classes else row
+
+    def per_class(self) -> list[DetectedObject]:
+        """Return one object per class, its score times the class's probability; the object itself without classes."""
+        if not self.classes:
+            return [self]
+        return [DetectedObject(self.box, self.score * share, name) for name, share in self.classes]
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> DetectedObject:
         """Read what `to_json` wrote; the objects of a text answer have no score, which is 1."""
-        return cls(tuple(row["box"]), row.get("score", 1.0), row["caption"])
+        classes = tuple(row.get("classes", {}).items())
+        return cls(tuple(row["box"]), row.get("score", 1.0), row["caption"], classes)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ CONVERT_MAY_IMPORT = {"schema", "boxes", "images", "records", "redact"}
 DOOR_TO_CONVERT = "convert.annotated"
 MOST_MODULES = 20  # directly in recipe/
 MOST_LINES = 450
-MOST_NOUNS = 600  # lines of schema.py, which is one file so that every noun is found in it
+MOST_ENTRIES = 600  # lines of schema.py and config.py, each one file so that every noun and every key is found in it
 # Split, so that this file does not hold what it looks for.
 MACHINE_PATHS = ["/" + folder + "/" for folder in ("work", "root", "home", "tmp")]
 REGISTRY_HOSTS = ["pypi" + ".org", "python" + "hosted.org", "npmjs" + ".org", "download.pytorch" + ".org"]
@@ -170,7 +170,7 @@ def test_no_module_shadows_another_package() -> None:
 def test_files_are_one_screenful_of_ideas() -> None:
     for path in sources("recipe", "convert"):
         lines = path.read_text(encoding="utf-8").count("\n")
-        most = MOST_NOUNS if path.name == "schema.py" else MOST_LINES
+        most = MOST_ENTRIES if path.name in ("schema.py", "config.py") else MOST_LINES
         assert lines <= most, f"{path} has {lines} lines: split it"
 
 

@@ -1,6 +1,8 @@
 """Score boxes: COCO average precision, what the queries could find, referring expressions, boxes written in answers."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,33 +45,95 @@ def box_average_precision(predictions: Sequence[Prediction], samples: Sequence[S
         `box_ar100` of at most N boxes per image. AP uses the 100 best. -1 if no ground truth defines a value, 0
         without predictions.
     """
-    return _coco_summary("box", predictions, samples, by_category=False)
+    return _coco_summary("box", predictions, samples)
 
 
 def category_average_precision(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
     """Compute `category_ap` and so on: `box_average_precision` averaged over categories.
 
-    Captions are the category names, compared without case and outer blanks. Objects without a caption are left out;
-    categories without ground truth do not count. With `Sample.searched` this is LVIS's federated rule.
+    Captions are the category names, compared without case and outer blanks. An object with class probabilities counts
+    once for each class, its score times the probability. Objects without a caption are left out; categories without
+    ground truth do not count. With `Sample.searched` this is LVIS's federated rule.
     """
-    return _coco_summary("category", predictions, samples, by_category=True)
+    return _coco_summary("category", predictions, samples)
 
 
-def _coco_summary(
-    prefix: str, predictions: Sequence[Prediction], samples: Sequence[Sample], by_category: bool
-) -> dict[str, float]:
-    """Return COCO's summary, over the categories of captions or as if there were one."""
+@dataclass(frozen=True)
+class CategoryScores:
+    """The scores of one category, as COCO defines them; -1 without ground truth.
+
+    Attributes:
+        truths: Ground truths, without crowd regions.
+        ap, ap50: Average precision, mean over IoU .50:.95 and at .50.
+        recall: At an IoU of .50, of the 100 best of an image.
+    """
+
+    truths: int
+    ap: float
+    ap50: float
+    recall: float
+
+
+def scores_per_category(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, CategoryScores]:
+    """Return the scores of each category with ground truth, by falling number of truths; see `CategoryScores`.
+
+    The mean of their `ap` is `category_ap`.
+    """
+    truths = Counter(
+        normalized_caption(item.caption)
+        for _, _, objects in scored_pairs(predictions, samples)
+        for item in objects
+        if not item.iscrowd and normalized_caption(item.caption)
+    )
+    coco, numbers = _coco(predictions, samples, by_category=True)
+    if coco is None:
+        return {}
+    # (IoU, recall, category, area, detections): of all areas, the 100 best.
+    precision, recall = coco.eval["precision"][..., 0, -1], coco.eval["recall"][..., 0, -1]
+    places = {name: numbers[name] - 1 for name in truths}
+    return {
+        name: CategoryScores(
+            count,
+            float(precision[:, :, places[name]].mean()),
+            float(precision[0, :, places[name]].mean()),
+            float(recall[0, places[name]]),
+        )
+        for name, count in truths.most_common()
+    }
+
+
+def _coco_summary(prefix: str, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
+    """Return COCO's summary, of `box` without regard to captions, of `category` by them."""
+    coco, _ = _coco(predictions, samples, by_category=prefix == "category")
+    summary = {f"{prefix}_{name}": UNDEFINED for name in _COCO_VALUES}
+    if coco is None:
+        return summary
+    for name, (table, iou, size, most) in _COCO_VALUES.items():
+        values = coco.eval[table][..., coco.params.areaRngLbl.index(size), coco.params.maxDets.index(most)]
+        values = values if iou is None else values[np.isclose(coco.params.iouThrs, iou)]
+        defined = values[values > -1]
+        summary[f"{prefix}_{name}"] = float(defined.mean()) if defined.size else UNDEFINED
+    return summary
+
+
+def _coco(
+    predictions: Sequence[Prediction], samples: Sequence[Sample], by_category: bool
+) -> tuple[COCOeval_faster | None, dict[str, int]]:
+    """Return COCO's evaluation of all images, None without truths, and the number of each category, from 1.
+
+    Without categories there are two, of which the second holds the detections of `is_unsure`.
+    """
     images: list[dict[str, Any]] = []
     truths: list[dict[str, Any]] = []
     detections: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
     for prediction, sample, objects in scored_pairs(predictions, samples):
-        unsure = is_unsure(prediction.objects, sample).tolist()
+        found = [one for item in prediction.objects for one in (item.per_class() if by_category else [item])]
         ignored: set[int] = set()
         images.append({"id": len(images), "not_exhaustive_category_ids": ignored})
-        rows = [(truths, item, False) for item in objects]
-        rows += [(detections, item, is_ignored) for item, is_ignored in zip(prediction.objects, unsure, strict=True)]
-        for target, item, is_ignored in rows:
+        unsure = [False] * len(objects) + is_unsure(found, sample).tolist()
+        for item, is_ignored in zip([*objects, *found], unsure, strict=True):
+            target = truths if isinstance(item, Object) else detections
             name = normalized_caption(item.caption) if by_category else f"unsure {is_ignored}"
             if not name:
                 continue
@@ -78,24 +142,17 @@ def _coco_summary(
                 ignored.add(category)
             target.append({"image_id": images[-1]["id"], "category_id": category, **_coco_fields(item)})
             target[-1]["id"] = len(target)  # 0 would be read as "not matched"
+    if not truths:
+        return None, numbers
     categories = [{"id": number, "name": name, "frequency": "f"} for name, number in numbers.items()]
-    if not truths or not categories:
-        return {f"{prefix}_{name}": UNDEFINED for name in _COCO_VALUES}
     for image in images:
         image["neg_category_ids"] = range(1, len(categories) + 1)  # else LVIS's rule drops detections
     truth = COCO({"images": images, "annotations": truths, "categories": categories})
-    found = truth.loadRes(detections)
-    coco = COCOeval_faster(truth, found, "bbox", print_function=lambda *args: None, lvis_style=True)
+    coco = COCOeval_faster(truth, truth.loadRes(detections), "bbox", print_function=lambda *args: None, lvis_style=True)
     coco.params.useCats = int(by_category)
     coco.evaluate()
     coco.accumulate()
-    summary = {}
-    for name, (table, iou, size, most) in _COCO_VALUES.items():
-        values = coco.eval[table][..., coco.params.areaRngLbl.index(size), coco.params.maxDets.index(most)]
-        values = values if iou is None else values[np.isclose(coco.params.iouThrs, iou)]
-        defined = values[values > -1]
-        summary[f"{prefix}_{name}"] = float(defined.mean()) if defined.size else UNDEFINED
-    return summary
+    return coco, numbers
 
 
 def _coco_fields(item: Object | DetectedObject) -> dict[str, Any]:

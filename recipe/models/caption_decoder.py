@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from recipe.models.layers import Attention, FeedForward
 from recipe.models.memory import sine_embedding
-from recipe.schema import CaptionPlaces, Memory
+from recipe.schema import CaptionPlaces, Memory, TokenTree
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -63,6 +63,7 @@ class CaptionLayer(nn.Module):
         memory: Memory,
         centers: Float[Tensor, "N T W"] | None,
         cache: LayerCache | None,
+        mask: Bool[Tensor, "1 1 C C"] | None = None,
     ) -> tuple[Float[Tensor, "R C W"], LayerCache]:
         """Advance R captions by C tokens: return their states and the cache including these tokens.
 
@@ -72,6 +73,7 @@ class CaptionLayer(nn.Module):
             memory: Of the N images.
             centers: Embedding of the box centres; read only at the first token.
             cache: Of earlier tokens; None at the first.
+            mask: True if the row's token may see the column's; None: it sees all before it.
         """
         length = states.shape[1]
         normed = self.self_norm(states)
@@ -84,7 +86,7 @@ class CaptionLayer(nn.Module):
             assert length == 1, "with a cache, one token at a time"
             memory_keys_values, positions = cache.memory, cache.positions
             keys, values = torch.cat([cache.past[0], keys], dim=2), torch.cat([cache.past[1], values], dim=2)
-        attended = self.self_attention(normed, (keys, values), is_causal=cache is None)
+        attended = self.self_attention(normed, (keys, values), mask=mask, is_causal=cache is None and mask is None)
         states = states + self.dropout(attended)
         queries = places.side_by_side(self.cross_norm(states)).flatten(1, 2)  # (N, T * C, W)
         of_tokens = positions.repeat_interleave(length, dim=2) if length > 1 else positions
@@ -136,11 +138,13 @@ class CaptionDecoder(nn.Module):
         memory: Memory,
         token_embeds: Float[Tensor, "R tokens D"] | None,
         cache: CaptionCache | None = None,
+        tree: TokenTree | None = None,
     ) -> Float[Tensor, "R C D"]:
         """Return the hidden states, ready for the output matrix, that predict each caption's next token.
 
         Teacher forcing: `token_embeds` are a caption's tokens but the last; step i then predicts token i. With a cache,
-        one step at a time (C = 1): first without `token_embeds`, then with the token just chosen.
+        one step at a time (C = 1): first without `token_embeds`, then with the token just chosen. With a tree,
+        `token_embeds` are its tokens', and the states are those of its nodes.
 
         Args:
             query_features: Of the queries.
@@ -149,6 +153,7 @@ class CaptionDecoder(nn.Module):
             memory: Of the N images.
             token_embeds: Embeddings of the tokens so far, C - 1 without a cache; None for none.
             cache: Advanced in place; start with a new one.
+            tree: Of continuations of one caption; without a cache.
         """
         parts, centers = [], None
         if cache is None or not cache.layers:
@@ -158,11 +163,14 @@ class CaptionDecoder(nn.Module):
             parts.append(self.token_in(self.token_norm(token_embeds.to(self.start.weight.dtype))))
         states = torch.cat(parts, dim=1)  # (R, C, W)
         first, length = (0 if cache is None else cache.length), states.shape[1]
-        states = states + self.token_positions.weight[first : first + length]
+        depths = slice(first, first + length) if tree is None else tree.depths
+        states = states + self.token_positions.weight[depths]
         kept = []
         for i, layer in enumerate(self.layers):
             layer_cache = cache.layers[i] if cache and cache.layers else None
-            states, layer_cache = layer(states, places, memory, centers, layer_cache)
+            states, layer_cache = layer(
+                states, places, memory, centers, layer_cache, None if tree is None else tree.mask[None, None]
+            )
             kept.append(layer_cache)
         if cache is not None:
             cache.layers, cache.length = kept, first + length

@@ -188,6 +188,16 @@ class VisionLanguageModel(nn.Module):
         """Return the language model's logits of hidden states."""
         return self.hf_model.lm_head(hidden_states.to(self.hf_model.lm_head.weight.dtype))
 
+    def logits_of(
+        self, hidden_states: Float[Tensor, "*tokens D"], token_ids: Int64[Tensor, " T"]
+    ) -> Float[Tensor, "*tokens T"]:
+        """Return the logits of some tokens alone.
+
+        Call it inside the forward pass: outside, FSDP has sharded the output matrix.
+        """
+        weight = self.hf_model.lm_head.weight[token_ids]
+        return F.linear(hidden_states.to(weight.dtype), weight)
+
     def token_losses(self, hidden_states: Float[Tensor, "K D"], labels: Int64[Tensor, " K"]) -> Float[Tensor, " K"]:
         """Return the cross-entropy of the logits of hidden states with `labels`, without keeping them.
 

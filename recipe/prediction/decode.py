@@ -16,6 +16,7 @@ from recipe.config import EvaluationConfig, PromptConfig
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.network import JointNetwork, Sealed, is_sharded, on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
+from recipe.prediction.classes import ClassTrie, class_probabilities
 from recipe.schema import (
     Batch,
     CaptionPlaces,
@@ -28,6 +29,8 @@ from recipe.schema import (
 )
 from recipe.upstream.torch_private import reshard
 
+Description = tuple[str, tuple[tuple[str, float], ...]]  # a caption, and the classes as in `DetectedObject`
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -36,6 +39,7 @@ class Decoding:
     tokenizer: PreTrainedTokenizerBase
     evaluation: EvaluationConfig
     prompt: PromptConfig  # says in which frame an answer gives its boxes
+    classes: ClassTrie | None = None  # of `evaluation.classes`, which are then the captions
 
 
 @torch.no_grad()
@@ -43,7 +47,8 @@ def predict(network: JointNetwork, batch: Batch, decoding: Decoding) -> tuple[Jo
     """Run the network on a batch; return its outputs and one prediction per sample, in order.
 
     Every query gives an object, by falling score, except those that NMS removes if `nms_iou` is set. Objects below the
-    score threshold have no caption. A sample without an image has no objects.
+    score threshold have no caption. With `decoding.classes` a caption is the most probable class. A sample without an
+    image has no objects.
     """
     # Decoded inside the forward pass: outside it, FSDP has sharded the parameters that generation needs.
     result = network(Sealed(batch), lambda outputs: decode(network, batch, outputs, decoding))
@@ -59,7 +64,7 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
     objects_of: list[tuple[DetectedObject, ...]] = [() for _ in rows]
     if network.has_head:
         ranking = rank_queries(outputs.detection, decoding.evaluation)
-        captions = _captions(network, outputs, ranking, decoding, lockstep) if is_asked else []
+        captions = _describe(network, outputs, ranking, decoding, lockstep) if is_asked else []
         objects_of = _objects(ranking, captions, [batch["samples"][position] for position in rows])
     answers = {}
     if is_asked and decoding.evaluation.generate_answer:
@@ -117,7 +122,7 @@ def calibrated_scores(logits: Tensor, evaluation: EvaluationConfig) -> Tensor:
 
 
 def _objects(
-    ranking: Ranking, captions: Sequence[dict[int, str]], samples: Sequence[Sample]
+    ranking: Ranking, captions: Sequence[dict[int, Description]], samples: Sequence[Sample]
 ) -> list[tuple[DetectedObject, ...]]:
     """Return the objects of each image, by falling score; `captions` are by query."""
     if not samples:
@@ -127,42 +132,40 @@ def _objects(
     rows = zip(boxes, ranking.scores.tolist(), ranking.queries.tolist(), strict=True)
     return [
         tuple(
-            DetectedObject((box[0], box[1], box[2], box[3]), score, texts.get(query, ""))
+            DetectedObject((box[0], box[1], box[2], box[3]), score, *texts.get(query, ("", ())))
             for box, score, query in zip(*(column[:count] for column in row), strict=True)
         )
         for row, texts, count in zip(rows, captions, ranking.num_objects.tolist(), strict=True)
     ]
 
 
-def _captions(
+def _describe(
     network: JointNetwork, outputs: JointOutputs, ranking: Ranking, decoding: Decoding, lockstep: bool
-) -> list[dict[int, str]]:
-    """Return the captions of the best objects of each image, by query."""
+) -> list[dict[int, Description]]:
+    """Return the captions and classes of the best objects of each image, by query."""
     evaluation, detection = decoding.evaluation, outputs.detection
     num_images, num_queries = ranking.queries.shape
     ranks = torch.arange(num_queries, device=ranking.queries.device)
     is_good = (ranking.scores >= evaluation.score_threshold) & (ranks < ranking.num_objects[:, None])
     image, rank = (is_good & (ranks < evaluation.max_captions)).nonzero(as_tuple=True)
-    captions: list[dict[int, str]] = [{} for _ in range(num_images)]
+    captions: list[dict[int, Description]] = [{} for _ in range(num_images)]
     is_blank = len(image) == 0
     if is_blank and not lockstep:
         return captions
     if is_blank:  # write one and discard it, since other ranks may have some to write
         image = rank = ranks[:1]
     queries = ranking.queries[image, rank]
-    ids = generate_captions(
-        network.caption_decoder,
-        detection.query_features[image, queries],
-        detection.pred_boxes[image, queries],
-        CaptionPlaces(image, rank, num_images, int(rank.max()) + 1),
-        outputs.memory,
-        network.vlm.embed_tokens,
-        network.vlm.logits,
-        eos_token_id(decoding.tokenizer),
-        lockstep,
-    )
+    places = CaptionPlaces(image, rank, num_images, int(rank.max()) + 1)
+    found = (detection.query_features[image, queries], detection.pred_boxes[image, queries], places, outputs.memory)
+    vlm, eos, texts = network.vlm, eos_token_id(decoding.tokenizer), list[Description]()
+    if decoding.classes is None:
+        ids = generate_captions(network.caption_decoder, *found, vlm.embed_tokens, vlm.logits, eos, lockstep)
+        texts = [(text, ()) for text in _texts(decoding.tokenizer, ids.tolist())]
+    else:
+        trie = decoding.classes.to(image.device)
+        shares = class_probabilities(network.caption_decoder, trie, *found, vlm.embed_tokens, vlm.logits_of)
+        texts = [(best[0][0], best) for best in map(trie.most_probable, shares.tolist())]
     if not is_blank:
-        texts = _texts(decoding.tokenizer, ids.tolist())
         for row, query, text in zip(image.tolist(), queries.tolist(), texts, strict=True):
             captions[row][query] = text
     return captions

@@ -10,7 +10,8 @@
 
 Boxes are xyxy in pixels of the displayed image. `objects` are all with at least `score_threshold`, by falling score;
 both are null if the head was not asked. `objects_below` are no predictions: only the gallery's slider shows them. They
-have less than the threshold, at least `least_score`, and no captions. `answer` is null if the language model was not
+have less than the threshold, at least `least_score`, and no captions. With a class list, an object also has `classes`,
+the probability of each likely one, and its caption is the first. `answer` is null if the language model was not
 asked, `answer_objects` also if its answer could not be parsed. If an image could not be used, all but `error`, `id`,
 `file` and `image_id` is null.
 """
@@ -205,7 +206,13 @@ def with_objects_below(entry: PredictedFile, found: Prediction, score_threshold:
 def _rounded(objects: Iterable[DetectedObject]) -> tuple[DetectedObject, ...]:
     boxes = ((item, [round(value, 2) for value in item.box]) for item in objects)  # hundredths of a pixel
     return tuple(
-        DetectedObject((x1, y1, x2, y2), rounded_score(item.score), item.caption) for item, (x1, y1, x2, y2) in boxes
+        DetectedObject(
+            (x1, y1, x2, y2),
+            rounded_score(item.score),
+            item.caption,
+            tuple((name, rounded_score(share)) for name, share in item.classes),
+        )
+        for item, (x1, y1, x2, y2) in boxes
     )
 
 
@@ -230,7 +237,8 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """Return the head's objects as COCO results with their captions.
 
-    If the head was not asked, the objects of the text answer, with score 1.
+    If the head was not asked, the objects of the text answer, with score 1. An object with class probabilities gives a
+    result per class, whose score is that of the object times the probability.
 
     Args:
         entries: What was predicted.
@@ -245,15 +253,16 @@ def coco_results(
             continue
         for item in entry.prediction.objects if entry.prediction.with_head else entry.prediction.answer_objects or ():
             x1, y1, x2, y2 = item.box
-            results.append(
-                {
-                    "image_id": entry.image_id,
-                    "category_id": known.get(normalized_caption(item.caption), otherwise),
-                    "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
-                    "score": item.score,
-                    "caption": item.caption,
-                }
-            )
+            for one in item.per_class():
+                results.append(
+                    {
+                        "image_id": entry.image_id,
+                        "category_id": known.get(normalized_caption(one.caption), otherwise),
+                        "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
+                        "score": rounded_score(one.score),
+                        "caption": one.caption,
+                    }
+                )
     return results
 
 

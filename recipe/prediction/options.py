@@ -46,6 +46,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
     what = "look for this (candidate phrase); repeatable"
     parser.add_argument("--expression", action="append", metavar="TEXT", help=what)
+    what = "one of these for each object, with scores, in place of a caption; or a file, one a line"
+    parser.add_argument("--classes", metavar="A,B,...", help=what)
     what = "solved examples: MDS shards, or a .jsonl and images"
     parser.add_argument("--teachers", type=Path, metavar="FOLDER", help=what)
     what = "first N of FOLDER; default: as in training, else all"
@@ -60,11 +62,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
         if any(text is not None and not text.strip() for text in texts):
             parser.error(f"--{name}: is empty; give a text, or leave it out for the run's prompt")
+    if args.classes is not None:
+        args.classes = _read_classes(parser, args.classes)
     if args.num_teachers is not None and args.teachers is None:
         parser.error("--num-teachers needs --teachers FOLDER")
     if args.config is not None:
         check_fields(load_config(args.config))
     return args
+
+
+def _read_classes(parser: argparse.ArgumentParser, value: str) -> list[str]:
+    """Return the names of --classes: the lines of a file, or the parts between commas."""
+    try:
+        text = Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value.replace(",", "\n")
+    except (OSError, ValueError) as error:
+        parser.error(f"--classes {value}: cannot be read as text ({error})")
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(names) < 2:
+        parser.error(f"--classes {value}: {len(names)} names; give two or more, separated by commas")
+    return names
 
 
 def parse_gallery(arguments: Sequence[str]) -> argparse.Namespace:

@@ -90,6 +90,7 @@ def test_tokens_are_those_that_the_loader_reads(
     assert contents.tokens == sum(item["num_tokens"] for item in batches)
     assert contents.tokens_otherwise == sum(item["num_tokens"] for item in other) != contents.tokens
     assert contents.num_packs == len(batches)
+    assert contents.tokens is not None
     loader = LoaderConfig(global_batch_size=2, packing=packing)
     assert tokens_per_batch(loader, spec) == pytest.approx(2 * contents.tokens / len(batches))
 

@@ -19,7 +19,7 @@ from recipe.data.collate import collate_packed, one_each
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.joint import JointModel
-from recipe.load import build_encoder, build_network, load_processor, round_frozen
+from recipe.load import build_encoder, build_network, load_processor, store_frozen
 from recipe.losses.counts import split_batch
 from recipe.models.attention import resolve_attention
 from recipe.models.vlm import read_hf_config
@@ -70,7 +70,7 @@ def build_random(session: Session, config: RecipeConfig) -> tuple[JointModel, An
             attn_implementation=resolve_attention(config.model.attn_implementation),
             dtype=getattr(torch, dtype),
         )
-    round_frozen(vlm, config)
+    store_frozen(vlm, config)
     if config.model.gradient_checkpointing:
         vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     network = build_network(config, vlm, image_spec(processor.image_processor, config.image), MAX_CAPTION_TOKENS)

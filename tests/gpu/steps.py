@@ -62,16 +62,18 @@ def full(session: Session) -> None:
 
 # --- quantised weights and moments -----------------------------------------------------------------------------------
 # {name: overrides of yamls/lora.yaml}; a name is measured like the legs above, if bitsandbytes is installed.
-QUANTISED: dict[str, tuple[str, ...]] = {}
+QUANTISED: dict[str, tuple[str, ...]] = {
+    "nf4": ("model.frozen_dtype=nf4",),
+    "8bit": ("optimizer.moments=8bit",),
+}
 
 
 def quantised(session: Session) -> None:
     """Time what needs bitsandbytes."""
     if find_spec("bitsandbytes") is None:
         session.not_run("quantised", "bitsandbytes is absent")
-    elif not QUANTISED:
-        session.not_run("quantised", "no key asks for it")
-    for name, overrides in QUANTISED.items() if find_spec("bitsandbytes") else ():
+        return
+    for name, overrides in QUANTISED.items():
         _leg(session, "lora", name, *overrides)
 
 

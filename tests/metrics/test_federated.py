@@ -11,6 +11,7 @@ from metric_cases import make_prediction, make_sample
 from recipe.metrics.boxes import answer_boxes, box_average_precision, category_average_precision
 from recipe.metrics.calibration import detections_of
 from recipe.metrics.captions import dense_captioning
+from recipe.metrics.categories import report_categories
 from recipe.metrics.gather import FALSE, IGNORED, found_truths, is_unsure, sample_key
 from recipe.metrics.scorers import MeteorLite
 from recipe.schema import DetectedObject, Object, Prediction, Sample, Searched
@@ -46,6 +47,8 @@ def test_only_what_was_searched_for_in_full_is_false(name: str) -> None:
     assert (len(found.scores), int(found.is_true.sum()), found.num_truths) == (3 if is_false else 2, 2, 2)
     boxes = dense_captioning([prediction], [SEARCHED], MeteorLite())["densecap_map_boxes"]
     assert (boxes == 1.0) == (not is_false)
+    confusion = report_categories([prediction], [SEARCHED], 0.0).confusion
+    assert sum(confusion.values()) == (3 if is_false else 2)
     answered = replace(prediction, answer="[...]", answer_objects=tuple(prediction.objects))
     assert answer_boxes([answered], [SEARCHED])["text_f1"] == pytest.approx(4 / 5 if is_false else 1.0)
 
