@@ -43,7 +43,7 @@ def read_instances(path: Path, keys: Sequence[str] = ("images", "annotations", "
     check_file(path, wanted)
     try:
         text = path.read_bytes()
-        text = text.decode(json.detect_encoding(text))  # frees the bytes
+        text = text.decode(json.detect_encoding(text), "surrogatepass")  # frees the bytes
         data = json.loads(text, object_hook=_without_mask)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error

@@ -46,7 +46,7 @@ def iter_array(path: Path, wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
     check_file(path, wanted)
     try:
         content = path.read_bytes()
-        content = content.decode(json.detect_encoding(content))  # frees the bytes
+        content = content.decode(json.detect_encoding(content), "surrogatepass")  # frees the bytes
         begin, scan = _BEGIN.match(content), json.JSONDecoder().raw_decode
         if begin is None:
             raise ValueError("it is not an array")
