@@ -37,7 +37,8 @@ SIZES: Mapping[str, Any] = {
     "optimizer.lr_adapter": 2e-3,
     "optimizer.lr_detection": 2e-3,
 }
-RATES = {"head": {}, "lora": {"optimizer.lr_lora_llm": 2e-3}}
+# With answers, which adapters learn, a sample has up to 1,158 tokens.
+OWN = {"head": {}, "lora": {"optimizer.lr_lora_llm": 2e-3, "train_loader.packing.max_tokens": 2048}}
 ON_A_CPU: Mapping[str, Any] = {
     "trainer.precision": "fp32",
     "trainer.device": "cpu",
@@ -98,7 +99,7 @@ def main() -> None:
             "train_loader.streams.main.local": folder,
             "eval_loader.streams.main.local": folder,
             **SIZES,
-            **RATES[name],
+            **OWN[name],
             **ON_A_CPU,
         }
         curves[name] = train(yaml, folder, name, args.steps, settings)
