@@ -3,7 +3,10 @@
 COMMANDS = {
     "coco": "COCO instances (instances.json)",
     "voc": "Pascal VOC (a folder of .xml files)",
-    "jsonl": "JSON lines (one record per line, chats too)",
+    "jsonl": "JSON lines of this recipe (one record per line, chats too)",
+    "yolo": "YOLO (data.yaml, or a folder with classes.txt)",
+    "odvg": "ODVG lines of Grounding DINO",
+    "chat": "chats of Qwen, ms-swift, LLaMA-Factory and LLaVA",
     "shapes": "synthetic scenes, to try things out",
     "teachers": "choose a pool of teachers from a converted data set",
     "verify": "check a converted data set",

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 
 from convert.formats import describe_other, look_at, starts_as_json
-from convert.items import BadRecord, Found
+from convert.items import BadRecord, Found, Note
 from convert.records import FileRecord, Record, check_file, parse_dict, refuse_duplicate, refuse_unstated_fractions
 
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -26,6 +26,7 @@ def find_lines(
     images: Path,
     parse: ParseEntry,
     formats: Sequence[str],
+    renumber: bool = False,
     bbox_type: str | None = None,
     bad_boxes: str = "reject",
     follow_links: bool = False,
@@ -33,7 +34,8 @@ def find_lines(
     """Return one record per line, or per entry of an array; blank lines are skipped.
 
     Its id is the record's `id`, or else FILE-LINE, lines counted from 1. `parse` makes a record of a JSON object; image
-    paths are relative to the folder `images`. For the other keywords see `list_records`.
+    paths are relative to the folder `images`. `renumber`: if ids repeat, FILE-LINE is the id of every record; otherwise
+    the first has it and later ones are rejected. For the other keywords see `list_records`.
 
     Raises:
         ValueError: `annotations` is not a file or looks like one of a format that is not in `formats`, `images` is not
@@ -51,8 +53,14 @@ def find_lines(
     records = _Lines(annotations, parse, make)
     if not records.num_objects and (len(records) != 1 or not starts_as_json(annotations)):
         raise ValueError(describe_other(annotations, wanted))
+    leading = []
+    if renumber and records.repeated:
+        leading.append(
+            Note("ids that an earlier record has: FILE-LINE is the id of every record", len(records.repeated))
+        )
+        records.is_numbered = True
     refuse_unstated_fractions(records, bbox_type)
-    return Found(records)
+    return Found(records, leading)
 
 
 class _Lines(Sequence[FileRecord]):
@@ -63,10 +71,11 @@ class _Lines(Sequence[FileRecord]):
         numbers: Of its line, or of its place in the array, from 1.
         num_objects: Records that are JSON objects with an id that can be used.
         repeated: Positions of records whose id an earlier one has.
+        is_numbered: Ids of records are not used.
     """
 
     def __init__(self, path: Path, parse: ParseEntry, make: Callable[..., FileRecord]) -> None:
-        self.path, self.parse, self.make = path, parse, make
+        self.path, self.parse, self.make, self.is_numbered = path, parse, make, False
         self.spans, self.numbers, self.num_objects = array("Q"), array("Q"), 0
         hashes = array("q")
         with path.open("rb") as lines, path.open("rb") as file:
@@ -98,7 +107,8 @@ class _Lines(Sequence[FileRecord]):
         sample_id = f"{self.path.stem}-{self.numbers[position]:06d}"
         try:
             entry = _parse_line(file.read(end - start))
-            return _parse_id(entry) or sample_id, partial(self.parse, entry)
+            stated = _parse_id(entry)
+            return sample_id if stated is None or self.is_numbered else stated, partial(self.parse, entry)
         except BadRecord as error:
             return sample_id, partial(_refuse, error)
 
@@ -114,7 +124,7 @@ class _Lines(Sequence[FileRecord]):
         with self.path.open("rb") as file:
             for position in positions:
                 sample_id, parse = self._read(file, position)
-                if position in self.repeated:
+                if position in self.repeated and not self.is_numbered:
                     parse = partial(refuse_duplicate, sample_id)
                 source = f"{self.path.name}: {self.place} {self.numbers[position]}"
                 records.append(self.make(id=sample_id, source=source, parse=parse))

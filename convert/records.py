@@ -110,9 +110,9 @@ class FileRecord:
         if record.size is not None and record.size != (width, height):
             stated = f"{record.size[0]:g}x{record.size[1]:g}"
             raise BadRecord("wrong size", f"stated {stated}, the displayed image is {width}x{height}")
-        if record.objects is None:
-            return Sample(self.id, data, width, height, None, messages), []
-        objects, notes = self._check_objects(record, width, height)
+        objects, notes = None, []
+        if record.objects is not None:
+            objects, notes = self._check_objects(record, width, height)
         if messages is not None:
             messages = tuple(self._check_box_parts(record, message, width, height) for message in messages)
         return Sample(self.id, data, width, height, objects, messages), notes

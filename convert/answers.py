@@ -1,0 +1,202 @@
+"""Boxes of a chat, in its text or for its placeholders: named, and made parts, so that they follow the resize."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from convert.chats import PLACEHOLDER, fill_placeholders, message_parts
+from convert.items import BadRecord, Note
+from convert.jsonl import parse_bbox_type, parse_objects
+from convert.records import parse_box, parse_dict, parse_text
+from recipe.schema import Box, Message, Object
+
+_NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
+_FOUR = rf"\[({_NUMBER}),({_NUMBER}),({_NUMBER}),({_NUMBER})\]"
+_CORNERS = rf"\(({_NUMBER}),({_NUMBER})\)\s*,?\s*\(({_NUMBER}),({_NUMBER})\)"
+# Of Qwen2-VL and of Qwen-VL.
+_TOKENS = re.compile(
+    r"(?:<\|object_ref_start\|>|<ref>)(?P<name>.*?)(?:<\|object_ref_end\|>|</ref>)"
+    rf"|(?:<\|box_start\|>|<box>){_CORNERS}(?:<\|box_end\|>|</box>)",
+    re.DOTALL,
+)
+_JSON_BOX = re.compile(rf'"bbox_2d"\s*:\s*{_FOUR}')
+_JSON_KEY = re.compile(r'"bbox_2d"\s*:\s*')
+_PLAIN = re.compile(rf"{_FOUR}|{_CORNERS}")
+_LEFT = re.compile(rf"{_FOUR}|{_CORNERS}|<\|(?:box|quad)_start\|>|<box>|<quad>|\"bbox")
+_LABELS = ("label", "desc", "text_content")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A box of a text, or a name (`box` is None) that takes the place of Qwen's marks around it."""
+
+    start: int
+    end: int
+    name: str | None
+    box: Box | None
+    is_token: bool = False
+
+
+@dataclass
+class Reading:
+    """A chat whose boxes were read.
+
+    Attributes:
+        messages: With parts `{"type": "box"}`, in the unit of the text.
+        objects: The boxes of the answers; None if there are none, or one has no name or could not be read.
+        bbox_type: `norm1000` for Qwen's tokens; None: what the file's boxes are.
+    """
+
+    messages: list[Message]
+    objects: list[Object] | None = None
+    bbox_type: str | None = None
+    notes: list[Note] = field(default_factory=list)
+
+
+def read_boxes(messages: Sequence[Message], stated: str | None) -> Reading:
+    """Return the chat with its boxes as parts.
+
+    Read are Qwen's tokens, in thousandths unless `stated` (of `BBOX_TYPES`) says otherwise, the key `bbox_2d` of JSON
+    in answers, and, only if `stated`, any four numbers in brackets. Other boxes stay text, with a note.
+    """
+    reading = Reading([])
+    objects: list[Object] = []
+    unnamed, left, tokens, name = 0, [], set(), None
+    for message in messages:
+        is_answer, content = message["role"] == "assistant", []
+        name = name if is_answer else None  # a question names what its answer's boxes are
+        for part in message_parts(message):
+            if part["type"] != "text":
+                content.append(part)
+                continue
+            text, position, rest = part["text"], 0, []
+            for found in _find(text, is_answer, stated is not None):
+                rest.append(text[position : found.start])
+                content.append({"type": "text", "text": rest[-1]})
+                position = found.end
+                if found.box is None:
+                    name = found.name
+                    content.append({"type": "text", "text": name})
+                    continue
+                tokens.add(found.is_token)
+                content.append({"type": "box", "box": found.box})
+                caption = name if found.is_token else found.name
+                if is_answer and caption:
+                    objects.append(Object(found.box, caption))
+                unnamed += is_answer and not caption
+            content.append({"type": "text", "text": text[position:]})
+            left += [match[0] for piece in (*rest, text[position:]) for match in _LEFT.finditer(piece)]
+        reading.messages.append({**message, "content": _joined(content)})
+    if len(tokens) == 2 and stated is None:
+        tokens, left, reading = set(), [*left, "in two units"], Reading(list(messages))
+    if not tokens:  # as it was, with a plain text where there was one
+        reading.messages = list(messages)
+    if left:
+        reading.notes.append(Note("chats with boxes left in their text, which do not follow a resize", 1, (left[0],)))
+    if unnamed and tokens:
+        reading.notes.append(Note("chats with answered boxes that have no name: not annotated", 1))
+    if objects and tokens and not unnamed and not left:
+        reading.objects = list(dict.fromkeys(objects))
+    reading.bbox_type = "norm1000" if stated is None and tokens == {True} else None
+    return reading
+
+
+def _find(text: str, is_answer: bool, with_plain: bool) -> list[_Found]:
+    """Return what is found in a text, in order."""
+    found = []
+    for match in _TOKENS.finditer(text):
+        name, *corners = match.groups()
+        box = None if corners[0] is None else _box(corners)
+        found.append(_Found(*match.span(), None if box else name.strip(), box, is_token=True))
+    if is_answer and not found:
+        found = list(_find_json(text))
+    if with_plain and not found:
+        for match in _PLAIN.finditer(text):
+            box = _box([value for value in match.groups() if value is not None])
+            if box[0] < box[2] and box[1] < box[3]:
+                found.append(_Found(*match.span(), None, box))
+    return found
+
+
+def _find_json(text: str) -> Iterator[_Found]:
+    """Yield the boxes of JSON in an answer, also in a fence or between words; none if one of them cannot be read."""
+    position, rows = 0, []
+    while (start := min((at for mark in "[{" if (at := text.find(mark, position)) >= 0), default=-1)) >= 0:
+        try:
+            value, position = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError):
+            position = start + 1
+            continue
+        rows += [row for row in (value if isinstance(value, list) else [value]) if isinstance(row, dict)]
+    rows = [row for row in rows if "bbox_2d" in row]
+    matches = list(_JSON_BOX.finditer(text))
+    if not len(rows) == len(matches) == len(_JSON_KEY.findall(text)):
+        return
+    for row, match in zip(rows, matches, strict=True):
+        label = next((row[key] for key in _LABELS if isinstance(row.get(key), str)), "")
+        start = text.index("[", match.start())
+        yield _Found(start, match.end(), label.strip() or None, _box(match.groups()))
+
+
+def _box(values: Sequence[Any]) -> Box:
+    x1, y1, x2, y2 = map(float, values)
+    return x1, y1, x2, y2
+
+
+def _joined(content: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the parts with neighbouring texts in one, so that they are tokenised as they were written."""
+    joined: list[dict[str, Any]] = []
+    for part in content:
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        elif part["type"] != "text" or part["text"]:
+            joined.append(part)
+    return joined
+
+
+def fill_boxes(
+    messages: Sequence[Message], value: Any, notes: list[Note]
+) -> tuple[list[Message], list[Object] | None, str | None]:
+    """Return the chat with its placeholders filled from `objects`, the objects, and what their boxes are if they say.
+
+    `objects` is as in convert.jsonl, or as in ms-swift, which ties no number of `ref` to that of `bbox`, and whose
+    version 2 wrote a list of `caption` and `bbox`, as text.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRecord("malformed record", f"objects is text, but not JSON: {error}") from error
+    unit = None
+    if isinstance(value, list) and any(isinstance(item, dict) and "bbox" in item for item in value):  # ms-swift 2
+        rows = [parse_dict(item, "an object") for item in value]
+        unit = next((str(row["bbox_type"]).replace("norm_", "norm") for row in rows if row.get("bbox_type")), None)
+        parse_bbox_type({"bbox_type": unit})
+        value = {"ref": [row.get("caption", row.get("ref")) for row in rows], "bbox": [row.get("bbox") for row in rows]}
+    refs, boxes = (value.get("ref") or [], value.get("bbox") or []) if isinstance(value, dict) else ([], [])
+    if len(refs) == len(boxes) or (len(refs) == 1 and boxes):
+        texts, objects = parse_objects(value)
+        filled = fill_placeholders(messages, texts, [item.box for item in objects or ()])
+        unique = list(dict.fromkeys(objects or ()))
+    else:
+        texts, unique = [parse_text(ref, "ref") for ref in refs], None
+        filled, names = fill_placeholders(messages, texts, list(map(parse_box, boxes))), _name_boxes(messages, texts)
+        if len(names) == len(boxes) and all(names):
+            unique = [Object(parse_box(box), name) for box, name in zip(boxes, names, strict=True)]
+        else:
+            notes.append(Note("chats whose boxes have no name: not annotated", 1))
+    return filled, unique, unit
+
+
+def _name_boxes(messages: Sequence[Message], texts: Sequence[str]) -> list[str]:
+    """Return the name of each `<bbox>`: that of the last `<ref-object>` before it, empty if there is none."""
+    names, left, name = [], iter(texts), ""
+    for part in (part for message in messages for part in message_parts(message)):
+        for piece in PLACEHOLDER.findall(part.get("text", "")):
+            if piece == "<bbox>":
+                names.append(name)
+            else:
+                name = next(left, "")
+    return names
