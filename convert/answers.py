@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from convert.chats import PLACEHOLDER, fill_placeholders, message_parts
@@ -24,7 +24,7 @@ _TOKENS = re.compile(
 _JSON_BOX = re.compile(rf'"bbox_2d"\s*:\s*{_FOUR}')
 _JSON_KEY = re.compile(r'"bbox_2d"\s*:\s*')
 _PLAIN = re.compile(rf"{_FOUR}|{_CORNERS}")
-_LEFT = re.compile(rf"{_FOUR}|{_CORNERS}|<\|(?:box|quad)_start\|>|<box>|<quad>|\"bbox")
+_LEFT = re.compile(rf'{_FOUR}|{_CORNERS}|<\|(?:box|quad)_start\|>|<box>|<quad>|"bbox\w*"\s*:\s*\S')
 _LABELS = ("label", "desc", "text_content")
 
 
@@ -39,68 +39,53 @@ class _Found:
     is_token: bool = False
 
 
-@dataclass
-class Reading:
-    """A chat whose boxes were read.
-
-    Attributes:
-        messages: With parts `{"type": "box"}`, in the unit of the text.
-        objects: The boxes of the answers; None if there are none, or one has no name or could not be read.
-        bbox_type: `norm1000` for Qwen's tokens; None: what the file's boxes are.
-    """
-
-    messages: list[Message]
-    objects: list[Object] | None = None
-    bbox_type: str | None = None
-    notes: list[Note] = field(default_factory=list)
-
-
-def read_boxes(messages: Sequence[Message], stated: str | None) -> Reading:
-    """Return the chat with its boxes as parts.
+def read_boxes(
+    messages: Sequence[Message], stated: str | None, notes: list[Note]
+) -> tuple[list[Message], list[Object] | None, str | None]:
+    """Return the chat with its boxes as parts, the boxes of its answers as objects, and their unit if it is theirs.
 
     Read are Qwen's tokens, in thousandths unless `stated` (of `BBOX_TYPES`) says otherwise, the key `bbox_2d` of JSON
-    in answers, and, only if `stated`, any four numbers in brackets. Other boxes stay text, with a note.
+    in answers, and, only if `stated`, any four numbers in brackets. Other boxes stay text, with a note. The objects are
+    None if there are no boxes, or if one of them has no name or could not be read.
     """
-    reading = Reading([])
+    read: list[Message] = []
     objects: list[Object] = []
-    unnamed, left, tokens, name = 0, [], set(), None
+    unnamed, left, kinds, name = 0, [], set(), None
     for message in messages:
         is_answer, content = message["role"] == "assistant", []
-        name = name if is_answer else None  # a question names what its answer's boxes are
+        name = name if is_answer else None  # a question may name the boxes of its answer
         for part in message_parts(message):
             if part["type"] != "text":
                 content.append(part)
                 continue
-            text, position, rest = part["text"], 0, []
+            text, position = part["text"], 0
             for found in _find(text, is_answer, stated is not None):
-                rest.append(text[position : found.start])
-                content.append({"type": "text", "text": rest[-1]})
+                left += _LEFT.findall(text[position : found.start])
+                content.append({"type": "text", "text": text[position : found.start]})
                 position = found.end
                 if found.box is None:
                     name = found.name
                     content.append({"type": "text", "text": name})
                     continue
-                tokens.add(found.is_token)
+                kinds.add(found.is_token)
                 content.append({"type": "box", "box": found.box})
                 caption = name if found.is_token else found.name
-                if is_answer and caption:
-                    objects.append(Object(found.box, caption))
+                objects += [Object(found.box, caption)] if is_answer and caption else []
                 unnamed += is_answer and not caption
+            left += _LEFT.findall(text[position:])
             content.append({"type": "text", "text": text[position:]})
-            left += [match[0] for piece in (*rest, text[position:]) for match in _LEFT.finditer(piece)]
-        reading.messages.append({**message, "content": _joined(content)})
-    if len(tokens) == 2 and stated is None:
-        tokens, left, reading = set(), [*left, "in two units"], Reading(list(messages))
-    if not tokens:  # as it was, with a plain text where there was one
-        reading.messages = list(messages)
+        read.append({**message, "content": _joined(content)})
+    if len(kinds) == 2 and stated is None:  # two units
+        left, kinds = ["two units"], set()
     if left:
-        reading.notes.append(Note("chats with boxes left in their text, which do not follow a resize", 1, (left[0],)))
-    if unnamed and tokens:
-        reading.notes.append(Note("chats with answered boxes that have no name: not annotated", 1))
-    if objects and tokens and not unnamed and not left:
-        reading.objects = list(dict.fromkeys(objects))
-    reading.bbox_type = "norm1000" if stated is None and tokens == {True} else None
-    return reading
+        notes.append(Note("chats with boxes left in their text, which do not follow a resize", 1))
+    if not kinds:
+        return list(messages), None, None
+    if unnamed:
+        notes.append(Note("chats with answered boxes that have no name: not annotated", 1))
+    is_whole = objects and not unnamed and not left
+    unit = "norm1000" if stated is None and True in kinds else None
+    return read, list(dict.fromkeys(objects)) if is_whole else None, unit
 
 
 def _find(text: str, is_answer: bool, with_plain: bool) -> list[_Found]:

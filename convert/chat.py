@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.answers import fill_boxes, read_boxes
-from convert.chats import parse_messages
+from convert.chats import fill_placeholders, parse_messages
 from convert.items import BadRecord, Found, Note
 from convert.jsonl import CHAT_KEYS, parse_bbox_type
 from convert.lines import find_lines
@@ -56,19 +56,15 @@ def _parse(stated: str | None, entry: dict[str, Any]) -> Record:
     if len(images) > 1:
         raise BadRecord("more than one image", f"{len(images)} images")
     messages = parse_messages(turns) or []
-    notes += [
-        Note(f"records with the key {key!r}, which is not read", 1)
-        for key in sorted(entry.keys() - _KEYS)
-        if entry[key]
-    ]
-    objects, bbox_type = None, parse_bbox_type(entry)
+    unread = sorted(key for key in entry.keys() - _KEYS if entry[key])
+    notes += [Note(f"records with the key {key!r}, which is not read", 1) for key in unread]
+    bbox_type = parse_bbox_type(entry)
     if entry.get("objects") is not None:
         messages, objects, unit = fill_boxes(messages, entry["objects"], notes)
-        bbox_type = bbox_type or unit
-    elif images:
-        reading = read_boxes(messages, bbox_type or stated)
-        messages, objects, notes = reading.messages, reading.objects, [*notes, *reading.notes]
-        bbox_type = bbox_type or reading.bbox_type
+    else:
+        fill_placeholders(messages, (), ())  # none may be left
+        messages, objects, unit = read_boxes(messages, bbox_type or stated, notes) if images else (messages, None, None)
+    bbox_type = bbox_type or unit
     if objects is None and all(message["role"] != "assistant" for message in messages):
         raise BadRecord("malformed messages", "no answer to learn from")
     size = parse_size(entry.get("width"), entry.get("height"))

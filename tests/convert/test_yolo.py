@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from convert_helpers import picture, read_items, read_rejected, read_samples, run_main
-from round_trip import NAMES, assert_same, convert, draw_scenes
+from drawn_scenes import NAMES, assert_same, convert, draw_scenes
 
 from convert.items import Note, Rejected
 from convert.yolo import find
