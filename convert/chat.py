@@ -34,7 +34,7 @@ _TURN_KEYS = {"role", "from", "content", "value"}
 _KEYS = {"id", "image", "images", "objects", "bbox_type", "system", "width", "height", "history", "messages"}
 _KEYS |= CHAT_KEYS | {"response", "input", "output"}
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
-_INLINE_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
+_INLINE_IMAGE = re.compile(r"(?:\w+ \d+: ?)?<img>(.*?)</img>\n?")
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
