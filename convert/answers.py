@@ -3,8 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from convert.chats import PLACEHOLDER, fill_placeholders, message_parts
 from convert.items import BadRecord, Note
@@ -24,12 +23,15 @@ _TOKENS = re.compile(
 _JSON_BOX = re.compile(rf'"bbox_2d"\s*:\s*{_FOUR}')
 _JSON_KEY = re.compile(r'"bbox_2d"\s*:\s*')
 _PLAIN = re.compile(rf"{_FOUR}|{_CORNERS}")
-_LEFT = re.compile(rf'{_FOUR}|{_CORNERS}|<\|(?:box|quad)_start\|>|<box>|<quad>|"bbox\w*"\s*:\s*\S')
+# Each begins with one of a few letters, which `re` finds fast.
+_LEFT = re.compile(
+    rf'[\[(<"](?:(?<=\[){_FOUR[2:]}|(?<=\(){_CORNERS[2:]}|(?<=<)(?:\|(?:box|quad)_start\|>|box>|quad>)'
+    r'|(?<=")bbox\w*"\s*:\s*[^\s\0])'
+)
 _LABELS = ("label", "desc", "text_content")
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """A box of a text, or a name (`box` is None) that takes the place of Qwen's marks around it."""
 
     start: int
@@ -50,21 +52,23 @@ def read_boxes(
     """
     read: list[Message] = []
     objects: list[Object] = []
-    unnamed, left, kinds, name = 0, [], set(), None
+    unnamed, is_left, kinds, asked = 0, False, set(), set()
     for message in messages:
         is_answer, content = message["role"] == "assistant", []
-        name = name if is_answer else None  # a question may name the boxes of its answer
+        name = next(iter(asked)) if is_answer and len(asked) == 1 else None  # a question may name its answer's boxes
+        asked = asked if is_answer else set()
         for part in message_parts(message):
             if part["type"] != "text":
                 content.append(part)
                 continue
-            text, position = part["text"], 0
+            text, position, rest = part["text"], 0, []
             for found in _find(text, is_answer, stated is not None):
-                left += _LEFT.findall(text[position : found.start])
-                content.append({"type": "text", "text": text[position : found.start]})
+                rest.append(text[position : found.start])
+                content.append({"type": "text", "text": rest[-1]})
                 position = found.end
                 if found.box is None:
                     name = found.name
+                    asked |= set() if is_answer else {name}
                     content.append({"type": "text", "text": name})
                     continue
                 kinds.add(found.is_token)
@@ -72,18 +76,19 @@ def read_boxes(
                 caption = name if found.is_token else found.name
                 objects += [Object(found.box, caption)] if is_answer and caption else []
                 unnamed += is_answer and not caption
-            left += _LEFT.findall(text[position:])
-            content.append({"type": "text", "text": text[position:]})
+            rest.append(text[position:])
+            content.append({"type": "text", "text": rest[-1]})
+            is_left = is_left or _LEFT.search("\0".join(rest)) is not None
         read.append({**message, "content": _joined(content)})
     if len(kinds) == 2 and stated is None:  # two units
-        left, kinds = ["two units"], set()
-    if left:
+        is_left, kinds = True, set()
+    if is_left:
         notes.append(Note("chats with boxes left in their text, which do not follow a resize", 1))
     if not kinds:
         return list(messages), None, None
     if unnamed:
         notes.append(Note("chats with answered boxes that have no name: not annotated", 1))
-    is_whole = objects and not unnamed and not left
+    is_whole = objects and not unnamed and not is_left
     unit = "norm1000" if stated is None and True in kinds else None
     return read, list(dict.fromkeys(objects)) if is_whole else None, unit
 
@@ -91,7 +96,7 @@ def read_boxes(
 def _find(text: str, is_answer: bool, with_plain: bool) -> list[_Found]:
     """Return what is found in a text, in order."""
     found = []
-    for match in _TOKENS.finditer(text):
+    for match in _TOKENS.finditer(text) if "<" in text else ():
         name, *corners = match.groups()
         box = None if corners[0] is None else _box(corners)
         found.append(_Found(*match.span(), None if box else name.strip(), box, is_token=True))
@@ -108,6 +113,8 @@ def _find(text: str, is_answer: bool, with_plain: bool) -> list[_Found]:
 def _find_json(text: str) -> Iterator[_Found]:
     """Yield the boxes of JSON in an answer, also in a fence or between words; none if one of them cannot be read."""
     position, rows = 0, []
+    if '"bbox_2d"' not in text:
+        return
     while (start := min((at for mark in "[{" if (at := text.find(mark, position)) >= 0), default=-1)) >= 0:
         try:
             value, position = json.JSONDecoder().raw_decode(text, start)
@@ -121,8 +128,7 @@ def _find_json(text: str) -> Iterator[_Found]:
         return
     for row, match in zip(rows, matches, strict=True):
         label = next((row[key] for key in _LABELS if isinstance(row.get(key), str)), "")
-        start = text.index("[", match.start())
-        yield _Found(start, match.end(), label.strip() or None, _box(match.groups()))
+        yield _Found(match.start(1) - 1, match.end(), label.strip() or None, _box(match.groups()))
 
 
 def _box(values: Sequence[Any]) -> Box:
@@ -176,12 +182,18 @@ def fill_boxes(
 
 
 def _name_boxes(messages: Sequence[Message], texts: Sequence[str]) -> list[str]:
-    """Return the name of each `<bbox>`: that of the last `<ref-object>` before it, empty if there is none."""
-    names, left, name = [], iter(texts), ""
-    for part in (part for message in messages for part in message_parts(message)):
-        for piece in PLACEHOLDER.findall(part.get("text", "")):
+    """Return the name of each `<bbox>`: the last `<ref-object>` before it in its turn, or the only one of the question.
+
+    It is empty if there is none.
+    """
+    names, left, asked = [], iter(texts), []
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        name, asked = asked[0] if is_answer and len(asked) == 1 else "", asked if is_answer else []
+        for piece in PLACEHOLDER.findall("\n".join(part.get("text", "") for part in message_parts(message))):
             if piece == "<bbox>":
                 names.append(name)
-            else:
-                name = next(left, "")
+                continue
+            name = next(left, "")
+            asked += [] if is_answer else [name]
     return names

@@ -45,8 +45,7 @@ def find(annotations: Path, images: Path, bbox_type: str | None = None, **option
 
 
 def _parse(stated: str | None, entry: dict[str, Any]) -> Record:
-    other = [key for key in _OTHER_MEDIA if entry.get(key)]
-    if other:
+    if other := [key for key in _OTHER_MEDIA if entry.get(key)]:
         raise BadRecord("video or audio", f"the record has the keys {other}: only images are read")
     images: list[str] = []
     for value in (entry.get("image"), entry.get("images")):
@@ -111,9 +110,10 @@ def _read_pairs(entry: dict[str, Any]) -> list[tuple[Any, Any]]:
 def _read_content(content: Any, images: list[str]) -> Any:
     """Return text, or parts without the images that they name, which are added to `images`."""
     if isinstance(content, str):
-        named = _INLINE_IMAGE.findall(content)
-        images += [_read_path(path) for path in named]
-        return _INLINE_IMAGE.sub("<image>", content.replace(_QWEN_IMAGE, "<image>")) if "<" in content else content
+        if "<img>" in content:
+            images += [_read_path(path) for path in _INLINE_IMAGE.findall(content)]
+            content = _INLINE_IMAGE.sub("<image>", content)
+        return content.replace(_QWEN_IMAGE, "<image>")
     if not isinstance(content, list):
         return content
     parts = []

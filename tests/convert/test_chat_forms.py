@@ -214,6 +214,9 @@ def test_a_question_names_the_boxes_of_its_answer(tmp_path: Path) -> None:
     assert (turns_of(sample)[0][1], sample.objects) == ("<image>Find the cup.", (CUP,))
     *_, sample = converted(tmp_path, {"conversations": [asked, answer, {"from": "human", "value": "And?"}, answer]})
     assert sample.objects is None, "the second question names nothing"
+    asked["value"] += " And the <|object_ref_start|>jar<|object_ref_end|>."
+    note, sample = converted(tmp_path, {"conversations": [asked, answer]})
+    assert (note.what, sample.objects) == (NO_NAME, None), "the box may be either's"
 
 
 @pytest.mark.parametrize(
@@ -271,6 +274,15 @@ SWIFT = {"query": "<image>Find <ref-object>.", "response": "<bbox><bbox>"}
             },
             (CUP,),
             ["<image>Find [1, 2, 3, 4]", "cup"],
+        ),
+        (
+            {
+                "query": "<image>Find <ref-object> and <ref-object>.",
+                "response": "<bbox><bbox><bbox>",
+                "objects": {"ref": ["cup", "jar"], "bbox": [[1, 2, 3, 4], [5, 6, 7, 8], [4, 6, 7, 8]]},
+            },
+            None,
+            ["<image>Find cup and jar.", "[1, 2, 3, 4][5, 6, 7, 8][4, 6, 7, 8]"],
         ),
         (
             {"query": "<image>Open it", "response": "click('<bbox>')", "objects": {"ref": [], "bbox": [[1, 2, 3, 4]]}},
