@@ -45,6 +45,8 @@ def read_instances(path: Path, keys: Sequence[str] = ("images", "annotations", "
     try:
         data = json.loads(path.read_bytes())
     except UnicodeDecodeError as error:
+        if not starts_as_json(path):
+            raise ValueError(describe_other(path, wanted)) from error
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
     except ValueError as error:
         if starts_as_json(path) and look_at(path)[1] in ("coco", ""):

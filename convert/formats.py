@@ -30,6 +30,7 @@ _JSON = (
     ({"annotations", "result"}, "Label Studio's own JSON (it exports COCO and YOLO too)", ""),
     ({"image_id", "category_id", "score"}, "COCO results, which are predictions", ""),
 )
+_UNKNOWN = ("JSON with the keys", "plain text", "a binary file", "an empty file")
 _BINARY = (
     (b"PAR1", "parquet", "parquet"),
     (b"PK\x03\x04", "a zip file: unpack it", ""),
@@ -78,6 +79,13 @@ def _look_at_text(text: str) -> tuple[str, str]:
     if lines and max(lines[0].count(mark) for mark in ",;\t") >= 2:
         return "a CSV table", ""
     return "plain text" if lines else "an empty file", ""
+
+
+def refuse_other(path: Path, wanted: str, *readers: str) -> None:
+    """Raise ValueError if a file looks like one that none of `readers` reads; not if it looks like nothing known."""
+    what, reader = look_at(path)
+    if reader not in (*readers, "") or not (reader or what.startswith(_UNKNOWN)):
+        raise ValueError(describe_other(path, wanted))
 
 
 def describe_other(path: Path, wanted: str) -> str:

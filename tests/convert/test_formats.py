@@ -11,7 +11,7 @@ from convert_helpers import picture, read_items
 
 from convert.coco import find as find_coco
 from convert.coco import read_instances
-from convert.formats import describe_other, look_at
+from convert.formats import describe_other, look_at, refuse_other
 from convert.jsonl import find
 from convert.voc import find as find_voc
 
@@ -82,6 +82,26 @@ def test_every_reader_refuses_other_files_in_one_sentence(tmp_path: Path, conten
     if content not in ({"a": 1}, [{"score": 1}, 2]):  # which are records that lack something
         with pytest.raises(ValueError, match=r"looks like .*, not JSON lines for convert.jsonl"):
             find(path, tmp_path)
+
+
+@pytest.mark.parametrize(("content", "what", "reader"), LOOKS, ids=[look[1][:20] for look in LOOKS])
+def test_what_a_reader_refuses(tmp_path: Path, content: Any, what: str, reader: str) -> None:
+    path = write(tmp_path / "file", content)
+    if reader:
+        refuse_other(path, "its own", reader)
+    if reader in ("", "coco") and (reader or what.startswith(("JSON with", "plain", "an empty", "a binary"))):
+        refuse_other(path, "COCO", "coco")
+    else:
+        with pytest.raises(ValueError, match=r"looks like .*, not COCO: "):
+            refuse_other(path, "COCO", "coco")
+
+
+def test_binary_files_are_not_bad_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "file", b"PAR1\xff\xfe")
+    with pytest.raises(ValueError, match="looks like parquet, not a COCO file"):
+        read_instances(path)
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_instances(write(path, '{"images": "é"}'.encode("latin-1")))
 
 
 def test_a_json_file_of_many_lines_is_not_json_lines(tmp_path: Path) -> None:
