@@ -32,7 +32,7 @@ def read_coco(path: Path) -> dict[str, Sample]:
         width, height = record.size or (0, 0)
         assert record.image is not None
         objects = None if record.objects is None else tuple(record.objects)
-        samples[record.image] = Sample(entry.id, b"", int(width), int(height), objects)
+        samples[record.image] = Sample(entry.id, b"", int(width), int(height), objects, None, record.searched)
     return samples
 
 

@@ -31,7 +31,7 @@ from convert.records import (
     parse_text,
 )
 from convert.write import add_box_options, box_options, build_parser, run
-from recipe.schema import Box, Object
+from recipe.schema import Box, Object, Searched
 
 
 def read_instances(path: Path, keys: Sequence[str] = ("images", "annotations", "categories")) -> dict[str, list[Any]]:
@@ -43,7 +43,9 @@ def read_instances(path: Path, keys: Sequence[str] = ("images", "annotations", "
     wanted = f"a COCO file with the lists {', '.join(keys)}"
     check_file(path, wanted)
     try:
-        data = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        text = text.decode(json.detect_encoding(text))  # frees the bytes
+        data = json.loads(text, object_hook=_without_mask)
     except UnicodeDecodeError as error:
         if not starts_as_json(path):
             raise ValueError(describe_other(path, wanted)) from error
@@ -58,6 +60,13 @@ def read_instances(path: Path, keys: Sequence[str] = ("images", "annotations", "
     if missing:
         raise ValueError(f"{path} lacks the lists {missing}: give {wanted}")
     return {key: data[key] for key in keys}
+
+
+def _without_mask(item: dict[str, Any]) -> dict[str, Any]:
+    """Leave the polygons out if there is a box: they take ten times its memory."""
+    if item.get("bbox"):
+        item.pop("segmentation", None)
+    return item
 
 
 def find(
@@ -80,7 +89,8 @@ def find(
     entries = instances["images"]
     if entries and not any(isinstance(image, dict) and image.get("file_name") for image in entries):
         raise ValueError(
-            f"{source}: no image has a file_name (those of LVIS have a coco_url): add the path of its file to each"
+            f"{source}: no image has a file_name: add the path of its file to each, or use python -m convert.lvis if "
+            "it is a file of LVIS"
         )
     known = dict.fromkeys(key for image in entries if (key := _key(image, "id")) is not None)
     annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -197,7 +207,24 @@ def _parse(
     size, is_known = stated[0] if stated else None, bool(objects) or not has_orphans
     if not is_known:  # the annotations of no image may be its own
         notes.append(Note("images not known to be empty, since annotations belong to no image", 1, (name,)))
-    return Record(name, objects if is_known else None, size, labels=labels, notes=tuple(notes))
+    searched = _parse_searched(entries, names)
+    return Record(name, objects if is_known else None, size, labels=labels, notes=tuple(notes), searched=searched)
+
+
+def _parse_searched(entries: list[dict[str, Any]], names: dict[str, str]) -> Searched | None:
+    """Return LVIS's lists of categories of an image, by name; None if it has none."""
+    lists: list[dict[str, None]] = []
+    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        ids: list[Any] = []
+        for value in (entry.get(key) or [] for entry in entries):
+            if not isinstance(value, list | tuple):
+                raise BadRecord("malformed record", f"{key} is {value!r}, not a list")
+            ids += value
+        if unknown := [value for value in ids if to_key(value) not in names]:
+            raise BadRecord("unknown category", f"{key} holds {unknown[0]!r}")
+        lists.append({names[to_key(value) or ""]: None for value in ids})
+    has_lists = any("neg_category_ids" in entry or "not_exhaustive_category_ids" in entry for entry in entries)
+    return Searched(*map(tuple, lists)) if has_lists else None
 
 
 def _parse_annotation(annotation: dict[str, Any], names: dict[str, str], phrases: dict[str, str]) -> Object:
@@ -206,14 +233,14 @@ def _parse_annotation(annotation: dict[str, Any], names: dict[str, str], phrases
         raise BadRecord("unknown category", f"category_id {annotation.get('category_id')!r}")
     area = parse_optional(annotation.get("area"))
     return Object(
-        box=_parse_bbox(annotation),
+        box=parse_bbox(annotation),
         caption=phrases.get(_key(annotation, "id") or "", names[category]),
-        iscrowd=_parse_flag(annotation, "iscrowd") | _parse_flag(annotation, "ignore"),
+        iscrowd=parse_flag(annotation, "iscrowd") | parse_flag(annotation, "ignore"),
         area=area if area is not None and area >= 0 else None,
     )
 
 
-def _parse_bbox(annotation: dict[str, Any]) -> Box:
+def parse_bbox(annotation: dict[str, Any]) -> Box:
     """Return the box as xyxy; that of the polygons if there is no `bbox`."""
     if annotation.get("bbox") not in (None, []):
         x, y, width, height = parse_box(annotation["bbox"])
@@ -231,7 +258,8 @@ def _parse_bbox(annotation: dict[str, Any]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _parse_flag(annotation: dict[str, Any], name: str) -> bool:
+def parse_flag(annotation: dict[str, Any], name: str) -> bool:
+    """Return a flag of an annotation, False if it has none, or raise `BadRecord`."""
     value = annotation.get(name)
     if value is None:
         return False
@@ -281,7 +309,13 @@ def _raw(entry: Any, name: str) -> Any:
 
 def _key(entry: Any, name: str) -> str | None:
     """Return an id of `entry` as text, None if it has none; 1, "1" and 1.0 are the same id."""
-    value = _raw(entry, name)
+    return to_key(_raw(entry, name))
+
+
+def to_key(value: Any) -> str | None:
+    """Return an id as text, see `_key`."""
+    if type(value) is int:
+        return str(value)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, float):

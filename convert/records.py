@@ -1,5 +1,6 @@
 """What makes a record good: the checks of every format on its way to a `Sample`."""
 
+import hashlib
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 from convert.chats import check_messages, check_text
 from convert.items import BadBox, BadRecord, Item, Note, Rejected
 from recipe.images import MAX_ASPECT_RATIO, check_image
-from recipe.schema import Box, Message, Object, Sample
+from recipe.schema import Box, Message, Object, Sample, Searched
 
 ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
 BBOX_TYPES = {"real": None, "norm1": 1.0, "norm1000": 1000.0}  # what a box's numbers are parts of; real: pixels
@@ -33,6 +34,8 @@ class Record:
         bbox_type: One of `BBOX_TYPES` if the record states it, else that of its file applies.
         labels: What messages call each object; default: object 1, object 2, ...
         notes: What was done to it while parsing.
+        searched: See `Sample`.
+        content: The image's bytes if the annotations hold them; `image` is then its name.
     """
 
     image: str | None
@@ -42,6 +45,8 @@ class Record:
     bbox_type: str | None = None
     labels: Sequence[str] = ()
     notes: tuple[Note, ...] = ()
+    searched: Searched | None = None
+    content: bytes | None = None
 
     def label(self, position: int) -> str:
         """Return what messages call the object at `position`."""
@@ -76,7 +81,9 @@ class FileRecord:
         """Return what the file says, and the size and time of the image it names."""
         try:
             record, file = self.parse(), None
-            if record.image is not None:
+            if record.content is not None:
+                record, file = replace(record, content=None), hashlib.sha256(record.content).hexdigest()
+            elif record.image is not None:
                 stat = os.stat(find_image(self.image_root, record.image, self.follow_links))
                 file = (stat.st_size, stat.st_mtime_ns)
         except BadRecord as error:
@@ -106,7 +113,10 @@ class FileRecord:
             if record.objects:
                 raise BadRecord("objects without an image", f"{len(record.objects)} objects")
             return Sample(self.id, b"", 0, 0, None, messages), []
-        data, width, height = read_image(find_image(self.image_root, record.image, self.follow_links))
+        if record.content is None:
+            data, width, height = read_image(find_image(self.image_root, record.image, self.follow_links))
+        else:
+            data, (width, height) = record.content, check_content(record.content, record.image)
         if record.size is not None and record.size != (width, height):
             stated = f"{record.size[0]:g}x{record.size[1]:g}"
             raise BadRecord("wrong size", f"stated {stated}, the displayed image is {width}x{height}")
@@ -115,7 +125,9 @@ class FileRecord:
             objects, notes = self._check_objects(record, width, height)
         if messages is not None:
             messages = tuple(self._check_box_parts(record, message, width, height) for message in messages)
-        return Sample(self.id, data, width, height, objects, messages), notes
+        for caption in (*record.searched.absent, *record.searched.incomplete) if record.searched else ():
+            check_text(caption)
+        return Sample(self.id, data, width, height, objects, messages, record.searched), notes
 
     def _check_box_parts(self, record: Record, message: Message, width: int, height: int) -> Message:
         """Return a message whose boxes, from `fill_placeholders`, are checked and in pixels."""
@@ -276,6 +288,13 @@ def _is_below(path: str, folder: str) -> bool:
     return os.path.commonpath([folder, path]) == folder
 
 
+def name_of_url(url: str, root: Path) -> str:
+    """Return the file of an address under `root`: its last two parts, or the last alone if only that is there."""
+    parts = url.strip().split("/")
+    name = "/".join(parts[-2:])
+    return parts[-1] if not (root / name).is_file() and (root / parts[-1]).is_file() else name
+
+
 def read_image(path: str) -> tuple[bytes, int, int]:
     """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied).
 
@@ -284,13 +303,21 @@ def read_image(path: str) -> tuple[bytes, int, int]:
     """
     try:
         data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadRecord("unreadable image", f"{os.path.basename(path)}: {error}") from error
+    return data, *check_content(data, os.path.basename(path))
+
+
+def check_content(data: bytes, name: str) -> tuple[int, int]:
+    """Return the width and height of an image's bytes, as `read_image`."""
+    try:
         width, height = check_image(data)
     except (OSError, ValueError) as error:
-        raise BadRecord("unreadable image", f"{os.path.basename(path)}: {error}") from error
+        raise BadRecord("unreadable image", f"{name}: {error}") from error
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        detail = f"{os.path.basename(path)} is {width}x{height}: crop or tile it"
+        detail = f"{name} is {width}x{height}: crop or tile it"
         raise BadRecord(f"image over {MAX_ASPECT_RATIO} times as long as wide", detail)
-    return data, width, height
+    return width, height
 
 
 def check_object(item: Object, width: int, height: int, clip: bool = False) -> Object:

@@ -33,7 +33,7 @@ from PIL import Image
 
 from convert.annotated import read_coco
 from recipe.images import open_image
-from recipe.metrics.gather import FALSE, IGNORED, found_truths, normalized_caption
+from recipe.metrics.gather import FALSE, IGNORED, found_truths, is_unsure, normalized_caption
 from recipe.prediction.files import (
     entry_of,
     least_score,
@@ -43,7 +43,7 @@ from recipe.prediction.files import (
     rounded_score,
     write_json_text,
 )
-from recipe.schema import DetectedObject, Object, PredictedFile, Sample
+from recipe.schema import DetectedObject, PredictedFile, Sample
 from recipe.upstream.storage import read_mds
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
@@ -243,9 +243,9 @@ def _image(entry: PredictedFile, name: str, truth: Sample | None) -> dict[str, A
     if prediction is not None:
         image |= {"width": prediction.width, "height": prediction.height, "answer": prediction.answer}
         if prediction.with_head:
-            image["head"] = _judged(prediction.objects, wanted, with_score=True, below=entry.objects_below or ())
+            image["head"] = _judged(prediction.objects, truth, with_score=True, below=entry.objects_below or ())
         if prediction.answer_objects is not None:
-            image["text"] = _judged(prediction.answer_objects, wanted, with_score=False)
+            image["text"] = _judged(prediction.answer_objects, truth, with_score=False)
     if wanted is not None:
         image["truth"] = [{"box": item.box, "caption": item.caption, "iscrowd": item.iscrowd} for item in wanted]
         image["num_wanted"] = sum(not item.iscrowd for item in wanted)
@@ -254,7 +254,7 @@ def _image(entry: PredictedFile, name: str, truth: Sample | None) -> dict[str, A
 
 def _judged(
     found: Sequence[DetectedObject],
-    wanted: Sequence[Object] | None,
+    sample: Sample | None,
     with_score: bool,
     below: Sequence[DetectedObject] = (),
 ) -> list[dict[str, Any]]:
@@ -262,9 +262,11 @@ def _judged(
 
     Those `below` the threshold come last. They have no captions, so theirs do not differ.
     """
-    captioned = len(found)
+    captioned, wanted = len(found), None if sample is None else sample.objects
     found = [*sorted(found, key=lambda item: -item.score), *sorted(below, key=lambda item: -item.score)]
-    matches = [IGNORED] * len(found) if wanted is None else found_truths(found, wanted, IOU)
+    matches = [IGNORED] * len(found)
+    if sample is not None and wanted is not None:
+        matches = found_truths(found, wanted, IOU, is_unsure(found, sample))
     rows = []
     for index, (item, match) in enumerate(zip(found, matches, strict=True)):
         truth = item if match < 0 or wanted is None or index >= captioned else wanted[match]

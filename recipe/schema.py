@@ -53,6 +53,21 @@ class Object:
     area: float | None = None
 
 
+@dataclass(frozen=True)
+class Searched:
+    """What an image was searched for if not all its objects are annotated, as in LVIS; of the rest nothing is known.
+
+    The captions of its objects are searched for too.
+
+    Attributes:
+        absent: Captions that the image holds no object of.
+        incomplete: Captions of which it may hold more objects than are annotated.
+    """
+
+    absent: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
+
+
 MDS_COLUMNS: Mapping[str, str] = dict(
     id="str", image="bytes", width="int", height="int", objects="json", messages="json"
 )
@@ -69,6 +84,7 @@ class Sample:
         objects: Empty: an image known to hold nothing. None: not annotated, so no detection loss.
         messages: A chat (`[{"role": ..., "content": text}, ...]`); None: the detection chat is made from `objects`. A
             content may also be parts, of text, `{"type": "image"}`, or `{"type": "box", "box": xyxy}` in pixels.
+        searched: None: all that is not in `objects` is known to be absent. Used in scoring, not in training.
     """
 
     id: str
@@ -77,6 +93,7 @@ class Sample:
     height: int
     objects: tuple[Object, ...] | None
     messages: tuple[Message, ...] | None = None
+    searched: Searched | None = None
 
     @property
     def has_image(self) -> bool:
@@ -84,14 +101,16 @@ class Sample:
         return self.width > 0
 
     def to_mds(self) -> dict[str, Any]:
-        """Return the row of `MDS_COLUMNS` that `from_mds` reads."""
-        objects: list[dict[str, Any]] | None = None
+        """Return the row of `MDS_COLUMNS` that `from_mds` reads; `searched` is stored with the objects."""
+        objects: Any = None
         if self.objects is not None:
             objects = [{"box": list(item.box), "caption": item.caption} for item in self.objects]
             for row, item in zip(objects, self.objects, strict=True):
                 row |= ({"iscrowd": True} if item.iscrowd else {}) | ({} if item.area is None else {"area": item.area})
+            if self.searched is not None:
+                objects = {"objects": objects, **vars(self.searched)}
         messages = None if self.messages is None else list(self.messages)
-        return {**vars(self), "objects": objects, "messages": messages}
+        return {name: getattr(self, name) for name in MDS_COLUMNS} | {"objects": objects, "messages": messages}
 
     @classmethod
     def from_mds(cls, row: Mapping[str, Any]) -> Sample:
@@ -105,14 +124,17 @@ class Sample:
             raise ValueError(
                 f"MDS row has columns {sorted(row)} but lacks {missing}: convert the data set with one of convert/*.py"
             )
-        objects = None
-        if row["objects"] is not None:
+        stored, objects, searched = row["objects"], None, None
+        if stored is not None and "absent" in stored:  # a mapping, else a list
+            searched = Searched(tuple(stored["absent"]), tuple(stored["incomplete"]))
+            stored = stored["objects"]
+        if stored is not None:
             objects = tuple(
                 Object(tuple(item["box"]), item["caption"], item.get("iscrowd", False), item.get("area"))
-                for item in row["objects"]
+                for item in stored
             )
         messages = None if row["messages"] is None else tuple(row["messages"])
-        return cls(row["id"], row["image"], row["width"], row["height"], objects, messages)
+        return cls(row["id"], row["image"], row["width"], row["height"], objects, messages, searched)
 
 
 @dataclass(frozen=True)

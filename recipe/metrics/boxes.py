@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
+from faster_coco_eval import COCO, COCOeval_faster
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_iou
 
 from recipe.metrics.gather import (
@@ -16,6 +15,7 @@ from recipe.metrics.gather import (
     asks_for_boxes,
     boxes_of,
     inside_crowd,
+    is_unsure,
     match_by_overlap,
     normalized_caption,
     scored_pairs,
@@ -23,20 +23,21 @@ from recipe.metrics.gather import (
 )
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
-# COCO's own. torchmetrics rounds them to float32, which shifts AP: .5035 instead of .5046 on COCO's reference.
-_IOU_THRESHOLDS: list[float] = np.linspace(0.5, 0.95, 10).tolist()
-_RECALL_THRESHOLDS: list[float] = np.linspace(0.0, 1.0, 101).tolist()
-# Our name of each value of COCO's summary, and torchmetrics' name.
-_COCO_NAMES = {
-    "ap": "map", "ap50": "map_50", "ap75": "map_75", "ap_small": "map_small", "ap_medium": "map_medium",
-    "ap_large": "map_large", "ar1": "mar_1", "ar10": "mar_10", "ar100": "mar_100",
+# Of each value of COCO's summary: its table, IoU (None: mean of .50:.95), size of objects, boxes per image.
+_COCO_VALUES: dict[str, tuple[str, float | None, str, int]] = {
+    "ap": ("precision", None, "all", 100), "ap50": ("precision", 0.5, "all", 100),
+    "ap75": ("precision", 0.75, "all", 100), "ap_small": ("precision", None, "small", 100),
+    "ap_medium": ("precision", None, "medium", 100), "ap_large": ("precision", None, "large", 100),
+    "ar1": ("recall", None, "all", 1), "ar10": ("recall", None, "all", 10), "ar100": ("recall", None, "all", 100),
 }  # fmt: skip
 
 
 def box_average_precision(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
     """Compute COCO's average precision and recall, ignoring captions.
 
-    Images without objects or without predictions count; crowd regions are ignored as in COCO.
+    Images without objects or without predictions count; crowd regions are ignored as in COCO. If an image is not
+    searched for everything (`Sample.searched`), a detection that finds no object is false only if its caption names
+    something that was searched for, in full; otherwise it is ignored. Its box finds an object whatever its caption.
 
     Returns:
         `box_ap` (mean over IoU .50:.95), `box_ap50`, `box_ap75`, `box_ap_small`, `box_ap_medium`, `box_ap_large`
@@ -52,7 +53,7 @@ def category_average_precision(predictions: Sequence[Prediction], samples: Seque
 
     Captions are the category names, compared without case and outer blanks. An object with class probabilities counts
     once for each class, its score times the probability. Objects without a caption are left out; categories without
-    ground truth do not count.
+    ground truth do not count. With `Sample.searched` this is LVIS's federated rule.
     """
     return _coco_summary("category", predictions, samples)
 
@@ -84,19 +85,18 @@ def scores_per_category(predictions: Sequence[Prediction], samples: Sequence[Sam
         for item in objects
         if not item.iscrowd and normalized_caption(item.caption)
     )
-    coco, numbers = _coco(predictions, samples, by_category=True, extended_summary=True)
-    if not truths:
+    coco, numbers = _coco(predictions, samples, by_category=True)
+    if coco is None:
         return {}
-    summary = coco.compute()
-    place = {int(label): index for index, label in enumerate(summary["classes"].reshape(-1).tolist())}
     # (IoU, recall, category, area, detections): of all areas, the 100 best.
-    precision, recall = summary["precision"][..., 0, -1], summary["recall"][..., 0, -1]
+    precision, recall = coco.eval["precision"][..., 0, -1], coco.eval["recall"][..., 0, -1]
+    places = {name: numbers[name] - 1 for name in truths}
     return {
         name: CategoryScores(
             count,
-            float(precision[:, :, place[numbers[name]]].mean()),
-            float(precision[0, :, place[numbers[name]]].mean()),
-            float(recall[0, place[numbers[name]]]),
+            float(precision[:, :, places[name]].mean()),
+            float(precision[0, :, places[name]].mean()),
+            float(recall[0, places[name]]),
         )
         for name, count in truths.most_common()
     }
@@ -105,41 +105,63 @@ def scores_per_category(predictions: Sequence[Prediction], samples: Sequence[Sam
 def _coco_summary(prefix: str, predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
     """Return COCO's summary, of `box` without regard to captions, of `category` by them."""
     coco, _ = _coco(predictions, samples, by_category=prefix == "category")
-    summary = coco.compute() if coco.groundtruth_labels else {}
-    return {f"{prefix}_{name}": float(summary.get(key, UNDEFINED)) for name, key in _COCO_NAMES.items()}
+    summary = {f"{prefix}_{name}": UNDEFINED for name in _COCO_VALUES}
+    if coco is None:
+        return summary
+    for name, (table, iou, size, most) in _COCO_VALUES.items():
+        values = coco.eval[table][..., coco.params.areaRngLbl.index(size), coco.params.maxDets.index(most)]
+        values = values if iou is None else values[np.isclose(coco.params.iouThrs, iou)]
+        defined = values[values > -1]
+        summary[f"{prefix}_{name}"] = float(defined.mean()) if defined.size else UNDEFINED
+    return summary
 
 
 def _coco(
-    predictions: Sequence[Prediction], samples: Sequence[Sample], by_category: bool, extended_summary: bool = False
-) -> tuple[MeanAveragePrecision, dict[str, int]]:
-    """Return COCO's metric of all images, and the number of each category; without categories all are one."""
-    coco = MeanAveragePrecision(
-        iou_thresholds=_IOU_THRESHOLDS,
-        rec_thresholds=_RECALL_THRESHOLDS,
-        backend="faster_coco_eval",
-        extended_summary=extended_summary,
-        sync_on_compute=False,
-    )
-    coco.warn_on_many_detections = False  # only the 100 best of an image count
+    predictions: Sequence[Prediction], samples: Sequence[Sample], by_category: bool
+) -> tuple[COCOeval_faster | None, dict[str, int]]:
+    """Return COCO's evaluation of all images, None without truths, and the number of each category, from 1.
+
+    Without categories there are two, of which the second holds the detections of `is_unsure`.
+    """
+    images: list[dict[str, Any]] = []
+    truths: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
-
-    def labels_of(objects: Sequence[Object] | Sequence[DetectedObject]) -> Tensor:
-        names = [normalized_caption(item.caption) if by_category else "" for item in objects]
-        return torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], dtype=torch.int64)
-
-    for prediction, _, wanted in scored_pairs(predictions, samples):
-        found = prediction.objects
-        if by_category:
-            found = [one for item in found for one in item.per_class() if normalized_caption(one.caption)]
-            wanted = [item for item in wanted if normalized_caption(item.caption)]
-        scores = torch.tensor([item.score for item in found], dtype=torch.float64)
-        crowds = torch.tensor([int(item.iscrowd) for item in wanted], dtype=torch.int64)
-        areas = torch.tensor([item.area or 0.0 for item in wanted], dtype=torch.float64)  # 0: torchmetrics' "not given"
-        coco.update(
-            [{"boxes": boxes_of(found), "scores": scores, "labels": labels_of(found)}],
-            [{"boxes": boxes_of(wanted), "labels": labels_of(wanted), "iscrowd": crowds, "area": areas}],
-        )
+    for prediction, sample, objects in scored_pairs(predictions, samples):
+        found = [one for item in prediction.objects for one in (item.per_class() if by_category else [item])]
+        ignored: set[int] = set()
+        images.append({"id": len(images), "not_exhaustive_category_ids": ignored})
+        unsure = [False] * len(objects) + is_unsure(found, sample).tolist()
+        for item, is_ignored in zip([*objects, *found], unsure, strict=True):
+            target = truths if isinstance(item, Object) else detections
+            name = normalized_caption(item.caption) if by_category else f"unsure {is_ignored}"
+            if not name:
+                continue
+            category = numbers.setdefault(name, len(numbers) + 1)
+            if is_ignored:
+                ignored.add(category)
+            target.append({"image_id": images[-1]["id"], "category_id": category, **_coco_fields(item)})
+            target[-1]["id"] = len(target)  # 0 would be read as "not matched"
+    if not truths:
+        return None, numbers
+    categories = [{"id": number, "name": name, "frequency": "f"} for name, number in numbers.items()]
+    for image in images:
+        image["neg_category_ids"] = range(1, len(categories) + 1)  # else LVIS's rule drops detections
+    truth = COCO({"images": images, "annotations": truths, "categories": categories})
+    coco = COCOeval_faster(truth, truth.loadRes(detections), "bbox", print_function=lambda *args: None, lvis_style=True)
+    coco.params.useCats = int(by_category)
+    coco.evaluate()
+    coco.accumulate()
     return coco, numbers
+
+
+def _coco_fields(item: Object | DetectedObject) -> dict[str, Any]:
+    """Return COCO's fields of a truth or a detection."""
+    x1, y1, x2, y2 = item.box
+    box = [x1, y1, x2 - x1, y2 - y1]
+    if isinstance(item, DetectedObject):
+        return {"bbox": box, "score": item.score}
+    return {"bbox": box, "iscrowd": int(item.iscrowd), "area": item.area or box[2] * box[3]}
 
 
 def query_recall(
@@ -192,8 +214,8 @@ def answer_boxes(predictions: Sequence[Prediction], samples: Sequence[Sample]) -
     """Compare boxes parsed from the answers with the ground truth, ignoring captions.
 
     Boxes and truths are paired one to one for the largest total overlap. An answer that cannot be parsed counts as no
-    boxes. A sample without an answer, or whose chat asks for something else, does not count. A box in a crowd region
-    is not a false positive.
+    boxes. A sample without an answer, or whose chat asks for something else, does not count. A box in a crowd region,
+    or of `is_unsure`, is not a false positive.
 
     Returns:
         `text_f1`, `text_f1_95`: over the boxes of all images at an IoU of at least .5 and .95.
@@ -206,11 +228,12 @@ def answer_boxes(predictions: Sequence[Prediction], samples: Sequence[Sample]) -
         if prediction.answer is None or not asks_for_boxes(sample):
             continue
         found = boxes_of(prediction.answer_objects or ())
+        unsure = is_unsure(prediction.answer_objects or (), sample)
         truths, crowds = split_crowds(objects)
         iou = box_iou(found, boxes_of(truths))
         for threshold in hits:
             pairs = match_by_overlap(iou, threshold)
-            counted = ~inside_crowd(found, crowds, threshold)
+            counted = ~(inside_crowd(found, crowds, threshold) | unsure)
             counted[[row for row, _ in pairs]] = True
             hits[threshold] += len(pairs)
             boxes[threshold] += int(counted.sum())

@@ -14,7 +14,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from recipe.config import EvaluationConfig
-from recipe.metrics.gather import IGNORED, UNDEFINED, Evaluation, found_truths, scored_pairs
+from recipe.metrics.gather import IGNORED, UNDEFINED, Evaluation, found_truths, is_unsure, scored_pairs
 from recipe.schema import Prediction, Sample
 
 
@@ -45,13 +45,13 @@ def detections_of(
     """Judge every detection as COCO does.
 
     By falling score, a detection is true if it takes the free truth that it overlaps most, at an IoU of at least
-    `iou_threshold`. Unmatched detections in a crowd region do not count.
+    `iou_threshold`. Unmatched detections in a crowd region, or of `is_unsure`, do not count.
     """
     scores, is_true = [torch.empty(0, dtype=torch.float64)], [torch.empty(0, dtype=torch.bool)]
     num_images, num_truths = 0, 0
-    for prediction, _, objects in scored_pairs(predictions, samples):
+    for prediction, sample, objects in scored_pairs(predictions, samples):
         found = sorted(prediction.objects, key=lambda item: -item.score)
-        places = torch.tensor(found_truths(found, objects, iou_threshold), dtype=torch.int64)
+        places = torch.tensor(found_truths(found, objects, iou_threshold, is_unsure(found, sample)), dtype=torch.int64)
         counted = places != IGNORED
         scores.append(torch.tensor([item.score for item in found], dtype=torch.float64)[counted])
         is_true.append(places[counted] >= 0)

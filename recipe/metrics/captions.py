@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recipe.metrics.gather import UNDEFINED, boxes_of, found_truths, normalized_caption, scored_pairs, split_crowds
+from recipe.metrics.gather import (
+    UNDEFINED,
+    boxes_of,
+    found_truths,
+    is_unsure,
+    normalized_caption,
+    scored_pairs,
+    split_crowds,
+)
 from recipe.metrics.scorers import TextScorer, words_of
 from recipe.schema import Object, Prediction, Sample
 
@@ -97,7 +105,8 @@ def dense_captioning(
     original code's corners are last pixels, x1 + width - 1, so its scores are slightly lower.
 
     Beyond the definition: a detection that overlaps nothing takes no truth (the original code gives it the last one);
-    crowd regions are not truths, and detections in one are ignored as in COCO; equal scores keep the given order.
+    crowd regions are not truths, and detections in one are ignored as in COCO, as are those of `is_unsure` that take no
+    truth; equal scores keep the given order.
 
     Returns:
         `densecap_map_{scorer.name}`: mean AP of the 30 pairs of thresholds.
@@ -138,7 +147,8 @@ def _measure(
     overlaps, owners, is_first = assign(inclusive_iou(boxes, truth_boxes))
     rows = torch.zeros(len(found), 5, dtype=torch.float64)
     rows[:, 0] = torch.tensor([item.score for item in found], dtype=torch.float64)
-    rows[:, 1], rows[:, 2], rows[:, 4] = overlaps, is_first.double(), share_inside(boxes, crowds * scale)
+    ignored = torch.maximum(share_inside(boxes, crowds * scale), is_unsure(found, sample).double())
+    rows[:, 1], rows[:, 2], rows[:, 4] = overlaps, is_first.double(), ignored
     asked = torch.nonzero(is_first & (overlaps >= min(IOU_THRESHOLDS))).flatten().tolist()
     scores = scorer([found[row].caption for row in asked], [truths[int(owners[row])][1] for row in asked])
     rows[asked, 3] = torch.tensor(scores, dtype=torch.float64)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from recipe.metrics.boxes import CategoryScores, scores_per_category
-from recipe.metrics.gather import FALSE, IGNORED, found_truths, normalized_caption, scored_pairs
+from recipe.metrics.gather import FALSE, IGNORED, found_truths, is_unsure, normalized_caption, scored_pairs
 from recipe.schema import Prediction, Sample
 
 NOTHING = ""  # in a confusion: no object there, or none found
@@ -45,14 +45,15 @@ class CategoryReport:
 def report_categories(
     predictions: Sequence[Prediction], samples: Sequence[Sample], score_threshold: float
 ) -> CategoryReport:
-    """Return the report of an evaluation; crowd regions are ignored."""
+    """Return the report of an evaluation; crowd regions are ignored, and detections of `is_unsure` without a truth."""
     confusion: Counter[tuple[str, str]] = Counter()
     errors: dict[str, Counter[str]] = defaultdict(Counter)
     for prediction, sample, objects in scored_pairs(predictions, samples):
         kept = sorted((item for item in prediction.objects if item.score >= score_threshold), key=lambda it: -it.score)
         missed = {place for place, item in enumerate(objects) if not item.iscrowd}
         pairs: list[tuple[str, str]] = []
-        for item, place in zip(kept, found_truths(kept, objects, 0.5), strict=True):
+        places = found_truths(kept, objects, 0.5, is_unsure(kept, sample))
+        for item, place in zip(kept, places, strict=True):
             if place == IGNORED:
                 continue
             true = NOTHING if place == FALSE else normalized_caption(objects[place].caption)

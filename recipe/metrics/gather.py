@@ -137,7 +137,7 @@ class MetricEntry(Metric):
 def sample_key(sample: Sample) -> int:
     """Return a number to order samples by, equal only for equal samples, whatever their rank or batch."""
     fields = (sample.id, sample.width, sample.height, sample.objects, sample.messages, stable_hash(sample.image))
-    return stable_hash(repr(fields).encode())
+    return stable_hash(repr(fields if sample.searched is None else (*fields, sample.searched)).encode())
 
 
 def stable_hash(data: bytes) -> int:
@@ -166,6 +166,19 @@ def scored_pairs(
 def split_crowds(objects: Sequence[Object]) -> tuple[list[Object], Tensor]:
     """Return the objects that are not crowd regions, and the crowd regions' boxes (C, 4)."""
     return [item for item in objects if not item.iscrowd], boxes_of([item for item in objects if item.iscrowd])
+
+
+def is_unsure(found: Sequence[DetectedObject], sample: Sample) -> Tensor:
+    """Return (N,) which detections are ignored if they find no object: LVIS's federated rule, by captions.
+
+    Their caption is none of those that the image was searched for, or one of which not all objects are annotated.
+    """
+    if sample.searched is None:
+        return torch.zeros(len(found), dtype=torch.bool)
+    searched = {normalized_caption(item.caption) for item in sample.objects or ()}
+    searched |= set(map(normalized_caption, sample.searched.absent))
+    searched -= set(map(normalized_caption, sample.searched.incomplete))
+    return torch.tensor([normalized_caption(item.caption) not in searched for item in found], dtype=torch.bool)
 
 
 def asks_for_boxes(sample: Sample) -> bool:
@@ -202,16 +215,21 @@ def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
     return pairs
 
 
-def found_truths(found: Sequence[DetectedObject], objects: Sequence[Object], threshold: float) -> list[int]:
-    """Return which truth each detection finds, as COCO matches: its position, `FALSE`, or `IGNORED` in a crowd region.
+def found_truths(
+    found: Sequence[DetectedObject], objects: Sequence[Object], threshold: float, unsure: Tensor | None = None
+) -> list[int]:
+    """Return which truth each detection finds, as COCO matches: its position, `FALSE`, or `IGNORED`.
 
     Best scores first, each takes the free truth that it overlaps most, so lower scores never change the matches of
-    higher ones. `found` is by falling score; an IoU of `threshold` is a match.
+    higher ones. `found` is by falling score; an IoU of `threshold` is a match. Ignored are detections without a truth
+    in a crowd region, and those that are `unsure`, see `is_unsure`.
     """
     boxes = boxes_of(found)
     wanted = [index for index, item in enumerate(objects) if not item.iscrowd]
     truths, crowds = split_crowds(objects)
-    places = [IGNORED if inside else FALSE for inside in inside_crowd(boxes, crowds, threshold).tolist()]
+    is_ignored = inside_crowd(boxes, crowds, threshold)
+    is_ignored = is_ignored if unsure is None else is_ignored | unsure
+    places = [IGNORED if ignored else FALSE for ignored in is_ignored.tolist()]
     for detection, truth in match_by_score(box_iou(boxes, boxes_of(truths)), threshold):
         places[detection] = wanted[truth]
     return places
