@@ -8,7 +8,6 @@ x, y, width, height (`--bbox-format` for others). Of a folder the files of `--sp
 (train-00000-of-00002.parquet), or all if their names state no split. Needs pyarrow: pip install '.[parquet]'.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -41,16 +40,17 @@ def list_files(annotations: Path, split: str) -> list[Path]:
     return found
 
 
-def find(annotations: Path, images: Path, split: str, bbox_format: str = "xywh", **boxes: Any) -> Found:
-    """Return one record per row, file by file. `images` is where a path without bytes is looked up.
+def find(annotations: Path, images: Path | None, split: str, bbox_format: str = "xywh", **boxes: Any) -> Found:
+    """Return one record per row, file by file. Paths without bytes are under `images`, or in the annotations' folder.
 
     Only ids are read here; a row group is read when its first record is parsed. For `boxes` see `list_records`.
 
     Raises:
         ValueError: pyarrow is not installed, a file is not parquet or lacks a column, or `images` is not a folder.
     """
-    files = list_files(annotations, split)
-    return Found(list_records(images, (row for file in files for row in _rows(file, bbox_format)), **boxes))
+    root = images or (annotations if annotations.is_dir() else annotations.parent)
+    rows = (row for file in list_files(annotations, split) for row in _rows(file, bbox_format))
+    return Found(list_records(root, rows, **boxes))
 
 
 def _rows(path: Path, bbox_format: str) -> Iterator[tuple[str, str, Parse]]:
@@ -104,20 +104,20 @@ def _class_names(feature: Any) -> list[str] | None:
 
 
 def _parse(path: Path, group: int, position: int, names: list[str] | None, bbox_format: str) -> Record:
-    row = _read_group(path, group).slice(position, 1).to_pylist()[0]
-    image: Any = row["image"]
-    items: Any = row["objects"]
-    image = image if isinstance(image, dict) else {"bytes": image} if isinstance(image, bytes) else {"path": image}
+    row: dict[str, Any] = _read_group(path, group).slice(position, 1).to_pylist()[0]
+    value, items = row["image"], row["objects"]
+    image: dict[str, Any] = (
+        value if isinstance(value, dict) else {"bytes" if isinstance(value, bytes) else "path": value}
+    )
     if isinstance(items, dict):  # lists side by side
         lists = {name: values for name, values in items.items() if isinstance(values, list)}
         if len({len(values) for values in lists.values()}) > 1:
             raise BadRecord("unequal lengths", ", ".join(f"{len(values)} {name}" for name, values in lists.items()))
         items = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-    objects = None
-    if items is not None:
-        objects = [_parse_object(parse_dict(item, "an object"), names, bbox_format) for item in items]
+    parse = partial(_parse_object, names=names, bbox_format=bbox_format)
+    objects = None if items is None else [parse(parse_dict(item, "an object")) for item in items]
     size = parse_size(row.get("width"), row.get("height"))
-    return Record(image.get("path") or f"row {position + 1}", objects, size, content=image.get("bytes"))
+    return Record(image.get("path") or path.name, objects, size, content=image.get("bytes"))
 
 
 def _parse_object(item: dict[str, Any], names: list[str] | None, bbox_format: str) -> Object:
@@ -146,12 +146,10 @@ def main() -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="where paths without bytes are looked up")
     parser.add_argument("--bbox-format", choices=BBOX_FORMATS, default="xywh", help="default: %(default)s")
     add_box_options(parser)
-
-    def find_from(args: argparse.Namespace) -> Found:
-        near = args.annotations if args.annotations.is_dir() else args.annotations.parent
-        return find(args.annotations, args.images or near, args.split, args.bbox_format, **box_options(args))
-
-    run(parser, find_from)
+    run(
+        parser,
+        lambda args: find(args.annotations, args.images, args.split, args.bbox_format, **box_options(args)),
+    )
 
 
 if __name__ == "__main__":

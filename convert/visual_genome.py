@@ -95,10 +95,8 @@ def _parse(text: str, place: Mapping[str, Any] | None, described: str | None, ro
     entry = json.loads(text)
     if place is None:
         raise BadRecord("unknown image", f"image_data.json has no image {_image_id(entry)!r}")
-    words: dict[str | None, list[Any]] = {}
-    if described is not None:
-        items = json.loads(described).get("attributes") or []
-        words = {to_key(item.get("object_id")): item.get("attributes") or [] for item in items}
+    items = [] if described is None else json.loads(described).get("attributes") or []
+    words = {to_key(item.get("object_id")): item.get("attributes") or [] for item in items}
     kind = next(name for name in _LISTS if name in entry)
     objects, labels = [], []
     for position, item in enumerate(entry[kind] or []):
