@@ -47,7 +47,7 @@ test: $(INSTALLED)
 	$(PYTEST) -n 2 --dist loadfile -m "$(FAST)"
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m "slow and not gpu and not drill"
+	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu and not drill"
 
 test-all: $(INSTALLED)
 	$(PYTEST)

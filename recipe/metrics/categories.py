@@ -72,10 +72,10 @@ def report_categories(
 def category_table(report: CategoryReport) -> str:
     """Return the report as lines for a console: the scores of each category, then the most frequent confusions."""
     width = max([8, *(len(name) for name in list(report.scores)[:LISTED])])
-    lines = [f"  {'category':<{width}}  truths     AP   AP50  recall  worst image"]
+    lines = [f"  {'category':<{width}}  truths     AP   AP50  recall  worst image (errors)"]
     for name, scores in list(report.scores.items())[:LISTED]:
         numbers = f"{scores.truths:>6}  {scores.ap:>5.3f}  {scores.ap50:>5.3f}   {scores.recall:>5.3f}"
-        worst = [f"{image} ({count} errors)" for image, count in report.worst.get(name, ())[:1]]
+        worst = [f"{image} ({count})" for image, count in report.worst.get(name, ())[:1]]
         lines.append(f"  {name:<{width}}  {numbers}  {''.join(worst)}".rstrip())
     if len(report.scores) > LISTED:
         lines.append(f"  and {len(report.scores) - LISTED} categories with fewer truths: see eval.json")

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from jaxtyping import BFloat16, Float, Shaped
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
@@ -34,7 +35,7 @@ def check_bitsandbytes(key: str, remedy: str) -> None:
         )
 
 
-def bfloat16_sum(weight: Tensor) -> int:
+def bfloat16_sum(weight: Shaped[Tensor, "..."]) -> int:
     """Return the sum of a tensor's bits in bfloat16, in which bases are published; reads it once."""
     chunks = weight.detach().flatten().split(_CHUNK)
     bits = [chunk.to(torch.bfloat16).view(torch.int16).sum(dtype=torch.int64) for chunk in chunks]
@@ -73,7 +74,7 @@ class Nf4Linear(nn.Linear):
             self.register_parameter(name, Parameter(value, requires_grad=False))
 
     @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride] - no parameter, but read as one
+    def weight(self) -> BFloat16[Tensor, "rows columns"]:  # pyright: ignore[reportIncompatibleVariableOverride] - no parameter, but read as one
         """Return the values that are stored, dequantized: (out_features, in_features), bfloat16."""
         shape = torch.Size((self.out_features, self.in_features))
         if self.nf4_packed.is_meta:
@@ -84,8 +85,8 @@ class Nf4Linear(nn.Linear):
         state = QuantState(scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=torch.bfloat16)
         return dequantize_4bit(self.nf4_packed, state)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return input (..., in_features) times the transposed weight, plus the bias."""
+    def forward(self, input: Float[Tensor, "*tokens columns"]) -> Float[Tensor, "*tokens rows"]:
+        """Return the input times the transposed weight, plus the bias."""
         return _Product.apply(input, self)  # pyright: ignore[reportReturnType] - torch has no type for it
 
 
@@ -151,7 +152,7 @@ def nf4_layers(model: nn.Module) -> list[Nf4Linear]:
     return [layer for layer in model.modules() if isinstance(layer, Nf4Linear)]
 
 
-def plain_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+def plain_shapes(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, list[int]]:
     """Return the shape of each tensor of a model by name; those stored in nf4 as the weights that they were."""
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
@@ -162,7 +163,7 @@ def plain_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return shapes
 
 
-def plain_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def plain_sums(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> dict[str, int]:
     """Return the `bfloat16_sum` of each tensor by name; of those stored in nf4 that of the weights that they were."""
     sums: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -173,6 +174,6 @@ def plain_sums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return sums
 
 
-def num_weights(name: str, parameter: Tensor) -> int:
+def num_weights(name: str, parameter: Shaped[Tensor, "..."]) -> int:
     """Return how many of the model's weights a named parameter holds: two per byte of nf4, none in its scales."""
     return parameter.numel() * (2 if name.endswith(_PACKED) else _STORED not in name)

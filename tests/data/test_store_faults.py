@@ -208,7 +208,7 @@ def test_a_broken_index_is_never_kept(tmp_path: Path, store: FaultProxy, kind: s
     store.inject(kind, "index.json", times=1)
     assert read_numbers(open_rows(stream_into(tmp_path / "cache"))) == ALL
     store.inject(kind, "index.json")
-    with pytest.raises(RuntimeError, match=r"index\.json in 3 attempts: is truncated or not an index"):
+    with pytest.raises(RuntimeError, match=r"index\.json in 3 attempts: .*is truncated or not an index"):
         open_streams({"rows": stream_into(tmp_path / "other")})
     assert not list((tmp_path / "other").iterdir())
 

@@ -33,7 +33,7 @@ def test_their_mean_is_the_category_ap() -> None:
     found, all_of_them = scores_per_category(PREDICTIONS, SAMPLES), category_average_precision(PREDICTIONS, SAMPLES)
     for name in ("ap", "ap50"):
         mean = sum(getattr(scores, name) for scores in found.values()) / len(found)
-        assert mean == pytest.approx(all_of_them[f"category_{name}"], abs=1e-12)
+        assert mean == pytest.approx(all_of_them[f"category_{name}"], abs=1e-6)
 
 
 def test_a_category_without_truths_is_left_out() -> None:
@@ -76,14 +76,14 @@ def test_crowd_regions_are_ignored() -> None:
 
 def test_a_table_for_the_console() -> None:
     lines = category_table(report_categories(PREDICTIONS, SAMPLES, 0.3)).splitlines()
-    assert lines[0].split() == ["category", "truths", "AP", "AP50", "recall", "worst", "image"]
-    assert lines[1].split() == ["cat", "2", "0.252", "0.252", "0.500", "a", "(2", "errors)"]
+    assert lines[0].split() == ["category", "truths", "AP", "AP50", "recall", "worst", "image", "(errors)"]
+    assert lines[1].split() == ["cat", "2", "0.252", "0.252", "0.500", "a", "(2)"]
     assert lines[-1] == "  taken for another: cat for dog (1)"
     many = [replace(SAMPLES[0], objects=tuple(Object(LEFT, f"thing {index}") for index in range(40)))]
     lines = category_table(report_categories([PREDICTIONS[0]], many, 0.3)).splitlines()
     assert "  and 10 categories with fewer truths: see eval.json" in lines
     assert category_table(report_categories([], [], 0.3)).splitlines() == [
-        "  category  truths     AP   AP50  recall  worst image"
+        "  category  truths     AP   AP50  recall  worst image (errors)"
     ]
 
 
