@@ -44,7 +44,7 @@ def read_instances(path: Path, keys: Sequence[str] = ("images", "annotations", "
     check_file(path, wanted)
     try:
         text = path.read_bytes()
-        text = text.decode(json.detect_encoding(text))  # frees the bytes
+        text = text.decode(json.detect_encoding(text), "surrogatepass")  # frees the bytes
         data = json.loads(text, object_hook=_without_mask)
     except UnicodeDecodeError as error:
         if not starts_as_json(path):

@@ -106,9 +106,7 @@ def _class_names(feature: Any) -> list[str] | None:
 def _parse(path: Path, group: int, position: int, names: list[str] | None, bbox_format: str) -> Record:
     row: dict[str, Any] = _read_group(path, group).slice(position, 1).to_pylist()[0]
     value, items = row["image"], row["objects"]
-    image: dict[str, Any] = (
-        value if isinstance(value, dict) else {"bytes" if isinstance(value, bytes) else "path": value}
-    )
+    image: Any = value if isinstance(value, dict) else {"bytes" if isinstance(value, bytes) else "path": value}
     if isinstance(items, dict):  # lists side by side
         lists = {name: values for name, values in items.items() if isinstance(values, list)}
         if len({len(values) for values in lists.values()}) > 1:
@@ -146,10 +144,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="where paths without bytes are looked up")
     parser.add_argument("--bbox-format", choices=BBOX_FORMATS, default="xywh", help="default: %(default)s")
     add_box_options(parser)
-    run(
-        parser,
-        lambda args: find(args.annotations, args.images, args.split, args.bbox_format, **box_options(args)),
-    )
+    run(parser, lambda args: find(args.annotations, args.images, args.split, args.bbox_format, **box_options(args)))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def iter_array(path: Path, wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
     refuse_other(path, wanted, "visual_genome")
     try:
         content = path.read_bytes()
-        content = content.decode(json.detect_encoding(content))  # frees the bytes
+        content = content.decode(json.detect_encoding(content), "surrogatepass")  # frees the bytes
         begin, scan = _BEGIN.match(content), json.JSONDecoder().raw_decode
         if begin is None:
             raise ValueError("it is not an array")
@@ -129,15 +129,9 @@ def _parse_box(item: Mapping[str, Any]) -> Box:
 def main() -> None:
     """Run the command line."""
     parser = build_parser("visual_genome", __doc__)
-    parser.add_argument(
-        "--annotations", type=Path, required=True, metavar="FILE", help="region_descriptions.json or objects.json"
-    )
-    parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder with VG_100K and VG_100K_2, or of all images"
-    )
-    parser.add_argument(
-        "--image-data", type=Path, metavar="FILE", help="default: image_data.json next to --annotations"
-    )
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="of regions or of objects")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="holds VG_100K, VG_100K_2, or all")
+    parser.add_argument("--image-data", type=Path, metavar="FILE", help="default: image_data.json in the same folder")
     parser.add_argument("--attributes", type=Path, metavar="FILE", help="attributes.json, for those of objects")
     add_box_options(parser)
     run(

@@ -152,3 +152,12 @@ def test_the_truth_of_an_evaluation_keeps_the_lists(tmp_path: Path) -> None:
     entries = [{**V1["images"][0], "file_name": "a.jpg"}]
     truth = read_coco(write_json(tmp_path / "a.json", {**V1, "images": entries}))
     assert truth["a.jpg"].searched == Searched((NAMES[1], NAMES[2]), (NAMES[0],))
+
+
+def test_half_a_letter_is_the_fault_of_its_record_alone(tmp_path: Path, images: Path) -> None:
+    """Written as bytes that are not UTF-8, as some tools do."""
+    text = write_json(tmp_path / "a.json", V1).read_bytes().replace(b"val2017/000000391895", b"val2017/\xed\xa0\x80")
+    (tmp_path / "a.json").write_bytes(text)
+    items = read_items(find(coco.read_instances(tmp_path / "a.json"), images))
+    assert [item.reason for item in items if isinstance(item, Rejected)] == ["text beyond Unicode"]
+    assert [item.id for item in items if isinstance(item, Sample)] == ["2"]
