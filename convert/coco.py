@@ -17,6 +17,7 @@ from pathlib import Path
 from posixpath import normpath
 from typing import Any
 
+from convert.formats import describe_other, look_at, starts_as_json
 from convert.items import BadRecord, Found, Note, Rejected
 from convert.records import (
     Record,
@@ -46,10 +47,16 @@ def read_instances(path: Path, keys: Sequence[str] = ("images", "annotations", "
         text = text.decode(json.detect_encoding(text), "surrogatepass")  # frees the bytes
         data = json.loads(text, object_hook=_without_mask)
     except UnicodeDecodeError as error:
+        if not starts_as_json(path):
+            raise ValueError(describe_other(path, wanted)) from error
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): give {wanted}") from error
+        if starts_as_json(path) and look_at(path)[1] in ("coco", ""):
+            raise ValueError(f"{path} is not JSON ({error}): give {wanted}") from error
+        raise ValueError(describe_other(path, wanted)) from error
     missing = [key for key in keys if not (isinstance(data, dict) and isinstance(data.get(key), list))]
+    if missing and (len(missing) == len(keys) or look_at(path)[1] not in ("coco", "")):
+        raise ValueError(describe_other(path, wanted))
     if missing:
         raise ValueError(f"{path} lacks the lists {missing}: give {wanted}")
     return {key: data[key] for key in keys}

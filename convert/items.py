@@ -53,7 +53,7 @@ class Note:
 
 
 Item = Sample | Rejected | Note
-MOST_CAPTIONS = 1000  # counted one by one: captions in free text may all differ
+MOST_CAPTIONS = 20_000  # counted one by one: more than any set's classes, but captions in free text may all differ
 _SHOWN_CAPTIONS = 10
 _SHOWN_EXAMPLES = 5
 

@@ -15,100 +15,31 @@ and other keys alone is rejected. The default id is FILE-LINE, the line counted 
 read too.
 """
 
-import codecs
-import json
-from collections.abc import Iterator
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from convert.chats import fill_placeholders, parse_messages
 from convert.items import BadRecord, Found, Note
-from convert.records import (
-    BBOX_TYPES,
-    Parse,
-    Record,
-    check_file,
-    list_records,
-    parse_box,
-    parse_dict,
-    parse_size,
-    parse_text,
-)
+from convert.lines import find_lines
+from convert.records import BBOX_TYPES, Record, parse_box, parse_dict, parse_size, parse_text
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Object
 
 _KEYS = {"id", "images", "image", "objects", "messages", "width", "height", "bbox_type"}
+CHAT_KEYS = {"conversations", "conversation", "query", "instruction"}  # of other tools, see `convert/chat.py`
 
 
 def find(annotations: Path, images: Path, **options: Any) -> Found:
-    """Return one record per line; blank lines are skipped. Paths are relative to the folder `images`.
-
-    For `options` see `list_records`.
-
-    Raises:
-        ValueError: `annotations` is not a file, or `images` is not a folder.
-    """
-    check_file(annotations, "a file of JSON lines")
-    return Found(list_records(images, _rows(annotations), **options))
+    """Return one record per line; see `find_lines`, also for `options`."""
+    return find_lines(annotations, images, _parse, ("jsonl", "chat"), **options)
 
 
-def _rows(annotations: Path) -> Iterator[tuple[str, str, Parse]]:
-    """Yield the lines with only their id parsed: as text they take a fraction of the memory."""
-    array = _read_array(annotations)
-    with annotations.open("rb") as lines:
-        for number, line in enumerate(lines if array is None else array, start=1):
-            if isinstance(line, bytes) and not line.strip():
-                continue
-            sample_id = f"{annotations.stem}-{number:06d}"
-            with suppress(BadRecord):  # parsing it again reports it
-                sample_id = _parse_id(_parse_line(line)) or sample_id
-            place = "line" if array is None else "record"
-            yield sample_id, f"{annotations.name}: {place} {number}", partial(_parse, line)
-
-
-def _read_array(annotations: Path) -> list[Any] | None:
-    """Return the records of a file that is one JSON array; None if it is not."""
-    with annotations.open("rb") as file:
-        if not file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            return None
-    try:
-        records = json.loads(annotations.read_bytes())
-    except (ValueError, RecursionError):
-        return None
-    return records if any(isinstance(record, dict) for record in records) else None
-
-
-def _parse_line(line: Any) -> dict[str, Any]:
-    """Return a record, given as the bytes of a line or parsed."""
-    if not isinstance(line, bytes):
-        return parse_dict(line, "the record")
-    start = repr(line[:60].decode(errors="replace").strip())
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise BadRecord("malformed json", f"{start} is not UTF-8: save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("malformed json", f"{start} is not one JSON object on one line ({error})") from error
-    return parse_dict(value, "the line")
-
-
-def _parse_id(entry: dict[str, Any]) -> str | None:
-    sample_id = entry.get("id")
-    if sample_id is None:
-        return None
-    if isinstance(sample_id, bool) or not isinstance(sample_id, int | str) or sample_id == "":
-        raise BadRecord("malformed record", f"id is {sample_id!r}, not text or a whole number")
-    return str(sample_id)
-
-
-def _parse(line: Any) -> Record:
-    entry = _parse_line(line)
-    _parse_id(entry)
+def _parse(entry: dict[str, Any]) -> Record:
     unread = sorted(entry.keys() - _KEYS)
     if unread and entry.get("objects") is None and entry.get("messages") is None:
         remedy = "give objects or messages, as in convert/README.md"
+        if entry.keys() & CHAT_KEYS:
+            remedy = "read the chats of other tools with python -m convert.chat"
         raise BadRecord("neither objects nor messages", f"the keys {unread} are not read: {remedy}")
     names = entry.get("images")
     if "image" in entry and not names:
@@ -120,7 +51,7 @@ def _parse(line: Any) -> Record:
         if len(names) > 1:
             raise BadRecord("more than one image", f"{len(names)} images")
         image = parse_text(names[0], "images[0]")
-    texts, objects = _parse_objects(entry.get("objects"))
+    texts, objects = parse_objects(entry.get("objects"))
     messages = parse_messages(entry.get("messages"))
     if messages is not None:
         messages = fill_placeholders(messages, texts, [item.box for item in objects or ()])
@@ -136,12 +67,12 @@ def _parse(line: Any) -> Record:
         objects,
         size=parse_size(entry.get("width"), entry.get("height")),
         messages=messages,
-        bbox_type=_parse_bbox_type(entry),
+        bbox_type=parse_bbox_type(entry),
         notes=tuple(notes),
     )
 
 
-def _parse_objects(value: Any) -> tuple[list[str], list[Object] | None]:
+def parse_objects(value: Any) -> tuple[list[str], list[Object] | None]:
     """Return the texts that replace `<ref-object>`, and the objects in the order that `<bbox>` names them."""
     if value is None:
         return [], None
@@ -166,7 +97,7 @@ def _parse_object(item: dict[str, Any]) -> Object:
     return Object(parse_box(item["bbox_2d"]), parse_text(text, "the text of an object"))
 
 
-def _parse_bbox_type(entry: dict[str, Any]) -> str | None:
+def parse_bbox_type(entry: dict[str, Any]) -> str | None:
     """Return what the record says of its boxes, next to them or in `objects`."""
     objects = entry.get("objects")
     stated = [place.get("bbox_type") for place in (entry, objects) if isinstance(place, dict)]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.coco import parse_flag, to_key
+from convert.formats import refuse_other
 from convert.items import BadRecord, Found
 from convert.records import Parse, Record, list_records, parse_box, parse_dict, parse_optional, parse_size
 from convert.write import add_box_options, box_options, build_parser, run
@@ -77,6 +78,8 @@ def _open(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ValueError("parquet files need pyarrow: pip install '.[parquet]'") from error
+    if path.is_file():
+        refuse_other(path, "a parquet file", "parquet")
     try:
         return ParquetFile(path, memory_map=True)
     except (OSError, ArrowException) as error:

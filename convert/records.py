@@ -120,9 +120,9 @@ class FileRecord:
         if record.size is not None and record.size != (width, height):
             stated = f"{record.size[0]:g}x{record.size[1]:g}"
             raise BadRecord("wrong size", f"stated {stated}, the displayed image is {width}x{height}")
-        if record.objects is None:
-            return Sample(self.id, data, width, height, None, messages), []
-        objects, notes = self._check_objects(record, width, height)
+        objects, notes = None, []
+        if record.objects is not None:
+            objects, notes = self._check_objects(record, width, height)
         if messages is not None:
             messages = tuple(self._check_box_parts(record, message, width, height) for message in messages)
         for caption in (*record.searched.absent, *record.searched.incomplete) if record.searched else ():
@@ -191,12 +191,17 @@ def list_records(
     root, owned, records = os.path.abspath(image_root), set(), []
     for sample_id, source, parse in rows:
         if sample_id and sample_id in owned:
-            parse = partial(_refuse_duplicate, sample_id)
+            parse = partial(refuse_duplicate, sample_id)
         owned.add(sample_id)
         records.append(FileRecord(root, sample_id, source, parse, bbox_type or "real", bad_boxes, follow_links))
+    refuse_unstated_fractions(records, bbox_type)
+    return records
+
+
+def refuse_unstated_fractions(records: Iterable[FileRecord], bbox_type: str | None) -> None:
+    """Raise ValueError if no box reaches beyond 0 to 1, unless `bbox_type` allows that."""
     if bbox_type in (None, "norm1000"):
         refuse_fractions(records, "if they are fractions of the image, give --bbox-type norm1, else --bbox-type real")
-    return records
 
 
 def refuse_fractions(records: Iterable[FileRecord], remedy: str) -> None:
@@ -233,7 +238,8 @@ def check_file(path: Path, wanted: str) -> None:
         raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give {wanted}")
 
 
-def _refuse_duplicate(sample_id: str) -> Record:
+def refuse_duplicate(sample_id: str) -> Record:
+    """Raise `BadRecord`: an earlier record has this id."""
     raise BadRecord("duplicate id", f"an earlier record has the id {sample_id!r}")
 
 

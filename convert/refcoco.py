@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.coco import parse_bbox, read_instances, to_key
+from convert.formats import refuse_other
 from convert.items import BadRecord, Found
 from convert.records import Parse, Record, check_file, list_records, parse_dict, parse_size, parse_text
 from convert.write import add_box_options, box_options, build_parser, run
@@ -45,6 +46,7 @@ def read_refs(path: Path) -> list[Any]:
         ValueError: It is not such a file, or holds more than plain values.
     """
     check_file(path, "the refs of RefCOCO, such as refs(unc).p")
+    refuse_other(path, "the pickled refs of RefCOCO", "refcoco")
     try:
         with path.open("rb") as file:
             refs = _PlainUnpickler(file, encoding="utf-8").load()

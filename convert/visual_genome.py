@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.coco import to_key
+from convert.formats import refuse_other
 from convert.items import BadRecord, Found
 from convert.records import (
     Parse,
@@ -44,6 +45,7 @@ def iter_array(path: Path, wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
         ValueError: The file is not one, but should be `wanted`.
     """
     check_file(path, wanted)
+    refuse_other(path, wanted, "visual_genome")
     try:
         content = path.read_bytes()
         content = content.decode(json.detect_encoding(content), "surrogatepass")  # frees the bytes

@@ -20,6 +20,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
+from convert.formats import describe_other
 from convert.items import BadRecord, Found, Note
 from convert.records import Record, list_records, parse_size
 from convert.write import add_box_options, box_options, build_parser, run
@@ -38,6 +39,8 @@ def find(annotations: Path, images: Path, **boxes: Any) -> Found:
     Raises:
         ValueError: `annotations` holds no xml file, or `images` is not a folder.
     """
+    if annotations.is_file():
+        raise ValueError(describe_other(annotations, "a folder of Pascal VOC .xml files"))
     if not annotations.is_dir():
         raise ValueError(f"annotation folder {annotations} does not exist: give a folder of Pascal VOC .xml files")
     shift = 1.0 if boxes.get("bbox_type") in (None, "real") else 0.0

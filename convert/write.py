@@ -198,8 +198,9 @@ def add_num_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_box_options(parser: argparse.ArgumentParser) -> None:
-    """Add what formats of images and boxes take; see `box_options`."""
+def add_box_options(parser: argparse.ArgumentParser, bbox_type: str | None = None) -> None:
+    """Add what formats of images and boxes take, `bbox_type` being what the format's boxes are; see `box_options`."""
+    default = bbox_type or "real, but a set whose boxes all lie within 0 to 1 is refused"
     parser.add_argument(
         "--follow-links", action="store_true", help="also read images that are links to files outside --images"
     )
@@ -207,7 +208,7 @@ def add_box_options(parser: argparse.ArgumentParser) -> None:
         "--bbox-type",
         choices=sorted(BBOX_TYPES),
         help="what the numbers of all boxes are: pixels (real), or parts of the image of 0 to 1 or 0 to 1000; "
-        "default real, but a set whose boxes all lie within 0 to 1 is refused",
+        f"default {default}",
     )
     parser.add_argument(
         "--bad-boxes",

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +211,78 @@ def find_parquet(path: Path) -> Any:
     return parquet.find(path, path, "train")
 
 
+def write_lines(path: Path, drawn: Drawn, record: Callable[[str, list[tuple[str, list[float]]]], Any]) -> Path:
+    """A line per image, which `record` makes of its file's name and (name, xyxy) of its boxes."""
+    with path.open("w") as file:
+        for image, rows in enumerate(drawn.by_image(), start=1):
+            boxes = [
+                (NAMES[category - 1], [x, y, x + width, y + height]) for _, _, category, (x, y, width, height) in rows
+            ]
+            file.write(json.dumps(record(f"{image:012d}.jpg", boxes)) + "\n")
+    return path
+
+
+def write_jsonl(folder: Path, drawn: Drawn) -> Path:
+    def record(name: str, boxes: list[tuple[str, list[float]]]) -> Any:
+        return {"images": [name], "objects": [{"bbox_2d": box, "desc": text} for text, box in boxes]}
+
+    return write_lines(folder / "train.jsonl", drawn, record)
+
+
+def write_odvg(folder: Path, drawn: Drawn) -> Path:
+    def record(name: str, boxes: list[tuple[str, list[float]]]) -> Any:
+        rows = [{"bbox": box, "label": NAMES.index(text), "category": text} for text, box in boxes]
+        return {"filename": name, "height": SIZE[1], "width": SIZE[0], "detection": {"instances": rows}}
+
+    return write_lines(folder / "train.jsonl", drawn, record)
+
+
+def write_chat(folder: Path, drawn: Drawn) -> Path:
+    """Answers of JSON, as Qwen2.5-VL writes boxes."""
+
+    def record(name: str, boxes: list[tuple[str, list[float]]]) -> Any:
+        answer = json.dumps([{"bbox_2d": box, "label": text} for text, box in boxes])
+        turns = [{"from": "human", "value": "<image>\nFind every object."}, {"from": "gpt", "value": answer}]
+        return {"image": name, "conversations": turns}
+
+    return write_lines(folder / "train.jsonl", drawn, record)
+
+
+def write_yolo(folder: Path, drawn: Drawn) -> Path:
+    """A label file per image; the images are empty files."""
+    for place in ("images", "labels"):
+        (folder / place).mkdir()
+    for image, rows in enumerate(drawn.by_image(), start=1):
+        text = ""
+        for _, _, category, (x, y, w, h) in rows:
+            values = (x + w / 2) / SIZE[0], (y + h / 2) / SIZE[1], w / SIZE[0], h / SIZE[1]
+            text += " ".join([str(category - 1), *(f"{value:.6f}" for value in values)]) + "\n"
+        (folder / "labels" / f"{image:012d}.txt").write_text(text)
+        (folder / "images" / f"{image:012d}.jpg").touch()
+    (folder / "data.yaml").write_text(f"train: images\nnames: {json.dumps(NAMES)}\n")
+    return folder / "data.yaml"
+
+
+def find_lines(name: str, path: Path) -> Any:
+    return importlib.import_module(f"convert.{name}").find(path, path.parent)
+
+
+def find_yolo(path: Path) -> Any:
+    from convert import yolo
+
+    return yolo.find(path, "train")
+
+
 FORMATS: dict[str, tuple[Callable[[Path, Drawn], Path], Callable[[Path], Any]]] = {
     "coco": (write_coco, find_coco),
     "lvis": (write_lvis, find_lvis),
     "visual_genome": (write_visual_genome, find_visual_genome),
     "refcoco": (write_refcoco, find_refcoco),
     "parquet": (write_parquet, find_parquet),
+    "jsonl": (write_jsonl, partial(find_lines, "jsonl")),
+    "odvg": (write_odvg, partial(find_lines, "odvg")),
+    "chat": (write_chat, partial(find_lines, "chat")),
+    "yolo": (write_yolo, find_yolo),
 }
 
 

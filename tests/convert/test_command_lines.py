@@ -56,7 +56,10 @@ def test_importing_and_help_need_no_torch(name: str) -> None:
         (["--no-such-flag"], "the following arguments are required: --annotations, --images, --out, --split"),
         (["--annotations", "no.json", "--images", ".", "--out", "o", "--split", "s"], "error: no.json does not exist"),
         (["--annotations", ".", "--images", ".", "--out", "o", "--split", "s"], "error: . is a folder: give a COCO"),
-        (["--annotations", "README.md", "--images", ".", "--out", "o", "--split", "s"], "README.md is not JSON ("),
+        (
+            ["--annotations", "README.md", "--images", ".", "--out", "o", "--split", "s"],
+            "README.md looks like plain text, not a COCO file",
+        ),
     ],
 )
 def test_bad_arguments_need_no_torch(arguments: list[str], message: str) -> None:
@@ -109,7 +112,9 @@ def test_the_first_unusable_record_is_shown(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(SystemExit, match=rf"a\.json: image 0 \(id '1'\): missing file: '{tmp_path}/a\.jpg'"):
         run_main(monkeypatch, "coco", "--annotations", path, "--images", tmp_path, *target)
     (tmp_path / "a.csv").write_text("image,xmin,ymin\na.jpg,1,2\n")
-    with pytest.raises(SystemExit, match=r"a\.csv: line 1 .*'image,xmin,ymin' is not one JSON object on one line"):
+    with pytest.raises(
+        SystemExit, match=r"a\.csv looks like a CSV table, not JSON lines for convert\.jsonl: make it one of"
+    ):
         run_main(monkeypatch, "jsonl", "--annotations", tmp_path / "a.csv", "--images", tmp_path, *target)
     with pytest.raises(SystemExit, match=r"no\.jsonl does not exist: give a file of JSON lines"):
         run_main(monkeypatch, "jsonl", "--annotations", tmp_path / "no.jsonl", "--images", tmp_path, *target)
