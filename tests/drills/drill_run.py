@@ -95,7 +95,7 @@ def wait_for(wanted: Moment, folder: Path, running: Running, leftovers: Set[File
     until = time.monotonic() + PATIENCE
     while True:
         moment = moment_of(folder, running.started, leftovers)
-        if wanted.phase == START and "recipe.callbacks.progress" in running.output():  # the script has begun
+        if wanted.phase == START and "recipe.callbacks.summary" in running.output():  # the script has begun
             return
         if moment.phase == wanted.phase != START and moment.batch >= wanted.batch:
             return
