@@ -352,8 +352,9 @@ def drop_ineffective_flags(generation: GenerationConfig) -> list[str]:
     dropped: list[str] = []
     sampling = ["temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"]
     flags = [] if generation.do_sample else sampling
-    flags += ["early_stopping", "length_penalty"] if generation.num_beams == 1 else []
-    flags += [] if generation.do_sample or generation.num_beams != 1 else ["num_return_sequences"]
+    is_one_beam = generation.num_beams in (None, 1)  # None: not set, in transformers 5
+    flags += ["early_stopping", "length_penalty"] if is_one_beam else []
+    flags += [] if generation.do_sample or not is_one_beam else ["num_return_sequences"]
     flags += [] if generation.return_dict_in_generate else [*generation.extra_output_flags]
     defaults = GenerationConfig()
     for flag in flags:
