@@ -78,8 +78,7 @@ def _read_turns(entry: dict[str, Any], images: list[str]) -> tuple[list[Message]
         for question, answer in _read_pairs(entry):
             listed += [{"role": "user", "content": question}] if question else []
             listed += [{"role": "assistant", "content": answer}] if answer else []
-    turns: list[Message] = []
-    extra: dict[str, int] = {}
+    turns, extra = list[Message](), dict[str, int]()
     for turn in (parse_dict(turn, "a message") for turn in listed):
         role = turn.get("role", turn.get("from"))
         if role not in _ROLES:
@@ -98,11 +97,12 @@ def _read_pairs(entry: dict[str, Any]) -> list[tuple[Any, Any]]:
     if len(pairs) != len(entry.get("history") or []):
         raise BadRecord("malformed messages", "history is not a list of pairs [question, answer]")
     if isinstance(entry.get("conversation"), list):
-        return [(pair.get("human"), pair.get("assistant")) for pair in entry["conversation"] if isinstance(pair, dict)]
+        turns = [parse_dict(pair, "a pair of turns") for pair in entry["conversation"]]
+        return [(pair.get("human"), pair.get("assistant")) for pair in turns]
     if entry.keys() & {"query", "response"}:
         return [*pairs, (entry.get("query"), entry.get("response"))]
     if entry.keys() & {"instruction", "output"}:
-        asked = [text for text in (entry.get("instruction"), entry.get("input")) if text]
+        asked = filter(None, (entry.get("instruction"), entry.get("input")))
         return [*pairs, ("\n".join(map(str, asked)), entry.get("output"))]
     raise BadRecord("neither objects nor messages", f"no chat under the keys {sorted(entry)}")
 

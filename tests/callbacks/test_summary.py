@@ -29,7 +29,7 @@ def test_the_data_and_its_epoch():
 
 
 def test_how_often_an_image_is_seen():
-    """Two samples have one image. Streams are told apart if they differ."""
+    """Two samples have one image. Streams are named if they differ."""
     assert describe_seen({"main": 50.0}, CONTENTS) == "100 times"
     assert describe_seen({"main": 50.0, "other": 10.0}, CONTENTS) == "100 times in main, 20 times in other"
 

@@ -325,6 +325,11 @@ def test_objects_of_swift(tmp_path: Path, record: Any, objects: Any, turns: list
         ({"query": "<image>Where?", "response": None}, "malformed messages", "no answer to learn from"),
         ({"response": "There."}, "malformed messages", "no user turn"),
         ({"query": "a", "response": "b", "history": [["a"]]}, "malformed messages", "pairs [question, answer]"),
+        (
+            {"conversation": [{"human": "<image>?", "assistant": "There."}, "x"]},
+            "malformed record",
+            "a pair of turns",
+        ),
         ({"text": "x"}, "neither objects nor messages", "no chat under the keys ['image', 'text']"),
         ({"image": "https://x.org/a.jpg", "conversations": TURNS}, "missing file", "download it"),
         ({"image": "gone.jpg", "conversations": TURNS}, "missing file", "gone.jpg"),
