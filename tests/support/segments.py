@@ -8,13 +8,13 @@ from streaming.base.shared import prefix
 NUM_RANGES, PER_PROCESS = 1000, 1000  # names have six digits
 
 
-def number_segments_apart() -> None:
-    """Begin Streaming's numbers at a place that depends on this process's id; what it forks later shares it.
+def number_segments_apart(place: int | None = None) -> None:
+    """Begin Streaming's numbers at a `place`, by default this process's id; what it forks later shares it.
 
     Streaming takes the first number that is free. Two processes that look at the same time take the same one, and the
     second ends with FileExistsError.
     """
-    first = PER_PROCESS * (os.getpid() % NUM_RANGES)
+    first = PER_PROCESS * ((os.getpid() if place is None else place) % NUM_RANGES)
 
     def numbers() -> Iterator[int]:
         yield from range(first, first + PER_PROCESS)

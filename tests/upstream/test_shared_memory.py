@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(not SEGMENTS.is_dir(), reason="this system has n
 HOLDER = """
 import sys, time
 from streaming import StreamingDataset
+from tests.support.segments import number_segments_apart
+number_segments_apart(int(sys.argv[4]))
 rows = StreamingDataset(remote=sys.argv[1], local=sys.argv[2], batch_size=4)
 next(iter(rows))
 print(f"{rows._shm_prefix_int:06}", flush=True)
@@ -38,8 +40,10 @@ def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
 
         def start(local: str, temporary: str, seconds: int = 120) -> tuple[subprocess.Popen, str]:
             (tmp_path / temporary).mkdir(exist_ok=True)
+            # One place for all of them, where no other test's process frees a number meanwhile.
+            arguments = [tmp_path / "rows", tmp_path / local, seconds, os.getpid() + 500]
             process = subprocess.Popen(
-                [sys.executable, "-c", HOLDER, str(tmp_path / "rows"), str(tmp_path / local), str(seconds)],
+                [sys.executable, "-c", HOLDER, *map(str, arguments)],
                 env={**os.environ, "TMPDIR": str(tmp_path / temporary)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
