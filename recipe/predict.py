@@ -9,7 +9,7 @@ import sys
 
 from recipe.configure import load_config, one_line_errors
 from recipe.console import setup_logging
-from recipe.prediction.options import parse
+from recipe.prediction.options import TILE_OVERLAP, parse
 from recipe.upstream.trainer_section import view_trainer
 
 if __name__ == "__main__":
@@ -43,6 +43,7 @@ from recipe.prediction.decode import Decoding, predict
 from recipe.prediction.draw import draw_prediction
 from recipe.prediction.files import (
     COCO_RESULTS_FILE,
+    LEAST_SCORE,
     NO_CATEGORY,
     PREDICTIONS_FILE,
     category_ids,
@@ -57,6 +58,7 @@ from recipe.prediction.files import (
     with_objects_below,
     write_entries,
 )
+from recipe.prediction.tiles import SAME_OBJECT_IOU, cut, merge_tiles, tiles_of
 from recipe.redact import redact_text
 from recipe.schema import Example, ImageId, PredictedFile, Prediction, Sample
 
@@ -111,6 +113,9 @@ class Predictor:
     num_teachers: int  # shown before each image
     with_head: bool  # whether the head's objects are wanted
     with_drawings: bool
+    batch_size: int
+    tile: int | None  # side in pixels of the tiles that are predicted too
+    overlap: float  # of tiles
 
 
 def main(args: argparse.Namespace) -> int:
@@ -195,6 +200,8 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     if not network.has_head:
         if args.answer not in (None, "text"):
             raise ValueError(f"{args.checkpoint} was trained with detection_head: null: use --answer text")
+        if args.tile is not None:
+            raise ValueError(f"{args.checkpoint} was trained with detection_head: null: leave out --tile")
         args.answer = "text"
     prompt = prompt_of(args, config.prompt)
     precision = (view_trainer(config).precision or "amp_fp16").lower()  # Composer's default
@@ -217,6 +224,9 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         num_teachers=num_teachers,
         with_head=args.answer != "text",
         with_drawings=not args.no_drawings,
+        batch_size=args.batch_size,
+        tile=args.tile,
+        overlap=TILE_OVERLAP if args.overlap is None else args.overlap,
     )
 
 
@@ -247,6 +257,28 @@ def predict_examples(examples: Sequence[Example], predictor: Predictor) -> list[
             return ["it does not fit on the GPU: lower image.max_pixels in a --config"]
     half = len(examples) // 2  # here, because the error above holds the batch's memory
     return predict_examples(examples[:half], predictor) + predict_examples(examples[half:], predictor)
+
+
+def add_tiles(
+    example: Example, prediction: Prediction, predictor: Predictor, teachers: Sequence[Sample]
+) -> Prediction | str:
+    """Return the prediction of an image with what its tiles show, or why one of them has none."""
+    size, sample, evaluation = predictor.tile, example.sample, predictor.decoding.evaluation
+    tiles = [] if size is None else tiles_of(sample.width, sample.height, size, predictor.overlap)
+    if not tiles:
+        return prediction
+    decoding = replace(predictor.decoding, evaluation=replace(evaluation, generate_answer=False))
+    image, found = open_image(sample.image), list[Prediction]()
+    for start in range(0, len(tiles), predictor.batch_size):
+        part = tiles[start : start + predictor.batch_size]
+        examples = [encode_image(cut(image, tile), sample.id, predictor.encoder, teachers) for tile in part]
+        for result in predict_examples(examples, replace(predictor, decoding=decoding)):
+            if isinstance(result, str):
+                return result
+            found.append(result)
+    least = min(LEAST_SCORE, evaluation.score_threshold)
+    iou = SAME_OBJECT_IOU if evaluation.nms_iou is None else evaluation.nms_iou
+    return merge_tiles(prediction, list(zip(tiles, found, strict=True)), evaluation.score_threshold, least, iou)
 
 
 def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) -> int:
@@ -290,7 +322,10 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path, ent
             results[item.name] = str(error)
     threshold, with_head = predictor.decoding.evaluation.score_threshold, predictor.with_head
     found = predict_examples(examples, predictor) if examples else []
-    results |= {example.sample.id: result for example, result in zip(examples, found, strict=True)}
+    for example, result in zip(examples, found, strict=True):
+        name = example.sample.id
+        is_tiled = predictor.tile is not None and isinstance(result, Prediction)
+        results[name] = add_tiles(example, result, predictor, shown[name][1]) if is_tiled else result
     for item in inputs:
         result = results[item.name]
         if isinstance(result, str):

@@ -7,6 +7,8 @@ from pathlib import Path
 from recipe.configure import expand_home, load_config
 from recipe.rules import check_fields
 
+TILE_OVERLAP = 0.2
+SMALLEST_TILE = 112  # pixels: four vision tokens of Qwen2.5-VL along a side
 GALLERY_THRESHOLD = 0.3  # where the slider starts, if nothing is given
 EXAMPLES = """examples:
   python recipe/predict.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out found images/
@@ -41,6 +43,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     what = "from eval.py: calibrated scores and their threshold"
     parser.add_argument("--calibration", type=Path, metavar="YAML", help=what)
     parser.add_argument("--nms-iou", type=float, metavar="F", help="drop the worse of two boxes that overlap more")
+    what = "also predict overlapping tiles of N x N pixels of larger images: finds small objects"
+    parser.add_argument("--tile", type=int, metavar="N", help=what)
+    what = f"least share of a tile that it has in common with the next; default {TILE_OVERLAP}"
+    parser.add_argument("--overlap", type=float, metavar="F", help=what)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
@@ -64,6 +70,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name}: is empty; give a text, or leave it out for the run's prompt")
     if args.classes is not None:
         args.classes = _read_classes(parser, args.classes)
+    if args.tile is None and args.overlap is not None:
+        parser.error("--overlap needs --tile N")
+    if args.overlap is not None and not 0 <= args.overlap <= 0.9:
+        parser.error(f"--overlap {args.overlap}: must be between 0 and 0.9")
+    if args.tile is not None and args.tile < SMALLEST_TILE:
+        parser.error(f"--tile {args.tile}: must be {SMALLEST_TILE} or more")
+    if args.tile is not None and args.answer == "text":
+        parser.error("--tile finds the head's objects: give --answer boxes or both")
     if args.num_teachers is not None and args.teachers is None:
         parser.error("--num-teachers needs --teachers FOLDER")
     if args.config is not None:

@@ -22,6 +22,7 @@ from recipe.export import parse as parse_export
 from recipe.predict import encode_image, main
 from recipe.prediction.files import NO_CATEGORY, find_images, read_annotated_folder, read_entries
 from recipe.prediction.options import parse
+from recipe.prediction.tiles import merge_tiles
 from recipe.schema import Example, Object, Pack, Prediction, Sample
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import load_model, make_encoder
@@ -131,6 +132,35 @@ def test_batches_change_nothing(trained_checkpoint: Path, scene: Image.Image, tm
             assert found["box"] == pytest.approx(expected["box"], abs=0.02)
             assert found["score"] == pytest.approx(expected["score"], abs=2e-4)
             assert found["caption"] == expected["caption"]
+
+
+def test_a_tile_is_predicted_as_an_image_of_its_own(
+    trained_checkpoint: Path, scene: Image.Image, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wide = tmp_path / "wide.png"
+    both = Image.new("RGB", (600, 200))
+    both.paste(scene, (0, 0))
+    both.paste(scene.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (300, 0))
+    both.save(wide)
+    merged: list[list[tuple[Any, Prediction]]] = []
+
+    def record(whole: Prediction, found: Any, *options: float) -> Prediction:
+        merged.append(found)
+        return merge_tiles(whole, found, *options)
+
+    monkeypatch.setattr("recipe.predict.merge_tiles", record)
+    options = "--max-new-tokens 4 --tile 300 --overlap 0 --score-threshold 0.01"
+    alone, rows = predict(trained_checkpoint, tmp_path / "out", picture, wide, options=options)
+    assert [tile for tile, _ in merged[0]] == [(0, 0, 300, 200), (300, 0, 600, 200)]
+    assert len(merged) == 1, "an image that is not larger than a tile has none"
+    first = merged[0][0][1]
+    assert first.answer is None and rows["answer"] is not None, "the answer is about the whole image"
+    kept = [item for item in first.objects if item.score >= 0.01]
+    for found, expected in zip(kept, alone["objects"], strict=True):
+        assert found.box == pytest.approx(expected["box"], abs=0.02)
+        assert found.caption == expected["caption"]
+    assert all(item["caption"] for item in rows["objects"]), "every object above the threshold has one"
+    assert max(item["box"][2] for item in rows["objects"]) > 300
 
 
 def test_options_are_obeyed(trained_checkpoint: Path, picture: Path, tmp_path: Path):

@@ -38,9 +38,18 @@ def test_prompts_and_expressions():
         "--batch-size 0",
         "--max-new-tokens 0",
         "--num-teachers 0",
+        "--tile 100",
+        "--tile 640 --overlap 1.5",
     ],
 )
 def test_senseless_options_are_refused(option: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         parse(["--checkpoint", "c", "--out", "o", "image.png", *option.split()])
-    assert f"{option}: must be" in capsys.readouterr().err
+    assert f"{option.rpartition('--')[2]}: must be" in capsys.readouterr().err
+
+
+def test_tiles_are_of_the_head(capsys: pytest.CaptureFixture[str]):
+    for options, why in (("--overlap 0.1", "--overlap needs --tile N"), ("--tile 640 --answer text", "give --answer")):
+        with pytest.raises(SystemExit):
+            parse(["--checkpoint", "c", "--out", "o", "image.png", *options.split()])
+        assert why in capsys.readouterr().err
