@@ -324,8 +324,7 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path, ent
     found = predict_examples(examples, predictor) if examples else []
     for example, result in zip(examples, found, strict=True):
         name = example.sample.id
-        is_tiled = predictor.tile is not None and isinstance(result, Prediction)
-        results[name] = add_tiles(example, result, predictor, shown[name][1]) if is_tiled else result
+        results[name] = result if isinstance(result, str) else add_tiles(example, result, predictor, shown[name][1])
     for item in inputs:
         result = results[item.name]
         if isinstance(result, str):
