@@ -104,6 +104,7 @@ class Summary:
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
+    several: int = 0  # samples of several images
 
     def add(self, item: Item) -> None:
         """Count one item."""
@@ -113,15 +114,17 @@ class Summary:
         elif isinstance(item, Rejected):
             self.rejected.append(item)
         else:
-            objects = item.objects or ()
             self.samples += 1
-            self.images += bool(item.image)
-            self.not_annotated += item.objects is None
-            self.empty += item.objects == ()
-            self.objects += len(objects)
-            self.crowd += sum(thing.iscrowd for thing in objects)
-            if len(self.captions) <= MOST_CAPTIONS:
-                self.captions.update(thing.caption for thing in objects if not thing.iscrowd)
+            self.several += bool(item.further)
+            for view in item.per_image():
+                objects = view.objects or ()
+                self.images += bool(view.image)
+                self.not_annotated += view.objects is None
+                self.empty += view.objects == ()
+                self.objects += len(objects)
+                self.crowd += sum(thing.iscrowd for thing in objects)
+                if len(self.captions) <= MOST_CAPTIONS:
+                    self.captions.update(thing.caption for thing in objects if not thing.iscrowd)
 
     def merge(self, other: "Summary") -> None:
         """Add the counts of `other`."""
@@ -152,9 +155,10 @@ class Summary:
         return summary
 
     def __str__(self) -> str:
+        held = f"{self.images} images, {self.several} samples with several" if self.several else None
         lines = [
-            f"  samples   {self.samples:>8}  ({self.images} with an image, {self.empty} known to hold nothing, "
-            f"{self.not_annotated} not annotated)",
+            f"  samples   {self.samples:>8}  ({held or f'{self.images} with an image'}, {self.empty} known to hold "
+            f"nothing, {self.not_annotated} not annotated)",
             f"  objects   {self.objects:>8}  ({self.crowd} crowd regions)",
         ]
         if self.captions:

@@ -44,7 +44,7 @@ class Candidate:
 def candidate(index: int, sample: Sample) -> Candidate | None:
     """Return the sample as a candidate, None if it cannot teach."""
     objects = [item for item in sample.objects or () if not item.iscrowd]
-    if not objects or not sample.image:
+    if not objects or not sample.image or sample.further:
         return None
     areas = [(item.box[2] - item.box[0]) * (item.box[3] - item.box[1]) for item in objects]
     sides = np.sqrt(np.asarray(areas) / (sample.width * sample.height))
@@ -59,8 +59,8 @@ def choose(candidates: Sequence[Candidate], num_samples: int, seed: int) -> list
     """
     if len(candidates) < num_samples:
         raise ValueError(
-            f"{num_samples} teachers asked, but only {len(candidates)} samples can be one (annotated, with an image "
-            "and an object that is not a crowd): lower --num-samples"
+            f"{num_samples} teachers asked, but only {len(candidates)} samples can be one (annotated, with one "
+            "image and an object that is not a crowd): lower --num-samples"
         )
     features = np.log([(item.num_objects, item.object_size) for item in candidates]).reshape(-1, 2)
     features = (features - features.min(axis=0)) / np.maximum(np.ptp(features, axis=0), 1e-12)

@@ -11,7 +11,6 @@ import multiprocessing
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,8 @@ def check_shard(folder: Path, shard: Mapping[str, Any], decode: bool) -> tuple[l
         try:
             sample = Sample.from_mds(reader[position])
             digest = _digest(sample)
-            _check_image(sample, decode)
+            for item in sample.per_image():
+                _check_image(item, decode)
         except Exception as error:  # as above, for wrong bytes
             problems.append(f"{path}: sample {position}: {type(error).__name__}: {error}: {_AGAIN}")
         digests.append(digest)
@@ -145,7 +145,7 @@ def _check_sidecar(path: Path, index: Mapping[str, Any], digests: Sequence[Seque
 
 def _digest(sample: Sample) -> bytes:
     # A sample from the sidecar has no image to hash.
-    return hashlib.sha256(json.dumps(to_record(replace(sample, image=b"")), sort_keys=True).encode()).digest()
+    return hashlib.sha256(json.dumps(to_record(sample.without_bytes()), sort_keys=True).encode()).digest()
 
 
 def main() -> None:

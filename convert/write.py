@@ -168,7 +168,8 @@ def _describe_full_disk(job: "Job") -> str:
         text += f"; the {total - finished} parts of {total} that are missing need about {rest / 2**30:.2f} GiB"
     elif job.restartable:
         shown = job.entries[:: max(1, len(job.entries) // 32)]
-        sizes = [len(item.image) for entry in shown for item in entry.read() if isinstance(item, Sample)]
+        samples = [item for entry in shown for item in entry.read() if isinstance(item, Sample)]
+        sizes = [len(item.image) for sample in samples for item in sample.per_image()]
         needed = sum(sizes) / max(1, len(shown)) * len(job.entries)
         text += f"; all {len(job.entries)} records need about {needed / 2**30:.2f} GiB"
     text += ". Make room, then run the same command again"

@@ -27,6 +27,7 @@ from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import build_callbacks
 from recipe.callbacks.training_data import TrainingData
 from recipe.checkpoints.base import base_weights, leave_out
+from recipe.checkpoints.check import Origin
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import is_export, trained_caption_length
 from recipe.config import ConfigError, RecipeConfig, trained_trunk
@@ -37,7 +38,6 @@ from recipe.load import build_network, fill_head, fill_whole, load_base, refuse_
 from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
 from recipe.prediction.classes import class_trie
-from recipe.schema import Origin
 from recipe.upstream.storage import open_streams
 from recipe.upstream.trainer_section import view_trainer
 

@@ -304,7 +304,7 @@ def _lesson_problems(config: RecipeConfig) -> list[str]:
 
 
 def _teaches(sample: Sample, config: RecipeConfig) -> bool:
-    loss, is_annotated = config.loss, sample.objects is not None
+    loss, is_annotated = config.loss, any(view.objects is not None for view in sample.per_image())
     trains_head = is_annotated and config.detection_head is not None
     if trains_head and max(loss.weight_bbox, loss.weight_giou, loss.weight_objectness, loss.weight_caption) > 0:
         return True

@@ -35,6 +35,7 @@ from convert.annotated import read_coco
 from recipe.images import open_image
 from recipe.metrics.gather import FALSE, IGNORED, found_truths, is_unsure, normalized_caption
 from recipe.prediction.files import (
+    PredictedFile,
     entry_of,
     least_score,
     names_by_file,
@@ -43,7 +44,7 @@ from recipe.prediction.files import (
     rounded_score,
     write_json_text,
 )
-from recipe.schema import DetectedObject, PredictedFile, Sample
+from recipe.schema import DetectedObject, Sample
 from recipe.upstream.storage import read_mds
 
 TEMPLATE = Path(__file__).with_name("gallery.html")
@@ -151,7 +152,7 @@ def truths_of_mds(entries: Sequence[PredictedFile], samples: Iterable[Sample]) -
             by_bytes[hashlib.blake2b(data).digest()].append(entry.id)
     same: dict[str, Sample] = {}
     alike: dict[str, Sample] = {}
-    for sample in samples:
+    for sample in (view for stored in samples for view in stored.per_image()):
         if owners := by_bytes.get(hashlib.blake2b(sample.image).digest()):
             same |= dict.fromkeys(owners, sample)
         else:

@@ -27,7 +27,7 @@ from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import TextScorer, default_text_scorer
 from recipe.models.network import JointNetwork, Sealed
 from recipe.prediction.classes import ClassTrie
-from recipe.prediction.decode import Decoding, predict
+from recipe.prediction.decode import Decoding, evaluated, predict
 from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts, Prediction, Sample
 
 
@@ -94,7 +94,8 @@ class JointModel(ComposerModel):
         # Average precision scores the captions of all objects; metrics that need a threshold apply it themselves.
         evaluation = replace(self.evaluation, score_threshold=0.0)
         made, predictions = predict(self.model, batch, Decoding(self.tokenizer, evaluation, self.prompt, self.classes))
-        return EvalOutputs(predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
+        samples = [sample for sample, _, _ in evaluated(batch)]
+        return EvalOutputs(samples, predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """Return the metrics of `eval`, each a scalar under its own name."""
@@ -111,7 +112,7 @@ class JointModel(ComposerModel):
 
     def update_metric(self, batch: Batch, outputs: EvalOutputs, metric: Metric) -> None:
         """Add one evaluation batch to a metric."""
-        metric.update(outputs.predictions, batch["samples"], outputs.loss_sums, outputs.counts)
+        metric.update(outputs.predictions, outputs.samples, outputs.loss_sums, outputs.counts)
 
 
 def all_scores(

@@ -46,6 +46,7 @@ from recipe.prediction.files import (
     LEAST_SCORE,
     NO_CATEGORY,
     PREDICTIONS_FILE,
+    PredictedFile,
     category_ids,
     coco_results,
     entries_of,
@@ -60,7 +61,7 @@ from recipe.prediction.files import (
 )
 from recipe.prediction.tiles import SAME_OBJECT_IOU, cut, merge_tiles, tiles_of
 from recipe.redact import redact_text
-from recipe.schema import Example, ImageId, PredictedFile, Prediction, Sample
+from recipe.schema import Example, ImageId, Prediction, Sample
 
 DTYPES = {"fp32": None, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}  # of autocast; None: no autocast
 

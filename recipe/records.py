@@ -125,9 +125,10 @@ def shards_sha256(index: Mapping[str, Any]) -> str:
 
 
 def to_record(sample: Sample) -> dict[str, Any]:
-    """Return a line of the file: the sample's MDS row, with 64 bits of a hash in place of its image."""
+    """Return a line of the file: the sample's MDS row, with 64 bits of a hash in place of each image."""
     row = {column: value for column, value in sample.to_mds().items() if column != "image"}
-    return row | ({"image_hash": _hash(sample.image)} if sample.image else {})
+    row |= {"image_hash": _hash(sample.image)} if sample.image else {}
+    return row | ({"further_hashes": [_hash(item.image) for item in sample.further]} if sample.further else {})
 
 
 def _hash(content: bytes) -> str:
@@ -161,14 +162,17 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
     return _parse_lines(path, index, lambda line: Sample.from_mds({**line, "image": b""}))
 
 
-def read_image_hashes(path: Path, index: Mapping[str, Any]) -> Iterator[str]:
-    """Yield 16 hex digits of each sample's image, or of its id without one, in stored order; as `read_records`.
+def read_image_hashes(path: Path, index: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield 16 hex digits per image of each sample, or of its id without one, in stored order; as `read_records`.
 
     An image of several samples has one hash. It is empty if an earlier version of `convert/` wrote the file.
     """
-    return _parse_lines(
-        path, index, lambda line: line.get("image_hash", "" if line["width"] else _hash(line["id"].encode()))
-    )
+
+    def parse(line: dict[str, Any]) -> list[str]:
+        first = line.get("image_hash", "" if line["width"] else _hash(line["id"].encode()))
+        return [first, *line.get("further_hashes", ())]
+
+    return _parse_lines(path, index, parse)
 
 
 def _parse_lines(path: Path, index: Mapping[str, Any], parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:

@@ -16,7 +16,7 @@ Box formats
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -74,6 +74,16 @@ MDS_COLUMNS: Mapping[str, str] = dict(
 
 
 @dataclass(frozen=True)
+class FurtherImage:
+    """An image of a chat after its first, which `Sample` holds with the same fields."""
+
+    image: bytes
+    width: int
+    height: int
+    objects: tuple[Object, ...] | None
+
+
+@dataclass(frozen=True)
 class Sample:
     """One record of a data set: one row of an MDS shard.
 
@@ -83,8 +93,10 @@ class Sample:
         width, height: Pixels, after EXIF orientation; 0 without an image.
         objects: Empty: an image known to hold nothing. None: not annotated, so no detection loss.
         messages: A chat (`[{"role": ..., "content": text}, ...]`); None: the detection chat is made from `objects`. A
-            content may also be parts, of text, `{"type": "image"}`, or `{"type": "box", "box": xyxy}` in pixels.
+            content may also be parts, of text, `{"type": "image"}`, or `{"type": "box", "box": xyxy}` in pixels, with
+            `"image": k` if it is of `further[k - 1]`.
         searched: None: all that is not in `objects` is known to be absent. Used in scoring, not in training.
+        further: The chat's images after the first, in order.
     """
 
     id: str
@@ -94,47 +106,95 @@ class Sample:
     objects: tuple[Object, ...] | None
     messages: tuple[Message, ...] | None = None
     searched: Searched | None = None
+    further: tuple[FurtherImage, ...] = ()
 
     @property
     def has_image(self) -> bool:
         """Return whether the sample has an image, even if `image` is empty as in the file of records."""
         return self.width > 0
 
+    def per_image(self) -> tuple[Sample, ...]:
+        """Return a sample of each image: itself, or with several images those of the ids ID#1, ID#2, ...
+
+        An image of several keeps the chat if all boxes of the first answer are its own, else the questions and an empty
+        answer: the language model's answer is not about this image alone.
+        """
+        if not self.further:
+            return (self,)
+        turns = self.messages or ()
+        replied: Any = next((turn["content"] for turn in turns if turn.get("role") == "assistant"), ())
+        answered = {part.get("image", 0) for part in replied if not isinstance(part, str) and part.get("type") == "box"}
+        asked = (*(turn for turn in turns if turn.get("role") != "assistant"), {"role": "assistant", "content": ""})
+        chats = [turns if answered == {number} else asked for number in range(len(self.further) + 1)]
+        first = replace(self, id=f"{self.id}#1", messages=chats[0], further=())
+        others = enumerate(zip(self.further, chats[1:], strict=True), start=2)
+        return first, *(Sample(f"{self.id}#{number}", **vars(item), messages=chat) for number, (item, chat) in others)
+
+    def without_bytes(self) -> Sample:
+        """Return the sample without the files of its images."""
+        return replace(self, image=b"", further=tuple(replace(item, image=b"") for item in self.further))
+
     def to_mds(self) -> dict[str, Any]:
-        """Return the row of `MDS_COLUMNS` that `from_mds` reads; `searched` is stored with the objects."""
-        objects: Any = None
-        if self.objects is not None:
-            objects = [{"box": list(item.box), "caption": item.caption} for item in self.objects]
-            for row, item in zip(objects, self.objects, strict=True):
-                row |= ({"iscrowd": True} if item.iscrowd else {}) | ({} if item.area is None else {"area": item.area})
-            if self.searched is not None:
-                objects = {"objects": objects, **vars(self.searched)}
+        """Return the row of `MDS_COLUMNS` that `from_mds` reads.
+
+        `searched` is stored with the objects. So are sizes and objects of further images, whose files follow the first.
+        """
+        more: dict[str, Any] = {} if self.searched is None or self.objects is None else {**vars(self.searched)}
+        if self.further:
+            names = ("num_bytes", "width", "height", "objects")
+            rows = ((len(item.image), item.width, item.height, _to_rows(item.objects)) for item in self.further)
+            more["further"] = [dict(zip(names, row, strict=True)) for row in rows]
+        objects = {"objects": _to_rows(self.objects), **more} if more else _to_rows(self.objects)
+        image = b"".join([self.image, *(item.image for item in self.further)])
         messages = None if self.messages is None else list(self.messages)
-        return {name: getattr(self, name) for name in MDS_COLUMNS} | {"objects": objects, "messages": messages}
+        return dict(zip(MDS_COLUMNS, (self.id, image, self.width, self.height, objects, messages), strict=True))
 
     @classmethod
     def from_mds(cls, row: Mapping[str, Any]) -> Sample:
-        """Read a row written by `to_mds`.
+        """Read a row written by `to_mds`; its image may be empty, as in the file of records.
 
         Raises:
-            ValueError: A column is missing: `convert/` did not write the shard.
+            ValueError: A column is missing: `convert/` did not write the shard. Or the files are not those of the row.
         """
         missing = [column for column in MDS_COLUMNS if column not in row]
         if missing:
             raise ValueError(
                 f"MDS row has columns {sorted(row)} but lacks {missing}: convert the data set with one of convert/*.py"
             )
-        stored, objects, searched = row["objects"], None, None
-        if stored is not None and "absent" in stored:  # a mapping, else a list
+        data, found, searched = row["image"], row["objects"], None
+        stored: dict[str, Any] = {"objects": found}
+        if found is not None and "objects" in found:  # a mapping, else a list
+            stored = found
+        if "absent" in stored:
             searched = Searched(tuple(stored["absent"]), tuple(stored["incomplete"]))
-            stored = stored["objects"]
-        if stored is not None:
-            objects = tuple(
-                Object(tuple(item["box"]), item["caption"], item.get("iscrowd", False), item.get("area"))
-                for item in stored
-            )
+        rows: list[Any] = stored.get("further", [])
+        begin = len(data) - (sum(item["num_bytes"] for item in rows) if data else 0)  # of the next further image
+        if begin < bool(data):
+            raise ValueError(f"{row['id']!r} has too few bytes ({len(data)}) for its images: convert the set again")
+        image, further = data[:begin], list[FurtherImage]()
+        for item in rows:
+            file = data[begin : begin + item["num_bytes"]]
+            further.append(FurtherImage(file, item["width"], item["height"], _to_objects(item["objects"])))
+            begin += item["num_bytes"]
         messages = None if row["messages"] is None else tuple(row["messages"])
-        return cls(row["id"], row["image"], row["width"], row["height"], objects, messages, searched)
+        first = (image, row["width"], row["height"], _to_objects(stored["objects"]))
+        return cls(row["id"], *first, messages, searched, tuple(further))
+
+
+def _to_rows(objects: Sequence[Object] | None) -> list[dict[str, Any]] | None:
+    if objects is None:
+        return None
+    rows: list[dict[str, Any]] = []
+    for item in objects:
+        marks = ({"iscrowd": True} if item.iscrowd else {}) | ({} if item.area is None else {"area": item.area})
+        rows.append({"box": list(item.box), "caption": item.caption, **marks})
+    return rows
+
+
+def _to_objects(rows: Sequence[Mapping[str, Any]] | None) -> tuple[Object, ...] | None:
+    if rows is None:
+        return None
+    return tuple(Object(tuple(row["box"]), row["caption"], row.get("iscrowd", False), row.get("area")) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -186,11 +246,12 @@ class Example:
         prompt_length: Tokens up to and including the student's generation prompt: what inference sees.
         pixel_patches: (P, 3 * patch * patch) uint8, patches of all images in Qwen2-VL order.
         image_grid_thw: (I, 3) int64, patches along time, height and width.
-        has_student_image: The last image is the one the head solves.
-        target: None: not annotated, so no detection loss.
-        noise_seed: Of this sample's denoising queries in this epoch.
+        num_prompt_images: Of the I images: later ones follow the first answer.
+        student_images: Which of the sample's own images the head solves: the annotated ones, or the only one.
+        targets: Of each solved image; None: not annotated, so no detection loss.
+        noise_seeds: Of their denoising queries in this epoch.
         is_inert: Added to keep ranks in step: nothing is learned from it or scored, and it is not counted.
-        content: Identifies the pixels and the prompt; empty if not requested.
+        contents: Of each solved image: identifies its pixels and the prompt; empty if not requested.
     """
 
     sample: Sample
@@ -200,11 +261,12 @@ class Example:
     prompt_length: int
     pixel_patches: Tensor
     image_grid_thw: Tensor
-    has_student_image: bool
-    target: Target | None
-    noise_seed: int = 0
+    num_prompt_images: int
+    student_images: list[int]
+    targets: list[Target | None]
+    noise_seeds: list[int]
+    contents: list[str]
     is_inert: bool = False
-    content: str = ""
 
 
 @dataclass
@@ -252,9 +314,10 @@ class Batch(TypedDict):
         pixel_patches: (P, 3 * patch * patch) uint8.
         image_grid_thw: (I, 3) int64.
         student_images: (N,) int64, which of the I images the head solves.
-        student_samples: Which sample each of the N images belongs to.
-        targets: N of them; None if not annotated.
-        noise_seeds, contents: N of them, see `Example`.
+        student_samples: Which sample each of the N images belongs to; rising.
+        student_views: N of them, the record of each image alone: see `Sample.per_image`.
+        prompt_images: N of them: which of the I images the prompt holds, in order.
+        targets, noise_seeds, contents: N of them, see `Example`.
         num_tokens: Real tokens: without padding and inert samples.
         num_samples: Without the inert ones.
         num_packs: Without the inert ones; training data is counted and resumed in packs.
@@ -274,6 +337,8 @@ class Batch(TypedDict):
     image_grid_thw: Tensor
     student_images: Tensor
     student_samples: list[int]
+    student_views: list[Sample]
+    prompt_images: list[list[int]]
     targets: list[Target | None]
     noise_seeds: list[int]
     contents: list[str]
@@ -519,77 +584,17 @@ class Prediction:
         return cls(row["id"], row["width"], row["height"], *made)
 
 
-@dataclass(frozen=True)
-class PredictedFile:
-    """One entry of `predictions.json`: an image file and what was predicted for it.
-
-    Attributes:
-        id: Of the entry and its drawing; unique in the file.
-        file: Path of the image, as given on the command line.
-        image_id: In COCO results; None in files of older versions.
-        prediction: Holds the objects with at least `score_threshold`; None if the image could not be used.
-        score_threshold: None if the head did not run, and in files of older versions.
-        error: Why the image could not be used.
-        objects_below: Objects below the threshold, for the gallery's slider: no predictions, without captions. Holds
-            those with at least `least_score`. Both are None if the head did not run, and in files of older versions.
-    """
-
-    id: str
-    file: str
-    image_id: ImageId | None
-    prediction: Prediction | None
-    score_threshold: float | None = None
-    error: str | None = None
-    least_score: float | None = None
-    objects_below: tuple[DetectedObject, ...] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads; if the image was not used, all but `error` and the names is null."""
-        size, made = ("width", "height"), ("objects", "answer", "answer_objects", "answer_is_cut")
-        known = dict.fromkeys((*size, *made)) if self.prediction is None else self.prediction.to_json()
-        row = {"id": self.id, "file": self.file, "image_id": self.image_id, **{name: known[name] for name in size}}
-        row["score_threshold"] = self.score_threshold
-        row |= {**{name: known[name] for name in made}, "error": self.error}
-        if self.objects_below is not None:
-            row |= {"least_score": self.least_score, "objects_below": [item.to_json() for item in self.objects_below]}
-        return row
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> PredictedFile:
-        """Read what `to_json` wrote, also in a version without `score_threshold` or `objects_below`."""
-        prediction = None if row["error"] is not None else Prediction.from_json(row)
-        threshold, least, below = (row.get(name) for name in ("score_threshold", "least_score", "objects_below"))
-        below = None if below is None else tuple(map(DetectedObject.from_json, below))
-        return cls(row["id"], row["file"], row.get("image_id"), prediction, threshold, row["error"], least, below)
-
-
 @dataclass
 class EvalOutputs:
     """Predictions and losses of one evaluation batch.
 
     Attributes:
-        predictions: Aligned with `batch["samples"]`.
+        samples, predictions: Aligned, see `recipe.prediction.decode.evaluated`.
         loss_sums: Each term before the division.
         counts: Denominators of this batch alone.
     """
 
+    samples: list[Sample]
     predictions: list[Prediction]
     loss_sums: dict[str, Tensor]
     counts: LossCounts
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a run was made from.
-
-    Attributes:
-        config: The whole configuration, without secrets.
-        tokenizer: Fingerprint of the tokenizer and its chat template.
-        model: Fingerprint of the names and shapes of all parameters but averages.
-        base: Fingerprint of the weights that its checkpoints leave out; None: they hold all.
-    """
-
-    config: dict[str, Any]
-    tokenizer: str
-    model: str
-    base: str | None = None

@@ -73,8 +73,10 @@ def describe_first_sample(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> s
         text = _decode(ids[position : position + count], tokenizer, grids)
         parts.append(f"[{_TAGS[Role(role)]}, {count} tokens]\n{text}")
         position += count
-    if 0 in batch["student_samples"]:
-        parts.append(_describe_target(batch["targets"][batch["student_samples"].index(0)], tokenizer))
+    for owner, view, target in zip(batch["student_samples"], batch["student_views"], batch["targets"], strict=True):
+        if owner == 0:
+            whose = f" of {view.id}" if batch["samples"][0].further else ""
+            parts.append(_describe_target(target, tokenizer, whose))
     return "\n".join(parts)
 
 
@@ -99,10 +101,10 @@ def _decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, grids: Itera
     return "".join(texts)
 
 
-def _describe_target(target: Target | None, tokenizer: PreTrainedTokenizerBase) -> str:
+def _describe_target(target: Target | None, tokenizer: PreTrainedTokenizerBase, whose: str) -> str:
     if target is None:
-        return "[target] not annotated: no detection loss"
-    lines = [f"[target] {len(target['boxes'])} objects, boxes as centre and size in 0 to 1"]
+        return f"[target{whose}] not annotated: no detection loss"
+    lines = [f"[target{whose}] {len(target['boxes'])} objects, boxes as centre and size in 0 to 1"]
     for box, caption_ids in zip(target["boxes"].tolist(), target["caption_ids"], strict=True):
         caption = tokenizer.decode(caption_ids[caption_ids >= 0].tolist(), skip_special_tokens=True)  # -1: padding
         lines.append(f"  ({', '.join(f'{value:.3f}' for value in box)}) {caption}")
@@ -117,7 +119,7 @@ class LogPredictions(Callback):
     as overlays, which its page shows and hides by class and score.
 
     Args:
-        num_images: Drawn per evaluation: those of the first samples that have an image.
+        num_images: Drawn per evaluation: the first that are evaluated.
         folder: Gets the drawings.
         score_threshold: Objects below it are neither drawn nor logged.
     """
@@ -137,7 +139,7 @@ class LogPredictions(Callback):
         if dist.get_global_rank() != 0 or len(self._shown) >= self.num_images:
             return
         outputs: Any = state.outputs  # recipe.joint's evaluation outputs
-        for sample, prediction in zip(state.batch["samples"], outputs.predictions, strict=True):
+        for sample, prediction in zip(outputs.samples, outputs.predictions, strict=True):
             if sample.image and len(self._shown) < self.num_images:
                 drawing = draw_prediction(open_image(sample.image), prediction, sample, self.score_threshold)
                 file_name = re.sub(r"[^\w.-]+", "_", sample.id)[-80:]

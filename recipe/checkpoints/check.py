@@ -19,7 +19,6 @@ from recipe.models.network import AVERAGE
 from recipe.models.nf4 import plain_shapes
 from recipe.records import PARTIAL, write_whole
 from recipe.redact import redact
-from recipe.schema import Origin
 
 MANIFEST = "manifest.json"
 UNFINISHED = f".unfinished{PARTIAL}"  # suffix of an empty file that exists until the checkpoint has its manifest
@@ -34,6 +33,23 @@ class FileEntry:
 
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run was made from.
+
+    Attributes:
+        config: The whole configuration, without secrets.
+        tokenizer: Fingerprint of the tokenizer and its chat template.
+        model: Fingerprint of the names and shapes of all parameters but averages.
+        base: Fingerprint of the weights that its checkpoints leave out; None: they hold all.
+    """
+
+    config: dict[str, Any]
+    tokenizer: str
+    model: str
+    base: str | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from recipe.checkpoints.check import (
     MANIFEST,
     Found,
     Manifest,
+    Origin,
     check,
     differences,
     existing,
@@ -33,7 +34,6 @@ from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_
 from recipe.config import NEW_RUN, ConfigError
 from recipe.data.stream import PackStream
 from recipe.redact import redact
-from recipe.schema import Origin
 from recipe.upstream.agreement import agree, from_rank_0
 from recipe.upstream.trainer_section import TrainerView
 

@@ -21,6 +21,7 @@ from recipe.checkpoints.check import (
     FileEntry,
     LocalFolder,
     Manifest,
+    Origin,
     best_metric,
     clean,
     manifest_of,
@@ -43,7 +44,6 @@ from recipe.config import SaveBestConfig
 from recipe.metrics.gather import UNDEFINED
 from recipe.records import replacing
 from recipe.redact import redact
-from recipe.schema import Origin
 from recipe.upstream.trainer_section import TrainerView
 
 log = logging.getLogger(__name__)

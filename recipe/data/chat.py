@@ -45,23 +45,26 @@ def answer_segments(text: str, role: Role) -> list[Segment]:
     return [Segment(checked(text) + END_OF_TURN, role), Segment("\n")]
 
 
-def write_boxes(messages: Sequence[Message], write: Callable[[Box], str]) -> list[Message]:
-    """Return the messages with the text that `write` makes of each box part: the form of a box is the run's."""
+def write_boxes(messages: Sequence[Message], write: Callable[[Box, int], str]) -> list[Message]:
+    """Return the messages with the text that `write` makes of each box part and the number of its image, from 0.
+
+    The form of a box is the run's.
+    """
     written: list[Message] = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, list):
-            texts = [write(part["box"]) if _is_box(part) else part for part in content]
+            texts = [write(part["box"], part.get("image", 0)) if _is_box(part) else part for part in content]
             content = [{"type": "text", "text": item} if isinstance(item, str) else item for item in texts]
         written.append({**message, "content": content})
     return written
 
 
-def message_segments(messages: Sequence[Message], has_image: bool) -> list[Segment]:
+def message_segments(messages: Sequence[Message], num_images: int) -> list[Segment]:
     """Return a sample's own chat without its system turn; all assistant turns are supervised as the student's.
 
-    The image replaces `<image>` or `{"type": "image"}` in a user turn, or else opens the first user turn. A chat that
-    ends with a user turn gets a generation prompt.
+    The images replace `<image>` or `{"type": "image"}` in user turns, in order; if there is no such place, they open
+    the first user turn. A chat that ends with a user turn gets a generation prompt.
 
     Raises:
         ValueError: A turn is malformed, or the number of placeholders is wrong.
@@ -75,11 +78,11 @@ def message_segments(messages: Sequence[Message], has_image: bool) -> list[Segme
     if not questions:
         raise ValueError("`messages` has no user turn: add one, or write null for the detection chat")
     found = sum(turns[position][1].count(IMAGE) for position in questions)
-    if has_image and found == 0:
-        turns[questions[0]] = ("user", IMAGE + turns[questions[0]][1])
-    elif found != int(has_image):
+    if found == 0:
+        turns[questions[0]] = ("user", IMAGE * num_images + turns[questions[0]][1])
+    elif found != num_images:
         raise ValueError(
-            f"`messages` has {found} image placeholders, but the sample holds {int(has_image)} images: make them equal"
+            f"`messages` has {found} image placeholders, but the sample holds {num_images} images: make them equal"
         )
     segments = []
     for role, text in turns:

@@ -70,9 +70,10 @@ def _batch(
     """Add what both layouts share; sample i starts at `offsets[i]` of the flattened tokens."""
     supervised = [item.roles.nonzero()[:, 0] for item in examples]
     assert all(int(Role.NONE) == 0 and bool((index > 0).all()) for index in supervised), "no token predicts the first"
-    image_ends = list(accumulate(len(item.image_grid_thw) for item in examples))
-    solved = [position for position, item in enumerate(examples) if item.has_student_image]
-    prompts = [offsets[position] + torch.arange(examples[position].prompt_length) for position in solved]
+    image_ends = list(accumulate((len(item.image_grid_thw) for item in examples), initial=0))
+    solved = [(position, image) for position, item in enumerate(examples) for image in item.student_images]
+    views = [item.sample.per_image() for item in examples]
+    prompts = [offsets[position] + torch.arange(examples[position].prompt_length) for position, _ in solved]
     return Batch(
         samples=[item.sample for item in examples],
         input_ids=input_ids,
@@ -87,11 +88,18 @@ def _batch(
         else torch.empty(0, 0, dtype=torch.int64),
         pixel_patches=torch.cat([item.pixel_patches for item in examples]),
         image_grid_thw=torch.cat([item.image_grid_thw for item in examples]),
-        student_images=torch.tensor([image_ends[position] - 1 for position in solved], dtype=torch.int64),
-        student_samples=solved,
-        targets=[examples[position].target for position in solved],
-        noise_seeds=[examples[position].noise_seed for position in solved],
-        contents=[examples[position].content for position in solved],
+        student_images=torch.tensor(
+            [image_ends[position + 1] - len(views[position]) + image for position, image in solved], dtype=torch.int64
+        ),
+        student_samples=[position for position, _ in solved],
+        student_views=[views[position][image] for position, image in solved],
+        prompt_images=[
+            list(range(image_ends[position], image_ends[position] + examples[position].num_prompt_images))
+            for position, _ in solved
+        ],
+        targets=[target for item in examples for target in item.targets],
+        noise_seeds=[seed for item in examples for seed in item.noise_seeds],
+        contents=[content for item in examples for content in item.contents],
         num_tokens=sum(len(item.input_ids) for item in examples if not item.is_inert),
         num_samples=sum(not item.is_inert for item in examples),
         num_packs=sum(not pack.is_inert for pack in packs),

@@ -19,7 +19,7 @@ class EpochContents:
     tokens: int | None  # that the epoch reads, teachers and image tokens included, padding not
     tokens_otherwise: int | None  # of the same samples, if the epoch had answers but now has none, or the reverse
     passes: dict[str, float]  # how often the epoch reads each sample of a stream, on average
-    samples_per_image: float = 1.0  # of those that have one
+    samples_per_image: float = 1.0  # that hold it, on average
 
     @property
     def tokens_per_pack(self) -> float | None:
@@ -39,7 +39,7 @@ def epoch_contents(dataset: PackStream, epoch: int) -> EpochContents:
         passes[getattr(stream, "key", str(number))] = int(reads[of_stream].sum()) / max(1, num_trained)
     num_images, samples_per_image = None, 1.0
     if lengths is not None and hashes is not None:
-        with_image = hashes[is_trained & (lengths.samples.patches > 0)]
+        with_image = hashes.of(is_trained & (lengths.samples.patches > 0))
         num_images = len(np.unique(with_image))
         samples_per_image = len(with_image) / max(1, num_images)
     return EpochContents(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from inspect import signature
@@ -44,6 +44,15 @@ def num_prompt_segments(student: Sequence[Segment]) -> int:
     return next(answers, len(student))
 
 
+def without_answers(student: Sequence[Segment]) -> Sequence[Segment]:
+    """Return the segments of a student turn that an epoch without answers reads: its prompt and all its images.
+
+    What stands before an image after an answer stays.
+    """
+    with_image = [end for end, segment in enumerate(student, start=1) if chat.IMAGE in segment.text]
+    return student[: max([num_prompt_segments(student), *with_image])]
+
+
 @contextmanager
 def naming(sample: Sample) -> Iterator[None]:
     """Put the sample's id in front of a ValueError."""
@@ -76,14 +85,16 @@ class Encoder:
 
         A sample without `objects` and `messages` gives its prompt alone, as in prediction: exactly the first
         `prompt_length` ids of the annotated sample, none supervised. So does any sample if not `with_answers`: its
-        student turn ends with the prompt, and the teachers' answers are not supervised.
+        student turn ends with the prompt, or with its last image if that follows an answer, and no answer is
+        supervised.
 
         Raises:
             ValueError: The sample or a teacher cannot be used; names its id and the remedy.
         """
         with naming(sample):
             head, student = self.segments(sample, teachers, with_answers)
-            with_image = [item for item in (*teachers, sample) if item.has_image]
+            views = sample.per_image() if sample.has_image else ()
+            with_image = (*teachers, *views)
             images = [patchify(item.image, self.image_spec) for item in with_image]
             for item, (_, (_, rows, columns)) in zip(with_image, images, strict=True):
                 patch = self.image_spec.patch_size
@@ -94,7 +105,7 @@ class Encoder:
                     )
             image_grid_thw = torch.tensor([grid for _, grid in images], dtype=torch.int64).view(-1, 3)
             tokens_per_image = (image_grid_thw.prod(-1) // self.image_spec.merge_size**2).tolist()
-            input_ids, roles, prompt_length = self._tokenize(head, student, tokens_per_image)
+            input_ids, roles, prompt_length, num_prompt_images = self._tokenize(head, student, tokens_per_image)
             if len(input_ids) > self.max_seq_len:
                 raise ValueError(
                     f"its conversation is {len(input_ids)} tokens long ({sum(tokens_per_image)} of them of "
@@ -103,20 +114,23 @@ class Encoder:
                 )
             no_patches = torch.empty(0, self.image_spec.patch_values, dtype=torch.uint8)
             pixel_patches = torch.cat([no_patches, *(patches for patches, _ in images)])
+            solved = [number for number, view in enumerate(views) if view.objects is not None or len(views) == 1]
             content = ""
             if self.with_content:
                 content = self._content_of(input_ids[:prompt_length], image_grid_thw, pixel_patches)
             return Example(
-                sample=sample if self.keep_image else replace(sample, image=b""),
+                sample=sample if self.keep_image else sample.without_bytes(),
                 input_ids=input_ids,
                 roles=roles if with_answers else torch.zeros_like(roles),
                 position_ids=rope_positions(input_ids, image_grid_thw, self.hf_config),
                 prompt_length=prompt_length,
                 pixel_patches=pixel_patches,
                 image_grid_thw=image_grid_thw,
-                has_student_image=sample.has_image,
-                target=None if sample.objects is None else self._target(sample, sample.objects),
-                content=content,
+                num_prompt_images=num_prompt_images,
+                student_images=solved,
+                targets=[self._target(views[number]) for number in solved],
+                noise_seeds=[0 for _ in solved],
+                contents=[content if len(views) == 1 else f"{content}#{number}" for number in solved],
             )
 
     def _content_of(self, *tensors: Tensor) -> str:
@@ -131,19 +145,23 @@ class Encoder:
     ) -> tuple[list[Segment], list[Segment]]:
         """Return the segments before the student turn, and its own, without decoding images; raises as `__call__`."""
         head, student = self._segments(sample, teachers)
-        return head, student if with_answers else student[: num_prompt_segments(student)]
+        return head, student if with_answers else list(without_answers(student))
 
     def _segments(self, sample: Sample, teachers: Sequence[Sample]) -> tuple[list[Segment], list[Segment]]:
         if sample.objects is not None and not sample.has_image:
             raise ValueError("it has objects but no image: add the image, or write null for the objects")
-        messages = None
+        messages, views = None, sample.per_image() if sample.has_image else ()
         if sample.messages is not None:
-            messages = chat.write_boxes(sample.messages, lambda box: str(self._to_frame(sample, box)))
+            messages = chat.write_boxes(
+                sample.messages, lambda box, image: str(self._to_frame(_image_of(views, image), box))
+            )
         head = chat.system_segments(chat.system_of(messages or (), self.prompt.system))
         for teacher in teachers:
             head += self.teacher_segments(teacher)
         if messages is not None:
-            return head, chat.message_segments(messages, sample.has_image)
+            return head, chat.message_segments(messages, len(views))
+        if sample.further:
+            raise ValueError("it has several images but no messages: add a chat about them, or make each a sample")
         if not sample.has_image:
             raise ValueError("it has neither an image nor messages: add one of them, or remove the sample")
         student = [Segment(chat.detection_question(self.prompt))]
@@ -153,7 +171,7 @@ class Encoder:
 
     def teacher_segments(self, teacher: Sample) -> list[Segment]:
         """Return the turns of one teacher; raise ValueError if it is not an annotated image, or cannot be used."""
-        if teacher.objects is None or not teacher.has_image:
+        if teacher.objects is None or not teacher.has_image or teacher.further:
             raise ValueError(f"its teacher {teacher.id!r} is not an annotated image: choose the pool again")
         try:
             answer = chat.answer_segments(self._answer(teacher, teacher.objects), Role.TEACHER)
@@ -172,12 +190,12 @@ class Encoder:
 
     def _tokenize(
         self, head: list[Segment], student: list[Segment], tokens_per_image: list[int]
-    ) -> tuple[Tensor, Tensor, int]:
-        """Tokenize each segment alone and concatenate: ids (L,), roles (L,) and the prompt's length."""
+    ) -> tuple[Tensor, Tensor, int, int]:
+        """Tokenize each segment alone and concatenate: ids (L,), roles (L,), and the prompt's length and images."""
         ids: list[int] = []
         roles: list[int] = []
         image_token_id, images = self.hf_config.image_token_id, iter(tokens_per_image)
-        prompt_length, first_answer = 0, len(head) + num_prompt_segments(student)
+        prompt_length, num_prompt_images, first_answer = 0, 0, len(head) + num_prompt_segments(student)
         segments = [*head, *student]
         rows = self.ids([segment.text for segment in segments])
         for position, (segment, row) in enumerate(zip(segments, rows, strict=True)):
@@ -186,8 +204,10 @@ class Encoder:
             roles += [int(segment.role)] * (len(ids) - len(roles))
             if position < first_answer:  # all that the head may read
                 prompt_length = len(ids)
+                num_prompt_images += row.count(image_token_id)
         assert next(images, None) is None, "every image has its placeholder"
-        return torch.tensor(ids, dtype=torch.int64), torch.tensor(roles, dtype=torch.uint8), prompt_length
+        ids_and_roles = torch.tensor(ids, dtype=torch.int64), torch.tensor(roles, dtype=torch.uint8)
+        return *ids_and_roles, prompt_length, num_prompt_images
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Return the token ids of each text alone, in one call: a call costs more than a short text."""
@@ -196,8 +216,11 @@ class Encoder:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         return cast(list[list[int]], encoded["input_ids"])
 
-    def _target(self, sample: Sample, objects: Sequence[Object]) -> Target:
-        kept = [item for item in objects if not item.iscrowd]
+    def _target(self, sample: Sample) -> Target | None:
+        """Return what the head should find in the image of a view; None if it is not annotated."""
+        if sample.objects is None:
+            return None
+        kept = [item for item in sample.objects if not item.iscrowd]
         boxes = torch.tensor([item.box for item in kept], dtype=torch.float32).view(-1, 4)
         rows = self.ids([chat.checked(item.caption) for item in kept])
         captions: list[Tensor] = []
@@ -214,3 +237,9 @@ class Encoder:
             if captions
             else torch.empty(0, 1, dtype=torch.int64),
         )
+
+
+def _image_of(views: Sequence[Sample], number: int) -> Sample:
+    if not 0 <= number < len(views):
+        raise ValueError(f"a box in `messages` is of image {number}, counted from 0, but there are {len(views)}")
+    return views[number]

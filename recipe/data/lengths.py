@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from recipe.config import ConfigError, LoaderConfig
-from recipe.data.chat import IMAGE, Segment
-from recipe.data.encode import Encoder, naming, num_prompt_segments
+from recipe.data.chat import Segment
+from recipe.data.encode import Encoder, naming, without_answers
 from recipe.data.image import resized_size
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.records import INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256, write_whole
@@ -46,10 +46,10 @@ class Lengths:
     """Lengths of the samples of a data set, in stored order."""
 
     tokens: Int64[np.ndarray, " N"]  # of the conversation without teachers, including image tokens
-    patches: Int64[np.ndarray, " N"]  # of the sample's own image; 0 without one
+    patches: Int64[np.ndarray, " N"]  # of the sample's own images; 0 without one
     takes_teachers: Bool[np.ndarray, " N"]  # see `takes_teachers`
     id_hashes: Int64[np.ndarray, " N"]  # see `id_hash`
-    answer_tokens: Int64[np.ndarray, " N"]  # of `tokens`, those from the first answer on
+    answer_tokens: Int64[np.ndarray, " N"]  # of `tokens`, those that an epoch without answers does not read
     num_objects: Int64[np.ndarray, " N"]  # that the head learns; 0 if not annotated
 
     def __len__(self) -> int:
@@ -122,21 +122,26 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
             with naming(sample):
                 head, student = encoder.segments(sample)
             conversations.append(head + student)
-            prompts.append(head + student[: num_prompt_segments(student)])
+            prompts.append([*head, *without_answers(student)])
         tokens, patches = _count_chunk(chunk, conversations, encoder)
         answer_tokens = tokens - _count_chunk(chunk, prompts, encoder)[0]
         taking = np.array([takes_teachers(sample) for sample in chunk])
         hashes = np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)
-        objects = np.array([sum(not item.iscrowd for item in sample.objects or ()) for sample in chunk], dtype=np.int64)
+        objects = np.array([len(learned_objects(sample)) for sample in chunk], dtype=np.int64)
         chunks.append((tokens, patches, taking, hashes, answer_tokens, objects))
     return Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+
+
+def learned_objects(sample: Sample) -> list[Object]:
+    """Return the objects of all its images that the head learns."""
+    return [item for view in sample.per_image() for item in view.objects or () if not item.iscrowd]
 
 
 def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> Int64[np.ndarray, " N"]:
     """Return the tokens of each sample's longest caption, tokenized as by `Encoder`; 0 without any."""
     longest: list[int] = []
     for chunk in _chunks(samples):
-        captions = [[item.caption for item in sample.objects or () if not item.iscrowd] for sample in chunk]
+        captions = [[item.caption for item in learned_objects(sample)] for sample in chunk]
         texts = list(dict.fromkeys(caption for row in captions for caption in row))
         rows: Any = (
             tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
@@ -412,13 +417,12 @@ def _count_chunk(
     tokens: list[int] = []
     patches: list[int] = []
     for sample, segments in zip(samples, conversations, strict=True):
-        num_patches = 0
-        if sample.has_image:
+        of_images: list[int] = []
+        for view in sample.per_image() if sample.has_image else ():
             with naming(sample):
-                width, height = resized_size(sample.width, sample.height, spec)
-            num_patches = (width // spec.patch_size) * (height // spec.patch_size)
-        placeholders = sum(segment.text.count(IMAGE) for segment in segments)
-        num_image_tokens = num_patches // spec.merge_size**2
-        tokens.append(sum(num_tokens[segment.text] for segment in segments) + placeholders * (num_image_tokens - 1))
-        patches.append(num_patches)
+                width, height = resized_size(view.width, view.height, spec)
+            of_images.append((width // spec.patch_size) * (height // spec.patch_size))
+        num_image_tokens = sum(count // spec.merge_size**2 for count in of_images) - len(of_images)
+        tokens.append(sum(num_tokens[segment.text] for segment in segments) + num_image_tokens)
+        patches.append(sum(of_images))
     return np.array(tokens, dtype=np.int64), np.array(patches, dtype=np.int64)

@@ -71,7 +71,7 @@ def build_train_loader(
         answers_ever=answers_ever,
         split=split,
         lengths=lengths,
-        image_hashes=read_known_hashes(streams) if split is None else split.hashes,
+        image_hashes=read_known_hashes(streams) if split is None else split.images,
         streams=streams,
         batch_size=batch_size,
         **{"shuffle_seed": seed, **loader.dataset},

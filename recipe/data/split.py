@@ -2,14 +2,15 @@
 
 An image is held out if the hash of its bytes is among the lowest `val_fraction` of all hashes. So neither the order of
 the data, nor its shards, seeds, ranks or other images change its side, and all samples of one image are on one side.
-The share is met on average: of 80 images at 0.05 some splits hold out 2, others 7.
+The share is met on average: of 80 images at 0.05 some splits hold out 2, others 7. A sample of several images is held
+out if one of them is: so no image that is held out is trained on, but one that is evaluated together with it may be.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Bool, UInt64
+from jaxtyping import Bool, Int64, UInt64
 
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig
 from recipe.data.lengths import Arrays, KeptCount, none_if_unknown
@@ -21,23 +22,46 @@ _SAMPLING = ("choose", "repeat", "proportion")  # of training; a validation set 
 
 
 @dataclass(frozen=True)
+class ImageHashes:
+    """Which images the stored samples hold: equal hashes for equal bytes."""
+
+    first: UInt64[np.ndarray, " N"]  # of each sample's first image, or of its id without one
+    further: UInt64[np.ndarray, " F"]  # of all images after the first
+    owners: Int64[np.ndarray, " F"]  # the sample of each further one
+
+    def of(self, chosen: Bool[np.ndarray, " N"]) -> UInt64[np.ndarray, " M"]:
+        """Return the hashes of all images of the chosen samples."""
+        return np.concatenate([self.first[chosen], self.further[chosen[self.owners]]])
+
+    def least(self) -> UInt64[np.ndarray, " N"]:
+        """Return the lowest hash of each sample's images."""
+        lowest = self.first.copy()
+        np.minimum.at(lowest, self.owners, self.further)
+        return lowest
+
+
+@dataclass(frozen=True)
 class Split:
     """Which samples of a training set are held out for evaluation."""
 
     fraction: float
-    hashes: UInt64[np.ndarray, " N"]  # of each stored sample's image, or of its id without one
+    images: ImageHashes
 
     @property
     def is_validation(self) -> Bool[np.ndarray, " N"]:
         """Return which stored samples are held out."""
-        return self.hashes < np.uint64(round(self.fraction * 2**64))
+        return self._is_low(self.images.least())
 
     def describe(self) -> str:
         """Return how much is held out, such as `4 of 80 images`."""
-        of_images = len(np.unique(self.hashes[self.is_validation])), len(np.unique(self.hashes))
-        of_samples = int(self.is_validation.sum()), len(self.hashes)
+        distinct = np.unique(self.images.of(np.ones_like(self.is_validation)))
+        of_images = int(self._is_low(distinct).sum()), len(distinct)
+        of_samples = int(self.is_validation.sum()), len(self.images.first)
         images = f"{of_images[0]} of {of_images[1]} images"
         return images if of_images == of_samples else f"{images}, {of_samples[0]} of {of_samples[1]} samples"
+
+    def _is_low(self, hashes: UInt64[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
+        return hashes < np.uint64(round(self.fraction * 2**64))
 
 
 def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> Split | None:
@@ -48,9 +72,7 @@ def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> S
     """
     if fraction is None:
         return None
-    split = Split(
-        fraction, from_rank_0(lambda: np.concatenate([_KEPT_HASHES.of(stream)["hashes"] for stream in streams]))
-    )
+    split = Split(fraction, from_rank_0(lambda: _read_hashes(streams)))
     if split.is_validation.all() or not split.is_validation.any():
         side = "training" if split.is_validation.all() else "validation"
         raise ConfigError(
@@ -60,11 +82,19 @@ def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> S
     return split
 
 
-def read_known_hashes(streams: Sequence[CheckedStream]) -> UInt64[np.ndarray, " N"] | None:
+def read_known_hashes(streams: Sequence[CheckedStream]) -> ImageHashes | None:
     """Return the hashes of `Split`, None if a stream has none; all ranks must call it."""
-    return from_rank_0(
-        lambda: none_if_unknown(lambda: np.concatenate([_KEPT_HASHES.of(stream)["hashes"] for stream in streams]))
-    )
+    return from_rank_0(lambda: none_if_unknown(lambda: _read_hashes(streams)))
+
+
+def _read_hashes(streams: Sequence[CheckedStream]) -> ImageHashes:
+    empty, start, parts = np.empty(0, dtype=np.uint64), 0, []
+    for stream in streams:
+        kept = _KEPT_HASHES.of(stream)
+        owners = kept.get("owners", empty).astype(np.int64) + start  # absent if no sample has several images
+        parts.append((kept["hashes"], kept.get("further", empty), owners))
+        start += len(kept["hashes"])
+    return ImageHashes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def evaluation_loader(config: RecipeConfig) -> LoaderConfig:
@@ -83,14 +113,19 @@ def evaluation_loader(config: RecipeConfig) -> LoaderConfig:
     return replace(config.eval_loader, streams=streams)
 
 
-def _parse_hashes(hashes: Iterable[str]) -> Arrays:
+def _parse_hashes(hashes: Iterable[list[str]]) -> Arrays:
     found = list(hashes)
-    if not all(found):
+    if not all(map(all, found)):
         raise ConfigError(
             f"val_fraction: a {RECORDS_FILE} was written by an earlier version and holds no hashes of images: convert "
             "the data set again, or give eval_loader.streams"
         )
-    return {"hashes": np.array([int(text, 16) for text in found], dtype=np.uint64)}
+    arrays = {"hashes": np.array([int(first, 16) for first, *_ in found], dtype=np.uint64)}
+    further = [(int(text, 16), owner) for owner, (_, *rest) in enumerate(found) for text in rest]
+    if further:
+        values, owners = zip(*further, strict=True)
+        arrays |= {"further": np.array(values, dtype=np.uint64), "owners": np.array(owners, dtype=np.int64)}
+    return arrays
 
 
 _KEPT_HASHES = KeptCount(

@@ -18,8 +18,8 @@ from recipe.config import NEW_RUN, ConfigError, TeacherConfig
 from recipe.data.encode import Encoder
 from recipe.data.lengths import LengthTable, takes_teachers
 from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
-from recipe.data.split import Split
-from recipe.data.teachers import TeacherPool, noise_seed
+from recipe.data.split import ImageHashes, Split
+from recipe.data.teachers import TeacherPool, noise_seeds
 from recipe.images import open_image
 from recipe.schema import Example, Pack, Sample
 from recipe.upstream.storage import CheckedDataset, open_streams
@@ -63,16 +63,20 @@ class ExampleMaker:
         shown = []
         if self.teachers is not None and takes_teachers(sample):
             shown = self.teachers.draw_samples(epoch, occurrence, sample.id)
-        return replace(self.encoder(sample, shown, with_answers), noise_seed=noise_seed(self.seed, epoch, occurrence))
+        example = self.encoder(sample, shown, with_answers)
+        seeds = noise_seeds(self.seed, epoch, occurrence, len(sample.per_image()))
+        return replace(example, noise_seeds=[seeds[image] for image in example.student_images])
 
 
 def make_inert(example: Example) -> Example:
     """Return the same images and tokens with nothing to learn or score: it keeps ranks in step and is not counted."""
+    sample = example.sample
+    further = tuple(replace(item, objects=None) for item in sample.further)
     return replace(
         example,
-        sample=replace(example.sample, objects=None, messages=None),
+        sample=replace(sample, objects=None, messages=None, further=further),
         roles=torch.zeros_like(example.roles),
-        target=None,
+        targets=[None for _ in example.targets],
         is_inert=True,
     )
 
@@ -108,7 +112,7 @@ class PackStream(CheckedDataset):
         answers_ever: bool = True,
         split: Split | None = None,
         lengths: LengthTable | None = None,
-        image_hashes: NDArray[np.uint64] | None = None,
+        image_hashes: ImageHashes | None = None,
         **keywords: Any,
     ):
         """Open the shards.
@@ -121,7 +125,7 @@ class PackStream(CheckedDataset):
             answers_ever: Whether any epoch has answers, so that a sample must fit with its own.
             split: What is held out for evaluation, if anything.
             lengths: Of all samples, if known; `packing` has its own.
-            image_hashes: (N,) as `Split.hashes`, if known.
+            image_hashes: Of all samples, if known.
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)
@@ -179,11 +183,12 @@ class PackStream(CheckedDataset):
             tokens = (own.tokens - own.answer_tokens)[has_image].sum()
             return int(has_image.sum()), float(tokens), float(own.patches.sum())
         positions = range(0, self.num_samples, max(1, self.num_samples // 16))
-        examples = [example for example in map(self.example, positions) if example.has_student_image]
+        examples = [example for example in map(self.example, positions) if example.student_images]
         scale = self.num_samples / len(positions)
-        tokens = sum(example.prompt_length for example in examples)
+        num_images = sum(len(example.student_images) for example in examples)
+        tokens = sum(example.prompt_length * len(example.student_images) for example in examples)
         patches = sum(len(example.pixel_patches) for example in examples)
-        return round(scale * len(examples)), scale * tokens, scale * patches
+        return round(scale * num_images), scale * tokens, scale * patches
 
     def identity(self) -> dict[str, str]:
         """Return all that the plans depend on, by the names that error messages use."""
@@ -425,7 +430,7 @@ class EvalSamples(Dataset[Pack]):
         for position in self._positions.tolist():
             with suppress(ValueError):
                 filler = make_inert(self._maker(self._rows[position], 0, position))
-                return replace(filler, sample=replace(filler.sample, image=b""))
+                return replace(filler, sample=filler.sample.without_bytes())
         raise ValueError("no sample of the evaluation set can be used: convert it again, with --strict to see why")
 
 

@@ -35,9 +35,10 @@ def random_words(
     return np.concatenate(blocks, axis=1)[:, :count]
 
 
-def noise_seed(seed: int, epoch: int, occurrence: int) -> int:
-    """Return the 63-bit seed of a sample's denoising queries at one of its occurrences."""
-    return int(random_words(seed, epoch, occurrence, 1, Purpose.NOISE, 1)[0, 0] >> np.uint64(1))
+def noise_seeds(seed: int, epoch: int, occurrence: int, num_images: int) -> list[int]:
+    """Return the 63-bit seeds of the denoising queries of a sample's images at one of its occurrences."""
+    words = random_words(seed, epoch, occurrence, 1, Purpose.NOISE, num_images)
+    return (words[0] >> np.uint64(1)).tolist()
 
 
 def id_hash(sample_id: str) -> int:
@@ -68,9 +69,11 @@ class TeacherPool:
                 f"the teacher pool holds {len(samples)} samples, but teachers.num_teachers {config.num_teachers} needs "
                 f"at least {config.num_teachers + 1}, as a sample is never its own teacher: choose a larger pool"
             )
-        unusable = [sample.id for sample in samples if sample.objects is None or not sample.image]
+        unusable = [item.id for item in samples if item.objects is None or not item.image or item.further]
         if unusable:
-            raise ValueError(f"the teacher pool has samples without image or objects, {unusable[:5]}: choose it again")
+            raise ValueError(
+                f"the teacher pool has samples that are not one annotated image, {unusable[:5]}: choose it again"
+            )
         self.samples, self.config, self.seed = samples, config, seed
         self.id_hashes = np.array([id_hash(sample.id) for sample in samples], dtype=np.int64)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.boxes import answer_frame, normalized_to_pixels, text_to_objects
 from recipe.config import EvaluationConfig, PromptConfig
+from recipe.metrics.gather import asks_for_boxes
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.network import JointNetwork, Sealed, is_sharded, on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
@@ -44,7 +45,7 @@ class Decoding:
 
 @torch.no_grad()
 def predict(network: JointNetwork, batch: Batch, decoding: Decoding) -> tuple[JointOutputs, list[Prediction]]:
-    """Run the network on a batch; return its outputs and one prediction per sample, in order.
+    """Run the network on a batch; return its outputs and one prediction for each of `evaluated(batch)`, in order.
 
     Every query gives an object, by falling score, except those that NMS removes if `nms_iou` is set. Objects below the
     score threshold have no caption. With `decoding.classes` a caption is the most probable class. A sample without an
@@ -59,23 +60,23 @@ def predict(network: JointNetwork, batch: Batch, decoding: Decoding) -> tuple[Jo
 def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding: Decoding) -> list[Prediction]:
     """Return the predictions of a batch whose outputs are known; see `predict`."""
     lockstep = is_sharded(network)
-    rows = {sample: row for row, sample in enumerate(batch["student_samples"])}
-    is_asked = bool(rows) or lockstep
-    objects_of: list[tuple[DetectedObject, ...]] = [() for _ in rows]
+    is_asked = bool(batch["student_views"]) or lockstep
+    objects_of: list[tuple[DetectedObject, ...]] = [() for _ in batch["student_views"]]
     if network.has_head:
         ranking = rank_queries(outputs.detection, decoding.evaluation)
         captions = _describe(network, outputs, ranking, decoding, lockstep) if is_asked else []
-        objects_of = _objects(ranking, captions, [batch["samples"][position] for position in rows])
+        objects_of = _objects(ranking, captions, batch["student_views"])
     answers = {}
     if is_asked and decoding.evaluation.generate_answer:
         answers = _answers(network, batch, decoding, lockstep)
     patch = network.vlm.hf_model.config.vision_config.patch_size
     predictions = []
-    for position, sample in enumerate(batch["samples"]):
-        row, size = rows.get(position), (sample.width, sample.height)
+    for sample, position, row in evaluated(batch):
+        size = (sample.width, sample.height)
         objects: tuple[DetectedObject, ...] = () if row is None else objects_of[row]
         (answer, is_cut), answer_objects = answers.get(position, (None, False)), None
-        if row is not None and answer is not None:
+        is_alone = not batch["samples"][position].further
+        if row is not None and answer is not None and (is_alone or asks_for_boxes(sample)):
             _, height, width = batch["image_grid_thw"][batch["student_images"][row]].tolist()
             frame = answer_frame(decoding.prompt.box_coordinates, (width * patch, height * patch))
             parsed = text_to_objects(answer, size, frame)
@@ -83,6 +84,18 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
         made = (objects, answer, answer_objects, is_cut, network.has_head)
         predictions.append(Prediction(sample.id, *size, *made))
     return predictions
+
+
+def evaluated(batch: Batch) -> list[tuple[Sample, int, int | None]]:
+    """Return what is predicted and scored: each solved image alone, and the samples without one.
+
+    Each with its sample's position and its row among the N images.
+    """
+    found: list[tuple[Sample, int, int | None]] = []
+    for position, sample in enumerate(batch["samples"]):
+        rows = [row for row, owner in enumerate(batch["student_samples"]) if owner == position]
+        found += [(batch["student_views"][row], position, row) for row in rows] or [(sample, position, None)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -172,20 +185,28 @@ def _describe(
 
 
 def _answers(network: JointNetwork, batch: Batch, decoding: Decoding, lockstep: bool) -> dict[int, tuple[str, bool]]:
-    """Return the answer about each image and whether it was cut off, by the sample's position in the batch."""
-    tokens = batch["input_ids"].flatten()
-    prompts = [tokens[row[row >= 0]] for row in batch["prompt_index"]]
+    """Return the first answer of each sample with a solved image and whether it was cut off, by position in the batch.
+
+    What follows that answer in the chat, images among it, has no part in it.
+    """
+    tokens, owners = batch["input_ids"].flatten(), list(dict.fromkeys(batch["student_samples"]))
+    asked = [batch["student_samples"].index(position) for position in owners]  # its first row
+    prompts = [tokens[index[index >= 0]] for index in batch["prompt_index"][asked]]
     patches, grids = batch["pixel_patches"], batch["image_grid_thw"]
-    if not batch["student_samples"]:
+    images = [image for row in asked for image in batch["prompt_images"][row]]
+    if len(images) < len(grids):
+        of_images = patches.split(grids.prod(-1).tolist())
+        patches, grids = torch.cat([patches[:0], *(of_images[image] for image in images)]), grids[images]
+    if lockstep and not images:
         # Another rank has images, and its vision tower is sharded over this one too.
         patches, grids = network.vlm.blank_image(tokens.device)
-        prompts = [tokens.new_tensor([network.vlm.hf_model.config.image_token_id])]
+        prompts.append(tokens.new_tensor([network.vlm.hf_model.config.image_token_id]))
     ends, _ = special_ids(network.vlm, decoding.tokenizer)
     most = decoding.evaluation.max_new_tokens
     new = generate_answers(network.vlm, decoding.tokenizer, prompts, patches, grids, most, lockstep)
     rows = [row.tolist() for row in new]
     answers = zip(_texts(decoding.tokenizer, rows), (ends.isdisjoint(row) for row in rows), strict=True)
-    return dict(zip(batch["student_samples"], answers, strict=False))
+    return dict(zip(owners, answers, strict=False))
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

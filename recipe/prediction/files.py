@@ -1,6 +1,6 @@
 """The files of `predict.py`: images, data sets and solved examples in; predictions in our own form and as COCO out.
 
-`predictions.json` is a list of one entry per image, each a `recipe.schema.PredictedFile`:
+`predictions.json` is a list of one entry per image, each a `PredictedFile`:
 
     {"id": "a", "file": "images/a.jpg", "image_id": 1, "width": 640, "height": 480,
      "score_threshold": 0.3, "objects": [{"box": [x1, y1, x2, y2], "score": 0.93, "caption": "a cat"}, ...],
@@ -22,7 +22,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,57 @@ from convert.annotated import jsonl_files, read_jsonl
 from recipe.images import SUFFIXES
 from recipe.metrics.gather import normalized_caption
 from recipe.records import INDEX_FILE, write_whole
-from recipe.schema import DetectedObject, ImageId, PredictedFile, Prediction, Sample
+from recipe.schema import DetectedObject, ImageId, Prediction, Sample
 
 PREDICTIONS_FILE = "predictions.json"
 COCO_RESULTS_FILE = "coco_results.json"
 NO_CATEGORY = -1  # in COCO results; pycocotools skips such a box unless useCats is 0
 LEAST_SCORE = 0.05  # of objects below the threshold
 _KEYS = {"id", "file", "width", "height", "objects", "answer", "answer_objects", "error"}
+
+
+@dataclass(frozen=True)
+class PredictedFile:
+    """One entry of `predictions.json`: an image file and what was predicted for it.
+
+    Attributes:
+        id: Of the entry and its drawing; unique in the file.
+        file: Path of the image, as given on the command line.
+        image_id: In COCO results; None in files of older versions.
+        prediction: Holds the objects with at least `score_threshold`; None if the image could not be used.
+        score_threshold: None if the head did not run, and in files of older versions.
+        error: Why the image could not be used.
+        objects_below: Objects below the threshold, for the gallery's slider: no predictions, without captions. Holds
+            those with at least `least_score`. Both are None if the head did not run, and in files of older versions.
+    """
+
+    id: str
+    file: str
+    image_id: ImageId | None
+    prediction: Prediction | None
+    score_threshold: float | None = None
+    error: str | None = None
+    least_score: float | None = None
+    objects_below: tuple[DetectedObject, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads; if the image was not used, all but `error` and the names is null."""
+        size, made = ("width", "height"), ("objects", "answer", "answer_objects", "answer_is_cut")
+        known = dict.fromkeys((*size, *made)) if self.prediction is None else self.prediction.to_json()
+        row = {"id": self.id, "file": self.file, "image_id": self.image_id, **{name: known[name] for name in size}}
+        row["score_threshold"] = self.score_threshold
+        row |= {**{name: known[name] for name in made}, "error": self.error}
+        if self.objects_below is not None:
+            row |= {"least_score": self.least_score, "objects_below": [item.to_json() for item in self.objects_below]}
+        return row
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "PredictedFile":
+        """Read what `to_json` wrote, also in a version without `score_threshold` or `objects_below`."""
+        prediction = None if row["error"] is not None else Prediction.from_json(row)
+        threshold, least, below = (row.get(name) for name in ("score_threshold", "least_score", "objects_below"))
+        below = None if below is None else tuple(map(DetectedObject.from_json, below))
+        return cls(row["id"], row["file"], row.get("image_id"), prediction, threshold, row["error"], least, below)
 
 
 def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
@@ -180,9 +224,9 @@ def read_annotated_folder(folder: Path) -> list[Sample]:
         samples = read_jsonl(files[0])
     if not samples:
         raise ValueError(f"{folder} holds no annotated image")
-    unusable = [sample.id for sample in samples if sample.objects is None or not sample.image]
+    unusable = [item.id for item in samples if item.objects is None or not item.image or item.further]
     if unusable:
-        raise ValueError(f"{folder} holds samples that are not annotated images: {unusable[:5]}")
+        raise ValueError(f"{folder} holds samples that are not one annotated image: {unusable[:5]}")
     return samples
 
 

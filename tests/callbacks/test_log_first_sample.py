@@ -33,8 +33,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, segments: list[tuple[str, Role]],
         prompt_length=3,
         pixel_patches=torch.zeros(sum(h * w for _, h, w in grids), 3, dtype=torch.uint8),
         image_grid_thw=torch.tensor(grids, dtype=torch.int64).view(-1, 3),
-        has_student_image=target is not None,
-        target=target,
+        num_prompt_images=len(grids),
+        student_images=[0] if grids else [],
+        targets=[target] if grids else [],
+        noise_seeds=[0] if grids else [],
+        contents=[""] if grids else [],
     )
 
 

@@ -42,7 +42,8 @@ class ToyModel(ComposerModel):
     def eval_forward(self, batch: dict[str, Any], outputs: Any = None) -> Any:
         found = DetectedObject((2.0, 2.0, 20.0, 20.0), 0.9, "red circle")
         return SimpleNamespace(
-            predictions=[Prediction(item.id, item.width, item.height, (found,)) for item in batch["samples"]]
+            samples=batch["samples"],
+            predictions=[Prediction(item.id, item.width, item.height, (found,)) for item in batch["samples"]],
         )
 
 

@@ -9,9 +9,9 @@ from composer import Callback, ComposerModel, State, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from recipe.checkpoints.check import Origin
 from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, safe_loading
 from recipe.checkpoints.save import CheckpointSaver
-from recipe.schema import Origin
 
 ORIGIN = Origin(config={"seed": 1, "optimizer": {"lr": 0.1}}, tokenizer="t", model="m")
 

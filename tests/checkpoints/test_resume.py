@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from recipe.checkpoints import resume
+from recipe.checkpoints.check import Origin
 from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, HOLDS_BASE
 from recipe.config import NEW_RUN, ConfigError, RecipeConfig
-from recipe.schema import Origin
 from recipe.upstream.trainer_section import view_trainer
 from tests.checkpoints.checkpoint_cases import ORIGIN, flip, train, truncate
 

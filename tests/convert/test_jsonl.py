@@ -87,7 +87,7 @@ def chat(*contents: Any) -> list[dict[str, Any]]:
 
 def texts_of(sample: Sample) -> list[str]:
     """The turns of a chat, as a run would write them whose images are not resized."""
-    messages = write_boxes(sample.messages or (), lambda box: str([round(value) for value in box]))
+    messages = write_boxes(sample.messages or (), lambda box, image: str([round(value) for value in box]))
     return ["".join(part["text"] for part in message["content"] if part["type"] == "text") for message in messages]
 
 

@@ -88,8 +88,8 @@ def test_each_sentence_is_a_chat_with_one_object(images: Path) -> None:
         assert sample.messages is not None and sample.objects is not None
         [caption] = [item.caption for item in sample.objects]
         # What predict.py --expression asks, and what the detection chat would answer.
-        written = write_boxes(sample.messages, lambda box: str([round(value) for value in box]))
-        question, start, answer, _ = (segment.text for segment in message_segments(written, has_image=True))
+        written = write_boxes(sample.messages, lambda box, image: str([round(value) for value in box]))
+        question, start, answer, _ = (segment.text for segment in message_segments(written, num_images=1))
         assert question + start == detection_question(PromptConfig(candidate_phrases=[caption]))
         assert answer == objects_to_text(sample.objects, (20, 10), (20, 10)) + "<|im_end|>"
     right, wrong = (

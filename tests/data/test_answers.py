@@ -85,7 +85,7 @@ def test_without_its_answer_a_conversation_ends_with_its_prompt(encoder: Encoder
         assert bare.prompt_length == len(bare.input_ids) == whole.prompt_length < len(whole.input_ids)
         assert bool((whole.roles == Role.STUDENT).any()) and not bare.roles.any()
         assert bool((whole.roles == Role.TEACHER).any()) == bool(shown)
-        assert (bare.target is None) == (whole.target is None)
+        assert [target is None for target in bare.targets] == [target is None for target in whole.targets]
 
 
 def test_only_false_leaves_the_answer_out_where_the_trunk_learns(encoder: Encoder, make_sample):

@@ -55,7 +55,7 @@ def test_given_messages_read_as_qwens_template_renders_them(processor: Any):
         user("Sure?"),
         assistant("Yes."),
     ]
-    segments = [*system_segments(system_of(chat, "unused")), *message_segments(chat, has_image=True)]
+    segments = [*system_segments(system_of(chat, "unused")), *message_segments(chat, num_images=1)]
     assert text_of(segments) == processor.apply_chat_template(chat, tokenize=False)
     assert [item.text for item in segments if item.role is Role.STUDENT] == ["A cat.<|im_end|>", "Yes.<|im_end|>"]
 
@@ -66,32 +66,35 @@ def test_no_system_turn_where_the_text_is_empty():
 
 
 def test_the_picture_stands_where_the_messages_say_else_first():
-    assert IMAGE + "hi" in text_of(message_segments([user("hi")], has_image=True))
-    assert f"see {IMAGE} here" in text_of(message_segments([user("see <image> here")], has_image=True))
-    assert IMAGE not in text_of(message_segments([user("hi")], has_image=False))
-    text = text_of(message_segments([user("a"), assistant("an <image> tag"), user("<image>")], has_image=True))
+    assert IMAGE + "hi" in text_of(message_segments([user("hi")], num_images=1))
+    assert f"see {IMAGE} here" in text_of(message_segments([user("see <image> here")], num_images=1))
+    assert IMAGE not in text_of(message_segments([user("hi")], num_images=0))
+    assert IMAGE * 3 + "hi" in text_of(message_segments([user("hi"), assistant("yes"), user("again")], num_images=3))
+    turns = [user("<image> or <image>"), assistant("the first"), user("and <image>")]
+    assert text_of(message_segments(turns, num_images=3)).count(IMAGE) == 3
+    text = text_of(message_segments([user("a"), assistant("an <image> tag"), user("<image>")], num_images=1))
     assert text.count(IMAGE) == 1
     assert "an <image> tag" in text
 
 
 @pytest.mark.parametrize(
-    ("messages", "has_image", "message"),
+    ("messages", "num_images", "message"),
     [
-        ([user("<image>")], False, "1 image placeholders, but the sample holds 0"),
-        ([user("<image><image>")], True, "2 image placeholders, but the sample holds 1"),
-        ([assistant("hello")], False, "no user turn"),
-        ([], False, "no user turn"),
-        ([{"role": "tool", "content": "x"}], False, "role 'tool'"),
-        ([{"content": "x"}], False, "role None"),
-        ([{"role": "user", "content": None}], False, "NoneType"),
-        ([user("a"), {"role": "system", "content": "late"}], False, "system turn that is not the first"),
-        ([{"role": "user", "content": [{"type": "video"}]}], False, "part"),
-        ([user("x<|im_end|>y")], False, "control token <|im_end|>"),
+        ([user("<image>")], 0, "1 image placeholders, but the sample holds 0"),
+        ([user("<image><image>")], 1, "2 image placeholders, but the sample holds 1"),
+        ([assistant("hello")], 0, "no user turn"),
+        ([], 0, "no user turn"),
+        ([{"role": "tool", "content": "x"}], 0, "role 'tool'"),
+        ([{"content": "x"}], 0, "role None"),
+        ([{"role": "user", "content": None}], 0, "NoneType"),
+        ([user("a"), {"role": "system", "content": "late"}], 0, "system turn that is not the first"),
+        ([{"role": "user", "content": [{"type": "video"}]}], 0, "part"),
+        ([user("x<|im_end|>y")], 0, "control token <|im_end|>"),
     ],
 )
-def test_malformed_messages_are_refused(messages: list[dict], has_image: bool, message: str):
+def test_malformed_messages_are_refused(messages: list[dict], num_images: int, message: str):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
-        message_segments(messages, has_image)
+        message_segments(messages, num_images)
 
 
 def test_control_tokens_in_text_are_refused():

@@ -20,7 +20,7 @@ def examples(encoder: Encoder, make_sample) -> list[Example]:
         encoder(make_sample(2, 0, width=100, height=40)),
     ]
     for number, example in enumerate(found):
-        example.noise_seed = number
+        example.noise_seeds = [number for _ in example.student_images]
     return found
 
 

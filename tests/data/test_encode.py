@@ -73,8 +73,7 @@ def test_training_prompt_ids_equal_inference_prompt_ids(encoder: Encoder, make_s
     assert torch.equal(asked.position_ids, trained.position_ids[:, : trained.prompt_length])
     assert torch.equal(asked.pixel_patches, trained.pixel_patches)
     assert not (asked.roles == Role.STUDENT).any()
-    assert asked.target is None
-    assert asked.has_student_image
+    assert asked.targets == [None] and asked.student_images == [0]
 
 
 @pytest.mark.parametrize("box_coordinates", ["absolute", "normalized_1000"])
@@ -113,9 +112,9 @@ def test_a_student_without_its_answer_is_its_prompt_with_a_target(encoder: Encod
     assert bare.prompt_length == len(bare.input_ids) < len(whole.input_ids)
     assert supervised(encoder, bare, Role.TEACHER) == supervised(encoder, whole, Role.TEACHER) != ""
     assert supervised(encoder, bare, Role.STUDENT) == ""
-    assert bare.target is not None and whole.target is not None
-    assert torch.equal(bare.target["boxes"], whole.target["boxes"])
-    assert torch.equal(bare.target["caption_ids"], whole.target["caption_ids"])
+    (target,), (expected,) = bare.targets, whole.targets
+    assert target is not None and expected is not None
+    assert all(torch.equal(target[name], expected[name]) for name in ("boxes", "caption_ids"))
 
 
 def test_the_target_is_normalised_without_crowds(encoder: Encoder, make_sample):
@@ -124,7 +123,7 @@ def test_the_target_is_normalised_without_crowds(encoder: Encoder, make_sample):
         Object((0, 0, 80, 60), "", iscrowd=True),
         Object((40, 30, 80, 60), "star a"),
     )
-    target = encoder(make_sample(0, objects=objects)).target
+    (target,) = encoder(make_sample(0, objects=objects)).targets
     assert target is not None
     torch.testing.assert_close(target["boxes"], torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.75, 0.75, 0.5, 0.5]]))
     lengths = [len(encoder.tokenizer.tokenize(text)) + 1 for text in ("red", "star a")]
@@ -137,9 +136,8 @@ def test_the_target_is_normalised_without_crowds(encoder: Encoder, make_sample):
 
 def test_a_picture_that_holds_nothing_is_a_target_and_an_answer(encoder: Encoder, make_sample):
     example = encoder(make_sample(0, 0))
-    assert example.target is not None
-    assert example.target["boxes"].shape == (0, 4)
-    assert example.target["caption_ids"].shape[0] == 0
+    (target,) = example.targets
+    assert target is not None and target["boxes"].shape == (0, 4) and target["caption_ids"].shape[0] == 0
     assert supervised(encoder, example, Role.STUDENT) == "[]<|im_end|>"
 
 
@@ -147,7 +145,7 @@ def test_text_only_samples(encoder: Encoder, spec):
     example = encoder(Sample("text", b"", 0, 0, None, CHAT))
     assert example.image_grid_thw.shape == (0, 3)
     assert example.pixel_patches.shape == (0, spec.patch_values)
-    assert not example.has_student_image
+    assert example.student_images == []
     assert supervised(encoder, example, Role.STUDENT) == "A star.<|im_end|>Red.<|im_end|>"
 
 
@@ -157,7 +155,7 @@ def test_the_prompt_of_a_longer_chat_holds_no_answer(encoder: Encoder, make_samp
         "What is it?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert not (example.roles[: example.prompt_length] == Role.STUDENT).any()
-    assert example.target is not None
+    assert example.targets[0] is not None
     asked = encoder(make_sample(0, None, messages=CHAT[:1]))
     assert torch.equal(asked.input_ids, example.input_ids[: example.prompt_length])
 
@@ -223,9 +221,9 @@ def assert_captions_come_back(encoder: Encoder, sample: Sample) -> None:
     """Each target is the caption's own ids and the end; Qwen's tokenizer puts texts in the normal form C."""
     objects = tuple(Object((5.0, 3.0 * i, 30.0, 3.0 * i + 20), caption) for i, caption in enumerate(CAPTIONS))
     example = encoder(replace(sample, objects=objects))
-    assert example.target is not None
+    assert example.targets[0] is not None
     ends = encoder.tokenizer.eos_token_id
-    for caption, row in zip(CAPTIONS, example.target["caption_ids"], strict=True):
+    for caption, row in zip(CAPTIONS, example.targets[0]["caption_ids"], strict=True):
         ids = row[row != -100]
         assert ids[-1] == ends and ends not in ids[:-1].tolist()
         normal = unicodedata.normalize("NFC", caption)

@@ -201,14 +201,14 @@ def test_the_longest_caption_is_the_longest_that_is_encoded(
     longer = replace(samples[8], objects=(*(samples[8].objects or ()), crowd, described))
     kept = [*samples[:8], longer, *samples[9:]]
     streams = open_streams({"a": write_shards(tmp_path / "a", kept[:7]), "b": write_shards(tmp_path / "b", kept[7:])})
-    targets = [target for sample in kept if (target := encoder(sample).target) is not None]
+    targets = [target for sample in kept for target in encoder(sample).targets if target is not None]
     expected = max(target["caption_ids"].shape[1] for target in targets if len(target["boxes"]))
     assert read_longest_caption(streams, encoder.tokenizer) == expected
     assert read_longest_caption(streams[:1], encoder.tokenizer) < expected
     assert "counted 7 samples for the longest caption" in caplog.text
     monkeypatch.setattr(lengths_module, "count_captions", None)
     assert read_longest_caption(streams, encoder.tokenizer) == expected
-    assert replace(encoder, max_caption_tokens=expected)(longer).target is not None
+    assert replace(encoder, max_caption_tokens=expected)(longer).targets != [None]
     with pytest.raises(ValueError, match=f"is {expected} tokens long .* above {expected - 1}"):
         replace(encoder, max_caption_tokens=expected - 1)(longer)
 

@@ -212,7 +212,7 @@ def test_inert_samples_count_for_nothing(config: RecipeConfig, encoder: Encoder)
     example, inert = (pack.examples[0] for pack in packs)
     assert inert.sample.id == example.sample.id
     assert torch.equal(inert.input_ids, example.input_ids)
-    assert inert.has_student_image
+    assert inert.student_images == [0]
     batch = make_collator("standard", encoder.pad_token_id)(packs)
     alone = make_collator("standard", encoder.pad_token_id)(packs[:1])
     assert count_losses(batch) == count_losses(alone)
@@ -225,7 +225,7 @@ def test_what_goes_to_spawned_workers_survives_pickling(encoder: Encoder, make_s
     row = make_sample().to_mds()
     copy = pickle.loads(pickle.dumps(maker))
     assert torch.equal(copy(row, 1, 2).input_ids, maker(row, 1, 2).input_ids)
-    assert copy(row, 1, 2).noise_seed == maker(row, 1, 2).noise_seed
+    assert copy(row, 1, 2).noise_seeds == maker(row, 1, 2).noise_seeds
 
 
 def test_a_bad_sample_is_named(tmp_path: Path, encoder: Encoder, make_sample, write_shards):

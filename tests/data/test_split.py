@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from recipe.config import ConfigError, LoaderConfig, PackingConfig, RecipeConfig
 from recipe.data.encode import Encoder
 from recipe.data.loader import build_eval_loader, build_train_loader
-from recipe.data.split import Split, evaluation_loader, split_streams
+from recipe.data.split import ImageHashes, Split, evaluation_loader, split_streams
 from recipe.data.stream import PackStream
 from recipe.losses.counts import split_batch
 from recipe.records import RECORDS_FILE
@@ -112,9 +112,20 @@ def test_an_image_stays_where_it_is(
 
 def test_the_side_is_that_of_the_hash():
     hashes = np.array([0, 2**62 - 1, 2**62, 2**63, 2**64 - 1], dtype=np.uint64)
-    assert Split(0.25, hashes).is_validation.tolist() == [True, True, False, False, False]
-    assert Split(0.5, hashes).describe() == "3 of 5 images"
-    assert Split(0.25, np.append(hashes, [np.uint64(0)])).describe() == "2 of 5 images, 3 of 6 samples"
+    assert Split(0.25, held(hashes)).is_validation.tolist() == [True, True, False, False, False]
+    assert Split(0.5, held(hashes)).describe() == "3 of 5 images"
+    assert Split(0.25, held(np.append(hashes, [np.uint64(0)]))).describe() == "2 of 5 images, 3 of 6 samples"
+
+
+def test_a_sample_of_several_images_is_held_out_if_one_of_them_is():
+    hashes = np.array([2**62, 2**63, 2**63], dtype=np.uint64)
+    split = Split(0.25, held(hashes, further=[5, 2**63, 2**62], owners=[1, 1, 2]))
+    assert split.is_validation.tolist() == [False, True, False]
+    assert split.describe() == "1 of 3 images"
+
+
+def held(hashes: np.ndarray, further: list[int] | None = None, owners: list[int] | None = None) -> ImageHashes:
+    return ImageHashes(hashes, np.array(further or [], dtype=np.uint64), np.array(owners or [], dtype=np.int64))
 
 
 def test_a_side_that_would_be_empty_is_refused(config: RecipeConfig):

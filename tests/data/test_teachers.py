@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recipe.config import TeacherConfig
-from recipe.data.teachers import Purpose, TeacherPool, draw_distinct, noise_seed, random_words
+from recipe.data.teachers import Purpose, TeacherPool, draw_distinct, noise_seeds, random_words
 from recipe.schema import Sample
 
 
@@ -39,7 +39,9 @@ def test_distinct_numbers_worked_by_hand():
 def test_the_draw_stays_what_it_was(make_sample):
     # A change here would make resumed runs see other teachers than before.
     assert pool_of(make_sample, 8, seed=17, num_teachers=3).draw(0, 0, STRANGERS[:2]).tolist() == [[3, 1, 2], [3, 5, 0]]
-    assert noise_seed(17, 0, 0) == 5877197125075291653
+    assert noise_seeds(17, 0, 0, 1) == [5877197125075291653]
+    seeds = noise_seeds(17, 0, 0, 6)
+    assert seeds[0] == 5877197125075291653 and len(set(seeds)) == 6 and noise_seeds(17, 0, 0, 3) == seeds[:3]
 
 
 def test_the_draw_is_uniform_and_in_the_asked_share(make_sample):

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from recipe.gallery import main, num_errors, page_data, render
+from recipe.prediction.files import PredictedFile
 from recipe.prediction.options import parse_gallery as parse
-from recipe.schema import PredictedFile
 from tests.support.chromium import Page, find_chromium, open_page
 from tests.support.gallery_cases import NASTY, entry, found, options, row, sample, true
 

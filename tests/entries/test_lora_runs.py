@@ -14,6 +14,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from recipe.build import build_model, take_weights
 from recipe.checkpoints.base import FINGERPRINT
+from recipe.checkpoints.check import Origin
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import HEAD_FILE, export_model, find_config, read_weights
 from recipe.checks import check_machine
@@ -24,7 +25,6 @@ from recipe.export import parse
 from recipe.load import load_network, load_processor
 from recipe.predict import main as predict
 from recipe.prediction.options import parse as parse_predict
-from recipe.schema import Origin
 from tests.support.tiny_cases import load_model, make_samples
 from tests.support.tiny_run import train_tiny_run
 

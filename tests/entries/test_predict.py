@@ -496,7 +496,7 @@ def test_teachers_of_shards_and_unusable_ones(teachers: Path, tmp_path: Path):
     assert read_annotated_folder(teachers) == found
     pool = teachers / "pool.jsonl"
     pool.write_text(json.dumps({"id": "a", "images": ["one.png"]}))
-    with pytest.raises(ValueError, match=r"not annotated images: ..a"):
+    with pytest.raises(ValueError, match=r"not one annotated image: ..a"):
         read_annotated_folder(teachers)
     pool.write_text(json.dumps({"id": "a", "images": ["gone.png"], "objects": []}))
     with pytest.raises(ValueError, match=r"pool.jsonl: line 1: missing file"):

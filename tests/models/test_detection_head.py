@@ -339,7 +339,7 @@ def test_more_objects_than_queries_in_every_layer(switched: JointModel, tiny_exa
     for matches in outputs.matches:
         assert matches.image.bincount().tolist() == [NUM_QUERIES, 1]
     assert set(outputs.caption_images.tolist()) == {0, 1}
-    target = tiny_examples["crowded"].target
+    (target,) = tiny_examples["crowded"].targets
     assert target is not None and len(target["boxes"]) == NUM_QUERIES + 1
     written: Tensor = outputs.matches[-1].target[:NUM_QUERIES]
     tokens = int((target["caption_ids"][written] != -100).sum())

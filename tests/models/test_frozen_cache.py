@@ -137,7 +137,10 @@ def counted_runs(model: JointModel) -> Iterator[list[str]]:
 def bare_examples(config: RecipeConfig) -> list[Example]:
     """Every kind of sample without answers; contents as the loader gives them."""
     examples = make_examples(config, with_answers=False)
-    return [replace(example, content=name) for name, example in examples.items()]
+    return [
+        replace(example, contents=[f"{name} {image}" for image in example.student_images])
+        for name, example in examples.items()
+    ]
 
 
 @pytest.mark.parametrize("layout", ["standard", "packed"])
@@ -155,7 +158,7 @@ def test_a_second_epoch_is_the_first_without_the_trunk(
         runs.clear()
         second = losses_and_gradients(model, batches)
         assert runs == []
-    assert len(files(tmp_path)) == 5  # a text has no picture
+    assert len(files(tmp_path)) == 9  # a text has no picture
     for found in (first, second):  # to the bit
         assert loss_error(found[0], expected[0]) == 0 and gradient_error(found[1], expected[1]) == 0
     flops = [step_flops(model.model, batches, {"detection", "adapter"}).model]
@@ -184,13 +187,13 @@ def test_a_microbatch_with_one_new_image_is_computed_whole(tiny_config: Callable
     config = tiny_config()
     model, examples = frozen_model(config), bare_examples(config)
     model.model.cache = FrozenCache(tmp_path, "base", ROOM)
-    pictures = [example for example in examples if example.has_student_image]
+    pictures = [example for example in examples if example.student_images]
     losses_and_gradients(model, make_batches(pictures[:2], "packed", 2))
     with counted_runs(model) as runs:
         losses_and_gradients(model, make_batches(pictures[:3], "packed", 3))
         assert sorted(set(runs)) == ["llm", "vision"]
     assert len(files(tmp_path)) == 3
-    text = [example for example in examples if not example.has_student_image]
+    text = [example for example in examples if not example.student_images]
     with counted_runs(model) as runs:
         losses_and_gradients(model, make_batches(text, "packed", 1))
         assert runs == []
@@ -209,18 +212,19 @@ def test_the_content_is_of_pixels_prompt_and_budget_alone(tiny_config: Callable[
     samples, config = make_samples(), tiny_config()
     encoder = replace(make_encoder(config), with_content=True)
     sample, teacher = samples["two"], samples["teacher"]
-    content = encoder(sample).content
-    assert len(content) == 40 and make_encoder(config)(sample).content == ""
-    assert encoder(sample, with_answers=False).content == content
-    assert encoder(replace(sample, id="other", objects=())).content == content
+    content = encoder(sample).contents[0]
+    assert len(content) == 40 and make_encoder(config)(sample).contents == [""]
+    assert encoder(sample, with_answers=False).contents == [content]
+    assert encoder(replace(sample, id="other", objects=())).contents == [content]
     others = [
-        encoder(sample, [teacher]).content,
-        encoder(samples["one"]).content,
-        replace(encoder, prompt=replace(config.prompt, detect="Find."))(sample).content,
-        replace(encoder, image_spec=replace(encoder.image_spec, max_pixels=9000))(sample).content,
-        replace(encoder, image_spec=replace(encoder.image_spec, image_mean=(0.1, 0.2, 0.3)))(sample).content,
+        encoder(sample, [teacher]).contents[0],
+        encoder(samples["one"]).contents[0],
+        replace(encoder, prompt=replace(config.prompt, detect="Find."))(sample).contents[0],
+        replace(encoder, image_spec=replace(encoder.image_spec, max_pixels=9000))(sample).contents[0],
+        replace(encoder, image_spec=replace(encoder.image_spec, image_mean=(0.1, 0.2, 0.3)))(sample).contents[0],
     ]
     assert len({content, *others}) == 6
+    assert len(set(encoder(samples["in_turns"]).contents)) == 3
 
 
 def test_the_fingerprint_is_of_the_trunk_alone(tiny_config: Callable[..., RecipeConfig]):

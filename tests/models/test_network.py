@@ -45,7 +45,7 @@ def test_a_prediction_writes_no_captions_of_nothing(tiny_model: JointModel, tiny
     """What the loss terms of an evaluation need, they still get."""
     calls: list[int] = []
     hook = tiny_model.model.caption_decoder.register_forward_hook(lambda *_: calls.append(1))
-    examples = [tiny_examples["two"], replace(tiny_examples["two"], target=None)]
+    examples = [tiny_examples["two"], replace(tiny_examples["two"], targets=[None])]
     with torch.no_grad():
         judged, predicted = (tiny_model.eval()(collate_packed(one_each([example]))) for example in examples)
     hook.remove()

@@ -9,6 +9,7 @@ import pytest
 
 from recipe.prediction.files import (
     NO_CATEGORY,
+    PredictedFile,
     category_ids,
     coco_results,
     least_score,
@@ -17,7 +18,7 @@ from recipe.prediction.files import (
     with_objects_below,
     write_entries,
 )
-from recipe.schema import DetectedObject, PredictedFile, Prediction
+from recipe.schema import DetectedObject, Prediction
 from tests.support.gallery_cases import found, row
 
 BOX = (0.0, 0.1 + 0.2, 1 / 3, 1.0)

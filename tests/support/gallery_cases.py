@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from recipe.schema import Object, PredictedFile, Sample
+from recipe.prediction.files import PredictedFile
+from recipe.schema import Object, Sample
 
 NASTY = "</script><img src=x onerror=alert(1)>&amp; \u2028 \"'猫"
 

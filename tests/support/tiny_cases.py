@@ -22,7 +22,7 @@ from recipe.load import load_network, load_processor
 from recipe.losses.counts import split_batch
 from recipe.models.lora import adapters
 from recipe.optim.groups import build_optimizer
-from recipe.schema import Batch, CountedBatch, Example, Sample
+from recipe.schema import Batch, CountedBatch, Example, FurtherImage, Message, Sample
 from recipe.tiny import build_tiny_checkpoint
 
 NUM_QUERIES = 5
@@ -39,6 +39,19 @@ ADAPTED: dict[str, Any] = {  # of both parts; the language model's lengths too (
 IN_NF4: dict[str, Any] = {**ADAPTED, "model": {"frozen_dtype": "nf4"}}
 TEXT_CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
 IMAGE_CHAT = ({"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "large blue circle"})
+# Both images before the answer, whose box is of the first; and one image per question, the last after two answers.
+COMPARING_CHAT = (
+    {"role": "user", "content": "Compare <image> with <image>"},
+    {"role": "assistant", "content": [{"type": "box", "box": (4.0, 8.0, 30.0, 50.0), "image": 0}]},
+)
+CHAT_IN_TURNS = (
+    {"role": "user", "content": "<image>first"},
+    {"role": "assistant", "content": "a red star"},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "second"}]},
+    {"role": "assistant", "content": [{"type": "box", "box": (1.0, 2.0, 100.0, 90.0), "image": 1}]},
+    {"role": "user", "content": "<image>third"},
+    {"role": "assistant", "content": "a large blue circle"},
+)
 
 
 def build_checkpoint(folder: str) -> str:
@@ -119,6 +132,11 @@ def make_samples() -> dict[str, Sample]:
     def scene(index: int, size: int, objects: int) -> Sample:
         return draw_scene(seed=5, index=index, image_size=size, min_objects=objects, max_objects=objects)
 
+    def with_images(name: str, chat: tuple[Message, ...], *scenes: Sample) -> Sample:
+        first, *others = scenes
+        further = (FurtherImage(item.image, item.width, item.height, item.objects) for item in others)
+        return replace(first, id=name, messages=chat, further=tuple(further))
+
     return {
         "two": scene(0, 140, 2),
         "text": Sample("text", b"", 0, 0, None, TEXT_CHAT),
@@ -126,6 +144,10 @@ def make_samples() -> dict[str, Sample]:
         "empty": replace(scene(3, 56, 0), objects=()),
         "crowded": scene(4, 112, NUM_QUERIES + 1),
         "one": scene(5, 84, 1),
+        "several": with_images("several", COMPARING_CHAT, scene(9, 84, 1), replace(scene(10, 56, 2), objects=None)),
+        "in_turns": with_images(
+            "in_turns", CHAT_IN_TURNS, replace(scene(11, 56, 1), objects=()), scene(12, 112, 2), scene(13, 84, 1)
+        ),
         "teacher": scene(6, 56, 1),
         "other_teacher": scene(7, 84, 2),
         "third_teacher": scene(8, 56, 1),
@@ -139,9 +161,14 @@ def make_examples(config: RecipeConfig, with_answers: bool = True) -> dict[str, 
     teachers = [samples.pop(name) for name in ("teacher", "other_teacher", "third_teacher")]
     shown = {"two": teachers, "empty": teachers[1:], "one": teachers[:1]}
     return {
-        name: replace(encoder(sample, shown.get(name, []), with_answers), noise_seed=seed)
+        name: with_seeds(encoder(sample, shown.get(name, []), with_answers), seed)
         for seed, (name, sample) in enumerate(samples.items(), start=100)
     }
+
+
+def with_seeds(example: Example, seed: int) -> Example:
+    """The example with its own noise for each of its images."""
+    return replace(example, noise_seeds=[seed + 1000 * image for image in example.student_images])
 
 
 def collator(name: str) -> Callable[[Sequence[Example]], Batch]:
