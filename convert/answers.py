@@ -9,6 +9,7 @@ from convert.chats import PLACEHOLDER, fill_placeholders, message_parts
 from convert.items import BadRecord, Note
 from convert.jsonl import parse_bbox_type, parse_objects
 from convert.records import parse_box, parse_dict, parse_text
+from convert.several import box_part, owners_of_turns, parse_owners
 from recipe.schema import Box, Message, Object
 
 _NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
@@ -29,6 +30,7 @@ _LEFT = re.compile(
     r'|(?<=")bbox\w*"\s*:\s*[^\s\0])'
 )
 _LABELS = ("label", "desc", "text_content")
+Owned = list[tuple[Object, int]]  # objects, each with the number of its image, from 0
 
 
 class _Found(NamedTuple):
@@ -42,18 +44,20 @@ class _Found(NamedTuple):
 
 
 def read_boxes(
-    messages: Sequence[Message], stated: str | None, notes: list[Note]
-) -> tuple[list[Message], list[Object] | None, str | None]:
+    messages: Sequence[Message], stated: str | None, notes: list[Note], num_images: int = 1
+) -> tuple[list[Message], Owned | None, str | None]:
     """Return the chat with its boxes as parts, the boxes of its answers as objects, and their unit if it is theirs.
+
+    For the image of a box see `owners_of_turns`; if that is not known, the boxes of the message stay text.
 
     Read are Qwen's tokens, in thousandths unless `stated` (of `BBOX_TYPES`) says otherwise, the key `bbox_2d` of JSON
     in answers, and, only if `stated`, any four numbers in brackets. Other boxes stay text, with a note. The objects are
     None if there are no boxes, or if one of them has no name or could not be read.
     """
     read: list[Message] = []
-    objects: list[Object] = []
-    unnamed, is_left, kinds, asked = 0, False, set(), set()
-    for message in messages:
+    objects: Owned = []
+    unnamed, is_left, num_unplaced, kinds, asked = 0, False, 0, set(), set()
+    for message, owner in zip(messages, owners_of_turns(messages, num_images), strict=True):
         is_answer, content = message["role"] == "assistant", []
         name = next(iter(asked)) if is_answer and len(asked) == 1 else None  # a question may name its answer's boxes
         asked = asked if is_answer else set()
@@ -62,7 +66,11 @@ def read_boxes(
                 content.append(part)
                 continue
             text, position, rest = part["text"], 0, []
-            for found in _find(text, is_answer, stated is not None):
+            boxes = _find(text, is_answer, stated is not None)
+            if owner is None:
+                num_unplaced += sum(found.box is not None for found in boxes)
+                boxes = []
+            for found in boxes:
                 rest.append(text[position : found.start])
                 content.append({"type": "text", "text": rest[-1]})
                 position = found.end
@@ -72,9 +80,9 @@ def read_boxes(
                     content.append({"type": "text", "text": name})
                     continue
                 kinds.add(found.is_token)
-                content.append({"type": "box", "box": found.box})
+                content.append(box_part(found.box, owner or 0, num_images))
                 caption = name if found.is_token else found.name
-                objects += [Object(found.box, caption)] if is_answer and caption else []
+                objects += [(Object(found.box, caption), owner or 0)] if is_answer and caption else []
                 unnamed += is_answer and not caption
             rest.append(text[position:])
             content.append({"type": "text", "text": rest[-1]})
@@ -82,13 +90,15 @@ def read_boxes(
         read.append({**message, "content": _joined(content)})
     if len(kinds) == 2 and stated is None:  # two units
         is_left, kinds = True, set()
-    if is_left:
+    if num_unplaced:
+        notes.append(Note("chats with boxes of one of several images, which is not said: left in their text", 1))
+    elif is_left:
         notes.append(Note("chats with boxes left in their text, which do not follow a resize", 1))
     if not kinds:
         return list(messages), None, None
     if unnamed:
         notes.append(Note("chats with answered boxes that have no name: not annotated", 1))
-    is_whole = objects and not unnamed and not is_left
+    is_whole = objects and not unnamed and not is_left and not num_unplaced
     unit = "norm1000" if stated is None and True in kinds else None
     return read, list(dict.fromkeys(objects)) if is_whole else None, unit
 
@@ -148,9 +158,11 @@ def _joined(content: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fill_boxes(
-    messages: Sequence[Message], value: Any, notes: list[Note]
-) -> tuple[list[Message], list[Object] | None, str | None]:
+    messages: Sequence[Message], value: Any, notes: list[Note], num_images: int = 1
+) -> tuple[list[Message], Owned | None, str | None]:
     """Return the chat with its placeholders filled from `objects`, the objects, and what their boxes are if they say.
+
+    An object that does not name its image has that of `owners_of_turns` at its `<bbox>`.
 
     `objects` is as in convert.jsonl, or as in ms-swift, which ties no number of `ref` to that of `bbox`, and whose
     version 2 wrote a list of `caption` and `bbox`, as text.
@@ -166,19 +178,37 @@ def fill_boxes(
         unit = next((str(row["bbox_type"]).replace("norm_", "norm") for row in rows if row.get("bbox_type")), None)
         parse_bbox_type({"bbox_type": unit})
         value = {"ref": [row.get("caption", row.get("ref")) for row in rows], "bbox": [row.get("bbox") for row in rows]}
+        value["image_id"] = [row.get("image") for row in rows]
     refs, boxes = (value.get("ref") or [], value.get("bbox") or []) if isinstance(value, dict) else ([], [])
+    objects: list[Object] | None = None
     if len(refs) == len(boxes) or (len(refs) == 1 and boxes):
         texts, objects = parse_objects(value)
-        filled = fill_placeholders(messages, texts, [item.box for item in objects or ()])
-        unique = list(dict.fromkeys(objects or ()))
+        corners = [item.box for item in objects or ()]
     else:
-        texts, unique = [parse_text(ref, "ref") for ref in refs], None
-        filled, names = fill_placeholders(messages, texts, list(map(parse_box, boxes))), _name_boxes(messages, texts)
+        texts, corners = [parse_text(ref, "ref") for ref in refs], list(map(parse_box, boxes))
+        names = _name_boxes(messages, texts)
         if len(names) == len(boxes) and all(names):
-            unique = [Object(parse_box(box), name) for box, name in zip(boxes, names, strict=True)]
+            objects = [Object(box, name) for box, name in zip(corners, names, strict=True)]
         else:
             notes.append(Note("chats whose boxes have no name: not annotated", 1))
-    return filled, unique, unit
+    owners = parse_owners(value, num_images) or _owners_of_boxes(messages, len(corners), num_images)
+    parts = [box_part(box, owner, num_images) for box, owner in zip(corners, owners, strict=True)]
+    filled = fill_placeholders(messages, texts, parts)
+    return filled, None if objects is None else list(dict.fromkeys(zip(objects, owners, strict=True))), unit
+
+
+def _owners_of_boxes(messages: Sequence[Message], num_boxes: int, num_images: int) -> list[int]:
+    """Return the image of each `<bbox>`, or raise `BadRecord`."""
+    if num_images <= 1:
+        return [0] * num_boxes
+    owners: list[int | None] = []
+    for message, owner in zip(messages, owners_of_turns(messages, num_images), strict=True):
+        text = "\n".join(part.get("text", "") for part in message_parts(message))
+        owners += [owner] * text.count("<bbox>")
+    known = [owner for owner in owners if owner is not None]
+    if len(owners) != num_boxes or len(known) != num_boxes:
+        raise BadRecord("box of an unknown image", f"{num_images} images: say it in image_id of objects, from 0")
+    return known
 
 
 def _name_boxes(messages: Sequence[Message], texts: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Chats with an image, as other tools write them → MDS.
+"""Chats with images, as other tools write them → MDS.
 
     python -m convert.chat --annotations train.json --images DIR --out OUT --split train
 
-A JSON array or JSON lines, one conversation per record, with at most one image (`image`, `images`, or in a message):
+A JSON array or JSON lines, one conversation per record, with its images (`image`, `images`, or in a message):
 
     Qwen, LLaVA      conversations: [{"from": "human", "value": "<image>..."}, {"from": "gpt", "value": "..."}]
     LLaMA-Factory    conversations or messages; or instruction, input, output, history, system
@@ -12,7 +12,8 @@ Without `objects`, boxes in answers are read where they can be: JSON with `bbox_
 displayed image, and Qwen's `<|object_ref_start|>...<|box_start|>(x1,y1),(x2,y2)<|box_end|>`, in thousandths. They are
 the image's objects, and follow its resize as `<bbox>` of convert.jsonl does. With `bbox_type` in the record, or
 --bbox-type, all boxes are that, and others in brackets follow the resize too. What cannot be read stays text, and is
-counted. If ids repeat, FILE-LINE is the id of every record.
+counted. Of several images, a box is of the one that `objects` names, else of the only one of the last question with
+images. If ids repeat, FILE-LINE is the id of every record.
 """
 
 import re
@@ -26,6 +27,7 @@ from convert.items import BadRecord, Found, Note
 from convert.jsonl import CHAT_KEYS, parse_bbox_type
 from convert.lines import find_lines
 from convert.records import Record, parse_dict, parse_size, parse_text
+from convert.several import image_parts, make_record
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Message
 
@@ -47,31 +49,34 @@ def find(annotations: Path, images: Path, bbox_type: str | None = None, **option
 def _parse(stated: str | None, entry: dict[str, Any]) -> Record:
     if other := [key for key in _OTHER_MEDIA if entry.get(key)]:
         raise BadRecord("video or audio", f"the record has the keys {other}: only images are read")
-    images: list[str] = []
-    for value in (entry.get("image"), entry.get("images")):
-        for item in value if isinstance(value, list) else [value] if value else []:
-            images.append(_read_path(item))
-    turns, notes = _read_turns(entry, images)
-    if len(images) > 1:
-        raise BadRecord("more than one image", f"{len(images)} images")
+    given = [entry.get(key) for key in ("image", "images")]
+    listed = [_read_path(item) for value in given if value for item in (value if isinstance(value, list) else [value])]
+    named: list[str] = []
+    turns, notes = _read_turns(entry, named)
     messages = parse_messages(turns) or []
+    images = [*listed, *(path for path in named if path not in listed)]
+    if named and len(named) == image_parts(messages):  # in the order of their places
+        images = [*named, *(path for path in listed if path not in named)]
     unread = sorted(key for key in entry.keys() - _KEYS if entry[key])
     notes += [Note(f"records with the key {key!r}, which is not read", 1) for key in unread]
     bbox_type = parse_bbox_type(entry)
+    objects, unit = None, None
     if entry.get("objects") is not None:
-        messages, objects, unit = fill_boxes(messages, entry["objects"], notes)
+        messages, objects, unit = fill_boxes(messages, entry["objects"], notes, len(images))
     else:
         fill_placeholders(messages, (), ())  # none may be left
-        messages, objects, unit = read_boxes(messages, bbox_type or stated, notes) if images else (messages, None, None)
-    bbox_type = bbox_type or unit
+        if images:
+            messages, objects, unit = read_boxes(messages, bbox_type or stated, notes, len(images))
     if objects is None and all(message["role"] != "assistant" for message in messages):
         raise BadRecord("malformed messages", "no answer to learn from")
     size = parse_size(entry.get("width"), entry.get("height"))
-    return Record(images[0] if images else None, objects, size, messages, bbox_type, notes=tuple(notes))
+    owned = None if objects is None else [item for item, _ in objects]
+    more = {"size": size, "messages": messages, "bbox_type": bbox_type or unit, "notes": tuple(notes)}
+    return make_record(images, owned, [owner for _, owner in objects or ()], **more)
 
 
-def _read_turns(entry: dict[str, Any], images: list[str]) -> tuple[list[Message], list[Note]]:
-    """Return the messages of a record, and add the images that they name to `images`."""
+def _read_turns(entry: dict[str, Any], named: list[str]) -> tuple[list[Message], list[Note]]:
+    """Return the messages of a record, and add the images that they name to `named`."""
     listed = entry.get("messages") or entry.get("conversations")
     if not isinstance(listed, list):
         listed = []
@@ -85,7 +90,7 @@ def _read_turns(entry: dict[str, Any], images: list[str]) -> tuple[list[Message]
             raise BadRecord("malformed messages", f"the role {role!r} is not read: only {', '.join(_ROLES)}")
         extra |= {key: extra.get(key, 0) + 1 for key in turn.keys() - _TURN_KEYS if turn[key] is not None}
         content = turn.get("content", turn.get("value"))
-        turns.append({"role": _ROLES[role], "content": _read_content(content, images)})
+        turns.append({"role": _ROLES[role], "content": _read_content(content, named)})
     if entry.get("system") and not (turns and turns[0]["role"] == "system"):
         turns.insert(0, {"role": "system", "content": parse_text(entry["system"], "system")})
     return turns, [Note(f"messages with the key {key!r}, which is not read", count) for key, count in extra.items()]
@@ -107,11 +112,11 @@ def _read_pairs(entry: dict[str, Any]) -> list[tuple[Any, Any]]:
     raise BadRecord("neither objects nor messages", f"no chat under the keys {sorted(entry)}")
 
 
-def _read_content(content: Any, images: list[str]) -> Any:
-    """Return text, or parts without the images that they name, which are added to `images`."""
+def _read_content(content: Any, named: list[str]) -> Any:
+    """Return text, or parts without the images that they name, which are added to `named`."""
     if isinstance(content, str):
         if "<img>" in content:
-            images += [_read_path(path) for path in _INLINE_IMAGE.findall(content)]
+            named += [_read_path(path) for path in _INLINE_IMAGE.findall(content)]
             content = _INLINE_IMAGE.sub("<image>", content)
         return content.replace(_QWEN_IMAGE, "<image>")
     if not isinstance(content, list):
@@ -120,9 +125,8 @@ def _read_content(content: Any, images: list[str]) -> Any:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("image", "image_url"):
-            named = part.get(kind, part.get("image"))
-            path = _read_path(named.get("url") if isinstance(named, dict) else named) if named else None
-            images += [path] if path is not None and path not in images else []
+            value = part.get(kind, part.get("image"))
+            named += [_read_path(value.get("url") if isinstance(value, dict) else value)] if value else []
             part = {"type": "image"}
         parts.append(part)
     return parts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from convert.items import BadRecord
-from recipe.schema import Box, Message
+from recipe.schema import Message
 
 ROLES = ("system", "user", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
@@ -43,8 +43,10 @@ def message_parts(message: Message) -> list[Any]:
     return parts[1:]
 
 
-def fill_placeholders(messages: Sequence[Message], texts: Sequence[str], boxes: Sequence[Box]) -> list[Message]:
-    """Replace the first `<ref-object>` by the first text and so on, and each `<bbox>` by a part with its box.
+def fill_placeholders(
+    messages: Sequence[Message], texts: Sequence[str], boxes: Sequence[dict[str, Any]]
+) -> list[Message]:
+    """Replace the first `<ref-object>` by the first text and so on, and each `<bbox>` by the next part of a box.
 
     A single text replaces every `<ref-object>`. The encoder writes the boxes in the form of its run.
 
@@ -66,7 +68,7 @@ def fill_placeholders(messages: Sequence[Message], texts: Sequence[str], boxes: 
         for part in message_parts(message):
             for piece in PLACEHOLDER.split(part["text"]) if part["type"] == "text" else [part]:
                 if piece == "<bbox>":
-                    content.append({"type": "box", "box": next(next_box)})
+                    content.append(next(next_box))
                 elif isinstance(piece, dict):
                     content.append(piece)
                 elif piece:
@@ -81,12 +83,12 @@ def _is_part(part: Any) -> bool:
 
 
 def check_messages(messages: Sequence[Message], num_images: int) -> None:
-    """Refuse what training would refuse: control tokens, and placeholders for more images than there are."""
+    """Refuse what training would refuse: control tokens, and another number of placeholders than of images, or none."""
     parts = [part for message in messages for part in message_parts(message)]
     for part in parts:
         check_text(QWEN_MARK.sub("", part.get("text", "")))
     found = sum(part["type"] == "image" for part in parts)
-    if found > num_images:
+    if found not in (0, num_images):
         raise BadRecord("malformed messages", f"{found} image placeholders and {num_images} images")
 
 

@@ -15,6 +15,7 @@ and other keys alone is rejected. The default id is FILE-LINE, the line counted 
 read too.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from convert.chats import fill_placeholders, parse_messages
 from convert.items import BadRecord, Found, Note
 from convert.lines import find_lines
 from convert.records import BBOX_TYPES, Record, parse_box, parse_dict, parse_size, parse_text
+from convert.several import box_part, make_record, parse_owners
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Object
 
-_KEYS = {"id", "images", "image", "objects", "messages", "width", "height", "bbox_type"}
+_KEYS = {"id", "images", "image", "objects", "messages", "width", "height", "bbox_type", "empty_images"}
 CHAT_KEYS = {"conversations", "conversation", "query", "instruction"}  # of other tools, see `convert/chat.py`
 
 
@@ -41,35 +43,47 @@ def _parse(entry: dict[str, Any]) -> Record:
         if entry.keys() & CHAT_KEYS:
             remedy = "read the chats of other tools with python -m convert.chat"
         raise BadRecord("neither objects nor messages", f"the keys {unread} are not read: {remedy}")
-    names = entry.get("images")
+    names = entry.get("images") or []
     if "image" in entry and not names:
-        raise BadRecord("malformed record", 'has "image": the key is "images", a list of one path')
-    image = None
-    if names is not None and names != []:
-        if not isinstance(names, list):
-            raise BadRecord("malformed record", f"images is {names!r}, not a list of one path")
-        if len(names) > 1:
-            raise BadRecord("more than one image", f"{len(names)} images")
-        image = parse_text(names[0], "images[0]")
+        raise BadRecord("malformed record", 'has "image": the key is "images", a list of paths')
+    if not isinstance(names, list):
+        raise BadRecord("malformed record", f"images is {names!r}, not a list of paths")
+    images = [parse_text(name, f"images[{number}]") for number, name in enumerate(names)]
     texts, objects = parse_objects(entry.get("objects"))
+    owners = parse_owners(entry.get("objects"), len(images))
+    if owners is None and objects and len(images) > 1:
+        raise BadRecord("malformed record", f"which of {len(images)} images is each object of? Number it as in README")
+    owners = owners or [0 for _ in objects or ()]
     messages = parse_messages(entry.get("messages"))
     if messages is not None:
-        messages = fill_placeholders(messages, texts, [item.box for item in objects or ()])
+        named = zip(objects or (), owners, strict=True)
+        messages = fill_placeholders(messages, texts, [box_part(item.box, owner, len(images)) for item, owner in named])
     notes = [Note(f"records with the key {key!r}, which is not read", 1) for key in unread]
     if objects is not None and isinstance(entry["objects"], dict):
         # Lists that fill placeholders name an object as often as the chat does.
-        unique = list(dict.fromkeys(objects))
+        unique = list(dict.fromkeys(zip(objects, owners, strict=True)))
         if len(unique) < len(objects):
             notes.append(Note("objects listed twice, taken once", len(objects) - len(unique)))
-        objects = unique
-    return Record(
-        image,
+        objects, owners = [item for item, _ in unique], [owner for _, owner in unique]
+    return make_record(
+        images,
         objects,
+        owners,
+        _parse_empty(entry.get("empty_images"), owners, len(images)),
         size=parse_size(entry.get("width"), entry.get("height")),
         messages=messages,
         bbox_type=parse_bbox_type(entry),
         notes=tuple(notes),
     )
+
+
+def _parse_empty(value: Any, owners: Sequence[int], num_images: int) -> list[int]:
+    """Return the numbers of the images, from 0, that a record of several says hold nothing."""
+    numbers = [] if value is None else value
+    known = [number for number in range(num_images) if number not in owners] if num_images > 1 else []
+    if not isinstance(numbers, list) or any(type(number) is not int or number not in known for number in numbers):
+        raise BadRecord("malformed record", f"empty_images is {value!r}: list some of {known}, which have no object")
+    return numbers
 
 
 def parse_objects(value: Any) -> tuple[list[str], list[Object] | None]:

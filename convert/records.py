@@ -15,7 +15,7 @@ from typing import Any
 from convert.chats import check_messages, check_text
 from convert.items import BadBox, BadRecord, Item, Note, Rejected
 from recipe.images import MAX_ASPECT_RATIO, check_image
-from recipe.schema import Box, Message, Object, Sample, Searched
+from recipe.schema import Box, FurtherImage, Message, Object, Sample, Searched
 
 ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
 BBOX_TYPES = {"real": None, "norm1": 1.0, "norm1000": 1000.0}  # what a box's numbers are parts of; real: pixels
@@ -36,6 +36,7 @@ class Record:
         notes: What was done to it while parsing.
         searched: See `Sample`.
         content: The image's bytes if the annotations hold them; `image` is then its name.
+        further: Of a chat of several images those after the first, without messages of their own.
     """
 
     image: str | None
@@ -47,6 +48,7 @@ class Record:
     notes: tuple[Note, ...] = ()
     searched: Searched | None = None
     content: bytes | None = None
+    further: tuple["Record", ...] = ()
 
     def label(self, position: int) -> str:
         """Return what messages call the object at `position`."""
@@ -80,15 +82,17 @@ class FileRecord:
     def fingerprint(self) -> str:
         """Return what the file says, and the size and time of the image it names."""
         try:
-            record, file = self.parse(), None
-            if record.content is not None:
-                record, file = replace(record, content=None), hashlib.sha256(record.content).hexdigest()
-            elif record.image is not None:
-                stat = os.stat(find_image(self.image_root, record.image, self.follow_links))
-                file = (stat.st_size, stat.st_mtime_ns)
+            record, files = self.parse(), list[object]()
+            for held in (record, *record.further):
+                if held.content is not None:
+                    record = replace(record, content=None)
+                    files.append(hashlib.sha256(held.content).hexdigest())
+                elif held.image is not None:
+                    stat = os.stat(find_image(self.image_root, held.image, self.follow_links))
+                    files.append((stat.st_size, stat.st_mtime_ns))
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
-        return repr((self.id, self.source, record, file, self.bbox_type, self.bad_boxes))
+        return repr((self.id, self.source, record, files, self.bbox_type, self.bad_boxes))
 
     def read(self) -> Iterator[Item]:
         """Yield the sample (after notes on what was done to it), or why it is rejected."""
@@ -106,13 +110,29 @@ class FileRecord:
     def _check(self, record: Record) -> tuple[Sample, list[Note]]:
         """Return the sample, and notes on boxes that were clipped or left out."""
         messages = None if record.messages is None else tuple(record.messages)
-        check_messages(messages or (), num_images=int(record.image is not None))
+        num_images = 0 if record.image is None else 1 + len(record.further)
+        check_messages(messages or (), num_images)
         if record.image is None:
             if messages is None:
                 raise BadRecord("neither image nor messages")
             if record.objects:
                 raise BadRecord("objects without an image", f"{len(record.objects)} objects")
             return Sample(self.id, b"", 0, 0, None, messages), []
+        if record.further and messages is None:
+            raise BadRecord("more than one image", f"{num_images} images and no messages: write a record for each")
+        checked = [self._check_image(held) for held in (record, *record.further)]
+        (first, *further), notes = [image for image, _ in checked], [note for _, own in checked for note in own]
+        if messages is not None:
+            sizes = [(image.width, image.height) for image in (first, *further)]
+            messages = tuple(self._check_box_parts(record, message, sizes) for message in messages)
+        for caption in (*record.searched.absent, *record.searched.incomplete) if record.searched else ():
+            check_text(caption)
+        given = {"messages": messages, "searched": record.searched, "further": tuple(further)}
+        return Sample(self.id, **vars(first), **given), notes
+
+    def _check_image(self, record: Record) -> tuple[FurtherImage, list[Note]]:
+        """Return the image of a record with its objects, and notes on them."""
+        assert record.image is not None
         if record.content is None:
             data, width, height = read_image(find_image(self.image_root, record.image, self.follow_links))
         else:
@@ -123,25 +143,22 @@ class FileRecord:
         objects, notes = None, []
         if record.objects is not None:
             objects, notes = self._check_objects(record, width, height)
-        if messages is not None:
-            messages = tuple(self._check_box_parts(record, message, width, height) for message in messages)
-        for caption in (*record.searched.absent, *record.searched.incomplete) if record.searched else ():
-            check_text(caption)
-        return Sample(self.id, data, width, height, objects, messages, record.searched), notes
+        return FurtherImage(data, width, height, objects), notes
 
-    def _check_box_parts(self, record: Record, message: Message, width: int, height: int) -> Message:
-        """Return a message whose boxes, from `fill_placeholders`, are checked and in pixels."""
+    def _check_box_parts(self, record: Record, message: Message, sizes: Sequence[tuple[int, int]]) -> Message:
+        """Return a message whose boxes, from `fill_placeholders`, are checked and in pixels of images of `sizes`."""
         if isinstance(message["content"], str):
             return message
         parts = []
         for part in message["content"]:
             if part["type"] == "box":
+                width, height = sizes[part.get("image", 0)]
                 item = to_pixels(Object(part["box"], "<bbox>"), record.bbox_type or self.bbox_type, width, height)
                 try:
                     box = check_object(item, width, height, clip=self.bad_boxes == "drop").box
                 except BadBox as error:
                     raise BadRecord(error.reason, f"{error.detail}, which messages name as <bbox>") from error
-                part = {"type": "box", "box": list(box)}
+                part = {**part, "box": list(box)}
             parts.append(part)
         return {**message, "content": parts}
 
@@ -214,7 +231,7 @@ def refuse_fractions(records: Iterable[FileRecord], remedy: str) -> None:
             continue
         if record.bbox_type is not None:
             continue
-        for item in record.objects or ():
+        for item in (item for held in (record, *record.further) for item in held.objects or ()):
             if any(abs(value) > _FRACTIONS_END for value in item.box):
                 return
             num_boxes += 1

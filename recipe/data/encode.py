@@ -47,7 +47,7 @@ def num_prompt_segments(student: Sequence[Segment]) -> int:
 def without_answers(student: Sequence[Segment]) -> Sequence[Segment]:
     """Return the segments of a student turn that an epoch without answers reads: its prompt and all its images.
 
-    What stands before an image after an answer stays.
+    If an image follows an answer, the answer stays too.
     """
     with_image = [end for end, segment in enumerate(student, start=1) if chat.IMAGE in segment.text]
     return student[: max([num_prompt_segments(student), *with_image])]

@@ -68,7 +68,7 @@ def converted(folder: Path, *records: Any, **options: Any) -> list[Any]:
 
 def turns_of(sample: Sample) -> list[tuple[str, str]]:
     """Role and text of each turn, as a run would write it whose images are not resized."""
-    messages = write_boxes(sample.messages or (), lambda box: str([round(value) for value in box]))
+    messages = write_boxes(sample.messages or (), lambda box, image: str([round(value) for value in box]))
     texts = []
     for message in messages:
         content = message["content"]
@@ -318,7 +318,11 @@ def test_objects_of_swift(tmp_path: Path, record: Any, objects: Any, turns: list
 @pytest.mark.parametrize(
     ("record", "reason", "detail"),
     [
-        ({"images": ["good.jpg", "good.jpg"], "conversations": TURNS}, "more than one image", "2 images"),
+        (
+            {"images": ["good.jpg", "good.jpg"], "conversations": TURNS},
+            "malformed messages",
+            "1 image placeholders and 2",
+        ),
         ({"video": "a.mp4", "conversations": TURNS}, "video or audio", "['video']"),
         ({"conversations": [*TURNS, {"from": "observation", "value": "x"}]}, "malformed messages", "'observation'"),
         ({"conversations": [TURNS[0]]}, "malformed messages", "no answer to learn from"),

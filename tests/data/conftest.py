@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from recipe.config import ImageConfig, PromptConfig
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.records import RECORDS_FILE, join_parts, to_record, write_part
-from recipe.schema import MDS_COLUMNS, ImageSpec, Object, Sample
+from recipe.schema import MDS_COLUMNS, FurtherImage, ImageSpec, Object, Sample
 from recipe.tiny import build_tiny_checkpoint
 from tests.data.storage_cases import write_rows
 from tests.support.s3_server import FaultProxy, S3Server
@@ -118,6 +119,28 @@ def make_sample() -> MakeSample:
             )
         fields = {"id": f"sample-{number}", "image": stream.getvalue(), "width": width, "height": height}
         return Sample(**{**fields, "objects": objects, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_chat(make_sample: MakeSample) -> MakeSample:
+    """A chat about pictures of noise: two in the first question, if there are, then one in each further one.
+
+    The first answer has a box of the first picture, the others of the picture before them; the last is not annotated.
+    """
+
+    def make(number: int = 0, num_images: int = 3) -> Sample:
+        views = [make_sample(1000 * number + at, at + 1, 56 + 28 * at, 60) for at in range(num_images)]
+        views[-1] = replace(views[-1], objects=None)
+        shown = [min(2, num_images)] + [1] * (num_images - 2)
+        turns: list[dict[str, Any]] = []
+        for at, count in enumerate(shown):
+            box = {"type": "box", "box": [4.0, 5.0, 40.0, 30.0], "image": at + 1 if at else 0}
+            turns.append({"role": "user", "content": "<image>" * count + f"question {at}"})
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": "at "}, box]})
+        further = tuple(FurtherImage(item.image, item.width, item.height, item.objects) for item in views[1:])
+        return replace(views[0], id=f"chat-{number}", messages=tuple(turns), further=further)
 
     return make
 

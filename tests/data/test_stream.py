@@ -26,10 +26,11 @@ Content = list[tuple[str, tuple[int, ...]]]  # of each sample: its id and tokens
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, make_sample, write_shards) -> dict[str, dict[str, str]]:
+def data(tmp_path_factory: pytest.TempPathFactory, make_sample, make_chat, write_shards) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("data")
     samples = [make_sample(number, number % 4, 28 + 9 * number, 60) for number in range(NUM_SAMPLES - 4)]
-    samples += [Sample(f"text-{number}", b"", 0, 0, None, CHAT) for number in range(4)]
+    samples += [Sample(f"text-{number}", b"", 0, 0, None, CHAT) for number in range(2)]
+    samples += [make_chat(number, 2 + number) for number in range(2)]
     return {
         "train": write_shards(folder / "train", samples),
         "other": write_shards(folder / "other", [make_sample(number, 1) for number in range(200, 212)]),

@@ -34,7 +34,7 @@ from tests.support.float64 import compute_in_float64
 from tests.support.staged_cases import ADAPTED_RATES
 from tests.support.tiny_cases import ADAPTED, ALL_SWITCHES, make_config, make_examples, make_model, microbatches_of
 
-MIXED = (["two", "text", "crowded"], ["unannotated", "empty", "one"])
+MIXED = (["two", "text", "crowded", "several"], ["unannotated", "in_turns", "empty", "one"])
 TEXT_ONLY_RANK = (["text", "text"], ["two", "one"])
 
 
@@ -64,7 +64,7 @@ class Case:
 
 
 CASES = {
-    "padded": Case(MIXED, microbatch_size=3),
+    "padded": Case(MIXED, microbatch_size=4),
     "packed": Case(MIXED, "packed", 2),
     "text_only_rank": Case(TEXT_ONLY_RANK),
     "checkpointed": Case(TEXT_ONLY_RANK, model={"gradient_checkpointing": True}),

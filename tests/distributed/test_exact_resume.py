@@ -13,6 +13,7 @@ from convert.shapes import iter_samples
 from convert.write import write_split
 from tests.distributed.packed_run import Settings
 from tests.launches.launch import run_composer
+from tests.support.tiny_cases import CHAT_IN_TURNS, chat_about
 
 STEPS = 12
 SCRIPT = Path(__file__).with_name("packed_run.py")
@@ -40,7 +41,11 @@ class Run:
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("data"))
     for split, num_samples, seed in (("train", 45, 1), ("val", 2, 2), ("teachers", 3, 3)):
-        write_split(iter_samples(num_samples, seed, image_size=84, max_objects=5), folder, split)
+        samples = list(iter_samples(num_samples, seed, image_size=84, max_objects=5))
+        if split == "train":  # the last 12 are in chats about three pictures each
+            groups = (samples[first : first + 3] for first in range(33, 45, 3))
+            samples[33:] = [chat_about(f"chat-{group[0].id}", CHAT_IN_TURNS, *group) for group in groups]
+        write_split(samples, folder, split)
     return folder
 
 

@@ -126,16 +126,18 @@ def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tu
     return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt), processor, config
 
 
+def chat_about(name: str, chat: tuple[Message, ...], *scenes: Sample) -> Sample:
+    """A sample of several pictures, each with its objects."""
+    first, *others = scenes
+    further = (FurtherImage(item.image, item.width, item.height, item.objects) for item in others)
+    return replace(first, id=name, messages=chat, further=tuple(further))
+
+
 def make_samples() -> dict[str, Sample]:
     """One sample of each kind; pictures of several sizes, one larger than a vision window."""
 
     def scene(index: int, size: int, objects: int) -> Sample:
         return draw_scene(seed=5, index=index, image_size=size, min_objects=objects, max_objects=objects)
-
-    def with_images(name: str, chat: tuple[Message, ...], *scenes: Sample) -> Sample:
-        first, *others = scenes
-        further = (FurtherImage(item.image, item.width, item.height, item.objects) for item in others)
-        return replace(first, id=name, messages=chat, further=tuple(further))
 
     return {
         "two": scene(0, 140, 2),
@@ -144,8 +146,8 @@ def make_samples() -> dict[str, Sample]:
         "empty": replace(scene(3, 56, 0), objects=()),
         "crowded": scene(4, 112, NUM_QUERIES + 1),
         "one": scene(5, 84, 1),
-        "several": with_images("several", COMPARING_CHAT, scene(9, 84, 1), replace(scene(10, 56, 2), objects=None)),
-        "in_turns": with_images(
+        "several": chat_about("several", COMPARING_CHAT, scene(9, 84, 1), replace(scene(10, 56, 2), objects=None)),
+        "in_turns": chat_about(
             "in_turns", CHAT_IN_TURNS, replace(scene(11, 56, 1), objects=()), scene(12, 112, 2), scene(13, 84, 1)
         ),
         "teacher": scene(6, 56, 1),
