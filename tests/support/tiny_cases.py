@@ -42,7 +42,14 @@ IMAGE_CHAT = ({"role": "user", "content": "what is it?"}, {"role": "assistant", 
 # Both images before the answer, whose box is of the first; and one image per question, the last after two answers.
 COMPARING_CHAT = (
     {"role": "user", "content": "Compare <image> with <image>"},
-    {"role": "assistant", "content": [{"type": "box", "box": (4.0, 8.0, 30.0, 50.0), "image": 0}]},
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "text", "text": '[{"bbox_2d": '},
+            {"type": "box", "box": (4.0, 8.0, 30.0, 50.0), "image": 0},
+            {"type": "text", "text": ', "label": "red"}]'},
+        ],
+    },
 )
 CHAT_IN_TURNS = (
     {"role": "user", "content": "<image>first"},
