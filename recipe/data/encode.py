@@ -53,6 +53,12 @@ def without_answers(student: Sequence[Segment]) -> Sequence[Segment]:
     return student[: max([num_prompt_segments(student), *with_image])]
 
 
+def solved_images(sample: Sample) -> list[int]:
+    """Return which of a sample's images, from 0, the head solves: the annotated ones, or the only one."""
+    views = sample.per_image() if sample.has_image else ()
+    return [number for number, view in enumerate(views) if view.objects is not None or len(views) == 1]
+
+
 @contextmanager
 def naming(sample: Sample) -> Iterator[None]:
     """Put the sample's id in front of a ValueError."""
@@ -114,7 +120,7 @@ class Encoder:
                 )
             no_patches = torch.empty(0, self.image_spec.patch_values, dtype=torch.uint8)
             pixel_patches = torch.cat([no_patches, *(patches for patches, _ in images)])
-            solved = [number for number, view in enumerate(views) if view.objects is not None or len(views) == 1]
+            solved = solved_images(sample)
             content = ""
             if self.with_content:
                 content = self._content_of(input_ids[:prompt_length], image_grid_thw, pixel_patches)

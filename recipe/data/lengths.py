@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.config import ConfigError, LoaderConfig
 from recipe.data.chat import Segment
-from recipe.data.encode import Encoder, naming, without_answers
+from recipe.data.encode import Encoder, naming, solved_images, without_answers
 from recipe.data.image import resized_size
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.records import INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256, write_whole
@@ -51,6 +51,12 @@ class Lengths:
     id_hashes: Int64[np.ndarray, " N"]  # see `id_hash`
     answer_tokens: Int64[np.ndarray, " N"]  # of `tokens`, those that an epoch without answers does not read
     num_objects: Int64[np.ndarray, " N"]  # that the head learns; 0 if not annotated
+    num_solved: Int64[np.ndarray, " N"] | None = None  # images of `solved_images`; None: each sample's only one
+
+    @property
+    def solved_images(self) -> Int64[np.ndarray, " N"]:
+        """Return how many images of each sample the head solves."""
+        return (self.patches > 0).astype(np.int64) if self.num_solved is None else self.num_solved
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -103,7 +109,7 @@ class LengthTable:
         content = hashlib.sha256()
         for name, array in (*vars(self.samples).items(), ("", self.teacher_tokens), ("", self.teacher_patches)):
             # Absent in older checkpoints; the plan has a digest of its own.
-            if name not in ("answer_tokens", "num_objects"):
+            if name not in ("answer_tokens", "num_objects", "num_solved"):
                 content.update(array.tobytes())
         return content.hexdigest()[:16]
 
@@ -128,8 +134,12 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
         taking = np.array([takes_teachers(sample) for sample in chunk])
         hashes = np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)
         objects = np.array([len(learned_objects(sample)) for sample in chunk], dtype=np.int64)
-        chunks.append((tokens, patches, taking, hashes, answer_tokens, objects))
-    return Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+        solved = np.array([len(solved_images(sample)) for sample in chunk], dtype=np.int64)
+        chunks.append((tokens, patches, taking, hashes, answer_tokens, objects, solved))
+    found = Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
+    # As earlier versions keep it if no sample has several images.
+    has_several = not np.array_equal(found.solved_images, found.patches > 0)
+    return found if has_several else replace(found, num_solved=None)
 
 
 def learned_objects(sample: Sample) -> list[Object]:
@@ -187,7 +197,7 @@ def fingerprint(encoder: Encoder) -> str:
     """Return 16 hex digits of all that token counts depend on, except the samples."""
     probe = [segment.text for part in encoder.segments(_PROBE, [_PROBE]) for segment in part]
     tokenizer: Any = encoder.tokenizer
-    counted = [entry.name for entry in fields(Lengths)]
+    counted = [entry.name for entry in fields(Lengths) if entry.name != "num_solved"]
     parts = [tokenizer.backend_tokenizer.to_str(), asdict(encoder.prompt), asdict(encoder.image_spec), probe, counted]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -204,7 +214,10 @@ def read_lengths(streams: Sequence[CheckedStream], encoder: Encoder) -> Lengths:
 
 
 def _join(parts: Sequence[Arrays]) -> Lengths:
-    return Lengths(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    each = [Lengths(**part) for part in parts]
+    names = [entry.name for entry in fields(Lengths) if entry.name != "num_solved"]
+    joined = {name: np.concatenate([getattr(part, name) for part in each]) for name in names}
+    return Lengths(**joined, num_solved=np.concatenate([part.solved_images for part in each]))
 
 
 def read_longest_caption(streams: Sequence[CheckedStream], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -312,7 +325,9 @@ def _kept_lengths(encoder: Encoder) -> "KeptCount":
         fingerprint=fingerprint(encoder),
         what="this tokenizer, prompt and pixel budget",
         remedy="train without train_loader.packing",
-        count=lambda samples: vars(count_lengths(samples, encoder)),
+        count=lambda samples: {
+            name: array for name, array in vars(count_lengths(samples, encoder)).items() if array is not None
+        },
     )
 
 

@@ -173,15 +173,14 @@ class PackStream(CheckedDataset):
         return self._maker(self[position], 0, position, self.answers_at_start)
 
     def prompt_sizes(self) -> tuple[int, float, float]:
-        """Return the stored images, their prompts' tokens and their patches; the last two may be estimates.
+        """Return the stored images that the head solves, their prompts' tokens and their patches.
 
-        Without packing they are those of some 16 evenly spread samples.
+        They may be estimates: of some 16 evenly spread samples without packing, and of chats about several images.
         """
         if self._packing is not None:
             own = self._packing.lengths.samples
-            has_image = own.patches > 0
-            tokens = (own.tokens - own.answer_tokens)[has_image].sum()
-            return int(has_image.sum()), float(tokens), float(own.patches.sum())
+            tokens = (own.tokens - own.answer_tokens) * own.solved_images
+            return int(own.solved_images.sum()), float(tokens.sum()), float(own.patches.sum())
         positions = range(0, self.num_samples, max(1, self.num_samples // 16))
         examples = [example for example in map(self.example, positions) if example.student_images]
         scale = self.num_samples / len(positions)

@@ -1,7 +1,8 @@
 """The detection memory: what the head may look at, one padded row of tokens per image.
 
 It holds the vision tokens of the student image (with their 2-D positions), then the hidden states of the sample's
-prompt. It never holds the student's answer, which is the ground truth and does not exist at inference.
+prompt. It never holds the student's answer, which is the ground truth and does not exist at inference, nor what follows
+an answer: in a chat of several images all have the words before the first answer.
 """
 
 import math

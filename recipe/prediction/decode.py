@@ -70,11 +70,13 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
     if is_asked and decoding.evaluation.generate_answer:
         answers = _answers(network, batch, decoding, lockstep)
     patch = network.vlm.hf_model.config.vision_config.patch_size
-    predictions = []
+    predictions, answered = [], _answered(batch)
     for sample, position, row in evaluated(batch):
         size = (sample.width, sample.height)
         objects: tuple[DetectedObject, ...] = () if row is None else objects_of[row]
-        (answer, is_cut), answer_objects = answers.get(position, (None, False)), None
+        (answer, is_cut), answer_objects = (None, False), None
+        if row is not None and row in answered:
+            answer, is_cut = answers.get(position, (None, False))
         is_alone = not batch["samples"][position].further
         if row is not None and answer is not None and (is_alone or asks_for_boxes(sample)):
             _, height, width = batch["image_grid_thw"][batch["student_images"][row]].tolist()
@@ -96,6 +98,15 @@ def evaluated(batch: Batch) -> list[tuple[Sample, int, int | None]]:
         rows = [row for row, owner in enumerate(batch["student_samples"]) if owner == position]
         found += [(batch["student_views"][row], position, row) for row in rows] or [(sample, position, None)]
     return found
+
+
+def _answered(batch: Batch) -> set[int]:
+    """Return the row of each sample that gets its answer: of the image that it is about, else of the first one."""
+    rows: dict[int, int] = {}
+    for row, (position, view) in enumerate(zip(batch["student_samples"], batch["student_views"], strict=True)):
+        if position not in rows or asks_for_boxes(view):
+            rows[position] = row
+    return set(rows.values())
 
 
 @dataclass(frozen=True)

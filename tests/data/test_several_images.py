@@ -19,6 +19,7 @@ from recipe.losses.counts import split_batch
 from recipe.schema import FurtherImage, Object, Role, Sample, Searched
 
 CUP, BALL = Object((1.0, 2.0, 3.0, 4.0), "a cup"), Object((0.0, 0.0, 2.0, 2.0), "a ball", area=3.5)
+TEXTS = [Sample("text", b"", 0, 0, None, ({"role": "user", "content": "hi"},))]
 ANSWER = [
     {"type": "text", "text": '[{"bbox_2d": '},
     {"type": "box", "box": [1.0, 2.0, 3.0, 4.0], "image": 1},
@@ -85,6 +86,8 @@ def test_planned_lengths_are_those_of_the_encoded_chats(
     assert found.patches.tolist() == [len(example.pixel_patches) for example in examples]
     assert found.num_objects.tolist() == [1, 2, 1 + 2, 1 + 2 + 3]
     assert found.takes_teachers.tolist() == [False, True, False, False]
+    assert found.solved_images.tolist() == [len(example.student_images) for example in examples] == [1, 1, 2, 3]
+    assert count_lengths([make_sample(1), *TEXTS], encoder).num_solved is None
     longest = count_captions(samples, encoder.tokenizer)
     assert longest.tolist() == [max(t["caption_ids"].shape[1] for t in item.targets if t) for item in examples]
 

@@ -15,6 +15,7 @@ from tests.distributed.packed_run import Settings
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import CHAT_IN_TURNS, chat_about
 
+NUM_SAMPLES = 33 + 4  # of one picture, and of three
 STEPS = 12
 SCRIPT = Path(__file__).with_name("packed_run.py")
 
@@ -92,9 +93,9 @@ def whole(tiny_checkpoint: str, data: str, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.slow
 def test_the_run_never_stopped_trains_on_every_sample_once_an_epoch(whole: Run):
     names = [name for step in whole.steps for name in step]
-    epochs = [names[start : start + 45] for start in range(0, 90, 45)]
-    assert all(len(set(epoch)) == 45 for epoch in epochs)
-    assert len(names) > 90  # so that kills fall into three epochs
+    epochs = [names[start : start + NUM_SAMPLES] for start in (0, NUM_SAMPLES)]
+    assert all(len(set(epoch)) == NUM_SAMPLES for epoch in epochs)
+    assert len(names) > 2 * NUM_SAMPLES  # so that kills fall into three epochs
 
 
 @pytest.mark.slow
@@ -115,7 +116,7 @@ def test_resumed_in_epochs_without_and_with_answers(tiny_checkpoint: str, data: 
     whole = run(tiny_checkpoint, data, tmp_path / "whole", [Leg(1, 0)], thaw=thaw)
     first = whole.answers.index(True)
     assert 5 < first < STEPS - 2 and whole.answers == [False] * first + [True] * (STEPS - first)
-    assert len({name for step in whole.steps[:first] for name in step}) == 45
+    assert len({name for step in whole.steps[:first] for name in step}) == NUM_SAMPLES
     legs = [Leg(1, 2, kill_at=2), Leg(1, 0, kill_at=first + 1), Leg(1, 2)]
     killed = run(tiny_checkpoint, data, tmp_path / "killed", legs, thaw=thaw)
     assert (killed.steps, killed.answers) == (whole.steps, whole.answers)
