@@ -9,10 +9,11 @@ One record per line, boxes xyxy in absolute pixels of the displayed image:
 
 `desc` may also be called `label`. `objects` may also be parallel lists, with one `ref` per `bbox` or one for all:
 `{"ref": ["a red car"], "bbox": [[x1, y1, x2, y2]], "bbox_type": "real"}`. In `messages`, `<ref-object>` and `<bbox>`
-are replaced by the next ref (or desc) and box. Absent or null `objects`: not annotated; empty: known to hold nothing. A
-record without an image is text only and needs `messages`. Other keys are not read, but counted; a record of `images`
-and other keys alone is rejected. The default id is FILE-LINE, the line counted from 1. One JSON array of records is
-read too.
+are replaced by the next ref (or desc) and box. `images` names several if `messages` are about them: then every object
+has `image`, its image's number from 0, and `empty_images` lists those that are known to hold nothing. Absent or null
+`objects`: not annotated; empty: known to hold nothing. A record without an image is text only and needs `messages`.
+Other keys are not read, but counted; a record of `images` and other keys alone is rejected. The default id is
+FILE-LINE, the line counted from 1. One JSON array of records is read too.
 """
 
 from collections.abc import Sequence

@@ -119,7 +119,7 @@ class LogPredictions(Callback):
     as overlays, which its page shows and hides by class and score.
 
     Args:
-        num_images: Drawn per evaluation: the first that are evaluated.
+        num_images: Drawn per evaluation: the first ones that the head solves.
         folder: Gets the drawings.
         score_threshold: Objects below it are neither drawn nor logged.
     """
@@ -140,7 +140,8 @@ class LogPredictions(Callback):
             return
         outputs: Any = state.outputs  # recipe.joint's evaluation outputs
         for sample, prediction in zip(outputs.samples, outputs.predictions, strict=True):
-            if sample.image and len(self._shown) < self.num_images:
+            is_solved = bool(sample.image) and not sample.further  # else a chat whose images are not annotated
+            if is_solved and len(self._shown) < self.num_images:
                 drawing = draw_prediction(open_image(sample.image), prediction, sample, self.score_threshold)
                 file_name = re.sub(r"[^\w.-]+", "_", sample.id)[-80:]
                 self._save(drawing, f"{len(self._shown):02d}_{file_name}.png", state)

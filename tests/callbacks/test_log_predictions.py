@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from wandb.sdk.internal.datastore import DataStore
 
 from recipe.callbacks.samples import LogPredictions, layers_of, table_rows, wandb_images
 from recipe.callbacks.table import build_loggers
-from recipe.schema import DetectedObject, Prediction
+from recipe.schema import DetectedObject, FurtherImage, Prediction
 from tests.callbacks.test_table import make_sample, train
 
 FOUND = (DetectedObject((2.0, 2.0, 20.0, 20.0), 0.9, "red circle"), DetectedObject((0.0, 0.0, 48.0, 32.0), 0.2, ""))
@@ -64,6 +65,14 @@ def test_wandb_gets_boxes_and_a_table(tmp_path: Path, monkeypatch: pytest.Monkey
         ["a/b", "prediction", 0.9, "red circle", 2.0, 2.0, 20.0, 20.0],
         ["a/b", "truth", None, "red circle", 3.0, 3.0, 20.0, 20.0],
     ]
+
+
+def test_a_chat_whose_pictures_are_not_annotated_is_not_drawn(tmp_path: Path) -> None:
+    sample = replace(make_sample("a"), objects=None, further=(FurtherImage(b"", 4, 4, None),))
+    outputs = SimpleNamespace(samples=[sample, make_sample("b")], predictions=[Prediction("a", 48, 32, ())] * 2)
+    state: Any = SimpleNamespace(outputs=outputs, timestamp=SimpleNamespace(batch=SimpleNamespace(value=1)))
+    LogPredictions(2, tmp_path, 0.3).eval_after_forward(state, state)
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["00_b.png"]
 
 
 def test_layers() -> None:
