@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from convert.teachers import candidate
 from recipe.config import LoaderConfig, PromptConfig, TeacherConfig
 from recipe.data.collate import collate_packed, collate_standard, one_each
 from recipe.data.encode import Encoder
@@ -171,3 +172,4 @@ def test_a_teacher_has_one_image(encoder: Encoder, make_sample, make_chat):
         TeacherPool([make_chat(0), make_sample(1), make_sample(2)], TeacherConfig(num_teachers=1), seed=0)
     with pytest.raises(ValueError, match="its teacher 'chat-0' is not an annotated image"):
         encoder(make_sample(1), [make_chat(0)])
+    assert candidate(0, make_sample(1)) is not None and candidate(0, make_chat(0)) is None
