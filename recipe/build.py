@@ -22,6 +22,7 @@ from recipe.algorithms.staged_freezing import StagedFreezing
 from recipe.callbacks.cache_frozen import CacheFrozen
 from recipe.callbacks.curves import CURVES_FILE, DrawCurves
 from recipe.callbacks.evaluation_data import EvaluationData
+from recipe.callbacks.evaluation_parts import EvaluationParts
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import build_callbacks
@@ -32,7 +33,7 @@ from recipe.checkpoints.weights import is_export, trained_caption_length
 from recipe.config import ConfigError, RecipeConfig, trained_trunk
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
-from recipe.joint import JointModel
+from recipe.joint import EvaluationScope, JointModel
 from recipe.load import build_network, fill_head, fill_whole, load_base, refuse_in_nf4
 from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
@@ -157,13 +158,25 @@ def answer_schedule(config: RecipeConfig) -> Schedule | None:
     return replace(schedule, trunk=trained_trunk(config))
 
 
-def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
-    """Return the yaml's callbacks and those that isolate evaluation, watch the data and show samples."""
+def build_all_callbacks(
+    config: RecipeConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    scope: EvaluationScope | None = None,
+    last_answered: int | None = None,
+) -> list[Callback]:
+    """Return the yaml's callbacks and those that isolate and bound evaluation, watch the data and show samples.
+
+    `scope` is the model's, `last_answered` of `put_answered_first`, of a training run.
+    """
+    scope = scope or EvaluationScope()
     loader, evaluation = config.train_loader, config.evaluation
     max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
     num_queries = sys.maxsize if config.detection_head is None else config.detection_head.num_queries
     callbacks: list[Callback] = [
         EvaluationWithoutTraces(),
+        EvaluationParts(
+            scope, evaluation.score_threshold, last_answered, evaluation.every_class, bool(evaluation.classes)
+        ),
         *build_callbacks(config.callbacks, config.run_folder),
         TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, num_queries, answer_schedule(config)),
         EvaluationData(config.eval_loader.max_bad_samples),
@@ -176,5 +189,5 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
         callbacks.append(DrawCurves(path, Path(config.run_folder, CURVES_FILE)))
     if evaluation.num_logged_images:
         folder = Path(config.run_folder) / "images"
-        callbacks.append(LogPredictions(evaluation.num_logged_images, folder, evaluation.score_threshold))
+        callbacks.append(LogPredictions(evaluation.num_logged_images, folder, evaluation.score_threshold, scope))
     return callbacks

@@ -63,6 +63,11 @@ REMOVED_KEYS: Mapping[str, Any] = {
     "evaluation.num_beams": 1,
     "evaluation.length_penalty": 1.0,
 }
+# Keys that another one replaces, whatever their value: {dotted key: what to write instead}.
+REPLACED_KEYS: Mapping[str, str] = {
+    "evaluation.generate_answer": "evaluation.answers: {images: N} (text answers for N images at each evaluation of a "
+    "training run, for all at the last and in eval.py), or evaluation.answers: null for none",
+}
 REMOVED_VALUES: Mapping[str, Sequence[Any]] = {"loss.objectness": ("varifocal",)}  # an error too
 
 
@@ -186,6 +191,13 @@ class LoaderConfig:
 
 
 @dataclass
+class AnswersConfig:
+    """The language model's text answers; the last evaluation of a run, `eval.py` and `predict.py` answer all images."""
+
+    images: int = number(64, least=1)  # answered at the other evaluations, the same ones each time
+
+
+@dataclass
 class EvaluationConfig:
     """How predictions are made for metrics, logged images and `predict.py`."""
 
@@ -195,11 +207,13 @@ class EvaluationConfig:
     score_shift: float = number(0.0, above=-inf)
     nms_iou: float | None = number(None, least=0, most=1)  # drop the worse of two boxes that overlap more; null: none
     max_captions: int = number(100, least=0)  # captions generated per image, best scores first
-    generate_answer: bool = True  # let the language model write its answer too
+    answers: AnswersConfig | None = field(default_factory=AnswersConfig)  # null: no text answers
     max_new_tokens: int = number(512, least=1)
     num_logged_images: int = number(8, least=0)
     # Each object gets a probability of each of these, in place of a caption; []: a caption.
     classes: list[str] = field(default_factory=list[str])
+    # Scores of each category at every evaluation, which need the captions of all objects; false: at a run's last.
+    every_class: bool = False
 
 
 @dataclass

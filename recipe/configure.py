@@ -19,7 +19,15 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from recipe.config import REMOVED_KEYS, REMOVED_VALUES, ConfigError, PromptConfig, RecipeConfig, nearest
+from recipe.config import (
+    REMOVED_KEYS,
+    REMOVED_VALUES,
+    REPLACED_KEYS,
+    ConfigError,
+    PromptConfig,
+    RecipeConfig,
+    nearest,
+)
 from recipe.redact import is_secret, redact, redact_text, remember_secrets
 from recipe.rules import check_config
 
@@ -215,7 +223,7 @@ def _clash(key: str, node: Any, value: Any, source: str) -> str:
 
 def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
     """Return `updates` without `REMOVED_KEYS` at their default; raise ConfigError at other removed keys and values."""
-    for key in (*REMOVED_KEYS, *REMOVED_VALUES):
+    for key in (*REMOVED_KEYS, *REPLACED_KEYS, *REMOVED_VALUES):
         section, _, name = key.partition(".")
         values = updates.get(section)
         if not isinstance(values, dict) or name not in values:
@@ -227,6 +235,8 @@ def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
                 raise ConfigError(
                     f"{key} in {source} is {value!r}: this key was removed; delete it to run with {old!r}"
                 )
+        elif key in REPLACED_KEYS:
+            raise ConfigError(f"{key} in {source} is {value!r}: this key was replaced; write {REPLACED_KEYS[key]}")
         elif value in REMOVED_VALUES[key]:
             raise ConfigError(f"{key} in {source} is {value!r}: this value was removed; delete the key or give another")
     return updates

@@ -46,6 +46,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.checkpoints.resume import catch_up, check_data, is_finished, load_keywords, safe_loading
     from recipe.checkpoints.save import build_saver, without_saving
     from recipe.checkpoints.sigterm import Preemption
+    from recipe.data.evaluation import put_answered_first
     from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
     from recipe.data.split import evaluation_loader
     from recipe.data.stream import read_teachers
@@ -98,6 +99,10 @@ def main(config: RecipeConfig) -> "Trainer":
         config.val_fraction,
     )
     check_data(start, train_loader)
+    last_answered = None
+    if config.evaluation.answers is not None:
+        num_batches = view.keywords.get("eval_subset_num_batches") or -1
+        last_answered = put_answered_first(eval_loader, config.evaluation.answers.images, num_batches)
     saver = build_saver(view, config.save_best, origin)
     with safe_loading():
         trainer = Trainer(
@@ -111,7 +116,7 @@ def main(config: RecipeConfig) -> "Trainer":
             algorithms=build_algorithms(config),
             # The savers come after all whose state is saved.
             callbacks=[
-                *build_all_callbacks(config, tokenizer),
+                *build_all_callbacks(config, tokenizer, model.scope, last_answered),
                 lock,
                 *([] if saver is None else [saver, Preemption(saver)]),
                 Summary(

@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from recipe.images import open_image
+from recipe.joint import EvaluationScope
 from recipe.prediction.draw import draw_gallery, draw_prediction
 from recipe.schema import Batch, DetectedObject, Object, Prediction, Role, Sample, Target
 
@@ -120,9 +121,13 @@ class LogPredictions(Callback):
         num_images: Drawn per evaluation: those of the first samples that have an image.
         folder: Gets the drawings.
         score_threshold: Objects below it are neither drawn nor logged.
+        scope: Learns which samples are drawn, and how long it takes.
     """
 
-    def __init__(self, num_images: int, folder: str | Path, score_threshold: float):
+    def __init__(
+        self, num_images: int, folder: str | Path, score_threshold: float, scope: EvaluationScope | None = None
+    ):
+        self.scope = scope or EvaluationScope()
         self.num_images = num_images
         self.folder = Path(folder)
         self.score_threshold = score_threshold
@@ -132,9 +137,14 @@ class LogPredictions(Callback):
         """Forget the previous evaluation."""
         self._shown = []
 
+    def eval_before_forward(self, state: State, logger: Logger) -> None:
+        """Choose this microbatch's images, until there are enough."""
+        left = self.num_images - len(self._shown) if dist.get_global_rank() == 0 else 0
+        self.scope.drawn = [sample.id for sample in state.batch["samples"] if sample.image][:left]
+
     def eval_after_forward(self, state: State, logger: Logger) -> None:
-        """Draw this microbatch's images until there are enough."""
-        if dist.get_global_rank() != 0 or len(self._shown) >= self.num_images:
+        """Draw them."""
+        if not self.scope.drawn:
             return
         outputs: Any = state.outputs  # recipe.joint's evaluation outputs
         for sample, prediction in zip(state.batch["samples"], outputs.predictions, strict=True):
@@ -143,6 +153,7 @@ class LogPredictions(Callback):
                 file_name = re.sub(r"[^\w.-]+", "_", sample.id)[-80:]
                 self._save(drawing, f"{len(self._shown):02d}_{file_name}.png", state)
                 self._shown.append((sample, prediction))
+        self.scope.lap("drawing")
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Save and log the gallery, and log table and overlays."""

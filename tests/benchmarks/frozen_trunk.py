@@ -44,7 +44,7 @@ ON_A_CPU: Mapping[str, Any] = {
     "trainer.device": "cpu",
     "train_loader.dataloader.num_workers": 1,
     "eval_loader.dataloader.num_workers": 0,
-    "evaluation.generate_answer": "false",
+    "evaluation.answers": "null",
     "loggers": "{json_lines: {}}",
 }
 
@@ -84,7 +84,7 @@ def main() -> None:
         "eval_loader.streams.shapes.local": folder,
         "teachers": "{stream: null, num_teachers: 0}",
         "prompt.student_answer": "false",
-        "evaluation.generate_answer": "false",
+        "evaluation.answers": "null",
         "caption_decoder": "{num_layers: 2, max_caption_tokens: null}",
         **REAL,
     }

@@ -66,7 +66,7 @@ def test_an_image_has_the_probabilities_that_it_has_alone(
 
 def test_eval_scores_by_class(trained_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(find_config(trained_checkpoint), load_path=str(trained_checkpoint), run_folder=str(tmp_path))
-    config = replace(config, evaluation=replace(config.evaluation, classes=CLASSES, generate_answer=False))
+    config = replace(config, evaluation=replace(config.evaluation, classes=CLASSES, answers=None))
     scores = evaluate(config)
     printed = capsys.readouterr().out
     assert re.search(r"category +truths +AP +AP50 +recall +worst image", printed)

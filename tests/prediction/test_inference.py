@@ -102,7 +102,7 @@ def test_what_nms_removes_is_no_object_and_changes_no_other(
 ) -> None:
     """With captions written for the best two only, the third best moves up where the second is a double."""
     examples = [tiny_examples[name] for name in ("two", "text", "one", "empty")]
-    evaluation = replace(tiny_model.evaluation, generate_answer=False)
+    evaluation = replace(tiny_model.evaluation, answers=None)
     everything = predict(tiny_model, examples, "packed", evaluation)
     boxes = torch.tensor([item.box for item in everything[0].objects])
     nms_iou = float(box_iou(boxes, boxes).triu(diagonal=1).max()) - 1e-3  # so that it removes at least one
@@ -123,7 +123,7 @@ def test_what_nms_removes_is_no_object_and_changes_no_other(
 def test_calibration_at_prediction(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
     """Boxes and captions stay, scores are the sigmoid of what the yaml says."""
     examples = [tiny_examples["two"], tiny_examples["one"]]
-    evaluation = replace(tiny_model.evaluation, generate_answer=False)
+    evaluation = replace(tiny_model.evaluation, answers=None)
     plain = predict(tiny_model, examples, "standard", evaluation)
     found = predict(tiny_model, examples, "standard", replace(evaluation, score_scale=0.5, score_shift=1.0))
     for before, after in zip(plain, found, strict=True):
@@ -142,7 +142,7 @@ def test_metrics_see_the_captions_of_all_objects(
     batch = collator("standard")([tiny_examples["two"], tiny_examples["crowded"]])
     found = []
     for score_threshold in (0.0, 0.99):
-        evaluation = replace(tiny_model.evaluation, score_threshold=score_threshold, generate_answer=False)
+        evaluation = replace(tiny_model.evaluation, score_threshold=score_threshold, answers=None)
         monkeypatch.setattr(tiny_model, "evaluation", evaluation)
         found.append(tiny_model.eval_forward(batch).predictions)
     assert found[0] == found[1]
