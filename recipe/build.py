@@ -175,7 +175,12 @@ def build_all_callbacks(
     callbacks: list[Callback] = [
         EvaluationWithoutTraces(),
         EvaluationParts(
-            scope, evaluation.score_threshold, last_answered, evaluation.every_class, bool(evaluation.classes)
+            scope,
+            evaluation.score_threshold,
+            last_answered,
+            evaluation.every_class,
+            bool(evaluation.classes),
+            config.save_best.metric,
         ),
         *build_callbacks(config.callbacks, config.run_folder),
         TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, num_queries, answer_schedule(config)),

@@ -62,8 +62,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
     loader = evaluation_loader(config)
     eval_loader = build_eval_loader(loader, encoder, teachers, config.seed, config.val_fraction)
-    if config.evaluation.answers is not None:  # all are answered: the first images, which are drawn, are a run's
-        put_answered_first(eval_loader, config.evaluation.answers.images)
+    put_answered_first(eval_loader, config.evaluation.answers)  # so that the images drawn are those of a run
     origin = describe(as_saved(config, longest), processor.tokenizer, model, base={})
     callbacks = build_all_callbacks(config, processor.tokenizer, model.scope)
     start, _ = take_weights(model, weights_keywords(view, config.load_path, origin), config, origin)

@@ -99,10 +99,8 @@ def main(config: RecipeConfig) -> "Trainer":
         config.val_fraction,
     )
     check_data(start, train_loader)
-    last_answered = None
-    if config.evaluation.answers is not None:
-        num_batches = view.keywords.get("eval_subset_num_batches") or -1
-        last_answered = put_answered_first(eval_loader, config.evaluation.answers.images, num_batches)
+    num_batches = view.keywords.get("eval_subset_num_batches")
+    last_answered = put_answered_first(eval_loader, config.evaluation.answers, num_batches)
     saver = build_saver(view, config.save_best, origin)
     with safe_loading():
         trainer = Trainer(

@@ -37,6 +37,7 @@ class EvaluationParts(Callback):
         last_answered: Of `put_answered_first`; None: there are no text answers, or all samples get one.
         every_class: Whether every evaluation has scores by category and their tables.
         category_scores: Whether every evaluation has the scores, such as `category_ap`.
+        metric: By which the best checkpoint is chosen.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class EvaluationParts(Callback):
         last_answered: int | None = None,
         every_class: bool = False,
         category_scores: bool = False,
+        metric: str | None = None,
     ):
+        self.metric = metric
         self.scope = scope
         self.score_threshold = score_threshold
         self.last_answered = last_answered
@@ -57,6 +60,16 @@ class EvaluationParts(Callback):
         self._with_tables = True
         self._entries: dict[str, Metric] = {}
         self._evaluated: tuple[int, bool] | None = None  # batch of the last evaluation of a run, and if it had all
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Warn if checkpoints are compared by other images than the last one."""
+        is_of_answers = (self.metric or "").removeprefix("eval/").startswith("text_")
+        if is_of_answers and self.last_answered not in (None, ALL) and dist.get_global_rank() == 0:
+            log.warning(
+                "save_best.metric %s is of some images, and at the last evaluation of all, which do not compare: set "
+                "evaluation.answers.images to the size of the evaluation set",
+                self.metric,
+            )
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
         """Choose what the evaluation computes; its scores replace those of the one before."""

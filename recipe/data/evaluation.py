@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from recipe.boxes import asks_for_boxes
+from recipe.config import AnswersConfig
 from recipe.data.lengths import Arrays, KeptCount, MissingRecordsError
 from recipe.data.split import Split
 from recipe.data.stream import ExampleMaker, make_inert
@@ -107,26 +108,29 @@ class EvalSampler(DistributedSampler):
             yield index if index < self.total_size else -1 - index % self.total_size
 
 
-def put_answered_first(loader: DataSpec, num: int, num_batches: int = -1) -> int:
-    """Let an evaluation begin with the `num` samples that are answered, in stored order; all ranks must call it.
+def put_answered_first(loader: DataSpec, answers: AnswersConfig | None, num_batches: int | None = None) -> int | None:
+    """Let an evaluation begin with the samples that are answered, in stored order; all ranks must call it.
 
     If a stream has no records, all samples are read once, on the first rank.
 
     Args:
         loader: Of `build_eval_loader`, not yet iterated over.
-        num: Fewer are chosen if the set has not as many whose answer counts.
-        num_batches: Choose among those of the first batches, as an evaluation reads no more; -1: all.
+        answers: How many are answered; None: none, and the order stays.
+        num_batches: Choose among those of the first batches, as an evaluation reads no more; -1 or None: all.
 
     Returns:
-        The greatest `answer_order` that is answered; `ALL` if no sample is left, -1 if there is none.
+        The greatest `answer_order` that is answered; `ALL` if no sample is left, -1 if there is none. None without
+        `answers`.
     """
+    if answers is None:
+        return None
     assert isinstance(loader.dataloader, DataLoader) and loader.dataloader.batch_size is not None
     samples = loader.dataloader.dataset
     assert isinstance(samples, EvalSamples)
-    among = None if num_batches < 0 else num_batches * loader.dataloader.batch_size * dist.get_world_size()
+    among = None if num_batches in (None, -1) else num_batches * loader.dataloader.batch_size * dist.get_world_size()
     orders = from_rank_0(samples.answer_orders)[:among]
     counted = int((orders < NEVER).sum())
-    chosen = np.sort(np.argsort(orders, kind="stable")[: min(num, counted)])
+    chosen = np.sort(np.argsort(orders, kind="stable")[: min(answers.images, counted)])
     samples.put_first(chosen)
     if not counted:
         return -1

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from convert.shapes import iter_samples
 from convert.write import write_split
-from recipe.config import LoaderConfig, RecipeConfig
+from recipe.config import AnswersConfig, LoaderConfig, RecipeConfig
 from recipe.data.evaluation import ALL, NEVER, answer_order, put_answered_first
 from recipe.data.loader import build_eval_loader
 from recipe.records import RECORDS_FILE
@@ -58,7 +58,7 @@ def test_the_order_is_of_the_id_alone() -> None:
 
 def test_the_chosen_come_first_and_the_rest_in_stored_order(config: RecipeConfig, tmp_path: Path) -> None:
     spec, stored = spec_of(config, tmp_path, scenes()), [sample.id for sample in scenes()]
-    last = put_answered_first(spec, 4)
+    last = put_answered_first(spec, AnswersConfig(4))
     chosen = [name for name in stored if name in expected(4)]
     assert ids(spec) == chosen + [name for name in stored if name not in chosen]
     assert {sample.id for sample in scenes() if answer_order(sample) <= last} == expected(4)
@@ -69,11 +69,11 @@ def test_neither_order_nor_batch_size_nor_other_samples_choose(
     config: RecipeConfig, tmp_path: Path, batch_size: int
 ) -> None:
     spec = spec_of(config, tmp_path, scenes()[::-1], batch_size)
-    put_answered_first(spec, 4)
+    put_answered_first(spec, AnswersConfig(4))
     assert set(ids(spec)[:4]) == expected(4)
     others = [sample for sample in scenes() if sample.id not in expected(2)]  # the next two move up
     spec = spec_of(config, tmp_path / "fewer", others, batch_size)
-    put_answered_first(spec, 2)
+    put_answered_first(spec, AnswersConfig(2))
     assert set(ids(spec)[:2]) == expected(4) - expected(2)
 
 
@@ -84,7 +84,7 @@ def test_ranks_share_the_chosen(config: RecipeConfig, tmp_path: Path, monkeypatc
         loader = LoaderConfig(streams={"a": {"local": str(tmp_path), "split": "val"}}, global_batch_size=2)
         spec = build_eval_loader(loader, make_encoder(config), None, 0)
         assert isinstance(spec.dataloader, DataLoader)
-        put_answered_first(spec, 4)
+        put_answered_first(spec, AnswersConfig(4))
         sampler = spec.dataloader.sampler
         monkeypatch.setattr(sampler, "num_replicas", 2)
         monkeypatch.setattr(sampler, "rank", rank)
@@ -95,20 +95,20 @@ def test_ranks_share_the_chosen(config: RecipeConfig, tmp_path: Path, monkeypatc
 
 def test_a_set_without_records_is_read(config: RecipeConfig, tmp_path: Path) -> None:
     spec = spec_of(config, tmp_path, scenes())
-    last = put_answered_first(spec, 4)
+    last = put_answered_first(spec, AnswersConfig(4))
     for path in (tmp_path / "val").glob("*.npz"):
         path.unlink()
     (tmp_path / "val" / RECORDS_FILE).unlink()
     loader = LoaderConfig(streams={"a": {"local": str(tmp_path), "split": "val"}}, global_batch_size=2)
     without = build_eval_loader(loader, make_encoder(config), None, 0)
-    assert put_answered_first(without, 4) == last
+    assert put_answered_first(without, AnswersConfig(4)) == last
     assert ids(without) == ids(spec)
 
 
 def test_of_the_first_batches_alone(config: RecipeConfig, tmp_path: Path) -> None:
     """An evaluation of two batches of three reads six samples, of which four count."""
     spec, stored = spec_of(config, tmp_path, scenes(), batch_size=3), [sample.id for sample in scenes()]
-    assert put_answered_first(spec, 4, num_batches=2) == ALL
+    assert put_answered_first(spec, AnswersConfig(4), num_batches=2) == ALL
     assert set(ids(spec)[:6]) == set(stored[:6])
     assert set(ids(spec)[:4]) == set(stored[:6]) - {"chat", "unknown"}
 
@@ -116,11 +116,17 @@ def test_of_the_first_batches_alone(config: RecipeConfig, tmp_path: Path) -> Non
 @pytest.mark.parametrize("num", [NUM_SCENES, 100])
 def test_all_that_count_may_be_answered(config: RecipeConfig, tmp_path: Path, num: int) -> None:
     spec = spec_of(config, tmp_path, scenes())
-    assert put_answered_first(spec, num) == ALL
+    assert put_answered_first(spec, AnswersConfig(num)) == ALL
     assert set(ids(spec)[-3:]) == {"chat", "unknown", "text"}
 
 
 def test_none_may_count(config: RecipeConfig, tmp_path: Path) -> None:
     spec = spec_of(config, tmp_path, [sample for sample in scenes() if sample.id in ("chat", "unknown", "text")])
-    assert put_answered_first(spec, 4) == -1
+    assert put_answered_first(spec, AnswersConfig(4)) == -1
     assert ids(spec) == ["chat", "unknown", "text"]
+
+
+def test_without_answers_the_order_stays(config: RecipeConfig, tmp_path: Path) -> None:
+    spec = spec_of(config, tmp_path, scenes())
+    assert put_answered_first(spec, None) is None
+    assert ids(spec) == [sample.id for sample in scenes()]

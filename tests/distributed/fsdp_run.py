@@ -22,6 +22,7 @@ from recipe.callbacks.measures import joint_model
 from recipe.callbacks.throughput import PARTS, step_flops
 from recipe.config import (
     GROUPS,
+    AnswersConfig,
     EmaConfig,
     EvaluationConfig,
     LoaderConfig,
@@ -139,7 +140,9 @@ def config_of(leg: Leg) -> RecipeConfig:
         fsdp_version=1 if leg.mode == "fsdp1" else 2,
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
-        evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6, num_logged_images=1),
+        evaluation=EvaluationConfig(
+            score_threshold=0.0, max_captions=3, answers=AnswersConfig(images=1), max_new_tokens=6, num_logged_images=1
+        ),
         optimizer=ADAPTED_RATES
         if leg.adapted
         else OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
