@@ -267,7 +267,7 @@ def add_tiles(
     tiles = [] if size is None else tiles_of(sample.width, sample.height, size, predictor.overlap)
     if not tiles:
         return prediction
-    decoding = replace(predictor.decoding, evaluation=replace(evaluation, generate_answer=False))
+    decoding = replace(predictor.decoding, evaluation=replace(evaluation, answers=None))
     image, found = open_image(sample.image), list[Prediction]()
     for start in range(0, len(tiles), predictor.batch_size):
         part = tiles[start : start + predictor.batch_size]
