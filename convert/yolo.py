@@ -53,7 +53,8 @@ def find(
     for path, label in zip(files, labels, strict=True):
         name = os.path.relpath(path, root) if path.startswith(root) else path
         rows.append((name, os.path.relpath(label, root) if label else name, partial(parse, name, label)))
-    return Found(list_records(Path(root), rows, bbox_type, **options))
+    classes = [layout.names[index] for index in sorted(layout.names)]
+    return Found(list_records(Path(root), rows, bbox_type, **options), classes=classes)
 
 
 def _parse(

@@ -27,6 +27,7 @@ CALLBACK_NAMES = (
     *("memory_monitor", "oom_observer", "optimizer_monitor", "runtime_estimator", "speed_monitor"),
     *("system_metrics_monitor", "threshold_stopper", "throughput"),
 )
+DATA_CLASSES = ["data"]  # as `evaluation.classes`: the classes of the training set
 LOGGER_NAMES = ("file", "json_lines", "tensorboard", "wandb")
 
 
@@ -198,7 +199,7 @@ class EvaluationConfig:
     generate_answer: bool = True  # let the language model write its answer too
     max_new_tokens: int = number(512, least=1)
     num_logged_images: int = number(8, least=0)
-    # Each object gets a probability of each of these, in place of a caption; []: a caption.
+    # Each object gets a probability of each of these, in place of a caption; []: a caption; data: the training set's.
     classes: list[str] = field(default_factory=list[str])
 
 

@@ -63,7 +63,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
     loader = evaluation_loader(config)
     eval_loader = build_eval_loader(loader, encoder, teachers, config.seed, config.val_fraction)
-    origin = describe(as_saved(config, longest), processor.tokenizer, model, base={})
+    origin = describe(as_saved(config, longest, model.class_names), processor.tokenizer, model, base={})
     start, _ = take_weights(model, weights_keywords(view, config.load_path, origin), config, origin)
     with safe_loading():
         trainer = Trainer(

@@ -9,6 +9,7 @@ from round_trip import assert_same, convert, draw_scenes
 
 from convert.items import Note, Rejected
 from convert.yolo import find
+from recipe.records import CLASSES_FILE
 from recipe.schema import Object, Sample
 
 NAMES = ("cup", "fire hydrant", "Straße", "red_car")
@@ -40,6 +41,7 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) 
     assert [sample.id for sample in samples] == [scene.path for scene in scenes]
     assert_same(samples, scenes)
     assert read_rejected(tmp_path / "out") == []
+    assert (tmp_path / "out" / "train" / CLASSES_FILE).read_text(encoding="utf-8").splitlines() == list(NAMES)
 
 
 def lay_out(folder: Path, files: dict[str, str]) -> Path:
