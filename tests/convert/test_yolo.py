@@ -197,7 +197,9 @@ def test_what_is_counted(tmp_path: Path, label: str | None, what: str, count: in
 def test_boxes_read_at_once_are_those_of_their_lines() -> None:
     """To the last bit; and what is no plain good box sends its file to the lines."""
     draw, names = Random(5), dict(enumerate(NAMES))
-    rows = [[draw.choice(("0", "2", "3.0")), *(f"{draw.random():.6f}" for _ in range(4))] for _ in range(50)]
+    rows: list[list[str]] = [
+        [draw.choice(("0", "2", "3.0")), *(f"{draw.random():.6f}" for _ in range(4))] for _ in range(50)
+    ]
     assert _parse_boxes(rows, names, None, 1.5) == [_parse_line(row, names, None, 1.5, []) for row in rows]
     for bad in (
         "4 .5 .5 .1 .1",
@@ -207,7 +209,8 @@ def test_boxes_read_at_once_are_those_of_their_lines() -> None:
         "1 .5 .5 .1 x",
         "1 .5 -1.6 .1 .1",
     ):
-        assert _parse_boxes([*rows, bad.split()], names, None, 1.5) is None, bad
+        lines = [*rows, bad.split()]
+        assert _parse_boxes(lines, names, None, 1.5) is None, bad
     assert _parse_boxes([["1", ".5", ".5", ".1", "1.6"]], names, None, 1.5) is None
     assert _parse_boxes([], names, None, 1.5) is None
 
