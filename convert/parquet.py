@@ -52,8 +52,8 @@ def find(annotations: Path, images: Path | None, split: str, bbox_format: str = 
     files = list_files(annotations, split)
     rows = (row for file in files for row in _rows(file, bbox_format))
     records = list_records(root, rows, **boxes)  # which names a file that cannot be read
-    classes = dict.fromkeys(name.strip() for file in files for name in _names_of(_open(file)) or ())
-    return Found(records, classes=list(classes))
+    names = dict.fromkeys(name.strip() for file in files for name in _names_of(_open(file)) or ())
+    return Found(records, classes=list(names))
 
 
 def _rows(path: Path, bbox_format: str) -> Iterator[tuple[str, str, Parse]]:

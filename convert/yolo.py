@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.items import BadRecord, Found, Note
-from convert.records import Record, list_records
+from convert.records import Record, list_records, without_repeats
 from convert.write import add_box_options, box_options, build_parser, run
 from convert.yolo_layout import find_label, label_paths, read_layout
 from recipe.schema import Object
@@ -78,7 +78,7 @@ def _parse(
                 objects += [_parse_line(row, names, num_values, end, notes)] if row else []
             except BadRecord as error:
                 raise BadRecord(error.reason, f"line {number}: {error.detail}") from error
-    unique = list(dict.fromkeys(objects))
+    unique = without_repeats(objects)
     if len(unique) < len(objects):
         notes.append(Note("labels listed twice, taken once", len(objects) - len(unique)))
     return Record(image, unique, notes=tuple(notes))
@@ -93,13 +93,12 @@ def _parse_boxes(
         captions = [names[number] for number in numbers]  # pyright: ignore[reportArgumentType] - 1.0 is the key 1
     except (ValueError, KeyError):
         return None
-    if num_values == 5 or (end is not None and max(map(max, (xs, ys, widths, heights))) > end):
-        return None
-    if end is not None and min(map(min, (xs, ys, widths, heights))) < -end:
+    columns = (xs, ys, widths, heights)
+    if num_values == 5 or (end is not None and not -end <= min(map(min, columns)) <= max(map(max, columns)) <= end):
         return None
     return [
         Object((x - width / 2, y - height / 2, x + width / 2, y + height / 2), caption)
-        for x, y, width, height, caption in zip(xs, ys, widths, heights, captions, strict=True)
+        for x, y, width, height, caption in zip(*columns, captions, strict=True)
     ]
 
 
