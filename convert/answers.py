@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from convert.chats import PLACEHOLDER, fill_placeholders, message_parts
 from convert.items import BadRecord, Note
 from convert.jsonl import parse_bbox_type, parse_objects
-from convert.records import parse_box, parse_dict, parse_text, without_repeats
+from convert.records import parse_box, parse_dict, parse_text
 from recipe.schema import Box, Message, Object
 
 _NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
@@ -92,7 +92,7 @@ def read_boxes(
         notes.append(Note("chats with answered boxes that have no name: not annotated", 1))
     is_whole = objects and not unnamed and not is_left
     unit = "norm1000" if stated is None and True in kinds else None
-    return read, without_repeats(objects) if is_whole else None, unit
+    return read, list(dict.fromkeys(objects)) if is_whole else None, unit
 
 
 def _find(text: str, is_answer: bool, with_plain: bool) -> list[_Found]:
@@ -174,7 +174,7 @@ def fill_boxes(
     if len(refs) == len(boxes) or (len(refs) == 1 and boxes):
         texts, objects = parse_objects(value)
         filled = fill_placeholders(messages, texts, [item.box for item in objects or ()])
-        unique = without_repeats(objects or ())
+        unique = list(dict.fromkeys(objects or ()))
     else:
         texts, unique = [parse_text(ref, "ref") for ref in refs], None
         filled, names = fill_placeholders(messages, texts, list(map(parse_box, boxes))), _name_boxes(messages, texts)

@@ -21,7 +21,7 @@ from typing import Any
 from convert.chats import fill_placeholders, parse_messages
 from convert.items import BadRecord, Found, Note
 from convert.lines import find_lines
-from convert.records import BBOX_TYPES, Record, parse_box, parse_dict, parse_size, parse_text, without_repeats
+from convert.records import BBOX_TYPES, Record, parse_box, parse_dict, parse_size, parse_text
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Object
 
@@ -58,7 +58,7 @@ def _parse(entry: dict[str, Any]) -> Record:
     notes = [Note(f"records with the key {key!r}, which is not read", 1) for key in unread]
     if objects is not None and isinstance(entry["objects"], dict):
         # Lists that fill placeholders name an object as often as the chat does.
-        unique = without_repeats(objects)
+        unique = list(dict.fromkeys(objects))
         if len(unique) < len(objects):
             notes.append(Note("objects listed twice, taken once", len(objects) - len(unique)))
         objects = unique

@@ -23,7 +23,7 @@ from typing import Any
 from convert.formats import describe_other
 from convert.items import BadRecord, Found, Note
 from convert.lines import find_lines
-from convert.records import Record, check_file, parse_box, parse_dict, parse_size, parse_text, without_repeats
+from convert.records import Record, check_file, parse_box, parse_dict, parse_size, parse_text
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Object
 
@@ -73,7 +73,7 @@ def _parse(names: Mapping[str, str], entry: dict[str, Any]) -> Record:
             objects += [Object(parse_box(box), phrase) for box in (boxes if nested and boxes else [boxes])]
         if entry["grounding"].get("caption"):
             notes.append(Note("captions of whole images, which are not read", 1))
-    unique = without_repeats(objects)
+    unique = list(dict.fromkeys(objects))
     if len(unique) < len(objects):
         notes.append(Note("objects listed twice, taken once", len(objects) - len(unique)))
     return Record(

@@ -361,13 +361,6 @@ def _check_extent(box: Box) -> None:
         raise BadBox("zero-area box", box)
 
 
-def without_repeats(objects: Sequence[Object]) -> list[Object]:
-    """Return the objects without those that equal an earlier one."""
-    if len({item.box for item in objects}) == len(objects):  # a tenth of the time of hashing the objects
-        return list(objects)
-    return list(dict.fromkeys(objects))
-
-
 def parse_box(values: Any) -> Box:
     """Return four numbers, or raise `BadRecord`."""
     if not isinstance(values, list) or len(values) != 4:

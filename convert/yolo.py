@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.items import BadRecord, Found, Note
-from convert.records import Record, list_records, without_repeats
+from convert.records import Record, list_records
 from convert.write import add_box_options, box_options, build_parser, run
 from convert.yolo_layout import find_label, label_paths, read_layout
 from recipe.schema import Object
@@ -78,7 +78,7 @@ def _parse(
                 objects += [_parse_line(row, names, num_values, end, notes)] if row else []
             except BadRecord as error:
                 raise BadRecord(error.reason, f"line {number}: {error.detail}") from error
-    unique = without_repeats(objects)
+    unique = list(dict.fromkeys(objects))
     if len(unique) < len(objects):
         notes.append(Note("labels listed twice, taken once", len(objects) - len(unique)))
     return Record(image, unique, notes=tuple(notes))
