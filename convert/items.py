@@ -77,10 +77,12 @@ class Found:
     Attributes:
         entries: Its records, in order.
         leading: What was rejected or noted on the way, before all records.
+        classes: The captions that its objects can have, in the source's order, if it lists them; else empty.
     """
 
     entries: Sequence[Entry]
     leading: Sequence[Rejected | Note] = ()
+    classes: Sequence[str] = ()
 
 
 @dataclass

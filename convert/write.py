@@ -21,7 +21,7 @@ import xxhash
 from convert import store
 from convert.items import Found, Item, Summary
 from convert.records import BAD_BOXES, BBOX_TYPES
-from recipe.records import INDEX_FILE, RECORDS_FILE, rename
+from recipe.records import CLASSES_FILE, INDEX_FILE, RECORDS_FILE, rename, write_whole
 from recipe.redact import redact
 from recipe.schema import Sample
 
@@ -90,6 +90,7 @@ def convert_split(
                 store.save_rejected(out, split, summary.rejected)
             _check(summary, strict)
             parts.merge_parts(job)
+            _write_classes(job, found.classes)
             _publish(job, address)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -144,10 +145,18 @@ def _check(summary: Summary, strict: bool) -> None:
         raise ValueError("; ".join(["nothing to write: no record is usable", *first]) + f"\n{summary}")
 
 
+def _write_classes(job: "Job", classes: Sequence[str]) -> None:
+    """Write the names of the source's classes, one per line, as they are in captions."""
+    names = list(dict.fromkeys(name for name in classes if name))
+    if names and all(len(name.splitlines()) == 1 for name in names):
+        write_whole(job.data / CLASSES_FILE, "".join(f"{name}\n" for name in names).encode())
+
+
 def _publish(job: "Job", address: str) -> None:
     """Make the data set appear at `address`, index.json last."""
     if job.address is not None:
-        store.upload(job.data, [RECORDS_FILE], address)
+        names = [name for name in (CLASSES_FILE, RECORDS_FILE) if (job.data / name).is_file()]
+        store.upload(job.data, names, address)
         store.upload(job.data, [INDEX_FILE], address)
         return
     target = store.local_folder(address)

@@ -30,11 +30,13 @@ from recipe.callbacks.training_data import TrainingData
 from recipe.checkpoints.base import base_weights, leave_out
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import is_export, trained_caption_length
-from recipe.config import ConfigError, RecipeConfig, trained_trunk
+from recipe.config import DATA_CLASSES, ConfigError, RecipeConfig, trained_trunk
+from recipe.data.class_list import read_classes
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
 from recipe.joint import EvaluationScope, JointModel
 from recipe.load import build_network, fill_head, fill_whole, load_base, refuse_in_nf4
+from recipe.metrics.gather import normalized_caption
 from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
 from recipe.prediction.classes import class_trie
@@ -76,6 +78,25 @@ def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> 
     return trained
 
 
+def class_names(config: RecipeConfig) -> list[str]:
+    """Return the names for `evaluation.classes`, those of the training set if it is `data`; called by all ranks.
+
+    Of names that differ in case or outer blanks alone the first is kept, as a class is found by either.
+
+    Raises:
+        ConfigError: There are too many to be classes.
+        ValueError: A stream cannot be opened, or its classes are not known.
+    """
+    if config.evaluation.classes != DATA_CLASSES:
+        return config.evaluation.classes
+    forms: dict[str, str] = {}
+    for name in read_classes(open_streams(config.train_loader.streams)):
+        forms.setdefault(normalized_caption(name), name)
+    names = list(forms.values())
+    log.info("evaluation.classes: the %d of the training set, such as %s", len(names), ", ".join(names[:5]))
+    return names
+
+
 def head_to_start_from(config: RecipeConfig) -> str | None:
     """Return the folder of the base model if it is an export and its head is wanted, else None."""
     base, head = config.model.pretrained_model_name_or_path, config.detection_head
@@ -87,6 +108,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
 
     `max_caption_tokens` defaults to the configuration's.
     """
+    names = class_names(config)  # before the weights: it may be refused
     # What `load_path` names is filled in before the model is sharded, and may have more digits than the file.
     vlm = load_base(config, as_stored=view_trainer(config).is_sharded and config.load_path is None)
     log.info("attention: %s", describe_attention(config.model.attn_implementation))
@@ -100,7 +122,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
         log.info("the head starts from %s: detection_head.pretrained", base)
     if config.ema is not None:
         network.add_average()
-    classes = class_trie(config.evaluation.classes, processor.tokenizer, network)
+    classes = class_trie(names, processor.tokenizer, network)
     return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt, classes)
 
 

@@ -16,6 +16,7 @@ from recipe.callbacks.cache_frozen import parse_size
 from recipe.callbacks.memory import MemoryBounds
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import (
+    DATA_CLASSES,
     LORA_TARGETS,
     ConfigError,
     LoaderConfig,
@@ -233,7 +234,7 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
     problems = _device_problems(view_trainer(config)) + _model_problems(config.model.pretrained_model_name_or_path)
     if config.val_fraction is not None:
         loaders = ("train_loader",)  # what is evaluated comes from there
-    for where in loaders:
+    for where in dict.fromkeys([*loaders, *(["train_loader"] if config.evaluation.classes == DATA_CLASSES else [])]):
         loader: LoaderConfig = getattr(config, where)
         for name, keywords in loader.streams.items():
             problems += _folder_problems(f"{where}.streams.{name}", keywords)

@@ -27,6 +27,7 @@ CALLBACK_NAMES = (
     *("memory_monitor", "oom_observer", "optimizer_monitor", "runtime_estimator", "speed_monitor"),
     *("system_metrics_monitor", "threshold_stopper", "throughput"),
 )
+DATA_CLASSES = ["data"]  # as `evaluation.classes`: the classes of the training set
 LOGGER_NAMES = ("file", "json_lines", "tensorboard", "wandb")
 
 
@@ -210,7 +211,7 @@ class EvaluationConfig:
     answers: AnswersConfig | None = field(default_factory=AnswersConfig)  # null: no text answers
     max_new_tokens: int = number(512, least=1)
     num_logged_images: int = number(8, least=0)
-    # Each object gets a probability of each of these, in place of a caption; []: a caption.
+    # Each object gets a probability of each of these, in place of a caption; []: a caption; data: the training set's.
     classes: list[str] = field(default_factory=list[str])
     # Scores of each category at every evaluation, which need the captions of all objects; false: at a run's last.
     every_class: bool = False

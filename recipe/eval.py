@@ -63,7 +63,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     loader = evaluation_loader(config)
     eval_loader = build_eval_loader(loader, encoder, teachers, config.seed, config.val_fraction)
     put_answered_first(eval_loader, config.evaluation.answers)  # so that the images drawn are those of a run
-    origin = describe(as_saved(config, longest), processor.tokenizer, model, base={})
+    origin = describe(as_saved(config, longest, model.class_names), processor.tokenizer, model, base={})
     callbacks = build_all_callbacks(config, processor.tokenizer, model.scope)
     start, _ = take_weights(model, weights_keywords(view, config.load_path, origin), config, origin)
     with safe_loading():

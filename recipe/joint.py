@@ -94,6 +94,11 @@ class JointModel(ComposerModel):
         self.classes = classes
         self.scope = EvaluationScope()
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes of which an evaluation gives each object a probability; none: it writes captions."""
+        return () if self.classes is None else self.classes.names
+
     def forward(self, batch: Batch) -> JointOutputs:
         """Return the outputs of one microbatch."""
         return self.model(Sealed(batch))

@@ -1,4 +1,4 @@
-"""The files next to a data set's shards: `index.json`, the records (columns without images), and how to write one.
+"""The files next to a data set's shards: `index.json`, records (columns without images), class names; how to write one.
 
 `records.jsonl.gz` lets a run count the tokens of a data set without its images, for any tokenizer and prompt. Its
 first line binds it to the shards of the index next to it.
@@ -109,6 +109,7 @@ def file_pairs(shard: Mapping[str, Any]) -> list[tuple[FileInfo, FileInfo | None
     return pairs
 
 
+CLASSES_FILE = "classes.txt"  # a name per line, if the source lists its categories
 RECORDS_FILE = "records.jsonl.gz"  # no *.json: Streaming's merge_index would take it for an index
 _VERSION = 1
 # What a damaged file raises: gzip returns what it has unpacked before it compares the checksum at the end.

@@ -73,7 +73,7 @@ def main(config: RecipeConfig) -> "Trainer":
     model = build_model(config, processor, longest)
     if not torch.cuda.is_available():
         give_back_freed_blocks(model)
-    origin = describe(as_saved(config, longest), tokenizer, model, base_weights(model.model, config))
+    origin = describe(as_saved(config, longest, model.class_names), tokenizer, model, base_weights(model.model, config))
     start = load_keywords(view, config.load_path, config.autoresume, origin)
     start, origin = take_weights(model, start, config, origin)
     if view.is_sharded:
@@ -138,7 +138,8 @@ def main(config: RecipeConfig) -> "Trainer":
     catch_up(trainer, saver, start)
     if not is_finished(trainer):
         if dist.get_global_rank() == 0:  # a run that trains nothing leaves the file as it is
-            write_config = partial(save_config, config, Path(config.run_folder, "config.yaml"), longest)
+            path = Path(config.run_folder, "config.yaml")
+            write_config = partial(save_config, config, path, longest, model.class_names)
             write_config() if saver is None else saver.keep_config(write_config)
         restore_random_states(trainer)
         trainer.fit()

@@ -56,6 +56,7 @@ class Leg:
         kept: Whether FSDP keeps gathered weights from the forward pass to the backward pass.
         switched: Every ingredient of the head is on.
         adapted: The trunk is frozen below adapters.
+        classed: Objects get a probability of each of `CLASSES` instead of a caption.
     """
 
     checkpoint: str
@@ -69,6 +70,10 @@ class Leg:
     kept: bool = False
     switched: bool = False
     adapted: bool = False
+    classed: bool = False
+
+
+CLASSES = ["a red star", "a red circle", "blue", "a large green triangle"]
 
 
 class Recorder(Callback):
@@ -79,6 +84,7 @@ class Recorder(Callback):
         self.flops: list[dict[str, int]] = []
         self.scores: list[dict[str, float]] = []
         self.texts: list[dict[str, list[str | None]]] = []
+        self.shares: list[dict[str, list[dict[str, float]]]] = []
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """A new step."""
@@ -99,13 +105,15 @@ class Recorder(Callback):
         """A new evaluation."""
         del state, logger
         self.texts.append({})
+        self.shares.append({})
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        """The answer and the captions about each sample."""
+        """The answer, the captions and the probabilities of classes about each sample."""
         del logger
         assert isinstance(state.outputs, EvalOutputs)
         for prediction in state.outputs.predictions:
             self.texts[-1][prediction.id] = [prediction.answer, *(found.caption for found in prediction.objects)]
+            self.shares[-1][prediction.id] = [dict(found.classes) for found in prediction.objects if found.classes]
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """All scores."""
@@ -141,7 +149,12 @@ def config_of(leg: Leg) -> RecipeConfig:
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
         evaluation=EvaluationConfig(
-            score_threshold=0.0, max_captions=3, answers=AnswersConfig(images=1), max_new_tokens=6, num_logged_images=1
+            score_threshold=0.0,
+            max_captions=3,
+            answers=AnswersConfig(images=1),
+            max_new_tokens=6,
+            num_logged_images=1,
+            classes=CLASSES if leg.classed else [],
         ),
         optimizer=ADAPTED_RATES
         if leg.adapted
@@ -161,7 +174,7 @@ def run(leg: Leg) -> None:
         weights = {
             plain_name(name): whole(value.detach()).clone() for name, value in trainer.state.model.named_parameters()
         }
-    names = ("losses", "flops", "scores", "texts")
+    names = ("losses", "flops", "scores", "texts", "shares")
     record = {"weights": weights, **{name: getattr(recorder, name) for name in names}}
     torch.save(record, Path(leg.out, f"{dist.get_global_rank()}.pt"))
     trainer.close()
