@@ -19,8 +19,8 @@ GROUNDING = (
     "coordinates in JSON format."
 )
 REC = (
-    "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). All "
-    "values are floating point numbers bounded between 0 and 1. Please provide the bounding box coordinate of the "
+    "Bounding box coordinates are specified in the format (top-left x, top-left y, bottom-right x, bottom-right y). "
+    "All values are floating point numbers bounded between 0 and 1. Please provide the bounding box coordinate of the "
     "region this sentence describes: the dog. "
 )
 
