@@ -152,9 +152,11 @@ def test_the_command_judges_an_export(
     """Found by its entry point; it judges the boxes that `predict.py` writes."""
     arguments = ["--model", "recipe_detector", "--model_args", f"pretrained={exported}", "--batch_size", "8"]
     arguments += ["--tasks", "fifty_shapes", "--include_path", str(task), "--output_path", str(tmp_path / "judged")]
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")  # set by a training in this process
+    alone = {name: value for name, value in os.environ.items() if name not in ranks}
     run = subprocess.run(
         [sys.executable, "-m", "lmms_eval", *arguments], capture_output=True, text=True, timeout=600, cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+        env=alone | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
     )  # fmt: skip
     files = list((tmp_path / "judged").rglob("*results.json"))
     assert run.returncode == 0 and len(files) == 1, run.stderr[-2000:]
