@@ -24,6 +24,7 @@ ORDER = [
     "load build",
     "checks estimate tiny",
     "train eval predict export",
+    "judges",
 ]
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
 STEPS = {"data", "models", "losses", "metrics"}  # none imports another
