@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 from tqdm import tqdm
 
-from recipe.config import EvaluationConfig
+from recipe.config import AnswersConfig, EvaluationConfig
 from recipe.judges.tasks import BoxQuestion, box_question, boxes_text, cut_at
 from recipe.predict import Predictor, build_predictor, predict_examples
 from recipe.prediction.classes import class_trie
@@ -122,7 +122,7 @@ class RecipeDetector(lmms):
         run = predictor.decoding.evaluation
         evaluation: EvaluationConfig = replace(
             run,
-            generate_answer=not by_head,
+            answers=None if by_head else AnswersConfig(),
             max_captions=run.max_captions if names else 0,
             max_new_tokens=asked.settings.get("max_new_tokens") or run.max_new_tokens,
             classes=list(names),
