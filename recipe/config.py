@@ -64,10 +64,9 @@ REMOVED_KEYS: Mapping[str, Any] = {
     "evaluation.num_beams": 1,
     "evaluation.length_penalty": 1.0,
 }
-# Keys that another one replaces, whatever their value: {dotted key: what to write instead}.
-REPLACED_KEYS: Mapping[str, str] = {
-    "evaluation.generate_answer": "evaluation.answers: {images: N} (text answers for N images at each evaluation of a "
-    "training run, for all at the last and in eval.py), or evaluation.answers: null for none",
+# Keys of checkpoints and yamls of older versions, read as another one: {dotted key: (new name, new value by old one)}.
+REPLACED_KEYS: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
+    "evaluation.generate_answer": ("answers", {True: {}, False: None}),
 }
 REMOVED_VALUES: Mapping[str, Sequence[Any]] = {"loss.objectness": ("varifocal",)}  # an error too
 

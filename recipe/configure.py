@@ -6,6 +6,7 @@ A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments over
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
@@ -30,6 +31,8 @@ from recipe.config import (
 )
 from recipe.redact import is_secret, redact, redact_text, remember_secrets
 from recipe.rules import check_config
+
+log = logging.getLogger(__name__)
 
 ALLOWED_PREFIX = "RECIPE_"
 ALLOWED_NAMES = ("HOME", "HOSTNAME", "RUN_NAME", "SCRATCH", "SLURM_JOB_ID", "TMPDIR", "USER")
@@ -236,7 +239,7 @@ def _clash(key: str, node: Any, value: Any, source: str) -> str:
 
 
 def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return `updates` without `REMOVED_KEYS` at their default; raise ConfigError at other removed keys and values."""
+    """Return `updates` without keys of older versions that have an equal today; raise ConfigError at all others."""
     for key in (*REMOVED_KEYS, *REPLACED_KEYS, *REMOVED_VALUES):
         section, _, name = key.partition(".")
         values = updates.get(section)
@@ -250,7 +253,22 @@ def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
                     f"{key} in {source} is {value!r}: this key was removed; delete it to run with {old!r}"
                 )
         elif key in REPLACED_KEYS:
-            raise ConfigError(f"{key} in {source} is {value!r}: this key was replaced; write {REPLACED_KEYS[key]}")
+            new, values_of = REPLACED_KEYS[key]
+            if not isinstance(value, bool) or new in values:
+                raise ConfigError(
+                    f"{key} in {source} is {value!r}: this key was replaced; write {section}.{new} instead"
+                )
+            del values[name]
+            values[new] = values_of[value]
+            log.warning(
+                "%s in %s is %r: this key was replaced; read as %s.%s: %s",
+                key,
+                source,
+                value,
+                section,
+                new,
+                "null" if values[new] is None else "its default",
+            )
         elif value in REMOVED_VALUES[key]:
             raise ConfigError(f"{key} in {source} is {value!r}: this value was removed; delete the key or give another")
     return updates

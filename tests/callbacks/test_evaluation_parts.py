@@ -214,15 +214,28 @@ def test_what_only_the_last_one_measures_chooses_no_checkpoint(
     check_metrics(config(classes=["a", "b"]))
 
 
-@pytest.mark.parametrize("value", ["true", "false"])
-def test_the_old_key_names_the_new_one(value: str, tmp_path: Path) -> None:
+def test_the_old_key_of_checkpoints_and_yamls_is_read_as_the_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(f"evaluation: {{generate_answer: {value}}}\n")
-    with pytest.raises(ConfigError, match=r"generate_answer in .*run\.yaml.* write evaluation\.answers: "):
-        load_config(str(path))
-    path.write_text("seed: 1\n")
-    with pytest.raises(ConfigError, match=r"generate_answer in the command line .*evaluation\.answers: null"):
-        load_config(str(path), [f"evaluation.generate_answer={value}"])
+    whole = (
+        "{{run_folder: a, model: {{pretrained_model_name_or_path: b}}, "
+        "train_loader: {{streams: {{}}, global_batch_size: 1}}, "
+        "eval_loader: {{streams: {{}}, global_batch_size: 1}}, evaluation: {{{0}}}}}\n"
+    )
+
+    def answers(evaluation: str, *overrides: str) -> AnswersConfig | None:
+        path.write_text(whole.format(evaluation))
+        return load_config(str(path), overrides).evaluation.answers
+
+    assert answers("generate_answer: true") == AnswersConfig()
+    assert answers("generate_answer: false") is None
+    assert "generate_answer in " in caplog.text and "read as evaluation.answers: null" in caplog.text
+    assert answers("generate_answer: true", "evaluation.generate_answer=false") is None
+    assert answers("answers: null", "evaluation.generate_answer=true") == AnswersConfig()
+    for wrong in ("generate_answer: maybe", "generate_answer: true, answers: {images: 5}"):
+        with pytest.raises(ConfigError, match=r"generate_answer in .*run\.yaml.* write evaluation\.answers"):
+            answers(wrong)
 
 
 def test_the_new_key_on_the_command_line(tmp_path: Path) -> None:
