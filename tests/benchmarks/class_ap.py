@@ -1,4 +1,4 @@
-"""Category AP by class scores beside caption equality: `python tests/benchmarks/class_ap.py SHARED_DATA/bccd_trainval`.
+"""Category AP by class scores and by caption equality: `python tests/benchmarks/class_ap.py SHARED_DATA/bccd_trainval`.
 
 The folder holds `images` and `instances.json`; a fifth of its pictures is held out. A tiny random model learns boxes
 and captions jointly, as in frozen_trunk.py, and `recipe/eval.py` scores it twice: by its captions, and with
