@@ -145,7 +145,8 @@ def _judge_groups(
         )
     shared = np.intersect1d(seen["content"][held], seen["content"][~held & (seen["content"] != 0)])
     both = np.flatnonzero(held & np.isin(seen["content"], shared))
-    notes = []
+    groups, held_groups = (len(np.unique(group[group != 0])) for group in (seen["group"], seen["group"][held]))
+    notes = [Note(f"groups by {separator!r}, of which {held_groups} are held out", groups)]
     if len(alone):
         what = f"records without {separator!r} in their image's name: each is divided on its own"
         notes.append(Note(what, len(alone), names(alone)))
