@@ -73,10 +73,10 @@ class Distinct:
         """Return how many values were counted."""
         return self.counts.total() + self.others
 
-    @property
-    def number(self) -> str:
-        """Return how many different ones there are."""
-        return f"more than {MOST_DISTINCT:,}" if self.others else f"{len(self.counts):,}"
+    def describe(self, noun: str) -> str:
+        """Return how many different ones there are, such as `3 different captions`."""
+        number = f"more than {MOST_DISTINCT:,}" if self.others else f"{len(self.counts):,}"
+        return f"{number} different {noun}{'s' * (number != '1')}"
 
     def rows(self, most: int) -> list[tuple[str, int]]:
         """Return the most frequent values with their counts, and the sum of the rest."""

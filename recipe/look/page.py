@@ -67,7 +67,7 @@ def summary_line(contents: Contents, rejected: RejectedRecords) -> str:
         *([f"{contents.chats:,} with a chat of their own"] if contents.chats else []),
     ]
     crowds = f" and {count(contents.crowds, 'crowd region')}" * bool(contents.crowds)
-    captions = f"{count(contents.objects, 'object')}{crowds}, {contents.captions.number} different captions"
+    captions = f"{count(contents.objects, 'object')}{crowds}, {contents.captions.describe('caption')}"
     return f"{', '.join(parts)}. {captions}. {count(rejected.counts.total(), 'record')} rejected."
 
 
@@ -100,7 +100,7 @@ def _cards(look: Look) -> list[str]:
     tokens = _card("Tokens per sample", _bars(contents.tokens.rows()), _mean(contents.tokens, "tokens"))
     if look.tokens_unknown:
         tokens = _card("Tokens per sample", "", look.tokens_unknown)
-    of_sizes = f"{contents.sizes.number} different sizes, of at most {contents.longest.largest:,.0f} pixels a side."
+    of_sizes = f"{contents.sizes.describe('size')}, of at most {contents.longest.largest:,.0f} pixels a side."
     reasons = [
         f'<ul class="plain">{"".join(f"<li>{_text(_rejected_line(row))}</li>" for row in examples)}</ul>'
         if position
@@ -109,7 +109,7 @@ def _cards(look: Look) -> list[str]:
         for position in (0, 1)
     ]
     return [
-        _card("Captions", _bars(contents.captions.rows(_TOP)), f"{contents.captions.number} different captions."),
+        _card("Captions", _bars(contents.captions.rows(_TOP)), f"{contents.captions.describe('caption')}."),
         _card("Words per caption", _bars(contents.words.rows()), _mean(contents.words, "words")),
         _card("Objects per annotated image", _bars(contents.per_image.rows()), _mean(contents.per_image, "objects")),
         _card("Box sizes in vision tokens", _bars(contents.sides.rows()), small),

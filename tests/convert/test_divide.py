@@ -114,6 +114,12 @@ def test_training_holds_out_the_same(images: Path) -> None:
     folder = images / "whole" / "train"
     hashes = [int(text, 16) for text in read_image_hashes(folder / RECORDS_FILE, parse_index(folder / INDEX_FILE))]
     ids = [sample.id for sample in read_samples(images / "whole")]
+    contents = {
+        name: entry.origin()[1]
+        for name, entry in zip([row["id"] for row in lines()], found.entries, strict=True)
+        if name != "lost"
+    }
+    assert hashes == [int(hashlib.blake2b(contents[name], digest_size=8).hexdigest(), 16) for name in ids]
     for share in (0.2, SHARE, 0.5):
         is_held = Split(share, np.array(hashes, dtype=np.uint64)).is_validation
         held = held_out(found, share=share)
