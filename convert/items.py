@@ -65,6 +65,14 @@ class Entry(Protocol):
         """Return all that the result of `read` depends on, without decoding an image."""
         ...
 
+    def origin(self) -> tuple[Sequence[str], bytes]:
+        """Return names, that of its image before its id, and the bytes of its image; without one, of its chat.
+
+        Raises:
+            BadRecord: They cannot be read, so `read` rejects it.
+        """
+        ...
+
     def read(self) -> Iterator[Item]:
         """Yield notes, then the record's sample or why it is rejected."""
         ...

@@ -1,6 +1,7 @@
 """What makes a record good: the checks of every format on its way to a `Sample`."""
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -89,6 +90,16 @@ class FileRecord:
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
         return repr((self.id, self.source, record, file, self.bbox_type, self.bad_boxes))
+
+    def origin(self) -> tuple[Sequence[str], bytes]:
+        """Return names and content; see `Entry`."""
+        record = self.parse()
+        if record.image is None:
+            return (self.id,), json.dumps(record.messages and list(record.messages)).encode()
+        content = record.content
+        if content is None:
+            content = _read_bytes(find_image(self.image_root, record.image, self.follow_links))
+        return (record.image.replace("\\", "/"), self.id), content
 
     def read(self) -> Iterator[Item]:
         """Yield the sample (after notes on what was done to it), or why it is rejected."""
@@ -301,11 +312,15 @@ def read_image(path: str) -> tuple[bytes, int, int]:
     Raises:
         BadRecord: It cannot be decoded, or is too long for the vision tower.
     """
+    data = _read_bytes(path)
+    return data, *check_content(data, os.path.basename(path))
+
+
+def _read_bytes(path: str) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise BadRecord("unreadable image", f"{os.path.basename(path)}: {error}") from error
-    return data, *check_content(data, os.path.basename(path))
 
 
 def check_content(data: bytes, name: str) -> tuple[int, int]:

@@ -268,6 +268,11 @@ def thumbnail(data: bytes, size: int) -> str | None:
     except ValueError:
         return None
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return jpeg_url(image)
+
+
+def jpeg_url(image: Image.Image) -> str:
+    """Return an RGB image as a data URL."""
     file = BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

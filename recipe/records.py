@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import numpy as np
+from jaxtyping import Bool, UInt64
+
 from recipe.schema import Sample
 
 Parsed = TypeVar("Parsed")
@@ -126,13 +129,22 @@ def shards_sha256(index: Mapping[str, Any]) -> str:
 
 
 def to_record(sample: Sample) -> dict[str, Any]:
-    """Return a line of the file: the sample's MDS row, with 64 bits of a hash in place of its image."""
+    """Return a line of the file: the sample's MDS row, with `content_hash` of its image, or chat without one."""
     row = {column: value for column, value in sample.to_mds().items() if column != "image"}
-    return row | ({"image_hash": _hash(sample.image)} if sample.image else {})
+    return row | {"image_hash": content_hash(sample.image or json.dumps(row["messages"]).encode())}
 
 
-def _hash(content: bytes) -> str:
+def content_hash(content: bytes) -> str:
+    """Return 16 hex digits, which decide whether the sample of an image or chat is held out."""
     return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def is_held_out(hashes: UInt64[np.ndarray, " N"], share: float) -> Bool[np.ndarray, " N"]:
+    """Return which samples are validation: those whose hash is among the lowest `share` of all possible ones.
+
+    The one rule of `val_fraction` in training and of `--val-share` in conversion.
+    """
+    return hashes < np.uint64(round(share * 2**64))
 
 
 def write_part(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -163,12 +175,13 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
 
 
 def read_image_hashes(path: Path, index: Mapping[str, Any]) -> Iterator[str]:
-    """Yield 16 hex digits of each sample's image, or of its id without one, in stored order; as `read_records`.
+    """Yield `content_hash` of each sample's image, or of its chat without one, in stored order; as `read_records`.
 
-    An image of several samples has one hash. It is empty if an earlier version of `convert/` wrote the file.
+    An image of several samples has one hash. If an earlier version of `convert/` wrote the file, it may be empty, and
+    is that of the id without an image.
     """
     return _parse_lines(
-        path, index, lambda line: line.get("image_hash", "" if line["width"] else _hash(line["id"].encode()))
+        path, index, lambda line: line.get("image_hash", "" if line["width"] else content_hash(line["id"].encode()))
     )
 
 

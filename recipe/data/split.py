@@ -2,6 +2,7 @@
 
 An image is held out if the hash of its bytes is among the lowest `val_fraction` of all hashes. So neither the order of
 the data, nor its shards, seeds, ranks or other images change its side, and all samples of one image are on one side.
+`--val-share` of a conversion follows the same rule, so what it left for training has no image among the lowest hashes.
 The share is met on average: of 80 images at 0.05 some splits hold out 2, others 7.
 """
 
@@ -13,7 +14,7 @@ from jaxtyping import Bool, UInt64
 
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig
 from recipe.data.lengths import Arrays, KeptCount, none_if_unknown
-from recipe.records import RECORDS_FILE, read_image_hashes
+from recipe.records import RECORDS_FILE, is_held_out, read_image_hashes
 from recipe.upstream.agreement import from_rank_0
 from recipe.upstream.checked_stream import CheckedStream
 
@@ -25,12 +26,12 @@ class Split:
     """Which samples of a training set are held out for evaluation."""
 
     fraction: float
-    hashes: UInt64[np.ndarray, " N"]  # of each stored sample's image, or of its id without one
+    hashes: UInt64[np.ndarray, " N"]  # of each stored sample's image, or of its chat without one
 
     @property
     def is_validation(self) -> Bool[np.ndarray, " N"]:
         """Return which stored samples are held out."""
-        return self.hashes < np.uint64(round(self.fraction * 2**64))
+        return is_held_out(self.hashes, self.fraction)
 
     def describe(self) -> str:
         """Return how much is held out, such as `4 of 80 images`."""
@@ -52,10 +53,12 @@ def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> S
         fraction, from_rank_0(lambda: np.concatenate([_KEPT_HASHES.of(stream)["hashes"] for stream in streams]))
     )
     if split.is_validation.all() or not split.is_validation.any():
-        side = "training" if split.is_validation.all() else "validation"
+        side, remedy = "validation", "Raise it (above --val-share, if the conversion held images out)"
+        if split.is_validation.all():
+            side, remedy = "training", "Lower it"
         raise ConfigError(
             f"val_fraction {fraction} leaves nothing for {side}: it holds out {split.describe()}. "
-            f"{'Lower' if side == 'training' else 'Raise'} it, or set val_fraction=null and give eval_loader.streams"
+            f"{remedy}, or set val_fraction=null and give eval_loader.streams"
         )
     return split
 
