@@ -234,7 +234,8 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
     problems = _device_problems(view_trainer(config)) + _model_problems(config.model.pretrained_model_name_or_path)
     if config.val_fraction is not None:
         loaders = ("train_loader",)  # what is evaluated comes from there
-    for where in dict.fromkeys([*loaders, *(["train_loader"] if config.evaluation.classes == DATA_CLASSES else [])]):
+    with_classes = ("train_loader",) if config.evaluation.classes == DATA_CLASSES else ()
+    for where in dict.fromkeys((*loaders, *with_classes)):
         loader: LoaderConfig = getattr(config, where)
         for name, keywords in loader.streams.items():
             problems += _folder_problems(f"{where}.streams.{name}", keywords)

@@ -107,7 +107,7 @@ def child(args: argparse.Namespace) -> None:
                 rows[kind] = run()
             original(trainer)  # whole again, for what eval.py reports
 
-        Trainer.eval = all_kinds
+        setattr(Trainer, "eval", all_kinds)  # noqa: B010
         evaluate(config)
     print("ROWS " + json.dumps(rows))
 

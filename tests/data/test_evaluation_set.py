@@ -61,6 +61,7 @@ def test_the_chosen_come_first_and_the_rest_in_stored_order(config: RecipeConfig
     last = put_answered_first(spec, AnswersConfig(4))
     chosen = [name for name in stored if name in expected(4)]
     assert ids(spec) == chosen + [name for name in stored if name not in chosen]
+    assert last is not None
     assert {sample.id for sample in scenes() if answer_order(sample) <= last} == expected(4)
 
 
