@@ -29,6 +29,7 @@ _LEFT = re.compile(
     rf'[\[(<"](?:(?<=\[){_FOUR[2:]}|(?<=\(){_CORNERS[2:]}|(?<=<)(?:\|(?:box|quad)_start\|>|box>|quad>)'
     r'|(?<=")bbox\w*"\s*:\s*[^\s\0])'
 )
+_DECODER = json.JSONDecoder()
 _LABELS = ("label", "desc", "text_content")
 Owned = list[tuple[Object, int]]  # objects, each with the number of its image, from 0
 
@@ -82,7 +83,8 @@ def read_boxes(
                 kinds.add(found.is_token)
                 content.append(box_part(found.box, owner or 0, num_images))
                 caption = name if found.is_token else found.name
-                objects += [(Object(found.box, caption), owner or 0)] if is_answer and caption else []
+                if is_answer and caption:
+                    objects.append((Object(found.box, caption), owner or 0))
                 unnamed += is_answer and not caption
             rest.append(text[position:])
             content.append({"type": "text", "text": rest[-1]})
@@ -127,7 +129,7 @@ def _find_json(text: str) -> Iterator[_Found]:
         return
     while (start := min((at for mark in "[{" if (at := text.find(mark, position)) >= 0), default=-1)) >= 0:
         try:
-            value, position = json.JSONDecoder().raw_decode(text, start)
+            value, position = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
             position = start + 1
             continue
@@ -137,8 +139,10 @@ def _find_json(text: str) -> Iterator[_Found]:
     if not len(rows) == len(matches) == len(_JSON_KEY.findall(text)):
         return
     for row, match in zip(rows, matches, strict=True):
-        label = next((row[key] for key in _LABELS if isinstance(row.get(key), str)), "")
-        yield _Found(match.start(1) - 1, match.end(), label.strip() or None, _box(match.groups()))
+        label = row.get("label")
+        if not isinstance(label, str):
+            label = next((row[key] for key in _LABELS if isinstance(row.get(key), str)), "")
+        yield _Found(match.start(1) - 1, match.end(), label.strip() or None, _box(row["bbox_2d"]))
 
 
 def _box(values: Sequence[Any]) -> Box:

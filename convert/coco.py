@@ -122,7 +122,8 @@ def find(
             _parse, [entries[position] for position in positions], error, found, names, phrases, bool(orphans)
         )
         rows.append((ids[0] if ids else "", f"{source}: image {positions[0]}", parse))
-    return Found(list_records(images, rows, **boxes), leading)
+    # Phrases are open captions.
+    return Found(list_records(images, rows, **boxes), leading, [] if phrases else list(names.values()))
 
 
 def _group(entries: Sequence[Any]) -> Iterator[tuple[list[int], list[str], BadRecord | None]]:

@@ -65,6 +65,14 @@ class Entry(Protocol):
         """Return all that the result of `read` depends on, without decoding an image."""
         ...
 
+    def origin(self) -> tuple[Sequence[str], bytes]:
+        """Return names, that of its image before its id, and the bytes of its image; without one, of its chat.
+
+        Raises:
+            BadRecord: They cannot be read, so `read` rejects it.
+        """
+        ...
+
     def read(self) -> Iterator[Item]:
         """Yield notes, then the record's sample or why it is rejected."""
         ...
@@ -77,10 +85,12 @@ class Found:
     Attributes:
         entries: Its records, in order.
         leading: What was rejected or noted on the way, before all records.
+        classes: The captions that its objects can have, in the source's order, if it lists them; else empty.
     """
 
     entries: Sequence[Entry]
     leading: Sequence[Rejected | Note] = ()
+    classes: Sequence[str] = ()
 
 
 @dataclass

@@ -51,7 +51,7 @@ def find_lines(
         FileRecord, abspath(images), bbox_type=bbox_type or "real", bad_boxes=bad_boxes, follow_links=follow_links
     )
     records = _Lines(annotations, parse, make)
-    if not records.num_objects and (len(records) != 1 or not starts_as_json(annotations)):
+    if not records.has_object and (len(records) != 1 or not starts_as_json(annotations)):
         raise ValueError(describe_other(annotations, wanted))
     leading = []
     if renumber and records.repeated:
@@ -69,14 +69,14 @@ class _Lines(Sequence[FileRecord]):
     Attributes:
         spans: (start, end) of each record in the file, in bytes, flat.
         numbers: Of its line, or of its place in the array, from 1.
-        num_objects: Records that are JSON objects with an id that can be used.
+        has_object: Whether a record is a JSON object with an id that can be used.
         repeated: Positions of records whose id an earlier one has.
         is_numbered: Ids of records are not used.
     """
 
     def __init__(self, path: Path, parse: ParseEntry, make: Callable[..., FileRecord]) -> None:
-        self.path, self.parse, self.make, self.is_numbered = path, parse, make, False
-        self.spans, self.numbers, self.num_objects = array("Q"), array("Q"), 0
+        self.path, self.stem, self.parse, self.make, self.is_numbered = path, path.stem, parse, make, False
+        self.spans, self.numbers, self.has_object = array("Q"), array("Q"), False
         hashes = array("q")
         with path.open("rb") as lines, path.open("rb") as file:
             spans = _array_spans(lines)
@@ -85,9 +85,13 @@ class _Lines(Sequence[FileRecord]):
             for number, start, end in _line_spans(lines) if spans is None else spans:
                 self.spans.extend((start, end))
                 self.numbers.append(number)
-                sample_id, parse = self._read(file, len(hashes))
+                file.seek(start)
+                line, sample_id = file.read(end - start), f"{self.stem}-{number:06d}"
+                # Parsing takes most of the time: a record without an id is parsed later alone. Escapes may spell "id".
+                if not self.has_object or b'"id"' in line or b"\\u00" in line:
+                    sample_id, parse = self._read(file, len(hashes))
+                    self.has_object = self.has_object or parse.func is not _refuse
                 hashes.append(hash(sample_id))
-                self.num_objects += parse.func is not _refuse
             self.repeated = frozenset(self._find_repeated(file, np.frombuffer(hashes, np.int64)))
 
     def _find_repeated(self, file: BinaryIO, hashes: np.ndarray) -> Iterator[int]:
@@ -104,7 +108,7 @@ class _Lines(Sequence[FileRecord]):
         """Return the id of a record, and what parses it."""
         start, end = self.spans[2 * position : 2 * position + 2]
         file.seek(start)
-        sample_id = f"{self.path.stem}-{self.numbers[position]:06d}"
+        sample_id = f"{self.stem}-{self.numbers[position]:06d}"
         try:
             entry = _parse_line(file.read(end - start))
             stated = _parse_id(entry)
@@ -186,13 +190,13 @@ def _skip_blank(text: str, position: int) -> int:
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
-    start = repr(line[:60].decode(errors="replace").strip())
     try:
         value = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise BadRecord("malformed json", f"{start} is not UTF-8: save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise BadRecord("malformed json", f"{start} is not one JSON object on one line ({error})") from error
+        what = f"is not one JSON object on one line ({error})"
+        if isinstance(error, UnicodeDecodeError):
+            what = "is not UTF-8: save the file as UTF-8"
+        raise BadRecord("malformed json", f"{line[:60].decode(errors='replace').strip()!r} {what}") from error
     return parse_dict(value, "the record")
 
 

@@ -40,7 +40,8 @@ def find(
     annotated = {coco.to_key(item.get("image_id")) for item in instances["annotations"] if isinstance(item, dict)}
     num_empty = sum(isinstance(image, dict) and coco.to_key(image.get("id")) not in annotated for image in entries)
     what = "images without annotations, which were not searched for everything: training takes them for empty"
-    return Found(found.entries, [*found.leading, *([Note(what, num_empty)] if num_empty else [])])
+    notes = [Note(what, num_empty)] if num_empty else []
+    return Found(found.entries, [*found.leading, *notes], found.classes)
 
 
 def _with_file(image: dict[str, Any], root: Path) -> dict[str, Any]:

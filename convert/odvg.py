@@ -63,7 +63,7 @@ def _parse(names: Mapping[str, str], entry: dict[str, Any]) -> Record:
     objects: list[Object] = []
     if "detection" in kinds:
         for number, item in enumerate(_parse_list(entry, "detection", "instances"), start=1):
-            objects.append(Object(parse_box(item.get("bbox")), _parse_name(item, names, f"instance {number}")))
+            objects.append(Object(parse_box(item.get("bbox")), _parse_name(item, names, number)))
     is_known, notes = "detection" in kinds, []
     if "grounding" in kinds:
         for item in _parse_list(entry, "grounding", "regions"):
@@ -88,13 +88,17 @@ def _parse_list(entry: dict[str, Any], kind: str, name: str) -> list[dict[str, A
     items = parse_dict(entry[kind], kind).get(name)
     if not isinstance(items, list):
         raise BadRecord("malformed record", f"{kind} lacks the list {name}: it has the keys {sorted(entry[kind])}")
-    return [parse_dict(item, f"an entry of {name}") for item in items]
+    what = f"an entry of {name}"
+    return [parse_dict(item, what) for item in items]
 
 
-def _parse_name(item: dict[str, Any], names: Mapping[str, str], where: str) -> str:
-    """Return the name of an instance by its category, or by its label in the label map `names`."""
+def _parse_name(item: dict[str, Any], names: Mapping[str, str], number: int) -> str:
+    """Return the name of the instance `number` by its category, or by its label in the label map `names`."""
     label, category = item.get("label"), item.get("category")
-    mapped = names.get(str(label))
+    mapped = names.get(str(label)) if names else None
+    if mapped is None and isinstance(category, str):
+        return category.strip()
+    where = f"instance {number}"
     if category is None:
         if mapped is None:
             remedy = "its label map has no such label" if names else "give --label-map"

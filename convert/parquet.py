@@ -49,8 +49,11 @@ def find(annotations: Path, images: Path | None, split: str, bbox_format: str = 
         ValueError: pyarrow is not installed, a file is not parquet or lacks a column, or `images` is not a folder.
     """
     root = images or (annotations if annotations.is_dir() else annotations.parent)
-    rows = (row for file in list_files(annotations, split) for row in _rows(file, bbox_format))
-    return Found(list_records(root, rows, **boxes))
+    files = list_files(annotations, split)
+    rows = (row for file in files for row in _rows(file, bbox_format))
+    records = list_records(root, rows, **boxes)  # which names a file that cannot be read
+    names = dict.fromkeys(name.strip() for file in files for name in _names_of(_open(file)) or ())
+    return Found(records, classes=list(names))
 
 
 def _rows(path: Path, bbox_format: str) -> Iterator[tuple[str, str, Parse]]:
@@ -58,8 +61,7 @@ def _rows(path: Path, bbox_format: str) -> Iterator[tuple[str, str, Parse]]:
     columns = file.schema_arrow.names
     if missing := {"image", "objects"}.difference(columns):
         raise ValueError(f"{path} lacks the columns {sorted(missing)}, it has {columns}: rename those that hold them")
-    metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
-    names = _class_names(metadata.get("info", {}).get("features", {}).get("objects"))
+    names = _names_of(file)
     id_column = next((name for name in ("image_id", "id") if name in columns), None)
     for group in range(file.num_row_groups):
         ids = [None] * file.metadata.row_group(group).num_rows
@@ -90,6 +92,12 @@ def _open(path: Path) -> Any:
 def _read_group(path: Path, group: int) -> Any:
     """Return one row group. Records are read in order, so one is kept; and without threads, as workers are forked."""
     return _open(path).read_row_group(group, use_threads=False)
+
+
+def _names_of(file: Any) -> list[str] | None:
+    """Return the class names in the features of a file's schema."""
+    metadata = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    return _class_names(metadata.get("info", {}).get("features", {}).get("objects"))
 
 
 def _class_names(feature: Any) -> list[str] | None:

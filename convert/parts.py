@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 from streaming import MDSWriter
 from tqdm import tqdm
@@ -31,7 +31,8 @@ from recipe.schema import MDS_COLUMNS, Sample
 
 _VERSION = 3  # increase it when the same record gives other bytes
 _REFRESH = 0.2  # seconds between two looks at the counter of records
-_make: Callable[[int], Summary]  # of a worker process: set once, when it starts
+_make: Callable[[int], Any]  # of a worker process: set once, when it starts
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,35 @@ class Job:
 
 
 def iter_parts(job: Job, num_workers: int) -> Generator[Summary, None, None]:
-    """Make all parts and yield their summaries in order, with a progress bar; 0 or 1 workers: this process alone.
+    """Make all parts and yield their summaries in order; as `map_forked`.
 
     Raises:
         ValueError: An entry cannot be read at all.
         OSError: The disk or the object store failed, or a worker died.
     """
-    numbers = range(len(job.folders))
     hidden = None if job.restartable else True  # None: hidden unless on a terminal
-    bar = partial(tqdm, total=len(job.entries), unit=" records", file=sys.stderr, disable=hidden)
+    return map_forked(partial(make_part, job), len(job.folders), len(job.entries), num_workers, hidden)
+
+
+def map_forked(
+    work: Callable[..., Result],
+    num_calls: int,
+    num_records: int,
+    num_workers: int,
+    hidden: bool | None = None,
+) -> Generator[Result, None, None]:
+    """Yield `work(number, advance)` of 0 to `num_calls` - 1 in order, from processes; 0 or 1 workers: this one alone.
+
+    A progress bar counts records: `advance` is called with the number that is done; for `hidden` see tqdm's `disable`.
+
+    Raises:
+        OSError: A worker died.
+    """
+    numbers = range(num_calls)
+    bar = partial(tqdm, total=num_records, unit=" records", file=sys.stderr, disable=hidden)
     if min(num_workers, len(numbers)) <= 1:
         with bar() as progress:
-            yield from (make_part(job, number, progress.update) for number in numbers)
+            yield from (work(number, progress.update) for number in numbers)
         return
     # By fork, workers inherit the records, whatever they hold: nothing is pickled or parsed twice.
     context = multiprocessing.get_context("fork")
@@ -91,8 +109,9 @@ def iter_parts(job: Job, num_workers: int) -> Generator[Summary, None, None]:
         with done.get_lock():
             done.value += num_records
 
-    make = partial(make_part, job, advance=advance)
-    executor = ProcessPoolExecutor(min(num_workers, len(numbers)), context, _start_worker, (make,))
+    executor = ProcessPoolExecutor(
+        min(num_workers, len(numbers)), context, _start_worker, (partial(work, advance=advance),)
+    )
     try:
         futures = [executor.submit(_call_make, number) for number in numbers]
         with bar() as progress:  # after the fork, because it may start a thread
@@ -226,7 +245,7 @@ def _load_part(job: Job, folder: Path, fingerprint: str) -> Summary | None:
     return summary
 
 
-def _start_worker(make: Callable[[int], Summary]) -> None:
+def _start_worker(make: Callable[[int], Any]) -> None:
     global _make
     _make = make
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent decides
@@ -241,5 +260,5 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _call_make(number: int) -> Summary:
+def _call_make(number: int) -> Any:
     return _make(number)

@@ -1,6 +1,7 @@
 """What makes a record good: the checks of every format on its way to a `Sample`."""
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 from convert.chats import check_messages, check_text
 from convert.items import BadBox, BadRecord, Item, Note, Rejected
 from recipe.images import MAX_ASPECT_RATIO, check_image
+from recipe.records import content_hash
 from recipe.schema import Box, FurtherImage, Message, Object, Sample, Searched
 
 ROUNDING = 1.0  # a box may stick out of the image by this many pixels: it is clipped and counted
@@ -93,6 +95,19 @@ class FileRecord:
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
         return repr((self.id, self.source, record, files, self.bbox_type, self.bad_boxes))
+
+    def origin(self) -> tuple[Sequence[str], bytes]:
+        """Return names and content; see `Entry`."""
+        record = self.parse()
+        if record.image is None:
+            return (self.id,), json.dumps(record.messages and list(record.messages)).encode()
+        contents = []
+        for held in (record, *record.further):
+            assert held.image is not None
+            path = find_image(self.image_root, held.image, self.follow_links) if held.content is None else ""
+            contents.append(_read_bytes(path) if held.content is None else held.content)
+        # Of several images the one that decides: a sample is held out if one of its images is.
+        return (record.image.replace("\\", "/"), self.id), min(contents, key=content_hash)
 
     def read(self) -> Iterator[Item]:
         """Yield the sample (after notes on what was done to it), or why it is rejected."""
@@ -318,11 +333,15 @@ def read_image(path: str) -> tuple[bytes, int, int]:
     Raises:
         BadRecord: It cannot be decoded, or is too long for the vision tower.
     """
+    data = _read_bytes(path)
+    return data, *check_content(data, os.path.basename(path))
+
+
+def _read_bytes(path: str) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise BadRecord("unreadable image", f"{os.path.basename(path)}: {error}") from error
-    return data, *check_content(data, os.path.basename(path))
 
 
 def check_content(data: bytes, name: str) -> tuple[int, int]:
@@ -382,6 +401,9 @@ def parse_box(values: Any) -> Box:
     """Return four numbers, or raise `BadRecord`."""
     if not isinstance(values, list) or len(values) != 4:
         raise BadRecord("malformed box", f"{values!r} is not four numbers")
+    first, second, third, fourth = values
+    if type(first) is type(second) is type(third) is type(fourth) is float:  # as most are: in a fifth of the time
+        return first, second, third, fourth
     first, second, third, fourth = (parse_number(value, "malformed box") for value in values)
     return first, second, third, fourth
 

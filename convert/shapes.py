@@ -8,7 +8,7 @@ run begins with the scenes of a shorter one.
 
 import argparse
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 
@@ -99,6 +99,11 @@ class Scene:
     def fingerprint(self) -> str:
         """Return the arguments, which decide everything."""
         return repr(self)
+
+    def origin(self) -> tuple[Sequence[str], bytes]:
+        """Return its id and its image, which is drawn for it."""
+        sample = draw_scene(*astuple(self))
+        return (sample.id,), sample.image
 
     def read(self) -> Iterator[Sample]:
         """Draw the scene."""

@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 from filelock import FileLock
 
 from convert.items import Rejected
-from recipe.records import INDEX_FILE, write_whole
+from recipe.records import INDEX_FILE, PARTIAL, write_whole
 from recipe.redact import redact
 
 if TYPE_CHECKING:
@@ -98,6 +98,15 @@ def download(address: str, path: Path) -> None:
 
     with _failing("download", address):
         CloudDownloader.direct_download(address, str(path))
+
+
+def read(address: str, name: str) -> bytes:
+    """Return the bytes of a file of a data set."""
+    if not is_remote(address):
+        return (local_folder(address) / name).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        download(join(address, name), Path(folder, name))
+        return Path(folder, name).read_bytes()
 
 
 def check_target(address: str, overwrite: bool) -> None:
@@ -200,6 +209,8 @@ def _replace_lines(path: Path, split: str, lines: Sequence[str]) -> None:
         kept = [line for line in old if json.loads(line)["split"] != split]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a list of rejected records ({error!r}): move it away and run again") from error
+    for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):  # of killed runs: this one has the lock
+        partial.unlink()
     write_whole(path, "".join(f"{line}\n" for line in [*kept, *lines]).encode())
 
 

@@ -113,7 +113,8 @@ def main() -> None:
     if problems:
         parser.exit(1, "".join(f"error: {problem}\n" for problem in problems))
     options = {name: getattr(args, name) for name in WRITE_OPTIONS}
-    report(lambda: write_split(iter_samples(dataset, args.num_samples, args.seed), args.out, "", **options), args.out)
+    samples = iter_samples(dataset, args.num_samples, args.seed)
+    report(lambda: {"": write_split(samples, args.out, "", **options)}, args.out)
 
 
 if __name__ == "__main__":

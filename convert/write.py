@@ -10,8 +10,8 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,12 @@ import xxhash
 from convert import store
 from convert.items import Found, Item, Summary
 from convert.records import BAD_BOXES, BBOX_TYPES
-from recipe.records import INDEX_FILE, RECORDS_FILE, rename
+from recipe.records import CLASSES_FILE, INDEX_FILE, RECORDS_FILE, rename, write_whole
 from recipe.redact import redact
 from recipe.schema import Sample
 
 if TYPE_CHECKING:
+    from convert.divide import Division
     from convert.parts import Job
 
 PART_RECORDS = 1024  # never depends on the number of workers: it decides where shards end
@@ -35,10 +36,16 @@ HASHES |= set(xxhash.algorithms_available)
 WRITE_OPTIONS = ("size_limit", "hashes", "strict", "overwrite")  # of the command line, and keywords of `write_split`
 
 
-def convert_split(
+def convert_split(found: Found, out: str, split: str, **options: Any) -> Summary:
+    """Write one data set to OUT/SPLIT; see `convert_splits`."""
+    return convert_splits(found, out, split, None, **options)[split]
+
+
+def convert_splits(
     found: Found,
     out: str,
     split: str,
+    division: "Division | None",
     *,
     size_limit: int | str = "32mb",
     hashes: Sequence[str] = ("xxh64",),
@@ -48,54 +55,123 @@ def convert_split(
     staging: str | None = None,
     restartable: bool = True,
     part_records: int = PART_RECORDS,
-) -> Summary:
-    """Write a data set to OUT/SPLIT and its rejected records to OUT/rejected.jsonl.
+) -> dict[str, Summary]:
+    """Write a data set to OUT/SPLIT, and what `division` holds out to another; rejected records to OUT/rejected.jsonl.
 
     If it is killed or fails, its finished parts stay: the same call continues after them and ends with the same bytes.
     The number of workers changes no byte. A rerun of one split replaces only that split's lines of rejected.jsonl.
-    OUT is a local folder or an object-store address; without a split the data set is OUT itself. `restartable=False`: a
-    failure leaves nothing. For the other keywords see `Job` and `parse_args`.
+    OUT is a local folder or an object-store address; without a split the data set is OUT itself. Each of two data sets
+    is what the conversion of its records alone would be, and neither appears before both are whole.
+    `restartable=False`: a failure leaves nothing. For the other keywords see `Job` and `parse_args`.
+
+    Returns:
+        The summary of each split.
 
     Raises:
         ValueError: OUT/SPLIT is taken, or another conversion is writing it; `strict` and a record was rejected;
-            nothing was left to write; an unknown checksum.
+            nothing was left to write or to hold out; an unknown checksum.
         OSError: The disk or the object store failed, or a worker died.
     """
-    if split and (os.path.isabs(split) or set(split.split("/")) & {"", ".", "..", store.REJECTED_FILE}):
-        raise ValueError(f"--split {split!r} must be the plain name of a folder under --out, such as 'train'")
+    # What is held out comes first: it is small, so that a mistake is found early.
+    names = [split] if division is None else [division.name, split]
+    _check_names(names)
     if unknown := set(hashes) - HASHES:
         raise ValueError(f"--hashes {sorted(unknown)} are unknown: choose from {sorted(HASHES)}")
-    address = store.join(out, split)
-    remote = store.is_remote(address)
-    folder = store.staging_folder(address, staging)
-    with store.locked(folder, address, keep=restartable):
-        store.check_target(address, overwrite)
+    with ExitStack() as stack:
+        targets = [_Target(store.join(out, name), staging) for name in names]
+        for target in targets:
+            stack.enter_context(store.locked(target.folder, target.address, keep=restartable))
+        for target in reversed(targets):
+            target.check(overwrite, was_killed=target is not targets[-1] and not targets[-1].exists)
         from convert import parts  # imports torch, once for all workers
 
-        job = parts.Job(
-            entries=found.entries,
-            staging=folder,
-            address=address if remote else None,
-            stored=store.list_names(address) if remote else None,
-            part_records=part_records,
-            hashes=tuple(sorted(set(hashes))),
-            size_limit=size_limit,
-            strict=strict,
-            restartable=restartable,
-        )
-        job.data.mkdir(exist_ok=True)
+        founds = [found]
+        if division is not None:
+            from convert.divide import divide
+
+            founds = reversed(divide(found, division, num_workers))
+        jobs, summaries = [], {}
+        for name, target, part in zip(names, targets, founds, strict=True):
+            job = parts.Job(
+                entries=part.entries,
+                staging=target.folder,
+                address=target.address if target.is_remote else None,
+                stored=store.list_names(target.address) if target.is_remote else None,
+                part_records=part_records,
+                hashes=tuple(sorted(set(hashes))),
+                size_limit=size_limit,
+                strict=strict,
+                restartable=restartable,
+            )
+            jobs.append(job)
+            job.data.mkdir(exist_ok=True)
+            with _explaining_full_disk(job):
+                summary = summaries[name] = _collect(part, job, parts.iter_parts(job, num_workers))
+                if name and (summary.rejected or summary.samples):
+                    store.save_rejected(out, name, summary.rejected)
+                _check(summary, strict)
+                parts.merge_parts(job)
+                _write_classes(job, part.classes)
+        for job, target in zip(jobs, targets, strict=True):
+            with _explaining_full_disk(job):
+                target.publish(job)
+    return summaries
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise ValueError if a split is not the plain name of a folder, or one of two is in the other."""
+    for option, name in zip(("--val-split", "--split")[-len(names) :], names, strict=True):
+        is_plain = not (os.path.isabs(name) or set(name.split("/")) & {"", ".", "..", store.REJECTED_FILE})
+        if not is_plain and (name or len(names) > 1):
+            raise ValueError(f"{option} {name!r} must be the plain name of a folder under --out, such as 'train'")
+    if len({name.split("/")[0] for name in names}) < len(names):
+        raise ValueError(f"--val-split {names[0]!r} and --split {names[1]!r} must be two folders, none in the other")
+
+
+class _Target:
+    """Where a data set goes, and what is there already."""
+
+    def __init__(self, address: str, staging: str | None) -> None:
+        self.address, self.is_remote = address, store.is_remote(address)
+        self.folder = store.staging_folder(address, staging)
+        self.is_ours = False  # what is there may be what a killed run has published
+
+    @property
+    def exists(self) -> bool:
+        """Return whether a data set is there."""
+        if self.is_remote:
+            return store.exists(self.address, INDEX_FILE)
+        return (store.local_folder(self.address) / INDEX_FILE).is_file()
+
+    def check(self, overwrite: bool, was_killed: bool) -> None:
+        """Raise ValueError if something is there that must stay.
+
+        `was_killed`: of two data sets a run may have published this one and not the other. If its state is still
+        there, `publish` decides.
+        """
         try:
-            summary = _collect(found, job, parts.iter_parts(job, num_workers))
-            if split and (summary.rejected or summary.samples):
-                store.save_rejected(out, split, summary.rejected)
-            _check(summary, strict)
-            parts.merge_parts(job)
-            _publish(job, address)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            store.check_target(self.address, overwrite)
+        except ValueError:
+            self.is_ours = was_killed and any(self.folder.glob(f"*/{store.PART_FILE}"))
+            if not self.is_ours:
                 raise
-            raise OSError(_describe_full_disk(job)) from error
-    return summary
+
+    def publish(self, job: "Job") -> None:
+        """Make the data set appear, index.json last; raise ValueError if another is there after all."""
+        if self.is_ours:
+            stored = [store.read(self.address, name) for name in (INDEX_FILE, RECORDS_FILE)]
+            if stored != [(job.data / name).read_bytes() for name in (INDEX_FILE, RECORDS_FILE)]:
+                store.check_target(self.address, overwrite=False)
+        elif self.is_remote:
+            names = [name for name in (CLASSES_FILE, RECORDS_FILE) if (job.data / name).is_file()]
+            store.upload(job.data, names, self.address)
+            store.upload(job.data, [INDEX_FILE], self.address)
+        else:
+            target = store.local_folder(self.address)
+            if target.exists():
+                shutil.rmtree(job.staging / "replaced", ignore_errors=True)
+                target.rename(job.staging / "replaced")
+            rename(job.data, target)
 
 
 def write_split(items: Iterable[Item], out: str, split: str, **options: Any) -> Summary:
@@ -114,6 +190,9 @@ class _Whole:
 
     def fingerprint(self) -> str:
         return ""
+
+    def origin(self) -> tuple[Sequence[str], bytes]:
+        raise NotImplementedError  # it is many records, and never divided
 
     def read(self) -> Iterator[Item]:
         yield from self.items
@@ -144,17 +223,21 @@ def _check(summary: Summary, strict: bool) -> None:
         raise ValueError("; ".join(["nothing to write: no record is usable", *first]) + f"\n{summary}")
 
 
-def _publish(job: "Job", address: str) -> None:
-    """Make the data set appear at `address`, index.json last."""
-    if job.address is not None:
-        store.upload(job.data, [RECORDS_FILE], address)
-        store.upload(job.data, [INDEX_FILE], address)
-        return
-    target = store.local_folder(address)
-    if target.exists():
-        shutil.rmtree(job.staging / "replaced", ignore_errors=True)
-        target.rename(job.staging / "replaced")
-    rename(job.data, target)
+def _write_classes(job: "Job", classes: Sequence[str]) -> None:
+    """Write the names of the source's classes, one per line, as they are in captions."""
+    names = list(dict.fromkeys(name for name in classes if name))
+    if names and all(len(name.splitlines()) == 1 for name in names):
+        write_whole(job.data / CLASSES_FILE, "".join(f"{name}\n" for name in names).encode())
+
+
+@contextmanager
+def _explaining_full_disk(job: "Job") -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(_describe_full_disk(job)) from error
 
 
 def _describe_full_disk(job: "Job") -> str:
@@ -235,6 +318,18 @@ def parse_args(parser: argparse.ArgumentParser, with_split: bool = True) -> argp
             metavar="NAME",
             help="name of this part of the data, such as train: goes to OUT/NAME",
         )
+        parser.add_argument(
+            "--val-share",
+            type=float,
+            metavar="SHARE",
+            help="hold out this share of the images, such as 0.1, into OUT/NAME of --val-split",
+        )
+        parser.add_argument("--val-split", metavar="NAME", help="name of the part that is held out; default val")
+        parser.add_argument(
+            "--group-by-prefix",
+            metavar="TEXT",
+            help="keep images together whose names agree up to the last TEXT, such as _ for cam1_0001.jpg",
+        )
         parser.add_argument("--staging", metavar="DIR", help="keeps the state of a conversion to an object store")
         add_num_workers(parser)
     parser.add_argument("--size-limit", default="32mb", metavar="SIZE", help="of one shard; default %(default)s")
@@ -254,17 +349,39 @@ def run(parser: argparse.ArgumentParser, find: Callable[[argparse.Namespace], Fo
     """Parse the command line, convert what `find` reads, print the summary; exit 1 on bad input."""
     args = parse_args(parser)
     options = {name: getattr(args, name) for name in (*WRITE_OPTIONS, "num_workers", "staging")}
-    report(lambda: convert_split(find(args), args.out, args.split, **options), args.out, args.split)
+
+    def write() -> dict[str, Summary]:
+        division = parse_division(args)
+        _check_names([args.split] if division is None else [division.name, args.split])
+        return convert_splits(find(args), args.out, args.split, division, **options)
+
+    report(write, args.out)
 
 
-def report(write: Callable[[], Summary], out: str, split: str = "") -> None:
-    """Call `write` and print its summary; exit 1 on bad input."""
+def parse_division(args: argparse.Namespace) -> "Division | None":
+    """Return what the command line says about holding images out; raise ValueError if it cannot be."""
+    from convert.divide import Division
+
+    if args.val_share is not None:
+        return Division(args.val_share, "val" if args.val_split is None else args.val_split, args.group_by_prefix)
+    for name in ("val_split", "group_by_prefix"):
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{option} {getattr(args, name)!r} has no effect without --val-share: give it, such as 0.1"
+            )
+    return None
+
+
+def report(write: Callable[[], Mapping[str, Summary]], out: str) -> None:
+    """Call `write` and print its summaries, the one of --split first; exit 1 on bad input."""
     try:
-        summary = write()
+        summaries = write()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if summary.kept:
-        print(f"{summary.kept} of {summary.parts} parts were kept from an earlier run", file=sys.stderr)
-    print(f"{redact(store.join(out, split))}\n{summary}")
-    if summary.rejected:
+    for split, summary in reversed(list(summaries.items())):
+        if summary.kept:
+            print(f"{summary.kept} of {summary.parts} parts were kept from an earlier run", file=sys.stderr)
+        print(f"{redact(store.join(out, split))}\n{summary}")
+    if any(summary.rejected for summary in summaries.values()):
         print(f"  rejected records: {redact(store.join(out, store.REJECTED_FILE))}")

@@ -4,6 +4,7 @@ Other formats and the IoU of all pairs come from `torchvision.ops`.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from recipe.schema import DetectedObject, Object
+from recipe.schema import DetectedObject, Object, Sample
 
 NORMALIZED_FRAME = (1000, 1000)
+# `recipe.data.chat` reads boxes from a JSON object with this key, or from an empty list.
+_TEXT_OF_BOXES = re.compile(r'"bbox_2d"\s*:|\[\s*\]')
 SMALLEST_AREA = 1e-7  # keeps IoU finite for boxes without an area
 
 
@@ -43,6 +46,15 @@ def objects_to_text(objects: Iterable[Object], image_size: tuple[int, int], fram
     rows = [(box_to_frame(item.box, image_size, frame_size), item.caption) for item in objects if not item.iscrowd]
     rows.sort(key=lambda row: (row[0][1], row[0][0]))
     return json.dumps([{"bbox_2d": box, "label": caption} for box, caption in rows], ensure_ascii=False)
+
+
+def asks_for_boxes(sample: Sample) -> bool:
+    """Return whether the chat's first answer, which evaluation generates, is boxes; True if it has no answer."""
+    answer = next((turn["content"] for turn in sample.messages or () if turn["role"] == "assistant"), None)
+    if answer is None:
+        return True
+    text = answer if isinstance(answer, str) else "".join(part.get("text", "") for part in answer)
+    return _TEXT_OF_BOXES.search(text) is not None
 
 
 def text_to_objects(text: str, image_size: tuple[int, int], frame_size: tuple[int, int]) -> list[DetectedObject] | None:

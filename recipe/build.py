@@ -22,6 +22,7 @@ from recipe.algorithms.staged_freezing import StagedFreezing
 from recipe.callbacks.cache_frozen import CacheFrozen
 from recipe.callbacks.curves import CURVES_FILE, DrawCurves
 from recipe.callbacks.evaluation_data import EvaluationData
+from recipe.callbacks.evaluation_parts import EvaluationParts
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import build_callbacks
@@ -30,11 +31,13 @@ from recipe.checkpoints.base import base_weights, leave_out
 from recipe.checkpoints.check import Origin
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import is_export, trained_caption_length
-from recipe.config import ConfigError, RecipeConfig, trained_trunk
+from recipe.config import DATA_CLASSES, ConfigError, RecipeConfig, trained_trunk
+from recipe.data.class_list import read_classes
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
-from recipe.joint import JointModel
+from recipe.joint import EvaluationScope, JointModel
 from recipe.load import build_network, fill_head, fill_whole, load_base, refuse_in_nf4
+from recipe.metrics.gather import normalized_caption
 from recipe.models.attention import describe_attention
 from recipe.optim.schedule import Schedule, build_schedule
 from recipe.prediction.classes import class_trie
@@ -75,6 +78,25 @@ def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> 
     return trained
 
 
+def class_names(config: RecipeConfig) -> list[str]:
+    """Return the names for `evaluation.classes`, those of the training set if it is `data`; called by all ranks.
+
+    Of names that differ in case or outer blanks alone the first is kept, as a class is found by either.
+
+    Raises:
+        ConfigError: There are too many to be classes.
+        ValueError: A stream cannot be opened, or its classes are not known.
+    """
+    if config.evaluation.classes != DATA_CLASSES:
+        return config.evaluation.classes
+    forms: dict[str, str] = {}
+    for name in read_classes(open_streams(config.train_loader.streams)):
+        forms.setdefault(normalized_caption(name), name)
+    names = list(forms.values())
+    log.info("evaluation.classes: the %d of the training set, such as %s", len(names), ", ".join(names[:5]))
+    return names
+
+
 def head_to_start_from(config: RecipeConfig) -> str | None:
     """Return the folder of the base model if it is an export and its head is wanted, else None."""
     base, head = config.model.pretrained_model_name_or_path, config.detection_head
@@ -86,6 +108,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
 
     `max_caption_tokens` defaults to the configuration's.
     """
+    names = class_names(config)  # before the weights: it may be refused
     # What `load_path` names is filled in before the model is sharded, and may have more digits than the file.
     vlm = load_base(config, as_stored=view_trainer(config).is_sharded and config.load_path is None)
     log.info("attention: %s", describe_attention(config.model.attn_implementation))
@@ -99,7 +122,7 @@ def build_model(config: RecipeConfig, processor: Any, max_caption_tokens: int | 
         log.info("the head starts from %s: detection_head.pretrained", base)
     if config.ema is not None:
         network.add_average()
-    classes = class_trie(config.evaluation.classes, processor.tokenizer, network)
+    classes = class_trie(names, processor.tokenizer, network)
     return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt, classes)
 
 
@@ -157,13 +180,30 @@ def answer_schedule(config: RecipeConfig) -> Schedule | None:
     return replace(schedule, trunk=trained_trunk(config))
 
 
-def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> list[Callback]:
-    """Return the yaml's callbacks and those that isolate evaluation, watch the data and show samples."""
+def build_all_callbacks(
+    config: RecipeConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    scope: EvaluationScope | None = None,
+    last_answered: int | None = None,
+) -> list[Callback]:
+    """Return the yaml's callbacks and those that isolate and bound evaluation, watch the data and show samples.
+
+    `scope` is the model's, `last_answered` of `put_answered_first`, of a training run.
+    """
+    scope = scope or EvaluationScope()
     loader, evaluation = config.train_loader, config.evaluation
     max_tokens = None if loader.packing is None else loader.packing.max_tokens or config.max_seq_len
     num_queries = sys.maxsize if config.detection_head is None else config.detection_head.num_queries
     callbacks: list[Callback] = [
         EvaluationWithoutTraces(),
+        EvaluationParts(
+            scope,
+            evaluation.score_threshold,
+            last_answered,
+            evaluation.every_class,
+            bool(evaluation.classes),
+            config.save_best.metric,
+        ),
         *build_callbacks(config.callbacks, config.run_folder),
         TrainingData(max_tokens, loader.max_bad_samples, config.run_folder, num_queries, answer_schedule(config)),
         EvaluationData(config.eval_loader.max_bad_samples),
@@ -176,5 +216,5 @@ def build_all_callbacks(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase
         callbacks.append(DrawCurves(path, Path(config.run_folder, CURVES_FILE)))
     if evaluation.num_logged_images:
         folder = Path(config.run_folder) / "images"
-        callbacks.append(LogPredictions(evaluation.num_logged_images, folder, evaluation.score_threshold))
+        callbacks.append(LogPredictions(evaluation.num_logged_images, folder, evaluation.score_threshold, scope))
     return callbacks

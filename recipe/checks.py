@@ -16,6 +16,7 @@ from recipe.callbacks.cache_frozen import parse_size
 from recipe.callbacks.memory import MemoryBounds
 from recipe.callbacks.table import CALLBACKS, LOGGERS
 from recipe.config import (
+    DATA_CLASSES,
     LORA_TARGETS,
     ConfigError,
     LoaderConfig,
@@ -25,6 +26,7 @@ from recipe.config import (
     trained_trunk,
 )
 from recipe.joint import all_scores
+from recipe.metrics.boxes import category_average_precision
 from recipe.metrics.gather import LANGUAGE_LOSSES, Evaluation
 from recipe.metrics.scorers import Meteor15, MeteorLite
 from recipe.models.lora import check_peft, read_base
@@ -183,12 +185,22 @@ def check_metrics(config: RecipeConfig) -> None:
     num_queries = None if head is None else head.num_queries
     names = [*(LANGUAGE_LOSSES if head is None else Evaluation.denominators)]
     for scorer in (MeteorLite(), Meteor15()):  # the ranks have yet to agree on one
-        names += all_scores([], [], num_queries, evaluation.score_threshold, scorer, evaluation.generate_answer)
+        answered = evaluation.answers is not None
+        names += all_scores([], [], num_queries, evaluation.score_threshold, scorer, answered)
+    by_category = [] if head is None else [*category_average_precision([], [])]
+    if evaluation.every_class or evaluation.classes:
+        names += by_category
     asked = {"save_best.metric": (config.save_best.metric, "eval/")}
     for name, keywords in config.callbacks.items():
         if name.endswith("_stopper") and keywords is not None:
             asked[f"callbacks.{name}.monitor"] = (keywords.get("monitor"), "")
     for key, (metric, prefix) in asked.items():
+        if str(metric).removeprefix(prefix) in set(by_category) - set(names):
+            raise ConfigError(
+                f"{key} is {metric!r}, which only the last evaluation of a run measures, as it needs the captions of "
+                "all objects: set evaluation.every_class=true, or choose another, such as "
+                f"{prefix}densecap_map_boxes"
+            )
         if metric is not None and str(metric).removeprefix(prefix) not in names:
             near = nearest(str(metric).rpartition("/")[2], names)
             raise ConfigError(
@@ -222,7 +234,8 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
     problems = _device_problems(view_trainer(config)) + _model_problems(config.model.pretrained_model_name_or_path)
     if config.val_fraction is not None:
         loaders = ("train_loader",)  # what is evaluated comes from there
-    for where in loaders:
+    with_classes = ("train_loader",) if config.evaluation.classes == DATA_CLASSES else ()
+    for where in dict.fromkeys((*loaders, *with_classes)):
         loader: LoaderConfig = getattr(config, where)
         for name, keywords in loader.streams.items():
             problems += _folder_problems(f"{where}.streams.{name}", keywords)

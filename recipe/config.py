@@ -27,6 +27,7 @@ CALLBACK_NAMES = (
     *("memory_monitor", "oom_observer", "optimizer_monitor", "runtime_estimator", "speed_monitor"),
     *("system_metrics_monitor", "threshold_stopper", "throughput"),
 )
+DATA_CLASSES = ["data"]  # as `evaluation.classes`: the classes of the training set
 LOGGER_NAMES = ("file", "json_lines", "tensorboard", "wandb")
 
 
@@ -62,6 +63,10 @@ REMOVED_KEYS: Mapping[str, Any] = {
     "caption_decoder.tie_word_embeddings": True,
     "evaluation.num_beams": 1,
     "evaluation.length_penalty": 1.0,
+}
+# Keys of checkpoints and yamls of older versions, read as another one: {dotted key: (new name, new value by old one)}.
+REPLACED_KEYS: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
+    "evaluation.generate_answer": ("answers", {True: {}, False: None}),
 }
 REMOVED_VALUES: Mapping[str, Sequence[Any]] = {"loss.objectness": ("varifocal",)}  # an error too
 
@@ -186,6 +191,13 @@ class LoaderConfig:
 
 
 @dataclass
+class AnswersConfig:
+    """The language model's text answers; the last evaluation of a run, `eval.py` and `predict.py` answer all images."""
+
+    images: int = number(64, least=1)  # answered at the other evaluations, the same ones each time
+
+
+@dataclass
 class EvaluationConfig:
     """How predictions are made for metrics, logged images and `predict.py`."""
 
@@ -195,11 +207,13 @@ class EvaluationConfig:
     score_shift: float = number(0.0, above=-inf)
     nms_iou: float | None = number(None, least=0, most=1)  # drop the worse of two boxes that overlap more; null: none
     max_captions: int = number(100, least=0)  # captions generated per image, best scores first
-    generate_answer: bool = True  # let the language model write its answer too
+    answers: AnswersConfig | None = field(default_factory=AnswersConfig)  # null: no text answers
     max_new_tokens: int = number(512, least=1)
     num_logged_images: int = number(8, least=0)
-    # Each object gets a probability of each of these, in place of a caption; []: a caption.
+    # Each object gets a probability of each of these, in place of a caption; []: a caption; data: the training set's.
     classes: list[str] = field(default_factory=list[str])
+    # Scores of each category at every evaluation, which need the captions of all objects; false: at a run's last.
+    every_class: bool = False
 
 
 @dataclass

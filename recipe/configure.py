@@ -6,6 +6,7 @@ A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments over
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import sys
@@ -19,9 +20,19 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from recipe.config import REMOVED_KEYS, REMOVED_VALUES, ConfigError, PromptConfig, RecipeConfig, nearest
+from recipe.config import (
+    REMOVED_KEYS,
+    REMOVED_VALUES,
+    REPLACED_KEYS,
+    ConfigError,
+    PromptConfig,
+    RecipeConfig,
+    nearest,
+)
 from recipe.redact import is_secret, redact, redact_text, remember_secrets
 from recipe.rules import check_config
+
+log = logging.getLogger(__name__)
 
 ALLOWED_PREFIX = "RECIPE_"
 ALLOWED_NAMES = ("HOME", "HOSTNAME", "RUN_NAME", "SCRATCH", "SLURM_JOB_ID", "TMPDIR", "USER")
@@ -106,7 +117,8 @@ def _expand_homes(value: Any) -> Any:
 def _as_written(value: Any, text: Any, kind: Any) -> Any:
     """Return a yaml's `value` with its scalars as they were written where text is expected.
 
-    YAML reads the phrases on, off, no as booleans, the name 2026_11 as 202611.
+    YAML reads the phrases on, off, no as booleans, the name 2026_11 as 202611. One text is a list of one where a list
+    is expected.
 
     Args:
         value: As YAML reads it.
@@ -118,28 +130,41 @@ def _as_written(value: Any, text: Any, kind: Any) -> Any:
         kinds = (
             {entry.name: entry.type for entry in fields(kind)}
             if is_dataclass(kind)
-            else dict.fromkeys(_TEXTS, list[str])
+            else dict.fromkeys(_TEXTS, str | list[str])
         )
         return {name: _as_written(item, texts.get(name), kinds.get(name)) for name, item in items.items()}
-    if kind not in (str, str | None, list[str]):
+    if kind not in (str, str | None, list[str], str | list[str]):
         return value
+    if kind == list[str] and text and isinstance(text, str) and not text.startswith("${"):
+        return [text]
     if isinstance(value, list) and isinstance(text, list):
         pairs = zip(cast(list[Any], value), cast(list[Any], text), strict=True)
         return [_as_written(word if item is None and word else item, word, str) for item, word in pairs]
     return text if isinstance(value, bool | int | float) and isinstance(text, str) else value
 
 
-def as_saved(config: RecipeConfig, max_caption_tokens: int | None = None) -> dict[str, Any]:
-    """Return the configuration as it is saved: without secrets, with the caption length found in the data."""
+def as_saved(
+    config: RecipeConfig, max_caption_tokens: int | None = None, classes: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return the configuration as it is saved: without secrets, with what was found in the data.
+
+    `max_caption_tokens` and `classes`, the names for `evaluation.classes`, default to the configuration's.
+    """
     saved = redact(asdict(config))
     saved["caption_decoder"]["max_caption_tokens"] = max_caption_tokens or config.caption_decoder.max_caption_tokens
+    saved["evaluation"]["classes"] = list(config.evaluation.classes if classes is None else classes)
     return saved
 
 
-def save_config(config: RecipeConfig, path: str | Path, max_caption_tokens: int | None = None) -> None:
+def save_config(
+    config: RecipeConfig,
+    path: str | Path,
+    max_caption_tokens: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> None:
     """Write the configuration as a yaml that `load_config` reads; see `as_saved`."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(as_saved(config, max_caption_tokens), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(as_saved(config, max_caption_tokens, classes), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
 
 
@@ -214,8 +239,8 @@ def _clash(key: str, node: Any, value: Any, source: str) -> str:
 
 
 def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return `updates` without `REMOVED_KEYS` at their default; raise ConfigError at other removed keys and values."""
-    for key in (*REMOVED_KEYS, *REMOVED_VALUES):
+    """Return `updates` without keys of older versions that have an equal today; raise ConfigError at all others."""
+    for key in (*REMOVED_KEYS, *REPLACED_KEYS, *REMOVED_VALUES):
         section, _, name = key.partition(".")
         values = updates.get(section)
         if not isinstance(values, dict) or name not in values:
@@ -227,6 +252,23 @@ def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
                 raise ConfigError(
                     f"{key} in {source} is {value!r}: this key was removed; delete it to run with {old!r}"
                 )
+        elif key in REPLACED_KEYS:
+            new, values_of = REPLACED_KEYS[key]
+            if not isinstance(value, bool) or new in values:
+                raise ConfigError(
+                    f"{key} in {source} is {value!r}: this key was replaced; write {section}.{new} instead"
+                )
+            del values[name]
+            values[new] = values_of[value]
+            log.warning(
+                "%s in %s is %r: this key was replaced; read as %s.%s: %s",
+                key,
+                source,
+                value,
+                section,
+                new,
+                "null" if values[new] is None else "its default",
+            )
         elif value in REMOVED_VALUES[key]:
             raise ConfigError(f"{key} in {source} is {value!r}: this value was removed; delete the key or give another")
     return updates

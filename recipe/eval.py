@@ -13,9 +13,6 @@ from recipe.redact import redact
 from recipe.upstream.trainer_section import view_trainer
 
 if TYPE_CHECKING:
-    from composer import Trainer
-
-    from recipe.metrics.categories import CategoryReport
     from recipe.metrics.gather import Evaluation
 
 log = logging.getLogger("recipe.eval")  # its __name__ is __main__
@@ -23,7 +20,7 @@ log = logging.getLogger("recipe.eval")  # its __name__ is __main__
 USAGE = "composer recipe/eval.py YAML load_path=CHECKPOINT [key.sub=value ...]"
 EXAMPLES = """  composer recipe/eval.py runs/joint/config.yaml load_path=runs/joint/checkpoints/latest-rank0.pt
   composer recipe/eval.py runs/joint/config.yaml load_path=CHECKPOINT eval_loader.streams.main.split=test
-  composer recipe/eval.py runs/joint/config.yaml load_path=CHECKPOINT evaluation.generate_answer=false   # faster"""
+  composer recipe/eval.py runs/joint/config.yaml load_path=CHECKPOINT evaluation.answers=null   # faster"""
 
 
 def main(config: RecipeConfig) -> dict[str, float]:
@@ -36,11 +33,13 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from composer.utils import dist, get_device, reproducibility
 
     from recipe.build import build_all_callbacks, build_model, take_weights
-    from recipe.callbacks.progress import headline
+    from recipe.callbacks.evaluation_parts import EvaluationParts, evaluation_of
+    from recipe.callbacks.progress import describe_seconds, headline
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.resume import safe_loading, weights_keywords
     from recipe.checkpoints.weights import trained_caption_length
+    from recipe.data.evaluation import put_answered_first
     from recipe.data.loader import build_eval_loader
     from recipe.data.split import evaluation_loader
     from recipe.data.stream import read_teachers
@@ -63,13 +62,15 @@ def main(config: RecipeConfig) -> dict[str, float]:
     encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
     loader = evaluation_loader(config)
     eval_loader = build_eval_loader(loader, encoder, teachers, config.seed, config.val_fraction)
-    origin = describe(as_saved(config, longest), processor.tokenizer, model, base={})
+    put_answered_first(eval_loader, config.evaluation.answers)  # so that the images drawn are those of a run
+    origin = describe(as_saved(config, longest, model.class_names), processor.tokenizer, model, base={})
+    callbacks = build_all_callbacks(config, processor.tokenizer, model.scope)
     start, _ = take_weights(model, weights_keywords(view, config.load_path, origin), config, origin)
     with safe_loading():
         trainer = Trainer(
             model=model,
             eval_dataloader=Evaluator(label="eval", dataloader=eval_loader),
-            callbacks=build_all_callbacks(config, processor.tokenizer),
+            callbacks=callbacks,
             loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),
             seed=config.seed,
             **start,
@@ -80,41 +81,23 @@ def main(config: RecipeConfig) -> dict[str, float]:
     trainer.eval()
     scores = {name: float(value) for name, value in trainer.state.eval_metric_values.items()}
     if dist.get_global_rank() == 0:
-        report = None if config.detection_head is None else report_of(trainer, config.evaluation)
+        (parts,) = (callback for callback in callbacks if isinstance(callback, EvaluationParts))
+        report = parts.report
         found = scores if report is None else {**scores, "categories": report.to_json()}
         Path(config.run_folder, "eval.json").write_text(json.dumps(found, indent=1) + "\n")
         names = ", ".join(loader.streams)
         print(f"{eval_loader.num_samples} samples of {names}, checkpoint {redact(str(config.load_path))}")
         print(headline(scores))
+        print(f"took {describe_seconds(parts.seconds)}")
         for name, value in scores.items():
             print(f"  {name:24} {'-' if value == UNDEFINED else format(value, '.4f')}")
         if report is not None:
             print(category_table(report))
-            rows = [[name, *vars(found).values()] for name, found in report.scores.items()]
-            trainer.logger.log_table(["category", "truths", "ap", "ap50", "recall"], rows, name="eval/categories")
-            calibrate(trainer, config.evaluation, config.run_folder)
+            calibrate(evaluation_of(trainer.state), config.evaluation, config.run_folder)
     return scores
 
 
-def report_of(trainer: "Trainer", evaluation: EvaluationConfig) -> "CategoryReport":
-    """Return the scores by category of what was just evaluated."""
-    from recipe.metrics.categories import report_categories
-
-    rows = evaluated(trainer).evaluated
-    predictions, samples = [row for _, row, _ in rows], [sample for _, _, sample in rows]
-    return report_categories(predictions, samples, evaluation.score_threshold)
-
-
-def evaluated(trainer: "Trainer") -> "Evaluation":
-    """Return what holds all predictions and samples that were just evaluated."""
-    from recipe.metrics.gather import MetricEntry
-
-    entry = next(iter(trainer.state.eval_metrics["eval"].values()))
-    assert isinstance(entry, MetricEntry)
-    return entry.source
-
-
-def calibrate(trainer: "Trainer", evaluation: EvaluationConfig, run_folder: str) -> None:
+def calibrate(evaluated: "Evaluation", evaluation: EvaluationConfig, run_folder: str) -> None:
     """Write and print the calibration of the scores that were just evaluated; log a warning if there is none."""
     from recipe.metrics.calibration import (
         CALIBRATION_FILE,
@@ -128,7 +111,7 @@ def calibrate(trainer: "Trainer", evaluation: EvaluationConfig, run_folder: str)
     path = Path(run_folder, CALIBRATION_FILE)
     path.unlink(missing_ok=True)  # an earlier one may be of other weights
     try:
-        halves = detections_of_halves(evaluated(trainer))
+        halves = detections_of_halves(evaluated)
         check_enough(*halves)
         found = find_calibration(*halves, evaluation)
     except ValueError as error:

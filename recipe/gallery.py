@@ -4,7 +4,8 @@ The truth is a COCO instances file (`--truth instances.json`) or a converted dat
 page is one file that any browser opens from disk: it holds small images and loads nothing else. Images with the most
 missed and false boxes at the slider's threshold come first. The slider starts at the threshold of the predictions;
 boxes below it have no captions. Boxes at the right place in other words are marked; "words count" makes them errors.
-The totals are of all images, also of those that `--max-images` leaves out.
+The totals, and the table of classes, are of all images, also of those that `--max-images` leaves out. A class that is
+chosen shows its images alone, those with most errors about it first.
 """
 
 import sys
@@ -33,6 +34,7 @@ from PIL import Image
 
 from convert.annotated import read_coco
 from recipe.images import open_image
+from recipe.metrics.categories import NOTHING, report_categories
 from recipe.metrics.gather import FALSE, IGNORED, found_truths, is_unsure, normalized_caption
 from recipe.prediction.files import (
     PredictedFile,
@@ -180,19 +182,60 @@ def page_data(
     def worst_first(index: int) -> list[float]:
         return [-num_errors(images[index], source, score_threshold, words_count) for words_count in (False, True)]
 
+    classes = class_data(entries, truths, source, max(score_threshold, least_score(entries)))
+    number = {name: index for index, name in enumerate([] if classes is None else classes["names"])}
     order = sorted(range(len(entries)), key=worst_first)
     kept, left_out = sorted(order[:max_images]), sorted(order[max_images:])
     for index in kept:
         truth = truths.get(entries[index].id)
         data = _read(entries[index].file) or (b"" if truth is None else truth.image)
         images[index]["thumbnail"] = thumbnail(data, image_size)
+        for item in (item for name in (*SOURCES, "truth") for item in images[index][name] or ()):
+            item["class"] = number.get(normalized_caption(item["caption"]))
     return {
         "threshold": score_threshold,
         "least": least_score(entries, below=True),
         "captions_from": least_score(entries),
         "iou": IOU,
+        "classes": classes,
         "images": [images[index] for index in kept],
         "left_out": [_counted(images[index]) for index in left_out],
+    }
+
+
+def class_data(
+    entries: Sequence[PredictedFile], truths: Mapping[str, Sample], source: str, score_threshold: float
+) -> Page | None:
+    """Return what the page shows of each class: scores, confusions and worst images, as `CategoryReport` has them.
+
+    `names` are those of the truth, most truths first, then others that were predicted; `scores` has (truths, AP, AP50,
+    recall) and `worst` (id, errors) of the first of them. A `confusion` is (true, predicted, boxes) in places of
+    `names`, -1 for none. AP counts what `predict.py` wrote with captions, so it is at most that of `recipe/eval.py`.
+    None if there is no truth with a caption.
+    """
+    predictions, samples = [], []
+    for entry in entries:
+        prediction, truth = entry.prediction, truths.get(entry.id)
+        if prediction is None or truth is None:
+            continue
+        objects = prediction.objects if source == "head" else prediction.answer_objects or ()
+        predictions.append(replace(prediction, id=entry.id, objects=tuple(objects)))
+        samples.append(replace(truth, id=entry.id, width=prediction.width, height=prediction.height))
+    report = report_categories(predictions, samples, score_threshold).to_json()
+    pairs = report["confusion"]
+    number = {name: index for index, name in enumerate(report["scores"])}
+    for name in (name for pair in pairs for name in pair[:2] if name != NOTHING):
+        number.setdefault(name, len(number))
+    if not report["scores"]:
+        return None
+    return {
+        "threshold": score_threshold,
+        "names": list(number),
+        "scores": [list(scores.values()) for scores in report["scores"].values()],
+        "worst": [report["worst"].get(name, []) for name in report["scores"]],
+        "confusion": [[number.get(true, -1), number.get(found, -1), count] for true, found, count in pairs],
+        "scores_left_out": report["scores_left_out"],
+        "confusion_left_out": report["confusion_left_out"],
     }
 
 
@@ -226,6 +269,11 @@ def thumbnail(data: bytes, size: int) -> str | None:
     except ValueError:
         return None
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return jpeg_url(image)
+
+
+def jpeg_url(image: Image.Image) -> str:
+    """Return an RGB image as a data URL."""
     file = BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,8 +1,10 @@
 """The model that Composer's Trainer sees: it joins the network, the losses and the metrics."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from recipe.config import EvaluationConfig, LossConfig, PromptConfig
+from recipe.data.evaluation import answer_order
 from recipe.losses.counts import UNIT_COUNTS, count_losses
 from recipe.losses.terms import base_term, caption_loss, denoising_losses, detection_losses, language_losses
 from recipe.metrics.boxes import (
@@ -22,13 +25,52 @@ from recipe.metrics.boxes import (
     query_recall,
 )
 from recipe.metrics.calibration import calibration
-from recipe.metrics.captions import caption_cider, caption_match, dense_captioning
+from recipe.metrics.captions import caption_cider, caption_match, captions_read, dense_captioning
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import TextScorer, default_text_scorer
 from recipe.models.network import JointNetwork, Sealed
 from recipe.prediction.classes import ClassTrie
 from recipe.prediction.decode import Decoding, evaluated, predict
-from recipe.schema import Batch, CountedBatch, EvalOutputs, JointOutputs, LossCounts, Prediction, Sample
+from recipe.schema import (
+    Batch,
+    CountedBatch,
+    DetectedObject,
+    EvalOutputs,
+    JointOutputs,
+    LossCounts,
+    Prediction,
+    Sample,
+)
+
+
+class EvaluationScope:
+    """What the evaluation under way computes, everything if nobody sets it, and how long its parts take on this rank.
+
+    Attributes:
+        last_answered: Greatest `answer_order` of a sample that gets a text answer, if any does; None: all get one.
+        with_categories: Whether there are scores by category, which read the captions of all objects.
+        drawn: Ids of samples of this batch that are drawn, with the captions of objects from the score threshold on.
+        seconds: Of each part.
+    """
+
+    def __init__(self) -> None:
+        self.last_answered: int | None = None
+        self.with_categories = True
+        self.drawn: Collection[str] = ()
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock of an evaluation."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._since = perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Add the time since the last call, or `start`, to a part. Waits for the GPU: not for steps of training."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = perf_counter()
+        self.seconds[part] += now - self._since
+        self._since = now
 
 
 class JointModel(ComposerModel):
@@ -50,6 +92,12 @@ class JointModel(ComposerModel):
         self.evaluation = evaluation
         self.prompt = prompt
         self.classes = classes
+        self.scope = EvaluationScope()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the classes of which an evaluation gives each object a probability; none: it writes captions."""
+        return () if self.classes is None else self.classes.names
 
     def forward(self, batch: Batch) -> JointOutputs:
         """Return the outputs of one microbatch."""
@@ -93,9 +141,32 @@ class JointModel(ComposerModel):
         """Return loss sums and predictions of one evaluation batch; ignore `outputs`, as captions need a new pass."""
         # Average precision scores the captions of all objects; metrics that need a threshold apply it themselves.
         evaluation = replace(self.evaluation, score_threshold=0.0)
-        made, predictions = predict(self.model, batch, Decoding(self.tokenizer, evaluation, self.prompt, self.classes))
+        decoding = Decoding(
+            self.tokenizer,
+            evaluation,
+            self.prompt,
+            self.classes,
+            is_answered=None if self.scope.last_answered is None else self._is_answered,
+            described=None if self.scope.with_categories else self._described,
+            lap=self.scope.lap,
+        )
+        made, predictions = predict(self.model, batch, decoding)
         samples = [sample for sample, _, _ in evaluated(batch)]
-        return EvalOutputs(samples, predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
+        scored = EvalOutputs(samples, predictions, self.loss_terms(made, batch, UNIT_COUNTS), count_losses(batch))
+        self.scope.lap("forward")
+        return scored
+
+    def _is_answered(self, sample: Sample) -> bool:
+        assert self.scope.last_answered is not None
+        return answer_order(sample) <= self.scope.last_answered
+
+    def _described(self, objects: Sequence[DetectedObject], sample: Sample) -> set[int]:
+        """Return the objects whose captions a score, or the drawing of the sample, reads."""
+        threshold = self.evaluation.score_threshold
+        read = captions_read(objects, sample, threshold)
+        if sample.id in self.scope.drawn:
+            read |= {place for place, item in enumerate(objects) if item.score >= threshold}
+        return read
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         """Return the metrics of `eval`, each a scalar under its own name."""
@@ -106,9 +177,11 @@ class JointModel(ComposerModel):
             num_queries=self.model.detection_head.num_queries if self.model.has_head else None,
             score_threshold=self.evaluation.score_threshold,
             scorer=default_text_scorer(),
-            with_answers=self.evaluation.generate_answer,
+            with_answers=self.evaluation.answers is not None,
         )
-        return Evaluation(scores, self.model.has_head).entries()
+        if not self.model.has_head:
+            return Evaluation(scores, with_head=False).entries()
+        return Evaluation(scores, category_average_precision).entries()
 
     def update_metric(self, batch: Batch, outputs: EvalOutputs, metric: Metric) -> None:
         """Add one evaluation batch to a metric."""
@@ -123,13 +196,12 @@ def all_scores(
     scorer: TextScorer,
     with_answers: bool,
 ) -> dict[str, float]:
-    """Return every score that an evaluation reports, except the losses; `num_queries` is None without a head."""
+    """Return every score of an evaluation but losses and those by category; `num_queries` is None without a head."""
     answers = answer_boxes(predictions, samples) if with_answers else {}
     if num_queries is None:
         return answers
     return {
         **box_average_precision(predictions, samples),
-        **category_average_precision(predictions, samples),
         **dense_captioning(predictions, samples, scorer),
         **caption_match(predictions, samples, score_threshold, scorer),
         **caption_cider(predictions, samples, score_threshold),

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from convert.annotated import read_categories, read_coco, read_image_ids
-from recipe.config import EvaluationConfig, PromptConfig
+from recipe.config import AnswersConfig, EvaluationConfig, PromptConfig
 from recipe.data.chat import checked
 from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
@@ -73,7 +73,7 @@ def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> Eva
     names = ("score_threshold", "max_new_tokens", "nms_iou")
     changes: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.answer is not None:
-        changes["generate_answer"] = args.answer != "boxes"
+        changes["answers"] = None if args.answer == "boxes" else AnswersConfig()
     if args.answer == "text":
         changes["max_captions"] = 0
     if args.classes is not None:
@@ -268,7 +268,7 @@ def add_tiles(
     tiles = [] if size is None else tiles_of(sample.width, sample.height, size, predictor.overlap)
     if not tiles:
         return prediction
-    decoding = replace(predictor.decoding, evaluation=replace(evaluation, generate_answer=False))
+    decoding = replace(predictor.decoding, evaluation=replace(evaluation, answers=None))
     image, found = open_image(sample.image), list[Prediction]()
     for start in range(0, len(tiles), predictor.batch_size):
         part = tiles[start : start + predictor.batch_size]

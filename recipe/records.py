@@ -1,4 +1,4 @@
-"""The files next to a data set's shards: `index.json`, the records (columns without images), and how to write one.
+"""The files next to a data set's shards: `index.json`, records (columns without images), class names; how to write one.
 
 `records.jsonl.gz` lets a run count the tokens of a data set without its images, for any tokenizer and prompt. Its
 first line binds it to the shards of the index next to it.
@@ -15,6 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, UInt64
 
 from recipe.schema import Sample
 
@@ -109,6 +112,7 @@ def file_pairs(shard: Mapping[str, Any]) -> list[tuple[FileInfo, FileInfo | None
     return pairs
 
 
+CLASSES_FILE = "classes.txt"  # a name per line, if the source lists its categories
 RECORDS_FILE = "records.jsonl.gz"  # no *.json: Streaming's merge_index would take it for an index
 _VERSION = 1
 # What a damaged file raises: gzip returns what it has unpacked before it compares the checksum at the end.
@@ -125,14 +129,23 @@ def shards_sha256(index: Mapping[str, Any]) -> str:
 
 
 def to_record(sample: Sample) -> dict[str, Any]:
-    """Return a line of the file: the sample's MDS row, with 64 bits of a hash in place of each image."""
+    """Return a line of the file: the sample's MDS row, with `content_hash` of each image, or of a chat without one."""
     row = {column: value for column, value in sample.to_mds().items() if column != "image"}
-    row |= {"image_hash": _hash(sample.image)} if sample.image else {}
-    return row | ({"further_hashes": [_hash(item.image) for item in sample.further]} if sample.further else {})
+    row |= {"image_hash": content_hash(sample.image or json.dumps(row["messages"]).encode())}
+    return row | ({"further_hashes": [content_hash(item.image) for item in sample.further]} if sample.further else {})
 
 
-def _hash(content: bytes) -> str:
+def content_hash(content: bytes) -> str:
+    """Return 16 hex digits, which decide whether the sample of an image or chat is held out."""
     return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def is_held_out(hashes: UInt64[np.ndarray, " N"], share: float) -> Bool[np.ndarray, " N"]:
+    """Return which samples are validation: those whose hash is among the lowest `share` of all possible ones.
+
+    The one rule of `val_fraction` in training and of `--val-share` in conversion.
+    """
+    return hashes < np.uint64(round(share * 2**64))
 
 
 def write_part(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -163,13 +176,14 @@ def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
 
 
 def read_image_hashes(path: Path, index: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield 16 hex digits per image of each sample, or of its id without one, in stored order; as `read_records`.
+    """Yield `content_hash` of each sample's images, or of its chat without one, in stored order; as `read_records`.
 
-    An image of several samples has one hash. It is empty if an earlier version of `convert/` wrote the file.
+    An image of several samples has one hash. If an earlier version of `convert/` wrote the file, it may be empty, and
+    is that of the id without an image.
     """
 
     def parse(line: dict[str, Any]) -> list[str]:
-        first = line.get("image_hash", "" if line["width"] else _hash(line["id"].encode()))
+        first = line.get("image_hash", "" if line["width"] else content_hash(line["id"].encode()))
         return [first, *line.get("further_hashes", ())]
 
     return _parse_lines(path, index, parse)

@@ -46,6 +46,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.checkpoints.resume import catch_up, check_data, is_finished, load_keywords, safe_loading
     from recipe.checkpoints.save import build_saver, without_saving
     from recipe.checkpoints.sigterm import Preemption
+    from recipe.data.evaluation import put_answered_first
     from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
     from recipe.data.split import evaluation_loader
     from recipe.data.stream import read_teachers
@@ -72,7 +73,7 @@ def main(config: RecipeConfig) -> "Trainer":
     model = build_model(config, processor, longest)
     if not torch.cuda.is_available():
         give_back_freed_blocks(model)
-    origin = describe(as_saved(config, longest), tokenizer, model, base_weights(model.model, config))
+    origin = describe(as_saved(config, longest, model.class_names), tokenizer, model, base_weights(model.model, config))
     start = load_keywords(view, config.load_path, config.autoresume, origin)
     start, origin = take_weights(model, start, config, origin)
     if view.is_sharded:
@@ -98,6 +99,8 @@ def main(config: RecipeConfig) -> "Trainer":
         config.val_fraction,
     )
     check_data(start, train_loader)
+    num_batches = view.keywords.get("eval_subset_num_batches")
+    last_answered = put_answered_first(eval_loader, config.evaluation.answers, num_batches)
     saver = build_saver(view, config.save_best, origin)
     with safe_loading():
         trainer = Trainer(
@@ -111,7 +114,7 @@ def main(config: RecipeConfig) -> "Trainer":
             algorithms=build_algorithms(config),
             # The savers come after all whose state is saved.
             callbacks=[
-                *build_all_callbacks(config, tokenizer),
+                *build_all_callbacks(config, tokenizer, model.scope, last_answered),
                 lock,
                 *([] if saver is None else [saver, Preemption(saver)]),
                 Summary(
@@ -135,7 +138,8 @@ def main(config: RecipeConfig) -> "Trainer":
     catch_up(trainer, saver, start)
     if not is_finished(trainer):
         if dist.get_global_rank() == 0:  # a run that trains nothing leaves the file as it is
-            write_config = partial(save_config, config, Path(config.run_folder, "config.yaml"), longest)
+            path = Path(config.run_folder, "config.yaml")
+            write_config = partial(save_config, config, path, longest, model.class_names)
             write_config() if saver is None else saver.keep_config(write_config)
         restore_random_states(trainer)
         trainer.fit()

@@ -10,7 +10,16 @@ import yaml
 
 from convert.write import write_split
 from recipe.checks import check_libraries, check_machine
-from recipe.config import GROUPS, REMOVED_KEYS, ConfigError, LoraConfig, LoraPartConfig, RecipeConfig, groups_of
+from recipe.config import (
+    DATA_CLASSES,
+    GROUPS,
+    REMOVED_KEYS,
+    ConfigError,
+    LoraConfig,
+    LoraPartConfig,
+    RecipeConfig,
+    groups_of,
+)
 from recipe.configure import expand_home, from_command_line, load_config, one_line_errors, parser_of, save_config
 from recipe.redact import redact
 from recipe.rules import check_config, parse_stages
@@ -589,6 +598,20 @@ def test_words_stay_as_they_are_written(tmp_path: Path, minimal: str, in_yaml: b
     assert config.loss.weight_bbox == 10
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(str(tmp_path / "saved.yaml")) == config
+
+
+def test_one_text_is_a_list_of_one(minimal: str, tmp_path: Path) -> None:
+    """So `evaluation.classes: data` needs no brackets; what follows in other libraries' sections stays text."""
+    config = load_config(minimal, ["evaluation.classes=data", "prompt.candidate_phrases=no", "trainer.run_name=a"])
+    assert config.evaluation.classes == DATA_CLASSES == ["data"]
+    assert config.prompt.candidate_phrases == ["no"] and config.trainer["run_name"] == "a"
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(str(tmp_path / "saved.yaml")) == config
+    save_config(config, tmp_path / "saved.yaml", classes=["on", "off"])
+    assert load_config(str(tmp_path / "saved.yaml")).evaluation.classes == ["on", "off"]
+    text = Path(minimal).read_text() + "evaluation: {classes: data}\nprompt: {candidate_phrases: '${run_folder}s'}\n"
+    (tmp_path / "text.yaml").write_text(text)
+    assert load_config(str(tmp_path / "text.yaml"), ["prompt.candidate_phrases=[]"]).evaluation.classes == ["data"]
 
 
 def test_home_is_expanded_in_every_path(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ ORDER = [
     "callbacks checkpoints",
     "load build",
     "checks estimate tiny",
-    "train eval predict export",
+    "train eval predict export look",
+    "judges",
 ]
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}
 STEPS = {"data", "models", "losses", "metrics"}  # none imports another

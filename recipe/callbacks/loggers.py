@@ -25,6 +25,8 @@ REPLACED_SUFFIX = ".replaced"
 class JsonLinesLogger(LoggerDestination):
     """Appends `{"step", "epoch", "time", "in_batch", "metrics"}` to a file at every logging call, on rank 0 only.
 
+    The line of a table has `table` (its name), `columns` and `rows` too, and no metrics.
+
     A step may have several lines: Composer logs the loss, the rates and the clock in separate calls. `step` counts the
     batches that are done. With `in_batch` a line belongs to the next batch, otherwise to what follows the last one,
     such as an evaluation. Numbers that JSON lacks are the texts "nan", "inf" and "-inf", which Python's `float` reads.
@@ -55,7 +57,18 @@ class JsonLinesLogger(LoggerDestination):
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Write one line and flush it."""
-        if dist.get_global_rank() != 0 or not metrics:
+        if metrics:
+            self._write(step, {"metrics": {name: _plain(value) for name, value in metrics.items()}})
+
+    def log_table(
+        self, columns: list[str], rows: list[list[Any]], name: str = "Table", step: int | None = None
+    ) -> None:
+        """Write one line and flush it."""
+        plain = [[_plain(cell) for cell in row] for row in rows]
+        self._write(step, {"metrics": {}, "table": name, "columns": columns, "rows": plain})
+
+    def _write(self, step: int | None, content: dict[str, Any]) -> None:
+        if dist.get_global_rank() != 0:
             return
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +79,7 @@ class JsonLinesLogger(LoggerDestination):
             "epoch": None if timestamp is None else timestamp.epoch.value,
             "time": time.time(),
             "in_batch": timestamp is not None and self._begun == timestamp.batch.value,
-            "metrics": {name: _plain(value) for name, value in metrics.items()},
+            **content,
         }
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 

@@ -30,9 +30,20 @@ HEADLINES = {
 }
 
 
+SECONDS = "eval/seconds/"  # start of the names under which the times of an evaluation's parts are logged
+
+
 def headline(scores: Mapping[str, float]) -> str:
     """Return the first scores of an evaluation in one line; `-` for what is not known."""
-    return ", ".join(f"{words} {shown(scores[name])}" for name, words in HEADLINES.items() if name in scores)
+    words = ", ".join(f"{words} {shown(scores[name])}" for name, words in HEADLINES.items() if name in scores)
+    return f"{words} (of {scores['text_answers']:.0f} images)" if scores.get("text_answers") else words
+
+
+def describe_seconds(seconds: Mapping[str, float]) -> str:
+    """Return how long an evaluation took, and its three longest parts."""
+    longest = sorted(seconds.items(), key=lambda pair: -pair[1])[:3]
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in longest)
+    return f"{sum(seconds.values()):.3g} s ({parts})"
 
 
 def shown(value: float) -> str:
@@ -58,6 +69,7 @@ class ProgressLogger(ProgressBarLogger):
         self.hparams_already_logged_to_console = True  # config.yaml has them
         self._has_terminal = is_notebook() or sys.stderr.isatty()
         self._postfix: dict[str, str] = {}
+        self._seconds: dict[str, float] = {}  # of each part of the last evaluation
         self._begun: int | None = None  # the first step of `fit`
         self._last = self._start = time.monotonic()
 
@@ -76,7 +88,10 @@ class ProgressLogger(ProgressBarLogger):
         self._last = self._start = time.monotonic()
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep the loss; the bar shows it at its next redraw."""
+        """Keep the loss, which the bar shows at its next redraw, and the times of an evaluation."""
+        seconds = {name: float(value) for name, value in metrics.items() if name.startswith(SECONDS)}
+        if seconds:
+            self._seconds = {name.removeprefix(SECONDS): value for name, value in seconds.items()}
         if "loss/train/total" in metrics:
             self._postfix = {"loss": f"{float(metrics['loss/train/total']):.4g}"}
             if self.train_pbar is not None:
@@ -103,7 +118,8 @@ class ProgressLogger(ProgressBarLogger):
         """Close the bar; log the headline if this is part of a training run."""
         super().eval_end(state, logger)
         if dist.get_global_rank() == 0 and self._begun is not None:
-            log.info("evaluation at step %d: %s", int(state.timestamp.batch), headline(scores_of(state)))
+            words, seconds = headline(scores_of(state)), describe_seconds(self._seconds)
+            log.info("evaluation at step %d: %s; %s", int(state.timestamp.batch), words, seconds)
 
     # The bar belongs to the console, not to the run: a checkpoint that held it would redraw it on resume.
     def state_dict(self) -> dict[str, Any]:

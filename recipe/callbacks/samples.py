@@ -18,7 +18,9 @@ from composer.utils import dist
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from recipe.data.encode import solved_images
 from recipe.images import open_image
+from recipe.joint import EvaluationScope
 from recipe.prediction.draw import draw_gallery, draw_prediction
 from recipe.schema import Batch, DetectedObject, Object, Prediction, Role, Sample, Target
 
@@ -122,9 +124,13 @@ class LogPredictions(Callback):
         num_images: Drawn per evaluation: the first ones that the head solves.
         folder: Gets the drawings.
         score_threshold: Objects below it are neither drawn nor logged.
+        scope: Learns which samples are drawn, and how long it takes.
     """
 
-    def __init__(self, num_images: int, folder: str | Path, score_threshold: float):
+    def __init__(
+        self, num_images: int, folder: str | Path, score_threshold: float, scope: EvaluationScope | None = None
+    ):
+        self.scope = scope or EvaluationScope()
         self.num_images = num_images
         self.folder = Path(folder)
         self.score_threshold = score_threshold
@@ -134,18 +140,24 @@ class LogPredictions(Callback):
         """Forget the previous evaluation."""
         self._shown = []
 
+    def eval_before_forward(self, state: State, logger: Logger) -> None:
+        """Choose this microbatch's images, until there are enough."""
+        left = self.num_images - len(self._shown) if dist.get_global_rank() == 0 else 0
+        solved = [sample.per_image()[number] for sample in state.batch["samples"] for number in solved_images(sample)]
+        self.scope.drawn = [view.id for view in solved if view.image][:left]
+
     def eval_after_forward(self, state: State, logger: Logger) -> None:
-        """Draw this microbatch's images until there are enough."""
-        if dist.get_global_rank() != 0 or len(self._shown) >= self.num_images:
+        """Draw them."""
+        if not self.scope.drawn:
             return
         outputs: Any = state.outputs  # recipe.joint's evaluation outputs
         for sample, prediction in zip(outputs.samples, outputs.predictions, strict=True):
-            is_solved = bool(sample.image) and not sample.further  # else a chat whose images are not annotated
-            if is_solved and len(self._shown) < self.num_images:
+            if sample.id in self.scope.drawn and len(self._shown) < self.num_images:
                 drawing = draw_prediction(open_image(sample.image), prediction, sample, self.score_threshold)
                 file_name = re.sub(r"[^\w.-]+", "_", sample.id)[-80:]
                 self._save(drawing, f"{len(self._shown):02d}_{file_name}.png", state)
                 self._shown.append((sample, prediction))
+        self.scope.lap("drawing")
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Save and log the gallery, and log table and overlays."""

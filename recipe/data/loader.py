@@ -18,10 +18,11 @@ from recipe.config import ConfigError, LoaderConfig
 from recipe.data.collate import Collator, collate_microbatches, collate_packed, collate_standard
 from recipe.data.contents import epoch_tokens
 from recipe.data.encode import Encoder
+from recipe.data.evaluation import EvalSampler, EvalSamples
 from recipe.data.lengths import check_records, read_known_lengths, read_length_table
 from recipe.data.plan import Budget
 from recipe.data.split import read_known_hashes, split_streams
-from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, Packing, PackStream
+from recipe.data.stream import ExampleMaker, Packing, PackStream
 from recipe.data.teachers import TeacherPool
 from recipe.schema import Batch
 from recipe.upstream.agreement import LockstepLoader

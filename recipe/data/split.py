@@ -2,6 +2,7 @@
 
 An image is held out if the hash of its bytes is among the lowest `val_fraction` of all hashes. So neither the order of
 the data, nor its shards, seeds, ranks or other images change its side, and all samples of one image are on one side.
+`--val-share` of a conversion follows the same rule, so what it left for training has no image among the lowest hashes.
 The share is met on average: of 80 images at 0.05 some splits hold out 2, others 7. A sample of several images is held
 out if one of them is: so no image that is held out is trained on, but one that is evaluated together with it may be.
 """
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Int64, UInt64
 
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig
 from recipe.data.lengths import Arrays, KeptCount, none_if_unknown
-from recipe.records import RECORDS_FILE, read_image_hashes
+from recipe.records import RECORDS_FILE, is_held_out, read_image_hashes
 from recipe.upstream.agreement import from_rank_0
 from recipe.upstream.checked_stream import CheckedStream
 
@@ -25,7 +26,7 @@ _SAMPLING = ("choose", "repeat", "proportion")  # of training; a validation set 
 class ImageHashes:
     """Which images the stored samples hold: equal hashes for equal bytes."""
 
-    first: UInt64[np.ndarray, " N"]  # of each sample's first image, or of its id without one
+    first: UInt64[np.ndarray, " N"]  # of each sample's first image, or of its chat without one
     further: UInt64[np.ndarray, " F"]  # of all images after the first
     owners: Int64[np.ndarray, " F"]  # the sample of each further one
 
@@ -50,18 +51,15 @@ class Split:
     @property
     def is_validation(self) -> Bool[np.ndarray, " N"]:
         """Return which stored samples are held out."""
-        return self._is_low(self.images.least())
+        return is_held_out(self.images.least(), self.fraction)
 
     def describe(self) -> str:
         """Return how much is held out, such as `4 of 80 images`."""
         distinct = np.unique(self.images.of(np.ones_like(self.is_validation)))
-        of_images = int(self._is_low(distinct).sum()), len(distinct)
+        of_images = int(is_held_out(distinct, self.fraction).sum()), len(distinct)
         of_samples = int(self.is_validation.sum()), len(self.images.first)
         images = f"{of_images[0]} of {of_images[1]} images"
         return images if of_images == of_samples else f"{images}, {of_samples[0]} of {of_samples[1]} samples"
-
-    def _is_low(self, hashes: UInt64[np.ndarray, " M"]) -> Bool[np.ndarray, " M"]:
-        return hashes < np.uint64(round(self.fraction * 2**64))
 
 
 def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> Split | None:
@@ -74,10 +72,12 @@ def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> S
         return None
     split = Split(fraction, from_rank_0(lambda: _read_hashes(streams)))
     if split.is_validation.all() or not split.is_validation.any():
-        side = "training" if split.is_validation.all() else "validation"
+        side, remedy = "validation", "Raise it (above --val-share, if the conversion held images out)"
+        if split.is_validation.all():
+            side, remedy = "training", "Lower it"
         raise ConfigError(
             f"val_fraction {fraction} leaves nothing for {side}: it holds out {split.describe()}. "
-            f"{'Lower' if side == 'training' else 'Raise'} it, or set val_fraction=null and give eval_loader.streams"
+            f"{remedy}, or set val_fraction=null and give eval_loader.streams"
         )
     return split
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import dist
 from numpy.typing import NDArray
 from streaming.base.shuffle import get_shuffle
-from torch.utils.data import Dataset, DistributedSampler
 
 from recipe.config import NEW_RUN, ConfigError, TeacherConfig
 from recipe.data.encode import Encoder
@@ -394,53 +392,3 @@ _CHANGES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]] = {
     "lengths (tokenizer, prompt, pixel budget)": lambda then, now: "lengths (tokenizer, prompt, pixel budget)",
     "teachers": lambda then, now: "teachers (teachers.stream, num_teachers, teacher_ratio, or seed)",
 }
-
-
-class EvalSamples(Dataset[Pack]):
-    """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert.
-
-    With a `split` it holds that part of the stored samples. A sample that cannot be used raises, or is listed in
-    `Pack.skipped` with an inert one in its place.
-    """
-
-    def __init__(
-        self, maker: ExampleMaker, skips_bad_samples: bool = False, split: Split | None = None, **keywords: Any
-    ):
-        self._rows = CheckedDataset(**keywords)
-        self._maker, self._skips_bad_samples = maker, skips_bad_samples
-        self._positions = np.arange(self._rows.num_samples) if split is None else np.flatnonzero(split.is_validation)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, index: int) -> Pack:
-        position = int(self._positions[index if index >= 0 else -1 - index])
-        row = self._rows[position]
-        try:
-            example = self._maker(row, 0, position)
-        except ValueError as error:
-            if not self._skips_bad_samples:
-                raise
-            return Pack(position, [self._find_filler()], {row["id"]: str(error)}, is_inert=True)
-        return Pack(position, [example]) if index >= 0 else Pack(position, [make_inert(example)], is_inert=True)
-
-    def _find_filler(self) -> Example:
-        """Return an inert example without an image to draw, in place of a sample that is skipped."""
-        for position in self._positions.tolist():
-            with suppress(ValueError):
-                filler = make_inert(self._maker(self._rows[position], 0, position))
-                return replace(filler, sample=filler.sample.without_bytes())
-        raise ValueError("no sample of the evaluation set can be used: convert it again, with --strict to see why")
-
-
-class EvalSampler(DistributedSampler):
-    """Rank r of W reads r, r + W, ...; inert items fill short ranks, so that all take equally many steps."""
-
-    def __init__(self, dataset: EvalSamples):
-        super().__init__(dataset, num_replicas=dist.get_world_size(), rank=dist.get_global_rank(), shuffle=False)
-        # Composer cuts `total_size - len(dataset)` samples off the last batch: here, none.
-        self.total_size = len(dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        for index in range(self.rank, self.num_samples * self.num_replicas, self.num_replicas):
-            yield index if index < self.total_size else -1 - index % self.total_size

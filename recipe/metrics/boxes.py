@@ -10,9 +10,9 @@ from faster_coco_eval import COCO, COCOeval_faster
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 
+from recipe.boxes import asks_for_boxes
 from recipe.metrics.gather import (
     UNDEFINED,
-    asks_for_boxes,
     boxes_of,
     inside_crowd,
     is_unsure,
@@ -221,6 +221,7 @@ def answer_boxes(predictions: Sequence[Prediction], samples: Sequence[Sample]) -
         `text_f1`, `text_f1_95`: over the boxes of all images at an IoU of at least .5 and .95.
         `text_miou`: over ground truths, the mean IoU of the box each is paired with, 0 if none.
         `text_parse_failure_rate`. A value is -1 if there is nothing to count.
+        `text_answers`: how many answers count.
     """
     answers, failures, num_truths, total_iou = 0, 0, 0, 0.0
     hits, boxes = {0.5: 0, 0.95: 0}, {0.5: 0, 0.95: 0}  # by least IoU
@@ -250,4 +251,5 @@ def answer_boxes(predictions: Sequence[Prediction], samples: Sequence[Sample]) -
         "text_f1_95": f1_95,
         "text_miou": total_iou / num_truths if num_truths else UNDEFINED,
         "text_parse_failure_rate": failures / answers if answers else UNDEFINED,
+        "text_answers": float(answers),
     }

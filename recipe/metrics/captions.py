@@ -7,6 +7,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +23,23 @@ from recipe.metrics.gather import (
     split_crowds,
 )
 from recipe.metrics.scorers import TextScorer, words_of
-from recipe.schema import Object, Prediction, Sample
+from recipe.schema import DetectedObject, Object, Prediction, Sample
+
+
+def captions_read(found: Sequence[DetectedObject], sample: Sample, score_threshold: float) -> set[int]:
+    """Return the positions of the objects whose captions the scores of this file and of boxes read.
+
+    Those of `match_captions`, and of each merged truth the first object assigned to it (`dense_captioning`). If the
+    image was not searched for everything, of all: their captions decide which are ignored. Scores by category read
+    more. `found` is by falling score, whatever the captions.
+    """
+    if sample.objects is None or not sample.has_image:
+        return set()
+    if sample.searched is not None:
+        return set(range(len(found)))
+    kept = [item for item in found if item.score >= score_threshold]
+    matched = {place for place, truth in enumerate(found_truths(kept, sample.objects, 0.5)) if truth >= 0}
+    return matched | set(_assigned(found, sample, sample.objects).read)
 
 
 def match_captions(
@@ -138,21 +155,40 @@ def _measure(
     prediction: Prediction, sample: Sample, objects: Sequence[Object], scorer: TextScorer
 ) -> tuple[Tensor, int]:
     """Return (D, 5), the `rows` of `dense_captioning` for one image, and its number of merged truths."""
-    scale = FRAME / max(sample.width, sample.height)
     found = sorted(prediction.objects, key=lambda item: -item.score)
-    boxes = boxes_of(found) * scale
-    singles, crowds = split_crowds(objects)
-    truths = merge_truths(singles, scale)
-    truth_boxes = torch.stack([box for box, _ in truths]) if truths else boxes.new_empty(0, 4)
-    overlaps, owners, is_first = assign(inclusive_iou(boxes, truth_boxes))
+    assigned = _assigned(found, sample, objects)
     rows = torch.zeros(len(found), 5, dtype=torch.float64)
     rows[:, 0] = torch.tensor([item.score for item in found], dtype=torch.float64)
-    ignored = torch.maximum(share_inside(boxes, crowds * scale), is_unsure(found, sample).double())
-    rows[:, 1], rows[:, 2], rows[:, 4] = overlaps, is_first.double(), ignored
-    asked = torch.nonzero(is_first & (overlaps >= min(IOU_THRESHOLDS))).flatten().tolist()
-    scores = scorer([found[row].caption for row in asked], [truths[int(owners[row])][1] for row in asked])
-    rows[asked, 3] = torch.tensor(scores, dtype=torch.float64)
-    return rows, len(truths)
+    ignored = torch.maximum(assigned.share_in_crowd, is_unsure(found, sample).double())
+    rows[:, 1], rows[:, 2], rows[:, 4] = assigned.overlaps, assigned.is_first.double(), ignored
+    references = [assigned.truths[int(assigned.owners[row])] for row in assigned.read]
+    scores = scorer([found[row].caption for row in assigned.read], references)
+    rows[assigned.read, 3] = torch.tensor(scores, dtype=torch.float64)
+    return rows, len(assigned.truths)
+
+
+@dataclass(frozen=True)
+class _Assigned:
+    """The D detections of an image, by falling score, and its merged truths, without regard to captions."""
+
+    truths: Sequence[Sequence[str]]  # the captions of each
+    overlaps: Tensor  # (D,), owners and is_first too: see `assign`
+    owners: Tensor
+    is_first: Tensor
+    share_in_crowd: Tensor  # (D,)
+    read: Sequence[int]  # the detections that may be true, whose captions are scored
+
+
+def _assigned(found: Sequence[DetectedObject], sample: Sample, objects: Sequence[Object]) -> _Assigned:
+    scale = FRAME / max(sample.width, sample.height)
+    boxes = boxes_of(found) * scale
+    singles, crowds = split_crowds(objects)
+    merged = merge_truths(singles, scale)
+    truth_boxes = torch.stack([box for box, _ in merged]) if merged else boxes.new_empty(0, 4)
+    overlaps, owners, is_first = assign(inclusive_iou(boxes, truth_boxes))
+    read = torch.nonzero(is_first & (overlaps >= min(IOU_THRESHOLDS))).flatten().tolist()
+    truths = [captions for _, captions in merged]
+    return _Assigned(truths, overlaps, owners, is_first, share_inside(boxes, crowds * scale), read)
 
 
 def merge_truths(truths: list[Object], scale: float) -> list[tuple[Tensor, list[str]]]:

@@ -15,6 +15,7 @@ from recipe.schema import Prediction, Sample
 NOTHING = ""  # in a confusion: no object there, or none found
 WORST_IMAGES = 10
 LISTED = 30  # categories and confusions on the console
+KEPT = 2000  # categories, and confusions, in the JSON: open captions would make it as long as the data
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,17 @@ class CategoryReport:
     worst: Mapping[str, Sequence[tuple[str, int]]]
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON takes it."""
+        """Return it as JSON takes it: the `KEPT` categories with most truths and the `KEPT` most frequent confusions.
+
+        `scores_left_out` is the number of other categories, `confusion_left_out` that of boxes in other confusions.
+        """
+        names, pairs = list(self.scores), list(self.confusion.items())
         return {
-            "scores": {name: asdict(scores) for name, scores in self.scores.items()},
-            "confusion": [[true, found, count] for (true, found), count in self.confusion.items()],
-            "worst": {name: [list(entry) for entry in entries] for name, entries in self.worst.items()},
+            "scores": {name: asdict(self.scores[name]) for name in names[:KEPT]},
+            "scores_left_out": len(names[KEPT:]),
+            "confusion": [[true, found, count] for (true, found), count in pairs[:KEPT]],
+            "confusion_left_out": sum(count for _, count in pairs[KEPT:]),
+            "worst": {name: [*map(list, self.worst[name])] for name in names[:KEPT] if name in self.worst},
         }
 
 

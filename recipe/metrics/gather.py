@@ -5,7 +5,6 @@ over batches and ranks, then calls all score functions.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -21,8 +20,6 @@ from recipe.schema import DetectedObject, LossCounts, Object, Prediction, Sample
 FALSE, IGNORED = -1, -2  # instead of the truth that a detection finds
 UNDEFINED = -1.0  # a ratio over nothing, as in COCO: finite, so that every logger takes it, and not a possible score
 Scores = Callable[[Sequence[Prediction], Sequence[Sample]], dict[str, float]]
-# `recipe.data.chat` reads boxes from a JSON object with this key, or from an empty list.
-_TEXT_OF_BOXES = re.compile(r'"bbox_2d"\s*:|\[\s*\]')
 
 
 LANGUAGE_LOSSES = {"loss_lm_teacher": "teacher_tokens", "loss_lm_student": "student_tokens"}
@@ -34,9 +31,14 @@ class Evaluation(Metric):
     Each loss term is its summed numerators over its summed counts; 0 if nothing was counted.
 
     Args:
-        with_head: False: only the losses of the language model.
         scores: Called with all annotated samples of all ranks, ordered by `sample_key` and without image bytes. Called
             without samples it must return the same names.
+        category_scores: The same, of scores that `with_categories=False` leaves out.
+        with_head: False: only the losses of the language model.
+
+    Attributes:
+        with_categories: Whether `category_scores` are computed. They read captions that no other score does.
+        evaluated: After `compute`: (key, prediction, sample) of all samples.
     """
 
     full_state_update = False
@@ -52,12 +54,15 @@ class Evaluation(Metric):
     loss_sums: Tensor
     loss_counts: Tensor
 
-    def __init__(self, scores: Scores, with_head: bool = True):
+    def __init__(self, scores: Scores, category_scores: Scores | None = None, with_head: bool = True):
         super().__init__()
         if not with_head:
             self.denominators = LANGUAGE_LOSSES
         self.scores = scores
-        self.names = (*self.denominators, *scores([], []))
+        self.category_scores = category_scores or no_scores
+        self.with_categories = True
+        self.category_names = tuple(self.category_scores([], []))
+        self.names = (*self.denominators, *scores([], []), *self.category_names)
         self.evaluated: list[tuple[int, Prediction, Sample]] = []
         # One long tensor per rank: torchmetrics' gather hangs if ranks hold unequally many short ones.
         self.add_state("records", default=[], dist_reduce_fx="cat")  # bytes of JSON lines
@@ -84,7 +89,7 @@ class Evaluation(Metric):
         self.loss_counts += self.loss_counts.new_tensor([counts[name] for name in self.denominators.values()])
 
     def compute(self) -> dict[str, Tensor]:
-        """Return all `names`, over all ranks; fills `evaluated` with what the scores were computed from.
+        """Return all `names` that are computed, over all ranks; fills `evaluated` with what the scores come from.
 
         Raises:
             ValueError: Nothing was added, not even an empty batch.
@@ -100,12 +105,20 @@ class Evaluation(Metric):
             for key, prediction, sample in rows
         ]
         values = dict(zip(self.denominators, (self.loss_sums / self.loss_counts.clamp(min=1)).tolist(), strict=True))
-        values |= self.scores([item for _, item, _ in self.evaluated], [item for _, _, item in self.evaluated])
+        predictions, samples = [item for _, item, _ in self.evaluated], [item for _, _, item in self.evaluated]
+        values |= self.scores(predictions, samples)
+        if self.with_categories:
+            values |= self.category_scores(predictions, samples)
         return {name: torch.tensor(value) for name, value in values.items()}
 
     def entries(self) -> dict[str, Metric]:
         """Return one scalar metric per name, as Composer logs them; only the first passes updates on."""
         return {name: MetricEntry(self, name, owns=index == 0) for index, name in enumerate(self.names)}
+
+
+def no_scores(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
+    """Return nothing."""
+    return {}
 
 
 class MetricEntry(Metric):
@@ -179,15 +192,6 @@ def is_unsure(found: Sequence[DetectedObject], sample: Sample) -> Tensor:
     searched |= set(map(normalized_caption, sample.searched.absent))
     searched -= set(map(normalized_caption, sample.searched.incomplete))
     return torch.tensor([normalized_caption(item.caption) not in searched for item in found], dtype=torch.bool)
-
-
-def asks_for_boxes(sample: Sample) -> bool:
-    """Return whether the chat's first answer, which evaluation generates, is boxes; True if it has no answer."""
-    answer = next((turn["content"] for turn in sample.messages or () if turn["role"] == "assistant"), None)
-    if answer is None:
-        return True
-    text = answer if isinstance(answer, str) else "".join(part.get("text", "") for part in answer)
-    return _TEXT_OF_BOXES.search(text) is not None
 
 
 def normalized_caption(caption: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from recipe.config import ConfigError
+from recipe.config import DATA_CLASSES, ConfigError
 from recipe.metrics.gather import normalized_caption
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.network import JointNetwork
@@ -74,7 +74,7 @@ def build_trie(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, eos_tok
         if len(phrases[-1]) > longest:
             raise ValueError(
                 f"the class {name!r} has {len(phrases[-1])} tokens with end-of-sequence, the head writes at most "
-                f"{longest} (caption_decoder.max_caption_tokens): give a shorter name"
+                f"{longest} (caption_decoder.max_caption_tokens): give a shorter name, or leave it out"
             )
     children: dict[tuple[int, ...], dict[int, None]] = {}
     for phrase in phrases:
@@ -104,6 +104,8 @@ def class_trie(names: Sequence[str], tokenizer: PreTrainedTokenizerBase, network
     """
     if not names:
         return None
+    if list(names) == DATA_CLASSES:
+        raise ConfigError("evaluation.classes is data, but no training set is at hand: give the names, as --classes")
     if not network.has_head:
         raise ConfigError("evaluation.classes needs a detection head: leave it out, or detection_head: null")
     assert isinstance(tokenizer.eos_token_id, int) and network.max_caption_tokens is not None

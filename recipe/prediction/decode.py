@@ -1,6 +1,6 @@
 """Batch → Predictions: boxes in original pixels, scores, captions, and the language model's answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -11,9 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import nms
 from transformers import PreTrainedTokenizerBase
 
-from recipe.boxes import answer_frame, normalized_to_pixels, text_to_objects
+from recipe.boxes import answer_frame, asks_for_boxes, normalized_to_pixels, text_to_objects
 from recipe.config import EvaluationConfig, PromptConfig
-from recipe.metrics.gather import asks_for_boxes
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.network import JointNetwork, Sealed, is_sharded, on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
@@ -41,6 +40,11 @@ class Decoding:
     evaluation: EvaluationConfig
     prompt: PromptConfig  # says in which frame an answer gives its boxes
     classes: ClassTrie | None = None  # of `evaluation.classes`, which are then the captions
+    # Which samples are answered if `evaluation.answers` is set; None: all.
+    is_answered: Callable[[Sample], bool] | None = None
+    # The positions of an image's objects, by falling score, that get captions if they may; None: all that may.
+    described: Callable[[Sequence[DetectedObject], Sample], Collection[int]] | None = None
+    lap: Callable[[str], None] = lambda part: None  # called when a part ends: forward, captions or classes, answers
 
 
 @torch.no_grad()
@@ -63,12 +67,18 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
     is_asked = bool(batch["student_views"]) or lockstep
     objects_of: list[tuple[DetectedObject, ...]] = [() for _ in batch["student_views"]]
     if network.has_head:
-        ranking = rank_queries(outputs.detection, decoding.evaluation)
-        captions = _describe(network, outputs, ranking, decoding, lockstep) if is_asked else []
-        objects_of = _objects(ranking, captions, batch["student_views"])
+        ranking, students = rank_queries(outputs.detection, decoding.evaluation), batch["student_views"]
+        objects_of = _objects(ranking, students)
+        chosen = None if decoding.described is None else list(map(decoding.described, objects_of, students))
+        decoding.lap("forward")
+        if is_asked:
+            captions = _describe(network, outputs, ranking, chosen, decoding, lockstep)
+            objects_of = list(map(_with_captions, objects_of, captions))
+        decoding.lap("captions" if decoding.classes is None else "classes")
     answers = {}
-    if is_asked and decoding.evaluation.generate_answer:
+    if is_asked and decoding.evaluation.answers is not None:
         answers = _answers(network, batch, decoding, lockstep)
+        decoding.lap("answers")
     patch = network.vlm.hf_model.config.vision_config.patch_size
     predictions, answered = [], _answered(batch)
     for sample, position, row in evaluated(batch):
@@ -145,41 +155,59 @@ def calibrated_scores(logits: Tensor, evaluation: EvaluationConfig) -> Tensor:
     return (logits.float() if (scale, shift) == (1.0, 0.0) else logits.double() * scale + shift).sigmoid()
 
 
-def _objects(
-    ranking: Ranking, captions: Sequence[dict[int, Description]], samples: Sequence[Sample]
-) -> list[tuple[DetectedObject, ...]]:
-    """Return the objects of each image, by falling score; `captions` are by query."""
+def _objects(ranking: Ranking, samples: Sequence[Sample]) -> list[tuple[DetectedObject, ...]]:
+    """Return the objects of each image, by falling score, without captions."""
     if not samples:
         return []
     sizes = torch.tensor([(sample.width, sample.height) for sample in samples])
     boxes = normalized_to_pixels(ranking.boxes.cpu(), sizes[:, :1], sizes[:, 1:]).tolist()
-    rows = zip(boxes, ranking.scores.tolist(), ranking.queries.tolist(), strict=True)
+    rows = zip(boxes, ranking.scores.tolist(), ranking.num_objects.tolist(), strict=True)
     return [
         tuple(
-            DetectedObject((box[0], box[1], box[2], box[3]), score, *texts.get(query, ("", ())))
-            for box, score, query in zip(*(column[:count] for column in row), strict=True)
+            DetectedObject((box[0], box[1], box[2], box[3]), score, "")
+            for box, score in zip(corners[:count], scores[:count], strict=True)
         )
-        for row, texts, count in zip(rows, captions, ranking.num_objects.tolist(), strict=True)
+        for corners, scores, count in rows
     ]
 
 
+def _with_captions(
+    objects: Sequence[DetectedObject], captions: Mapping[int, Description]
+) -> tuple[DetectedObject, ...]:
+    """Return the objects of an image with the captions and classes of those that have any; `captions` by position."""
+    return tuple(
+        DetectedObject(item.box, item.score, *captions.get(place, ("", ()))) for place, item in enumerate(objects)
+    )
+
+
 def _describe(
-    network: JointNetwork, outputs: JointOutputs, ranking: Ranking, decoding: Decoding, lockstep: bool
+    network: JointNetwork,
+    outputs: JointOutputs,
+    ranking: Ranking,
+    chosen: Sequence[Collection[int]] | None,
+    decoding: Decoding,
+    lockstep: bool,
 ) -> list[dict[int, Description]]:
-    """Return the captions and classes of the best objects of each image, by query."""
+    """Return the captions and classes of the best objects of each image, by position; of the `chosen` if given."""
     evaluation, detection = decoding.evaluation, outputs.detection
     num_images, num_queries = ranking.queries.shape
     ranks = torch.arange(num_queries, device=ranking.queries.device)
     is_good = (ranking.scores >= evaluation.score_threshold) & (ranks < ranking.num_objects[:, None])
-    image, rank = (is_good & (ranks < evaluation.max_captions)).nonzero(as_tuple=True)
+    is_good &= ranks < evaluation.max_captions
+    if chosen is not None:
+        is_chosen = torch.zeros(is_good.shape, dtype=torch.bool)
+        for row, places in enumerate(chosen):
+            is_chosen[row, list(places)] = True
+        is_good &= is_chosen.to(is_good.device)
+    image, rank = is_good.nonzero(as_tuple=True)
     captions: list[dict[int, Description]] = [{} for _ in range(num_images)]
     is_blank = len(image) == 0
     if is_blank and not lockstep:
         return captions
     if is_blank:  # write one and discard it, since other ranks may have some to write
         image = rank = ranks[:1]
-    queries = ranking.queries[image, rank]
-    places = CaptionPlaces(image, rank, num_images, int(rank.max()) + 1)
+    queries, slot = ranking.queries[image, rank], (is_good.cumsum(1) - 1).clamp(min=0)[image, rank]
+    places = CaptionPlaces(image, slot, num_images, int(slot.max()) + 1)
     found = (detection.query_features[image, queries], detection.pred_boxes[image, queries], places, outputs.memory)
     vlm, eos, texts = network.vlm, eos_token_id(decoding.tokenizer), list[Description]()
     if decoding.classes is None:
@@ -190,17 +218,21 @@ def _describe(
         shares = class_probabilities(network.caption_decoder, trie, *found, vlm.embed_tokens, vlm.logits_of)
         texts = [(best[0][0], best) for best in map(trie.most_probable, shares.tolist())]
     if not is_blank:
-        for row, query, text in zip(image.tolist(), queries.tolist(), texts, strict=True):
-            captions[row][query] = text
+        for row, place, text in zip(image.tolist(), rank.tolist(), texts, strict=True):
+            captions[row][place] = text
     return captions
 
 
 def _answers(network: JointNetwork, batch: Batch, decoding: Decoding, lockstep: bool) -> dict[int, tuple[str, bool]]:
-    """Return the first answer of each sample with a solved image and whether it was cut off, by position in the batch.
+    """Return the first answer of each sample that gets one and whether it was cut off, by position in the batch.
 
     What follows that answer in the chat, images among it, has no part in it.
     """
-    tokens, owners = batch["input_ids"].flatten(), list(dict.fromkeys(batch["student_samples"]))
+    tokens, asks = batch["input_ids"].flatten(), decoding.is_answered
+    owners = list(dict.fromkeys(batch["student_samples"]))
+    owners = [position for position in owners if asks is None or asks(batch["samples"][position])]
+    if on_all_ranks(not owners, tokens.device) if lockstep else not owners:
+        return {}
     asked = [batch["student_samples"].index(position) for position in owners]  # its first row
     prompts = [tokens[index[index >= 0]] for index in batch["prompt_index"][asked]]
     patches, grids = batch["pixel_patches"], batch["image_grid_thw"]

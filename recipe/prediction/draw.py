@@ -92,6 +92,21 @@ def draw_gallery(shown: Sequence[tuple[Sample, Prediction]], score_threshold: fl
     return _sheet([(row, len(row)) for row in rows], 3 / 2)
 
 
+def draw_sample(sample: Sample, longest: int) -> Image.Image:
+    """Draw a sample of a data set with its boxes and captions, its longer side `longest` pixels.
+
+    Raises:
+        ValueError: Its image cannot be decoded.
+    """
+    image, objects = open_image(sample.image), sample.objects
+    num_crowds = sum(item.iscrowd for item in objects or ())
+    number = len(objects or ()) - num_crowds
+    title = "not annotated" if objects is None else f"{number} object{'s' * (number != 1)}"
+    title += f", {num_crowds} crowd region{'s' * (num_crowds != 1)}" * bool(num_crowds)
+    panel = _Panel(_resized(image, longest / max(image.size), longest), image.size, CaptionColours(), "prediction")
+    return _draw_panel(panel._replace(title=title, objects=objects or ()), 17)
+
+
 def _panels(
     image: _Image, prediction: Prediction, truth: Sample | None, least: float, with_head: bool = True
 ) -> list[_Panel]:

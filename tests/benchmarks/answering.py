@@ -93,7 +93,7 @@ def make_batches(samples: Sequence[Sample], batch_size: int, encoder: Encoder, d
 
 def by_head(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Prediction]:
     """The objects above the run's score threshold."""
-    evaluation = replace(config.evaluation, generate_answer=False)
+    evaluation = replace(config.evaluation, answers=None)
     _, predictions = predict(model.model, batch, Decoding(model.tokenizer, evaluation, config.prompt))
     return [
         replace(prediction, answer="", answer_objects=above(prediction, evaluation.score_threshold))

@@ -138,7 +138,7 @@ def train_head(changes: dict[str, Any], data: Path, steps: int, every: int, seed
         "caption_decoder.num_layers": 2,
         "train_loader.streams.shapes.local": data,
         "eval_loader.streams.shapes.local": data,
-        "evaluation": "{generate_answer: false, max_captions: 0, num_logged_images: 0}",
+        "evaluation": "{answers: null, max_captions: 0, num_logged_images: 0}",
         "loss": "{weight_lm_student: 0, weight_lm_teacher: 0, weight_caption: 0}",
         "trainer": f"{{max_duration: {steps}ba, eval_interval: {every}ba, save_folder: null, progress_bar: false}}",
         "callbacks": "{curve: {}, group_metrics: null, loss_shares: null, throughput: null, speed_monitor: null}",

@@ -44,7 +44,7 @@ ON_A_CPU: Mapping[str, Any] = {
     "trainer.device": "cpu",
     "train_loader.dataloader.num_workers": 1,
     "eval_loader.dataloader.num_workers": 0,
-    "evaluation.generate_answer": "false",
+    "evaluation.answers": "null",
     "loggers": "{json_lines: {}}",
 }
 
@@ -67,6 +67,21 @@ def train(yaml: str, folder: Path, name: str, steps: int, settings: Mapping[str,
     return curve(folder / name)
 
 
+def joint_settings(folder: Path, seed: int) -> dict[str, Any]:
+    """What the joint run on the set in `folder` changes in yamls/quickstart.yaml."""
+    return {
+        "seed": seed,
+        "model.pretrained_model_name_or_path": folder / "tiny",
+        "train_loader.streams.shapes.local": folder,
+        "eval_loader.streams.shapes.local": folder,
+        "teachers": "{stream: null, num_teachers: 0}",
+        "prompt.student_answer": "false",
+        "evaluation.answers": "null",
+        "caption_decoder": "{num_layers: 2, max_caption_tokens: null}",
+        **REAL,
+    }
+
+
 def main() -> None:
     """Runs everything and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,18 +92,7 @@ def main() -> None:
     folder = FOLDER / args.source.name / str(args.seed)
     shutil.rmtree(ROOT / folder, ignore_errors=True)
     make_real_set(args.source, ROOT / folder, args.seed)
-    joint = {
-        "seed": args.seed,
-        "model.pretrained_model_name_or_path": folder / "tiny",
-        "train_loader.streams.shapes.local": folder,
-        "eval_loader.streams.shapes.local": folder,
-        "teachers": "{stream: null, num_teachers: 0}",
-        "prompt.student_answer": "false",
-        "evaluation.generate_answer": "false",
-        "caption_decoder": "{num_layers: 2, max_caption_tokens: null}",
-        **REAL,
-    }
-    curves = {"joint": train(YAML, folder, "joint", args.steps, joint)}
+    curves = {"joint": train(YAML, folder, "joint", args.steps, joint_settings(folder, args.seed))}
     checkpoint = str(folder / "joint" / "checkpoints" / "latest-rank0.pt")
     run("python", "recipe/export.py", "--checkpoint", checkpoint, "--out", str(folder / "exported"))
     for name, yaml in YAMLS.items():

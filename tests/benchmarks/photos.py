@@ -39,7 +39,7 @@ def main() -> None:
         "eval_loader.streams.shapes.local": folder,
         "teachers": "{stream: null, num_teachers: 0}",
         "prompt.student_answer": "false",
-        "evaluation.generate_answer": "false",
+        "evaluation.answers": "null",
         "caption_decoder": "{num_layers: 2, max_caption_tokens: null}",
         "trainer": f"{{max_duration: {args.steps}ba, eval_interval: {args.steps}ba, save_interval: {args.steps}ba}}",
         **REAL,

@@ -191,7 +191,7 @@ def settings(model: Path, data: Path, run: Path, tokens: int) -> list[str]:
         "train_loader.dataloader": "{num_workers: 0}",
         "eval_loader.dataloader": "{num_workers: 0}",
         "eval_loader.global_batch_size": 1,
-        "evaluation.generate_answer": "false",
+        "evaluation.answers": "null",
         "trainer.precision": "fp32",
         "trainer.device": "cpu",
         "trainer.parallelism_config": "null",

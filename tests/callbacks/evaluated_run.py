@@ -44,7 +44,7 @@ def config_of(checkpoint: str, data: str, folder: str, eval_interval: str) -> Re
             model={"dtype": "float32"},
             detection_head={"dropout": 0.2},
             caption_decoder={"dropout": 0.2},
-            evaluation={"generate_answer": True, "num_logged_images": 1},
+            evaluation={"num_logged_images": 1},
         ),
         run_folder=folder,
         teachers=TeacherConfig(stream=stream("teachers"), num_teachers=1, teacher_ratio=0.5),

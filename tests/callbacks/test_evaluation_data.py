@@ -37,7 +37,7 @@ def config_of(checkpoint: Path, data: str, split: str, folder: Path, **changes: 
         load_path=str(checkpoint),
         run_folder=str(folder),
         eval_loader=replace(config.eval_loader, **changes),
-        evaluation=replace(config.evaluation, generate_answer=True, num_logged_images=2),
+        evaluation=replace(config.evaluation, num_logged_images=2),
         loggers={"json_lines": {}},
     )
 

@@ -69,9 +69,13 @@ def test_wandb_gets_boxes_and_a_table(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_chat_whose_pictures_are_not_annotated_is_not_drawn(tmp_path: Path) -> None:
     sample = replace(make_sample("a"), objects=None, further=(FurtherImage(b"", 4, 4, None),))
-    outputs = SimpleNamespace(samples=[sample, make_sample("b")], predictions=[Prediction("a", 48, 32, ())] * 2)
-    state: Any = SimpleNamespace(outputs=outputs, timestamp=SimpleNamespace(batch=SimpleNamespace(value=1)))
-    LogPredictions(2, tmp_path, 0.3).eval_after_forward(state, state)
+    samples = [sample, make_sample("b")]
+    outputs = SimpleNamespace(samples=samples, predictions=[Prediction("a", 48, 32, ())] * 2)
+    now = SimpleNamespace(batch=SimpleNamespace(value=1))
+    state: Any = SimpleNamespace(batch={"samples": samples}, outputs=outputs, timestamp=now)
+    callback = LogPredictions(2, tmp_path, 0.3)
+    callback.eval_before_forward(state, state)
+    callback.eval_after_forward(state, state)
     assert [path.name for path in tmp_path.rglob("*.png")] == ["00_b.png"]
 
 

@@ -164,8 +164,8 @@ def test_callbacks_of_every_run(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config.callbacks = {"speed_monitor": {"window_size": 5}, "lr_monitor": None}
     names = [type(callback).__name__ for callback in build_all_callbacks(config, tokenizer)]
-    assert names[:4] == ["EvaluationWithoutTraces", "SpeedMonitor", "TrainingData", "EvaluationData"]
-    assert names[4:] == ["LogFirstSample", "LogPredictions"]
+    assert names[:3] == ["EvaluationWithoutTraces", "EvaluationParts", "SpeedMonitor"]
+    assert names[3:] == ["TrainingData", "EvaluationData", "LogFirstSample", "LogPredictions"]
     config.evaluation.num_logged_images = 0
     assert isinstance(build_all_callbacks(config, tokenizer)[-1], LogFirstSample)
 

@@ -49,9 +49,16 @@ def xywh(box: Box) -> list[float]:
 
 
 def convert(monkeypatch: pytest.MonkeyPatch, out: Path, name: str, *arguments: object) -> list[Sample]:
-    """What `python -m convert.NAME ARGUMENTS` makes."""
-    run_main(monkeypatch, name, *arguments, "--out", out, "--split", "train", "--num-workers", 1)
-    return read_samples(out)
+    """What `python -m convert.NAME ARGUMENTS` makes; with `--val-share` it makes the same in two parts."""
+    common = (*arguments, "--split", "train", "--num-workers", 1)
+    run_main(monkeypatch, name, *common, "--out", out)
+    samples, two = read_samples(out), out.with_name(f"{out.name}-divided")
+    if len(samples) < 6:
+        return samples  # all might be in one
+    run_main(monkeypatch, name, *common, "--out", two, "--val-share", 0.5)
+    parts = [read_samples(two, split) for split in ("train", "val")]
+    assert sorted(parts[0] + parts[1], key=lambda sample: sample.id) == sorted(samples, key=lambda sample: sample.id)
+    return samples
 
 
 def assert_same(samples: Sequence[Sample], scenes: Sequence[Scene]) -> None:

@@ -10,6 +10,8 @@ from convert_helpers import picture, read_items, read_rejected, read_samples, ru
 
 from convert.coco import find, read_instances
 from convert.items import Note, Rejected
+from convert.write import convert_split
+from recipe.records import CLASSES_FILE
 from recipe.schema import Object, Sample
 
 
@@ -28,7 +30,7 @@ INSTANCES = {
         annotation(2, 7, [0, 0, 20, 10], area=50, iscrowd=1),
         annotation(3, 9, [5, 5, 5, 5]),
     ],
-    "categories": [{"id": 3, "name": "cat"}],
+    "categories": [{"id": 4, "name": "a unicorn"}, {"id": 3, "name": "cat"}],
 }
 
 
@@ -53,6 +55,16 @@ def test_by_hand(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) 
         Sample("11", data, 20, 10, ()),
     ]
     assert read_rejected(tmp_path / "out") == []
+    assert (tmp_path / "out" / "train" / CLASSES_FILE).read_text() == "a unicorn\ncat\n", "without an object, too"
+
+
+def test_names_that_no_list_can_hold_make_none(images: Path) -> None:
+    """Phrases are open captions; a name of two lines would be two classes."""
+    items = find({**INSTANCES, "categories": [{"id": 3, "name": "a\ncat"}]}, images)
+    convert_split(items, str(images.parent / "out"), "train")
+    assert not (images.parent / "out" / "train" / CLASSES_FILE).exists()
+    regions = write_json(images / "regions.json", {"regions": [{"annotation_id": 3, "phrase": "a sleeping cat"}]})
+    assert (find(INSTANCES, images).classes, find(INSTANCES, images, regions).classes) == (["a unicorn", "cat"], [])
 
 
 def test_phrases(tmp_path: Path, images: Path) -> None:

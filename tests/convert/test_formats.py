@@ -141,6 +141,14 @@ def test_lines_keep_their_order_numbers_and_ids(tmp_path: Path, array: bool) -> 
     assert [entry.source for entry in found.entries][::5] == [f"all.json: {place} 1", f"all.json: {place} 6"]
 
 
+def test_an_id_may_be_spelled_with_escapes(tmp_path: Path) -> None:
+    """A line without an id is not parsed when the file is read for its ids: this one has one."""
+    lines = ['{"images": ["a.jpg"]}', r'{"\u0069d": "x"}', '{"i\\u0064": "x"}', '{"text": "id"}']
+    found: Any = find(write(tmp_path / "a.jsonl", "\n".join(lines)), tmp_path)
+    assert [entry.id for entry in found.entries] == ["a-000001", "x", "x", "a-000004"]
+    assert found.entries.repeated == {2}
+
+
 def test_memory_does_not_follow_the_file(tmp_path: Path) -> None:
     """400 and 2,000 lines of 20 kB: what stays is a few bytes per line."""
     peaks = []

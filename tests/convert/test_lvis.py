@@ -86,7 +86,9 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_as_the_set_is_published(tmp_path: Path, images: Path) -> None:
-    note, *samples = read_items(find(coco.read_instances(write_json(tmp_path / "a.json", V1)), images))
+    found = find(coco.read_instances(write_json(tmp_path / "a.json", V1)), images)
+    assert found.classes == list(NAMES)
+    note, *samples = read_items(found)
     searched = [Searched((NAMES[1], NAMES[2]), (NAMES[0],)), Searched((NAMES[0],))]
     assert samples == [
         Sample("391895", picture(), 20, 10, (Object((1.5, 2, 4.75, 6), NAMES[0], area=6.5),), searched=searched[0]),

@@ -12,6 +12,7 @@ from round_trip import Scene, assert_same, convert, draw_scenes, xywh
 
 from convert.items import Rejected
 from convert.parquet import find, list_files
+from recipe.records import CLASSES_FILE
 from recipe.schema import Object, Sample
 
 pa = pytest.importorskip("pyarrow")
@@ -70,6 +71,7 @@ def test_a_set_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form:
     write(tmp_path / "data/test-00000-of-00001.parquet", rows[:1], FEATURES[form])
     samples = convert(monkeypatch, tmp_path / "out", "parquet", "--annotations", tmp_path / "data")
     assert_same(samples, scenes)
+    assert (tmp_path / "out" / "train" / CLASSES_FILE).read_text().splitlines() == NAMES
     assert [item.image for item in samples] == [(tmp_path / "images" / item.path).read_bytes() for item in scenes]
     assert [item.id for item in samples] == [str(number) for number in range(23)]
 

@@ -40,6 +40,9 @@ class Slow:
     def fingerprint(self) -> str:
         return self.entry.fingerprint()
 
+    def origin(self) -> Any:
+        return self.entry.origin()
+
     def read(self) -> Iterator[Item]:
         time.sleep(self.seconds)
         yield from self.entry.read()

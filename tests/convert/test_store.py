@@ -13,11 +13,12 @@ import pytest
 from convert_helpers import read_rejected, read_samples
 from streaming.base.storage import LocalUploader, upload
 
+from convert.divide import Division
 from convert.items import Found, Item, Rejected
 from convert.shapes import Scene, draw_scene
 from convert.store import save_rejected
 from convert.verify import verify
-from convert.write import convert_split, write_split
+from convert.write import convert_split, convert_splits, write_split
 from recipe.records import RECORDS_FILE
 
 ADDRESS = "s3://bucket/set"
@@ -94,6 +95,33 @@ def test_a_store_gets_what_a_folder_gets(bucket: Path, tmp_path: Path, num_worke
     convert_split(SCENES, str(tmp_path / "local"), "train", part_records=2)
     assert files(bucket / "set" / "train") == files(tmp_path / "local" / "train")
     assert staged(tmp_path) == []
+
+
+def test_two_parts(bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder, also if the second index fails after the first is there."""
+    found, division = Found([Scene(1, number, 56) for number in range(12)]), Division(0.3)
+    upload_file = FakeStore.upload_file
+
+    def upload_or_fail(self: FakeStore, filename: str) -> None:
+        if filename == "index.json" and str(self.remote).endswith("train"):
+            raise ConnectionError("503")
+        upload_file(self, filename)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeStore, "upload_file", upload_or_fail)
+        with pytest.raises(OSError, match=r"cannot upload s3://bucket/set/train/index.json"):
+            convert_splits(found, ADDRESS, "train", division, part_records=2)
+    assert (bucket / "set/val/index.json").is_file()
+    assert not (bucket / "set/train/index.json").exists()
+    FakeStore.uploaded.clear()
+    convert_splits(found, ADDRESS, "train", division, part_records=2)
+    assert FakeStore.uploaded == ["rejected.jsonl"] * 2 + [RECORDS_FILE, "index.json"]
+    convert_splits(found, str(tmp_path / "local"), "train", division, part_records=2)
+    for split in ("val", "train"):
+        assert files(bucket / "set" / split) == files(tmp_path / "local" / split)
+    assert staged(tmp_path) == []
+    with pytest.raises(ValueError, match=r"s3://bucket/set/train holds a data set"):
+        convert_splits(found, ADDRESS, "train", division)
 
 
 def test_the_index_goes_last(bucket: Path) -> None:

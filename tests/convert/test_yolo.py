@@ -1,6 +1,7 @@
 """YOLO labels: the round trip, sets as their tools write them, and what can go wrong."""
 
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from convert_helpers import picture, read_items, read_rejected, read_samples, ru
 from round_trip import assert_same, convert, draw_scenes
 
 from convert.items import Note, Rejected
-from convert.yolo import find
+from convert.yolo import _parse_boxes, _parse_line, find
+from recipe.records import CLASSES_FILE
 from recipe.schema import Object, Sample
 
 NAMES = ("cup", "fire hydrant", "Straße", "red_car")
@@ -40,6 +42,7 @@ def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) 
     assert [sample.id for sample in samples] == [scene.path for scene in scenes]
     assert_same(samples, scenes)
     assert read_rejected(tmp_path / "out") == []
+    assert (tmp_path / "out" / "train" / CLASSES_FILE).read_text(encoding="utf-8").splitlines() == list(NAMES)
 
 
 def lay_out(folder: Path, files: dict[str, str]) -> Path:
@@ -189,6 +192,27 @@ def test_what_is_counted(tmp_path: Path, label: str | None, what: str, count: in
     *notes, sample = converted(tmp_path, label)
     assert what in {note.what for note in notes if isinstance(note, Note)}
     assert sample.objects == objects
+
+
+def test_boxes_read_at_once_are_those_of_their_lines() -> None:
+    """To the last bit; and what is no plain good box sends its file to the lines."""
+    draw, names = Random(5), dict(enumerate(NAMES))
+    rows: list[list[str]] = [
+        [draw.choice(("0", "2", "3.0")), *(f"{draw.random():.6f}" for _ in range(4))] for _ in range(50)
+    ]
+    assert _parse_boxes(rows, names, None, 1.5) == [_parse_line(row, names, None, 1.5, []) for row in rows]
+    for bad in (
+        "4 .5 .5 .1 .1",
+        "0.5 .5 .5 .1 .1",
+        "1 .5 .5 .1",
+        "1 .5 .5 .1 .1 .9",
+        "1 .5 .5 .1 x",
+        "1 .5 -1.6 .1 .1",
+    ):
+        lines = [*rows, bad.split()]
+        assert _parse_boxes(lines, names, None, 1.5) is None, bad
+    assert _parse_boxes([["1", ".5", ".5", ".1", "1.6"]], names, None, 1.5) is None
+    assert _parse_boxes([], names, None, 1.5) is None
 
 
 def test_an_empty_label_file_is_an_image_of_nothing(tmp_path: Path) -> None:

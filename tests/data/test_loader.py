@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.data import loader as loader_module
 from recipe.data.encode import Encoder
+from recipe.data.evaluation import EvalSampler, EvalSamples
 from recipe.data.loader import (
     build_eval_loader,
     build_train_loader,
@@ -21,7 +22,7 @@ from recipe.data.loader import (
     get_num_tokens_in_batch,
     make_collator,
 )
-from recipe.data.stream import EvalSampler, EvalSamples, ExampleMaker, read_teachers
+from recipe.data.stream import ExampleMaker, read_teachers
 from recipe.losses.counts import count_losses, split_batch
 from recipe.schema import Batch
 
@@ -196,8 +197,8 @@ def test_ranks_take_equal_steps_and_no_sample_counts_twice(
     dataset = EvalSamples(maker, streams=loader_module.open_streams(config.eval_loader.streams), batch_size=1)
     scored, steps = [], []
     for rank in range(world_size):
-        monkeypatch.setattr("recipe.data.stream.dist.get_world_size", lambda: world_size)
-        monkeypatch.setattr("recipe.data.stream.dist.get_global_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("recipe.data.evaluation.dist.get_world_size", lambda: world_size)
+        monkeypatch.setattr("recipe.data.evaluation.dist.get_global_rank", lambda rank=rank: rank)
         indices = list(EvalSampler(dataset))
         steps.append(len(indices))
         scored += [index for index in indices if index >= 0]

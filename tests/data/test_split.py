@@ -24,7 +24,9 @@ from recipe.upstream.storage import open_streams
 
 NUM_SAMPLES = 24
 FRACTION = 0.3
-CHAT = ({"role": "user", "content": "hello"}, {"role": "assistant", "content": "a red star"})
+CHATS = [
+    ({"role": "user", "content": f"hello {number}"}, {"role": "assistant", "content": "ho"}) for number in range(2)
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def samples(make_sample) -> list[Sample]:
     """Pictures, the first one in three samples; and two chats without a picture."""
     pictures = [make_sample(number, 1, 28 + 9 * number, 60) for number in range(NUM_SAMPLES)]
     again = [replace(pictures[0], id=f"again-{number}") for number in range(2)]
-    return [*pictures, *again, *(Sample(f"text-{number}", b"", 0, 0, None, CHAT) for number in range(2))]
+    return [*pictures, *again, *(Sample(f"text-{number}", b"", 0, 0, None, chat) for number, chat in enumerate(CHATS))]
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from recipe.callbacks.measures import joint_model
 from recipe.callbacks.throughput import PARTS, step_flops
 from recipe.config import (
     GROUPS,
+    AnswersConfig,
     EmaConfig,
     EvaluationConfig,
     LoaderConfig,
@@ -55,6 +56,7 @@ class Leg:
         kept: Whether FSDP keeps gathered weights from the forward pass to the backward pass.
         switched: Every ingredient of the head is on.
         adapted: The trunk is frozen below adapters.
+        classed: Objects get a probability of each of `CLASSES` instead of a caption.
     """
 
     checkpoint: str
@@ -68,6 +70,10 @@ class Leg:
     kept: bool = False
     switched: bool = False
     adapted: bool = False
+    classed: bool = False
+
+
+CLASSES = ["a red star", "a red circle", "blue", "a large green triangle"]
 
 
 class Recorder(Callback):
@@ -78,6 +84,7 @@ class Recorder(Callback):
         self.flops: list[dict[str, int]] = []
         self.scores: list[dict[str, float]] = []
         self.texts: list[dict[str, list[str | None]]] = []
+        self.shares: list[dict[str, list[dict[str, float]]]] = []
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """A new step."""
@@ -98,13 +105,15 @@ class Recorder(Callback):
         """A new evaluation."""
         del state, logger
         self.texts.append({})
+        self.shares.append({})
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        """The answer and the captions about each sample."""
+        """The answer, the captions and the probabilities of classes about each sample."""
         del logger
         assert isinstance(state.outputs, EvalOutputs)
         for prediction in state.outputs.predictions:
             self.texts[-1][prediction.id] = [prediction.answer, *(found.caption for found in prediction.objects)]
+            self.shares[-1][prediction.id] = [dict(found.classes) for found in prediction.objects if found.classes]
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """All scores."""
@@ -139,7 +148,14 @@ def config_of(leg: Leg) -> RecipeConfig:
         fsdp_version=1 if leg.mode == "fsdp1" else 2,
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
         eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
-        evaluation=EvaluationConfig(score_threshold=0.0, max_captions=3, max_new_tokens=6, num_logged_images=1),
+        evaluation=EvaluationConfig(
+            score_threshold=0.0,
+            max_captions=3,
+            answers=AnswersConfig(images=1),
+            max_new_tokens=6,
+            num_logged_images=1,
+            classes=CLASSES if leg.classed else [],
+        ),
         optimizer=ADAPTED_RATES
         if leg.adapted
         else OptimizerConfig(lr_vision=1e-3, lr_merger=1e-3, lr_llm=1e-3, lr_adapter=1e-3, lr_detection=1e-3),
@@ -158,7 +174,7 @@ def run(leg: Leg) -> None:
         weights = {
             plain_name(name): whole(value.detach()).clone() for name, value in trainer.state.model.named_parameters()
         }
-    names = ("losses", "flops", "scores", "texts")
+    names = ("losses", "flops", "scores", "texts", "shares")
     record = {"weights": weights, **{name: getattr(recorder, name) for name in names}}
     torch.save(record, Path(leg.out, f"{dist.get_global_rank()}.pt"))
     trainer.close()

@@ -125,7 +125,7 @@ def config_of(settings: Settings) -> RecipeConfig:
         make_config(
             settings.checkpoint,
             model={"dtype": "float32"},
-            evaluation={"generate_answer": False},
+            evaluation={"answers": None},
             optimizer=rates,
             cache_frozen=CacheFrozenConfig(settings.frozen_cache) if is_cached else None,
         ),

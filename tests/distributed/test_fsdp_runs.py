@@ -17,7 +17,7 @@ from torch import Tensor
 from convert.write import write_split
 from recipe.checkpoints.weights import read_weights
 from recipe.load import load_network
-from tests.distributed.fsdp_run import Leg
+from tests.distributed.fsdp_run import CLASSES, Leg
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import make_samples
 
@@ -31,6 +31,9 @@ TWO_RANKS = {
     "fsdp2_switched": Leg("", "", "", "fsdp2", switched=True),
     "fsdp1_adapted": Leg("", "", "", "fsdp1", adapted=True, ema=True),
     "fsdp2_adapted": Leg("", "", "", "fsdp2", adapted=True, ema=True),
+    "ddp_classed": Leg("", "", "", "ddp", steps=1, classed=True),
+    "fsdp1_classed": Leg("", "", "", "fsdp1", steps=1, classed=True),
+    "fsdp2_classed": Leg("", "", "", "fsdp2", steps=1, classed=True),
     "ddp_begun": Leg("", "", "", "ddp", steps=3),
     "fsdp1_begun": Leg("", "", "", "fsdp1", steps=3, sharded=True),
     "fsdp2_begun": Leg("", "", "", "fsdp2", steps=3),
@@ -49,6 +52,7 @@ ONE_RANK = {
     "one": Leg("", "", "", "ddp"),
     "one_switched": Leg("", "", "", "ddp", switched=True),
     "one_adapted": Leg("", "", "", "ddp", adapted=True, ema=True),
+    "one_classed": Leg("", "", "", "ddp", steps=1, classed=True),
     "one_fsdp1": Leg("", "", "", "fsdp1"),
     "one_fsdp2": Leg("", "", "", "fsdp2"),
     "one_of_fsdp2": Leg("", "", "", "ddp", begin_with="fsdp2_begun"),
@@ -65,6 +69,7 @@ class Run:
         flops: Of each step, by rank and part of the model.
         scores: Of each evaluation.
         texts: Of each evaluation, answer and captions by sample.
+        shares: Of each evaluation, the probabilities of classes of each object that was described, by sample.
         weights: At the end.
     """
 
@@ -72,6 +77,7 @@ class Run:
     flops: list[tuple[dict[str, int], ...]]
     scores: list[dict[str, float]]
     texts: list[dict[str, list[str | None]]]
+    shares: list[dict[str, list[dict[str, float]]]]
     weights: dict[str, Tensor]
 
 
@@ -111,11 +117,12 @@ def read_run(folder: Path, world_size: int) -> Run:
     losses = []
     for parts in zip(*(rank["losses"] for rank in ranks), strict=True):
         losses.append({name: sum(part[name] for part in parts) / (2 * world_size) for name in parts[0]})
-    texts = []
-    for parts in zip(*(rank["texts"] for rank in ranks), strict=True):
-        texts.append({name: text for part in parts for name, text in part.items()})
+    texts, shares = (
+        [{name: found for part in parts for name, found in part.items()} for parts in zip(*rows, strict=True)]
+        for rows in ([rank[key] for rank in ranks] for key in ("texts", "shares"))
+    )
     flops = list(zip(*(rank["flops"] for rank in ranks), strict=True))
-    return Run(losses, flops, ranks[0]["scores"], texts, ranks[0]["weights"])
+    return Run(losses, flops, ranks[0]["scores"], texts, shares, ranks[0]["weights"])
 
 
 def one_of(name: str) -> str:
@@ -150,11 +157,30 @@ def assert_same(found: Run, expected: Run) -> None:
 def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
     assert len(runs[name].losses) == 5 and len(runs[name].scores) == 2
     assert_same(runs[name], runs[one_of(name)])
+    # The first evaluation answers one image, so one of two ranks has nothing to write.
+    assert runs[name].scores[0] == pytest.approx(runs[one_of(name)].scores[0], rel=1e-6)
+    assert runs[name].scores[0]["text_answers"] == 1 and runs[name].texts[0] == runs[one_of(name)].texts[0]
     # Captions and answers were written, of every sample with a picture.
     texts = runs[name].texts[-1]
     assert len(texts) == len(SAMPLES)
     assert all((text[0] is not None) == ("text" not in sample) for sample, text in texts.items())
     assert any(caption for text in texts.values() for caption in text[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", ["ddp_classed", "fsdp1_classed", "fsdp2_classed"])
+def test_class_scores_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
+    """Though in most batches one rank has no image whose objects get any."""
+    [found], [expected] = runs[name].shares, runs["one_classed"].shares
+    assert found.keys() == expected.keys() and len(found) == len(SAMPLES)
+    assert {len(rows) for rows in expected.values()} == {0, 3}, "texts have none, images those of three objects"
+    for sample, rows in expected.items():
+        assert len(found[sample]) == len(rows)
+        for ours, theirs in zip(found[sample], rows, strict=True):
+            assert list(ours) == list(theirs) and set(ours) <= set(CLASSES) and len(ours) > 1
+            assert ours == pytest.approx(theirs, abs=1e-12)  # measured: 1.7e-16
+    assert runs[name].scores[-1] == pytest.approx(runs["one_classed"].scores[-1], rel=1e-6)
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def trunk_runs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def config_of(checkpoint: str, data: str, folder: Path, **changes: Any) -> RecipeConfig:
     """Three epochs of some three steps, evaluated after each epoch, saved after each step."""
     config = replace(
-        make_config(checkpoint, evaluation={"generate_answer": False}),
+        make_config(checkpoint, evaluation={"answers": None}),
         run_folder=str(folder),
         optimizer=FROZEN,
         train_loader=LoaderConfig(

@@ -44,7 +44,7 @@ def make_run(tiny_config: Callable[..., RecipeConfig], tmp_path: Path) -> Callab
             tiny_config(
                 model={"dtype": "float32"},
                 caption_decoder={"max_caption_tokens": max_caption_tokens},
-                evaluation={"generate_answer": False},
+                evaluation={"answers": None},
             ),
             run_folder=str(tmp_path / "run"),
             train_loader=loaders[0],

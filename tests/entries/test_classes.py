@@ -2,20 +2,25 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from streaming import StreamingDataset
 
 from convert.shapes import draw_scene
 from recipe.checkpoints.weights import find_config
+from recipe.checks import check_machine
 from recipe.config import ConfigError
+from recipe.configure import load_config, save_config
 from recipe.eval import main as evaluate
 from recipe.predict import main as predict
 from recipe.prediction.files import read_entries
 from recipe.prediction.options import parse
 from recipe.schema import Sample
+from tests.support.tiny_run import train_tiny_run
 
 CLASSES = ["large red star", "small blue circle", "large red circle"]
 
@@ -25,12 +30,16 @@ def scenes(tmp_path: Path) -> list[Sample]:
     return [draw_scene(seed=4, index=index, image_size=84, min_objects=2) for index in range(3)]
 
 
-def predicted(checkpoint: Path, scenes: list[Sample], out: Path, classes: str, *more: str) -> list[dict[str, Any]]:
+def predicted(
+    checkpoint: Path, scenes: list[Sample], out: Path, classes: str | None, *more: str
+) -> list[dict[str, Any]]:
+    """What is written with `--classes`, or without."""
+    more = more if classes is None else ("--classes", classes, *more)
     pictures = []
     for index, scene in enumerate(scenes):
         pictures.append(out.parent / f"scene-{index}.png")
         pictures[-1].write_bytes(scene.image)
-    options = ["--answer", "boxes", "--score-threshold", "0", "--classes", classes, "--no-drawings", *more]
+    options = ["--answer", "boxes", "--score-threshold", "0", "--no-drawings", *more]
     assert predict(parse(["--checkpoint", str(checkpoint), "--out", str(out), *options, *map(str, pictures)])) == 0
     return json.loads((out / "predictions.json").read_text())
 
@@ -66,7 +75,7 @@ def test_an_image_has_the_probabilities_that_it_has_alone(
 
 def test_eval_scores_by_class(trained_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(find_config(trained_checkpoint), load_path=str(trained_checkpoint), run_folder=str(tmp_path))
-    config = replace(config, evaluation=replace(config.evaluation, classes=CLASSES, generate_answer=False))
+    config = replace(config, evaluation=replace(config.evaluation, classes=CLASSES, answers=None))
     scores = evaluate(config)
     printed = capsys.readouterr().out
     assert re.search(r"category +truths +AP +AP50 +recall +worst image", printed)
@@ -76,6 +85,30 @@ def test_eval_scores_by_class(trained_checkpoint: Path, tmp_path: Path, capsys: 
     by_category = [entry["ap"] for entry in report["scores"].values()]
     assert scores["category_ap"] == pytest.approx(sum(by_category) / len(by_category), abs=1e-6)
     assert {found for _, found, _ in report["confusion"]} <= {*CLASSES, ""}
+
+
+@pytest.mark.slow
+def test_the_classes_of_the_training_set_stay_with_the_run(
+    tiny_checkpoint: str, scenes: list[Sample], tmp_path: Path
+) -> None:
+    """A run finds them in its data; its checkpoint and its export name them, so they need no data."""
+    checkpoint = train_tiny_run(tiny_checkpoint, tmp_path, evaluation={"classes": ["data"], "generate_answer": False})
+    stored = [
+        Sample.from_mds(row) for row in StreamingDataset(local=str(tmp_path / "data"), split="train", batch_size=1)
+    ]
+    captions = sorted({item.caption for sample in stored for item in sample.objects or ()})
+    config = find_config(checkpoint)
+    assert config.evaluation.classes == captions
+    assert load_config(str(tmp_path / "run" / "config.yaml")).evaluation.classes == captions
+    shutil.rmtree(tmp_path / "data")
+    rows = predicted(checkpoint, scenes, tmp_path / "out", None)
+    assert {name for row in rows for item in row["objects"] for name in item["classes"]} <= set(captions)
+    config = replace(config, load_path=str(checkpoint), evaluation=replace(config.evaluation, classes=["data"]))
+    with pytest.raises(ConfigError, match=r"2 settings(.|\n)*train_loader.streams.shapes.local: .* does not exist"):
+        check_machine(config, ("eval_loader",))
+    with pytest.raises(ConfigError, match="no training set is at hand: give the names, as --classes"):
+        save_config(config, tmp_path / "data.yaml")
+        predicted(checkpoint, scenes, tmp_path / "again", None, "--config", str(tmp_path / "data.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_no_calibration_is_told_and_an_old_one_removed(
 ):
     caplog.set_level(logging.WARNING)
     monkeypatch.setattr("recipe.metrics.gather.match_by_score", lambda iou, threshold: [])
-    config = replace(config, evaluation=replace(config.evaluation, generate_answer=False))
+    config = replace(config, evaluation=replace(config.evaluation, answers=None))
     folder = Path(config.run_folder)
     folder.mkdir()
     (folder / "calibration.yaml").write_text("of other weights")

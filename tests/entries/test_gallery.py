@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 from convert.write import write_split
 from recipe.gallery import (
+    class_data,
     main,
     num_errors,
     page_data,
@@ -65,6 +67,40 @@ def test_other_words_at_the_right_place() -> None:
     assert [num_errors(image, "head", 0.3, words_count=True) for image in images] == [0, 1, 1]
     assert [num_errors(image, "head", 0.95, words_count=True) for image in images] == [1, 1, 1]  # missed
     assert [image["id"] for image in page_data(rows, truths, 0.3, 2, 64)["images"]] == ["other", "none"]
+
+
+def test_classes_by_hand() -> None:
+    """As `report_categories`: a cat taken for a dog, a dog missed, a cat seen in nothing, and three found."""
+    dogs = [found(0, 0.9, "dog"), found(30, 0.8, "Dog"), found(60, 0.7)]
+    rows = [entry("a", dogs), entry("b", [found(0, 0.6), found(30, 0.5, "fox")]), entry("c", [found(0, 0.9, "owl")])]
+    truths = {
+        "a": replace(sample("other name", true(0), true(30, "dog"), true(80, "dog ")), width=0, height=0),
+        "b": sample("b", true(0, "Cat"), true(30, "dog", iscrowd=True)),
+    }
+    page = page_data([*rows, entry("broken", None, error="no image")], truths, 0.3, 3, 64)
+    classes = page["classes"]
+    assert classes["names"] == ["cat", "dog"], "what is in a crowd is ignored"
+    assert [scores[0] for scores in classes["scores"]] == [2, 2]
+    assert classes["scores"][1][1:] == pytest.approx([51 / 101 / 2, 51 / 101 / 2, 0.5])
+    assert sorted(classes["confusion"]) == [[-1, 0, 1], [0, 0, 1], [0, 1, 1], [1, -1, 1], [1, 1, 1]]
+    assert classes["worst"] == [[["a", 2]], [["a", 2]]]
+    [shown] = [image for image in page["images"] if image["id"] == "a"]
+    assert [item["class"] for item in shown["head"]] == [1, 1, 0]
+    assert class_data(rows[2:], truths, "head", 0.3) is None, "without a truth"
+    higher = class_data(rows[:1], truths, "head", 0.85)
+    assert higher is not None and higher["names"] == ["dog", "cat"]
+    assert higher["confusion"] == [[0, -1, 2], [1, 0, 1]]
+
+
+def test_classes_of_text_answers_and_of_class_scores() -> None:
+    """Without a head the answers' boxes count; with scores of classes AP counts each of an object's classes."""
+    answer = {"answer": "[]", "answer_objects": [{"box": [0.0, 0.0, 10.0, 10.0], "caption": "cat"}]}
+    truths = {"a": sample("a", true(0))}
+    text = page_data([entry("a", None, **answer)], truths, 0.3, 3, 64)["classes"]
+    assert (text["scores"], text["confusion"]) == ([[1, 1.0, 1.0, 1.0]], [[0, 0, 1]])
+    unsure = {**found(0, 0.9, "dog"), "classes": {"dog": 0.6, "cat": 0.4}}
+    head = page_data([entry("a", [unsure])], truths, 0.3, 3, 64)["classes"]
+    assert (head["names"], head["scores"], head["confusion"]) == (["cat", "dog"], [[1, 1.0, 1.0, 1.0]], [[0, 1, 1]])
 
 
 def test_the_slider_begins_where_the_predictions_do() -> None:

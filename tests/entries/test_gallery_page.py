@@ -13,6 +13,7 @@ from PIL import Image
 from recipe.gallery import main, num_errors, page_data, render
 from recipe.prediction.files import PredictedFile
 from recipe.prediction.options import parse_gallery as parse
+from recipe.schema import Sample
 from tests.support.chromium import Page, find_chromium, open_page
 from tests.support.gallery_cases import NASTY, entry, found, options, row, sample, true
 
@@ -198,6 +199,89 @@ def test_images_by_their_captions(gallery: Path, browser: Page) -> None:
     set_control(browser, "threshold", "0.7")
     assert browser.evaluate(STATE)["cards"] == []
     assert holding("") == ["broken", "worst", "good", "none"]
+
+
+def animals() -> tuple[list[PredictedFile], dict[str, Sample]]:
+    """Eight images of boxes at random places with random names, some with objects below the threshold or a crowd."""
+    draw, rows, truths = Random(3), [], {}
+    names = ["cat", "dog", "fox", NASTY]
+    for name in "abcdefgh":
+        boxes = [
+            found(15 * place, draw.uniform(0.3, 1), draw.choice(names)) for place in range(6) if draw.random() < 0.7
+        ]
+        below = [found(15 * place, draw.uniform(0.05, 0.3), "") for place in range(6) if draw.random() < 0.3]
+        rows.append(entry(name, boxes, score_threshold=0.3, least_score=0.05, objects_below=below))
+        wanted = [true(15 * place + draw.choice((0, 1, 5)), draw.choice(names[:3])) for place in range(6)]
+        truths[name] = sample(name, *wanted[draw.randrange(4) :], true(85, "dog", iscrowd=True))
+    return rows, truths
+
+
+def test_the_errors_of_a_class_are_those_of_the_report(gallery: Path, browser: Page) -> None:
+    """At the slider's first value, whatever the order; and its images come first that have most of them."""
+    rows, truths = animals()
+    page = page_data(rows, truths, 0.4, 8, 64)
+    (gallery / "page.html").write_text(render(page), encoding="utf-8")
+    browser.open(gallery / "page.html")
+    worst = [dict(map(tuple, entries)) for entries in page["classes"]["worst"]]
+    assert len(worst) == 3 and all(worst)
+    for number, errors in enumerate(worst):
+        counted = browser.evaluate(
+            f"cards.map((card) => [card.image.id, classErrors(card.image, 'head', {page['threshold']}, {number})])"
+        )
+        assert {name: count for name, count in counted if count} == errors
+        set_control(browser, "class", str(number))
+        shown = [name for name, _ in browser.evaluate(STATE)["cards"]]
+        assert [errors.get(name, 0) for name in shown] == sorted(errors.values(), reverse=True) + [0] * (
+            len(shown) - len(errors)
+        )
+    set_control(browser, "class", "3")  # a name that no truth has
+    assert browser.evaluate("byId('of-class').firstChild.textContent").startswith(f"{NASTY}: ".casefold())
+
+
+def test_a_box_without_a_caption_finds_its_truth(gallery: Path, browser: Page) -> None:
+    """Below the threshold of the predictions: no error of a class, as it is none of the image."""
+    low = entry("low", [], score_threshold=0.3, least_score=0.05, objects_below=[found(0, 0.1, ""), found(50, 0.1, "")])
+    (gallery / "page.html").write_text(render(page_data([low], {"low": sample("low", true(0))}, 0.3, 1, 64)))
+    browser.open(gallery / "page.html")
+    errors = "[0.3, 0.05].map((threshold) => classErrors(cards[0].image, 'head', threshold, 0))"
+    assert browser.evaluate(errors) == [1, 0]
+
+
+def test_a_class_is_chosen_by_a_click(gallery: Path, browser: Page) -> None:
+    rows = [
+        entry("near", [found(0, 0.9), found(30, 0.8, "dog"), found(60, 0.7), found(80, 0.7)]),
+        entry("far", [found(0, 0.9, "dog"), found(60, 0.5, "dog")]),
+        entry("gone", [found(0, 0.9, "dog")]),
+    ]
+    truths = {"near": sample("near", true(0), true(30, "dog")), "far": sample("far", true(0), true(30))}
+    truths["gone"] = sample("gone", true(0, "dog"), true(30, "dog"))
+    (gallery / "page.html").write_text(render(page_data(rows, truths, 0.3, 2, 64)), encoding="utf-8")
+    browser.open(gallery / "page.html")
+    browser.evaluate("byId('classes').open = true")
+    table = "[...byId('{}').rows].map((row) => [...row.cells].map((cell) => cell.textContent).join('|'))"
+    assert browser.evaluate(table.format("scores"))[0] == "class|truths|AP|AP50|recall"
+    assert browser.evaluate(table.format("scores"))[1].startswith("1 cat|3|0.337|0.337|0.333")
+    assert browser.evaluate(table.format("confusion")) == [
+        "true, taken for|1|2|missed",
+        "1 cat|1|1|1",
+        "2 dog||2|1",
+        "nothing there|2|1|",
+    ]
+    x, y = place_of(browser, "byId('scores').querySelectorAll('button')[1]")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.mouse(kind, x, y)
+    assert [name for name, _ in browser.evaluate(STATE)["cards"]] == ["far", "near"], "near's dog is right"
+    line = "dog: missed 1, cat taken for it 1, nothing taken for it 1"
+    found_line = browser.evaluate("byId('of-class').firstChild.textContent")
+    assert sorted(found_line.removeprefix("dog: ").split(", ")) == sorted(line.removeprefix("dog: ").split(", "))
+    assert browser.evaluate("byId('of-class').lastChild.textContent").startswith("most errors: far (2)gone (1, not in")
+    top = "cards.find((card) => card.image.id === 'far').article.getBoundingClientRect().top"
+    x, y = place_of(browser, "byId('of-class').querySelector('button')")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.mouse(kind, x, y)
+    assert browser.evaluate(f"Math.abs({top} - byId('bar').offsetHeight) < 30 || scrollY > 0")
+    set_control(browser, "class", "")
+    assert browser.evaluate("byId('of-class').textContent + document.querySelectorAll('tr.chosen').length") == "0"
 
 
 def test_labels_lie_above_the_boxes_beside(gallery: Path, browser: Page) -> None:

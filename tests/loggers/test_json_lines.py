@@ -68,6 +68,16 @@ def test_not_a_number_stays_valid_json(tmp_path: Path) -> None:
     assert math.isnan(float(metrics["a"]))
 
 
+def test_a_table_is_one_line(tmp_path: Path) -> None:
+    logger = JsonLinesLogger(str(tmp_path / "metrics.jsonl"))
+    logger.log_table(["category", "ap"], [["a cup", 0.5], ["a dog", math.nan]], name="eval/categories", step=3)
+    logger.log_table(["one"], [[1]], name="other", step=4)
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (first["step"], first["metrics"], first["table"]) == (3, {}, "eval/categories")
+    assert (first["columns"], first["rows"]) == (["category", "ap"], [["a cup", 0.5], ["a dog", "nan"]])
+    assert second["rows"] == [[1]]
+
+
 def test_a_resumed_run_holds_every_batch_once(tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "metrics.jsonl"
     log_batches(JsonLinesLogger(str(whole)), 0, 6)

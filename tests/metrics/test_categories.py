@@ -68,6 +68,19 @@ def test_confusion_and_worst_images_by_hand() -> None:
     assert json.loads(json.dumps(report.to_json()))["scores"]["dog"]["truths"] == 2
 
 
+def test_open_captions_do_not_fill_the_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three pairs and two categories one is kept, and what is left out is counted: two boxes, one category."""
+    samples = [make_sample("a", [(LEFT, "cat"), (RIGHT, "dog")]), make_sample("b", [(LEFT, "cat")])]
+    predictions = [make_prediction("a", [(LEFT, 0.9, "cat"), (RIGHT, 0.9, "fox")]), make_prediction("b", [])]
+    monkeypatch.setattr("recipe.metrics.categories.KEPT", 1)
+    found = report_categories(predictions, samples, 0.3).to_json()
+    assert list(found["scores"]) == list(found["worst"]) == ["cat"] and found["scores_left_out"] == 1
+    assert found["confusion"] == [["cat", "cat", 1]] and found["confusion_left_out"] == 2
+    monkeypatch.setattr("recipe.metrics.categories.KEPT", 3)
+    whole = report_categories(predictions, samples, 0.3).to_json()
+    assert len(whole["confusion"]) == 3 and whole["confusion_left_out"] == whole["scores_left_out"] == 0
+
+
 def test_crowd_regions_are_ignored() -> None:
     sample = make_sample("a", [(LEFT, "cat")], crowds=[FAR])
     report = report_categories([make_prediction("a", [(FAR, 0.9, "cat"), (LEFT, 0.8, "cat")])], [sample], 0.0)

@@ -29,6 +29,7 @@ def test_worked_by_hand():
             "text_f1_95": 2 * 1 / (3 + 4),
             "text_miou": (1 + 0.8) / 4,
             "text_parse_failure_rate": 0.5,
+            "text_answers": 2,
         }
     )
 
@@ -36,7 +37,7 @@ def test_worked_by_hand():
 def test_overlap_below_one_half_is_no_hit_but_counts_in_the_mean():
     result = scores([answered("a", [(5.0, 0.0, 15.0, 10.0)])], [make_sample("a", [(A, "x")])])
     assert result == pytest.approx(
-        {"text_f1": 0.0, "text_f1_95": 0.0, "text_miou": 1 / 3, "text_parse_failure_rate": 0.0}
+        {"text_f1": 0.0, "text_f1_95": 0.0, "text_miou": 1 / 3, "text_parse_failure_rate": 0.0, "text_answers": 1}
     )
 
 
@@ -57,7 +58,8 @@ def test_f1_at_95_percent(width: float, expected: float):
 def test_what_does_not_count():
     predictions = [make_prediction("a", []), answered("b", [A]), answered("c", [A])]
     samples = [make_sample("a", [(A, "x")]), make_sample("b", None), Sample("c", b"", 0, 0, ())]
-    assert set(scores(predictions, samples).values()) == {-1.0}
+    result = scores(predictions, samples)
+    assert result.pop("text_answers") == 0 and set(result.values()) == {-1.0}
 
 
 def test_empty_images():
@@ -67,6 +69,7 @@ def test_empty_images():
         "text_f1_95": -1.0,
         "text_miou": -1.0,
         "text_parse_failure_rate": 0.0,
+        "text_answers": 1,
     }
     assert scores([answered("a", [A])], [nothing])["text_f1"] == 0.0
 
@@ -92,7 +95,9 @@ def test_boxes_a_model_may_write_but_should_not():
 
 def test_a_chat_about_something_else_does_not_count():
     chat = make_sample("a", [(A, "x")], expression="What colour is it?", answers=["Brown."])
-    assert set(scores([unparsed("a")], [chat]).values()) == {-1.0}
+    result = scores([unparsed("a")], [chat])
+    assert result.pop("text_answers") == 0 and set(result.values()) == {-1.0}
     asked = make_sample("b", [(A, "x")], expression="Where?", answers=['[{"bbox_2d": [0, 0, 10, 10], "label": "x"}]'])
     both = scores([unparsed("a"), answered("b", [A])], [chat, asked])
+    assert both.pop("text_answers") == 1
     assert both == {"text_f1": 1.0, "text_f1_95": 1.0, "text_miou": 1.0, "text_parse_failure_rate": 0.0}

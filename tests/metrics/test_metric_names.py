@@ -18,6 +18,7 @@ NAMES = {
     "densecap_map_meteor_lite2", "densecap_map_boxes", "caption_match", "caption_meteor_lite2", "caption_cider_d",
     "matched_boxes", "recall", "recall_ceiling", "query_recall50", "refcoco_acc", "refcoco_samples",
     "ece", "best_score_threshold", "best_f1", "text_f1", "text_f1_95", "text_miou", "text_parse_failure_rate",
+    "text_answers",
     *Evaluation.denominators,
 }  # fmt: skip
 COUNTS = LossCounts(teacher_tokens=0, student_tokens=0, objects=0, images=0, microbatches=1)
@@ -67,6 +68,6 @@ def test_captions_are_judged_from_the_score_threshold_on(
 
 def test_without_answers_none_are_judged(tiny_model: JointModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("recipe.joint.default_text_scorer", MeteorLite)
-    monkeypatch.setattr(tiny_model, "evaluation", replace(tiny_model.evaluation, generate_answer=False))
+    monkeypatch.setattr(tiny_model, "evaluation", replace(tiny_model.evaluation, answers=None))
     names = set(tiny_model.get_metrics(is_train=False))
     assert names == {name for name in NAMES if not name.startswith("text_")}

@@ -11,6 +11,7 @@ from composer.utils import dist
 from metric_cases import make_prediction, make_sample
 
 from recipe.joint import all_scores
+from recipe.metrics.boxes import category_average_precision
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import MeteorLite, default_text_scorer
 from recipe.schema import Box, LossCounts, Prediction, Sample
@@ -68,7 +69,7 @@ def chosen_scorers(rank: int) -> list[str]:
 def one_rank(folder: str) -> None:
     dist.initialize_dist("cpu", timeout=60)
     rank, pairs = dist.get_global_rank(), scenes()
-    metric = Evaluation(scores)
+    metric = Evaluation(scores, category_average_precision)
     # rank 0 gets the one sample that is not annotated, so its tensors are empty at first
     for batch in [pairs[:1], pairs[7:]] if rank == 0 else [pairs[3:6], pairs[1:3], pairs[6:7]]:
         feed(metric, batch)
@@ -90,7 +91,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 def test_two_ranks_score_as_one(ranks: Path):
-    metric = Evaluation(scores)
+    metric = Evaluation(scores, category_average_precision)
     for start in range(0, 10, 2):  # five batches, as the ranks have
         feed(metric, scenes()[start : start + 2])
     expected = values_of(metric)
@@ -103,6 +104,7 @@ def test_two_ranks_score_as_one(ranks: Path):
     assert 0 < values["category_ap50"] < 1
     assert 0 < values["caption_match"] < 1
     assert 0 < values["text_f1"] < 1
+    assert values["text_answers"] == 5  # of the eight annotated scenes three have no answer
     assert 0 < values["densecap_map_meteor_lite2"] < values["densecap_map_boxes"] < 1
     assert 0 < values["caption_cider_d"] < 10
     assert 0 < values["ece"] < 1 and 0 < values["best_f1"] < 1

@@ -6,11 +6,10 @@ import pytest
 import torch
 from metric_cases import make_sample
 
-from recipe.boxes import text_to_objects
+from recipe.boxes import asks_for_boxes, text_to_objects
 from recipe.metrics.gather import (
     FALSE,
     IGNORED,
-    asks_for_boxes,
     found_truths,
     inside_crowd,
     match_by_overlap,

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from recipe.boxes import asks_for_boxes
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.metrics.gather import asks_for_boxes
 from recipe.prediction import decode
 from recipe.schema import Example, Prediction, Role, Sample
 from tests.support.tiny_cases import CHAT_IN_TURNS, collator, make_encoder, make_samples

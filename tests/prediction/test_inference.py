@@ -7,7 +7,8 @@ import torch
 from torchvision.ops import box_iou
 
 from recipe.config import EvaluationConfig
-from recipe.joint import JointModel
+from recipe.joint import JointModel, all_scores
+from recipe.metrics.scorers import MeteorLite
 from recipe.prediction import decode
 from recipe.prediction.decode import Decoding, eos_token_id, generate_captions, rank_queries
 from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Memory, Prediction
@@ -108,7 +109,7 @@ def test_what_nms_removes_is_no_object_and_changes_no_other(
 ) -> None:
     """With captions written for the best two only, the third best moves up where the second is a double."""
     examples = [tiny_examples[name] for name in ("two", "text", "one", "empty")]
-    evaluation = replace(tiny_model.evaluation, generate_answer=False)
+    evaluation = replace(tiny_model.evaluation, answers=None)
     everything = predict(tiny_model, examples, "packed", evaluation)
     boxes = torch.tensor([item.box for item in everything[0].objects])
     nms_iou = float(box_iou(boxes, boxes).triu(diagonal=1).max()) - 1e-3  # so that it removes at least one
@@ -129,7 +130,7 @@ def test_what_nms_removes_is_no_object_and_changes_no_other(
 def test_calibration_at_prediction(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
     """Boxes and captions stay, scores are the sigmoid of what the yaml says."""
     examples = [tiny_examples["two"], tiny_examples["one"]]
-    evaluation = replace(tiny_model.evaluation, generate_answer=False)
+    evaluation = replace(tiny_model.evaluation, answers=None)
     plain = predict(tiny_model, examples, "standard", evaluation)
     found = predict(tiny_model, examples, "standard", replace(evaluation, score_scale=0.5, score_shift=1.0))
     for before, after in zip(plain, found, strict=True):
@@ -148,10 +149,87 @@ def test_metrics_see_the_captions_of_all_objects(
     batch = collator("standard")([tiny_examples["two"], tiny_examples["crowded"]])
     found = []
     for score_threshold in (0.0, 0.99):
-        evaluation = replace(tiny_model.evaluation, score_threshold=score_threshold, generate_answer=False)
+        evaluation = replace(tiny_model.evaluation, score_threshold=score_threshold, answers=None)
         monkeypatch.setattr(tiny_model, "evaluation", evaluation)
         found.append(tiny_model.eval_forward(batch).predictions)
     assert found[0] == found[1]
     objects = [item for prediction in found[1] for item in prediction.objects]
     assert len(objects) == 2 * NUM_QUERIES and max(item.score for item in objects) < 0.99
     assert any(item.caption for item in objects)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["standard", "packed"])
+def test_some_are_answered_as_if_all_were(
+    tiny_model: JointModel, tiny_examples: dict[str, Example], layout: str
+) -> None:
+    """Several have teachers, whose images come before their own."""
+    batch = collator(layout)(list(tiny_examples.values()))
+    decoding = Decoding(tiny_model.tokenizer, tiny_model.evaluation, tiny_model.prompt)
+    network = tiny_model.eval().model
+    everything = decode.predict(network, batch, decoding)[1]
+    names = [sample.id for sample in batch["samples"] if sample.image]
+    assert len({found.answer for found in everything}) > 2
+    for chosen in ([], names[:1], names[1::2], names[-2:], names):
+        some = replace(decoding, is_answered=lambda sample, chosen=chosen: sample.id in chosen)
+        for found, expected in zip(decode.predict(network, batch, some)[1], everything, strict=True):
+            assert found.objects == expected.objects
+            assert found.answer == (expected.answer if found.id in chosen else None)
+            assert found.answer_objects == (expected.answer_objects if found.id in chosen else None)
+
+
+@torch.no_grad()
+def test_an_evaluation_writes_captions_that_are_read(
+    tiny_model: JointModel, tiny_examples: dict[str, Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every score but those by category has the same bits; what is drawn of an image has captions."""
+    names = ["two", "crowded", "one", "text", "empty", "unannotated"]
+    batch = collator("standard")([tiny_examples[name] for name in names])
+    boxes = [target["boxes"] for target in batch["targets"] if target is not None and len(target["boxes"])]
+    first = tiny_model.eval().eval_forward(batch).predictions[-1].objects
+    level = first[len(first) // 2].score
+    monkeypatch.setattr(tiny_model, "evaluation", replace(tiny_model.evaluation, score_threshold=level, answers=None))
+    plain = decode.rank_queries
+
+    def near_truths(detection: DetectionOutputs, evaluation: EvaluationConfig) -> decode.Ranking:
+        """An untrained head finds nothing: let its best objects lie on truths."""
+        ranking = plain(detection, evaluation)
+        rows = [row for row, target in enumerate(batch["targets"]) if target is not None and len(target["boxes"])]
+        for row, truths in zip(rows, boxes, strict=True):
+            count = min(len(truths), NUM_QUERIES - 1)
+            ranking.boxes[row, 1 : count + 1] = truths[:count].to(ranking.boxes)
+        return ranking
+
+    monkeypatch.setattr(decode, "rank_queries", near_truths)
+    found = {}
+    for with_categories in (True, False):
+        monkeypatch.setattr(tiny_model.scope, "with_categories", with_categories)
+        found[with_categories] = tiny_model.eval().eval_forward(batch).predictions
+    scored = [
+        all_scores(predictions, batch["samples"], NUM_QUERIES, level, MeteorLite(), with_answers=False)
+        for predictions in found.values()
+    ]
+    assert scored[0] == scored[1] and scored[0]["densecap_map_boxes"] > 0
+    written = {
+        name: sum(bool(item.caption) for prediction in predictions for item in prediction.objects)
+        for name, predictions in found.items()
+    }
+    assert 0 < written[False] < written[True]
+    for cheap, whole in zip(found[False], found[True], strict=True):
+        for item, other in zip(cheap.objects, whole.objects, strict=True):
+            assert item in (other, replace(other, caption=""))
+    monkeypatch.setattr(tiny_model.scope, "drawn", [batch["samples"][-1].id])  # not annotated
+    drawn = tiny_model.eval_forward(batch).predictions[-1]
+    expected = [item.caption if item.score >= level else "" for item in found[True][-1].objects]
+    assert [item.caption for item in drawn.objects] == expected and any(expected)
+    assert not any(item.caption for item in found[False][-1].objects)
+
+
+def test_a_prediction_has_captions_from_the_threshold_on(
+    tiny_model: JointModel, tiny_examples: dict[str, Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`predict.py` knows no truth: what an evaluation leaves out does not concern it."""
+    monkeypatch.setattr(tiny_model.scope, "with_categories", False)
+    evaluation = replace(tiny_model.evaluation, score_threshold=0.0, answers=None)
+    (found,) = predict(tiny_model, [tiny_examples["empty"]], "standard", evaluation)
+    assert sum(bool(item.caption) for item in found.objects) > 1

@@ -1,0 +1,1 @@
+"""Predictions → the judges of others. Begin with tasks.py."""
