@@ -25,7 +25,7 @@ from convert.jsonl import find
 from convert.shapes import Scene
 from convert.store import staging_folder
 from convert.write import convert_split, convert_splits
-from recipe.data.split import Split
+from recipe.data.split import ImageHashes, Split
 from recipe.records import INDEX_FILE, RECORDS_FILE, parse_index, read_image_hashes
 
 NUM_RECORDS = 30
@@ -112,7 +112,7 @@ def test_training_holds_out_the_same(images: Path) -> None:
     found = find_rows(images, lines())
     convert_split(found, str(images / "whole"), "train")
     folder = images / "whole" / "train"
-    hashes = [int(text, 16) for text in read_image_hashes(folder / RECORDS_FILE, parse_index(folder / INDEX_FILE))]
+    hashes = [int(text, 16) for (text,) in read_image_hashes(folder / RECORDS_FILE, parse_index(folder / INDEX_FILE))]
     ids = [sample.id for sample in read_samples(images / "whole")]
     contents = {
         name: entry.origin()[1]
@@ -121,7 +121,7 @@ def test_training_holds_out_the_same(images: Path) -> None:
     }
     assert hashes == [int(hashlib.blake2b(contents[name], digest_size=8).hexdigest(), 16) for name in ids]
     for share in (0.2, SHARE, 0.5):
-        is_held = Split(share, np.array(hashes, dtype=np.uint64)).is_validation
+        is_held = Split(share, of_one_image(hashes)).is_validation
         held = held_out(found, share=share)
         assert {name for name, out in zip(ids, is_held, strict=True) if out} == held - {f"r{BAD}"}
     assert held_out(found, share=0.2) < held_out(found, share=0.5)
@@ -405,9 +405,13 @@ def test_three_parts(images: Path) -> None:
     found = find_rows(images, lines())
     convert(found, images / "out")
     folder = images / "out" / "train"
-    hashes = [int(text, 16) for text in read_image_hashes(folder / RECORDS_FILE, parse_index(folder / INDEX_FILE))]
+    hashes = [int(text, 16) for (text,) in read_image_hashes(folder / RECORDS_FILE, parse_index(folder / INDEX_FILE))]
     ids = [sample.id for sample in read_samples(images / "out")]
-    second = Split(0.5, np.array(hashes, dtype=np.uint64)).is_validation
+    second = Split(0.5, of_one_image(hashes)).is_validation
     expected = (by_hand(lines(), images, 0.5) - by_hand(lines(), images, 0.3)) - {f"r{BAD}"}
     assert {name for name, is_held in zip(ids, second, strict=True) if is_held} == expected != set()
-    assert not Split(0.3, np.array(hashes, dtype=np.uint64)).is_validation.any()
+    assert not Split(0.3, of_one_image(hashes)).is_validation.any()
+
+
+def of_one_image(hashes: list[int]) -> ImageHashes:
+    return ImageHashes(np.array(hashes, dtype=np.uint64), np.array([], dtype=np.uint64), np.array([], dtype=np.int64))
