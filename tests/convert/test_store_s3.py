@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,9 @@ class SlowScene:
 
     def fingerprint(self) -> str:
         return self.scene.fingerprint()
+
+    def origin(self) -> tuple[Sequence[str], bytes]:
+        return self.scene.origin()
 
     def read(self) -> Iterator[Sample]:
         time.sleep(0.1)

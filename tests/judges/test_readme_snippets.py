@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from recipe.prediction.files import category_ids, write_entries
-from recipe.schema import DetectedObject, PredictedFile, Prediction
+from recipe.prediction.files import PredictedFile, category_ids, write_entries
+from recipe.schema import DetectedObject, Prediction
 
 ROOT = Path(__file__).parents[2]
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "recipe/README.md").read_text(), re.DOTALL | re.MULTILINE)
