@@ -15,7 +15,6 @@ import numpy as np
 from composer import DataSpec
 from composer.utils import dist
 from jaxtyping import Int64
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from recipe.boxes import asks_for_boxes
@@ -71,7 +70,7 @@ class EvalSamples(Dataset[Pack]):
             return _orders_of(Sample.from_mds({**row, "image": b""}) for row in rows)["orders"]
         return np.concatenate(kept)[self._positions]
 
-    def put_first(self, indices: NDArray[np.int64]) -> None:
+    def put_first(self, indices: Int64[np.ndarray, " k"]) -> None:
         """Let the set begin with these of its samples; the others keep their order."""
         self._positions = np.concatenate([self._positions[indices], np.delete(self._positions, indices)])
 
