@@ -407,10 +407,10 @@ class Augmentation:
         )
         left, top, right, bottom = shown.crops[0].tolist()
         drawn = Drawn(size, (left, top, right, bottom), bool(shown.flips[0]), tuple(shown.sizes[0].tolist()), colour)
-        return self._move(sample, shown), drawn
+        return self.move(sample, shown), drawn
 
-    def _move(self, sample: Sample, shown: Shown) -> Sample:
-        """Return a sample with its size, boxes and words as its image is shown."""
+    def move(self, sample: Sample, shown: Shown) -> Sample:
+        """Return a sample with its size, boxes and words as its image, the only one of `shown`, is shown."""
 
         def moved(boxes: Sequence[Box]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
             return move_boxes(in_float32(boxes), shown, np.zeros(len(boxes), dtype=np.int64))

@@ -29,6 +29,7 @@ from recipe.upstream.storage import open_streams
 EVERYTHING = AugmentConfig(horizontal_flip=0.5, crop=CropConfig(probability=0.8), scale_jitter=[0.5, 2.0])
 NATIVE = AugmentConfig(crop=CropConfig(probability=1.0, scale=[0.05, 0.5], ratio=[0.3, 3.0], enlarge=False))
 SAYS = "on the left of the large blue circle"
+CAPTIONS = ["red star", SAYS, "what?", 'a "b" ', "white-knight", "左边的狗", "ü (x)", "bus 42", "]}, {[", "leftmost"]
 
 
 def box_part(*box: float) -> dict[str, Any]:
@@ -43,12 +44,11 @@ def text_part(text: str) -> dict[str, Any]:
 def samples(make_sample) -> list[Sample]:
     """Pictures of many sizes with 0 to 6 objects, some with sides in their captions, and chats of every kind."""
     pictures = [make_sample(number, number % 7, 60 + 37 * number, 50 + 29 * (number % 4)) for number in range(12)]
-    first = pictures[3].objects
-    assert first is not None
-    pictures[3] = replace(pictures[3], objects=(replace(first[0], caption=SAYS), *first[1:]))
-    pictures[4] = replace(
-        pictures[4], objects=(replace(first[0], caption='a "sign", 12'), Object((0, 0, 9, 9), "", True))
-    )
+    for number, picture in enumerate(pictures):
+        words = [CAPTIONS[0], *(CAPTIONS[(number + i) % len(CAPTIONS)] for i in range(6))]
+        named = tuple(replace(item, caption=words[i]) for i, item in enumerate(picture.objects or ()))
+        pictures[number] = replace(picture, objects=named)
+    pictures[4] = replace(pictures[4], objects=(*(pictures[4].objects or ()), Object((0, 0, 9, 9), "", True)))
     pictures[5] = replace(pictures[5], objects=(Object((3.5, 4.25, 60.5, 80), "", True),))
     pictures[6] = replace(pictures[6], objects=None)
     chat = (
