@@ -52,8 +52,9 @@ LANGUAGES: Mapping[str, Language] = {
         read=(
             "letter|letters|lettering|number|numbers|numbered|numeral|numerals|digit|digits|text|texts|word|words"
             "|writing|written|handwriting|inscription|inscriptions|sign|signs|signage|signboard|label|labels|labeled"
-            "|labelled|logo|logos|reads|reading|says|saying|spells|spelling|license plate|licence plate|number plate"
-            "|poster|posters|billboard|billboards|banner|banners|barcode|newspaper|scoreboard|clock|map"
+            "|labelled|logo|logos|read|reads|says|saying|spells|spelling|license plate|license plates|licence plate"
+            "|licence plates|number plate|number plates|poster|posters|billboard|billboards|banner|banners|barcode"
+            "|newspaper|scoreboard|clock|map"
         ),
         places=(
             "top|bottom|upper|lower|middle|center|centre|central|corner|edge|first|second|third|last|nearest|closest"
