@@ -131,7 +131,7 @@ LANGUAGES: Mapping[str, Language] = {
         places="上方|下方|上角|下角|顶部|頂部|底部|中间|中間|中央|中部|角落|第|最|唯一",
     ),
 }
-_ALWAYS_READ = r"\b\d+\b|[\"“”„«»「」『』]"  # numbers that stand alone, and quoted words
+_ALWAYS_READ = r"\b\d+\b|[\"“”„«»「」『』]"  # single numbers, and quoted words
 
 
 class Vocabulary:

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from recipe.callbacks.samples import LogFirstSample, first_images
 from recipe.config import (
     AugmentConfig,
     ConfigError,
@@ -159,7 +162,7 @@ def test_numbers_of_several_digits_per_token_are_planned(
 ):
     """GPT-2 cuts before a number and the space in front of it, and has tokens of two and three digits."""
     tokenizer = tokenizer_like(encoder, "GPT-2")
-    assert len(tokenizer("[12, 345]")["input_ids"]) < 9
+    assert len(tokenizer.tokenize("[12, 345]")) < 9
     other = replace(encoder, tokenizer=tokenizer, max_seq_len=100000)
     table = table_of(samples, streams, other, EVERYTHING)
     tokens, _ = table.of_epoch(2, np.arange(len(samples)))
@@ -293,3 +296,37 @@ def test_another_augmentation_is_refused(encoder: Encoder, loader: LoaderConfig)
     older = other.state_dict(2, True)
     del older["plan"]["augmentation"]
     other.load_state_dict(older)  # of a version without augmentation
+
+
+def test_the_first_images_of_a_new_run_are_drawn(encoder: Encoder, loader: LoaderConfig, tmp_path: Path):
+    own = replace(encoder, image_spec=replace(encoder.image_spec, max_pixels=20000))
+    logged: list[tuple[str, tuple[int, ...]]] = []
+    logger: Any = SimpleNamespace(log_images=lambda image, name, **_: logged.append((name, image.shape)))
+
+    def start(augment: AugmentConfig | None, step: int) -> Path:
+        folder = tmp_path / f"{augment is None}-{step}"
+        dataloader, _ = open_packs(replace(loader, augment=augment), own)
+        state: Any = SimpleNamespace(
+            train_dataloader=dataloader, timestamp=SimpleNamespace(batch=step), batch=next(iter(dataloader))
+        )
+        callback = LogFirstSample(encoder.tokenizer, folder)
+        callback.fit_start(state, logger)
+        callback.batch_start(state, logger)
+        return folder
+
+    folder = start(EVERYTHING, 0)
+    with Image.open(folder / "augmented_samples.png") as drawing:
+        assert logged == [("augmented_samples", (drawing.height, drawing.width, 3))]
+    text = (folder / "first_train_sample.txt").read_text()
+    dataloader, dataset = open_packs(loader, own)
+    shown = first_images(dataset, 12)
+    assert len(shown) == 12 and len({sample.id for _, sample, _ in shown}) == 12
+    for _, sample, title in shown:
+        assert title.split(", ")[0] in ("whole", "part", "flipped whole", "flipped part")
+        assert all(item.box[2] <= sample.width for item in sample.objects or ())
+    first = content([next(iter(dataloader))])[0][0]
+    assert f"sample {first[0]}, " in text and f"\n[shown as] {first[1]}\n" in text
+    for folder in (start(None, 0), start(EVERYTHING, 3)):
+        assert not (folder / "augmented_samples.png").exists()
+    assert "[shown as]" not in (tmp_path / "True-0" / "first_train_sample.txt").read_text()
+    assert len(logged) == 1

@@ -90,12 +90,13 @@ def test_a_prompt_that_a_flip_makes_untrue_is_refused():
         check_augmentation(replace(flipped, prompt=PromptConfig(**prompt)))
 
     check(candidate_phrases=["left side panel", "right side panel", "wheel"])
-    for prompt, key in (
+    untrue: list[tuple[dict[str, Any], str]] = [
         ({"detect": "Find the dog on the left."}, "detect"),
         ({"system": "You read license plates."}, "system"),
         ({"candidate_phrases": ["wheel", "stop sign"]}, "candidate_phrases"),
         ({"candidate_phrases": ["left side panel", "wheel"]}, "candidate_phrases"),
-    ):
+    ]
+    for prompt, key in untrue:
         with pytest.raises(ConfigError, match=rf"horizontal_flip would make prompt\.{key} untrue \('"):
             check(**prompt)
         check_augmentation(replace(with_augment(crop=CropConfig()), prompt=PromptConfig(**prompt)))
