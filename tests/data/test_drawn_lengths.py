@@ -40,7 +40,8 @@ from recipe.upstream.storage import open_streams
 EVERYTHING = AugmentConfig(horizontal_flip=0.5, crop=CropConfig(probability=0.8), scale_jitter=[0.5, 2.0])
 NATIVE = AugmentConfig(crop=CropConfig(probability=1.0, scale=[0.05, 0.5], ratio=[0.3, 3.0], enlarge=False))
 SAYS = "on the left of the large blue circle"
-CAPTIONS = ["red star", SAYS, "what?", 'a "b" ', "white-knight", "左边的狗", "ü (x)", "bus 42", "]}, {[", "leftmost"]
+FLIPPED = ["red star", "clockwise", "what?", SAYS, "white-knight", "ü (x)", "leftmost"]
+CAPTIONS = ["red star", "bus 42", 'a "b" ', "左边的狗", "]}, {[", "what?", "the right answer"]
 
 
 def box_part(*box: float) -> dict[str, Any]:
@@ -56,8 +57,9 @@ def samples(make_sample) -> list[Sample]:
     """Pictures of many sizes with 0 to 6 objects, some with sides in their captions, and chats of every kind."""
     pictures = [make_sample(number, number % 7, 60 + 37 * number, 50 + 29 * (number % 4)) for number in range(12)]
     for number, picture in enumerate(pictures):
-        words = [CAPTIONS[0], *(CAPTIONS[(number + i) % len(CAPTIONS)] for i in range(6))]
-        named = tuple(replace(item, caption=words[i]) for i, item in enumerate(picture.objects or ()))
+        words = CAPTIONS if number % 3 == 0 else FLIPPED
+        objects = picture.objects or ()
+        named = tuple(replace(item, caption=words[(number + i) % 7]) for i, item in enumerate(objects))
         pictures[number] = replace(picture, objects=named)
     pictures[4] = replace(pictures[4], objects=(*(pictures[4].objects or ()), Object((0, 0, 9, 9), "", True)))
     pictures[5] = replace(pictures[5], objects=(Object((3.5, 4.25, 60.5, 80), "", True),))
@@ -141,6 +143,8 @@ def test_planned_lengths_are_those_of_the_encoded_samples(
             seen.add((position, example.drawn))
         assert (tokens <= longest[repeated]).all() and (patches <= most[repeated]).all()
     assert len(seen) > 16
+    sides = {n for n, sample in enumerate(samples) for item in sample.objects or () if item.caption == "clockwise"}
+    assert any("flipped" in look for position, look in seen if position in sides) or not config.horizontal_flip
 
 
 def tokenizer_like(encoder: Encoder, split: str | None) -> PreTrainedTokenizerFast:
@@ -150,7 +154,10 @@ def tokenizer_like(encoder: Encoder, split: str | None) -> PreTrainedTokenizerFa
     tokenizer.pre_tokenizer = to_bytes  # pyright: ignore[reportAttributeAccessIssue]
     numbers = " ".join(f'[{{"bbox_2d": [{n}, {n * 7 % 400}, {n * 3 % 400}, {n + 1}], "label"' for n in range(400))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([numbers] * 3, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet))
+    words = 'a "label": "what?"}, {"bbox_2d": [1, 2], "label": "red star"}] '
+    tokenizer.train_from_iterator(
+        [numbers, *[words] * 400], trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet)
+    )
     special = {name: getattr(encoder.tokenizer, name) for name in ("eos_token", "pad_token")}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, additional_special_tokens=["<|image_pad|>", "<|im_start|>"], **special
@@ -165,13 +172,17 @@ def test_numbers_of_several_digits_per_token_are_planned(
     assert len(tokenizer.tokenize("[12, 345]")) < 9
     other = replace(encoder, tokenizer=tokenizer, max_seq_len=100000)
     table = table_of(samples, streams, other, EVERYTHING)
-    tokens, _ = table.of_epoch(2, np.arange(len(samples)))
-    for position, sample in enumerate(samples):
-        shown, _, _ = table.augmentation.show(sample, [], 2, position)
+    (inner, last), (other_inner, other_last) = table.pieces.of_words(["what?", "red star"])
+    assert last - inner != other_last - other_inner  # so it matters which object an answer lists last
+    places = [*range(len(samples))] * 6
+    tokens, patches = table.of_epoch(2, np.array(places))
+    for occurrence, position in enumerate(places):
+        sample = samples[position]
+        shown, _, _ = table.augmentation.show(sample, [], 2, occurrence)
         head, student = other.segments(shown)
         texts = sum(len(row) for row in other.ids([segment.text for segment in [*head, *student]]))
-        images = table.of_epoch(2, np.array([position]), position)[1][0] // 4 - len(other.ids(["<|image_pad|>"])[0])
-        assert tokens[position] == texts + (images if sample.has_image else 0), sample.id
+        images = patches[occurrence] // 4 - 1 if sample.has_image else 0
+        assert tokens[occurrence] == texts + images, sample.id
 
 
 def test_a_tokenizer_that_joins_numbers_with_brackets_is_refused(
