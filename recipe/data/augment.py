@@ -292,13 +292,18 @@ def is_kept(
     return ~cut | ((seen >= config.crop.least_visible) & (sides >= config.crop.least_pixels))
 
 
+def has_one_image(sample: Sample) -> bool:
+    """Return whether a sample has an image and no further ones, whose boxes would need draws of their own."""
+    return sample.has_image and not getattr(sample, "further", ())
+
+
 def moves_of(sample: Sample, vocabulary: Vocabulary) -> Moves:
     """Return how a sample's geometry may change: as its texts remain true whatever is drawn.
 
     A chat of its own must hold boxes, which then all stay whole, and no word of a side.
     """
     captions = [item.caption for item in sample.objects or ()]
-    if not sample.has_image:
+    if not has_one_image(sample):
         return Moves.NONE
     if sample.messages is None:
         if sample.objects is None:
@@ -388,8 +393,8 @@ class Augmentation:
         return sample, teachers, [drawn for _, drawn in shown]
 
     def draw(self, sample: Sample, words: UInt64[np.ndarray, " words"]) -> tuple[Sample, Drawn | None]:
-        """Return a sample as its random words show it, and how; None without an image."""
-        if not sample.has_image:
+        """Return a sample as its random words show it, and how; None unless it has one image."""
+        if not has_one_image(sample):
             return sample, None
         moves, size = moves_of(sample, self.vocabulary), (sample.width, sample.height)
         colour = draw_colour(self.config, words)
