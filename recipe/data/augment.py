@@ -294,7 +294,7 @@ def is_kept(
 
 def has_one_image(sample: Sample) -> bool:
     """Return whether a sample has an image and no further ones, whose boxes would need draws of their own."""
-    return sample.has_image and not getattr(sample, "further", ())
+    return sample.has_image and not sample.further
 
 
 def moves_of(sample: Sample, vocabulary: Vocabulary) -> Moves:

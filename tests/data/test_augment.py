@@ -208,7 +208,8 @@ def test_leftovers_go_from_the_target_and_from_the_answer(encoder: Encoder):
     ]
     drawn = Drawn((100, 80), (50, 0, 100, 80), True, (100, 160), None)
     example = encoder(other, drawn=[drawn])
-    assert example.target is not None and len(example.target["boxes"]) == 3
+    (target,) = example.targets
+    assert target is not None and len(target["boxes"]) == 3
     text = encoder.tokenizer.decode(example.input_ids)
     assert "gone" not in text and "thin" not in text and text.count("bbox_2d") == 3
 
@@ -287,9 +288,9 @@ def test_where_nothing_is_drawn_nothing_changes(encoder: Encoder, make_sample):
         assert same.drawn == f"whole {sample.width} x {sample.height}" and expected.drawn == ""
         for name in ("input_ids", "roles", "position_ids", "pixel_patches"):
             assert torch.equal(getattr(same, name), getattr(expected, name))
-        assert same.noise_seed == expected.noise_seed
-        assert same.target is not None and expected.target is not None
-        assert torch.equal(same.target["boxes"], expected.target["boxes"])
+        assert same.noise_seeds == expected.noise_seeds
+        for here, there in zip(same.targets, expected.targets, strict=True):
+            assert here is not None and there is not None and torch.equal(here["boxes"], there["boxes"])
 
 
 def test_colours_change_pixels_and_nothing_else(encoder: Encoder, make_sample):
