@@ -25,6 +25,7 @@ from recipe.config import (
     nearest,
     trained_trunk,
 )
+from recipe.data.words import Vocabulary
 from recipe.joint import all_scores
 from recipe.metrics.boxes import category_average_precision
 from recipe.metrics.gather import LANGUAGE_LOSSES, Evaluation
@@ -78,6 +79,7 @@ def check_libraries(config: RecipeConfig) -> None:
     check_nf4(config)
     check_moments(config)
     check_cache(config)
+    check_augmentation(config)
     names = [entry.name for entry in fields(FSDP_CONFIGS[config.fsdp_version]) if not entry.name.startswith("_")]
     allowed = [name for name in names if name not in OWNED_BY_FSDP]
     for key in view_trainer(config).fsdp or {}:
@@ -172,11 +174,40 @@ def check_cache(config: RecipeConfig) -> None:
             "cache_frozen with prompt.student_answer true: the loss of answers needs the language model in every step; "
             "set prompt.student_answer=null or cache_frozen=null"
         )
+    if config.train_loader.augment is not None:
+        raise ConfigError(
+            "cache_frozen with train_loader.augment: an image looks different in every epoch, so nothing would be read "
+            "again; set train_loader.augment=null or cache_frozen=null"
+        )
     if view_trainer(config).is_sharded:
         raise ConfigError(
             "cache_frozen with trainer.parallelism_config.fsdp: ranks that share weights must all run or all read; set "
             "trainer.parallelism_config=null, as a frozen trunk that is read needs no FSDP, or cache_frozen=null"
         )
+
+
+def check_augmentation(config: RecipeConfig) -> None:
+    """Raise ConfigError if `train_loader.augment` changes nothing, or a flip would make the prompt untrue."""
+    augment, where = config.train_loader.augment, "train_loader.augment"
+    if augment is None:
+        return
+    chosen = {name: getattr(augment, name) for name in ("horizontal_flip", "crop", "scale_jitter", "colour")}
+    if not any(value is not None and value != 0 for value in chosen.values()):
+        raise ConfigError(f"{where} changes nothing: set {', '.join(chosen)} or one of them, or {where}=null")
+    if augment.crop is not None and not augment.crop.ratio[0] <= 1 <= augment.crop.ratio[1]:
+        raise ConfigError(f"{where}.crop.ratio is {augment.crop.ratio}: 1 must be between both, such as [0.75, 1.33]")
+    if augment.teachers and not config.teachers.num_teachers:
+        raise ConfigError(f"{where}.teachers is true, but teachers.num_teachers is 0: leave it out")
+    vocabulary, prompt = Vocabulary(augment.languages, augment.words), config.prompt
+    texts = {"system": [prompt.system], "detect": [prompt.detect], "candidate_phrases": prompt.candidate_phrases}
+    for key, phrases in texts.items():
+        flipped = [vocabulary.mirrored(phrase) for phrase in phrases]
+        if augment.horizontal_flip and set(flipped) != set(phrases):  # candidates may exchange their places
+            phrase = next(text for text, other in zip(phrases, flipped, strict=True) if other not in phrases)
+            raise ConfigError(
+                f"{where}.horizontal_flip would make prompt.{key} untrue ({phrase[:60]!r}): set "
+                f"{where}.horizontal_flip=0, or change the prompt"
+            )
 
 
 def check_metrics(config: RecipeConfig) -> None:

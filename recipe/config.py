@@ -51,6 +51,11 @@ def duration(default: str) -> Any:
     return field(default=default, metadata={"duration": True})
 
 
+def span(least: float, most: float) -> Mapping[str, Any]:
+    """Return the metadata of a field for a list of two numbers within bounds, the lower first."""
+    return {"span": (least, most)}
+
+
 def in_batches(default: str | None, *, least: int) -> Any:
     """Return a field for a duration in batches, such as 50ba."""
     return field(default=default, metadata={"batches": least})
@@ -176,6 +181,54 @@ class PackingConfig:
 
 
 @dataclass
+class CropConfig:
+    """Show a part of an image: one that holds a whole object, if there is any."""
+
+    probability: float = number(0.5, least=0, most=1)
+    # Share of the image's area; ratio of width to height, relative to the image's own.
+    scale: list[float] = field(default_factory=lambda: [0.3, 1.0], metadata=span(0.01, 1))
+    ratio: list[float] = field(default_factory=lambda: [0.75, 1.33], metadata=span(0.1, 10))
+    least_visible: float = number(0.4, above=0, most=1)  # share of a cut object that must be seen, or it is left out
+    least_pixels: float = number(8.0, least=0)  # so must this many of the shorter side of a cut object
+    enlarge: bool = True  # show a part with as many pixels as the whole image; false: at its own size
+
+
+@dataclass
+class ColourConfig:
+    """Change an image's colours by random factors, such as 0.8 to 1.2 for 0.2."""
+
+    probability: float = number(0.8, least=0, most=1)
+    brightness: float = number(0.2, least=0, most=0.9)
+    contrast: float = number(0.2, least=0, most=0.9)
+    saturation: float = number(0.2, least=0, most=0.9)
+    hue: float = number(0.0, least=0, most=0.1)  # share of the colour circle; leave it 0 if captions name colours
+
+
+@dataclass
+class WordsConfig:
+    """Words that an augmented image would make untrue, in addition to those in `recipe/data/words.py`."""
+
+    swapped: dict[str, str] = field(default_factory=dict[str, str])  # a flip exchanges the two phrases
+    not_flipped: list[str] = field(default_factory=list[str])  # an image whose texts hold one is never flipped
+    not_cropped: list[str] = field(default_factory=list[str])  # the same for crops
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of a training image, drawn for each of its occurrences; see `recipe/data/augment.py`."""
+
+    horizontal_flip: float = number(0.0, least=0, most=1)  # probability
+    crop: CropConfig | None = None  # {}: the defaults
+    # Factor on width and height, such as [0.5, 1.5], within the pixel budget.
+    scale_jitter: list[float] | None = field(default=None, metadata=span(0.1, 10))
+    colour: ColourConfig | None = None
+    teachers: bool = False  # augment the teachers too
+    # Those in which a flip exchanges words such as "left side"; words of all others prevent the flip.
+    languages: list[str] = field(default_factory=lambda: ["en"])
+    words: WordsConfig = field(default_factory=WordsConfig)
+
+
+@dataclass
 class LoaderConfig:
     """Where samples come from and how they are batched."""
 
@@ -183,6 +236,7 @@ class LoaderConfig:
     global_batch_size: int = number(least=1)  # per step, over all ranks: packs with `packing`, else samples
     collator: str = one_of("standard", "packed")  # standard: padded rows; packed: one row without padding
     packing: PackingConfig | None = None  # {}: packs of max_seq_len tokens; null: one sample counts as one
+    augment: AugmentConfig | None = None  # of training alone
     on_bad_sample: str = one_of("raise", "skip")  # if a sample is unusable, such as a broken image
     max_bad_samples: int = number(100, least=0)  # skipped per run, or per evaluation; one more stops the run
     dataset: dict[str, Any] = field(default_factory=dict[str, Any])  # streaming.StreamingDataset keywords

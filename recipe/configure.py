@@ -127,11 +127,11 @@ def _as_written(value: Any, text: Any, kind: Any) -> Any:
     """
     if isinstance(value, dict) and isinstance(text, dict):
         items, texts = cast(dict[str, Any], value), cast(dict[str, Any], text)
-        kinds = (
-            {entry.name: entry.type for entry in fields(kind)}
-            if is_dataclass(kind)
-            else dict.fromkeys(_TEXTS, str | list[str])
-        )
+        kinds: dict[str, Any] = dict.fromkeys(_TEXTS, str | list[str])
+        for section in filter(is_dataclass, (kind, *get_args(kind))):  # also if it may be null
+            kinds = {entry.name: entry.type for entry in fields(section)}
+        if kind == dict[str, str]:
+            kinds = dict.fromkeys(items, str)
         return {name: _as_written(item, texts.get(name), kinds.get(name)) for name, item in items.items()}
     if kind not in (str, str | None, list[str], str | list[str]):
         return value

@@ -57,14 +57,12 @@ def check_config(config: RecipeConfig) -> None:
     for where, section in (("callbacks", config.callbacks), ("loggers", config.loggers)):
         for name, value in section.items():
             if value is not None and not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{where}.{name} is {value!r}: give keywords, {{}} for none, or null to switch it off"
-                )
+                remedy = "give keywords, {} for none, or null to switch it off"
+                raise ConfigError(f"{where}.{name} is {value!r}: {remedy}")
             label = (value or {}).get("dataloader_label", "eval")
             if name.endswith("_stopper") and label != "eval":
-                raise ConfigError(
-                    f"{where}.{name}.dataloader_label is {label!r}: only eval has metrics; set it to eval"
-                )
+                key = f"{where}.{name}.dataloader_label"
+                raise ConfigError(f"{key} is {label!r}: only eval has metrics; set it to eval")
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
@@ -85,6 +83,10 @@ def check_fields(section: Any, prefix: str = "") -> None:
             continue
         elif hasattr(value, "append") and any(isinstance(item, list | dict) for item in value):
             raise ConfigError(f"{key} is {value!r}: it must be a plain list; quote an entry that holds a colon")
+        elif "span" in rule:
+            least, most = rule["span"]
+            if len(value) != 2 or not least <= value[0] <= value[1] <= most:  # NaN fails too
+                raise ConfigError(f"{key} is {value}: it must be two numbers from {least} to {most}, the lower first")
         elif "choices" in rule:
             _check_choice(key, value, rule["choices"])
         elif "duration" in rule:
@@ -104,10 +106,8 @@ def _check_number(
     bounds = [(text, bound, holds) for text, bound, holds in rules if bound is not None]
     if -inf < value < inf and all(holds(value, bound) for _, bound, holds in bounds):  # NaN fails too
         return
-    if least is not None and most is not None:
-        span = f"between {least} and {most}"
-    else:
-        span = " and ".join(text.format(bound) for text, bound, _ in bounds if bound != -inf)
+    span = " and ".join(text.format(bound) for text, bound, _ in bounds if bound != -inf)
+    span = span if least is None or most is None else f"between {least} and {most}"
     raise ConfigError(f"{key} is {value}: it must be {span or 'a finite number'}")
 
 
@@ -224,9 +224,8 @@ def _check_stream(where: str, keywords: object) -> None:
 
 
 def _check_owned(where: str, keywords: Mapping[str, Any], owned: Mapping[str, str]) -> None:
-    for key in keywords:
-        if key in owned:
-            raise ConfigError(f"{where}.{key} cannot be set: {owned[key]}")
+    for key in filter(owned.__contains__, keywords):
+        raise ConfigError(f"{where}.{key} cannot be set: {owned[key]}")
 
 
 def _check_data(config: RecipeConfig) -> None:
@@ -251,6 +250,8 @@ def _check_data(config: RecipeConfig) -> None:
                 raise ConfigError(f"{where}.{key} is 0, which leaves no samples: give more than 0, or leave it out")
     if config.eval_loader.packing is not None:
         raise ConfigError("eval_loader.packing: only training is packed by plan; leave it out, or set collator: packed")
+    if config.eval_loader.augment is not None:
+        raise ConfigError("eval_loader.augment: an evaluation sees every image as it is; leave it out")
     if loader.packing is not None and loader.collator != "packed":
         raise ConfigError("train_loader.packing needs train_loader.collator: packed, which puts a pack into one row")
 
@@ -445,6 +446,5 @@ def _is_never(start: str, max_duration: str | int | None) -> bool:
     begin = parse_duration(start)
     end = parse_duration(f"{max_duration}ep" if isinstance(max_duration, int) else max_duration)
     assert begin is not None
-    if begin[1] == "dur":
-        return begin[0] >= 1
+    end = (1.0, "dur") if begin[1] == "dur" else end
     return end is not None and begin[1] == end[1] and begin[0] >= end[0]

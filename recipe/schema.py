@@ -68,9 +68,7 @@ class Searched:
     incomplete: tuple[str, ...] = ()
 
 
-MDS_COLUMNS: Mapping[str, str] = dict(
-    id="str", image="bytes", width="int", height="int", objects="json", messages="json"
-)
+MDS_COLUMNS = dict(id="str", image="bytes", width="int", height="int", objects="json", messages="json")
 
 
 @dataclass(frozen=True)
@@ -252,6 +250,7 @@ class Example:
         noise_seeds: Of their denoising queries in this epoch.
         is_inert: Added to keep ranks in step: nothing is learned from it or scored, and it is not counted.
         contents: Of each solved image: identifies its pixels and the prompt; empty if not requested.
+        drawn: How its image is shown, in words; empty without augmentation.
     """
 
     sample: Sample
@@ -267,6 +266,7 @@ class Example:
     noise_seeds: list[int]
     contents: list[str]
     is_inert: bool = False
+    drawn: str = ""
 
 
 @dataclass
@@ -317,10 +317,9 @@ class Batch(TypedDict):
         student_samples: Which sample each of the N images belongs to; rising.
         student_views: N of them, the record of each image alone: see `Sample.per_image`.
         prompt_images: N of them: which of the I images the prompt holds, in order.
-        targets, noise_seeds, contents: N of them, see `Example`.
+        targets, noise_seeds, contents, drawn: See `Example`; N of them, but `drawn` of each sample.
         num_tokens: Real tokens: without padding and inert samples.
-        num_samples: Without the inert ones.
-        num_packs: Without the inert ones; training data is counted and resumed in packs.
+        num_samples, num_packs: Without the inert ones; training data is counted and resumed in packs.
         skipped: Samples that could not be used: id → reason.
     """
 
@@ -342,6 +341,7 @@ class Batch(TypedDict):
     targets: list[Target | None]
     noise_seeds: list[int]
     contents: list[str]
+    drawn: list[str]
     num_tokens: int
     num_samples: int
     num_packs: int

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipe.config import OptimizerConfig, RecipeConfig
+from recipe.config import AugmentConfig, ColourConfig, CropConfig, OptimizerConfig, RecipeConfig
 from recipe.joint import JointModel
 from recipe.optim.groups import build_optimizer
 from recipe.schema import DetectionOutputs, Example, JointOutputs, Role
@@ -185,6 +185,21 @@ def test_padded_packed_and_microbatched_are_each_sample_alone(either: JointModel
             # measured: 7.5e-16 and 7.6e-16
             assert loss_error(found, losses) <= 1e-9, case
             assert gradient_error(found_gradients, gradients) <= 1e-9, case
+
+
+def test_augmented_samples_packed_are_each_alone(tiny_config: Callable[..., RecipeConfig], mixed: list[Example]):
+    augment = AugmentConfig(0.5, CropConfig(1.0, [0.3, 0.7]), [0.5, 1.5], ColourConfig(), teachers=True)
+    config = tiny_config()
+    drawn = list(make_examples(config, augment=augment).values())
+    patches = [example.pixel_patches for example in drawn]
+    assert sum(not torch.equal(new, old.pixel_patches) for new, old in zip(patches, mixed, strict=True)) == 5
+    model = make_model(config)
+    losses, gradients = losses_and_gradients(model, make_batches(drawn, "standard", 1))
+    for layout in ("standard", "packed"):
+        found, found_gradients = losses_and_gradients(model, make_batches(drawn, layout, 3))
+        # measured: 1.8e-16 and 5.2e-16
+        assert loss_error(found, losses) <= 1e-9
+        assert gradient_error(found_gradients, gradients) <= 1e-9
 
 
 def test_order_of_samples_is_no_matter(tiny_model: JointModel, mixed: list[Example]):

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,21 @@ from composer.core import State
 from composer.loggers import Logger, WandBLogger
 from composer.utils import dist
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from recipe.data.encode import solved_images
+from recipe.data.image import shown_pixels
+from recipe.data.stream import PackStream
 from recipe.images import open_image
 from recipe.joint import EvaluationScope
-from recipe.prediction.draw import draw_gallery, draw_prediction
+from recipe.prediction.draw import draw_gallery, draw_prediction, draw_samples
 from recipe.schema import Batch, DetectedObject, Object, Prediction, Role, Sample, Target
 
 log = logging.getLogger(__name__)
 
+NUM_AUGMENTED = 12  # images that are drawn as augmentation shows them
+AUGMENTED_FILE = "augmented_samples.png"
 _IMAGE_PAD = "<|image_pad|>"
 OVERLAY_SIZE = 1024  # longest side in pixels of an image that W&B draws boxes on
 TABLE_COLUMNS = ["image", "whose", "score", "caption", "x1", "y1", "x2", "y2"]
@@ -33,12 +39,29 @@ _TAGS = {Role.NONE: "prompt", Role.TEACHER: "teacher answer", Role.STUDENT: "stu
 
 
 class LogFirstSample(Callback):
-    """Writes rank 0's first sample to `folder/first_train_sample.txt` and `folder/first_eval_sample.txt`."""
+    """Writes rank 0's first sample to `folder/first_train_sample.txt` and `folder/first_eval_sample.txt`.
+
+    With augmentation a new run also writes its first images as they are shown, to `folder/augmented_samples.png` and
+    to every logger that takes images.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: str | Path):
         self.tokenizer = tokenizer
         self.folder = Path(folder)
         self._shown: set[str] = set()
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Draw the first images of a new run as augmentation shows them."""
+        loader = state.train_dataloader
+        dataset = loader.dataset if isinstance(loader, DataLoader) else None
+        if int(state.timestamp.batch) or dist.get_global_rank() != 0 or not isinstance(dataset, PackStream):
+            return
+        if dataset.maker.augmentation is not None and (shown := first_images(dataset, NUM_AUGMENTED)):
+            drawing = draw_samples(shown)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            drawing.save(self.folder / AUGMENTED_FILE)
+            logger.log_images(np.asarray(drawing), name="augmented_samples", channels_last=True, use_table=False)
+            log.info("first %d augmented images: %s", len(shown), self.folder / AUGMENTED_FILE)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Write the first training sample."""
@@ -58,6 +81,21 @@ class LogFirstSample(Callback):
         log.info("first %s sample, as the model sees it: %s", name, path)
 
 
+def first_images(dataset: PackStream, count: int) -> list[tuple[Image.Image, Sample, str]]:
+    """Return the first images of epoch 0 as training shows them, each with its sample and how it is shown."""
+    plan, maker, found = dataset.plan(0), dataset.maker, list[tuple[Image.Image, Sample, str]]()
+    for position, occurrence in zip(plan.samples[: 4 * count].tolist(), plan.occurrences.tolist(), strict=False):
+        with suppress(ValueError):  # an image that cannot be used: the loader says why
+            sample, _, (*_, drawn) = maker.shown(dataset[position], 0, occurrence)
+            if drawn is not None and len(found) < count:
+                pixels = shown_pixels(sample.image, maker.encoder.image_spec, drawn)
+                image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+                what = "part" if drawn.crop != (0, 0, *drawn.stored) else "whole"
+                title = f"{'flipped ' * drawn.flip}{what}, {image.width} x {image.height}"
+                found.append((image, sample, title))
+    return found
+
+
 def describe_first_sample(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the first sample as text: its segments of equal role, image placeholders collapsed, and its target."""
     length = _first_length(batch)
@@ -69,6 +107,7 @@ def describe_first_sample(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> s
 
     grids = iter(batch["image_grid_thw"].tolist())
     parts = [f"sample {batch['samples'][0].id}, {length} tokens"]
+    parts += [f"[shown as] {batch['drawn'][0]}"] if batch["drawn"][0] else []
     position = 0
     for role, group in groupby(roles.tolist()):
         count = len(list(group))

@@ -4,7 +4,7 @@ A conversation is ChatML as Qwen's own template renders it. Its segments are tok
 same ids in training and at inference, and the answers are known spans.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,38 @@ def write_boxes(messages: Sequence[Message], write: Callable[[Box, int], str]) -
             content = [{"type": "text", "text": item} if isinstance(item, str) else item for item in texts]
         written.append({**message, "content": content})
     return written
+
+
+def box_parts(messages: Sequence[Message]) -> list[Box]:
+    """Return the boxes of all box parts, in order."""
+    return [tuple(part["box"]) for message in messages for part in _parts(message) if _is_box(part)]
+
+
+def with_box_parts(messages: Sequence[Message], boxes: Iterable[Box]) -> list[Message]:
+    """Return the messages with other boxes in their box parts."""
+    others = iter(boxes)
+    return [
+        {
+            **message,
+            "content": [{**part, "box": list(next(others))} if _is_box(part) else part for part in _parts(message)],
+        }
+        if any(map(_is_box, _parts(message)))
+        else message
+        for message in messages
+    ]
+
+
+def texts_of(messages: Sequence[Message]) -> list[str]:
+    """Return the texts of all messages."""
+    contents = [message.get("content") for message in messages]
+    texts = [content for content in contents if isinstance(content, str)]
+    parts = [part for message in messages for part in _parts(message)]
+    return texts + [part["text"] for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+
+
+def _parts(message: Message) -> Sequence[Any]:
+    content = message.get("content")
+    return content if isinstance(content, list) else ()
 
 
 def message_segments(messages: Sequence[Message], num_images: int) -> list[Segment]:

@@ -100,6 +100,7 @@ def _batch(
         targets=[target for item in examples for target in item.targets],
         noise_seeds=[seed for item in examples for seed in item.noise_seeds],
         contents=[content for item in examples for content in item.contents],
+        drawn=[item.drawn for item in examples],
         num_tokens=sum(len(item.input_ids) for item in examples if not item.is_inert),
         num_samples=sum(not item.is_inert for item in examples),
         num_packs=sum(not pack.is_inert for pack in packs),

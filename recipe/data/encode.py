@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLModel
 from recipe.boxes import answer_frame, box_to_frame, objects_to_text, pixels_to_normalized
 from recipe.config import PromptConfig
 from recipe.data import chat
+from recipe.data.augment import Drawn
 from recipe.data.chat import Segment
 from recipe.data.image import patchify, resized_size
 from recipe.schema import Box, Example, ImageSpec, Object, Role, Sample, Target
@@ -86,8 +87,14 @@ class Encoder:
         """Return the id that pads rows."""
         return cast(int, self.tokenizer.pad_token_id)
 
-    def __call__(self, sample: Sample, teachers: Sequence[Sample] = (), with_answers: bool = True) -> Example:
-        """Encode the teacher turns, then the student turn.
+    def __call__(
+        self,
+        sample: Sample,
+        teachers: Sequence[Sample] = (),
+        with_answers: bool = True,
+        drawn: Sequence[Drawn | None] = (),
+    ) -> Example:
+        """Encode the teacher turns, then the student turn; `drawn` says how each image is shown, if augmented.
 
         A sample without `objects` and `messages` gives its prompt alone, as in prediction: exactly the first
         `prompt_length` ids of the annotated sample, none supervised. So does any sample if not `with_answers`: its
@@ -101,7 +108,8 @@ class Encoder:
             head, student = self.segments(sample, teachers, with_answers)
             views = sample.per_image() if sample.has_image else ()
             with_image = (*teachers, *views)
-            images = [patchify(item.image, self.image_spec) for item in with_image]
+            shown = zip(with_image, [*drawn, *[None] * len(with_image)], strict=False)
+            images = [patchify(item.image, self.image_spec, how) for item, how in shown]
             for item, (_, (_, rows, columns)) in zip(with_image, images, strict=True):
                 patch = self.image_spec.patch_size
                 if resized_size(item.width, item.height, self.image_spec) != (columns * patch, rows * patch):

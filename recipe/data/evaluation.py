@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from recipe.boxes import asks_for_boxes
 from recipe.config import AnswersConfig
 from recipe.data.lengths import Arrays, KeptCount, MissingRecordsError
+from recipe.data.maker import ExampleMaker, make_inert
 from recipe.data.split import Split
-from recipe.data.stream import ExampleMaker, make_inert
 from recipe.data.teachers import id_hash
 from recipe.schema import Example, Pack, Sample
 from recipe.upstream.agreement import from_rank_0

@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from recipe.config import ImageConfig
+from recipe.data.augment import Drawn
 from recipe.images import MAX_ASPECT_RATIO, is_plain_jpeg, open_image
 from recipe.schema import ImageSpec
 
@@ -55,18 +56,17 @@ def resized_size(width: int, height: int, spec: ImageSpec) -> tuple[int, int]:
     return resized_width, resized_height
 
 
-def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[UInt8[Tensor, "P values"], tuple[int, int, int]]:
-    """Resize an image, encoded or RGB, and cut it into patches.
+def patchify(
+    image: bytes | Image.Image, spec: ImageSpec, drawn: Drawn | None = None
+) -> tuple[UInt8[Tensor, "P values"], tuple[int, int, int]]:
+    """Resize an image, encoded or RGB, and cut it into patches; show it as `drawn`, if that is given.
 
     Returns:
         Patches of 3 * patch * patch values, those of one merged vision token adjacent; and the grid
         (1, patches along height, patches along width).
     """
-    pixels = decode_pixels(image) if isinstance(image, bytes) else F.pil_to_tensor(image)  # (3, height, width)
-    stored_height, stored_width = pixels.shape[1:]
-    width, height = resized_size(stored_width, stored_height, spec)
-    if (width, height) != (stored_width, stored_height):
-        pixels = F.resize(pixels, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    pixels = shown_pixels(image, spec, drawn)
+    height, width = pixels.shape[1:]
     patch, merge = spec.patch_size, spec.merge_size
     rows, columns = height // patch, width // patch
     # One row of a patch is one element, so the transposition copies `patch` bytes at a time.
@@ -74,6 +74,20 @@ def patchify(image: bytes | Image.Image, spec: ImageSpec) -> tuple[UInt8[Tensor,
     blocks = strips.reshape(3, rows // merge, merge, patch, columns // merge, merge)
     blocks = np.ascontiguousarray(blocks.transpose(1, 4, 2, 5, 0, 3))  # (rows / m, columns / m, m, m, 3, patch)
     return torch.from_numpy(blocks.view(np.uint8)).view(rows * columns, spec.patch_values), (1, rows, columns)
+
+
+def shown_pixels(
+    image: bytes | Image.Image, spec: ImageSpec, drawn: Drawn | None = None
+) -> UInt8[Tensor, "3 height width"]:
+    """Return the pixels of an image, encoded or RGB, as the model sees them; arguments as of `patchify`."""
+    pixels = decode_pixels(image) if isinstance(image, bytes) else F.pil_to_tensor(image)  # (3, height, width)
+    stored_height, stored_width = pixels.shape[1:]
+    if drawn is not None:
+        return drawn.apply(pixels, resized_size(*drawn.size, spec))
+    width, height = resized_size(stored_width, stored_height, spec)
+    if (width, height) != (stored_width, stored_height):
+        pixels = F.resize(pixels, [height, width], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return pixels
 
 
 def decode_pixels(data: bytes) -> UInt8[Tensor, "3 height width"]:

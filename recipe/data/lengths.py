@@ -235,6 +235,7 @@ def check_records(
     loader: LoaderConfig,
     with_answers: bool = True,
     is_used: Bool[np.ndarray, " N"] | None = None,
+    draws: Callable[[LengthTable, Sequence[CheckedStream]], LengthTable] | None = None,
 ) -> None:
     """Judge the records of a loader before the first batch; all ranks must call it.
 
@@ -249,12 +250,13 @@ def check_records(
         loader: Its section. With `on_bad_sample: skip`, what is too long is only logged.
         with_answers: Whether any epoch reads them.
         is_used: Which samples of the streams the loader reads, for lengths; None: all.
+        draws: Gives the table of what augmentation shows.
 
     Raises:
         ConfigError: A caption or conversation is too long, or a sample cannot be used.
     """
     is_packed = loader.packing is not None
-    problems = from_rank_0(lambda: _judge(where, streams, encoder, teachers, is_packed, with_answers, is_used))
+    problems = from_rank_0(lambda: _judge(where, streams, encoder, teachers, is_packed, with_answers, is_used, draws))
     if problems and loader.on_bad_sample != "skip":
         raise ConfigError(
             "\n  ".join(f"{text}; {where}.on_bad_sample=skip leaves such samples out" for text in problems)
@@ -271,6 +273,7 @@ def _judge(
     is_packed: bool,
     with_answers: bool,
     is_used: NDArray[np.bool_] | None,
+    draws: Callable[[LengthTable, Sequence[CheckedStream]], LengthTable] | None,
 ) -> list[str]:
     """Return what is wrong with the records of the streams."""
     problems: list[str] = []
@@ -287,6 +290,7 @@ def _judge(
             lengths = Lengths(**_kept_lengths(encoder).of(stream))
             if not is_packed:
                 table = LengthTable(lengths, teachers, *added)
+                table = table if draws is None else draws(table, [stream])
                 is_drawn = where == "eval_loader"  # every evaluation draws the same teachers
                 if is_drawn:
                     tokens, _ = table.of_epoch(0, np.arange(num_samples), first)

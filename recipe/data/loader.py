@@ -15,17 +15,20 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from recipe.config import ConfigError, LoaderConfig
+from recipe.data.augment import Augmentation
 from recipe.data.collate import Collator, collate_microbatches, collate_packed, collate_standard
 from recipe.data.contents import epoch_tokens
+from recipe.data.drawn_lengths import DrawnTable, with_draws
 from recipe.data.encode import Encoder
 from recipe.data.evaluation import EvalSampler, EvalSamples
-from recipe.data.lengths import check_records, read_known_lengths, read_length_table
+from recipe.data.lengths import check_records, none_if_unknown, read_known_lengths, read_length_table
+from recipe.data.maker import ExampleMaker
 from recipe.data.plan import Budget
 from recipe.data.split import read_known_hashes, split_streams
-from recipe.data.stream import ExampleMaker, Packing, PackStream
+from recipe.data.stream import Packing, PackStream
 from recipe.data.teachers import TeacherPool
 from recipe.schema import Batch
-from recipe.upstream.agreement import LockstepLoader
+from recipe.upstream.agreement import LockstepLoader, from_rank_0
 from recipe.upstream.storage import open_streams
 
 log = logging.getLogger(__name__)
@@ -56,16 +59,25 @@ def build_train_loader(
     packing, wanted, skips = None, loader.packing, loader.on_bad_sample == "skip"
     split = split_streams(streams, val_fraction)
     is_used = None if split is None else ~split.is_validation
-    check_records("train_loader", streams, encoder, teachers, loader, answers_ever, is_used)
+    augmentation, draws = None, None
+    if loader.augment is not None:
+        augmentation = Augmentation.of(loader.augment, encoder.image_spec, seed)
+        draws = partial(with_draws, encoder=encoder, augmentation=augmentation)
+    check_records("train_loader", streams, encoder, teachers, loader, answers_ever, is_used, draws)
     if wanted is not None:
         max_tokens = wanted.max_tokens or encoder.max_seq_len
         budget = Budget(max_tokens, wanted.max_patches, wanted.window, encoder.max_seq_len)
         lengths = read_length_table(streams, encoder, teachers)
+        lengths = lengths if draws is None else draws(lengths, streams, share=from_rank_0)
         packing = Packing(budget, lengths, skips_long_samples=wanted.on_long_sample == "skip")
     else:
-        lengths = read_known_lengths(streams, encoder, teachers)
+        lengths = stored = read_known_lengths(streams, encoder, teachers)
+        if stored is not None and draws is not None:
+            lengths = none_if_unknown(lambda: draws(stored, streams, share=from_rank_0))
+    if isinstance(lengths, DrawnTable) and dist.get_global_rank() == 0:
+        log.info("augmentation: %s (recipe/data/words.py)", lengths.parts.describe())
     dataset = PackStream(
-        ExampleMaker(encoder, teachers, seed),
+        ExampleMaker(encoder, teachers, seed, augmentation),
         packing,
         skips_bad_samples=skips,
         answers_at_start=answers_at_start,

@@ -4,20 +4,19 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from streaming.base.shuffle import get_shuffle
 
 from recipe.config import NEW_RUN, ConfigError, TeacherConfig
-from recipe.data.encode import Encoder
-from recipe.data.lengths import LengthTable, takes_teachers
+from recipe.data.lengths import LengthTable
+from recipe.data.maker import ExampleMaker, make_inert
 from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
 from recipe.data.split import ImageHashes, Split
-from recipe.data.teachers import TeacherPool, noise_seeds
+from recipe.data.teachers import TeacherPool
 from recipe.images import open_image
 from recipe.schema import Example, Pack, Sample
 from recipe.upstream.storage import CheckedDataset, open_streams
@@ -48,38 +47,6 @@ def read_teachers(config: TeacherConfig, seed: int) -> TeacherPool | None:
 
 
 @dataclass(frozen=True)
-class ExampleMaker:
-    """Row → Example, with the teachers and noise of its occurrence in an epoch."""
-
-    encoder: Encoder
-    teachers: TeacherPool | None
-    seed: int
-
-    def __call__(self, row: Mapping[str, Any], epoch: int, occurrence: int, with_answers: bool = True) -> Example:
-        """Encode a row; raise ValueError with its id and the remedy if it cannot be used."""
-        sample = Sample.from_mds(row)
-        shown = []
-        if self.teachers is not None and takes_teachers(sample):
-            shown = self.teachers.draw_samples(epoch, occurrence, sample.id)
-        example = self.encoder(sample, shown, with_answers)
-        seeds = noise_seeds(self.seed, epoch, occurrence, len(sample.per_image()))
-        return replace(example, noise_seeds=[seeds[image] for image in example.student_images])
-
-
-def make_inert(example: Example) -> Example:
-    """Return the same images and tokens with nothing to learn or score: it keeps ranks in step and is not counted."""
-    sample = example.sample
-    further = tuple(replace(item, objects=None) for item in sample.further)
-    return replace(
-        example,
-        sample=replace(sample, objects=None, messages=None, further=further),
-        roles=torch.zeros_like(example.roles),
-        targets=[None for _ in example.targets],
-        is_inert=True,
-    )
-
-
-@dataclass(frozen=True)
 class Packing:
     """How samples are packed; `skips_long_samples` leaves out those over the budget alone instead of raising."""
 
@@ -95,6 +62,7 @@ class PackStream(CheckedDataset):
     pack and assigns the packs to ranks and workers.
 
     Attributes:
+        maker: Row → Example.
         epoch_of_length: The epoch that `len` is of.
         with_answers: Whether this epoch's conversations hold the answers; constant within an epoch, and part of the
             state of the epoch in progress. Only workers started later see a change.
@@ -127,7 +95,7 @@ class PackStream(CheckedDataset):
             **keywords: Of `streaming.StreamingDataset`; `batch_size` counts packs, `predownload` samples.
         """
         super().__init__(**keywords)
-        self._maker, self._packing, self._skips_bad_samples = maker, packing, skips_bad_samples
+        self.maker, self._packing, self._skips_bad_samples = maker, packing, skips_bad_samples
         self._val_fraction = None if split is None else split.fraction
         self.is_trained = np.ones(self.num_samples, dtype=np.bool_) if split is None else ~split.is_validation  # (N,)
         self.lengths, self.image_hashes = lengths if packing is None else packing.lengths, image_hashes
@@ -168,7 +136,7 @@ class PackStream(CheckedDataset):
 
     def example(self, position: int) -> Example:
         """Return the Example of a stored sample, as epoch 0 shows it without resampling."""
-        return self._maker(self[position], 0, position, self.answers_at_start)
+        return self.maker(self[position], 0, position, self.answers_at_start)
 
     def prompt_sizes(self) -> tuple[int, float, float]:
         """Return the stored images that the head solves, their prompts' tokens and their patches.
@@ -193,7 +161,7 @@ class PackStream(CheckedDataset):
         return {
             **self._fixed_identity,
             "shuffle": str(shuffle),
-            "seed": f"{self.shuffle_seed}, {self._maker.seed}",
+            "seed": f"{self.shuffle_seed}, {self.maker.seed}",
             "num_canonical_nodes": str(self.num_canonical_nodes),
         }
 
@@ -216,7 +184,7 @@ class PackStream(CheckedDataset):
         self.shuffle_block_size = self._asked_block_size
         self._set_shuffle_block_size(self._parallel_rank_world)
         # Older checkpoints do not name it.
-        then, now = {"val_fraction": "None", **obj.get("plan", {})}, self.identity()
+        then, now = {"val_fraction": "None", "augmentation": "", **obj.get("plan", {})}, self.identity()
         streams = obj.get("streams", {}), self._described
         changed = [
             _CHANGES[name](*streams) if name in _CHANGES else f"{name} was {then.get(name)}, now {value}"
@@ -247,7 +215,7 @@ class PackStream(CheckedDataset):
             number, occurrence, num_tokens, is_last = next(members)
             try:
                 if row["id"] not in self.quarantined:
-                    example = self._maker(row, self._epoch, occurrence, self.with_answers)
+                    example = self.maker(row, self._epoch, occurrence, self.with_answers)
                     if num_tokens and len(example.input_ids) != num_tokens:
                         raise RuntimeError(
                             f"sample {row['id']!r} is {len(example.input_ids)} tokens long, but {num_tokens} were "
@@ -297,7 +265,7 @@ class PackStream(CheckedDataset):
     def _identify_data(self) -> dict[str, str]:
         """Return the part of `identity` that is constant while the data set is open."""
         sampling = (self.sampling_method, self.sampling_granularity, [int(stream.choose) for stream in self.streams])
-        packing, teachers = self._packing, self._maker.teachers
+        packing, teachers, augmentation = self._packing, self.maker.teachers, self.maker.augmentation
         return {
             "data": _digest(_contents(self.shards)),
             "sampling of streams": _digest(sampling),
@@ -305,6 +273,7 @@ class PackStream(CheckedDataset):
             "lengths (tokenizer, prompt, pixel budget)": packing.lengths.digest() if packing else "",
             "teachers": teachers.digest() if teachers else "",
             "val_fraction": str(self._val_fraction),
+            "augmentation": augmentation.digest() if augmentation else "",
         }
 
     def _describe_streams(self) -> dict[str, list[Any]]:
@@ -344,7 +313,7 @@ class PackStream(CheckedDataset):
         long = np.flatnonzero(~budget.fits(tokens, patches) & self.is_trained)
         if not len(long):
             return
-        shown = "" if self._maker.teachers is None else ", including its longest teachers"
+        shown = "" if self.maker.teachers is None else ", including its longest teachers"
         raise ConfigError(
             f"{len(long)} samples can be over {budget.max_tokens} tokens per pack, {budget.max_seq_len} per sample and "
             f"{budget.max_patches or 'any number of'} patches; first {self[int(long[0])]['id']!r}, with "
@@ -391,4 +360,5 @@ _CHANGES: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], str]] = {
     "sampling of streams": _other_sampling,
     "lengths (tokenizer, prompt, pixel budget)": lambda then, now: "lengths (tokenizer, prompt, pixel budget)",
     "teachers": lambda then, now: "teachers (teachers.stream, num_teachers, teacher_ratio, or seed)",
+    "augmentation": lambda then, now: "train_loader.augment",
 }

@@ -18,6 +18,8 @@ class Purpose(IntEnum):
 
     TEACHERS = 0
     NOISE = 1
+    AUGMENTATION = 2
+    TEACHER_AUGMENTATION = 3
 
 
 def random_words(

@@ -107,6 +107,15 @@ def draw_sample(sample: Sample, longest: int) -> Image.Image:
     return _draw_panel(panel._replace(title=title, objects=objects or ()), 17)
 
 
+def draw_samples(shown: Sequence[tuple[Image.Image, Sample, str]]) -> Image.Image:
+    """Draw at least one image with the objects of its sample on one sheet, each headed by its text."""
+    colours, panels = CaptionColours(), list[_Panel]()
+    for image, sample, title in shown:
+        panel = _Panel(_resized(image, math.inf, 480), (sample.width, sample.height), colours, title=title)
+        panels.append(panel._replace(kind="truth", objects=sample.objects) if sample.objects is not None else panel)
+    return _sheet([([panel], 1) for panel in panels], 3 / 2)
+
+
 def _panels(
     image: _Image, prediction: Prediction, truth: Sample | None, least: float, with_head: bool = True
 ) -> list[_Panel]:

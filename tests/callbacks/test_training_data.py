@@ -13,7 +13,7 @@ from composer.loggers import Logger
 
 from recipe.callbacks import training_data
 from recipe.callbacks.training_data import TrainingData, num_unmatched
-from recipe.data.stream import make_inert
+from recipe.data.maker import make_inert
 from recipe.joint import JointModel
 from recipe.schema import Batch, Example
 from tests.support.tiny_cases import NUM_QUERIES, make_batches

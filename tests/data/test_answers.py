@@ -26,7 +26,8 @@ from recipe.config import (
 from recipe.data.encode import Encoder
 from recipe.data.lengths import LengthTable, count_lengths, count_teachers
 from recipe.data.loader import build_train_loader, get_num_packs_in_batch, tokens_per_batch
-from recipe.data.stream import ExampleMaker, PackStream
+from recipe.data.maker import ExampleMaker
+from recipe.data.stream import PackStream
 from recipe.data.teachers import TeacherPool
 from recipe.losses.counts import split_batch
 from recipe.schema import Batch, Role, Sample

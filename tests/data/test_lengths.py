@@ -25,7 +25,7 @@ from recipe.data.lengths import (
     read_lengths,
     read_longest_caption,
 )
-from recipe.data.stream import ExampleMaker
+from recipe.data.maker import ExampleMaker
 from recipe.data.teachers import TeacherPool
 from recipe.records import RECORDS_FILE
 from recipe.schema import Object, Sample

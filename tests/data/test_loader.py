@@ -22,7 +22,8 @@ from recipe.data.loader import (
     get_num_tokens_in_batch,
     make_collator,
 )
-from recipe.data.stream import ExampleMaker, read_teachers
+from recipe.data.maker import ExampleMaker
+from recipe.data.stream import read_teachers
 from recipe.losses.counts import count_losses, split_batch
 from recipe.schema import Batch
 

@@ -20,7 +20,10 @@ from composer.utils import dist, maybe_create_object_store_from_uri
 
 from recipe.callbacks import table
 from recipe.config import (
+    AugmentConfig,
     CacheFrozenConfig,
+    ColourConfig,
+    CropConfig,
     LoaderConfig,
     PackingConfig,
     RecipeConfig,
@@ -31,6 +34,10 @@ from recipe.console import setup_logging
 from recipe.train import main
 from tests.launches.launch import leave
 from tests.support.tiny_cases import make_config
+
+EVERYTHING = AugmentConfig(
+    horizontal_flip=0.5, crop=CropConfig(), scale_jitter=[0.6, 1.4], colour=ColourConfig(), teachers=True
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Settings:
         terminate_at: Steps after which SIGTERM is sent; 0: never.
         terminate: Whom: `launcher`, which hands it on to all ranks; or `rank`: the last one alone.
         frozen_cache: Folder of `cache_frozen` in a run of the head alone, without teachers; empty: a joint run.
+        augment: Whether students and teachers are shown flipped, in part, in other sizes and colours.
         thaw: When vision tower, merger and language model begin to learn, such as `9ba`; empty: at the start.
     """
 
@@ -64,6 +72,7 @@ class Settings:
     terminate: str = "launcher"
     thaw: str = ""
     frozen_cache: str = ""
+    augment: bool = False
 
 
 class Recorder(Callback):
@@ -137,6 +146,7 @@ def config_of(settings: Settings) -> RecipeConfig:
             global_batch_size=4,
             collator="packed",
             packing=PackingConfig(max_tokens=600, window=16),
+            augment=EVERYTHING if settings.augment else None,
             # Of a file from a store: at most 2 attempts of 5 s, and 1 s between.
             dataset={"shuffle": True, "num_canonical_nodes": 1, "download_retry": 2, "download_timeout": 5},
             dataloader={"num_workers": settings.num_workers},

@@ -149,6 +149,24 @@ def test_resumed_with_a_cache_of_the_frozen_trunk(tiny_checkpoint: str, data: st
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
+def test_resumed_with_augmentation(whole: Run, tiny_checkpoint: str, data: str, tmp_path: Path):
+    """To the bit with other workers, and by rounding from one rank to two and back."""
+
+    def augmented(name: str, *legs: Leg) -> Run:
+        return run(tiny_checkpoint, data, tmp_path / name, legs, augment=True)
+
+    straight = augmented("straight", Leg(1, 0))
+    assert straight.steps != whole.steps  # other lengths, so other packs
+    killed = augmented("killed", Leg(1, 2, kill_at=2), Leg(1, 0, kill_at=7), Leg(1, 2))
+    assert killed.steps == straight.steps
+    assert all(torch.equal(killed.weights[name], value) for name, value in straight.weights.items())
+    spread = augmented("spread", Leg(1, 0, kill_at=3), Leg(2, 2, kill_at=6), Leg(1, 0))
+    assert spread.steps == straight.steps
+    assert max(float((spread.weights[name] - value).abs().max()) for name, value in straight.weights.items()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
 def test_resumed_on_two_ranks_then_on_one(whole: Run, tiny_checkpoint: str, data: str, tmp_path: Path):
     legs = [Leg(1, 2, kill_at=3), Leg(2, 0, kill_at=6), Leg(1, 0)]
     found = run(tiny_checkpoint, data, tmp_path / "run", legs)

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 
 from convert.shapes import draw_scene
 from recipe.build import build_model
-from recipe.config import LoraConfig, LoraPartConfig, RecipeConfig, lora_parts
+from recipe.config import AugmentConfig, LoraConfig, LoraPartConfig, RecipeConfig, lora_parts
+from recipe.data.augment import Augmentation
 from recipe.data.collate import Collator, collate_packed, collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
@@ -163,16 +164,25 @@ def make_samples() -> dict[str, Sample]:
     }
 
 
-def make_examples(config: RecipeConfig, with_answers: bool = True) -> dict[str, Example]:
-    """The student samples of `make_samples`, encoded, with up to three teachers (0-4 pictures) and own noise."""
+def make_examples(
+    config: RecipeConfig, with_answers: bool = True, augment: AugmentConfig | None = None
+) -> dict[str, Example]:
+    """The student samples of `make_samples`, encoded, with up to three teachers (0-4 pictures) and own noise.
+
+    With `augment` each is shown as drawn for its own place in an epoch.
+    """
     encoder = make_encoder(config)
     samples = make_samples()
     teachers = [samples.pop(name) for name in ("teacher", "other_teacher", "third_teacher")]
     shown = {"two": teachers, "empty": teachers[1:], "one": teachers[:1]}
-    return {
-        name: with_seeds(encoder(sample, shown.get(name, []), with_answers), seed)
-        for seed, (name, sample) in enumerate(samples.items(), start=100)
-    }
+    examples = {}
+    for seed, (name, sample) in enumerate(samples.items(), start=100):
+        others, drawn = shown.get(name, []), []
+        if augment is not None:
+            augmentation = Augmentation.of(augment, encoder.image_spec, config.seed)
+            sample, others, drawn = augmentation.show(sample, others, 0, seed)
+        examples[name] = with_seeds(encoder(sample, others, with_answers, drawn), seed)
+    return examples
 
 
 def with_seeds(example: Example, seed: int) -> Example:
