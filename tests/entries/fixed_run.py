@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 # Beginnings of the names of metrics that depend on the clock or the machine.
-NOT_COMPUTED = ("throughput/", "time/remaining", "wall_clock/", "memory/", "system/")
+NOT_COMPUTED = ("eval/seconds/", "throughput/", "time/remaining", "wall_clock/", "memory/", "system/")
 
 # Complete, so that a change of `yamls/` changes nothing here. Switches are those an outside user may rely on.
 CONFIG: Mapping[str, Any] = {

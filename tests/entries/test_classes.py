@@ -92,7 +92,7 @@ def test_the_classes_of_the_training_set_stay_with_the_run(
     tiny_checkpoint: str, scenes: list[Sample], tmp_path: Path
 ) -> None:
     """A run finds them in its data; its checkpoint and its export name them, so they need no data."""
-    checkpoint = train_tiny_run(tiny_checkpoint, tmp_path, evaluation={"classes": ["data"], "generate_answer": False})
+    checkpoint = train_tiny_run(tiny_checkpoint, tmp_path, evaluation={"classes": ["data"], "answers": None})
     stored = [
         Sample.from_mds(row) for row in StreamingDataset(local=str(tmp_path / "data"), split="train", batch_size=1)
     ]

@@ -63,8 +63,9 @@ def compare(
 def answers(model: JointModel, examples: list[Example]) -> list[list[int]]:
     """Four greedy tokens after each prompt, with transformers' cache."""
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
-    patches = torch.cat([example.pixel_patches for example in examples])
-    grids = torch.cat([example.image_grid_thw for example in examples])
+    shown = [example.image_grid_thw[: example.num_prompt_images] for example in examples]  # others follow an answer
+    parts = [example.pixel_patches[: int(of.prod(1).sum())] for example, of in zip(examples, shown, strict=True)]
+    patches, grids = torch.cat(parts), torch.cat(shown)
     vlm = model.model.vlm.eval()
     return [ids.tolist() for ids in generate_answers(vlm, model.tokenizer, prompts, patches, grids, 4)]
 
