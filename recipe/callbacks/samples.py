@@ -191,7 +191,8 @@ class LogPredictions(Callback):
             return
         outputs: Any = state.outputs  # recipe.joint's evaluation outputs
         for sample, prediction in zip(outputs.samples, outputs.predictions, strict=True):
-            if sample.id in self.scope.drawn and len(self._shown) < self.num_images:
+            # The one that fills a skipped sample's place has the id of another, and no file.
+            if sample.image and sample.id in self.scope.drawn and len(self._shown) < self.num_images:
                 drawing = draw_prediction(open_image(sample.image), prediction, sample, self.score_threshold)
                 file_name = re.sub(r"[^\w.-]+", "_", sample.id)[-80:]
                 self._save(drawing, f"{len(self._shown):02d}_{file_name}.png", state)

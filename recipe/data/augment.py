@@ -283,7 +283,10 @@ def move_boxes(
 
 
 def is_kept(
-    config: AugmentConfig, moved: NDArray[np.float64], seen: NDArray[np.float64], cut: NDArray[np.bool_]
+    config: AugmentConfig,
+    moved: Float64[np.ndarray, "b 4"],
+    seen: Float64[np.ndarray, " b"],
+    cut: Bool[np.ndarray, " b"],
 ) -> Bool[np.ndarray, " b"]:
     """Return which objects, from `move_boxes`, enough is left of."""
     if config.crop is None:
