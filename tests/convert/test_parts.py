@@ -132,7 +132,7 @@ def test_any_number_of_workers_gives_the_same_bytes(found: Found, tmp_path: Path
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0), (2, 2)])
 def test_killed_and_begun_again_ends_the_same(found: Found, tmp_path: Path, before: int, after: int) -> None:
     expected = convert(found, tmp_path / "whole")
-    slow = replace(found, entries=[Slow(entry, 0.05) for entry in found.entries])
+    slow = replace(found, entries=[Slow(entry, 0.1) for entry in found.entries])
     out = tmp_path / "out"
     context = multiprocessing.get_context("fork")
     process = context.Process(target=convert, args=(slow, out), kwargs={"num_workers": before})
