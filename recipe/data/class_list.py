@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from recipe.config import ConfigError
-from recipe.data.lengths import Arrays, KeptCount
+from recipe.data.lengths import Arrays, KeptCount, learned_objects
 from recipe.records import CLASSES_FILE
 from recipe.schema import Sample
 from recipe.upstream.agreement import from_rank_0
@@ -43,7 +43,7 @@ def _of_stream(stream: CheckedStream) -> list[str]:
 def _different_captions(samples: Iterable[Sample]) -> Arrays:
     found: set[str] = set()
     for sample in samples:
-        found.update(item.caption for item in sample.objects or () if not item.iscrowd)
+        found.update(item.caption for item in learned_objects(sample))
         if len(found) > MOST_CLASSES:
             break
     return {"captions": np.array(sorted(found)[: MOST_CLASSES + 1], dtype=np.str_)}

@@ -4,6 +4,9 @@ import importlib
 import io
 import json
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,26 @@ import pytest
 from PIL import Image
 from streaming import StreamingDataset
 
-from convert.items import Found, Item
+from convert.items import Entry, Found, Item
 from recipe.schema import Sample
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Another entry, read after some seconds."""
+
+    entry: Entry
+    seconds: float
+
+    def fingerprint(self) -> str:
+        return self.entry.fingerprint()
+
+    def origin(self) -> Any:
+        return self.entry.origin()
+
+    def read(self) -> Iterator[Item]:
+        time.sleep(self.seconds)
+        yield from self.entry.read()
 
 
 def picture(size: tuple[int, int] = (20, 10), mode: str = "RGB", kind: str = "JPEG", **save: Any) -> bytes:

@@ -8,19 +8,18 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from convert_helpers import picture, read_rejected, read_samples, run_main, write_json
+from convert_helpers import Slow, picture, read_rejected, read_samples, run_main, write_json
 
 from convert import write
 from convert.__main__ import COMMANDS
 from convert.divide import Chosen, Division, divide, group_of
-from convert.items import Entry, Found, Item
+from convert.items import Found
 from convert.jsonl import find
 from convert.shapes import Scene
 from convert.store import staging_folder
@@ -305,24 +304,6 @@ def test_two_conversions_do_not_mix(images: Path, monkeypatch: pytest.MonkeyPatc
                 convert(find_rows(images, lines()), images / "out")
         staging.joinpath("lock").unlink()
         staging.rmdir()
-
-
-@dataclass(frozen=True)
-class Slow:
-    """Another entry, read after some seconds."""
-
-    entry: Entry
-    seconds: float
-
-    def fingerprint(self) -> str:
-        return self.entry.fingerprint()
-
-    def origin(self) -> Any:
-        return self.entry.origin()
-
-    def read(self) -> Iterator[Item]:
-        time.sleep(self.seconds)
-        yield from self.entry.read()
 
 
 def killed(work: Callable[[], object], until: Callable[[], bool]) -> None:

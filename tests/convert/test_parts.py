@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_helpers import picture, read_rejected, read_samples
+from convert_helpers import Slow, picture, read_rejected, read_samples
 from streaming.base.util import merge_index
 
 from convert import parts
@@ -28,24 +28,6 @@ from recipe.schema import Sample
 
 BAD = (2, 8, 9, 10, 11)  # the third part of four records has none that is good
 NUM_RECORDS = 18
-
-
-@dataclass(frozen=True)
-class Slow:
-    """Another entry, read after some seconds."""
-
-    entry: Entry
-    seconds: float
-
-    def fingerprint(self) -> str:
-        return self.entry.fingerprint()
-
-    def origin(self) -> Any:
-        return self.entry.origin()
-
-    def read(self) -> Iterator[Item]:
-        time.sleep(self.seconds)
-        yield from self.entry.read()
 
 
 @dataclass(frozen=True)

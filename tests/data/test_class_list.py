@@ -12,7 +12,7 @@ from recipe.config import ConfigError, EvaluationConfig, LoaderConfig, RecipeCon
 from recipe.data import class_list
 from recipe.data.class_list import read_classes
 from recipe.records import CLASSES_FILE, RECORDS_FILE
-from recipe.schema import Object, Sample
+from recipe.schema import FurtherImage, Object, Sample
 from recipe.upstream.storage import open_streams
 
 BOX = (0.0, 0.0, 10.0, 10.0)
@@ -41,6 +41,14 @@ def test_the_different_captions_of_all_streams(streams: dict[str, Any], caplog: 
     assert class_names(config_of(streams, "data")) == ["a dog", "cat", "émeu"], "one class has one form"
     assert "evaluation.classes: the 3 of the training set, such as a dog, cat, émeu" in caplog.text
     assert class_names(config_of(streams, "a", "data")) == ["a", "data"], "a list of names is taken as it is"
+
+
+def test_the_captions_of_all_images_of_a_chat(tmp_path: Path, make_sample, write_shards) -> None:
+    chat = ({"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Both."})
+    further = FurtherImage(make_sample(1, 0, 40, 40).image, 40, 40, (Object(BOX, "owl"),))
+    several = replace(make_sample(0, 0, 40, 40), objects=(Object(BOX, "bat"),), messages=chat, further=(further,))
+    streams = {"chats": write_shards(tmp_path / "chats", [several])}
+    assert read_classes(open_streams(streams)) == ["bat", "owl"]
 
 
 def test_the_list_of_the_source_comes_first(streams: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """`recipe/gallery.html`: the page itself in a real browser."""
 
 import json
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -14,18 +13,8 @@ from recipe.gallery import main, num_errors, page_data, render
 from recipe.prediction.files import PredictedFile
 from recipe.prediction.options import parse_gallery as parse
 from recipe.schema import Sample
-from tests.support.chromium import Page, find_chromium, open_page
+from tests.support.chromium import Page
 from tests.support.gallery_cases import NASTY, entry, found, options, row, sample, true
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium: install one, or name it in CHROMIUM")
-    with open_page(program) as page:
-        yield page
-
 
 STATE = """({
   summary: byId('shown-images').textContent + byId('summary').textContent,

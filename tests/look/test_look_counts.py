@@ -14,7 +14,7 @@ from recipe.load import load_processor
 from recipe.look import counts
 from recipe.look.counts import Best, Contents, Distinct, Histogram, RejectedRecords, read_rejected
 from recipe.look.judge import Copies, Limits, judge, share
-from recipe.schema import ImageSpec, Object, Sample, Searched
+from recipe.schema import FurtherImage, ImageSpec, Object, Sample, Searched
 from tests.support.tiny_cases import make_samples
 
 SPEC = ImageSpec(14, 2, 3136, 280 * 280, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -50,6 +50,15 @@ def test_bins_by_hand() -> None:
     ratios.add(0.5)
     assert ratios.rows() == [("0.5 to 2", 1)], "no empty bins at the ends"
     assert Histogram((1, 2)).rows() == []
+
+
+def test_every_image_of_a_chat_is_counted_and_its_first_may_be_shown() -> None:
+    further = FurtherImage(b"", 560, 280, (Object((0, 0, 20, 20), "owl"), Object((0, 0, 300, 200), "bat")))
+    unknown = FurtherImage(b"", 280, 280, None)
+    contents = read(replace(sample("chat", box(28)), messages=CHAT, further=(further, unknown)))
+    assert (contents.samples, contents.images, contents.chats, contents.not_annotated) == (1, 3, 1, 1)
+    assert contents.objects == 3 and dict(contents.captions.counts) == {"cat": 1, "owl": 1, "bat": 1}
+    assert contents.sizes.counts == {"280 x 280": 2, "560 x 280": 1}
 
 
 def test_counts_by_hand() -> None:

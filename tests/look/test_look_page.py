@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from convert.write import convert_split, convert_splits
 from recipe.look.__main__ import Look, main
 from recipe.look.options import parse
 from recipe.look.page import without_folders
-from tests.support.chromium import Page, find_chromium, open_page
+from tests.support.chromium import Page
 from tests.support.gallery_cases import NASTY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,15 +182,6 @@ def test_paths_lose_their_folders() -> None:
     assert without_folders("no '/data/my set/a b.jpg' or /x/y.jpg: see image/png, https://a.b/c, 3/4") == (
         "no 'a b.jpg' or y.jpg: see image/png, https://a.b/c, 3/4"
     )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium: install one, or name it in CHROMIUM")
-    with open_page(program) as opened:
-        yield opened
 
 
 MEASURES = """(() => {

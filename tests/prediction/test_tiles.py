@@ -79,9 +79,9 @@ def test_a_cut_box_gives_way_to_the_whole_object_even_with_a_better_score():
     whole_object, part = ((50, 40, 97, 60), 0.5, "a long bar"), ((0, 40, 17, 60), 0.9, "a bar")
     found = [(LEFT, made(whole_object)), (RIGHT, made(part))]
     assert merged(made(size=(180, 100)), *found) == [whole_object]
-    # The image's own edge cuts nothing.
-    at_the_edge = ((0, 40, 17, 60), 0.5, "at the edge")
-    assert merged(made(size=(180, 100)), (LEFT, made(at_the_edge))) == [at_the_edge]
+    # The image's own edge cuts nothing: at the top of the image the same holds.
+    at_the_top, part = ((50, 0, 97, 20), 0.5, "a long bar"), ((0, 0, 17, 20), 0.9, "a bar")
+    assert merged(made(size=(180, 100)), (LEFT, made(at_the_top)), (RIGHT, made(part))) == [at_the_top]
 
 
 def test_a_cut_box_is_not_replaced_by_one_below_the_threshold():
