@@ -4,37 +4,18 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from convert_helpers import Slow
 
 from convert.items import Found
 from convert.shapes import Scene
 from convert.store import staging_folder
 from convert.write import convert_split
-from recipe.schema import Sample
 from tests.support.s3_server import FaultProxy, S3Server
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass(frozen=True)
-class SlowScene:
-    """A scene that takes a while."""
-
-    scene: Scene
-
-    def fingerprint(self) -> str:
-        return self.scene.fingerprint()
-
-    def origin(self) -> tuple[Sequence[str], bytes]:
-        return self.scene.origin()
-
-    def read(self) -> Iterator[Sample]:
-        time.sleep(0.1)
-        yield from self.scene.read()
 
 
 SCENES = [Scene(1, index, 56) for index in range(12)]
@@ -80,7 +61,7 @@ def test_a_bucket_gets_what_a_folder_gets(s3: S3Server, address: str, expected: 
 
 
 def test_killed_and_begun_again_ends_the_same(s3: S3Server, address: str, expected: dict[str, bytes]) -> None:
-    slow = Found([SlowScene(scene) for scene in SCENES])
+    slow = Found([Slow(scene, 0.1) for scene in SCENES])
     process = multiprocessing.get_context("fork").Process(target=convert, args=(slow, address))
     process.start()
     staging = staging_folder(f"{address}/train")
