@@ -1,32 +1,44 @@
-"""How many steps the head needs to find things: whole, plain, and with one ingredient changed.
+"""How many steps the head needs to find things: whole, plain, and with one ingredient changed; and against peers.
 
     python tests/benchmarks/convergence.py [--variants NAME ...] [--steps N] [--plain-steps N] [--seeds SEED ...]
-        [--real SHARED_DATA] [--real-sets NAME ...] [--real-tasks NAME ...] [--real-steps N]
+    python tests/benchmarks/convergence.py --variants --real SHARED_DATA --real-sets NAME_OR_FOLDER ...
+        [--real-tasks NAME ...] [--real-models NAME ...] [--seeds SEED ...] [--cpu-seconds N] [--augment NAME]
+        [--choose-rates] [--results FOLDER] [--from-results] [--accept-other-commits]
 
-Scenes of coloured shapes, 16 a step, from the tiny random checkpoint of the quickstart; detection alone is trained, at
-a constant rate after a warm-up, so that a curve does not depend on where it ends. AP50 is class-agnostic, over 128
+**Scenes of coloured shapes**, 16 a step, from the tiny random checkpoint of the quickstart; detection alone is trained,
+at a constant rate after a warm-up, so that a curve does not depend on where it ends. AP50 is class-agnostic, over 128
 other scenes, every 25 steps. `full` is the default head; `plain` is DETR on the same trunk: no positions in the memory,
 learned queries that no layer refines, no auxiliary losses, no denoising, attention that starts anywhere; DETR's own
 encoder has positions, so there is also `plain with positions`. The others are `full` with one switch turned.
 
-The default head also learns two sets of real pictures, split 80/20 by picture, from a tiny random
-checkpoint that normalises pixels by the training pictures' own mean and deviation, as one does from scratch (pale blood
-cells vary by 0.2 to 0.4 of what Qwen's constants call one). Hugging Face's Deformable and Conditional DETR learn them
-from scratch (`peer_detr.py`), normalised alike, at the same size of picture, each for the CPU time that training ours
-took. There are two tasks: `captions`, where ours learns to write what each object is and the peers learn it as a class,
-and `boxes`, where ours learns no captions and the peers one class. Both are judged by AP50 without classes on the
-held-out fifth at the end.
+**Sets of real images**, folders with `images` and `instances.json`. Ours and the peers (`peer_detr.py`) are trained
+from scratch, each for `--cpu-seconds` of one core, in two tasks: `captions`, where ours learns to write what each
+object is and the peers learn it as a class, and `boxes`, where ours learns no captions and the peers one class. All are
+judged without classes, by COCO's scores of the held-out fifth, with the weights of the end. For everybody:
+
+- The held-out fifth is the same for all seeds. Learning rates are the defaults, or with `--choose-rates` the best of
+  three factors on a fifth of the *training* images, with a third of the CPU time.
+- Images have as many pixels as bring the first quartile of the training objects' shorter sides to 24, between 100,352
+  pixels and the stored size (`real_sets.pixel_budget`); images per step follow. Pixels are normalised by the training
+  images' own mean and deviation (pale blood cells vary by 0.2 to 0.4 of what Qwen's constants call one).
+- `--augment` is drawn and applied by the recipe's own functions.
+- The clock counts training: loading too, but no start, evaluation or probe. Ours makes the number of steps that a probe
+  of twelve says will fit; peers stop when the time is over. `cpu_s` is what was taken.
+
+Each (set, task, model, seed) is a job. Its result is stored in `--results`, and found again by its settings and by the
+files that decide it: ours by `recipe/`, a peer's by few. So a killed run continues, work can be spread over processes
+by `--real-sets`, `--real-tasks`, `--real-models` and `--seeds`, and `--from-results` prints what there is.
 
 The last line is JSON: `steps_to_ap50` (by variant: steps to 0.5 and to 0.8, null where not reached, and CPU seconds to
 each), `plain_over_full` (of the steps to 0.5; a lower bound where plain did not reach it), `final` (last AP50 by
-variant) and `real` (of the first seed, by data set: `ours`, `peer`, the better of the two, and both by name, of the
-task `captions`; those of `boxes` below `boxes`).
+variant), `real` (by set and task: `ours`, the peers by name, and `peer`, the best, with its `name`; each `ap50`, `ap`,
+`ap_small` (null without small objects) and `cpu_s` as [median, minimum, maximum] over the seeds) and `rates`
+(`default`, `chosen` or `partly chosen`).
 """
 
 import argparse
 import json
 import logging
-import time
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
@@ -34,19 +46,16 @@ from statistics import median, median_high
 from typing import Any
 
 import torch
-from composer import Callback, Logger, State
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from compare_real import AUGMENTS, MODELS, TASKS, Comparison, RealSet
 from convert.shapes import iter_samples
 from convert.write import write_split
-from peer_detr import Budget, build_peer, train_peer
-from real_sets import REAL, make_real_set
-from recipe.callbacks import table
-from recipe.configure import load_config
+from jobs import Job, ResultError, Store
+from our_head import ROOT, Curve, train_head
+from real_report import figures_of, print_tables
+from real_sets import SetError, find_set
 from recipe.tiny import build_tiny_checkpoint
-from recipe.train import main as train
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 FOLDER = ROOT / "bench" / "convergence"
 EVERY = 25  # steps between evaluations
@@ -76,44 +85,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mal": {"loss.objectness": "mal", "loss.focal_gamma": 1.5},
     "ema": {"ema": "{half_life: 20ba}"},
 }
-REAL_SETS = ("chess_train", "bccd_trainval")
-# What our head learns beside boxes.
-TASKS: dict[str, dict[str, Any]] = {
-    "captions": {"loss.weight_caption": 4.0, "caption_decoder.max_caption_tokens": "null"},
-    "boxes": {},
-}
-PEERS = {"deformable": 1e-3, "conditional": 1e-3}  # learning rates: better on chess_train than 3e-4
-
-
-class Curve(Callback):
-    """AP50 and the CPU time of training, at every evaluation."""
-
-    def __init__(self):
-        self.points: list[tuple[int, float, float]] = []  # steps, AP50, CPU seconds without evaluations
-        self.spent = 0.0
-        self.since = 0.0
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """The clock starts."""
-        self.since = time.process_time()
-
-    def eval_start(self, state: State, logger: Logger) -> None:
-        """It stops."""
-        self.spent += time.process_time() - self.since
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        """A point; it goes on."""
-        step, ap50 = int(state.timestamp.batch), float(state.eval_metric_values["box_ap50"])
-        self.points.append((step, ap50, self.spent))
-        self.since = time.process_time()
-
-    def reaches(self, ap50: float) -> tuple[int, float] | None:
-        """Steps and CPU seconds to the first evaluation of at least so much."""
-        return next(((step, seconds) for step, value, seconds in self.points if value >= ap50), None)
-
-    def told(self) -> str:
-        """Every point."""
-        return " ".join(f"{step}:{ap50:.3f}" for step, ap50, _ in self.points)
+REAL_SETS = ("chess_train", "bccd_trainval", "wagon_train")
 
 
 def make_data() -> None:
@@ -126,58 +98,51 @@ def make_data() -> None:
         build_tiny_checkpoint(str(FOLDER / "tiny"))
 
 
-def train_head(changes: dict[str, Any], data: Path, steps: int, every: int, seed: int) -> Curve:
-    """Trains the head, and the trunk under it, on shards of `data`; nothing but boxes is taught."""
-    settings: dict[str, Any] = {
-        "seed": seed,
-        "run_folder": FOLDER / "run",
+def train_variant(name: str, steps: int, seed: int) -> Curve:
+    """Train a variant of the head on the scenes."""
+    changes = {
         "model.pretrained_model_name_or_path": FOLDER / "tiny",
-        "teachers": "{stream: null, num_teachers: 0}",
-        "prompt.student_answer": False,
-        "detection_head.num_queries": 20,
-        "caption_decoder.num_layers": 2,
-        "train_loader.streams.shapes.local": data,
-        "eval_loader.streams.shapes.local": data,
-        "evaluation": "{answers: null, max_captions: 0, num_logged_images: 0}",
-        "loss": "{weight_lm_student: 0, weight_lm_teacher: 0, weight_caption: 0}",
-        "trainer": f"{{max_duration: {steps}ba, eval_interval: {every}ba, save_folder: null, progress_bar: false}}",
-        "callbacks": "{curve: {}, group_metrics: null, loss_shares: null, throughput: null, speed_monitor: null}",
-        "loggers": "{tensorboard: null, wandb: null, json_lines: null}",
-        "autoresume": False,
-        **changes,
+        "scheduler.name": "constant",
+        **VARIANTS[name],
     }
-    overrides = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
-    trainer = train(load_config(str(ROOT / "yamls" / "quickstart.yaml"), overrides))
-    curve = next(callback for callback in trainer.state.callbacks if isinstance(callback, Curve))
-    trainer.close()
-    return curve
+    return train_head(changes, FOLDER / "data", FOLDER / "run", steps, EVERY, seed)
 
 
-def compare_on_real(source: Path, task: str, steps: int, seed: int) -> dict[str, Any]:
-    """Ours and the peers on one set of real pictures and one of `TASKS`, in AP50."""
-    data = FOLDER / source.name / str(seed)
-    train_part, val_part = make_real_set(source, data, seed)
-    samples = [*train_part, *val_part]
-    changes = {"model.pretrained_model_name_or_path": data / "tiny", **REAL, **TASKS[task]}
-    curve = train_head(changes, data, steps, every=max(1, steps // 4), seed=seed)
-    _, ap50, seconds = curve.points[-1]
-    print(f"{source.name}, {task}, ours: {curve.told()}, {seconds:.0f} CPU s", flush=True)
-    sizes = {(sample.height, sample.width) for sample in samples}
-    assert len(sizes) == 1, f"the peers' pictures are one batch of one size, but {source.name} has {sizes}"
-    size = smart_resize(*sizes.pop(), min_pixels=REAL["image.min_pixels"], max_pixels=REAL["image.max_pixels"])
-    found: dict[str, Any] = {"ours": round(ap50, 4), "cpu_s": round(seconds)}
-    for kind, learning_rate in PEERS.items():
-        torch.manual_seed(seed)
-        names = (
-            sorted({item.caption for sample in samples for item in sample.objects or ()}) if task == "captions" else []
+def find_sets(shared: Path, names: Sequence[str]) -> list[RealSet]:
+    """Return the sets of these names below `shared`, or with these paths.
+
+    Raises:
+        SetError: One is missing, or two have one name, by which results are reported.
+    """
+    sets = [RealSet(shared / name if (shared / name).is_dir() else Path(name)) for name in names]
+    missing = [name for name, real_set in zip(names, sets, strict=True) if not real_set.folder.is_dir()]
+    if missing:
+        raise SetError(
+            f"no {' and no '.join(missing)} in {shared}: give --real SHARED_DATA, paths, or --real-sets for none"
         )
-        peer = build_peer(
-            kind, max(len(names), 1), REAL["detection_head.num_queries"], width=128, num_layers=2, num_heads=4
-        )
-        budget = Budget(seconds, REAL["train_loader.global_batch_size"], learning_rate)
-        found[kind], peer_steps = train_peer(peer, train_part, val_part, size, budget, seed, names)
-        print(f"{source.name}, {task}, {kind}: {found[kind]:.3f} after {peer_steps} steps", flush=True)
-    return found | {"peer": max(found[kind] for kind in PEERS)}
+    for real_set in sets:
+        find_set(real_set.folder)
+    known = [real_set.name for real_set in sets]
+    if double := sorted({name for name in known if known.count(name) > 1}):
+        raise SetError(f"two sets have the name {double[0]!r}: give them in two runs, or rename a folder")
+    return sets
+
+
+def compare(comparison: Comparison, chooses_rates: bool, only_stored: bool) -> dict[str, Any]:
+    """Run all jobs of a comparison that are not stored, and print the tables; return the figures of the last line."""
+    if chooses_rates and not only_stored:
+        for real_set, job in comparison.all_choices():
+            comparison.run(real_set, job)
+    found: list[tuple[Job, bool, dict[str, Any]]] = []
+    for real_set, job, is_chosen in comparison.all_jobs():
+        row = comparison.store.find(job) if only_stored else comparison.run(real_set, job)
+        if row is None:
+            print(f"{job.name}: no result")
+        else:
+            found.append((job, is_chosen, row))
+    figures = figures_of(found)
+    print_tables(figures["real"])
+    return figures
 
 
 def reached(curves: Sequence[Curve], ap50: float) -> tuple[int, float] | tuple[None, None]:
@@ -208,38 +173,54 @@ def report(curves: dict[str, list[Curve]]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the variants one after the other, then the sets of real pictures."""
+    """Run the variants one after the other, then the sets of real images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--plain-steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17], metavar="SEED")
     parser.add_argument("--real", type=Path, default=DATA, metavar="SHARED_DATA", help="folder of the real sets")
-    parser.add_argument("--real-sets", nargs="*", choices=REAL_SETS, default=REAL_SETS, metavar="NAME")
+    parser.add_argument("--real-sets", nargs="*", default=REAL_SETS, metavar="NAME_OR_FOLDER")
     parser.add_argument("--real-tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
-    parser.add_argument("--real-steps", type=int, default=400)
+    parser.add_argument("--real-models", nargs="+", choices=MODELS, default=MODELS, metavar="NAME")
+    parser.add_argument("--cpu-seconds", type=float, default=300, metavar="N", help="of each training on real images")
+    parser.add_argument("--augment", choices=list(AUGMENTS), default="none", help="of ours and of the peers")
+    parser.add_argument("--choose-rates", action="store_true", help="first choose learning rates on training images")
+    parser.add_argument("--results", type=Path, default=FOLDER / "results", metavar="FOLDER")
+    parser.add_argument("--from-results", action="store_true", help="train nothing: print what is stored")
+    parser.add_argument("--accept-other-commits", action="store_true", help="count results of other code too")
     args = parser.parse_args(arguments)
-    missing = [name for name in args.real_sets if not (args.real / name).is_dir()]
-    if missing:
-        parser.error(f"no {' and no '.join(missing)} in {args.real}: give --real SHARED_DATA, or --real-sets for none")
+    try:
+        sets = find_sets(args.real, args.real_sets)
+    except SetError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     logging.disable(logging.INFO)
-    table.CALLBACKS = {**table.CALLBACKS, "curve": Curve}
-    make_data()
-    curves: dict[str, list[Curve]] = {name: [] for name in args.variants}
-    for seed in args.seeds:
-        for name in args.variants:
-            steps = args.plain_steps if name.startswith("plain") else args.steps
-            changes = {"scheduler.name": "constant", **VARIANTS[name]}
-            curves[name].append(train_head(changes, FOLDER / "data", steps, EVERY, seed))
-            print(f"{name}, seed {seed}: {curves[name][-1].told()}", flush=True)
-    figures = report(curves)
-    figures["real"] = {}
-    for name in args.real_sets:
-        tasks = {
-            task: compare_on_real(args.real / name, task, args.real_steps, args.seeds[0]) for task in args.real_tasks
-        }
-        figures["real"][name] = {**tasks.pop("captions", {}), **tasks}
+    figures: dict[str, Any] = {}
+    if not args.from_results:
+        if args.variants:
+            make_data()
+        curves: dict[str, list[Curve]] = {name: [] for name in args.variants}
+        for seed in args.seeds:
+            for name in args.variants:
+                steps = args.plain_steps if name.startswith("plain") else args.steps
+                curves[name].append(train_variant(name, steps, seed))
+                print(f"{name}, seed {seed}: {curves[name][-1].told()}", flush=True)
+        figures = report(curves)
+    comparison = Comparison(
+        sets,
+        args.real_tasks,
+        args.real_models,
+        args.seeds,
+        args.cpu_seconds,
+        args.augment,
+        Store(args.results, args.accept_other_commits),
+        scratch=FOLDER,
+    )
+    try:
+        figures |= compare(comparison, args.choose_rates, args.from_results)
+    except (SetError, ResultError) as error:
+        parser.error(str(error))
     print(json.dumps(figures))
 
 

@@ -1,69 +1,184 @@
 """Helpers of the benchmarks: real COCO-form sets as samples and shards, and the true Qwen2.5 tokenizer, offline."""
 
+import hashlib
 import json
+import math
 import random
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
+from convert.coco import find, read_instances
+from convert.items import Note, Rejected
 from convert.write import write_split
-from peer_detr import pixel_statistics
-from recipe.schema import Object, Sample
+from recipe.images import open_image
+from recipe.schema import Sample
 from recipe.tiny import build_tiny_checkpoint
 
-# What the sets of real pictures change in yamls/quickstart.yaml.
+TOKEN_SIDE = 28  # pixels
+# What the sets of real images change in yamls/quickstart.yaml.
 REAL: dict[str, Any] = {
-    "image.min_pixels": 80 * 28**2,
-    "image.max_pixels": 128 * 28**2,
+    "image.min_pixels": 80 * TOKEN_SIDE**2,
+    "image.max_pixels": 128 * TOKEN_SIDE**2,
     "max_seq_len": 4096,
     "detection_head.num_queries": 60,
-    "detection_head.num_denoising_groups": 2,  # of ten objects and more a picture
+    "detection_head.num_denoising_groups": 2,  # of ten objects and more per image
     "train_loader.global_batch_size": 8,
     "eval_loader.global_batch_size": 8,
 }
+SPLIT_SEED = 17
+CHOICE_SEED = 0
+LEAST_PIXELS, MOST_PIXELS = 128 * TOKEN_SIDE**2, 1280 * TOKEN_SIDE**2  # 100,352 and 1,003,520
+SIDE, QUANTILE = 24, 0.25  # of `pixel_budget`
+BATCH_SIZE = 8  # at LEAST_PIXELS
+
+
+class SetError(ValueError):
+    """A folder is not a set of real images; the message says what is missing."""
+
+
+def find_set(folder: Path) -> tuple[Path, Path]:
+    """Return the annotations and the folder of images of a COCO-form set.
+
+    The annotations are `instances.json`, else the only JSON file. Their `file_name`s are looked up in `images`, then in
+    the folder itself, where some exporters put the images.
+
+    Raises:
+        SetError: One of them is missing.
+    """
+    if not folder.is_dir():
+        raise SetError(f"{folder} is not a folder: give a folder with images and instances.json")
+    files = [folder / "instances.json"]
+    if not files[0].is_file():
+        files = sorted(folder.glob("*.json"))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "no JSON file"
+            raise SetError(f"{folder} has no instances.json but {names}: name the annotations instances.json")
+    try:
+        entries = read_instances(files[0])["images"]
+    except ValueError as error:
+        raise SetError(str(error)) from error
+    first = next((row["file_name"] for row in entries if isinstance(row, dict) and row.get("file_name")), None)
+    if first is None:
+        raise SetError(f"{files[0]} lists no image with a file_name")
+    for images in (folder / "images", folder):
+        if (images / first).is_file():
+            return files[0], images
+    raise SetError(f"the first image of {files[0]}, {first!r}, is neither in {folder / 'images'} nor in {folder}")
+
+
+def read_set(folder: Path) -> tuple[list[Sample], Counter[str]]:
+    """Return a set's images with their objects, in the file's order, as conversion reads them, and what was left out.
+
+    Boxes are clipped to their images; degenerate ones, and images that cannot be used, are left out and counted.
+
+    Raises:
+        SetError: It is not such a set.
+    """
+    annotations, images = find_set(folder)
+    left_out: Counter[str] = Counter()
+    samples: list[Sample] = []
+    try:
+        found = find(read_instances(annotations), images, source=annotations.name, bbox_type="real", bad_boxes="drop")
+    except ValueError as error:
+        raise SetError(str(error)) from error
+    for item in [*found.leading, *(item for entry in found.entries for item in entry.read())]:
+        if isinstance(item, Note):
+            left_out[item.what] += item.count
+        elif isinstance(item, Rejected):
+            left_out[f"left out: {item.reason}"] += 1
+        elif item.objects is None:
+            left_out["left out: not annotated"] += 1
+        else:
+            samples.append(replace(item, id=f"{folder.name}/{item.id}"))
+    return samples, left_out
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """The pictures of `folder/images` with the objects of `folder/instances.json`, in the file's order."""
-    coco = json.loads((folder / "instances.json").read_text(encoding="utf-8"))
-    names = {category["id"]: category["name"] for category in coco["categories"]}
-    objects: dict[Any, list[Object]] = defaultdict(list)
-    for row in coco["annotations"]:
-        x, y, width, height = row["bbox"]
-        box = (x, y, x + width, y + height)
-        objects[row["image_id"]].append(Object(box, names[row["category_id"]], bool(row.get("iscrowd"))))
-    return [
-        Sample(
-            id=f"{folder.name}/{image['id']}",
-            image=(folder / "images" / image["file_name"]).read_bytes(),
-            width=image["width"],
-            height=image["height"],
-            objects=tuple(objects[image["id"]]),
-        )
-        for image in coco["images"]
-    ]
+    """Return the images of `read_set`."""
+    return read_set(folder)[0]
+
+
+def fingerprint(folder: Path) -> str:
+    """Return 8 hex digits of a set: of its annotations, and the names and sizes of its image files."""
+    annotations, images = find_set(folder)
+    files = sorted((str(path.relative_to(images)), path.stat().st_size) for path in images.rglob("*") if path.is_file())
+    return hashlib.sha256(annotations.read_bytes() + json.dumps(files).encode()).hexdigest()[:8]
+
+
+def split_off_fifth(samples: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Split a set 80/20 by image."""
+    shuffled = list(samples)
+    random.Random(seed).shuffle(shuffled)
+    part = len(shuffled) * 4 // 5
+    return shuffled[:part], shuffled[part:]
+
+
+def split_set(samples: Sequence[Sample], part: str) -> tuple[list[Sample], list[Sample]]:
+    """Return what is trained on and what is judged for `part`.
+
+    The fifth for `test` is the same for all seeds of training. For `choice`, of learning rates, a fifth of the rest is
+    held out, so that nothing is chosen by an image of the test.
+    """
+    train, test = split_off_fifth(samples, SPLIT_SEED)
+    return (train, test) if part == "test" else split_off_fifth(train, CHOICE_SEED)
+
+
+def pixel_budget(samples: Sequence[Sample]) -> int:
+    """Return the most pixels that an image of a set is shown with: one rule for ours and every peer.
+
+    It is the least, in vision tokens of 28 x 28, at which the first quartile of the objects' shorter sides reaches 24
+    pixels in the resized images; at least 100,352, and no more than the largest stored image has, nor than 1,003,520.
+    """
+    objects = [(sample, item.box) for sample in samples for item in sample.objects or () if not item.iscrowd]
+    stored = max(math.prod(round(side / TOKEN_SIDE) for side in (s.width, s.height)) for s in samples) * TOKEN_SIDE**2
+    most = min(max(stored, LEAST_PIXELS), MOST_PIXELS)
+    if not objects:
+        return LEAST_PIXELS
+    sides = np.array([min(x2 - x1, y2 - y1) for _, (x1, y1, x2, y2) in objects])
+    areas = np.array([sample.width * sample.height for sample, _ in objects])
+    for pixels in range(LEAST_PIXELS, most, TOKEN_SIDE**2):
+        if np.quantile(sides * np.minimum(1, np.sqrt(pixels / areas)), QUANTILE) >= SIDE:
+            return pixels
+    return most
+
+
+def batch_size(pixels: int) -> int:
+    """Return how many images of so many pixels cost about as much per step as eight of the smallest budget."""
+    return max(2, round(BATCH_SIZE * LEAST_PIXELS / pixels))
+
+
+def pixel_statistics(samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel, of values in [0, 1], over all images at one small size."""
+    thumbnails = torch.stack(
+        [F.resize(F.pil_to_tensor(open_image(sample.image)), [96, 128], antialias=True) for sample in samples]
+    )
+    values = thumbnails.double().div(255).transpose(0, 1).flatten(1)  # (3, pixels)
+    return values.mean(1).tolist(), values.std(1).tolist()
 
 
 def make_real_set(source: Path, data: Path, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """A set split 80/20 by picture: as samples, and as `data/train` and `data/val` where they are not there yet.
+    """Return a set split 80/20 by image, and write it to `data/train` and `data/val` unless they are there.
 
-    `data/tiny` becomes a random checkpoint that normalises pixels as the training pictures ask for.
+    `data/tiny` becomes a random checkpoint that normalises pixels by the training images' own mean and deviation.
     """
-    samples = read_samples(source)
-    random.Random(seed).shuffle(samples)
-    part = len(samples) * 4 // 5
-    train_part, val_part = samples[:part], samples[part:]
-    for split, rows in {"train": train_part, "val": val_part}.items():
+    train, held_out = split_off_fifth(read_samples(source), seed)
+    for split, rows in {"train": train, "val": held_out}.items():
         if not (data / split / "index.json").exists():
             write_split(rows, str(data), split)
     if not (data / "tiny").exists():
-        mean, std = pixel_statistics(train_part)
+        mean, std = pixel_statistics(train)
         build_tiny_checkpoint(str(data / "tiny"), image_mean=mean, image_std=std)
-    return train_part, val_part
+    return train, held_out
 
 
 def build_qwen_tokenizer(source: Path, out: Path) -> PreTrainedTokenizerBase:
