@@ -47,13 +47,13 @@ from typing import Any
 
 import torch
 
-from compare_real import AUGMENTS, MODELS, TASKS, Comparison, RealSet
+from compare_real import MODELS, Comparison, RealSet
 from convert.shapes import iter_samples
 from convert.write import write_split
-from jobs import Job, ResultError, Store
-from our_head import ROOT, Curve, train_head
+from jobs import ROOT, Job, ResultError, Store
+from our_head import Curve, train_head
 from real_report import figures_of, print_tables
-from real_sets import SetError, find_set
+from real_sets import AUGMENTS, TASKS, SetError, find_set
 from recipe.tiny import build_tiny_checkpoint
 
 DATA = ROOT.parent / "shared" / "data"

@@ -19,7 +19,7 @@ from typing import Any
 from recipe.records import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_CODE = ("tests/benchmarks/compare_real.py", "tests/benchmarks/real_sets.py", "recipe/metrics/boxes.py")
+SHARED_CODE = ("tests/benchmarks/real_sets.py", "recipe/metrics/boxes.py", "recipe/metrics/gather.py")
 OUR_CODE = ("recipe/**/*.py", "yamls/quickstart.yaml", "tests/benchmarks/our_head.py")
 PEER_CODE = ("tests/benchmarks/peer_detr.py", "recipe/data/augment.py", "recipe/data/words.py", "recipe/data/image.py")
 PACKAGES = ("torch", "torchvision", "transformers", "mosaicml")

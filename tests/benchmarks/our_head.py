@@ -1,17 +1,23 @@
 """The recipe's side of the convergence benchmark: train the head by its yaml and overrides, and watch it."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from composer import Callback, Logger, State
 
+from convert.write import write_split
+from jobs import Job
+from real_sets import AUGMENTS, REAL, TASKS, YAML, result_of
 from recipe.callbacks import table
 from recipe.configure import load_config
-from recipe.train import main as train
+from recipe.schema import ImageSpec, Sample
+from recipe.tiny import build_tiny_checkpoint
+from recipe.train import main as train_by_config
 
-ROOT = Path(__file__).resolve().parents[2]
-YAML = ROOT / "yamls" / "quickstart.yaml"
+PROBE_STEPS = 12
 WARMUP_STEPS = 3  # of a probe, not measured
 
 
@@ -79,7 +85,40 @@ def train_head(changes: dict[str, Any], data: Path, run_folder: Path, steps: int
         **changes,
     }
     overrides = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items()]
-    trainer = train(load_config(str(YAML), overrides))
+    trainer = train_by_config(load_config(str(YAML), overrides))
     curve = next(callback for callback in trainer.state.callbacks if isinstance(callback, Curve))
     trainer.close()
     return curve
+
+
+def learning_rates(rate: float) -> dict[str, float]:
+    """Return all of our learning rates, those of the yaml times a factor."""
+    section = yaml.safe_load(YAML.read_text(encoding="utf-8"))["optimizer"]
+    names = [name for name in section if name.startswith("lr_") and name != "lr_scaling"]
+    return {f"optimizer.{name}": float(section[name]) * rate for name in names}
+
+
+def train_ours(
+    job: Job, train: Sequence[Sample], held_out: Sequence[Sample], spec: ImageSpec, folder: Path
+) -> dict[str, Any]:
+    """Train on real images for as many steps as a probe says that the CPU time allows; return what a job stores."""
+    size, tiny, data = job.settings["batch_size"], str(folder / "tiny"), folder / "data"
+    build_tiny_checkpoint(tiny, seed=job.seed, image_mean=spec.image_mean, image_std=spec.image_std)
+    for split, rows in {"train": train, "val": held_out}.items():
+        write_split(rows, str(data), split)
+    changes = {
+        "model.pretrained_model_name_or_path": tiny,
+        **REAL,
+        **TASKS[job.task],
+        **learning_rates(job.rate),
+        "image.max_pixels": spec.max_pixels,
+        "train_loader.global_batch_size": size,
+        "eval_loader.global_batch_size": size,
+        "train_loader.augment": AUGMENTS[job.settings["augment"]],
+    }
+    short = {**changes, "trainer.eval_subset_num_batches": 1, "scheduler.t_warmup": "1ba"}
+    probe = train_head(short, data, folder / "probe", PROBE_STEPS, PROBE_STEPS, job.seed)
+    steps = max(1, int(job.settings["cpu_seconds"] / probe.step_seconds()))
+    changes["scheduler.t_warmup"] = f"{max(1, min(50, steps // 8))}ba"
+    curve = train_head(changes, data, folder / "run", steps, steps, job.seed)
+    return result_of(curve.scores, steps, curve.spent)

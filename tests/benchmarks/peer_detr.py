@@ -19,6 +19,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, box_convert, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms.v2 import functional as F
@@ -34,9 +35,13 @@ from transformers import (
     RTDetrResNetConfig,
 )
 
+from jobs import Job
+from real_sets import AUGMENTS, REAL, YAML, result_of
 from recipe.config import AugmentConfig
+from recipe.configure import load_config
 from recipe.data.augment import Augmentation, Drawn
 from recipe.data.image import resized_size, shown_pixels
+from recipe.data.words import Vocabulary
 from recipe.images import open_image
 from recipe.metrics.boxes import box_average_precision
 from recipe.schema import DetectedObject, ImageSpec, Prediction, Sample
@@ -122,6 +127,14 @@ class Pyramid(nn.Module):
         return self.pyramid(OrderedDict((str(index), features) for index, features in enumerate(maps)))
 
 
+class Batching(GeneralizedRCNNTransform):
+    """Pads images to a batch; torchvision's own also resizes them, in evaluation even if told to skip that."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Leave an image as it is."""
+        return image, target
+
+
 class TorchvisionFcos(nn.Module):
     """FCOS on a small pyramid (1.1 million parameters)."""
 
@@ -131,13 +144,11 @@ class TorchvisionFcos(nn.Module):
         self.model = FCOS(
             Pyramid(),
             num_labels,
-            image_mean=[0.0] * 3,  # images come resized and normalised
-            image_std=[1.0] * 3,
             anchor_generator=AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * len(strides)),
             score_thresh=LEAST_SCORE,
             nms_thresh=NMS_IOU,
-            _skip_resize=True,
         )
+        self.model.transform = Batching(min_size=1, max_size=1, image_mean=[0.0] * 3, image_std=[1.0] * 3)
 
     def loss(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
         """Return the sum of its losses, as torchvision's own training script does."""
@@ -360,6 +371,28 @@ def evaluate_peer(model: Peer, samples: Sequence[Sample], view: View) -> dict[st
         predictions.append(_prediction(sample, *model.detect([image])[0]))
     model.train()
     return box_average_precision(predictions, samples)
+
+
+def train_and_judge(job: Job, train: Sequence[Sample], held_out: Sequence[Sample], spec: ImageSpec) -> dict[str, Any]:
+    """Train a peer on real images until its CPU time is over; return what a job stores."""
+    torch.manual_seed(job.seed)
+    augment = load_config(str(YAML), [f"train_loader.augment={AUGMENTS[job.settings['augment']]}"]).train_loader.augment
+    view = View.of(job.model, [*train, *held_out], spec, augment, job.seed)
+    names = class_names([*train, *held_out], augment) if job.task == "captions" else []
+    num_queries = REAL["detection_head.num_queries"]
+    peer = build_peer(job.model, max(len(names), 1), num_queries, width=128, num_layers=2, num_heads=4)
+    budget = Budget(job.settings["cpu_seconds"], job.settings["batch_size"], LEARNING_RATE * job.rate)
+    steps, spent = train_peer(peer, train, view, budget, job.seed, names)
+    return result_of(evaluate_peer(peer, held_out, view), steps, spent)
+
+
+def class_names(samples: Sequence[Sample], augment: AugmentConfig | None) -> list[str]:
+    """Return the captions of all objects; if images may be flipped, also what they then are, such as a right arm."""
+    names = {item.caption for sample in samples for item in sample.objects or () if not item.iscrowd}
+    if augment is not None and augment.horizontal_flip:
+        vocabulary = Vocabulary(augment.languages, augment.words)
+        names |= {vocabulary.mirrored(name) or name for name in names}
+    return sorted(names)
 
 
 def _prediction(sample: Sample, boxes: Tensor, scores: Tensor) -> Prediction:

@@ -21,11 +21,13 @@ from convert.coco import find, read_instances
 from convert.items import Note, Rejected
 from convert.write import write_split
 from recipe.images import open_image
-from recipe.schema import Sample
+from recipe.metrics.gather import UNDEFINED
+from recipe.schema import ImageSpec, Sample
 from recipe.tiny import build_tiny_checkpoint
 
+YAML = Path(__file__).resolve().parents[2] / "yamls" / "quickstart.yaml"
 TOKEN_SIDE = 28  # pixels
-# What the sets of real images change in yamls/quickstart.yaml.
+# What the sets of real images change in YAML.
 REAL: dict[str, Any] = {
     "image.min_pixels": 80 * TOKEN_SIDE**2,
     "image.max_pixels": 128 * TOKEN_SIDE**2,
@@ -35,6 +37,14 @@ REAL: dict[str, Any] = {
     "train_loader.global_batch_size": 8,
     "eval_loader.global_batch_size": 8,
 }
+# What our head learns besides boxes; the peers learn captions as classes.
+TASKS: dict[str, dict[str, Any]] = {
+    "captions": {"loss.weight_caption": 4.0, "caption_decoder.max_caption_tokens": "null"},
+    "boxes": {},
+}
+# The section train_loader.augment, for ours and for the peers.
+AUGMENTS = {"none": "null", "flip": "{horizontal_flip: 0.5}", "crop": "{horizontal_flip: 0.5, crop: {}}"}
+SCORES = {"ap50": "box_ap50", "ap": "box_ap", "ap_small": "box_ap_small"}
 SPLIT_SEED = 17
 CHOICE_SEED = 0
 LEAST_PIXELS, MOST_PIXELS = 128 * TOKEN_SIDE**2, 1280 * TOKEN_SIDE**2  # 100,352 and 1,003,520
@@ -130,6 +140,8 @@ def split_set(samples: Sequence[Sample], part: str) -> tuple[list[Sample], list[
     held out, so that nothing is chosen by an image of the test.
     """
     train, test = split_off_fifth(samples, SPLIT_SEED)
+    if part not in ("test", "choice"):
+        raise ValueError(f"unknown part {part!r}: test or choice")
     return (train, test) if part == "test" else split_off_fifth(train, CHOICE_SEED)
 
 
@@ -164,6 +176,26 @@ def pixel_statistics(samples: Sequence[Sample]) -> tuple[list[float], list[float
     )
     values = thumbnails.double().div(255).transpose(0, 1).flatten(1)  # (3, pixels)
     return values.mean(1).tolist(), values.std(1).tolist()
+
+
+def image_spec_of(train: Sequence[Sample], pixels: int) -> ImageSpec:
+    """Return the resize rule and the normalisation of the training images, for everybody."""
+    mean, std = pixel_statistics(train)
+    return ImageSpec(
+        patch_size=14,
+        merge_size=2,
+        min_pixels=REAL["image.min_pixels"],
+        max_pixels=pixels,
+        image_mean=tuple(mean),
+        image_std=tuple(std),
+    )
+
+
+def result_of(scores: dict[str, float], steps: int, seconds: float) -> dict[str, Any]:
+    """Return what a job stores, from the scores of `recipe.metrics.boxes`; None for one that is not defined."""
+    values = {name: scores[key] for name, key in SCORES.items()}
+    rounded = {name: None if value == UNDEFINED else round(value, 4) for name, value in values.items()}
+    return {**rounded, "steps": steps, "cpu_s": round(seconds, 1)}
 
 
 def make_real_set(source: Path, data: Path, seed: int) -> tuple[list[Sample], list[Sample]]:
