@@ -65,7 +65,8 @@ class Job:
 
     def described(self) -> dict[str, Any]:
         """Return all settings in JSON's types."""
-        return json.loads(json.dumps({**vars(self), **self.settings, "settings": None}))
+        own = {name: value for name, value in vars(self).items() if name != "settings"}
+        return json.loads(json.dumps({**own, **self.settings}))
 
     def file_name(self, code: str) -> str:
         """Return the name of its result's file."""
@@ -96,7 +97,8 @@ class Store:
             return _read(path)
         others = sorted(self.folder.glob(f"{_escaped(job.stem)}-*-*.json"))
         rows = sorted((_read(other) for other in others), key=lambda row: row["finished"])
-        rows = [row for row in rows if all(row["settings"][key] == vars(job)[key] for key in ("set", "part", "seed"))]
+        own = ("set", "task", "model", "seed", "part")  # a set's name may hold a hyphen too
+        rows = [row for row in rows if all(row["settings"].get(key) == vars(job)[key] for key in own)]
         same = [row for row in rows if row["settings"] == job.described()]
         if same and self.accepts_other_code:
             return same[-1]

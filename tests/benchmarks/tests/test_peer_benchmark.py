@@ -48,7 +48,7 @@ def trained_peer(kind: str, scenes: list[Sample], seconds: int) -> tuple[Peer, d
     clock = iter(range(seconds + 2))
     torch.manual_seed(0)
     names = class_names(scenes, None)
-    peer = build_peer(kind, len(names), num_queries=10, width=32, num_layers=2, num_heads=2)
+    peer = build_peer(kind, len(names), num_queries=10, width=64, num_layers=2, num_heads=2)
     before = {name: weight.detach().clone() for name, weight in peer.named_parameters()}
     budget = Budget(seconds, batch_size=3, learning_rate=1e-3)
     view = View.of(kind, scenes, SPEC, None, seed=0)
