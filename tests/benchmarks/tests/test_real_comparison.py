@@ -270,6 +270,8 @@ def test_figures_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert lines[2] == "| ours | 0.700 (0.600-0.800) | 0.100 | - | 302 (301-303) | 3 | 1 |"
     assert [line.split()[1] for line in lines[2:]] == ["ours", "rt_detr", "fcos", "conditional"]
+    partly = figures_of([found("ours", 1, 0.6, ap_small=0.2), found("ours", 2, 0.6)])
+    assert partly["real"]["set"]["boxes"]["ours"]["ap_small"] is None
     mixed = [found("ours", 1, 0.6, chosen=True), found("fcos", 1, 0.6)]
     assert figures_of(mixed)["rates"] == "partly chosen"
     assert figures_of(mixed[:1])["rates"] == "chosen"
