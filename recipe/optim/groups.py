@@ -103,10 +103,18 @@ def build_optimizer(
     if config.lr_scaling != "none":
         text = "learning rates x %g: lr_scaling %s of %g tokens per step over %s"
         log.info(text, scale, config.lr_scaling, counted, config.reference_tokens)
-    kind: Any = AdamW
+    kind, keywords = AdamW, {}
     if config.moments == "8bit":
         from recipe.optim.eight_bit import AdamW8bit as kind
-    return kind(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    elif all(_is_whole_on_cpu(parameter) for group in optimizer_groups for parameter in group["params"]):
+        # On a CPU torch's default makes some ten calls per parameter: three times as slow for small ones.
+        keywords = {"fused": True}
+    kind: Any
+    return kind(optimizer_groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, **keywords)
+
+
+def _is_whole_on_cpu(parameter: Tensor) -> bool:
+    return parameter.device.type == "cpu" and not isinstance(parameter, DTensor)
 
 
 def begin_moments(optimizer: Any) -> None:
