@@ -13,11 +13,13 @@ from peer_detr import PEERS, train_and_judge
 from real_sets import (
     CHOICE_SEED,
     SetError,
+    augmentation_of,
     batch_size,
     fingerprint,
     image_spec_of,
     pixel_budget,
     read_set,
+    shrink,
     split_set,
 )
 from recipe.schema import Sample
@@ -67,7 +69,7 @@ class Comparison:
         sets: The sets.
         tasks, models, seeds: Names of `TASKS` and `MODELS`, and seeds of training.
         cpu_seconds: Of each training.
-        augment: Name of `AUGMENTS`.
+        augment: One of `AUGMENTS`.
         store: Of results.
         scratch: Folder for the files of a running job.
     """
@@ -83,12 +85,14 @@ class Comparison:
 
     def job(self, real_set: RealSet, task: str, model: str, seed: int, rate: float, part: str = "test") -> Job:
         """Return a job of this comparison."""
+        augment, share = augmentation_of(self.augment, real_set.pixels)
         settings = {
             "data": real_set.data,
             "pixels": real_set.pixels,
-            "batch_size": batch_size(real_set.pixels),
+            "batch_size": batch_size(real_set.pixels * share),
             "cpu_seconds": self.cpu_seconds * (CHOICE_SHARE if part == "choice" else 1),
-            "augment": self.augment,
+            "augment": augment,
+            "share": share,
         }
         return Job(real_set.name, task, model, seed, part, rate, settings)
 
@@ -144,7 +148,10 @@ class Comparison:
 def train_model(job: Job, real_set: RealSet, folder: Path) -> dict[str, Any]:
     """Train one model on what the job says, with files in an empty folder; return its scores, steps and CPU seconds."""
     train, held_out = split_set(real_set.samples, job.part)
-    spec = image_spec_of(train, real_set.pixels)
+    share = job.settings["share"]
+    spec = image_spec_of(train, real_set.pixels, share)
+    if share < 1:
+        train = [shrink(sample, spec) for sample in train]
     if job.model == "ours":
         return train_ours(job, train, held_out, spec, folder)
     return train_and_judge(job, train, held_out, spec)

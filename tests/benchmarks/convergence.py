@@ -19,9 +19,12 @@ judged without classes, by COCO's scores of the held-out fifth, with the weights
 - The held-out fifth is the same for all seeds. Learning rates are the defaults, or with `--choose-rates` the best of
   three factors on a fifth of the *training* images, with a third of the CPU time.
 - Images have as many pixels as bring the first quartile of the training objects' shorter sides to 24, between 100,352
-  pixels and the stored size (`real_sets.pixel_budget`); images per step follow. Pixels are normalised by the training
+  pixels and the stored size (`real_sets.pixel_budget`); images per step follow from the pixels shown in training. Pixels are normalised by the training
   images' own mean and deviation (pale blood cells vary by 0.2 to 0.4 of what Qwen's constants call one).
-- `--augment` is drawn and applied by the recipe's own functions.
+- `--augment` is drawn and applied by the recipe's own functions. `parts` trains on flipped and random parts of about
+  100,352 pixels, at the scale of the whole images (`real_sets.augmentation_of`), and as many images per step as that
+  allows. `auto` is `parts` for sets whose images have more than twice as many pixels, else `none`. Evaluation is on
+  whole images.
 - The clock counts training: loading too, but no start, evaluation or probe. Ours makes the number of steps that a probe
   of twelve says will fit; peers stop when the time is over. `cpu_s` is what was taken.
 
@@ -184,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--real-tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
     parser.add_argument("--real-models", nargs="+", choices=MODELS, default=MODELS, metavar="NAME")
     parser.add_argument("--cpu-seconds", type=float, default=300, metavar="N", help="of each training on real images")
-    parser.add_argument("--augment", choices=list(AUGMENTS), default="none", help="of ours and of the peers")
+    parser.add_argument("--augment", choices=AUGMENTS, default="auto", help="of ours and of the peers")
     parser.add_argument("--choose-rates", action="store_true", help="first choose learning rates on training images")
     parser.add_argument("--results", type=Path, default=FOLDER / "results", metavar="FOLDER")
     parser.add_argument("--from-results", action="store_true", help="train nothing: print what is stored")

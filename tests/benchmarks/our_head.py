@@ -10,7 +10,7 @@ from composer import Callback, Logger, State
 
 from convert.write import write_split
 from jobs import Job
-from real_sets import AUGMENTS, REAL, TASKS, YAML, result_of
+from real_sets import REAL, TASKS, YAML, batch_size, result_of
 from recipe.callbacks import table
 from recipe.configure import load_config
 from recipe.schema import ImageSpec, Sample
@@ -102,7 +102,7 @@ def train_ours(
     job: Job, train: Sequence[Sample], held_out: Sequence[Sample], spec: ImageSpec, folder: Path
 ) -> dict[str, Any]:
     """Train on real images for as many steps as a probe says that the CPU time allows; return what a job stores."""
-    size, tiny, data = job.settings["batch_size"], str(folder / "tiny"), folder / "data"
+    tiny, data = str(folder / "tiny"), folder / "data"
     build_tiny_checkpoint(tiny, seed=job.seed, image_mean=spec.image_mean, image_std=spec.image_std)
     for split, rows in {"train": train, "val": held_out}.items():
         write_split(rows, str(data), split)
@@ -111,10 +111,11 @@ def train_ours(
         **REAL,
         **TASKS[job.task],
         **learning_rates(job.rate),
+        "image.min_pixels": spec.min_pixels,
         "image.max_pixels": spec.max_pixels,
-        "train_loader.global_batch_size": size,
-        "eval_loader.global_batch_size": size,
-        "train_loader.augment": AUGMENTS[job.settings["augment"]],
+        "train_loader.global_batch_size": job.settings["batch_size"],
+        "eval_loader.global_batch_size": batch_size(spec.max_pixels),  # of whole images
+        "train_loader.augment": job.settings["augment"],
     }
     short = {**changes, "trainer.eval_subset_num_batches": 1, "scheduler.t_warmup": "1ba"}
     probe = train_head(short, data, folder / "probe", PROBE_STEPS, PROBE_STEPS, job.seed)

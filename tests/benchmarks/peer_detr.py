@@ -36,11 +36,11 @@ from transformers import (
 )
 
 from jobs import Job
-from real_sets import AUGMENTS, REAL, YAML, result_of
+from real_sets import REAL, YAML, result_of
 from recipe.config import AugmentConfig
 from recipe.configure import load_config
 from recipe.data.augment import Augmentation, Drawn
-from recipe.data.image import resized_size, shown_pixels
+from recipe.data.image import shown_pixels
 from recipe.data.words import Vocabulary
 from recipe.images import open_image
 from recipe.metrics.boxes import box_average_precision
@@ -83,33 +83,52 @@ class Budget:
 
 
 class HuggingFaceDetr(nn.Module):
-    """A DETR that takes padded images and a mask of their pixels; without mask, images of one size."""
+    """A DETR that takes images padded at the right and at the bottom.
 
-    def __init__(self, model: nn.Module, takes_mask: bool = True):
+    With a mask of their pixels its boxes are relative to the images, else to the padded ones, whose sides are then
+    multiples of `stride`.
+    """
+
+    def __init__(self, model: nn.Module, takes_mask: bool = True, stride: int = 1):
         super().__init__()
         self.model = model
         self.takes_mask = takes_mask
+        self.stride = stride
+
+    def _padded_size(self, images: Sequence[Tensor]) -> tuple[int, int]:
+        """Return the common rows and columns of images."""
+        sides = (max(image.shape[side] for image in images) for side in (1, 2))
+        rows, columns = (math.ceil(side / self.stride) * self.stride for side in sides)
+        return rows, columns
+
+    def _shares(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Return what (4,) boxes of each image are multiplied by to be relative to what the model takes them for."""
+        if self.takes_mask:
+            return [torch.ones(4)] * len(images)
+        rows, columns = self._padded_size(images)
+        return [torch.tensor([image.shape[2] / columns, image.shape[1] / rows] * 2) for image in images]
 
     def _inputs(self, images: Sequence[Tensor]) -> dict[str, Tensor]:
-        if not self.takes_mask:
-            return {"pixel_values": torch.stack(list(images))}
-        rows, columns = (max(image.shape[side] for image in images) for side in (1, 2))
+        rows, columns = self._padded_size(images)
         pixels = torch.zeros(len(images), 3, rows, columns)
         mask = torch.zeros(len(images), rows, columns, dtype=torch.int64)
         for index, image in enumerate(images):
             pixels[index, :, : image.shape[1], : image.shape[2]] = image
             mask[index, : image.shape[1], : image.shape[2]] = 1
-        return {"pixel_values": pixels, "pixel_mask": mask}
+        return {"pixel_values": pixels, "pixel_mask": mask} if self.takes_mask else {"pixel_values": pixels}
 
     def loss(self, images: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
         """Return the model's own loss of normalised (3, rows, columns) images; boxes are relative to each image."""
-        labels = [{"class_labels": target.classes, "boxes": target.boxes} for target in targets]
+        labels = [
+            {"class_labels": target.classes, "boxes": target.boxes * share}
+            for target, share in zip(targets, self._shares(images), strict=True)
+        ]
         return self.model(**self._inputs(images), labels=labels).loss
 
     def detect(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return (n, 4) normalised xyxy boxes and (n,) scores of each: a query's is that of its likeliest class."""
         outputs = self.model(**self._inputs(images))
-        boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
+        boxes = box_convert(outputs.pred_boxes, "cxcywh", "xyxy") / torch.stack(self._shares(images))[:, None]
         return list(zip(boxes, outputs.logits.sigmoid().amax(-1), strict=True))
 
 
@@ -236,7 +255,7 @@ def build_rt_detr(num_labels: int, num_queries: int, width: int, num_layers: int
         num_labels=num_labels,
         num_queries=num_queries,
     )
-    return HuggingFaceDetr(RTDetrForObjectDetection(config), takes_mask=False)
+    return HuggingFaceDetr(RTDetrForObjectDetection(config), takes_mask=False, stride=RT_DETR_STRIDE)
 
 
 def build_peer(kind: str, num_labels: int, num_queries: int, width: int, num_layers: int, num_heads: int) -> Peer:
@@ -271,32 +290,22 @@ class View:
 
     Attributes:
         spec: The resize rule, and the normalisation.
-        common: Size (rows, columns) that every image is brought to; None: each keeps its own.
         augmentation: Of training; None: every image as it is.
     """
 
     spec: ImageSpec
-    common: tuple[int, int] | None = None
     augmentation: Augmentation | None = None
 
     @classmethod
-    def of(
-        cls, kind: str, samples: Sequence[Sample], spec: ImageSpec, augment: AugmentConfig | None, seed: int
-    ) -> "View":
-        """Return the view of a kind of peer; RT-DETR takes one size: that of all images, else a square."""
-        common = None
+    def of(cls, kind: str, spec: ImageSpec, augment: AugmentConfig | None, seed: int) -> "View":
+        """Return the view of a kind of peer; sides for RT-DETR are multiples of 32, so that little is padded."""
         if kind == "rt_detr":
             spec = replace(spec, patch_size=RT_DETR_STRIDE // spec.merge_size)
-            sizes = {resized_size(sample.width, sample.height, spec) for sample in samples}
-            side = math.isqrt(spec.max_pixels) // RT_DETR_STRIDE * RT_DETR_STRIDE
-            columns, rows = sizes.pop() if len(sizes) == 1 else (side, side)
-            common = rows, columns
-        return cls(spec, common, None if augment is None else Augmentation.of(augment, spec, seed))
+        return cls(spec, None if augment is None else Augmentation.of(augment, spec, seed))
 
     def pixels(self, image: Image, drawn: Drawn | None = None) -> Tensor:
         """Return (3, rows, columns) uint8 pixels of a decoded image."""
-        pixels = shown_pixels(image, self.spec, drawn)
-        return pixels if self.common is None else F.resize(pixels, list(self.common), antialias=True)
+        return shown_pixels(image, self.spec, drawn)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Return normalised float pixels."""
@@ -376,8 +385,8 @@ def evaluate_peer(model: Peer, samples: Sequence[Sample], view: View) -> dict[st
 def train_and_judge(job: Job, train: Sequence[Sample], held_out: Sequence[Sample], spec: ImageSpec) -> dict[str, Any]:
     """Train a peer on real images until its CPU time is over; return what a job stores."""
     torch.manual_seed(job.seed)
-    augment = load_config(str(YAML), [f"train_loader.augment={AUGMENTS[job.settings['augment']]}"]).train_loader.augment
-    view = View.of(job.model, [*train, *held_out], spec, augment, job.seed)
+    augment = load_config(str(YAML), [f"train_loader.augment={job.settings['augment']}"]).train_loader.augment
+    view = View.of(job.model, spec, augment, job.seed)
     names = class_names([*train, *held_out], augment) if job.task == "captions" else []
     num_queries = REAL["detection_head.num_queries"]
     peer = build_peer(job.model, max(len(names), 1), num_queries, width=128, num_layers=2, num_heads=4)

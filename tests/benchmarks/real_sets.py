@@ -9,17 +9,20 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen2TokenizerFast
 
 from convert.coco import find, read_instances
 from convert.items import Note, Rejected
 from convert.write import write_split
+from recipe.data.image import shown_pixels
 from recipe.images import open_image
 from recipe.metrics.gather import UNDEFINED
 from recipe.schema import ImageSpec, Sample
@@ -42,14 +45,15 @@ TASKS: dict[str, dict[str, Any]] = {
     "captions": {"loss.weight_caption": 4.0, "caption_decoder.max_caption_tokens": "null"},
     "boxes": {},
 }
-# The section train_loader.augment, for ours and for the peers.
-AUGMENTS = {"none": "null", "flip": "{horizontal_flip: 0.5}", "crop": "{horizontal_flip: 0.5, crop: {}}"}
+AUGMENTS = ("auto", "none", "flip", "crop", "parts")
 SCORES = {"ap50": "box_ap50", "ap": "box_ap", "ap_small": "box_ap_small"}
 SPLIT_SEED = 17
 CHOICE_SEED = 0
 LEAST_PIXELS, MOST_PIXELS = 128 * TOKEN_SIDE**2, 1280 * TOKEN_SIDE**2  # 100,352 and 1,003,520
 SIDE, QUANTILE = 24, 0.25  # of `pixel_budget`
 BATCH_SIZE = 8  # at LEAST_PIXELS
+LARGE = 2  # times LEAST_PIXELS: larger budgets are trained on parts, if --augment is auto
+JPEG_QUALITY = 95  # of images that are stored again
 
 
 class SetError(ValueError):
@@ -164,7 +168,26 @@ def pixel_budget(samples: Sequence[Sample]) -> int:
     return most
 
 
-def batch_size(pixels: int) -> int:
+def augmentation_of(name: str, pixels: int) -> tuple[str, float]:
+    """Return the section train_loader.augment, and the share of an image that is shown in training, for everybody.
+
+    `parts` shows a part with about 100,352 of the set's pixel budget, at the scale of the whole image. `auto` is
+    `parts` if the budget is more than twice that, else `none`.
+    """
+    if name == "auto":
+        name = "parts" if pixels > LARGE * LEAST_PIXELS else "none"
+    share = round(LEAST_PIXELS / pixels, 4) if name == "parts" else 1.0
+    part = f"{{probability: 1.0, scale: [{share}, {share}], ratio: [1.0, 1.0], enlarge: false}}"
+    sections = {
+        "none": "null",
+        "flip": "{horizontal_flip: 0.5}",
+        "crop": "{horizontal_flip: 0.5, crop: {}}",
+        "parts": f"{{horizontal_flip: 0.5, crop: {part}}}",
+    }
+    return sections[name], share
+
+
+def batch_size(pixels: float) -> int:
     """Return how many images of so many pixels cost about as much per step as eight of the smallest budget."""
     return max(2, round(BATCH_SIZE * LEAST_PIXELS / pixels))
 
@@ -178,17 +201,42 @@ def pixel_statistics(samples: Sequence[Sample]) -> tuple[list[float], list[float
     return values.mean(1).tolist(), values.std(1).tolist()
 
 
-def image_spec_of(train: Sequence[Sample], pixels: int) -> ImageSpec:
-    """Return the resize rule and the normalisation of the training images, for everybody."""
+def image_spec_of(train: Sequence[Sample], pixels: int, share: float = 1.0) -> ImageSpec:
+    """Return the resize rule and the normalisation of the training images, for everybody.
+
+    The least pixels are those of a part, if a share of an image is shown, so that no part is enlarged.
+    """
     mean, std = pixel_statistics(train)
     return ImageSpec(
         patch_size=14,
         merge_size=2,
-        min_pixels=REAL["image.min_pixels"],
+        min_pixels=round(REAL["image.min_pixels"] * share),
         max_pixels=pixels,
         image_mean=tuple(mean),
         image_std=tuple(std),
     )
+
+
+def shrink(sample: Sample, spec: ImageSpec) -> Sample:
+    """Return an image of more than the pixel budget as it is shown whole, so that its parts have the same scale.
+
+    `enlarge: false` keeps the scale of the stored image.
+    """
+    if sample.width * sample.height <= spec.max_pixels:
+        return sample
+    pixels, data = shown_pixels(open_image(sample.image), spec), BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(data, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    height, width = pixels.shape[1:]
+    x, y = width / sample.width, height / sample.height
+    objects = tuple(
+        replace(
+            item,
+            box=(item.box[0] * x, item.box[1] * y, item.box[2] * x, item.box[3] * y),
+            area=None if item.area is None else item.area * x * y,
+        )
+        for item in sample.objects or ()
+    )
+    return replace(sample, image=data.getvalue(), width=width, height=height, objects=objects)
 
 
 def result_of(scores: dict[str, float], steps: int, seconds: float) -> dict[str, Any]:

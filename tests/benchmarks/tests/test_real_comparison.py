@@ -4,11 +4,14 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import compare_real
 import convergence
@@ -22,32 +25,45 @@ from real_sets import (
     AUGMENTS,
     LEAST_PIXELS,
     MOST_PIXELS,
+    REAL,
     YAML,
     SetError,
+    augmentation_of,
     batch_size,
     find_set,
     fingerprint,
+    image_spec_of,
     pixel_budget,
     read_set,
     result_of,
+    shrink,
     split_set,
 )
 from recipe.callbacks import table
+from recipe.config import AugmentConfig
 from recipe.configure import load_config
-from recipe.schema import Object, Sample
+from recipe.data.augment import Augmentation
+from recipe.data.image import resized_size
+from recipe.images import open_image
+from recipe.schema import ImageSpec, Object, Sample
 
 JOB = Job("set", "boxes", "fcos", 17, "test", 1.0, {"data": "abc", "cpu_seconds": 300, "augment": "none"})
 
 
-def write_set(folder: Path, images: str = "images", count: int = 14) -> Path:
-    """Scenes of two sizes: the first image is empty, the second has a degenerate box too, the third a crowd."""
+def write_set(folder: Path, images: str = "images", count: int = 14, around: int = 1) -> Path:
+    """Scenes of two sizes: the first image is empty, the second has a degenerate box too, the third a crowd.
+
+    Images are `around` times as wide and as high as their scenes, in the top left corner.
+    """
     (folder / images).mkdir(parents=True)
     entries, boxes, names = [], [], ["thing"]
     for index in range(count):
         scene = draw_scene(seed=3, index=index, image_size=(96, 128)[index % 2], min_objects=1, max_objects=3)
-        name = f"{index}.png"
-        (folder / images / name).write_bytes(scene.image)
-        entries.append({"id": index, "file_name": name, "width": scene.width, "height": scene.height})
+        name, side = f"{index}.png", scene.width * around
+        image = Image.new("RGB", (side, side))
+        image.paste(open_image(scene.image))
+        image.save(folder / images / name)
+        entries.append({"id": index, "file_name": name, "width": side, "height": side})
         for item in (scene.objects or ()) if index else ():
             word = item.caption.split()[-1]
             names = names if word in names else [*names, word]
@@ -135,12 +151,98 @@ def test_nothing_is_chosen_by_the_test() -> None:
 
 def test_augmentation_is_one_setting() -> None:
     """Each is a section of the yaml, which the peers read too."""
-    sections = {name: load_config(str(YAML), [f"train_loader.augment={value}"]) for name, value in AUGMENTS.items()}
-    found = {name: config.train_loader.augment for name, config in sections.items()}
+    found = {name: augment_section(name, 414_736) for name in AUGMENTS}
     assert found["none"] is None
+    assert found["auto"] == found["parts"]
     flip, crop = found["flip"], found["crop"]
     assert flip is not None and crop is not None and crop.crop is not None
     assert (flip.horizontal_flip, flip.crop, crop.horizontal_flip) == (0.5, None, 0.5)
+
+
+def augment_section(name: str, pixels: int) -> AugmentConfig | None:
+    section, _ = augmentation_of(name, pixels)
+    return load_config(str(YAML), [f"train_loader.augment={section}"]).train_loader.augment
+
+
+def test_large_images_are_trained_on_parts() -> None:
+    """Of about the least budget, and as many per step; nothing is cropped where that is the whole image."""
+    budgets = (LEAST_PIXELS, 149_744, 2 * LEAST_PIXELS, 414_736, MOST_PIXELS)
+    assert [augmentation_of("parts", pixels)[1] for pixels in budgets] == [1, 0.6702, 0.5, 0.242, 0.1]
+    assert [augmentation_of("auto", pixels)[1] for pixels in budgets] == [1, 1, 1, 0.242, 0.1]
+    assert augmentation_of("auto", 2 * LEAST_PIXELS) == augmentation_of("none", LEAST_PIXELS) == ("null", 1)
+    assert {augmentation_of(name, MOST_PIXELS)[1] for name in ("none", "flip", "crop")} == {1}
+    whole, part = (augment_section("parts", pixels) for pixels in (LEAST_PIXELS, MOST_PIXELS))
+    assert whole is not None and whole.crop is not None and part is not None and part.crop is not None
+    assert (whole.horizontal_flip, whole.crop.scale, part.crop.scale) == (0.5, [1, 1], [0.1, 0.1])
+    assert (part.crop.probability, part.crop.ratio, part.crop.enlarge) == (1, [1, 1], False)
+
+
+def test_a_part_has_the_scale_of_the_whole_image() -> None:
+    """1,000 x 1,000 pixels are shown as 476 x 476, and 0.4354 of them as 315 x 315: objects of 50 are 23.8 in both."""
+    data = BytesIO()
+    Image.fromarray(np.random.default_rng(3).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)).save(data, "PNG")
+    sample = replace(sample_of(50), image=data.getvalue(), objects=(Object((400, 300, 450, 400), "thing", area=4000),))
+    pixels = pixel_budget([sample])
+    section, (_, share) = augment_section("parts", pixels), augmentation_of("parts", pixels)
+    spec = image_spec_of([sample], pixels, share)
+    assert (pixels, share, spec.max_pixels, spec.min_pixels) == (230_496, 0.4354, 230_496, 27_308)
+    shrunk = shrink(sample, spec)
+    assert (
+        (shrunk.width, shrunk.height) == open_image(shrunk.image).size == resized_size(1000, 1000, spec) == (476, 476)
+    )
+    assert shrunk.objects is not None and shrunk.objects[0].box == pytest.approx((190.4, 142.8, 214.2, 190.4))
+    assert shrunk.objects[0].area == pytest.approx(4000 * 0.476**2)
+    assert shrink(shrunk, spec) is shrunk
+    assert section is not None
+    augmentation = Augmentation.of(section, spec, seed=1)
+    for words in augmentation.words(0, 0, 20):
+        part, drawn = augmentation.draw(shrunk, words)
+        assert drawn is not None and drawn.size == (315, 315)
+        assert resized_size(*drawn.size, spec) == (308, 308)
+        assert part.objects is not None
+        x1, y1, x2, y2 = part.objects[0].box
+        assert (x2 - x1, y2 - y1) == pytest.approx((23.8, 47.6), abs=1e-4)
+
+
+def test_no_part_is_enlarged() -> None:
+    """A tenth of 256 x 256 pixels, the least that a whole image is shown with but for 2,816, is shown as it is."""
+    section, share = augment_section("parts", MOST_PIXELS), augmentation_of("parts", MOST_PIXELS)[1]
+    assert section is not None
+    spec = ImageSpec(14, 2, round(REAL["image.min_pixels"] * share), MOST_PIXELS, (0.5,) * 3, (0.5,) * 3)
+    augmentation = Augmentation.of(section, spec, seed=1)
+    _, drawn = augmentation.draw(sample_of(20, size=256), augmentation.words(0, 0, 1)[0])
+    assert drawn is not None and drawn.size == (81, 81)  # of 80.95, rounded up
+
+
+def test_everybody_is_given_parts_and_judged_on_whole_images(
+    benchmark: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one shrunk set; what was used is part of the job."""
+    given: list[Any] = []
+
+    def train(job: Job, train: list[Sample], held_out: list[Sample], spec: ImageSpec, *_: Any) -> dict[str, Any]:
+        given.append((job, train, held_out, spec))
+        return {"ap50": 0.5, "ap": 0.2, "ap_small": None, "cpu_s": 1.0, "steps": 3}
+
+    monkeypatch.setattr(compare_real, "train_ours", train)
+    monkeypatch.setattr(compare_real, "train_and_judge", train)
+    folder = write_set(tmp_path / "large", around=6)
+    arguments = [*benchmark, "--real-models", "ours", "fcos", "--real-tasks", "boxes", "--seeds", "17"]
+    convergence.main([*arguments, "--real-sets", str(folder)])
+    assert len(given) == 2
+    stored = read_set(folder)[0]
+    pixels = pixel_budget(split_set(stored, "test")[0])
+    assert 2 * LEAST_PIXELS < pixels < 576**2
+    for job, train_samples, held_out, spec in given:
+        assert (job.settings["augment"], job.settings["share"]) == augmentation_of("parts", pixels)
+        assert (job.settings["pixels"], job.settings["batch_size"], spec.max_pixels) == (pixels, 8, pixels)
+        assert {(sample.width, sample.height) for sample in train_samples} == {resized_size(768, 768, spec)}
+        assert {sample.width for sample in held_out} <= {576, 768}
+    convergence.main([*arguments, "--real-sets", str(folder), "--augment", "parts"])
+    assert len(given) == 2  # found again: auto is what it stands for
+    convergence.main([*arguments, "--real-sets", str(folder), "--augment", "none"])
+    assert [job.settings["batch_size"] for job, *_ in given[2:]] == [batch_size(pixels)] * 2
+    assert {sample.width for _, samples, _, _ in given[2:] for sample in samples} == {576, 768}
 
 
 def test_one_factor_on_all_of_our_rates() -> None:
@@ -346,11 +448,12 @@ def test_a_killed_job_leaves_nothing(benchmark: list[str], tmp_path: Path, monke
 
 @pytest.mark.slow
 def test_everybody_on_a_small_set(
-    benchmark: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Images of two sizes, a crowd, an empty image: trained, printed again, and not trained again."""
+    """On parts of images of two sizes, a crowd, an empty image: trained, printed again, and not trained again."""
     monkeypatch.setattr(our_head, "PROBE_STEPS", 3)
-    few = [*benchmark[:-1], "--cpu-seconds", "0.1", "--augment", "crop"]
+    large = str(write_set(tmp_path / "large" / "scenes", around=5))
+    few = [*benchmark[:-1], "--cpu-seconds", "0.1", "--augment", "parts", "--real-sets", large]
     figures, out = figures_after([*few, "--real-tasks", "captions"], capsys)
     assert "scenes: 1 x box left out: zero-area box" in out
     entry = figures["real"]["scenes"]["captions"]
