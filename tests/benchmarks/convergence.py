@@ -19,8 +19,9 @@ judged without classes, by COCO's scores of the held-out fifth, with the weights
 - The held-out fifth is the same for all seeds. Learning rates are the defaults, or with `--choose-rates` the best of
   three factors on a fifth of the *training* images, with a third of the CPU time.
 - Images have as many pixels as bring the first quartile of the training objects' shorter sides to 24, between 100,352
-  pixels and the stored size (`real_sets.pixel_budget`); images per step follow from the pixels shown in training. Pixels are normalised by the training
-  images' own mean and deviation (pale blood cells vary by 0.2 to 0.4 of what Qwen's constants call one).
+  pixels and the stored size (`real_sets.pixel_budget`); images per step follow from what is shown in training. Pixels
+  are normalised by the training images' own mean and deviation (pale blood cells vary by 0.2 to 0.4 of what Qwen's
+  constants call one).
 - `--augment` is drawn and applied by the recipe's own functions. `parts` trains on flipped and random parts of about
   100,352 pixels, at the scale of the whole images (`real_sets.augmentation_of`), and as many images per step as that
   allows. `auto` is `parts` for sets whose images have more than twice as many pixels, else `none`. Evaluation is on
