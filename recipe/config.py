@@ -121,8 +121,8 @@ class DetectionHeadConfig:
     adapter_ratio: int = number(8, least=1)  # the memory adapters' bottleneck is hidden_size / adapter_ratio wide
     memory_positions: bool = True  # 2-D positions on the vision part of the memory
     local_attention: bool = True  # each cross-attention head starts at its own place around the box
-    patch_features: bool = False  # use the vision tower's features before the merger (stride 14) too
-    select_queries: bool = False  # the first reference boxes are the best proposals of the vision tokens (two-stage)
+    multi_scale: bool = True  # queries read a feature pyramid with cells of 7 to 56 pixels too
+    select_queries: bool = True  # the first reference boxes are the best proposals of its finest map (two-stage)
     num_query_groups: int = number(1, least=1)  # in training, each matched separately (Group DETR)
     refine_boxes: bool = True  # each layer refines the reference boxes of the layer before
     aux_loss: bool = True  # compute the losses after every earlier layer too

@@ -39,6 +39,7 @@ from recipe.models.lora import adapters, add_adapters, holds_only_adapters, load
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import AVERAGE, JointNetwork, LanguageNetwork
 from recipe.models.nf4 import store_in_nf4
+from recipe.models.pyramid import FeaturePyramid
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, mapped_dtype, read_hf_config
 from recipe.optim.groups import group_of
 from recipe.redact import redact
@@ -166,7 +167,7 @@ def build_network(
             width,
             head.adapter_ratio,
             head.memory_positions,
-            vlm.config.vision_config.hidden_size if head.patch_features else None,
+            FeaturePyramid(hidden_size, vlm.config.vision_config.hidden_size, width) if head.multi_scale else None,
         ).to(dtype),
         detection_head=DetectionHead(
             width=width,
@@ -177,6 +178,7 @@ def build_network(
             dropout=head.dropout,
             refine_boxes=head.refine_boxes,
             local_attention=head.local_attention,
+            multi_scale=head.multi_scale,
             select_queries=head.select_queries,
             num_query_groups=head.num_query_groups,
         ).to(dtype),

@@ -364,12 +364,31 @@ class Memory:
         positions: (N, M, W) sine embedding of the token's centre; zero for words.
         mask: (N, M) bool, True at real tokens.
         cells: (N, M, 4) cxcywh in [0, 1], the part of the image that a vision token covers; zero for words.
+        levels: Maps (N, rows, columns, W) of a feature pyramid, the finest first; zero beyond the image.
+        extents: (N, levels, 2), the shares (x, y) of each map that the image covers; None without a pyramid.
     """
 
     tokens: Tensor
     positions: Tensor
     mask: Tensor
     cells: Tensor
+    levels: list[Tensor] = field(default_factory=list["Tensor"])
+    extents: Tensor | None = None
+
+
+@dataclass
+class Proposals:
+    """What each of the P cells of the finest map of N images proposes.
+
+    Attributes:
+        cells: (N, P, 4) cxcywh in [0, 1], the part of the image that a cell covers; zero at padding.
+        pred_boxes: (N, P, 4) cxcywh; they may reach beyond the image.
+        pred_objectness: (N, P) logits that an object's centre is in the cell.
+    """
+
+    cells: Tensor
+    pred_boxes: Tensor
+    pred_objectness: Tensor
 
 
 @dataclass
@@ -420,21 +439,6 @@ class CaptionPlaces:
         return slots[self.image, self.slot]
 
 
-@dataclass(frozen=True)
-class TokenTree:
-    """Token sequences that share their beginnings, as C nodes, parents first; the first is the root, before any token.
-
-    Attributes:
-        tokens: (C - 1,) int64, the tokens of all nodes but the root.
-        depths: (C,) int64, the number of tokens from the root to a node.
-        mask: (C, C) bool: True if the column is the row's node or one of its ancestors.
-    """
-
-    tokens: Tensor
-    depths: Tensor
-    mask: Tensor
-
-
 @dataclass
 class DetectionOutputs:
     """What the head predicts for N images.
@@ -446,7 +450,7 @@ class DetectionOutputs:
         query_features: (N, Q, W).
         aux_outputs: The same after each earlier layer, without their own features and aux outputs.
         groups: Of the other groups of queries, in training.
-        selection: Of the proposals that the queries were chosen from; None if queries are learned.
+        proposals: That the queries were chosen from; None if queries are learned.
     """
 
     pred_boxes: Tensor
@@ -455,12 +459,11 @@ class DetectionOutputs:
     query_features: Tensor
     aux_outputs: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
     groups: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
-    selection: DetectionOutputs | None = None
+    proposals: Proposals | None = None
 
     def layers(self) -> list[tuple[str, DetectionOutputs]]:
         """Return all outputs that are matched to objects, each with the suffix of its loss terms; last layer last."""
-        found = [] if self.selection is None else [("_selection", self.selection)]
-        found += [("_group", layer) for group in self.groups for layer in [*group.aux_outputs, group]]
+        found = [("_group", layer) for group in self.groups for layer in [*group.aux_outputs, group]]
         return [*found, *(("_aux", layer) for layer in self.aux_outputs), ("", self)]
 
 

@@ -15,9 +15,24 @@ from torch import Tensor, nn
 
 from recipe.models.layers import Attention, FeedForward
 from recipe.models.memory import sine_embedding
-from recipe.schema import CaptionPlaces, Memory, TokenTree
+from recipe.schema import CaptionPlaces, Memory
 
 KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Token sequences that share their beginnings, as C nodes, parents first; the first is the root, before any token.
+
+    Attributes:
+        tokens: (C - 1,) int64, the tokens of all nodes but the root.
+        depths: (C,) int64, the number of tokens from the root to a node.
+        mask: (C, C) bool: True if the column is the row's node or one of its ancestors.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""Proposals: every cell of the finest map proposes one object, as a point with a box (CenterNet, Zhou et al. 2019).
+
+The best ones that are highest among their neighbours become the queries' first reference boxes (two-stage Deformable
+DETR; DINO's mixed selection: contents stay learned, and what the cell holds is added). Their loss teaches every
+cell, not only the matched queries, so the maps under the head learn from the first step (`recipe/losses/proposals.py`).
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recipe.models.layers import objectness_layer
+from recipe.models.memory import grid_cells
+from recipe.models.pyramid import ConvNorm
+from recipe.schema import Memory, Proposals
+
+INITIAL_CELLS = 4.0  # sides of a proposal at first, in cells
+LARGEST_LOG = 6.0  # of a side over the initial one
+
+
+class ProposalHead(nn.Module):
+    """Box and objectness of each cell, and the choice of the queries' references.
+
+    Args:
+        width: W, of the maps.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.tower = ConvNorm(width, width // 2)
+        self.objectness = objectness_layer(width // 2)
+        self.box = nn.Linear(width // 2, 4)
+        nn.init.zeros_(self.box.weight)
+        nn.init.zeros_(self.box.bias)
+        self.content = nn.Linear(width, width)
+        nn.init.normal_(self.content.weight, std=0.02)  # small, as learned contents are
+
+    def forward(self, memory: Memory) -> Proposals:
+        """Return the proposals of N images."""
+        assert memory.extents is not None, "proposals need a pyramid"
+        finest, extents = memory.levels[0], memory.extents[:, 0]
+        rows, columns = finest.shape[1:3]
+        cells = grid_cells(rows, columns, finest.device).to(extents)  # of the padded map
+        inside = (cells[:, :2] < extents[:, None]).all(-1, keepdim=True)  # (N, P, 1)
+        cells = torch.where(inside, cells / extents.repeat(1, 2)[:, None], 0.0)  # of each image
+        states = self.tower(finest).flatten(1, 2)
+        delta = self.box(states).to(cells.dtype)
+        centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]
+        sides = INITIAL_CELLS * cells[..., 2:] * delta[..., 2:].clamp(max=LARGEST_LOG).exp()
+        return Proposals(cells, torch.cat([centers, sides], dim=-1), self.objectness(states).squeeze(-1))
+
+    def select(
+        self, proposals: Proposals, finest: Float[Tensor, "N rows columns W"], count: int
+    ) -> tuple[Float[Tensor, "N {count} 4"], Float[Tensor, "N {count} W"], Bool[Tensor, "N {count} 1"]]:
+        """Return references before the sigmoid, contents and which of them are there, of the `count` best peaks."""
+        best, found = best_peaks(proposals, finest.shape[1:3], count)
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        references = torch.logit(proposals.pred_boxes.detach()[rows, best].clamp(0, 1), eps=1e-3)
+        return references, self.content(finest.flatten(1, 2)[rows, best]), found[..., None]
+
+
+@torch.no_grad()
+def best_peaks(proposals: Proposals, size: tuple[int, ...], count: int) -> tuple[Tensor, Bool[Tensor, "N {count}"]]:
+    """Return the indices (N, count) of the best cells that no neighbour exceeds, and which of them are such cells."""
+    is_cell = proposals.cells[..., 2] > 0
+    scores = proposals.pred_objectness.masked_fill(~is_cell, -math.inf)
+    highest = F.max_pool2d(scores.unflatten(1, size)[:, None], 3, stride=1, padding=1).flatten(1)
+    scores = scores.masked_fill((scores < highest) | ~is_cell, -math.inf)
+    missing = max(0, count - scores.shape[1])
+    best, indices = F.pad(scores, (0, missing), value=-math.inf).topk(count, dim=1)
+    return indices.clamp(max=scores.shape[1] - 1), best > -math.inf
