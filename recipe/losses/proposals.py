@@ -29,7 +29,8 @@ def proposal_losses(
 ) -> dict[str, Float[Tensor, ""]]:
     """Return the three terms of N images; an image that is not annotated (None) takes no part."""
     logits = proposals.pred_objectness.to(torch.promote_types(proposals.pred_objectness.dtype, torch.float32))
-    sums = {name: logits.new_zeros(()) for name in ("loss_objectness", "loss_bbox", "loss_giou")}
+    nothing = logits[:0].sum() + proposals.pred_boxes[:0].sum()  # so that every parameter has a gradient
+    sums = dict.fromkeys(("loss_objectness", "loss_bbox", "loss_giou"), nothing)
     for image, target in enumerate(targets):
         if target is None:
             continue
@@ -59,7 +60,7 @@ def cell_targets(
     peaks = (offsets / spread).square().sum(-1).mul(-0.5).exp()
     apart = torch.where(cells[:, None, 2] > 0, (offsets / side).square().sum(-1), torch.inf)
     peaks[apart.argmin(0), torch.arange(len(boxes), device=cells.device)] = 1.0
-    peak, owner = peaks.max(dim=1)
+    peak, owner = torch.where(cells[:, None, 2] > 0, peaks, 0.0).max(dim=1)
     return peak, owner
 
 

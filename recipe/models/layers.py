@@ -104,7 +104,7 @@ class DeformableAttention(nn.Module):
         self.shape = (num_heads, num_levels, num_points)
         self.offsets = nn.Linear(width, 2 * math.prod(self.shape))
         self.weights = nn.Linear(width, math.prod(self.shape))
-        self.value = nn.Linear(width, width)
+        self.value = nn.Linear(width, width, bias=False)  # padding must stay zero, as what is outside a map is
         self.out = nn.Linear(width, width)
         distances = (torch.arange(num_points) + 0.5) / num_points
         points = compass(num_heads)[:, None, None] * distances[:, None]  # (heads, 1, points, 2)

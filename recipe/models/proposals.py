@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipe.models.layers import objectness_layer
-from recipe.models.memory import grid_cells
 from recipe.models.pyramid import ConvNorm
 from recipe.schema import Memory, Proposals
 
@@ -41,11 +40,8 @@ class ProposalHead(nn.Module):
     def forward(self, memory: Memory) -> Proposals:
         """Return the proposals of N images."""
         assert memory.extents is not None, "proposals need a pyramid"
-        finest, extents = memory.levels[0], memory.extents[:, 0]
-        rows, columns = finest.shape[1:3]
-        cells = grid_cells(rows, columns, finest.device).to(extents)  # of the padded map
-        inside = (cells[:, :2] < extents[:, None]).all(-1, keepdim=True)  # (N, P, 1)
-        cells = torch.where(inside, cells / extents.repeat(1, 2)[:, None], 0.0)  # of each image
+        finest = memory.levels[0]
+        cells = cells_of_images(*finest.shape[1:3], memory.extents[:, 0])
         states = self.tower(finest).flatten(1, 2)
         delta = self.box(states).to(cells.dtype)
         centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]
@@ -62,6 +58,18 @@ class ProposalHead(nn.Module):
         return references, self.content(finest.flatten(1, 2)[rows, best]), found[..., None]
 
 
+def cells_of_images(rows: int, columns: int, extents: Float[Tensor, "N 2"]) -> Float[Tensor, "N {rows}*{columns} 4"]:
+    """Return the cells of a padded map, cxcywh in [0, 1] of each image and zero at padding.
+
+    `extents` are the shares (x, y) of the map that an image covers; its cells have the bits that they have alone.
+    """
+    y, x = torch.meshgrid(*(torch.arange(size, device=extents.device) for size in (rows, columns)), indexing="ij")
+    centers = torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5  # (P, 2), in cells
+    sizes = torch.stack([extents[:, 0] * columns, extents[:, 1] * rows], dim=-1).round()[:, None]  # (N, 1, 2)
+    cells = torch.cat([centers / sizes, (1 / sizes).expand(-1, len(centers), -1)], dim=-1)
+    return torch.where((centers < sizes).all(-1, keepdim=True), cells, 0.0)
+
+
 @torch.no_grad()
 def best_peaks(proposals: Proposals, size: tuple[int, ...], count: int) -> tuple[Tensor, Bool[Tensor, "N {count}"]]:
     """Return the indices (N, count) of the best cells that no neighbour exceeds, and which of them are such cells."""
@@ -70,5 +78,6 @@ def best_peaks(proposals: Proposals, size: tuple[int, ...], count: int) -> tuple
     highest = F.max_pool2d(scores.unflatten(1, size)[:, None], 3, stride=1, padding=1).flatten(1)
     scores = scores.masked_fill((scores < highest) | ~is_cell, -math.inf)
     missing = max(0, count - scores.shape[1])
-    best, indices = F.pad(scores, (0, missing), value=-math.inf).topk(count, dim=1)
-    return indices.clamp(max=scores.shape[1] - 1), best > -math.inf
+    # Stable: of equal peaks the first ones, as in a map without padding.
+    best, indices = F.pad(scores, (0, missing), value=-math.inf).sort(dim=1, descending=True, stable=True)
+    return indices[:, :count].clamp(max=scores.shape[1] - 1), best[:, :count] > -math.inf

@@ -88,7 +88,7 @@ class FeaturePyramid(nn.Module):
                 found[member] = [level[place] for level in levels]
         levels = [pad_maps(level) for level in zip(*found, strict=True)]
         sizes = torch.tensor([[(level.shape[1], level.shape[0]) for level in own] for own in found])  # (N, levels, 2)
-        sizes = sizes.to(levels[0], non_blocking=True)
+        sizes = sizes.to(levels[0].device, non_blocking=True).to(torch.promote_types(levels[0].dtype, torch.float32))
         return levels, sizes / sizes.amax(0)
 
     def _of_one_size(self, images: Tensor, tokens: Tensor, patches: Tensor, rows: int, columns: int) -> list[Tensor]:
@@ -126,7 +126,7 @@ def pad_maps(maps: Sequence[Float[Tensor, "_ _ C"]]) -> Float[Tensor, "N rows co
 
 def patches_to_image(
     patches: Float[Tensor, "_ values"], height: int, width: int, merge: int
-) -> Float[Tensor, "3 {height}*side {width}*side"]:
+) -> Float[Tensor, "3 _ _"]:
     """Return the pixels of an image of `height` x `width` patches in Qwen2-VL order, 3 * side² values each."""
     side = round((patches.shape[1] // 3) ** 0.5)
     grid = patches.view(height // merge, width // merge, merge, merge, 3, side, side)
