@@ -190,6 +190,7 @@ def build_network(
             ffn_factor=decoder.ffn_factor,
             dropout=decoder.dropout,
             max_caption_tokens=max_caption_tokens,
+            multi_scale=head.multi_scale,
         ).to(dtype),
         matcher=config.matcher,
         loss=config.loss,
