@@ -124,9 +124,7 @@ def pad_maps(maps: Sequence[Float[Tensor, "_ _ C"]]) -> Float[Tensor, "N rows co
     return torch.stack([F.pad(one, (0, 0, 0, columns - one.shape[1], 0, rows - one.shape[0])) for one in maps])
 
 
-def patches_to_image(
-    patches: Float[Tensor, "_ values"], height: int, width: int, merge: int
-) -> Float[Tensor, "3 _ _"]:
+def patches_to_image(patches: Float[Tensor, "_ values"], height: int, width: int, merge: int) -> Float[Tensor, "3 _ _"]:
     """Return the pixels of an image of `height` x `width` patches in Qwen2-VL order, 3 * side² values each."""
     side = round((patches.shape[1] // 3) ** 0.5)
     grid = patches.view(height // merge, width // merge, merge, merge, 3, side, side)
