@@ -45,7 +45,7 @@ def test_peaks_by_hand():
     best, found = best_peaks(proposals_of(logits, torch.ones(1, 2)), (4, 5), 30)
     assert found.shape == best.shape == (1, 30) and 19 not in best[found].tolist()
     assert found[0].tolist() == sorted(found[0].tolist(), reverse=True)
-    assert 0 <= int(best.min()) and int(best.max()) < 20
+    assert int(best.min()) >= 0 and int(best.max()) < 20
 
 
 def test_equal_peaks_come_in_raster_order_padded_or_not():
@@ -168,10 +168,9 @@ def test_halves_sum_to_the_whole():
 
 
 def test_padding_takes_no_part():
-    """Also next to an object in the image's corner, which is smaller than a cell: the image alone has the same terms."""
+    """Also next to an object in the image's corner that is smaller than a cell."""
     proposals, targets = random_case([target_of(), target_of((0.02, 0.03, 0.03, 0.05), (0.9, 0.9, 0.1, 0.1))])
     inside = proposals.cells[1, :, 2] > 0
-    assert 0 < int(inside.sum()) < 30
     alone = Proposals(*(value[1:, inside] for value in vars(proposals).values()))
     ours = proposal_losses(part(proposals, slice(1, 2)), targets[1:], COUNTS)
     for name, value in proposal_losses(alone, targets[1:], COUNTS).items():
