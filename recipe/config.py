@@ -72,6 +72,8 @@ REMOVED_KEYS: Mapping[str, Any] = {
 # Keys of checkpoints and yamls of older versions, read as another one: {dotted key: (new name, new value by old one)}.
 REPLACED_KEYS: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
     "evaluation.generate_answer": ("answers", {True: {}, False: None}),
+    # Without it, a head of an older version had no pyramid; with it, it has no equal.
+    "detection_head.patch_features": ("multi_scale", {False: False}),
 }
 REMOVED_VALUES: Mapping[str, Sequence[Any]] = {"loss.objectness": ("varifocal",)}  # an error too
 

@@ -43,7 +43,7 @@ from recipe.models.pyramid import FeaturePyramid
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, mapped_dtype, read_hf_config
 from recipe.optim.groups import group_of
 from recipe.redact import redact
-from recipe.rules import check_width
+from recipe.rules import check_head
 from recipe.schema import ImageSpec
 from recipe.upstream.trainer_section import view_trainer
 
@@ -140,7 +140,7 @@ def build_network(
     under FSDP, whose units hold weights of one dtype.
 
     Raises:
-        ConfigError: The head's width, by default the language model's, does not fit its heads.
+        ConfigError: The head's width, by default the language model's, does not fit its heads; or its switches do not.
         ValueError: The caption length is unknown.
     """
     normalizer = PixelNormalizer(spec.image_mean, spec.image_std)
@@ -153,7 +153,7 @@ def build_network(
     hidden_size = vlm.config.get_text_config().hidden_size
     head, decoder = config.detection_head, config.caption_decoder
     width = hidden_size if head.width is None else head.width
-    check_width(width, head, decoder)
+    check_head(head, decoder, width)
     max_caption_tokens = max_caption_tokens or decoder.max_caption_tokens
     if max_caption_tokens is None:
         raise ValueError(
