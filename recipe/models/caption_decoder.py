@@ -202,9 +202,7 @@ class CaptionDecoder(nn.Module):
         return self.token_out(self.norm(states))
 
 
-def read_regions(
-    boxes: Float[Tensor, "R 4"], places: CaptionPlaces, memory: Memory
-) -> Float[Tensor, "R {REGION}*{REGION}*W"]:
+def read_regions(boxes: Float[Tensor, "R 4"], places: CaptionPlaces, memory: Memory) -> Float[Tensor, "R values"]:
     """Return the finest map of each box's image at points of a regular grid in the box, row by row.
 
     As RoIAlign (He et al. 2017) with one point per bin, but zero outside the image, so that padding changes nothing.
