@@ -378,17 +378,11 @@ class Memory:
 
 @dataclass
 class Proposals:
-    """What each of the P cells of the finest map of N images proposes.
+    """What each of the P cells of the finest map of N images proposes."""
 
-    Attributes:
-        cells: (N, P, 4) cxcywh in [0, 1], the part of the image that a cell covers; zero at padding.
-        pred_boxes: (N, P, 4) cxcywh; they may reach beyond the image.
-        pred_objectness: (N, P) logits that an object's centre is in the cell.
-    """
-
-    cells: Tensor
-    pred_boxes: Tensor
-    pred_objectness: Tensor
+    cells: Tensor  # (N, P, 4) cxcywh in [0, 1], the part of the image that a cell covers; zero at padding
+    pred_boxes: Tensor  # (N, P, 4) cxcywh; they may reach beyond the image
+    pred_objectness: Tensor  # (N, P) logits that an object's centre is in the cell
 
 
 @dataclass
