@@ -192,7 +192,7 @@ def test_an_export_of_before_the_pyramid(
     with torch.no_grad():
         found, expected = (made.eval()(batch).detection for made in (load_model(tmp_path)[0], model))
     for name in ("pred_boxes", "pred_objectness"):
-        # measured: 5.6e-16, as products of loaded weights may be summed in another order
+        # Products of loaded weights may be summed in another order.
         assert float((getattr(found, name) - getattr(expected, name)).abs().max()) <= 1e-12
     saved["detection_head"]["select_queries"] = True
     (tmp_path / CONFIG_FILE).write_text(yaml.safe_dump(saved))

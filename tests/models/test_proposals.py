@@ -126,7 +126,6 @@ def test_parity_with_the_equation_of_centernet():
             expected.append(-((1 - probability) ** 2) * math.log(probability))
         else:
             expected.append(-((1 - target) ** 4) * probability**2 * math.log(1 - probability))
-    # measured: 6.7e-16
     assert float((objectness_loss(logits, peak) - torch.tensor(expected, dtype=torch.float64)).abs().max()) <= 1e-12
 
 
@@ -161,7 +160,6 @@ def test_halves_sum_to_the_whole():
     whole = proposal_losses(proposals, targets, counts)
     halves = [proposal_losses(part(proposals, rows), targets[rows], counts) for rows in (slice(0, 1), slice(1, 3))]
     for name, value in whole.items():
-        # measured: 0.0
         assert float(value) == pytest.approx(sum(float(half[name]) for half in halves), rel=1e-12)
         alone = proposal_losses(proposals, targets, {**counts, "objects": 1.0})[name]
         assert float(value) == pytest.approx(float(alone) / 7)

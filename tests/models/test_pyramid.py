@@ -65,7 +65,7 @@ def test_images_of_several_sizes_are_each_alone(pyramid: FeaturePyramid):
         assert torch.equal(whole, torch.ones(1, LEVELS, 2))
         for level, own, (rows, columns), share in zip(levels, alone, sizes_of(*grid), extents[row], strict=True):
             assert own.shape == (1, rows, columns, WIDTH)
-            # measured: 8.9e-16
+            # measured: 1.3e-15
             assert float((level[row, :rows, :columns] - own[0]).abs().max()) <= 1e-12
             rest = level[row].clone()
             rest[:rows, :columns] = 0
@@ -169,7 +169,7 @@ def test_parity_with_transformers():
     sizes = [(level.shape[1], level.shape[2]) for level in levels]
     starts = torch.tensor([0, *(rows * columns for rows, columns in sizes)]).cumsum(0)[:-1]
     theirs = MultiScaleDeformableAttention()(values, torch.tensor(sizes), sizes, starts, places, weights, 64)
-    # measured: 8.9e-16
+    # measured: 2.2e-16
     assert float((found - look.out(theirs)).abs().max()) <= 1e-12
 
 
@@ -182,7 +182,7 @@ def test_a_look_at_padded_maps_is_one_at_the_image_alone():
     sizes = [(level.shape[2], level.shape[1]) for level in alone]
     shares = [(columns / (columns + 3), rows / (rows + 5)) for columns, rows in sizes]
     extents = torch.tensor([shares], dtype=torch.float64)
-    # measured: 1.1e-15
+    # measured: 5.6e-16
     assert float((look(states, boxes, padded, extents) - expected).abs().max()) <= 1e-12
 
 
