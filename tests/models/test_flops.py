@@ -225,8 +225,10 @@ def test_what_switches_add_by_hand(tiny_config: Callable[..., RecipeConfig], tin
     up = 2 * width * width + 4 * (9 * width * width + width * narrow) + 16 * (9 * narrow * narrow + narrow * width)
     points = 4 * 4 * 4  # heads, maps, points of each
     read = 2 * ((16 + 4 + 1 + 1) * width * width + queries * (3 * points * width + width * width))  # in two layers
-    assert unselected - plain == 2 * (stem + down + up + read)
+    region = 16 * width * width  # of one blank caption
+    assert unselected - plain == 2 * (stem + down + up + read + region)
     proposals = 16 * (9 * width * narrow + 5 * narrow) + queries * width * width
+    proposals += 2 * (width * width + 5 * width)  # of a vision token and a word
     assert forward() - unselected == 2 * proposals
 
 
