@@ -72,6 +72,8 @@ REMOVED_KEYS: Mapping[str, Any] = {
 # Keys of checkpoints and yamls of older versions, read as another one: {dotted key: (new name, new value by old one)}.
 REPLACED_KEYS: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
     "evaluation.generate_answer": ("answers", {True: {}, False: None}),
+    # Without it, a head of an older version had no pyramid; with it, it has no equal.
+    "detection_head.patch_features": ("multi_scale", {False: False}),
 }
 REMOVED_VALUES: Mapping[str, Sequence[Any]] = {"loss.objectness": ("varifocal",)}  # an error too
 
@@ -121,8 +123,8 @@ class DetectionHeadConfig:
     adapter_ratio: int = number(8, least=1)  # the memory adapters' bottleneck is hidden_size / adapter_ratio wide
     memory_positions: bool = True  # 2-D positions on the vision part of the memory
     local_attention: bool = True  # each cross-attention head starts at its own place around the box
-    patch_features: bool = False  # use the vision tower's features before the merger (stride 14) too
-    select_queries: bool = False  # the first reference boxes are the best proposals of the vision tokens (two-stage)
+    multi_scale: bool = True  # queries read a feature pyramid with cells of 7 to 56 pixels too
+    select_queries: bool = True  # the first reference boxes are the best proposals of its finest map (two-stage)
     num_query_groups: int = number(1, least=1)  # in training, each matched separately (Group DETR)
     refine_boxes: bool = True  # each layer refines the reference boxes of the layer before
     aux_loss: bool = True  # compute the losses after every earlier layer too

@@ -6,6 +6,7 @@ A yaml overrides the defaults of `recipe.config`, `key.sub=value` arguments over
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import re
@@ -254,7 +255,7 @@ def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
                 )
         elif key in REPLACED_KEYS:
             new, values_of = REPLACED_KEYS[key]
-            if not isinstance(value, bool) or new in values:
+            if not isinstance(value, bool) or value not in values_of or new in values:
                 raise ConfigError(
                     f"{key} in {source} is {value!r}: this key was replaced; write {section}.{new} instead"
                 )
@@ -267,7 +268,7 @@ def _without_removed(updates: dict[str, Any], source: str) -> dict[str, Any]:
                 value,
                 section,
                 new,
-                "null" if values[new] is None else "its default",
+                "its default" if values[new] == {} else json.dumps(values[new]),
             )
         elif value in REMOVED_VALUES[key]:
             raise ConfigError(f"{key} in {source} is {value!r}: this value was removed; delete the key or give another")

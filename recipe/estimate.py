@@ -254,9 +254,10 @@ def _forward_bytes(
 ) -> tuple[int, int]:
     """Return upper bounds for the activations and the logits of one forward pass, in bytes.
 
-    Rows of the head's width: 20 and the feed-forward's per query or caption token, 4 per memory token, 3 more if it
-    selects queries. The patch adapter keeps 5 rows of the tower's width per patch. Each logit of a chunk of positions
-    counts three times: itself, in float32, and its log-probability or gradient.
+    Rows of the head's width: 20 and the feed-forward's per query or caption token, 4 per memory token. With maps 200
+    more per vision token, 22 per vision token and layer, 22 per query and layer, and 20 per vision token if they
+    propose; the pyramid also keeps the token's pixels and what it reads of the tower. Each logit of a chunk of
+    positions counts three times: itself, in float32, and its log-probability or gradient.
     """
     from recipe.models.token_losses import CHUNK
 
@@ -280,14 +281,16 @@ def _forward_bytes(
     if head is None:
         return activations, min(CHUNK, round(tokens * SUPERVISED)) * (width + 8) * text.vocab_size
     images = max(1, tokens // 256)  # of the head
-    memory = tokens + (patches if head.patch_features else 0)
     queries = images * (head.num_query_groups * head.num_queries + 2 * head.num_denoising_groups * OBJECTS)
     words = images * OBJECTS * CAPTION_TOKENS
     per_query, per_word = (20 + 2 * part.ffn_factor for part in (head, captions))
-    rows = head.num_layers * (queries * per_query + memory * 4) + captions.num_layers * (words * per_word + memory * 4)
-    rows += 3 * memory if head.select_queries else 0
-    adapter = 5 * (memory - tokens) * side
-    activations += (rows * network.memory.width + adapter) * max(width, 4)
+    rows = head.num_layers * (queries * per_query + tokens * 4) + captions.num_layers * (words * per_word + tokens * 4)
+    read = 0
+    if head.multi_scale:
+        shown = patches // vision.spatial_merge_size**2  # vision tokens
+        rows += shown * (200 + 20 * head.select_queries) + head.num_layers * 22 * (shown + queries)
+        read = shown * (3 * 32**2 + 8 * side + 2 * hidden)
+    activations += (rows * network.memory.width + read) * max(width, 4)
     logits = min(CHUNK, max(round(tokens * SUPERVISED), words)) * (width + 8) * text.vocab_size
     return activations, logits
 

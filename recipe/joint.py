@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from recipe.config import EvaluationConfig, LossConfig, PromptConfig
 from recipe.data.evaluation import answer_order
 from recipe.losses.counts import UNIT_COUNTS, count_losses
+from recipe.losses.proposals import proposal_losses
 from recipe.losses.terms import base_term, caption_loss, denoising_losses, detection_losses, language_losses
 from recipe.metrics.boxes import (
     answer_boxes,
@@ -130,6 +131,8 @@ class JointModel(ComposerModel):
         if not self.model.has_head:
             return terms
         terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, self.loss_config)
+        if outputs.detection.proposals:
+            terms |= proposal_losses(outputs.detection.proposals, outputs.targets, counts)
         terms["loss_caption"] = caption_loss(
             outputs.caption_losses, outputs.caption_images, len(outputs.targets), counts
         )

@@ -39,10 +39,11 @@ from recipe.models.lora import adapters, add_adapters, holds_only_adapters, load
 from recipe.models.memory import MemoryBuilder
 from recipe.models.network import AVERAGE, JointNetwork, LanguageNetwork
 from recipe.models.nf4 import store_in_nf4
+from recipe.models.pyramid import FeaturePyramid
 from recipe.models.vlm import PixelNormalizer, VisionLanguageModel, load_vlm, mapped_dtype, read_hf_config
 from recipe.optim.groups import group_of
 from recipe.redact import redact
-from recipe.rules import check_width
+from recipe.rules import check_head
 from recipe.schema import ImageSpec
 from recipe.upstream.trainer_section import view_trainer
 
@@ -139,7 +140,7 @@ def build_network(
     under FSDP, whose units hold weights of one dtype.
 
     Raises:
-        ConfigError: The head's width, by default the language model's, does not fit its heads.
+        ConfigError: The head's width, by default the language model's, does not fit its heads; or its switches do not.
         ValueError: The caption length is unknown.
     """
     normalizer = PixelNormalizer(spec.image_mean, spec.image_std)
@@ -152,7 +153,7 @@ def build_network(
     hidden_size = vlm.config.get_text_config().hidden_size
     head, decoder = config.detection_head, config.caption_decoder
     width = hidden_size if head.width is None else head.width
-    check_width(width, head, decoder)
+    check_head(head, decoder, width)
     max_caption_tokens = max_caption_tokens or decoder.max_caption_tokens
     if max_caption_tokens is None:
         raise ValueError(
@@ -166,7 +167,7 @@ def build_network(
             width,
             head.adapter_ratio,
             head.memory_positions,
-            vlm.config.vision_config.hidden_size if head.patch_features else None,
+            FeaturePyramid(hidden_size, vlm.config.vision_config.hidden_size, width) if head.multi_scale else None,
         ).to(dtype),
         detection_head=DetectionHead(
             width=width,
@@ -177,6 +178,7 @@ def build_network(
             dropout=head.dropout,
             refine_boxes=head.refine_boxes,
             local_attention=head.local_attention,
+            multi_scale=head.multi_scale,
             select_queries=head.select_queries,
             num_query_groups=head.num_query_groups,
         ).to(dtype),
@@ -188,6 +190,7 @@ def build_network(
             ffn_factor=decoder.ffn_factor,
             dropout=decoder.dropout,
             max_caption_tokens=max_caption_tokens,
+            multi_scale=head.multi_scale,
         ).to(dtype),
         matcher=config.matcher,
         loss=config.loss,

@@ -57,12 +57,10 @@ def check_config(config: RecipeConfig) -> None:
     for where, section in (("callbacks", config.callbacks), ("loggers", config.loggers)):
         for name, value in section.items():
             if value is not None and not isinstance(value, Mapping):
-                remedy = "give keywords, {} for none, or null to switch it off"
-                raise ConfigError(f"{where}.{name} is {value!r}: {remedy}")
+                raise ConfigError(f"{where}.{name} is {value!r}: give keywords, {{}} for none, or null for off")
             label = (value or {}).get("dataloader_label", "eval")
             if name.endswith("_stopper") and label != "eval":
-                key = f"{where}.{name}.dataloader_label"
-                raise ConfigError(f"{key} is {label!r}: only eval has metrics; set it to eval")
+                raise ConfigError(f"{where}.{name}.dataloader_label is {label!r}: only eval has metrics; set eval")
 
 
 def check_fields(section: Any, prefix: str = "") -> None:
@@ -133,27 +131,29 @@ def check_duration(key: str, value: object) -> None:
     raise ConfigError(f"{key} is {value!r}: it must be a duration such as 10ep, 500ba, 1000sp, 20000tok or 0.1dur")
 
 
-def check_width(width: int, head: DetectionHeadConfig, decoder: CaptionDecoderConfig) -> None:
-    """Raise ConfigError if the head's width is not a multiple of the attention heads or of 8."""
+def check_head(head: DetectionHeadConfig, decoder: CaptionDecoderConfig, width: int | None) -> None:
+    """Raise ConfigError at a wrong combination of keys; `width`: None if it is the language model's, not yet known."""
+    if head.num_denoising_groups and head.box_noise <= 0:
+        raise ConfigError(f"detection_head.box_noise is {head.box_noise}: give above 0, or num_denoising_groups: 0")
+    if head.select_queries and not head.multi_scale:
+        raise ConfigError(
+            "detection_head.select_queries chooses from the maps of multi_scale, which is false (in older versions: "
+            "from vision tokens): set select_queries=false, or multi_scale=true"
+        )
     divisors = {
         f"detection_head.num_heads {head.num_heads}": head.num_heads,
         f"caption_decoder.num_heads {decoder.num_heads}": decoder.num_heads,
         "8, as the positions of boxes need": 8,  # sine and cosine of four coordinates
     }
     for what, divisor in divisors.items():
-        if width % divisor:
+        if width is not None and width % divisor:
             why = f"is not a multiple of {what}; null takes the language model's width"
             raise ConfigError(f"detection_head.width {width} {why}")
 
 
 def _check_model(config: RecipeConfig) -> None:
-    head = config.detection_head
-    if head is not None and head.num_denoising_groups and head.box_noise <= 0:
-        raise ConfigError(
-            f"detection_head.box_noise is {head.box_noise}: denoising needs noise above 0, or num_denoising_groups: 0"
-        )
-    if head is not None and head.width is not None:  # else the language model's, which is not known yet
-        check_width(head.width, head, config.caption_decoder)
+    if config.detection_head is not None:
+        check_head(config.detection_head, config.caption_decoder, config.detection_head.width)
     least, most = config.image.min_pixels, config.image.max_pixels
     if least is not None and most is not None and least > most:
         raise ConfigError(f"image.min_pixels {least} is above image.max_pixels {most}: lower one or raise the other")

@@ -359,17 +359,34 @@ class Memory:
     """What the head may look at: one padded row of tokens per image.
 
     Attributes:
-        tokens: (N, M, W), with `positions` added: Qwen2.5-VL's rotary positions are relative, so its features do not
-            hold their position, which a query needs.
+        tokens: (N, M, W), with `positions` added: features hold none, as Qwen2.5-VL's rotary positions are relative.
         positions: (N, M, W) sine embedding of the token's centre; zero for words.
         mask: (N, M) bool, True at real tokens.
         cells: (N, M, 4) cxcywh in [0, 1], the part of the image that a vision token covers; zero for words.
+        levels, extents: Of a pyramid: maps (N, rows, columns, W), the finest first, and the shares (x, y) of each that
+            the image covers, (N, levels, 2); zero beyond the image.
     """
 
     tokens: Tensor
     positions: Tensor
     mask: Tensor
     cells: Tensor
+    levels: list[Tensor] = field(default_factory=list["Tensor"])
+    extents: Tensor | None = None
+
+
+@dataclass
+class Proposals:
+    """What each of P cells of N images proposes: an object whose centre is in it.
+
+    Attributes:
+        cells: (N, P, 4) cxcywh in [0, 1], the part of the image that a cell covers; zero at padding and words.
+        pred_boxes, pred_objectness: (N, P, 4) cxcywh, which may reach beyond the image, and (N, P) logits.
+    """
+
+    cells: Tensor
+    pred_boxes: Tensor
+    pred_objectness: Tensor
 
 
 @dataclass
@@ -420,21 +437,6 @@ class CaptionPlaces:
         return slots[self.image, self.slot]
 
 
-@dataclass(frozen=True)
-class TokenTree:
-    """Token sequences that share their beginnings, as C nodes, parents first; the first is the root, before any token.
-
-    Attributes:
-        tokens: (C - 1,) int64, the tokens of all nodes but the root.
-        depths: (C,) int64, the number of tokens from the root to a node.
-        mask: (C, C) bool: True if the column is the row's node or one of its ancestors.
-    """
-
-    tokens: Tensor
-    depths: Tensor
-    mask: Tensor
-
-
 @dataclass
 class DetectionOutputs:
     """What the head predicts for N images.
@@ -446,7 +448,7 @@ class DetectionOutputs:
         query_features: (N, Q, W).
         aux_outputs: The same after each earlier layer, without their own features and aux outputs.
         groups: Of the other groups of queries, in training.
-        selection: Of the proposals that the queries were chosen from; None if queries are learned.
+        proposals: Those that the queries were chosen from, then those of the tokens; none if queries are learned.
     """
 
     pred_boxes: Tensor
@@ -455,12 +457,11 @@ class DetectionOutputs:
     query_features: Tensor
     aux_outputs: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
     groups: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
-    selection: DetectionOutputs | None = None
+    proposals: list[Proposals] = field(default_factory=list["Proposals"])
 
     def layers(self) -> list[tuple[str, DetectionOutputs]]:
         """Return all outputs that are matched to objects, each with the suffix of its loss terms; last layer last."""
-        found = [] if self.selection is None else [("_selection", self.selection)]
-        found += [("_group", layer) for group in self.groups for layer in [*group.aux_outputs, group]]
+        found = [("_group", layer) for group in self.groups for layer in [*group.aux_outputs, group]]
         return [*found, *(("_aux", layer) for layer in self.aux_outputs), ("", self)]
 
 
@@ -470,8 +471,7 @@ class Matches:
 
     Attributes:
         image: (n,) int64, which of the N images.
-        query: (n,) int64, within its image.
-        target: (n,) int64, the object within its image.
+        query, target: (n,) int64, the query and the object within its image.
     """
 
     image: Tensor

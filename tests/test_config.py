@@ -174,7 +174,10 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("eval_loader.streams=[a]", r"eval_loader.streams in the command line is \['a'\]: give it `key: value` lines"),
         ("scheduler.groups=[a]", "scheduler.groups in the command line"),
         ("train_loader.dataloader=[2]", "train_loader.dataloader in the command line"),
-        ("callbacks.early_stopper={monitor: x, dataloader_label: test}", "dataloader_label is 'test': only eval has"),
+        (
+            "callbacks.early_stopper={monitor: x, dataloader_label: test}",
+            "dataloader_label is 'test': only eval has metrics",
+        ),
         # metrics
         ("save_best.metric=metrics/eval/box_ap50", "save_best.metric is .*: did you mean eval/box_ap50"),
         ("save_best.metric=eval/box_ap_50", "save_best.metric is .*: did you mean eval/box_ap"),
@@ -228,7 +231,11 @@ def test_all_missing_values_are_named(tmp_path: Path) -> None:
         ("teachers.stream={local: x, spit: y}", "unknown key teachers.stream.spit: did you mean split"),
         ("optimizer.lr_scaling=linear", "optimizer.reference_tokens is missing"),
         ("detection_head.width=30", "detection_head.width 30 is not a multiple of detection_head.num_heads 8"),
-        ("detection_head.box_noise=0", "detection_head.box_noise is 0.0: denoising needs noise above 0"),
+        ("detection_head.box_noise=0", "detection_head.box_noise is 0.0: give above 0, or num_denoising_groups: 0"),
+        (
+            "detection_head.multi_scale=false",
+            "detection_head.select_queries .* set select_queries=false, or ",
+        ),
         ("image={min_pixels: 9, max_pixels: 4}", "image.min_pixels 9 is above image.max_pixels 4: "),
         ("load_path=no/such.pt", "load_path no/such.pt does not exist"),
         ("train_loader.streams.b={split: x}", "train_loader.streams.b has neither local nor remote"),
@@ -454,6 +461,31 @@ def test_a_key_that_was_removed(minimal: str, tmp_path: Path, key: str) -> None:
     path.write_text(yaml.safe_dump(saved))
     assert_one_line(str(path), [], rf"{key} in .*config.yaml is {other}: this key was removed; delete it")
     assert_one_line(minimal, [f"{key}={other}"], rf"{key} in the command line is {other}: this key was removed")
+
+
+def test_the_head_of_an_older_version(minimal: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Such a configuration holds two switches: both off are the head without pyramid, on they have no equal."""
+    path = tmp_path / "config.yaml"
+
+    def older(**switches: bool) -> str:
+        save_config(load_config(minimal), path)
+        saved = yaml.safe_load(path.read_text())
+        del saved["detection_head"]["multi_scale"]
+        saved["detection_head"] |= switches
+        path.write_text(yaml.safe_dump(saved))
+        return str(path)
+
+    found = load_and_check(older(patch_features=False, select_queries=False))
+    assert found == load_config(minimal, ["detection_head.multi_scale=false", "detection_head.select_queries=false"])
+    assert "patch_features in " in caplog.text and "read as detection_head.multi_scale: false" in caplog.text
+    assert_one_line(
+        older(patch_features=False, select_queries=True),
+        [],
+        r"select_queries chooses from the maps of multi_scale, which is false \(in older versions: from vision t",
+    )
+    for select_queries in (False, True):
+        older(patch_features=True, select_queries=select_queries)
+        assert_one_line(str(path), [], r"patch_features in .* is True: .* replaced; write detection_head.multi_scale")
 
 
 def test_a_value_that_was_removed(tmp_path: Path) -> None:

@@ -252,10 +252,10 @@ def test_a_batch_without_objects_trains(
         {"aux_loss": False},
         {"num_denoising_groups": 0},
         {"width": None},
-        {"patch_features": True},
-        {"select_queries": True},
+        {"multi_scale": False, "select_queries": False},
+        {"select_queries": False},
         {"num_query_groups": 3},
-        {"num_query_groups": 2, "select_queries": True, "num_denoising_groups": 0, "aux_loss": False},
+        {"num_query_groups": 2, "select_queries": False, "num_denoising_groups": 0, "aux_loss": False},
     ],
     ids="-".join,
 )

@@ -74,7 +74,7 @@ class CacheFrozen(Callback):
         dist.barrier()
         mark.unlink(missing_ok=True)
         trunk = f"{trunk_fingerprint(network)} {network.vlm.hf_model.dtype} {state.precision.value}"
-        base = f"{trunk} {'patches' if network.memory.patch_adapter is not None else ''}"
+        base = f"{trunk} {'patches' if network.memory.pyramid is not None else ''}"
         network.cache = FrozenCache(self.folder, base, max(0, limit - there) // max(1, sharing))
         if dist.get_global_rank() == 0:
             self._log_size(state, network, limit, there, free)
@@ -96,7 +96,7 @@ class CacheFrozen(Callback):
         vision = network.vlm.hf_model.config.vision_config
         width = network.vlm.text_config.hidden_size
         numbers = (prompt_tokens + patches / vision.spatial_merge_size**2) * width
-        if network.memory.patch_adapter is not None:
+        if network.memory.pyramid is not None:
             numbers += patches * vision.hidden_size
         needed = numbers * local(next(network.vlm.parameters())).element_size()
         log.info(

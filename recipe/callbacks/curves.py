@@ -29,7 +29,7 @@ PANELS = (
     ("weight norm of each group", "weight_norm/", True),
     ("update ratio of each group, |step| / |weights|", "update_ratio/", True),
 )
-LEFT_OUT = ("_aux", "_dn", "_group", "_selection")
+LEFT_OUT = ("_aux", "_dn", "_group", "_proposals")
 EVALUATION = ("box_ap", "box_ap50", "caption_match", "text_f1", "text_parse_failure_rate")
 SMOOTHING = 20
 

@@ -1,9 +1,9 @@
 """How much of the device a run uses: FLOPs, their share of the peak, and the time spent waiting for the loader.
 
-FLOPs are computed from the shapes of the modules and of the microbatches. Only matrix products count, a multiplication
-and an addition as two, as in `torch.utils.flop_counter`. Causal attention counts whole (PaLM, appendix B), and so does
-padding. The backward pass has a product for each weight that is trained, and one for each input below which something
-is trained.
+FLOPs are computed from the shapes of the modules and of the microbatches. Only matrix products and convolutions count,
+a multiplication and an addition as two, as in `torch.utils.flop_counter`. Causal attention counts whole (PaLM, appendix
+B), and so does padding. The backward pass has a product for each weight that is trained, and one for each input below
+which something is trained.
 """
 
 from collections import Counter
@@ -22,6 +22,7 @@ from torch import nn
 
 from recipe.callbacks.measures import every_batches, joint_model
 from recipe.models.lora import adapter_layers
+from recipe.models.pyramid import CELLS_PER_TOKEN
 from recipe.optim.groups import named_groups
 from recipe.schema import Batch
 
@@ -113,20 +114,23 @@ def _add_trunk(network: Any, batch: Batch, trained: Collection[str], flops: Flop
 def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: Flops) -> None:
     memory, head, writer = network.memory, network.detection_head, network.caption_decoder
     learns, hf_model = "detection" in trained, network.vlm.hf_model
+    merge = hf_model.model.visual.spatial_merge_size
     gradient = learns or "adapter" in trained  # without either, all of it runs without autograd
     below = gradient and set(trained) != {"detection"}
     grids = batch["image_grid_thw"][batch["student_images"]].tolist()
     images, words = max(1, len(grids)), batch["prompt_index"].shape[1] if grids else 1
-    patches = max((t * h * w for t, h, w in grids), default=hf_model.model.visual.spatial_merge_unit)
-    vision = patches // hf_model.model.visual.spatial_merge_unit
-    adapted = [(memory.vision_adapter, vision), (memory.language_adapter, words), (memory.patch_adapter, patches)]
-    adapted = [(adapter, images * length) for adapter, length in adapted if adapter is not None]
-    tokens = sum(rows for _, rows in adapted)
-    flops.add("detection", sum(rows * _weights(part) for part, rows in adapted), "adapter" in trained, below)
-    if head.selection is not None:
-        flops.add("detection", tokens * _weights(head.selection.inputs, head.selection.objectness), learns, below)
-        proposals = min(images * head.num_queries, tokens)
-        flops.add("detection", proposals * _weights(head.selection.box_delta), learns, below)
+    vision = max((t * h * w // merge**2 for t, h, w in grids), default=1)
+    adapted = images * vision * _weights(memory.vision_adapter) + images * words * _weights(memory.language_adapter)
+    tokens = images * (vision + words)
+    flops.add("detection", adapted, "adapter" in trained, below)
+    cells, maps_learn = [0], gradient and not {"vision", "lora_vision", "merger", "adapter"}.isdisjoint(trained)
+    if memory.pyramid is not None:
+        cells = _add_pyramid(memory.pyramid, grids, merge, trained, gradient, flops)
+    if head.proposal_head is not None:
+        finder = head.proposal_head
+        linear = cells[0] * _weights(finder.tower, finder.finest)
+        flops.add("detection", tokens * _weights(finder.token_states, finder.tokens), learns, below)
+        flops.add("detection", linear + images * head.num_queries * _weights(finder.content), learns, maps_learn)
     ids = [target["caption_ids"] for target in batch["targets"] if target is not None and len(target["boxes"])]
     slots, length = (max((rows.shape[axis] for rows in ids), default=1) for axis in (0, 1))
     captions = sum(min(len(rows), head.num_queries) for rows in ids) or 1
@@ -134,7 +138,11 @@ def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: 
     written = sum(round(min(1.0, head.num_queries / len(rows)) * int((rows != -100).sum())) for rows in ids)
     queries = images * (head.query_content.num_embeddings + 2 * network.num_denoising_groups * (slots if ids else 0))
     of_query = _weights(head.box_position, head.place_scale, head.box_delta, head.objectness)
-    of_caption = _weights(writer.start) + (length - 1) * _weights(writer.token_in) + length * _weights(writer.token_out)
+    of_caption = (
+        _weights(*filter(None, (writer.start, writer.region)))
+        + (length - 1) * _weights(writer.token_in)
+        + length * _weights(writer.token_out)
+    )
     flops.add("detection", len(head.layers) * queries * of_query + captions * of_caption, learns, gradient)
     for layers, rows, asking, places, pairs in (  # captions ask the memory in slots, all tokens of one from one place
         (head.layers, queries, queries, queries, queries**2 // images),
@@ -147,13 +155,46 @@ def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: 
         flops.add("detection", len(layers) * tokens * _weights(cross.key, cross.value), learns, below)
         linear = tokens * _weights(cross.key_position) + places * _weights(cross.query_position)
         flops.add("detection", len(layers) * linear, learns, gradient=False)  # positions are given
+    for look in (layer.map_attention for layer in head.layers if memory.pyramid is not None):
+        flops.add("detection", sum(cells) * _weights(look.value), learns, maps_learn)
+        flops.add("detection", queries * _weights(look.offsets, look.weights, look.out), learns, gradient)
     flops.add_logits("detection", written * _weights(hf_model.lm_head), gradient and "llm" in trained, gradient)
 
 
+def _add_pyramid(
+    pyramid: Any, grids: Sequence[Sequence[int]], merge: int, trained: Collection[str], has_graph: bool, flops: Flops
+) -> list[int]:
+    """Add the maps of the student images, of one token if there is none; return the cells of each map with padding."""
+    tokens = [(height // merge, width // merge) for _, height, width in grids] or [(1, 1)]
+    levels = [[(n * rows, n * columns) for rows, columns in tokens] for n in (CELLS_PER_TOKEN, 2, 1)]
+    levels.append([(-(-rows // 2), -(-columns // 2)) for rows, columns in tokens])
+    finest, patches, whole, coarse = (sum(rows * columns for rows, columns in level) for level in levels)
+    learns = "adapter" in trained
+    patches_learn = has_graph and not {"vision", "lora_vision"}.isdisjoint(trained)
+    tokens_learn = patches_learn or (has_graph and "merger" in trained)
+    of_pixels = finest * _weights(pyramid.stem[2]) + 4 * finest * _weights(pyramid.stem[1])
+    of_patches, of_tokens = whole * _weights(pyramid.to_tokens), whole * _weights(pyramid.from_tokens)
+    of_tokens += coarse * _weights(pyramid.to_coarse, pyramid.from_coarse)
+    of_tokens += patches * _weights(pyramid.smooth_patches, pyramid.from_patches)
+    of_tokens += finest * _weights(pyramid.smooth_finest, pyramid.widen)
+    for linear, gradient in (  # each with whether its input has a gradient
+        (16 * finest * _weights(pyramid.stem[0]), False),
+        (of_pixels + patches * _weights(pyramid.to_patches), learns),
+        (patches * _weights(pyramid.patches), patches_learn),
+        (of_patches, learns or patches_learn),
+        (whole * _weights(pyramid.tokens), tokens_learn),
+        (of_tokens, learns or tokens_learn),
+    ):
+        flops.add("detection", linear, learns, gradient)
+    return [len(tokens) * max(rows for rows, _ in level) * max(columns for _, columns in level) for level in levels]
+
+
 def _weights(*modules: nn.Module) -> int:
-    """Return the multiplications that the linear layers of `modules` need per row."""
-    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
-    return sum(layer.in_features * layer.out_features for layer in layers)
+    """Return the multiplications per row, or per cell of the result, of the linear layers and convolutions."""
+    layers = [layer for module in modules for layer in module.modules()]
+    convolutions = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Conv2d))
+    linear = (layer for layer in layers if isinstance(layer, nn.Linear))
+    return convolutions + sum(layer.in_features * layer.out_features for layer in linear)
 
 
 class Throughput(Callback):

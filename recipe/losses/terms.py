@@ -7,9 +7,9 @@
     loss_objectness   of every query (see `objectness_loss`), summed    / images
     loss_caption      mean cross-entropy over the tokens of an image's matched captions / images
 
-Those of boxes and objectness repeat: `*_aux` summed over the earlier layers, `*_selection` for the proposals that the
-queries were chosen from, `*_group` summed over all layers and averaged over the other groups of queries, `*_dn` summed
-over all layers of the denoising queries and averaged over their groups.
+Those of boxes and objectness repeat: `*_aux` summed over the earlier layers, `*_proposals` for what the queries were
+chosen from (`proposals.py`), `*_group` summed over all layers and averaged over the other groups of queries, `*_dn`
+summed over all layers of the denoising queries and averaged over their groups.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from recipe.boxes import elementwise_iou
 from recipe.config import LossConfig
 from recipe.schema import DenoisingQueries, DetectionOutputs, LossCounts, Matches, Role, Target
 
-REPEATS = ("_aux", "_selection", "_group", "_dn")
+REPEATS = ("_aux", "_proposals", "_group", "_dn")
 
 
 def base_term(name: str) -> str:

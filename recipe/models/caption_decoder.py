@@ -1,8 +1,10 @@
 """The caption decoder: writes what a query found, token by token.
 
 A caption's sequence begins with its query's features instead of a start token, so every later token attends to them in
-every layer. Each caption is one row; only cross-attention concatenates the captions of an image, so that the image's
-memory is never copied per caption. Token embedding and output matrix are the language model's.
+every layer. With a feature pyramid they include what the finest map shows in the box, point by point, as the box head
+of Faster R-CNN reads it: shapes are words, but a query needs no shape to find its box. Each caption is one row; only
+cross-attention concatenates the captions of an image, so that the image's memory is never copied per caption. Token
+embedding and output matrix are the language model's.
 """
 
 from collections.abc import Sequence
@@ -12,12 +14,29 @@ from typing import cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recipe.models.layers import Attention, FeedForward
 from recipe.models.memory import sine_embedding
-from recipe.schema import CaptionPlaces, Memory, TokenTree
+from recipe.schema import CaptionPlaces, Memory
 
 KeysValues = tuple[Tensor, Tensor]
+REGION = 4  # points along each side of a box
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Token sequences that share their beginnings, as C nodes, parents first; the first is the root, before any token.
+
+    Attributes:
+        tokens: (C - 1,) int64, the tokens of all nodes but the root.
+        depths: (C,) int64, the number of tokens from the root to a node.
+        mask: (C, C) bool: True if the column is the row's node or one of its ancestors.
+    """
+
+    tokens: Tensor
+    depths: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,7 @@ class CaptionDecoder(nn.Module):
         width: Of the head.
         ffn_factor: Width of the feed-forward blocks, as a multiple of `width`.
         max_caption_tokens: Longest caption, including end-of-sequence.
+        multi_scale: Captions read the memory's finest map.
     """
 
     def __init__(
@@ -115,11 +135,13 @@ class CaptionDecoder(nn.Module):
         ffn_factor: int,
         dropout: float,
         max_caption_tokens: int,
+        multi_scale: bool = False,
     ):
         super().__init__()
         self.width = width
         self.max_caption_tokens = max_caption_tokens
         self.start = nn.Linear(width, width)
+        self.region = nn.Linear(REGION**2 * width, width) if multi_scale else None
         self.token_norm = nn.LayerNorm(hidden_size)
         self.token_in = nn.Linear(hidden_size, width) if hidden_size != width else nn.Identity()
         self.token_positions = nn.Embedding(max_caption_tokens, width)
@@ -157,7 +179,10 @@ class CaptionDecoder(nn.Module):
         """
         parts, centers = [], None
         if cache is None or not cache.layers:
-            parts.append(self.start(query_features)[:, None])
+            start = self.start(query_features)
+            if self.region is not None:
+                start = start + self.region(read_regions(boxes.detach(), places, memory).to(start.dtype))
+            parts.append(start[:, None])
             centers = places.side_by_side(sine_embedding(boxes[..., :2].detach(), self.width))
         if token_embeds is not None:
             parts.append(self.token_in(self.token_norm(token_embeds.to(self.start.weight.dtype))))
@@ -175,3 +200,18 @@ class CaptionDecoder(nn.Module):
         if cache is not None:
             cache.layers, cache.length = kept, first + length
         return self.token_out(self.norm(states))
+
+
+def read_regions(boxes: Float[Tensor, "R 4"], places: CaptionPlaces, memory: Memory) -> Float[Tensor, "R values"]:
+    """Return the finest map of each box's image at points of a regular grid in the box, row by row.
+
+    As RoIAlign (He et al. 2017) with one point per bin, but zero outside the image, so that padding changes nothing.
+    """
+    assert memory.extents is not None, "regions need a pyramid"
+    steps = (torch.arange(REGION, device=boxes.device, dtype=boxes.dtype) + 0.5) / REGION - 0.5
+    grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).flatten(0, 1)  # (points, 2)
+    points = places.side_by_side(boxes[:, None, :2] + grid * boxes[:, None, 2:])  # (N, T, points, 2)
+    points = 2 * points * memory.extents[:, :1, None].to(points.dtype) - 1
+    finest = memory.levels[0].permute(0, 3, 1, 2).to(points.dtype)
+    found = F.grid_sample(finest, points, align_corners=False)  # (N, W, T, points)
+    return places.rows(found.permute(0, 2, 3, 1)).flatten(1)

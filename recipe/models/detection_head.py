@@ -15,25 +15,28 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from recipe.models.layers import MLP, Attention, FeedForward
+from recipe.models.layers import MLP, Attention, DeformableAttention, FeedForward, compass, objectness_layer
 from recipe.models.memory import sine_embedding
+from recipe.models.proposals import ProposalHead
+from recipe.models.pyramid import LEVELS
 from recipe.schema import DenoisingQueries, DetectionOutputs, Memory, Target
 
-PRIOR_PROBABILITY = 0.01  # initial objectness (focal loss, Lin et al. 2017, section 3.3)
-PROPOSAL_CELLS = 3.0  # initial sides of a proposal, as a multiple of its token's cell
-NO_PROPOSAL = -20.0  # the logit of a query that no vision token proposed
+NUM_POINTS = 4  # of each head in each map (Deformable DETR)
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among queries, cross-attention to the memory, feed-forward; pre-norm."""
+    """Self-attention among queries, a look at the maps, cross-attention to the memory, feed-forward; pre-norm."""
 
-    def __init__(self, width: int, num_heads: int, ffn_factor: int, dropout: float, local_attention: bool):
+    def __init__(
+        self, width: int, num_heads: int, ffn_factor: int, dropout: float, local_attention: bool, multi_scale: bool
+    ):
         super().__init__()
         self.self_norm = nn.LayerNorm(width)
         self.self_attention = Attention(width, num_heads, positional=True)
+        self.map_norm = nn.LayerNorm(width) if multi_scale else None
+        self.map_attention = DeformableAttention(width, num_heads, LEVELS, NUM_POINTS) if multi_scale else None
         self.cross_norm = nn.LayerNorm(width)
         self.cross_attention = Attention(width, num_heads, positional=True, local=local_attention)
         self.ffn_norm = nn.LayerNorm(width)
@@ -45,19 +48,24 @@ class DecoderLayer(nn.Module):
         queries: Float[Tensor, "N Q W"],
         box_positions: Float[Tensor, "N Q W"],
         place_positions: Float[Tensor, "N heads Q W"],
+        boxes: Float[Tensor, "N Q 4"],
         memory: Memory,
         mask: Bool[Tensor, "#N 1 Q Q"] | None,
     ) -> Float[Tensor, "N Q W"]:
         """Return the next layer's queries.
 
-        `box_positions` embed the reference boxes; `place_positions` embed where each head looks, comparable to
-        `memory.positions`. `mask` is for self-attention.
+        `boxes` are the references, cxcywh, `box_positions` their embedding; `place_positions` embed where each head
+        looks, comparable to `memory.positions`. `mask` is for self-attention.
         """
         queries = queries + box_positions
         states = self.self_norm(queries)
         keys_values = self.self_attention.keys_values(states, box_positions)
         positions = self.self_attention.query_positions(box_positions)
         queries = queries + self.dropout(self.self_attention(states, keys_values, positions, mask))
+        if self.map_attention is not None and self.map_norm is not None:
+            assert memory.extents is not None
+            read = self.map_attention(self.map_norm(queries), boxes, memory.levels, memory.extents)
+            queries = queries + self.dropout(read)
         states = self.cross_norm(queries)
         keys_values = self.cross_attention.keys_values(memory.tokens, memory.positions)
         positions = self.cross_attention.query_positions(place_positions)
@@ -75,7 +83,8 @@ class DetectionHead(nn.Module):
         refine_boxes: Each layer's boxes are the next one's references; else all layers share the first.
         local_attention: Queries initially look around their reference boxes, each head at its own place; else they
             learn slowly how their positions relate to the memory's.
-        select_queries: The first references are the best proposals of the vision tokens; else they are learned.
+        multi_scale: Queries read the memory's maps too.
+        select_queries: The first references are the best proposals of the finest map; else they are learned.
         num_query_groups: Groups of queries in training, each matched separately (Group DETR); only the first one
             predicts.
     """
@@ -90,6 +99,7 @@ class DetectionHead(nn.Module):
         dropout: float,
         refine_boxes: bool,
         local_attention: bool = True,
+        multi_scale: bool = False,
         select_queries: bool = False,
         num_query_groups: int = 1,
     ):
@@ -107,12 +117,12 @@ class DetectionHead(nn.Module):
         self.place_scale = _constant_mlp(width, width, 2, start=1.0)  # at first, places as they are
         self.places = nn.Parameter(compass(num_heads) * local_attention)
         self.layers = nn.ModuleList(
-            DecoderLayer(width, num_heads, ffn_factor, dropout, local_attention) for _ in range(num_layers)
+            DecoderLayer(width, num_heads, ffn_factor, dropout, local_attention, multi_scale) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.objectness = _objectness(width)
+        self.objectness = objectness_layer(width)
         self.box_delta = _constant_mlp(width, 4, 3, start=0.0)  # at first, the reference box itself
-        self.selection = QuerySelection(width) if select_queries else None
+        self.proposal_head = ProposalHead(width) if select_queries else None
 
     def forward(
         self, memory: Memory, denoising: DenoisingQueries | None = None
@@ -122,10 +132,15 @@ class DetectionHead(nn.Module):
         num_queries = num_groups * self.num_queries
         queries = self.query_content.weight[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, W)
         references = self.query_boxes[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, 4), before the sigmoid
-        selection = None
-        if self.selection is not None:
-            selection = self.selection(memory, references[:, : self.num_queries])
-            references = selection.pred_boxes_raw.detach().repeat(1, num_groups, 1) + 0.0 * references
+        proposals = []
+        if self.proposal_head is not None:
+            proposals = self.proposal_head(memory)
+            best, contents, found = (
+                part.repeat(1, num_groups, 1)
+                for part in self.proposal_head.select(proposals[0], memory.levels[0], self.num_queries)
+            )
+            queries = queries + contents * found
+            references = torch.where(found, best, references) + 0.0 * references
         num_denoising, mask = 0, None
         if denoising is not None:
             num_denoising = len(denoising)
@@ -140,7 +155,7 @@ class DetectionHead(nn.Module):
                 mask = (group[:, None] == group)[None, None]
         boxes, logits, features = [], [], queries
         for layer in self.layers:
-            queries = layer(queries, *self._positions(queries, references), memory, mask)
+            queries = layer(queries, *self._positions(queries, references), references.sigmoid(), memory, mask)
             features = self.norm(queries)
             raw = references + self.box_delta(features)
             boxes.append(raw)
@@ -149,7 +164,7 @@ class DetectionHead(nn.Module):
                 references = raw.detach()
         starts = range(num_denoising, num_denoising + num_queries, self.num_queries)
         first, *others = (_outputs(boxes, logits, features, slice(start, start + self.num_queries)) for start in starts)
-        first.groups, first.selection = others, selection
+        first.groups, first.proposals = others, proposals
         return first, None if denoising is None else _outputs(boxes, logits, features, slice(0, num_denoising))
 
     def _positions(self, queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,56 +179,12 @@ class DetectionHead(nn.Module):
         return box_positions, sine_embedding(places, self.width) * self.place_scale(queries)[:, None]
 
 
-class QuerySelection(nn.Module):
-    """A proposal from every vision token; the best become reference boxes (two-stage Deformable DETR, DINO).
-
-    The queries' contents stay learned (DINO's mixed selection). The selected proposals are matched and trained as a
-    separate layer.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.inputs = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-        self.objectness = _objectness(width)
-        self.box_delta = _constant_mlp(width, 4, 3, start=0.0)  # at first, the proposal itself
-
-    def forward(self, memory: Memory, spare: Float[Tensor, "N Q 4"]) -> DetectionOutputs:
-        """Return the Q best proposals of N images; `spare`, before the sigmoid, fills in for missing ones."""
-        features = self.norm(self.inputs(memory.tokens))
-        logits = self.objectness(features).squeeze(-1)  # (N, M)
-        is_proposal = memory.cells[..., 2] > 0
-        missing = max(0, spare.shape[1] - logits.shape[1])
-        ranked = logits.detach().masked_fill(~is_proposal, -math.inf)
-        best = ranked.topk(min(spare.shape[1], logits.shape[1]), dim=1).indices  # (N, k)
-        start = torch.cat([memory.cells[..., :2], PROPOSAL_CELLS * memory.cells[..., 2:]], dim=-1).clamp(max=1)
-        rows = torch.arange(len(best), device=best.device)[:, None]
-        raw = torch.logit(start[rows, best], eps=1e-3) + self.box_delta(features[rows, best])
-        kept = F.pad(is_proposal[rows, best], (0, missing))
-        raw = torch.where(kept[..., None], F.pad(raw, (0, 0, 0, missing)), spare)
-        logits = torch.where(kept, F.pad(logits[rows, best], (0, missing)), NO_PROPOSAL)
-        return DetectionOutputs(raw.sigmoid(), raw, logits, F.pad(features[rows, best], (0, 0, 0, missing)))
-
-
 def initial_boxes(num_queries: int) -> Float[Tensor, "{num_queries} 4"]:
     """Return the initial learned references, a grid of boxes over the image: cxcywh before the sigmoid."""
     side = math.ceil(math.sqrt(num_queries))
     cells = torch.linspace(0, side * side - 1, num_queries).round().long()
     centers = torch.stack([cells % side, cells // side], dim=-1).add(0.5) / side  # (Q, 2)
     return torch.logit(torch.cat([centers, torch.full_like(centers, 2 / (side + 1))], dim=-1), eps=1e-3)
-
-
-def _objectness(width: int) -> nn.Linear:
-    layer = nn.Linear(width, 1)
-    nn.init.constant_(layer.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
-    return layer
-
-
-def compass(num_heads: int) -> Float[Tensor, "{num_heads} 2"]:
-    """Return points on the edge of the square [-1, 1]²: the initial sampling points of Deformable DETR."""
-    angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
-    points = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return points / points.abs().amax(-1, keepdim=True)
 
 
 def _constant_mlp(width: int, out_features: int, num_layers: int, start: float) -> MLP:

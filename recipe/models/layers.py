@@ -1,5 +1,7 @@
 """Building blocks that the detection head and the caption decoder share."""
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LOCALITY = 4.0  # what an equal position initially adds to the argument of the softmax
+PRIOR_PROBABILITY = 0.01  # initial objectness (focal loss, Lin et al. 2017, section 3.3)
 
 
 class Attention(nn.Module):
@@ -84,6 +87,67 @@ class Attention(nn.Module):
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (N, heads, ·, W / heads)
 
 
+class DeformableAttention(nn.Module):
+    """Read maps of several scales at a few learned points around each query's box (Deformable DETR, section 4.1).
+
+    Points are in half box sizes from the box's centre: at first each head looks into its own direction, point after
+    point farther out. A map is read between its cells by bilinear interpolation, as zero outside.
+
+    Args:
+        width: Of queries and maps; a multiple of `num_heads`.
+        num_levels: Maps.
+        num_points: Points of each head in each map.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_levels: int, num_points: int):
+        super().__init__()
+        self.shape = (num_heads, num_levels, num_points)
+        self.offsets = nn.Linear(width, 2 * math.prod(self.shape))
+        self.weights = nn.Linear(width, math.prod(self.shape))
+        self.value = nn.Linear(width, width, bias=False)  # padding must stay zero, as what is outside a map is
+        self.out = nn.Linear(width, width)
+        distances = (torch.arange(num_points) + 0.5) / num_points
+        points = compass(num_heads)[:, None, None] * distances[:, None]  # (heads, 1, points, 2)
+        with torch.no_grad():
+            self.offsets.bias.copy_(points.expand(*self.shape, 2).flatten())
+        for zero in (self.offsets.weight, self.weights.weight, self.weights.bias):
+            nn.init.zeros_(zero)
+
+    def forward(
+        self,
+        states: Float[Tensor, "N Q W"],
+        boxes: Float[Tensor, "N Q 4"],
+        levels: Sequence[Float[Tensor, "N _ _ W"]],
+        extents: Float[Tensor, "N levels 2"],
+    ) -> Float[Tensor, "N Q W"]:
+        """Return what `states` read around their `boxes`, cxcywh in [0, 1] of their image.
+
+        `extents` are the shares (x, y) of each map that an image covers.
+        """
+        (num_heads, _, num_points), num_images = self.shape, len(states)
+        weights = self.weights(states).unflatten(-1, (num_heads, -1)).softmax(-1).unflatten(-1, (-1, num_points))
+        offsets = self.offsets(states).unflatten(-1, (*self.shape, 2)).to(boxes.dtype)
+        centers, halves = (part[:, :, None, None, None] for part in (boxes[..., :2], boxes[..., 2:] / 2))
+        points = (centers + offsets * halves) * extents[:, None, None, :, None]  # (N, Q, heads, levels, points, 2)
+        points = (2 * points - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (levels, N * heads, Q, points, 2)
+        read = []
+        for level, places in zip(levels, points, strict=True):
+            values = self.value(level).unflatten(-1, (num_heads, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
+            read.append(
+                F.grid_sample(values.to(places.dtype), places, align_corners=False)
+            )  # (N * heads, ·, Q, points)
+        weights = weights.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]  # (N * heads, 1, Q, levels * points)
+        read = (torch.cat(read, dim=-1) * weights).sum(-1)  # (N * heads, W / heads, Q)
+        return self.out(read.view(num_images, -1, read.shape[-1]).transpose(1, 2).to(states.dtype))
+
+
+def compass(num_heads: int) -> Float[Tensor, "{num_heads} 2"]:
+    """Return points on the edge of the square [-1, 1]²: the initial sampling points of Deformable DETR."""
+    angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
+    points = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    return points / points.abs().amax(-1, keepdim=True)
+
+
 class FeedForward(nn.Sequential):
     """The transformer's feed-forward block, `factor` times as wide inside."""
 
@@ -101,3 +165,10 @@ class MLP(nn.Sequential):
         for size_in, size_out in pairwise(sizes):
             layers += [nn.Linear(size_in, size_out), nn.ReLU()]
         super().__init__(*layers[:-1])
+
+
+def objectness_layer(width: int) -> nn.Linear:
+    """Return a layer from features to one logit, at first that of `PRIOR_PROBABILITY`."""
+    layer = nn.Linear(width, 1)
+    nn.init.constant_(layer.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+    return layer

@@ -1,4 +1,4 @@
-"""The detection memory: what the head may look at, one padded row of tokens per image.
+"""The detection memory: what the head may look at, one padded row of tokens per image, and maps of it (`pyramid.py`).
 
 It holds the vision tokens of the student image (with their 2-D positions), then the hidden states of the sample's
 prompt. It never holds the student's answer, which is the ground truth and does not exist at inference, nor what follows
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from recipe.models.pyramid import FeaturePyramid
 from recipe.schema import Memory
 
 
@@ -40,18 +41,23 @@ class MemoryBuilder(nn.Module):
         hidden_size: Width of the vision features and hidden states.
         width: Of the head; a multiple of 4.
         memory_positions: False: keys hold no positions.
-        patch_width: Width of the vision features before the merger, which become tokens too; None: they do not.
+        pyramid: Of the image's maps; None: the memory has none.
     """
 
     def __init__(
-        self, hidden_size: int, width: int, adapter_ratio: int, memory_positions: bool, patch_width: int | None = None
+        self,
+        hidden_size: int,
+        width: int,
+        adapter_ratio: int,
+        memory_positions: bool,
+        pyramid: FeaturePyramid | None = None,
     ):
         super().__init__()
         self.width = width
         self.memory_positions = memory_positions
         self.vision_adapter = Adapter(hidden_size, width, adapter_ratio)
         self.language_adapter = Adapter(hidden_size, width, adapter_ratio)
-        self.patch_adapter = None if patch_width is None else Adapter(patch_width, width, 1)
+        self.pyramid = pyramid
 
     def forward(
         self,
@@ -60,37 +66,34 @@ class MemoryBuilder(nn.Module):
         prompt_states: Float[Tensor, "N S D"],
         prompt_mask: Bool[Tensor, "N S"],
         patch_features: Sequence[Float[Tensor, "_ _ C"]] = (),
+        images: Sequence[Float[Tensor, "3 _ _"]] = (),
     ) -> Memory:
-        """Return the memory of N images: vision tokens, patches, then words, each part padded separately.
+        """Return the memory of N images: vision tokens, then words, each part padded separately, and maps.
 
         Args:
             image_features: N of (tokens, D), raster order.
             grid_sizes: (rows, columns) of vision tokens of each image.
             prompt_states: Of each image's sample, padded.
             prompt_mask: True at real tokens.
-            patch_features: N of (tokens, merge², C), before the merger; read if they become tokens too.
+            patch_features: N of (tokens, merge², C), before the merger; read by a pyramid alone.
+            images: Normalized pixels; read by a pyramid alone.
         """
         device, dtype = prompt_states.device, self.vision_adapter.norm.weight.dtype
         cells_of = {size: grid_cells(*size, device=device) for size in set(grid_sizes)}
-        grids = [cells_of[size] for size in grid_sizes]
-        parts = [(self.vision_adapter, image_features, grids)]
-        if self.patch_adapter is not None:
-            sides = [round(features.shape[1] ** 0.5) for features in patch_features]
-            split = [split_cells(cells, side) for cells, side in zip(grids, sides, strict=True)]
-            parts.append((self.patch_adapter, [features.flatten(0, 1) for features in patch_features], split))
-        tokens, cells, masks = [], [], []
-        for adapter, features, places in parts:
-            tokens.append(adapter(pad_sequence(list(features), batch_first=True).to(dtype)))
-            cells.append(pad_sequence(places, batch_first=True).to(dtype))  # (N, tokens, 4)
-            masks.append(cells[-1][..., 2] > 0)
+        vision = self.vision_adapter(pad_sequence(list(image_features), batch_first=True).to(dtype))
+        cells = pad_sequence([cells_of[size] for size in grid_sizes], batch_first=True).to(dtype)  # (N, tokens, 4)
         words = self.language_adapter(prompt_states.to(dtype))
-        tokens, masks = torch.cat([*tokens, words], dim=1), torch.cat([*masks, prompt_mask], dim=1)  # (N, M, W), (N, M)
-        cells = torch.cat([*cells, cells[0].new_zeros(*words.shape[:2], 4)], dim=1)  # (N, M, 4)
+        tokens = torch.cat([vision, words], dim=1)  # (N, M, W)
+        mask = torch.cat([cells[..., 2] > 0, prompt_mask], dim=1)  # (N, M)
+        cells = torch.cat([cells, cells.new_zeros(*words.shape[:2], 4)], dim=1)  # (N, M, 4)
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
             positions = sine_embedding(cells[..., :2], self.width) * (cells[..., 2:3] > 0)
             tokens = tokens + positions  # so that what a query reads includes its position
-        return Memory(tokens, positions, masks, cells)
+        memory = Memory(tokens, positions, mask, cells)
+        if self.pyramid is not None:
+            memory.levels, memory.extents = self.pyramid(images, image_features, patch_features, grid_sizes)
+        return memory
 
 
 def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> Float[Tensor, "{rows}*{columns} 4"]:
@@ -100,13 +103,6 @@ def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> F
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     size = torch.tensor([1 / columns, 1 / rows], device=device).expand(rows * columns, 2)
     return torch.cat([grid_x.reshape(-1, 1), grid_y.reshape(-1, 1), size], dim=-1)
-
-
-def split_cells(cells: Float[Tensor, "n 4"], parts: int) -> Float[Tensor, "n*{parts}**2 4"]:
-    """Split each cell into `parts` x `parts` cells in raster order."""
-    inner = grid_cells(parts, parts, cells.device)
-    corner, size = cells[:, None, :2] - cells[:, None, 2:] / 2, cells[:, None, 2:]  # (n, 1, 2)
-    return torch.cat([corner + inner[:, :2] * size, size * inner[:, 2:]], dim=-1).flatten(0, 1)
 
 
 def sine_embedding(

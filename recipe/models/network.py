@@ -1,5 +1,6 @@
 """The joint network: language model, detection memory, detection head and caption decoder in one forward pass."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,6 +20,7 @@ from recipe.models.detection_head import DetectionHead, make_denoising_queries
 from recipe.models.frozen_cache import FrozenCache, TrunkReading
 from recipe.models.matcher import match
 from recipe.models.memory import MemoryBuilder
+from recipe.models.pyramid import patches_to_image
 from recipe.models.vlm import VisionLanguageModel, VlmOutputs
 from recipe.schema import (
     Batch,
@@ -28,6 +30,7 @@ from recipe.schema import (
     JointOutputs,
     Matches,
     Memory,
+    Proposals,
     Target,
 )
 from recipe.upstream.torch_private import register_dataclass, reshard
@@ -37,7 +40,7 @@ Result = TypeVar("Result")
 AVERAGE = "average."  # prefix of averaged weights in a network: average.memory.* averages memory.*
 
 # FSDP2 finds the tensors that enter and leave its units only in registered structures.
-for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches):
+for kind in (JointOutputs, Memory, DetectionOutputs, DenoisingQueries, Matches, Proposals):
     register_dataclass(kind)
 
 
@@ -180,7 +183,8 @@ class JointNetwork(nn.Module):
         parts = (self.memory, self.detection_head, self.caption_decoder)
         head_trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and head_trains):
-            memory = self._build_memory(states, prompt_index, student_grids)
+            images = () if self.memory.pyramid is None else self._student_pixels(batch)
+            memory = self._build_memory(states, prompt_index, student_grids, images)
             targets: Sequence[Target | None] = batch["targets"] or [None]
             noise_seeds, queries = batch["noise_seeds"] or [0], None
             if self.training:
@@ -204,7 +208,7 @@ class JointNetwork(nn.Module):
             batch["segment_lengths"],
             batch["pixel_patches"],
             batch["image_grid_thw"],
-            with_patches=self.has_head and self.memory.patch_adapter is not None,
+            with_patches=self.has_head and self.memory.pyramid is not None,
         )
 
     def _cached_states(
@@ -237,12 +241,16 @@ class JointNetwork(nn.Module):
         return states, index, dict(enumerate(student_grids.values()))
 
     def _build_memory(
-        self, states: VlmOutputs, prompt_index: Tensor, student_grids: Mapping[int, Sequence[int]]
+        self,
+        states: VlmOutputs,
+        prompt_index: Tensor,
+        student_grids: Mapping[int, Sequence[int]],
+        images: Sequence[Tensor],
     ) -> Memory:
         """Return the memory of the batch's N student images, or of one blank image if there are none.
 
         `prompt_index` is (N, S) int64, -1 for padding; `student_grids` maps each student image's index among all images
-        to its time, height and width in patches.
+        to its time, height and width in patches. `images` are the normalized pixels of each, if there is a pyramid.
         """
         hidden, vision = states.last_hidden_state, self.vlm.hf_model.config.vision_config
         merge = vision.spatial_merge_size
@@ -251,14 +259,27 @@ class JointNetwork(nn.Module):
             blank = 0.0 * hidden[:1]
             patches = hidden.new_zeros(1, merge**2, vision.hidden_size)
             mask = torch.ones(1, 1, dtype=torch.bool, device=hidden.device)
-            return self.memory([blank], [(1, 1)], blank[None], mask, [patches])
+            pixels = hidden.new_zeros(3, *[merge * vision.patch_size] * 2)
+            return self.memory([blank], [(1, 1)], blank[None], mask, [patches], [pixels])
         return self.memory(
             [states.image_features[image] for image in student_grids],
             [(height // merge, width // merge) for _, height, width in student_grids.values()],
             hidden[prompt_index.clamp(min=0)],
             prompt_index >= 0,
             [states.patch_features[image] for image in student_grids] if states.patch_features else (),
+            images,
         )
+
+    def _student_pixels(self, batch: Batch) -> list[Tensor]:
+        """Return the student images (3, height, width), normalized."""
+        grids = batch["image_grid_thw"].tolist()
+        patches = batch["pixel_patches"].split([math.prod(grid) for grid in grids])
+        merge = self.vlm.hf_model.config.vision_config.spatial_merge_size
+        found = []
+        for image in batch["student_images"].tolist():
+            _, height, width = grids[image]
+            found.append(patches_to_image(self.vlm.normalizer(patches[image]), height, width, merge))
+        return found
 
     def _caption_losses(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.config import DATA_CLASSES, ConfigError
 from recipe.metrics.gather import normalized_caption
-from recipe.models.caption_decoder import CaptionDecoder
+from recipe.models.caption_decoder import CaptionDecoder, TokenTree
 from recipe.models.network import JointNetwork
-from recipe.schema import CaptionPlaces, Memory, TokenTree
+from recipe.schema import CaptionPlaces, Memory
 
 LEAST_SHARE = 0.01  # probability of a class that an object keeps
 

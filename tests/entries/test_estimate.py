@@ -26,11 +26,15 @@ from recipe.estimate import (
     savings,
     table,
 )
+from recipe.models.layers import DeformableAttention
 from recipe.models.network import AVERAGE
+from recipe.models.proposals import ProposalHead
+from recipe.models.pyramid import FeaturePyramid
 from recipe.models.token_losses import CHUNK
 from recipe.optim.groups import build_optimizer, group_parameters
 from recipe.rules import check_config
 from recipe.schema import Example
+from recipe.schema import Memory as ImageMemory
 from recipe.train import run
 from tests.support.tiny_cases import ADAPTED, ALL_SWITCHES, losses_and_gradients, make_batches, make_model
 
@@ -184,7 +188,7 @@ def test_the_heads_switches_need_more() -> None:
         "width": 256,
         "num_layers": 2,
         "ffn_factor": 4,
-        "patch_features": "false",
+        "multi_scale": "false",
         "select_queries": "false",
         "num_query_groups": 1,
     }
@@ -196,11 +200,38 @@ def test_the_heads_switches_need_more() -> None:
         return found.activations, found.logits
 
     activations, logits = need()
-    patches, queries = 16 * 4 * 256, 16 * 100
+    queries, row = 16 * 100, 256 * 4
     assert need(num_query_groups=3) == (activations + 2 * 2 * queries * 28 * 256 * 4, logits)
-    assert need(select_queries="true") == (activations + 3 * 4096 * 256 * 4, logits)
-    more = patches * (5 * 1280 + (2 + 4) * 4 * 256) * 4
-    assert need(patch_features="true") == (activations + more, logits)
+    maps = 4096 * (200 + 2 * 22) * row + 4096 * (3 * 32 * 32 + 8 * 1280 + 2 * 2048) * 4
+    denoised = 16 * 2 * 4 * 16
+    more = maps + 2 * 22 * (queries + denoised) * row
+    assert need(multi_scale="true") == (activations + more, logits)
+    assert need(multi_scale="true", select_queries="true") == (activations + more + 4096 * 20 * row, logits)
+
+
+def test_activations_of_maps() -> None:
+    """Of two images of 6 x 8 tokens, in float32: pyramid, one layer's look by 20 queries each, and proposals."""
+    width, tower, hidden, tokens = 64, 48, 96, 2 * 6 * 8
+    pyramid, look, finder = (
+        FeaturePyramid(hidden, tower, width),
+        DeformableAttention(width, 4, 4, 4),
+        ProposalHead(width),
+    )
+    images, features = torch.randn(2, 3, 28 * 6, 28 * 8), torch.randn(2, tokens // 2, hidden)
+    before = torch.randn(2, tokens // 2, 4, tower)
+    made: list[Any] = []
+    kept = saved_bytes(pyramid, lambda: made.extend(pyramid([*images], [*features], [*before], [(6, 8)] * 2)))
+    levels, extents = made
+    levels = [level.detach().requires_grad_() for level in levels]
+    finest, maps = levels[0].nbytes, sum(level.nbytes for level in levels)
+    row, own = 4 * width, 4 * tokens * (3 * 32 * 32 + 8 * tower + 2 * hidden)
+    assert 200 * tokens * row + own == pytest.approx(kept + maps, rel=0.1)
+    states, boxes = torch.randn(2, 20, width, requires_grad=True), torch.rand(2, 20, 4)
+    kept = saved_bytes(look, lambda: look(states, boxes, levels, extents)) - maps
+    assert 22 * (tokens + 2 * 20) * row == pytest.approx(kept, rel=0.1)
+    none = torch.zeros(2, 1, width)
+    memory = ImageMemory(none, none, torch.ones(2, 1).bool(), none[..., :4], levels, extents)
+    assert 20 * tokens * row == pytest.approx(saved_bytes(finder, lambda: finder(memory)) - finest, rel=0.1)
 
 
 HEAD = str(Path(YAML).with_name("head.yaml"))

@@ -26,8 +26,9 @@ from recipe.data.image import image_spec, patchify
 from recipe.export import main, parse
 from recipe.load import load_processor
 from recipe.models.vlm import ImageEmbedding
+from recipe.schema import Example
 from recipe.tiny import build_tiny_checkpoint
-from tests.support.tiny_cases import load_model, make_model
+from tests.support.tiny_cases import collator, load_model, make_model
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Locate every object."}]}]
 
@@ -168,6 +169,37 @@ def test_an_export_of_before_a_key_was_removed(exported: Path, tmp_path: Path):
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(saved))
     with pytest.raises(ConfigError, match=r"evaluation.num_beams in .*recipe.yaml is 3: this key was removed"):
         load_model(folder)
+
+
+def test_an_export_of_before_the_pyramid(
+    tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example], tmp_path: Path
+):
+    """Its configuration has other keys: it predicts what it did; one that selected vision tokens is refused."""
+    config = tiny_config(detection_head={"multi_scale": False, "select_queries": False})
+    model = make_model(config).eval()
+    export_model(model.model, load_processor(config.model.pretrained_model_name_or_path), config, tmp_path)
+    assert not any(
+        "pyramid" in name or "proposal" in name or "map_" in name for name in load_file(tmp_path / HEAD_FILE)
+    )
+    saved = yaml.safe_load((tmp_path / CONFIG_FILE).read_text())
+    del saved["detection_head"]["multi_scale"]
+    saved["detection_head"]["patch_features"] = False
+    saved["run_folder"] = "unread"
+    for loader in ("train_loader", "eval_loader"):
+        saved[loader] |= {"global_batch_size": 1, "streams": {}}
+    (tmp_path / CONFIG_FILE).write_text(yaml.safe_dump(saved))
+    batch = collator("packed")([tiny_examples["two"]])
+    with torch.no_grad():
+        found, expected = (made.eval()(batch).detection for made in (load_model(tmp_path)[0], model))
+    for name in ("pred_boxes", "pred_objectness"):
+        # Products of loaded weights may be summed in another order.
+        assert float((getattr(found, name) - getattr(expected, name)).abs().max()) <= 1e-12
+    saved["detection_head"]["select_queries"] = True
+    (tmp_path / CONFIG_FILE).write_text(yaml.safe_dump(saved))
+    with pytest.raises(
+        ConfigError, match=r"detection_head\.select_queries .* \(in older versions: from vision tokens\)"
+    ):
+        load_model(tmp_path)
 
 
 def test_full_folder_is_left_alone(exported: Path, trained_checkpoint: Path, tmp_path: Path):

@@ -105,7 +105,7 @@ def test_denominators_are_those_given():
     assert len(one) == 6
 
 
-def test_groups_are_averaged_and_proposals_are_a_layer_by_hand():
+def test_groups_are_averaged_by_hand():
     """Of two further groups, each with two layers, the L1 distances 0.1 to 0.4: 0.3 + 0.7 over two groups."""
     true = torch.tensor([[0.5, 0.5, 0.2, 0.2]], dtype=torch.float64)
 
@@ -119,26 +119,26 @@ def test_groups_are_averaged_and_proposals_are_a_layer_by_hand():
         return last
 
     outputs = branch(0.05, 0.06)
-    outputs.groups, outputs.selection = [branch(0.1, 0.2), branch(0.3, 0.4)], layer(0.45)
+    outputs.groups = [branch(0.1, 0.2), branch(0.3, 0.4)]
     layers = outputs.layers()
-    assert [suffix for suffix, _ in layers] == ["_selection", *["_group"] * 4, "_aux", ""]
+    assert [suffix for suffix, _ in layers] == [*["_group"] * 4, "_aux", ""]
     targets: list[Target | None] = [make_target(true)]
     matches = match([layer for _, layer in layers], targets, 5, 2, 2)
     terms = values(detection_losses(outputs, matches, targets, {**COUNTS, "objects": 2}, LossConfig()))
-    expected = {"": 0.06, "_aux": 0.05, "_group": 0.5, "_selection": 0.45}
+    expected = {"": 0.06, "_aux": 0.05, "_group": 0.5}
     assert {name: term for name, term in terms.items() if "bbox" in name} == {
         f"loss_bbox{suffix}": pytest.approx(distance / 2) for suffix, distance in expected.items()
     }
     objectness = 0.25 * 0.25 * LN2  # of one matched query at the logit 0
     assert terms["loss_objectness_group"] == pytest.approx(2 * objectness)
-    assert terms["loss_objectness_selection"] == terms["loss_objectness"] == pytest.approx(objectness)
+    assert terms["loss_objectness"] == pytest.approx(objectness)
 
 
 def test_layers_and_groups_together_are_each_alone():
     """All terms at once, and their gradients, are those of one layer after the other."""
     branches = [random_outputs(3, 6, seed, num_layers=2) for seed in range(3)]
-    outputs, selection = branches[0], random_outputs(3, 6, seed=3)
-    outputs.groups, outputs.selection = branches[1:], selection
+    outputs = branches[0]
+    outputs.groups = branches[1:]
     targets, config = random_targets([2, None, 9], seed=4), LossConfig(objectness="mal")
     together = detection_losses(
         outputs, match([layer for _, layer in outputs.layers()], targets, 5, 2, 2), targets, COUNTS, config

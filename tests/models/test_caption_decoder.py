@@ -8,9 +8,10 @@ from torch import Tensor
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
+from recipe.models.caption_decoder import REGION, CaptionCache, CaptionDecoder, read_regions
 from recipe.prediction.decode import generate_captions
 from recipe.schema import CaptionPlaces, Memory
+from tests.support.memories import of_image, random_memory
 from tests.support.tiny_cases import make_model
 
 LENGTH = 10
@@ -37,9 +38,7 @@ class Inputs:
         self.places = CaptionPlaces(self.image, torch.tensor([0, 3, 1, 1, 0]), 3, 4)
         self.features = torch.randn(5, width, generator=generator, dtype=torch.float64)
         self.boxes = torch.rand(5, 4, generator=generator, dtype=torch.float64)
-        mask = torch.arange(12) < torch.tensor([12, 7, 12])[:, None]
-        tokens, positions = torch.randn(2, 3, 12, width, generator=generator, dtype=torch.float64)
-        self.memory = Memory(tokens, positions, mask, torch.zeros(*mask.shape, 4))
+        self.memory = random_memory([12, 7, 12], width, generator)
         self.ids = torch.randint(0, NUM_TOKENS, (5, LENGTH), generator=generator)
         self.embed, self.logits = model.model.vlm.embed_tokens, model.model.vlm.logits
 
@@ -108,7 +107,7 @@ def test_a_caption_beside_others_is_the_caption_alone(decoder: CaptionDecoder, i
     together = teacher_forced(decoder, inputs, inputs.ids)
     for row, image in enumerate(inputs.image.tolist()):
         one, zero = slice(row, row + 1), torch.zeros(1, dtype=torch.int64)
-        memory = Memory(*(part[image : image + 1] for part in vars(inputs.memory).values()))
+        memory = of_image(inputs.memory, image)
         embeds = inputs.embed(inputs.ids[one])
         hidden = decoder(inputs.features[one], inputs.boxes[one], CaptionPlaces(zero, zero, 1, 1), memory, embeds)
         # measured: 1.8e-15 of logits around 1
@@ -150,7 +149,7 @@ def test_generation_is_greedy_teacher_forcing(decoder: CaptionDecoder, inputs: I
     never = 319
     free = generate(decoder, inputs, never)
     assert free.shape == (5, decoder.max_caption_tokens) and len(free.unique()) > 3
-    eos = int(free[0, 4])  # so that at least one caption ends early
+    eos = int(free[0, 1])  # so that at least one caption ends early
     ids = generate(decoder, inputs, eos)
     best = teacher_forced(decoder, inputs, ids[..., :-1]).argmax(-1)
     ended = ((ids == eos).cumsum(-1) - (ids == eos).int()) > 0
@@ -164,11 +163,51 @@ def test_generation_together_is_each_image_alone(decoder: CaptionDecoder, inputs
     eos = 319
     together = generate(decoder, inputs, eos)
     for image in range(3):
-        real = inputs.memory.mask[image]
-        memory = Memory(*(part[image : image + 1, real] for part in vars(inputs.memory).values()))
+        memory = of_image(inputs.memory, image, padded=False)
         rows = (inputs.image == image).nonzero()[:, 0]
         places = CaptionPlaces(torch.zeros_like(rows), torch.arange(len(rows)), 1, len(rows))
         alone = generate(decoder, inputs, eos, rows=rows, places=places, memory=memory)
         length = alone.shape[1]
         assert torch.equal(together[rows, :length], alone)
         assert (together[rows, length:] == eos).all()
+
+
+def ramps(columns: int, rows: int) -> Tensor:
+    """A map (1, rows, columns, 2) that holds each cell's column and row, plus one, which bilinear reading continues."""
+    y, x = torch.meshgrid(torch.arange(rows) + 1.0, torch.arange(columns) + 1.0, indexing="ij")
+    return torch.stack([x, y], dim=-1)[None].double()
+
+
+def test_a_region_by_hand():
+    """A box over four by two cells of a map of eight by four: the points lie at 1/8, 3/8, 5/8 and 7/8 of its sides."""
+    memory = Memory(*[torch.zeros(1, 1, 1)] * 4, [ramps(8, 4)], torch.ones(1, 1, 2, dtype=torch.float64))
+    boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)  # columns 2 to 6, rows 1 to 3
+    places = CaptionPlaces(torch.tensor([0]), torch.tensor([0]), 1, 1)
+    found = read_regions(boxes, places, memory).view(REGION, REGION, 2)
+    assert torch.allclose(found[0, :, 0], torch.tensor([3.0, 4.0, 5.0, 6.0], dtype=torch.float64), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        found[:, 0, 1], torch.tensor([1.75, 2.25, 2.75, 3.25], dtype=torch.float64), rtol=0, atol=1e-12
+    )
+
+
+def test_a_region_of_a_padded_map_is_that_of_the_image_alone(model: JointModel):
+    generator = torch.Generator().manual_seed(1)
+    boxes = torch.rand(3, 4, generator=generator, dtype=torch.float64)  # some reach beyond the image
+    alone = Memory(*[torch.zeros(1, 1, 1)] * 4, [torch.randn(1, 6, 5, 4, generator=generator, dtype=torch.float64)])
+    alone.extents = torch.ones(1, 1, 2, dtype=torch.float64)
+    padded = Memory(*[torch.zeros(1, 1, 1)] * 4, [torch.nn.functional.pad(alone.levels[0], (0, 0, 0, 3, 0, 2))])
+    padded.extents = torch.tensor([[[5 / 8, 6 / 8]]], dtype=torch.float64)
+    places = CaptionPlaces(torch.zeros(3, dtype=torch.int64), torch.arange(3), 1, 3)
+    found, expected = read_regions(boxes, places, padded), read_regions(boxes, places, alone)
+    # measured: 4.4e-16
+    assert float((found - expected).abs().max()) <= 1e-14
+
+
+def test_a_caption_reads_its_own_box_of_its_own_image(decoder: CaptionDecoder, inputs: Inputs):
+    inputs.boxes[:] = torch.tensor([0.25, 0.25, 0.25, 0.25], dtype=torch.float64)
+    before = teacher_forced(decoder, inputs, inputs.ids)
+    inputs.memory.levels[0][1, 6:, 6:] += 1  # of the second image, far from its box
+    assert torch.equal(teacher_forced(decoder, inputs, inputs.ids), before)
+    inputs.memory.levels[0][1, :3, :3] += 1
+    after = teacher_forced(decoder, inputs, inputs.ids)
+    assert torch.equal((after != before).flatten(1).any(-1), inputs.image == 1)

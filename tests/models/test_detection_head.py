@@ -1,6 +1,5 @@
-"""Where queries look first, queries chosen from vision tokens, groups of queries: by hand, alone as in a batch."""
+"""Where queries look first, queries chosen from proposals, groups of queries: by hand, alone as in a batch."""
 
-import math
 from collections.abc import Callable
 
 import pytest
@@ -10,18 +9,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
-from recipe.losses.terms import detection_losses
-from recipe.models.detection_head import (
-    NO_PROPOSAL,
-    DecoderLayer,
-    DetectionHead,
-    QuerySelection,
-    compass,
-    make_denoising_queries,
-)
-from recipe.models.layers import LOCALITY, Attention
-from recipe.models.matcher import match
+from recipe.models.detection_head import DecoderLayer, DetectionHead, make_denoising_queries
+from recipe.models.layers import LOCALITY, Attention, compass
 from recipe.models.memory import grid_cells, sine_embedding
+from recipe.models.pyramid import pad_maps
 from recipe.schema import DetectionOutputs, Example, LossCounts, Memory, Target
 from tests.support.tiny_cases import ALL_SWITCHES, NUM_QUERIES, collator, losses_and_gradients, make_batches, make_model
 
@@ -31,7 +22,7 @@ COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, mic
 
 
 def make_memory(grids: list[tuple[int, int]], num_words: int, seed: int = 0) -> Memory:
-    """Random tokens of images of (rows, columns), each followed by words; an image's own, whatever stands beside it."""
+    """Random tokens and maps of images of (rows, columns), each with words; an image's own, whatever is next to it."""
     tokens = [
         torch.randn(
             rows * columns + num_words, WIDTH, generator=torch.Generator().manual_seed(seed + rows), dtype=torch.float64
@@ -46,14 +37,31 @@ def make_memory(grids: list[tuple[int, int]], num_words: int, seed: int = 0) -> 
     mask = cells[..., 2] > 0
     mask[:, vision.shape[1] :] = True
     positions = sine_embedding(cells[..., :2], WIDTH) * (cells[..., 2:3] > 0)
-    return Memory(states, positions, mask, cells)
+    return Memory(states, positions, mask, cells, *make_maps(grids, seed))
+
+
+def make_maps(grids: list[tuple[int, int]], seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Random maps of four scales, padded, and the images' shares of them."""
+    sizes = [[(n * r, n * c) for n in (4, 2, 1)] + [(-(-r // 2), -(-c // 2))] for r, c in grids]
+    levels = [
+        pad_maps(
+            [torch.randn(*size[level], WIDTH, generator=maker(seed + sum(size[level]))).double() for size in sizes]
+        )
+        for level in range(4)
+    ]
+    shown = torch.tensor([[(c, r) for r, c in size] for size in sizes]).double()
+    return levels, shown / shown.amax(0)
+
+
+def maker(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def make_head(select_queries: bool = False, num_query_groups: int = 1, fresh: bool = False) -> DetectionHead:
     """In training mode; a fresh one's boxes are its reference boxes."""
     torch.manual_seed(0)
-    switches = {"select_queries": select_queries, "num_query_groups": num_query_groups}
-    head = DetectionHead(WIDTH, QUERIES, 2, 2, 2, 0.0, refine_boxes=True, **switches).double()
+    head = DetectionHead(WIDTH, QUERIES, 2, 2, 2, 0.0, True, True, select_queries, select_queries, num_query_groups)
+    head = head.double()
     if not fresh:
         with torch.no_grad():
             for parameter in head.parameters():
@@ -143,20 +151,7 @@ def test_a_layer_hands_on_where_its_boxes_are():
     queries, references = torch.randn(1, QUERIES, WIDTH).double(), torch.randn(1, QUERIES, 4).double()
     boxes, places = head._positions(queries, references)
     assert boxes.abs().max() > 0.01
-    assert torch.equal(layer(queries, boxes, places, memory, None), queries + boxes)
-
-
-class Judged(QuerySelection):
-    """Whose logit is the first number of a token, and whose boxes are their cells', three times as large."""
-
-    def __init__(self) -> None:
-        super().__init__(WIDTH)
-        self.inputs, self.norm = nn.Identity(), nn.Identity()  # type: ignore[assignment]
-        with torch.no_grad():
-            self.objectness.weight.zero_()
-            self.objectness.weight[0, 0] = 1
-            self.objectness.bias.zero_()
-        self.double()
+    assert torch.equal(layer(queries, boxes, places, references.sigmoid(), memory, None), queries + boxes)
 
 
 def test_no_gradient_flows_through_a_reference(monkeypatch: pytest.MonkeyPatch):
@@ -174,96 +169,63 @@ def test_no_gradient_flows_through_a_reference(monkeypatch: pytest.MonkeyPatch):
     assert seen == [True, *[False] * (len(head.layers) - 1)] and len(seen) > 1  # the first are learned
 
 
-def test_selection_by_hand():
-    """Three queries; four tokens side by side, and two, with padding and two words that nothing may choose."""
-    cells = torch.zeros(2, 6, 4, dtype=torch.float64)
-    cells[0, :4], cells[1, :2] = grid_cells(1, 4), grid_cells(1, 2)
-    tokens = torch.zeros(2, 6, WIDTH, dtype=torch.float64)
-    tokens[0, :, 0] = torch.tensor([1, 3, 0, 2, 9, 9])
-    tokens[1, :, 0] = torch.tensor([-7, -6, 9, 9, 9, 9])
-    memory = Memory(tokens, torch.zeros_like(tokens), torch.ones(2, 6).bool(), cells)
-    spare = torch.arange(12.0, dtype=torch.float64).view(1, 3, 4).expand(2, -1, -1) / 10
-    found = Judged()(memory, spare)
-    assert found.pred_objectness.tolist() == [[3, 2, 1], [-6, -7, NO_PROPOSAL]]
-    most = 0.999  # a side of 1 has no logit
-    expected = [[[0.375, 0.5, 0.75, most], [0.875, 0.5, 0.75, most], [0.125, 0.5, 0.75, most]]]
-    expected += [[[0.75, 0.5, most, most], [0.25, 0.5, most, most], spare[0, 2].sigmoid().tolist()]]
-    assert torch.allclose(found.pred_boxes, torch.tensor(expected, dtype=torch.float64), atol=1e-7)
-    assert torch.equal(found.pred_boxes, found.pred_boxes_raw.sigmoid())
-    assert found.query_features.shape == (2, 3, WIDTH)
-
-
 @pytest.mark.parametrize("num_words", [0, 1, 5])
-def test_an_image_short_of_tokens_keeps_learned_references(num_words: int):
-    """Two tokens for four queries, also where the whole memory is shorter than the queries are many."""
-    head = make_head(select_queries=True, fresh=True)
-    outputs, _ = head(make_memory([(1, 2)], num_words))
-    assert outputs.selection is not None
-    assert torch.equal(outputs.selection.pred_boxes_raw[0, 2:], head.query_boxes[2:])
-    assert (outputs.selection.pred_objectness[0] == NO_PROPOSAL).tolist() == [False, False, True, True]
-    assert outputs.selection.query_features.shape == (1, QUERIES, WIDTH)
-    # A fresh head answers with its references: the chosen proposals.
-    assert torch.equal(outputs.pred_boxes_raw, outputs.selection.pred_boxes_raw)
-
-
-def test_logits_that_are_not_finite_choose_no_word():
-    memory = make_memory([(1, 2), (2, 2)], 3)
-    memory.tokens[0] = math.nan
+def test_an_image_short_of_peaks_keeps_learned_references(num_words: int):
+    """One peak on a flat map with slopes: the other queries begin where a head without selection does."""
+    head, memory = make_head(select_queries=True, fresh=True), make_memory([(1, 2)], num_words)
+    assert head.proposal_head is not None
     with torch.no_grad():
-        selection = make_head(select_queries=True)(memory)[0].selection
-    assert selection is not None
-    assert (selection.pred_objectness[0, 2:] == NO_PROPOSAL).all() and selection.pred_boxes[0, 2:].isfinite().all()
-    assert selection.pred_objectness[1].isfinite().all()
+        head.proposal_head.objectness.weight.zero_()
+        proposals = head.proposal_head(memory)
+        slope = torch.arange(4 * 8).double().view(1, 32)
+        proposals.pred_objectness.copy_(slope)
+        head.proposal_head.forward = lambda memory: proposals  # type: ignore[method-assign]
+        outputs, _ = head(memory)
+    # A fresh head answers with its references: the peak's box, then those that are learned.
+    assert torch.allclose(outputs.pred_boxes[0, 0], proposals.pred_boxes[0, -1].clamp(1e-3, 1 - 1e-3), atol=1e-9)
+    assert torch.equal(outputs.pred_boxes_raw[0, 1:], head.query_boxes[1:])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("train", [True, False])
 def test_together_is_each_image_alone(train: bool):
-    """Fewer tokens than queries beside more."""
+    """Maps of several sizes: the proposals and every layer."""
     head = make_head(select_queries=True, num_query_groups=2).train(train)
     grids = [(1, 2), (3, 4), (2, 2)]
     together, _ = head(make_memory(grids, 3))
+    assert together.proposals is not None
     for row, grid in enumerate(grids):
         alone, _ = head(make_memory([grid], 3))
+        assert alone.proposals is not None
+        cells = together.proposals.cells[row, :, 2] > 0
+        assert int(cells.sum()) == 16 * grid[0] * grid[1]
+        for name in ("cells", "pred_boxes", "pred_objectness"):
+            ours, theirs = getattr(together.proposals, name)[row, cells], getattr(alone.proposals, name)[0]
+            assert float((ours - theirs).abs().max()) <= (0.0 if name == "cells" else 1e-12)
         for (_, ours), (_, theirs) in zip(together.layers(), alone.layers(), strict=True):
             for name in NAMES[:3]:
                 # measured: 8.9e-16
                 assert float((getattr(ours, name)[row] - getattr(theirs, name)[0]).abs().max()) <= 1e-12
 
 
-def test_only_its_own_loss_teaches_the_selection():
-    """The decoder takes the proposals as they are, as it takes each layer's boxes from the one before."""
+def test_only_their_own_loss_teaches_the_proposals():
+    """The decoder takes the boxes as they are, as it takes each layer's boxes from the one before; contents learn."""
     head, memory = make_head(select_queries=True), make_memory([(3, 3)], 2)
-    memory.tokens.requires_grad_()
+    finest = memory.levels[0].requires_grad_()
     outputs, _ = head(memory)
-    selection = outputs.selection
-    assert selection is not None and head.selection is not None
-    parameters = list(head.selection.parameters())
+    proposals, finder = outputs.proposals, head.proposal_head
+    assert proposals is not None and finder is not None
+    parameters = [*finder.tower.parameters(), *finder.objectness.parameters(), *finder.box.parameters()]
     decoded = outputs.pred_boxes.sum() + outputs.pred_objectness.sum()
-    assert torch.autograd.grad(decoded, parameters, retain_graph=True, allow_unused=True) == (None,) * len(parameters)
-    for gradient in torch.autograd.grad(selection.pred_boxes.sum() + selection.pred_objectness.sum(), parameters):
-        assert gradient.abs().max() > 0
-    (gradient,) = torch.autograd.grad(
-        head(memory)[0].selection.pred_objectness.sum(),  # pyright: ignore[reportOptionalMemberAccess]
-        memory.tokens,
+    found = torch.autograd.grad(
+        decoded, [*parameters, *finder.content.parameters()], retain_graph=True, allow_unused=True
     )
-    assert int(gradient.abs().sum(-1).gt(0).sum()) == QUERIES  # the chosen tokens, no other
-
-
-def test_selection_terms_by_hand():
-    """The proposals are a layer of their own, matched to the objects by themselves."""
-    head = make_head(select_queries=True, fresh=True)
-    outputs, _ = head(make_memory([(3, 3)], 2))
-    selection = outputs.selection
-    assert selection is not None
-    truth = selection.pred_boxes.detach()[0, [2]] + torch.tensor([0.01, 0, 0, 0])
-    targets: list[Target | None] = [{"boxes": truth, "caption_ids": torch.zeros(1, 1, dtype=torch.int64)}]
-    layers = outputs.layers()
-    assert [name for name, _ in layers] == ["_selection", "_aux", ""] and layers[0][1] is selection
-    matches = match([layer for _, layer in layers], targets, 5, 2, 0)
-    assert matches[0].query.tolist() == [2]
-    terms = detection_losses(outputs, matches, targets, COUNTS, RecipeConfig().loss)
-    assert float(terms["loss_bbox_selection"].detach()) == pytest.approx(0.01)
+    assert found[: len(parameters)] == (None,) * len(parameters)
+    assert all(part is not None and part.any() for part in found[len(parameters) :])
+    own = proposals.pred_boxes.square().sum() + proposals.pred_objectness.sum()
+    assert all(part.any() for part in torch.autograd.grad(own, parameters, retain_graph=True))
+    (gradient,) = torch.autograd.grad(proposals.pred_objectness.sum(), finest)
+    assert bool(gradient.any(-1).all())  # every cell
 
 
 @torch.no_grad()
@@ -296,7 +258,7 @@ def test_the_first_group_answers(select_queries: bool):
     assert_same(evaluated, trained, 1e-12)
     lone = make_head(select_queries)
     whole = head.state_dict()
-    cut = {name: whole[name][: len(value)] for name, value in lone.state_dict().items()}
+    cut = {name: whole[name][: len(value)] if value.dim() else whole[name] for name, value in lone.state_dict().items()}
     lone.load_state_dict(cut)
     assert_same(lone(memory)[0], trained, 1e-12)
 
@@ -319,23 +281,23 @@ def test_every_parameter_learns_in_every_batch(switched: JointModel, tiny_exampl
     """`losses_and_gradients` fails where one has no gradient: other ranks would wait for it."""
     losses, gradients = losses_and_gradients(switched, make_batches([tiny_examples[name]], "packed", 1))
     assert all(bool(value.isfinite()) for value in [*losses.values(), *(g.sum() for g in gradients.values())])
-    for suffix in ("", "_aux", "_selection", "_group", "_dn"):
+    for suffix in ("", "_aux", "_proposals", "_group", "_dn"):
         assert (losses[f"loss_bbox{suffix}"] > 0) == (name in ("one", "crowded"))
         assert (losses[f"loss_objectness{suffix}"] > 0) == (
             name in ("one", "crowded") or (name == "empty" and suffix != "_dn")
         )
     if name == "one":
         still = [key for key, value in gradients.items() if "detection_head" in key and not value.any()]
-        # The learned references of groups are stand-ins where a picture has tokens enough.
+        # The learned references are stand-ins where an image has peaks enough.
         assert set(still) <= {"model.detection_head.query_boxes"}
-        assert gradients["model.memory.patch_adapter.down.weight"].any()
+        assert all(value.any() for key, value in gradients.items() if "pyramid" in key)
 
 
 @torch.no_grad()
 def test_more_objects_than_queries_in_every_layer(switched: JointModel, tiny_examples: dict[str, Example]):
-    """Six objects: five are matched in each layer of each group and among the proposals, five captions are written."""
+    """Six objects: five are matched in each layer of each group, five captions are written."""
     outputs = switched.train()(collator("standard")([tiny_examples["crowded"], tiny_examples["one"]]))
-    assert len(outputs.matches) == 1 + 3 * 2
+    assert len(outputs.matches) == 3 * 2
     for matches in outputs.matches:
         assert matches.image.bincount().tolist() == [NUM_QUERIES, 1]
     assert set(outputs.caption_images.tolist()) == {0, 1}

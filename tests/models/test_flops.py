@@ -165,7 +165,8 @@ def test_recomputed_flops_are_told_apart(
         {"num_denoising_groups": 0, "aux_loss": False, "refine_boxes": False},
         {"num_denoising_groups": 0, "aux_loss": False, **ALL_SWITCHES["detection_head"]},
         {"width": None, **ALL_SWITCHES["detection_head"]},
-        {"num_queries": 400, "select_queries": True},
+        {"num_queries": 400},
+        {"multi_scale": False, "select_queries": False},
     ],
     ids=str,
 )
@@ -180,8 +181,8 @@ def test_other_heads(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"detection_head": {"patch_features": True}},
-        {"detection_head": {"select_queries": True}},
+        {"detection_head": {"multi_scale": False, "select_queries": False}},
+        {"detection_head": {"select_queries": False}},
         {"detection_head": {"num_query_groups": 3}},
         ALL_SWITCHES,
     ],
@@ -211,20 +212,24 @@ def test_all_switches_with_frozen_groups(
 
 
 def test_what_switches_add_by_hand(tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]) -> None:
-    """To the text-only sample, whose memory is a blank token and a blank word, and with the first switch 4 patches."""
+    """To the text-only sample: maps of 4 x 4, 2 x 2, 1 and 1 cells from a blank image of 32 x 32 pixels."""
     (batch,) = make_batches([tiny_examples["text"]], "packed", 1)
 
-    def forward(**changes: object) -> int:
-        return step_flops(make_model(tiny_config(**changes)).model, [batch], ()).model["detection"]
+    def forward(**head: object) -> int:
+        return step_flops(make_model(tiny_config(detection_head=head)).model, [batch], ()).model["detection"]
 
-    width, queries, memory = 32, 5, 2
-    plain = forward()
-    adapter = 2 * 4 * width * width  # tower and head are 32 wide
-    # Keys, their positions and values in two layers of the head, two of captions; of a query scores of twice the width.
-    read = 4 * 4 * (3 * width * width) + 2 * 4 * queries * 3 * width + 2 * 4 * 3 * width
-    assert forward(detection_head={"patch_features": True}) - plain == 2 * (adapter + read)
-    proposals = memory * (width * width + width) + min(queries, memory) * (2 * width * width + 4 * width)
-    assert forward(detection_head={"select_queries": True}) - plain == 2 * proposals
+    width, narrow, queries, tower, hidden = 32, 16, 5, 32, 64
+    plain, unselected = forward(multi_scale=False, select_queries=False), forward(select_queries=False)
+    stem = 9 * (256 * 3 * 4 + 64 * 4 * 8 + 16 * 8 * narrow)
+    down = 4 * (9 * narrow * width + tower * width) + (9 * width * width + hidden * width) + 9 * width * width
+    up = 2 * width * width + 4 * (9 * width * width + width * narrow) + 16 * (9 * narrow * narrow + narrow * width)
+    points = 4 * 4 * 4  # heads, maps, points of each
+    read = 2 * ((16 + 4 + 1 + 1) * width * width + queries * (3 * points * width + width * width))  # in two layers
+    region = 16 * width * width  # of one blank caption
+    assert unselected - plain == 2 * (stem + down + up + read + region)
+    proposals = 16 * (9 * width * narrow + 5 * narrow) + queries * width * width
+    proposals += 2 * (width * width + 5 * width)  # of a vision token and a word
+    assert forward() - unselected == 2 * proposals
 
 
 @pytest.mark.slow

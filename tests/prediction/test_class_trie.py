@@ -11,7 +11,8 @@ from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.prediction.classes import ClassTrie, build_trie, class_probabilities
 from recipe.prediction.decode import eos_token_id
-from recipe.schema import CaptionPlaces, Memory
+from recipe.schema import CaptionPlaces
+from tests.support.memories import random_memory
 from tests.support.tiny_cases import make_model
 
 # The tiny tokenizer splits words, so phrases share beginnings; one is the beginning of another.
@@ -36,9 +37,7 @@ class Inputs:
         self.places = CaptionPlaces(torch.tensor([0, 2, 1, 0, 2]), torch.tensor([0, 3, 1, 1, 0]), 3, 4)
         self.features = torch.randn(5, width, generator=generator, dtype=torch.float64)
         self.boxes = torch.rand(5, 4, generator=generator, dtype=torch.float64)
-        mask = torch.arange(12) < torch.tensor([12, 7, 12])[:, None]
-        tokens, positions = torch.randn(2, 3, 12, width, generator=generator, dtype=torch.float64)
-        self.memory = Memory(tokens, positions, mask, torch.zeros(*mask.shape, 4))
+        self.memory = random_memory([12, 7, 12], width, generator)
 
 
 def probabilities(model: JointModel, names: tuple[str, ...]) -> Tensor:

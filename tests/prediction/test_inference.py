@@ -11,7 +11,8 @@ from recipe.joint import JointModel, all_scores
 from recipe.metrics.scorers import MeteorLite
 from recipe.prediction import decode
 from recipe.prediction.decode import Decoding, eos_token_id, generate_captions, rank_queries
-from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Memory, Prediction
+from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Prediction
+from tests.support.memories import of_image
 from tests.support.tiny_cases import NUM_QUERIES, collator
 
 
@@ -52,7 +53,7 @@ def test_a_caption_is_that_of_its_own_query(tiny_model: JointModel, tiny_example
     network, outputs = tiny_model.model, tiny_model.eval()(batch)
     predictions = predict(tiny_model, [tiny_examples[name] for name in names], "standard")
     for row, prediction in enumerate(predictions):
-        memory = Memory(*(part[row : row + 1] for part in vars(outputs.memory).values()))
+        memory = of_image(outputs.memory, row)
         order = outputs.detection.pred_objectness[row].argsort(descending=True, stable=True).tolist()
         for item, query in zip(prediction.objects, order, strict=True):
             one = (slice(row, row + 1), query)

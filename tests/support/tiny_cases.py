@@ -28,7 +28,7 @@ from recipe.tiny import build_tiny_checkpoint
 
 NUM_QUERIES = 5
 ALL_SWITCHES: dict[str, dict[str, Any]] = {
-    "detection_head": {"patch_features": True, "select_queries": True, "num_query_groups": 3},
+    "detection_head": {"num_query_groups": 3},
     "loss": {"objectness": "mal"},
 }
 ADAPTED: dict[str, Any] = {  # of both parts; the language model's lengths too (DoRA)

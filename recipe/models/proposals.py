@@ -1,0 +1,109 @@
+"""Proposals: every cell of the finest map proposes one object, as a point with a box (CenterNet, Zhou et al. 2019).
+
+The best ones that are highest among their neighbours become the queries' first reference boxes (two-stage Deformable
+DETR; DINO's mixed selection: contents stay learned, and what the cell holds is added). Their loss teaches every
+cell, not only the matched queries, so the maps under the head learn from the first step (`recipe/losses/proposals.py`).
+
+The vision tokens propose too. No query begins there, but the maps find objects in the pixels, so without this the
+vision tower would not learn where things are, which the language model's answer needs.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recipe.models.layers import objectness_layer
+from recipe.models.pyramid import ConvNorm
+from recipe.schema import Memory, Proposals
+
+INITIAL_CELLS = (4.0, 1.0)  # sides of a proposal at first, in cells of the finest map and in tokens
+LARGEST_LOG = 6.0  # of a side over the initial one
+
+
+class CellHead(nn.Module):
+    """Box and objectness of each cell.
+
+    Args:
+        width: Of the states.
+        initial: Sides of a box at first, in cells.
+    """
+
+    def __init__(self, width: int, initial: float):
+        super().__init__()
+        self.initial = initial
+        self.objectness = objectness_layer(width)
+        self.box = nn.Linear(width, 4)
+        nn.init.zeros_(self.box.weight)
+        nn.init.zeros_(self.box.bias)
+
+    def forward(self, states: Float[Tensor, "N P width"], cells: Float[Tensor, "N P 4"]) -> Proposals:
+        """Return what the cells of N images propose."""
+        delta = self.box(states).to(cells.dtype)
+        centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]
+        sides = self.initial * cells[..., 2:] * delta[..., 2:].clamp(max=LARGEST_LOG).exp()
+        return Proposals(cells, torch.cat([centers, sides], dim=-1), self.objectness(states).squeeze(-1))
+
+
+class ProposalHead(nn.Module):
+    """What cells and tokens propose, and the choice of the queries' references.
+
+    Args:
+        width: W, of the memory.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.tower = ConvNorm(width, width // 2)
+        self.finest = CellHead(width // 2, INITIAL_CELLS[0])
+        self.token_states = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+        self.tokens = CellHead(width, INITIAL_CELLS[1])
+        self.content = nn.Linear(width, width)
+        nn.init.normal_(self.content.weight, std=0.02)  # small, as learned contents are
+
+    def forward(self, memory: Memory) -> list[Proposals]:
+        """Return the proposals of N images: of the finest map, then of the memory's tokens."""
+        assert memory.extents is not None, "proposals need a pyramid"
+        finest = memory.levels[0]
+        _, rows, columns, _ = finest.shape
+        cells = cells_of_images(rows, columns, memory.extents[:, 0])
+        return [
+            self.finest(self.tower(finest).flatten(1, 2), cells),
+            self.tokens(self.token_states(memory.tokens), memory.cells.to(cells.dtype)),
+        ]
+
+    def select(
+        self, proposals: Proposals, finest: Float[Tensor, "N rows columns W"], count: int
+    ) -> tuple[Float[Tensor, "N {count} 4"], Float[Tensor, "N {count} W"], Bool[Tensor, "N {count} 1"]]:
+        """Return references before the sigmoid, contents and which of them are there, of the `count` best peaks."""
+        best, found = best_peaks(proposals, finest.shape[1:3], count)
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        references = torch.logit(proposals.pred_boxes.detach()[rows, best].clamp(0, 1), eps=1e-3)
+        return references, self.content(finest.flatten(1, 2)[rows, best]), found[..., None]
+
+
+def cells_of_images(rows: int, columns: int, extents: Float[Tensor, "N 2"]) -> Float[Tensor, "N {rows}*{columns} 4"]:
+    """Return the cells of a padded map, cxcywh in [0, 1] of each image and zero at padding.
+
+    `extents` are the shares (x, y) of the map that an image covers; its cells have the bits that they have alone.
+    """
+    y, x = torch.meshgrid(*(torch.arange(size, device=extents.device) for size in (rows, columns)), indexing="ij")
+    centers = torch.stack([x, y], dim=-1).flatten(0, 1) + 0.5  # (P, 2), in cells
+    sizes = torch.stack([extents[:, 0] * columns, extents[:, 1] * rows], dim=-1).round()[:, None]  # (N, 1, 2)
+    cells = torch.cat([centers / sizes, (1 / sizes).expand(-1, len(centers), -1)], dim=-1)
+    return torch.where((centers < sizes).all(-1, keepdim=True), cells, 0.0)
+
+
+@torch.no_grad()
+def best_peaks(proposals: Proposals, size: tuple[int, ...], count: int) -> tuple[Tensor, Bool[Tensor, "N {count}"]]:
+    """Return the indices (N, count) of the best cells that no neighbour exceeds, and which of them are such cells."""
+    is_cell = proposals.cells[..., 2] > 0
+    scores = proposals.pred_objectness.masked_fill(~is_cell, -math.inf)
+    highest = F.max_pool2d(scores.unflatten(1, size)[:, None], 3, stride=1, padding=1).flatten(1)
+    scores = scores.masked_fill((scores < highest) | ~is_cell, -math.inf)
+    missing = max(0, count - scores.shape[1])
+    # Stable: of equal peaks the first ones, as in a map without padding.
+    best, indices = F.pad(scores, (0, missing), value=-math.inf).sort(dim=1, descending=True, stable=True)
+    return indices[:, :count].clamp(max=scores.shape[1] - 1), best[:, :count] > -math.inf

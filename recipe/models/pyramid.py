@@ -1,0 +1,131 @@
+"""The feature pyramid: four maps of an image, of cells of half a patch to four patches, for objects of any size.
+
+The vision tower sees patches of 14 x 14 pixels through one linear layer and learns from one token per 28 x 28, which is
+coarse for small objects. A few convolutions over the pixels see finer (the spatial prior of ViT-Adapter, Chen et al.
+2023, section 3.2); the tower's features before and after its merger join the maps of their cells, and each map
+passes what it knows down to the finer one (FPN, Lin et al. 2017).
+
+An image's maps depend on that image alone: images of one size are computed together, those of other sizes apart.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LEVELS = 4
+CELLS_PER_TOKEN = 4  # of the finest map, along a side of a vision token
+PIXELS_PER_CELL = 8  # of the finest map, once the image is resized so that halving three times fits
+
+
+class ConvNorm(nn.Module):
+    """Convolution over 3 x 3 cells, layer norm over channels, ReLU; maps are (N, rows, columns, channels)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, maps: Float[Tensor, "N rows columns C"]) -> Float[Tensor, "N _ _ channels"]:
+        """Return maps with as many rows and columns over the stride, rounded up."""
+        maps = self.conv(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels stay the last in memory
+        return F.relu(self.norm(maps))
+
+
+class FeaturePyramid(nn.Module):
+    """Maps of an image from its pixels and from the vision tower's features before and after the merger.
+
+    Args:
+        hidden_size: D, width of the features after the merger.
+        patch_width: C, width of those before it.
+        width: W, of the maps; a multiple of 8.
+    """
+
+    def __init__(self, hidden_size: int, patch_width: int, width: int):
+        super().__init__()
+        self.width = width
+        narrow = width // 2  # of the finest cells, which are the most
+        self.stem = nn.Sequential(
+            ConvNorm(3, narrow // 4, 2), ConvNorm(narrow // 4, narrow // 2, 2), ConvNorm(narrow // 2, narrow, 2)
+        )
+        self.to_patches = ConvNorm(narrow, width, 2)
+        self.patches = nn.Sequential(nn.LayerNorm(patch_width), nn.Linear(patch_width, width))
+        self.to_tokens = ConvNorm(width, width, 2)
+        self.tokens = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width))
+        self.to_coarse = ConvNorm(width, width, 2)
+        self.from_coarse = nn.Linear(width, width)
+        self.from_tokens = nn.Linear(width, width)
+        self.smooth_patches = ConvNorm(width, width)
+        self.from_patches = nn.Linear(width, narrow)
+        self.smooth_finest = ConvNorm(narrow, narrow)
+        self.widen = nn.Linear(narrow, width)
+
+    def forward(
+        self,
+        images: Sequence[Float[Tensor, "3 _ _"]],
+        tokens: Sequence[Float[Tensor, "_ D"]],
+        patches: Sequence[Float[Tensor, "_ _ C"]],
+        grid_sizes: Sequence[tuple[int, int]],
+    ) -> tuple[list[Float[Tensor, "N _ _ W"]], Float[Tensor, "N levels 2"]]:
+        """Return the maps of N images, the finest first and zero beyond an image's own, and its share (x, y) of each.
+
+        Args:
+            images: Normalized pixels.
+            tokens: N of (tokens, D), raster order.
+            patches: N of (tokens, merge², C).
+            grid_sizes: (rows, columns) of vision tokens of each image.
+        """
+        found: list[list[Tensor]] = [[] for _ in images]
+        for size in dict.fromkeys(grid_sizes):
+            members = [place for place, other in enumerate(grid_sizes) if other == size]
+            pixels, features, finer = (
+                torch.stack([parts[place] for place in members]) for parts in (images, tokens, patches)
+            )
+            levels = self._of_one_size(pixels, features, finer, *size)
+            for place, member in enumerate(members):
+                found[member] = [level[place] for level in levels]
+        levels = [pad_maps(level) for level in zip(*found, strict=True)]
+        sizes = torch.tensor([[(level.shape[1], level.shape[0]) for level in own] for own in found])  # (N, levels, 2)
+        sizes = sizes.to(levels[0].device, non_blocking=True).to(torch.promote_types(levels[0].dtype, torch.float32))
+        return levels, sizes / sizes.amax(0)
+
+    def _of_one_size(self, images: Tensor, tokens: Tensor, patches: Tensor, rows: int, columns: int) -> list[Tensor]:
+        """Return the maps of images (N, 3, height, width) with tokens (N, T, D) and patches (N, T, merge², C)."""
+        dtype = self.widen.weight.dtype
+        side = CELLS_PER_TOKEN * PIXELS_PER_CELL
+        pixels = F.interpolate(images.to(dtype), (side * rows, side * columns), mode="bilinear")
+        finest = self.stem(pixels.permute(0, 2, 3, 1))
+        merge = round(patches.shape[2] ** 0.5)
+        grid = self.patches(patches.to(dtype)).view(-1, rows, columns, merge, merge, self.width)
+        patch_map = self.to_patches(finest) + grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        token_map = self.to_tokens(patch_map) + self.tokens(tokens.to(dtype)).view(-1, rows, columns, self.width)
+        coarse = self.to_coarse(token_map)
+        token_map = token_map + enlarge(self.from_coarse(coarse), token_map)
+        patch_map = self.smooth_patches(patch_map + enlarge(self.from_tokens(token_map), patch_map))
+        finest = self.smooth_finest(finest + enlarge(self.from_patches(patch_map), finest))
+        return [self.widen(finest), patch_map, token_map, coarse]
+
+
+def enlarge(
+    maps: Float[Tensor, "N _ _ C"], like: Float[Tensor, "N rows columns _"]
+) -> Float[Tensor, "N rows columns C"]:
+    """Return maps whose cells are repeated twice along each side, cut to the size of `like`."""
+    doubled = maps.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+    return doubled[:, : like.shape[1], : like.shape[2]]
+
+
+def pad_maps(maps: Sequence[Float[Tensor, "_ _ C"]]) -> Float[Tensor, "N rows columns C"]:
+    """Return maps of several sizes as one tensor, zero beyond each one's own part."""
+    rows, columns = (max(one.shape[axis] for one in maps) for axis in (0, 1))
+    if all(one.shape[:2] == (rows, columns) for one in maps):
+        return torch.stack(list(maps))
+    return torch.stack([F.pad(one, (0, 0, 0, columns - one.shape[1], 0, rows - one.shape[0])) for one in maps])
+
+
+def patches_to_image(patches: Float[Tensor, "_ values"], height: int, width: int, merge: int) -> Float[Tensor, "3 _ _"]:
+    """Return the pixels of an image of `height` x `width` patches in Qwen2-VL order, 3 * side² values each."""
+    side = round((patches.shape[1] // 3) ** 0.5)
+    grid = patches.view(height // merge, width // merge, merge, merge, 3, side, side)
+    return grid.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * side, width * side)

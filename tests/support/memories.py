@@ -1,0 +1,27 @@
+"""Memories of images that no vision tower has seen."""
+
+import torch
+
+from recipe.schema import Memory
+
+
+def random_memory(num_words: list[int], width: int, generator: torch.Generator) -> Memory:
+    """Tokens of so many words of each image, padded, and maps of two sizes of which the last image covers a part."""
+    mask = torch.arange(max(num_words)) < torch.tensor(num_words)[:, None]
+    tokens, positions = torch.randn(2, *mask.shape, width, generator=generator, dtype=torch.float64)
+    levels = [
+        torch.randn(len(mask), *size, width, generator=generator, dtype=torch.float64) for size in ((8, 8), (4, 4))
+    ]
+    extents = torch.ones(len(mask), len(levels), 2, dtype=torch.float64)
+    extents[-1, :, 0] = 0.5
+    for level in levels:
+        level[-1, :, level.shape[2] // 2 :] = 0
+    return Memory(tokens, positions, mask, torch.zeros(*mask.shape, 4), levels, extents)
+
+
+def of_image(memory: Memory, image: int, padded: bool = True) -> Memory:
+    """The memory of one image of several; `padded`: with the tokens that make it as long as the others."""
+    real = slice(None) if padded else memory.mask[image]
+    rows = (part[image : image + 1, real] for part in (memory.tokens, memory.positions, memory.mask, memory.cells))
+    extents = None if memory.extents is None else memory.extents[image : image + 1]
+    return Memory(*rows, [level[image : image + 1] for level in memory.levels], extents)
