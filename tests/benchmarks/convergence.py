@@ -64,7 +64,10 @@ DATA = ROOT.parent / "shared" / "data"
 FOLDER = ROOT / "bench" / "convergence"
 EVERY = 25  # steps between evaluations
 SCENES = {"train": (6000, 1), "val": (128, 2)}  # number and seed
+ONE_SCALE = {"detection_head.multi_scale": False, "detection_head.select_queries": False}
 PLAIN = {
+    "multi_scale": False,
+    "select_queries": False,
     "memory_positions": False,
     "local_attention": False,
     "refine_boxes": False,
@@ -81,10 +84,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no refine_boxes": {"detection_head.refine_boxes": False},
     "no aux_loss": {"detection_head.aux_loss": False},
     "no denoising": {"detection_head.num_denoising_groups": 0},
-    "patch_features": {"detection_head.patch_features": True},
-    # Of the 16 vision tokens of a scene, so that there is something to select.
+    "no multi_scale": ONE_SCALE,
+    "no multi_scale, no local_attention": {**ONE_SCALE, "detection_head.local_attention": False},
+    "no multi_scale, no denoising": {**ONE_SCALE, "detection_head.num_denoising_groups": 0},
+    "no select_queries": {"detection_head.select_queries": False},
     "8 queries": {"detection_head.num_queries": 8},
-    "8 queries, selected": {"detection_head.num_queries": 8, "detection_head.select_queries": True},
+    "8 queries, no select_queries": {"detection_head.num_queries": 8, "detection_head.select_queries": False},
     "3 query groups": {"detection_head.num_query_groups": 3},
     "mal": {"loss.objectness": "mal", "loss.focal_gamma": 1.5},
     "ema": {"ema": "{half_life: 20ba}"},
