@@ -131,7 +131,7 @@ class JointModel(ComposerModel):
         if not self.model.has_head:
             return terms
         terms |= detection_losses(outputs.detection, outputs.matches, outputs.targets, counts, self.loss_config)
-        if outputs.detection.proposals:
+        if outputs.detection.proposals is not None:
             terms |= proposal_losses(outputs.detection.proposals, outputs.targets, counts)
         terms["loss_caption"] = caption_loss(
             outputs.caption_losses, outputs.caption_images, len(outputs.targets), counts

@@ -359,12 +359,13 @@ class Memory:
     """What the head may look at: one padded row of tokens per image.
 
     Attributes:
-        tokens: (N, M, W), with `positions` added: features hold none, as Qwen2.5-VL's rotary positions are relative.
+        tokens: (N, M, W), with `positions` added: Qwen2.5-VL's rotary positions are relative, so its features do not
+            hold their position, which a query needs.
         positions: (N, M, W) sine embedding of the token's centre; zero for words.
         mask: (N, M) bool, True at real tokens.
         cells: (N, M, 4) cxcywh in [0, 1], the part of the image that a vision token covers; zero for words.
-        levels, extents: Of a pyramid: maps (N, rows, columns, W), the finest first, and the shares (x, y) of each that
-            the image covers, (N, levels, 2); zero beyond the image.
+        levels: Maps (N, rows, columns, W) of a feature pyramid, the finest first; zero beyond the image.
+        extents: (N, levels, 2), the shares (x, y) of each map that the image covers; None without a pyramid.
     """
 
     tokens: Tensor
@@ -377,11 +378,12 @@ class Memory:
 
 @dataclass
 class Proposals:
-    """What each of P cells of N images proposes: an object whose centre is in it.
+    """What each of the P cells of the finest map of N images proposes.
 
     Attributes:
-        cells: (N, P, 4) cxcywh in [0, 1], the part of the image that a cell covers; zero at padding and words.
-        pred_boxes, pred_objectness: (N, P, 4) cxcywh, which may reach beyond the image, and (N, P) logits.
+        cells: (N, P, 4) cxcywh in [0, 1], the part of the image that a cell covers; zero at padding.
+        pred_boxes: (N, P, 4) cxcywh; they may reach beyond the image.
+        pred_objectness: (N, P) logits that an object's centre is in the cell.
     """
 
     cells: Tensor
@@ -448,7 +450,7 @@ class DetectionOutputs:
         query_features: (N, Q, W).
         aux_outputs: The same after each earlier layer, without their own features and aux outputs.
         groups: Of the other groups of queries, in training.
-        proposals: Those that the queries were chosen from, then those of the tokens; none if queries are learned.
+        proposals: That the queries were chosen from; None if queries are learned.
     """
 
     pred_boxes: Tensor
@@ -457,7 +459,7 @@ class DetectionOutputs:
     query_features: Tensor
     aux_outputs: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
     groups: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])
-    proposals: list[Proposals] = field(default_factory=list["Proposals"])
+    proposals: Proposals | None = None
 
     def layers(self) -> list[tuple[str, DetectionOutputs]]:
         """Return all outputs that are matched to objects, each with the suffix of its loss terms; last layer last."""
@@ -471,7 +473,8 @@ class Matches:
 
     Attributes:
         image: (n,) int64, which of the N images.
-        query, target: (n,) int64, the query and the object within its image.
+        query: (n,) int64, within its image.
+        target: (n,) int64, the object within its image.
     """
 
     image: Tensor

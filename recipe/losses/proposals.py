@@ -4,8 +4,6 @@
     loss_bbox_proposals         L1, of each object the weighted mean over its cells / objects
     loss_giou_proposals         1 - GIoU, likewise                                  / objects
 
-Each is summed over the finest map and the vision tokens.
-
 The target of a cell is a Gaussian around each object's centre, of a width in proportion to the box (CenterNet, Zhou et
 al. 2019; TTFNet, Liu et al. 2020): 1 in the cell of the centre, less in its neighbours, which are punished less.
 """
@@ -27,20 +25,12 @@ FOCUS, RELIEF = 2.0, 4.0  # exponents of CenterNet's focal loss
 
 
 def proposal_losses(
-    proposals: Sequence[Proposals], targets: Sequence[Target | None], counts: LossCounts
+    proposals: Proposals, targets: Sequence[Target | None], counts: LossCounts
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return the three terms of N images, summed over the maps; an image not annotated (None) takes no part."""
-    summed: dict[str, Tensor] = {}
-    for of_map in proposals:
-        for name, total in _summed_losses(of_map, targets).items():
-            summed[name] = summed.get(name, 0.0) + total / max(counts["objects"], 1)
-    return {f"{name}_proposals": total for name, total in summed.items()}
-
-
-def _summed_losses(proposals: Proposals, targets: Sequence[Target | None]) -> dict[str, Tensor]:
+    """Return the three terms of N images; an image that is not annotated (None) takes no part."""
     logits = proposals.pred_objectness.to(torch.promote_types(proposals.pred_objectness.dtype, torch.float32))
     nothing = logits[:0].sum() + proposals.pred_boxes[:0].sum()  # so that every parameter has a gradient
-    sums: dict[str, Tensor] = {"loss_objectness": nothing, "loss_bbox": nothing, "loss_giou": nothing}
+    sums = dict.fromkeys(("loss_objectness", "loss_bbox", "loss_giou"), nothing)
     for image, target in enumerate(targets):
         if target is None:
             continue
@@ -55,7 +45,7 @@ def _summed_losses(proposals: Proposals, targets: Sequence[Target | None]) -> di
         weights = weights / of_object.clamp(min=LEAST_WEIGHT)[owner]
         for name, loss in box_losses(proposals.pred_boxes[image], boxes[owner]).items():
             sums[name] = sums[name] + (weights * loss).sum()
-    return sums
+    return {f"{name}_proposals": total / max(counts["objects"], 1) for name, total in sums.items()}
 
 
 def cell_targets(

@@ -132,12 +132,12 @@ class DetectionHead(nn.Module):
         num_queries = num_groups * self.num_queries
         queries = self.query_content.weight[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, W)
         references = self.query_boxes[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, 4), before the sigmoid
-        proposals = []
+        proposals = None
         if self.proposal_head is not None:
             proposals = self.proposal_head(memory)
             best, contents, found = (
                 part.repeat(1, num_groups, 1)
-                for part in self.proposal_head.select(proposals[0], memory.levels[0], self.num_queries)
+                for part in self.proposal_head.select(proposals, memory.levels[0], self.num_queries)
             )
             queries = queries + contents * found
             references = torch.where(found, best, references) + 0.0 * references

@@ -3,9 +3,6 @@
 The best ones that are highest among their neighbours become the queries' first reference boxes (two-stage Deformable
 DETR; DINO's mixed selection: contents stay learned, and what the cell holds is added). Their loss teaches every
 cell, not only the matched queries, so the maps under the head learn from the first step (`recipe/losses/proposals.py`).
-
-The vision tokens propose too. No query begins there, but the maps find objects in the pixels, so without this the
-vision tower would not learn where things are, which the language model's answer needs.
 """
 
 import math
@@ -19,60 +16,37 @@ from recipe.models.layers import objectness_layer
 from recipe.models.pyramid import ConvNorm
 from recipe.schema import Memory, Proposals
 
-INITIAL_CELLS = (4.0, 1.0)  # sides of a proposal at first, in cells of the finest map and in tokens
+INITIAL_CELLS = 4.0  # sides of a proposal at first, in cells
 LARGEST_LOG = 6.0  # of a side over the initial one
 
 
-class CellHead(nn.Module):
-    """Box and objectness of each cell.
-
-    Args:
-        width: Of the states.
-        initial: Sides of a box at first, in cells.
-    """
-
-    def __init__(self, width: int, initial: float):
-        super().__init__()
-        self.initial = initial
-        self.objectness = objectness_layer(width)
-        self.box = nn.Linear(width, 4)
-        nn.init.zeros_(self.box.weight)
-        nn.init.zeros_(self.box.bias)
-
-    def forward(self, states: Float[Tensor, "N P width"], cells: Float[Tensor, "N P 4"]) -> Proposals:
-        """Return what the cells of N images propose."""
-        delta = self.box(states).to(cells.dtype)
-        centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]
-        sides = self.initial * cells[..., 2:] * delta[..., 2:].clamp(max=LARGEST_LOG).exp()
-        return Proposals(cells, torch.cat([centers, sides], dim=-1), self.objectness(states).squeeze(-1))
-
-
 class ProposalHead(nn.Module):
-    """What cells and tokens propose, and the choice of the queries' references.
+    """Box and objectness of each cell, and the choice of the queries' references.
 
     Args:
-        width: W, of the memory.
+        width: W, of the maps.
     """
 
     def __init__(self, width: int):
         super().__init__()
         self.tower = ConvNorm(width, width // 2)
-        self.finest = CellHead(width // 2, INITIAL_CELLS[0])
-        self.token_states = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
-        self.tokens = CellHead(width, INITIAL_CELLS[1])
+        self.objectness = objectness_layer(width // 2)
+        self.box = nn.Linear(width // 2, 4)
+        nn.init.zeros_(self.box.weight)
+        nn.init.zeros_(self.box.bias)
         self.content = nn.Linear(width, width)
         nn.init.normal_(self.content.weight, std=0.02)  # small, as learned contents are
 
-    def forward(self, memory: Memory) -> list[Proposals]:
-        """Return the proposals of N images: of the finest map, then of the memory's tokens."""
+    def forward(self, memory: Memory) -> Proposals:
+        """Return the proposals of N images."""
         assert memory.extents is not None, "proposals need a pyramid"
         finest = memory.levels[0]
-        _, rows, columns, _ = finest.shape
-        cells = cells_of_images(rows, columns, memory.extents[:, 0])
-        return [
-            self.finest(self.tower(finest).flatten(1, 2), cells),
-            self.tokens(self.token_states(memory.tokens), memory.cells.to(cells.dtype)),
-        ]
+        cells = cells_of_images(*finest.shape[1:3], memory.extents[:, 0])
+        states = self.tower(finest).flatten(1, 2)
+        delta = self.box(states).to(cells.dtype)
+        centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]
+        sides = INITIAL_CELLS * cells[..., 2:] * delta[..., 2:].clamp(max=LARGEST_LOG).exp()
+        return Proposals(cells, torch.cat([centers, sides], dim=-1), self.objectness(states).squeeze(-1))
 
     def select(
         self, proposals: Proposals, finest: Float[Tensor, "N rows columns W"], count: int
