@@ -359,8 +359,7 @@ class Memory:
     """What the head may look at: one padded row of tokens per image.
 
     Attributes:
-        tokens: (N, M, W), with `positions` added: Qwen2.5-VL's rotary positions are relative, so its features do not
-            hold their position, which a query needs.
+        tokens: (N, M, W), with `positions` added: features hold none, as Qwen2.5-VL's rotary positions are relative.
         positions: (N, M, W) sine embedding of the token's centre; zero for words.
         mask: (N, M) bool, True at real tokens.
         cells: (N, M, 4) cxcywh in [0, 1], the part of the image that a vision token covers; zero for words.
@@ -382,8 +381,7 @@ class Proposals:
 
     Attributes:
         cells: (N, P, 4) cxcywh in [0, 1], the part of the image that a cell covers; zero at padding.
-        pred_boxes: (N, P, 4) cxcywh; they may reach beyond the image.
-        pred_objectness: (N, P) logits that an object's centre is in the cell.
+        pred_boxes, pred_objectness: (N, P, 4) cxcywh, which may reach beyond the image, and (N, P) logits.
     """
 
     cells: Tensor
@@ -473,8 +471,7 @@ class Matches:
 
     Attributes:
         image: (n,) int64, which of the N images.
-        query: (n,) int64, within its image.
-        target: (n,) int64, the object within its image.
+        query, target: (n,) int64, the query and the object within its image.
     """
 
     image: Tensor

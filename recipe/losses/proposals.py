@@ -30,7 +30,7 @@ def proposal_losses(
     """Return the three terms of N images; an image that is not annotated (None) takes no part."""
     logits = proposals.pred_objectness.to(torch.promote_types(proposals.pred_objectness.dtype, torch.float32))
     nothing = logits[:0].sum() + proposals.pred_boxes[:0].sum()  # so that every parameter has a gradient
-    sums = dict.fromkeys(("loss_objectness", "loss_bbox", "loss_giou"), nothing)
+    sums: dict[str, Tensor] = {"loss_objectness": nothing, "loss_bbox": nothing, "loss_giou": nothing}
     for image, target in enumerate(targets):
         if target is None:
             continue

@@ -41,7 +41,8 @@ class ProposalHead(nn.Module):
         """Return the proposals of N images."""
         assert memory.extents is not None, "proposals need a pyramid"
         finest = memory.levels[0]
-        cells = cells_of_images(*finest.shape[1:3], memory.extents[:, 0])
+        _, rows, columns, _ = finest.shape
+        cells = cells_of_images(rows, columns, memory.extents[:, 0])
         states = self.tower(finest).flatten(1, 2)
         delta = self.box(states).to(cells.dtype)
         centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]

@@ -228,7 +228,6 @@ def test_what_switches_add_by_hand(tiny_config: Callable[..., RecipeConfig], tin
     region = 16 * width * width  # of one blank caption
     assert unselected - plain == 2 * (stem + down + up + read + region)
     proposals = 16 * (9 * width * narrow + 5 * narrow) + queries * width * width
-    proposals += 2 * (width * width + 5 * width)  # of a vision token and a word
     assert forward() - unselected == 2 * proposals
 
 
