@@ -137,7 +137,8 @@ def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: 
     written = sum(round(min(1.0, head.num_queries / len(rows)) * int((rows != -100).sum())) for rows in ids)
     queries = images * (head.query_content.num_embeddings + 2 * network.num_denoising_groups * (slots if ids else 0))
     of_query = _weights(head.box_position, head.place_scale, head.box_delta, head.objectness)
-    of_caption = _weights(*filter(None, (writer.start, writer.region))) + (length - 1) * _weights(writer.token_in) + length * _weights(writer.token_out)
+    starts = [layer for layer in (writer.start, writer.region) if layer is not None]
+    of_caption = _weights(*starts) + (length - 1) * _weights(writer.token_in) + length * _weights(writer.token_out)
     flops.add("detection", len(head.layers) * queries * of_query + captions * of_caption, learns, gradient)
     for layers, rows, asking, places, pairs in (  # captions ask the memory in slots, all tokens of one from one place
         (head.layers, queries, queries, queries, queries**2 // images),
