@@ -8,7 +8,7 @@ cell, not only the matched queries, so the maps under the head learn from the fi
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,7 +72,9 @@ def cells_of_images(rows: int, columns: int, extents: Float[Tensor, "N 2"]) -> F
 
 
 @torch.no_grad()
-def best_peaks(proposals: Proposals, size: tuple[int, ...], count: int) -> tuple[Tensor, Bool[Tensor, "N {count}"]]:
+def best_peaks(
+    proposals: Proposals, size: tuple[int, ...], count: int
+) -> tuple[Int64[Tensor, "N {count}"], Bool[Tensor, "N {count}"]]:
     """Return the indices (N, count) of the best cells that no neighbour exceeds, and which of them are such cells."""
     is_cell = proposals.cells[..., 2] > 0
     scores = proposals.pred_objectness.masked_fill(~is_cell, -math.inf)
