@@ -1,7 +1,7 @@
 """The joint network: language model, detection memory, detection head and caption decoder in one forward pass."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import accumulate
@@ -175,6 +175,7 @@ class JointNetwork(nn.Module):
         # Read now: after the language model's pass is queued, the host would wait until a GPU has finished it.
         grids = batch["image_grid_thw"].tolist()
         student_grids = {image: grids[image] for image in batch["student_images"].tolist()}
+        images = [] if self.memory.pyramid is None else self._student_pixels(batch, grids, student_grids)
         if self.training and self.cache is not None:
             states, prompt_index, student_grids = self._cached_states(self.cache, batch, student_grids)
         else:
@@ -183,7 +184,6 @@ class JointNetwork(nn.Module):
         parts = (self.memory, self.detection_head, self.caption_decoder)
         head_trains = any(parameter.requires_grad for part in parts for parameter in part.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and head_trains):
-            images = () if self.memory.pyramid is None else self._student_pixels(batch)
             memory = self._build_memory(states, prompt_index, student_grids, images)
             targets: Sequence[Target | None] = batch["targets"] or [None]
             noise_seeds, queries = batch["noise_seeds"] or [0], None
@@ -270,13 +270,14 @@ class JointNetwork(nn.Module):
             images,
         )
 
-    def _student_pixels(self, batch: Batch) -> list[Tensor]:
-        """Return the student images (3, height, width), normalized."""
-        grids = batch["image_grid_thw"].tolist()
+    def _student_pixels(
+        self, batch: Batch, grids: Sequence[Sequence[int]], student_images: Iterable[int]
+    ) -> list[Tensor]:
+        """Return the student images (3, height, width), normalized; `grids` are those of all images, in patches."""
         patches = batch["pixel_patches"].split([math.prod(grid) for grid in grids])
         merge = self.vlm.hf_model.config.vision_config.spatial_merge_size
         found = []
-        for image in batch["student_images"].tolist():
+        for image in student_images:
             _, height, width = grids[image]
             found.append(patches_to_image(self.vlm.normalizer(patches[image]), height, width, merge))
         return found

@@ -28,7 +28,8 @@ def expected_gradients(model: JointModel, batch: Batch) -> dict[str, float]:
     found: dict[str, float] = {}
     sums = {True: torch.zeros(()), False: torch.zeros(())}
     for term, weight in term_weights(model.loss_config).items():
-        repeats = [terms[name] for name in (f"loss_{term}", f"loss_{term}_aux", f"loss_{term}_dn") if name in terms]
+        names = (f"loss_{term}{suffix}" for suffix in ("", "_aux", "_dn", "_proposals"))
+        repeats = [terms[name] for name in names if name in terms]
         gradient = torch.autograd.grad(weight * torch.stack(repeats).sum(), parameters, retain_graph=True)
         flat = torch.cat([part.flatten() for part in gradient])
         found[f"loss_gradient/{term}"] = float(flat.norm())

@@ -7,7 +7,8 @@ from torchvision.ops import box_convert
 
 from recipe.joint import JointModel
 from recipe.models.detection_head import attention_mask, make_denoising_queries
-from recipe.schema import DenoisingQueries, Memory, Target
+from recipe.schema import DenoisingQueries, Target
+from tests.support.memories import random_memory
 
 BOX_NOISE = 0.4
 
@@ -102,8 +103,7 @@ def test_groups_and_object_queries_do_not_see_a_group(tiny_model: JointModel):
     """Other noise in the first group changes nothing but the first group."""
     generator = torch.Generator().manual_seed(0)
     head = tiny_model.model.detection_head
-    tokens, positions = torch.randn(2, 1, 9, head.width, generator=generator, dtype=torch.float64)
-    memory = Memory(tokens, positions, torch.ones(1, 9, dtype=torch.bool), torch.zeros(1, 9, 4))
+    memory = random_memory([9], head.width, generator)
     queries = make_queries([make_target(2)], [3])
     objects, denoised = head(memory, queries)
     queries.boxes = queries.boxes.clone()

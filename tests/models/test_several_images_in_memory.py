@@ -35,7 +35,12 @@ def test_a_row_holds_the_tokens_of_its_image_and_the_prompt(tiny_model: JointMod
             assert int(outputs.memory.mask[row].sum()) == side**2 + length
             grid = [(side, side)]
             own = network.memory(
-                [states.image_features[image]], grid, prompt[None], torch.ones(1, length, dtype=torch.bool)
+                [states.image_features[image]],
+                grid,
+                prompt[None],
+                torch.ones(1, length, dtype=torch.bool),
+                [states.patch_features[image]],
+                network._student_pixels(batch, batch["image_grid_thw"].tolist(), [image]),
             )
             torch.testing.assert_close(outputs.memory.tokens[row][outputs.memory.mask[row]], own.tokens[0])
             alone, _ = network.detection_head(own, None)

@@ -6,12 +6,11 @@ from recipe.schema import Memory
 
 
 def random_memory(num_words: list[int], width: int, generator: torch.Generator) -> Memory:
-    """Tokens of so many words of each image, padded, and maps of two sizes of which the last image covers a part."""
+    """Tokens of so many words of each image, padded, and a pyramid of maps of which the last image covers half."""
     mask = torch.arange(max(num_words)) < torch.tensor(num_words)[:, None]
     tokens, positions = torch.randn(2, *mask.shape, width, generator=generator, dtype=torch.float64)
-    levels = [
-        torch.randn(len(mask), *size, width, generator=generator, dtype=torch.float64) for size in ((8, 8), (4, 4))
-    ]
+    shapes = [(len(mask), side, side, width) for side in (16, 8, 4, 2)]
+    levels = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     extents = torch.ones(len(mask), len(levels), 2, dtype=torch.float64)
     extents[-1, :, 0] = 0.5
     for level in levels:
