@@ -214,6 +214,10 @@ def evaluate(model: JointModel, batch: Batch) -> tuple[list[Any], dict[str, Tens
     return outputs.predictions, outputs.loss_sums
 
 
+def numbers(terms: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(term) for name, term in terms.items()}
+
+
 def plain(model: JointModel) -> JointModel:
     """A copy without averages."""
     copy = deepcopy(model)
@@ -231,12 +235,17 @@ def test_evaluation_computes_with_it_and_training_does_not(
             weight += 0.1
     names = list(averaged_model.state_dict())
     found, losses = evaluate(averaged_model, batch)
-    assert found == expected and same(losses, expected_losses)
+    # Not to the bit: products depend on where a copy's weights lie in memory. Measured: 4.4e-16.
+    assert numbers(losses) == pytest.approx(numbers(expected_losses), rel=1e-12)
+    for one, other in zip(found, expected, strict=True):
+        assert [item.caption for item in one.objects] == [item.caption for item in other.objects]
+        for item, as_before in zip(one.objects, other.objects, strict=True):
+            assert (*item.box, item.score) == pytest.approx((*as_before.box, as_before.score), rel=1e-9)
     assert any(item.caption for prediction in found for item in prediction.objects)
     assert list(averaged_model.state_dict()) == names
     now = plain(averaged_model)
     terms, expected_terms = (model.train().loss(model(batch), batch) for model in (averaged_model, now))
-    assert same(terms, expected_terms)
+    assert numbers(terms) == pytest.approx(numbers(expected_terms), rel=1e-12)
     assert evaluate(now, batch)[0] != expected
     update(averaged_model.model, 0.0)
     assert evaluate(averaged_model, batch)[0] == evaluate(now, batch)[0]
