@@ -6,6 +6,7 @@ B), and so does padding. The backward pass has a product for each weight that is
 which something is trained.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -187,10 +188,13 @@ def _add_pyramid(
 
 def _weights(*modules: nn.Module) -> int:
     """Return the multiplications per row, or per cell of the result, of the linear layers and convolutions."""
-    layers = [layer for module in modules for layer in module.modules()]
-    convolutions = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Conv2d))
-    linear = (layer for layer in layers if isinstance(layer, nn.Linear))
-    return convolutions + sum(layer.in_features * layer.out_features for layer in linear)
+    total = 0  # by their shapes: under FSDP1 a rank holds no whole weight
+    for layer in (layer for module in modules for layer in module.modules()):
+        if isinstance(layer, nn.Conv2d):
+            total += layer.in_channels * layer.out_channels * math.prod(layer.kernel_size)
+        elif isinstance(layer, nn.Linear):
+            total += layer.in_features * layer.out_features
+    return total
 
 
 class Throughput(Callback):
