@@ -130,12 +130,10 @@ class DeformableAttention(nn.Module):
         centers, halves = (part[:, :, None, None, None] for part in (boxes[..., :2], boxes[..., 2:] / 2))
         points = (centers + offsets * halves) * extents[:, None, None, :, None]  # (N, Q, heads, levels, points, 2)
         points = (2 * points - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (levels, N * heads, Q, points, 2)
-        read = []
+        read = []  # of each map (N * heads, W / heads, Q, points)
         for level, places in zip(levels, points, strict=True):
             values = self.value(level).unflatten(-1, (num_heads, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-            read.append(
-                F.grid_sample(values.to(places.dtype), places, align_corners=False)
-            )  # (N * heads, ·, Q, points)
+            read.append(F.grid_sample(values.to(places.dtype), places, align_corners=False))
         weights = weights.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]  # (N * heads, 1, Q, levels * points)
         read = (torch.cat(read, dim=-1) * weights).sum(-1)  # (N * heads, W / heads, Q)
         return self.out(read.view(num_images, -1, read.shape[-1]).transpose(1, 2).to(states.dtype))
