@@ -11,7 +11,7 @@ from recipe.joint import JointModel
 from recipe.models.caption_decoder import REGION, CaptionCache, CaptionDecoder, read_regions
 from recipe.prediction.decode import generate_captions
 from recipe.schema import CaptionPlaces, Memory
-from tests.support.memories import of_image, random_memory
+from tests.support.memories import of_image, of_map, random_memory
 from tests.support.tiny_cases import make_model
 
 LENGTH = 10
@@ -180,7 +180,7 @@ def ramps(columns: int, rows: int) -> Tensor:
 
 def test_a_region_by_hand():
     """A box over four by two cells of a map of eight by four: the points lie at 1/8, 3/8, 5/8 and 7/8 of its sides."""
-    memory = Memory(*[torch.zeros(1, 1, 1)] * 4, [ramps(8, 4)], torch.ones(1, 1, 2, dtype=torch.float64))
+    memory = of_map(ramps(8, 4))
     boxes = torch.tensor([[0.5, 0.5, 0.5, 0.5]], dtype=torch.float64)  # columns 2 to 6, rows 1 to 3
     places = CaptionPlaces(torch.tensor([0]), torch.tensor([0]), 1, 1)
     found = read_regions(boxes, places, memory).view(REGION, REGION, 2)
@@ -190,13 +190,11 @@ def test_a_region_by_hand():
     )
 
 
-def test_a_region_of_a_padded_map_is_that_of_the_image_alone(model: JointModel):
+def test_a_region_of_a_padded_map_is_that_of_the_image_alone():
     generator = torch.Generator().manual_seed(1)
     boxes = torch.rand(3, 4, generator=generator, dtype=torch.float64)  # some reach beyond the image
-    alone = Memory(*[torch.zeros(1, 1, 1)] * 4, [torch.randn(1, 6, 5, 4, generator=generator, dtype=torch.float64)])
-    alone.extents = torch.ones(1, 1, 2, dtype=torch.float64)
-    padded = Memory(*[torch.zeros(1, 1, 1)] * 4, [torch.nn.functional.pad(alone.levels[0], (0, 0, 0, 3, 0, 2))])
-    padded.extents = torch.tensor([[[5 / 8, 6 / 8]]], dtype=torch.float64)
+    alone = of_map(torch.randn(1, 6, 5, 4, generator=generator, dtype=torch.float64))
+    padded = of_map(torch.nn.functional.pad(alone.levels[0], (0, 0, 0, 3, 0, 2)), (5 / 8, 6 / 8))
     places = CaptionPlaces(torch.zeros(3, dtype=torch.int64), torch.arange(3), 1, 3)
     found, expected = read_regions(boxes, places, padded), read_regions(boxes, places, alone)
     # measured: 4.4e-16

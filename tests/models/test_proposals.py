@@ -16,7 +16,8 @@ WHOLE = torch.ones(1, 2, dtype=torch.float64)
 
 def proposals_of(logits: Tensor, extents: Tensor, boxes: Tensor | None = None) -> Proposals:
     """Of logits (N, rows, columns); boxes are the cells unless given."""
-    cells = cells_of_images(*logits.shape[1:], extents)
+    _, rows, columns = logits.shape
+    cells = cells_of_images(rows, columns, extents)
     return Proposals(cells, cells.clone() if boxes is None else boxes, logits.flatten(1))
 
 

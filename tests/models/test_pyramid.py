@@ -78,9 +78,9 @@ def test_images_of_several_sizes_are_each_alone(pyramid: FeaturePyramid):
 def test_an_image_changes_no_other_ones_maps(pyramid: FeaturePyramid, changed: int):
     before, _ = pyramid(*inputs_of(GRIDS))
     for part in range(3):
-        inputs = inputs_of(GRIDS)
+        *inputs, grids = inputs_of(GRIDS)
         inputs[part][changed] = -inputs[part][changed]
-        after, _ = pyramid(*inputs)
+        after, _ = pyramid(*inputs, grids)
         for level, (old, new) in enumerate(zip(before, after, strict=True)):
             differs = (old != new).flatten(1).any(1)
             assert differs.tolist() == [row == changed for row in range(len(GRIDS))], (part, level)

@@ -44,7 +44,8 @@ def test_every_parameter_of_the_real_models_has_one_group(size: str):
     assert all(counts.values()) and sum(map(len, groups.values())) == len(list(model.parameters()))
     assert counts["merger"] == 1280 + (5120 + 1) * 5120 + (5120 + 1) * hidden
     # Language and vision adapter: norm, bottleneck of an eighth, no projection where the head is as wide.
-    pyramid = sum(p.numel() for p in model.model.memory.pyramid.parameters())
+    pyramid = sum(p.numel() for name, p in model.named_parameters() if name.startswith("model.memory.pyramid."))
+    assert pyramid
     assert counts["adapter"] == 2 * (2 * hidden + 2 * hidden * (hidden // 8) + hidden // 8 + hidden) + pyramid
     names = dict(model.named_parameters())
     assert ("model.vlm.hf_model.lm_head.weight" in names) == (size == "7B")

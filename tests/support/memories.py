@@ -1,6 +1,7 @@
 """Memories of images that no vision tower has seen."""
 
 import torch
+from torch import Tensor
 
 from recipe.schema import Memory
 
@@ -21,6 +22,18 @@ def random_memory(num_words: list[int], width: int, generator: torch.Generator) 
 def of_image(memory: Memory, image: int, padded: bool = True) -> Memory:
     """The memory of one image of several; `padded`: with the tokens that make it as long as the others."""
     real = slice(None) if padded else memory.mask[image]
-    rows = (part[image : image + 1, real] for part in (memory.tokens, memory.positions, memory.mask, memory.cells))
-    extents = None if memory.extents is None else memory.extents[image : image + 1]
-    return Memory(*rows, [level[image : image + 1] for level in memory.levels], extents)
+    one = slice(image, image + 1)
+    return Memory(
+        memory.tokens[one, real],
+        memory.positions[one, real],
+        memory.mask[one, real],
+        memory.cells[one, real],
+        [level[one] for level in memory.levels],
+        None if memory.extents is None else memory.extents[one],
+    )
+
+
+def of_map(level: Tensor, extent: tuple[float, float] = (1.0, 1.0)) -> Memory:
+    """A memory of one map (1, rows, columns, W) without words, of which the image covers `extent`."""
+    nothing = torch.zeros(1, 1, 1)
+    return Memory(nothing, nothing, nothing, nothing, [level], torch.tensor([[extent]], dtype=torch.float64))
