@@ -14,9 +14,8 @@ from typing import cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from recipe.models.layers import Attention, FeedForward
+from recipe.models.layers import Attention, FeedForward, read_map
 from recipe.models.memory import sine_embedding
 from recipe.schema import CaptionPlaces, Memory
 
@@ -211,7 +210,6 @@ def read_regions(boxes: Float[Tensor, "R 4"], places: CaptionPlaces, memory: Mem
     steps = (torch.arange(REGION, device=boxes.device, dtype=boxes.dtype) + 0.5) / REGION - 0.5
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).flatten(0, 1)  # (points, 2)
     points = places.side_by_side(boxes[:, None, :2] + grid * boxes[:, None, 2:])  # (N, T, points, 2)
-    points = 2 * points * memory.extents[:, :1, None].to(points.dtype) - 1
-    finest = memory.levels[0].permute(0, 3, 1, 2).to(points.dtype)
-    found = F.grid_sample(finest, points, align_corners=False)  # (N, W, T, points)
+    points = points * memory.extents[:, :1, None].to(points.dtype)
+    found = read_map(memory.levels[0].permute(0, 3, 1, 2), points)  # (N, W, T, points)
     return places.rows(found.permute(0, 2, 3, 1)).flatten(1)

@@ -155,7 +155,8 @@ class DetectionHead(nn.Module):
                 mask = (group[:, None] == group)[None, None]
         boxes, logits, features = [], [], queries
         for layer in self.layers:
-            queries = layer(queries, *self._positions(queries, references), references.sigmoid(), memory, mask)
+            looked_at = references.sigmoid()
+            queries = layer(queries, *self._positions(queries, looked_at), looked_at, memory, mask)
             features = self.norm(queries)
             raw = references + self.box_delta(features)
             boxes.append(raw)
@@ -167,13 +168,12 @@ class DetectionHead(nn.Module):
         first.groups, first.proposals = others, proposals
         return first, None if denoising is None else _outputs(boxes, logits, features, slice(0, num_denoising))
 
-    def _positions(self, queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    def _positions(self, queries: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings of the reference boxes (N, Q, W) and of where each head looks (N, heads, Q, W).
 
         As in DAB-DETR, section 4.3, except that each head looks at its own learned place, in half box sizes from the
         centre, like the sampling points of Deformable DETR.
         """
-        boxes = references.sigmoid()
         box_positions = self.box_position(sine_embedding(boxes, self.width))
         places = boxes[:, None, :, :2] + self.places[:, None] * boxes[:, None, :, 2:] / 2  # (N, heads, Q, 2)
         return box_positions, sine_embedding(places, self.width) * self.place_scale(queries)[:, None]

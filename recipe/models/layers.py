@@ -91,7 +91,7 @@ class DeformableAttention(nn.Module):
     """Read maps of several scales at a few learned points around each query's box (Deformable DETR, section 4.1).
 
     Points are in half box sizes from the box's centre: at first each head looks into its own direction, point after
-    point farther out. A map is read between its cells by bilinear interpolation, as zero outside.
+    point farther out.
 
     Args:
         width: Of queries and maps; a multiple of `num_heads`.
@@ -129,14 +129,21 @@ class DeformableAttention(nn.Module):
         offsets = self.offsets(states).unflatten(-1, (*self.shape, 2)).to(boxes.dtype)
         centers, halves = (part[:, :, None, None, None] for part in (boxes[..., :2], boxes[..., 2:] / 2))
         points = (centers + offsets * halves) * extents[:, None, None, :, None]  # (N, Q, heads, levels, points, 2)
-        points = (2 * points - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (levels, N * heads, Q, points, 2)
+        points = points.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (levels, N * heads, Q, points, 2)
         read = []  # of each map (N * heads, W / heads, Q, points)
         for level, places in zip(levels, points, strict=True):
             values = self.value(level).unflatten(-1, (num_heads, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-            read.append(F.grid_sample(values.to(places.dtype), places, align_corners=False))
+            read.append(read_map(values, places))
         weights = weights.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]  # (N * heads, 1, Q, levels * points)
         read = (torch.cat(read, dim=-1) * weights).sum(-1)  # (N * heads, W / heads, Q)
         return self.out(read.view(num_images, -1, read.shape[-1]).transpose(1, 2).to(states.dtype))
+
+
+def read_map(
+    maps: Float[Tensor, "N C _ _"], points: Float[Tensor, "N rows columns 2"]
+) -> Float[Tensor, "N C rows columns"]:
+    """Return maps at points (x, y) in [0, 1]: bilinear between cells, zero outside, in the precision of the points."""
+    return F.grid_sample(maps.to(points.dtype), 2 * points - 1, align_corners=False)
 
 
 def compass(num_heads: int) -> Float[Tensor, "{num_heads} 2"]:

@@ -119,8 +119,6 @@ def enlarge(
 def pad_maps(maps: Sequence[Float[Tensor, "_ _ C"]]) -> Float[Tensor, "N rows columns C"]:
     """Return maps of several sizes as one tensor, zero beyond each one's own part."""
     rows, columns = (max(one.shape[axis] for one in maps) for axis in (0, 1))
-    if all(one.shape[:2] == (rows, columns) for one in maps):
-        return torch.stack(list(maps))
     return torch.stack([F.pad(one, (0, 0, 0, columns - one.shape[1], 0, rows - one.shape[0])) for one in maps])
 
 

@@ -104,7 +104,7 @@ class Comparison:
             with tempfile.TemporaryDirectory(prefix="job-", dir=self.scratch) as folder:
                 result = train_model(job, real_set, Path(folder))
             row = self.store.write(job, result)
-            print(f"{job.name}: {_told(result)}", flush=True)
+            print(f"{job.name}: {_in_words(result)}", flush=True)
         return row
 
     def choices(self, real_set: RealSet, task: str, model: str) -> list[Job]:
@@ -157,5 +157,5 @@ def train_model(job: Job, real_set: RealSet, folder: Path) -> dict[str, Any]:
     return train_and_judge(job, train, held_out, spec)
 
 
-def _told(result: dict[str, Any]) -> str:
+def _in_words(result: dict[str, Any]) -> str:
     return f"AP50 {result['ap50']}, {result['cpu_s']:.0f} CPU s, {result['steps']} steps"

@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in args.variants:
                 steps = args.plain_steps if name.startswith("plain") else args.steps
                 curves[name].append(train_variant(name, steps, seed))
-                print(f"{name}, seed {seed}: {curves[name][-1].told()}", flush=True)
+                print(f"{name}, seed {seed}: {curves[name][-1].in_words()}", flush=True)
         figures = report(curves)
     comparison = Comparison(
         sets,

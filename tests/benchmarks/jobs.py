@@ -4,6 +4,7 @@ A job is found again by its settings and by the code that decides its result. A 
 job starts again. Results of other code stay next to each other.
 """
 
+import glob
 import hashlib
 import json
 import platform
@@ -95,7 +96,7 @@ class Store:
         path = self.folder / job.file_name(code)
         if path.is_file():
             return _read(path)
-        others = sorted(self.folder.glob(f"{_escaped(job.stem)}-*-*.json"))
+        others = sorted(self.folder.glob(f"{glob.escape(job.stem)}-*-*.json"))
         rows = sorted((_read(other) for other in others), key=lambda row: row["finished"])
         own = ("set", "task", "model", "seed", "part")  # a set's name may hold a hyphen too
         rows = [row for row in rows if all(row["settings"].get(key) == vars(job)[key] for key in own)]
@@ -162,7 +163,3 @@ def _read(path: Path) -> dict[str, Any]:
         return {name: row[name] for name in ("settings", "result", "commit", "code", "versions", "finished")}
     except (ValueError, KeyError) as error:
         raise ResultError(f"{path} is not a result of this benchmark: delete it") from error
-
-
-def _escaped(text: str) -> str:
-    return "".join(f"[{letter}]" if letter in "[*?" else letter for letter in text)

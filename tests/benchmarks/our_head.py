@@ -58,7 +58,7 @@ class Curve(Callback):
         measured = self.ends[min(WARMUP_STEPS, len(self.ends) - 2) :]
         return (measured[-1] - measured[0]) / (len(measured) - 1)
 
-    def told(self) -> str:
+    def in_words(self) -> str:
         """Return every point."""
         return " ".join(f"{step}:{ap50:.3f}" for step, ap50, _ in self.points)
 

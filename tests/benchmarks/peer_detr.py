@@ -147,7 +147,7 @@ class Pyramid(nn.Module):
 
 
 class Batching(GeneralizedRCNNTransform):
-    """Pads images to a batch; torchvision's own also resizes them, in evaluation even if told to skip that."""
+    """Pads images to a batch; torchvision's own also resizes them, in evaluation even if asked not to."""
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Leave an image as it is."""

@@ -1,9 +1,9 @@
 """How well a short joint run on one thread learns the quickstart's words: a fast way to compare keys.
 
-    python tests/benchmarks/words.py --steps 520 [--seconds 240] [key.sub=value ...]
+    python tests/benchmarks/words.py [--seconds 240] [--steps N] [key.sub=value ...]
 
-Needs the data of `make quickstart`. Trains with yamls/quickstart.yaml and the given keys, without Composer, for
-`--steps` or for that many CPU seconds, whichever ends first; the cosine ends there too. Then it evaluates 400 scenes
+Needs the data of `make quickstart`. Trains with yamls/quickstart.yaml and the given keys, without Composer, for that
+many CPU seconds or `--steps`, whichever ends first; the cosine ends there too. Then it evaluates 400 scenes
 that no split of the quickstart holds. Prints mean training losses every 100 steps; the last line is JSON: scores,
 losses, and the shares of found boxes with a wrong size, colour and shape.
 """
@@ -48,7 +48,7 @@ def rate_factor(done: float) -> float:
     return LAST + (1 - LAST) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
 
 
-def train(model: JointModel, loader: Any, config: Any, steps: int, seconds: float) -> tuple[int, float]:
+def train(model: JointModel, loader: Any, config: Any, steps: float, seconds: float) -> tuple[int, float]:
     """Trains on whole batches; the steps taken and their CPU seconds."""
     optimizer = build_optimizer(model, config.optimizer)
     groups = [(group, group["lr"]) for group in optimizer.param_groups]
@@ -121,8 +121,8 @@ def evaluate(model: JointModel, loader: Any, config: Any) -> dict[str, Any]:
 def main() -> None:
     """Trains, evaluates and reports."""
     parser = argparse.ArgumentParser(description="How well a short joint run learns the quickstart's words.")
-    parser.add_argument("--steps", type=int, default=520)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="CPU seconds of training at most")
+    parser.add_argument("--seconds", type=float, default=240.0, help="CPU seconds of training at most")
+    parser.add_argument("--steps", type=float, default=math.inf, help="at most")
     parser.add_argument("keys", nargs="*", metavar="key.sub=value")
     args = parser.parse_args()
     torch.set_num_threads(1)

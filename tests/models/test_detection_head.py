@@ -130,7 +130,7 @@ def test_at_first_a_query_sees_the_edge_of_its_box():
     """One head to each side: the scores of a grid's cells are highest where the head's side of the reference box is."""
     torch.manual_seed(0)
     head = DetectionHead(128, 1, 4, 1, 1, 0.0, refine_boxes=True)
-    box = torch.logit(torch.tensor([[[0.5, 0.5, 0.4, 0.2]]]))
+    box = torch.tensor([[[0.5, 0.5, 0.4, 0.2]]])
     _, places = head._positions(torch.zeros(1, 1, 128), box)
     cells = grid_cells(10, 10)
     scores = (sine_embedding(cells[:, :2], 128) @ places[0, :, 0].T).T  # (heads, cells)
@@ -148,10 +148,10 @@ def test_a_layer_hands_on_where_its_boxes_are():
         assert isinstance(block, nn.Linear)
         nn.init.zeros_(block.weight)
         nn.init.zeros_(block.bias)
-    queries, references = torch.randn(1, QUERIES, WIDTH).double(), torch.randn(1, QUERIES, 4).double()
-    boxes, places = head._positions(queries, references)
-    assert boxes.abs().max() > 0.01
-    assert torch.equal(layer(queries, boxes, places, references.sigmoid(), memory, None), queries + boxes)
+    queries, boxes = torch.randn(1, QUERIES, WIDTH).double(), torch.rand(1, QUERIES, 4).double()
+    embedded, places = head._positions(queries, boxes)
+    assert embedded.abs().max() > 0.01
+    assert torch.equal(layer(queries, embedded, places, boxes, memory, None), queries + embedded)
 
 
 def test_no_gradient_flows_through_a_reference(monkeypatch: pytest.MonkeyPatch):
