@@ -149,13 +149,13 @@ def test_a_tile_is_predicted_as_an_image_of_its_own(
         return merge_tiles(whole, found, *options)
 
     monkeypatch.setattr("recipe.predict.merge_tiles", record)
-    options = "--max-new-tokens 4 --tile 300 --overlap 0 --score-threshold 0.01"
+    options = "--max-new-tokens 4 --tile 300 --overlap 0 --score-threshold 0.001"  # a head of two steps is not sure
     alone, rows = predict(trained_checkpoint, tmp_path / "out", picture, wide, options=options)
     assert [tile for tile, _ in merged[0]] == [(0, 0, 300, 200), (300, 0, 600, 200)]
     assert len(merged) == 1, "an image that is not larger than a tile has none"
     first = merged[0][0][1]
     assert first.answer is None and rows["answer"] is not None, "the answer is about the whole image"
-    kept = [item for item in first.objects if item.score >= 0.01]
+    kept = [item for item in first.objects if item.score >= 0.001]
     for found, expected in zip(kept, alone["objects"], strict=True):
         assert found.box == pytest.approx(expected["box"], abs=0.02)
         assert found.caption == expected["caption"]
