@@ -36,13 +36,14 @@ REAL: dict[str, Any] = {
     "image.max_pixels": 128 * TOKEN_SIDE**2,
     "max_seq_len": 4096,
     "detection_head.num_queries": 60,
+    "caption_decoder.max_caption_tokens": "null",
     "detection_head.num_denoising_groups": 2,  # of ten objects and more per image
     "train_loader.global_batch_size": 8,
     "eval_loader.global_batch_size": 8,
 }
 # What our head learns besides boxes; the peers learn captions as classes.
 TASKS: dict[str, dict[str, Any]] = {
-    "captions": {"loss.weight_caption": 4.0, "caption_decoder.max_caption_tokens": "null"},
+    "captions": {"loss.weight_caption": 4.0},
     "boxes": {},
 }
 AUGMENTS = ("auto", "none", "flip", "crop", "parts")
