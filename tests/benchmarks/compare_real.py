@@ -1,13 +1,13 @@
 """Our head and its peers on sets of real images, each for the same CPU time: which jobs there are, and their run."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jobs import Job, Store
+from jobs import Job, Store, is_ours
 from our_head import train_ours
 from peer_detr import PEERS, train_and_judge
 from real_sets import (
@@ -69,6 +69,8 @@ class Comparison:
         sets: The sets.
         tasks, models, seeds: Names of `TASKS` and `MODELS`, and seeds of training.
         cpu_seconds: Of each training.
+        steps: Of each training instead, for ours alone.
+        changes: By the name of a variant of ours, which is then one of `models`: what it changes in the yaml.
         augment: One of `AUGMENTS`.
         store: Of results.
         scratch: Folder for the files of a running job.
@@ -82,6 +84,8 @@ class Comparison:
     augment: str
     store: Store
     scratch: Path
+    steps: int | None = None
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     def job(self, real_set: RealSet, task: str, model: str, seed: int, rate: float, part: str = "test") -> Job:
         """Return a job of this comparison."""
@@ -94,6 +98,10 @@ class Comparison:
             "augment": augment,
             "share": share,
         }
+        if self.steps is not None:
+            settings["steps"] = self.steps
+        if model in self.changes:
+            settings["changes"] = dict(self.changes[model])
         return Job(real_set.name, task, model, seed, part, rate, settings)
 
     def run(self, real_set: RealSet, job: Job) -> dict[str, Any]:
@@ -112,7 +120,9 @@ class Comparison:
         return [self.job(real_set, task, model, CHOICE_SEED, rate, "choice") for rate in RATES]
 
     def rate(self, real_set: RealSet, task: str, model: str) -> float | None:
-        """Return the chosen factor on learning rates; None if its jobs were not all run."""
+        """Return the chosen factor on learning rates; None if its jobs were not all run. A variant takes ours."""
+        if model in self.changes:
+            return self.rate(real_set, task, "ours")
         scores: dict[float, float] = {}
         for job in self.choices(real_set, task, model):
             row = self.store.find(job)
@@ -126,6 +136,8 @@ class Comparison:
         for real_set in self.sets:
             for task in self.tasks:
                 for model in self.models:
+                    if model in self.changes:
+                        continue
                     yield from ((real_set, job) for job in self.choices(real_set, task, model))
 
     def all_jobs(self) -> Iterator[tuple[RealSet, Job, bool]]:
@@ -152,7 +164,7 @@ def train_model(job: Job, real_set: RealSet, folder: Path) -> dict[str, Any]:
     spec = image_spec_of(train, real_set.pixels, share)
     if share < 1:
         train = [shrink(sample, spec) for sample in train]
-    if job.model == "ours":
+    if is_ours(job.model):
         return train_ours(job, train, held_out, spec, folder)
     return train_and_judge(job, train, held_out, spec)
 

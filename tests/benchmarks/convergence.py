@@ -2,8 +2,9 @@
 
     python tests/benchmarks/convergence.py [--variants NAME ...] [--steps N] [--plain-steps N] [--seeds SEED ...]
     python tests/benchmarks/convergence.py --variants --real SHARED_DATA --real-sets NAME_OR_FOLDER ...
-        [--real-tasks NAME ...] [--real-models NAME ...] [--seeds SEED ...] [--cpu-seconds N] [--augment NAME]
-        [--choose-rates] [--results FOLDER] [--from-results] [--accept-other-commits]
+        [--real-tasks NAME ...] [--real-models NAME ...] [--real-variants NAME ...] [--seeds SEED ...]
+        [--cpu-seconds N | --real-steps N] [--augment NAME] [--choose-rates] [--results FOLDER] [--from-results]
+        [--accept-other-commits]
 
 **Scenes of coloured shapes**, 16 a step, from the tiny random checkpoint of the quickstart; detection alone is trained,
 at a constant rate after a warm-up, so that a curve does not depend on where it ends. AP50 is class-agnostic, over 128
@@ -28,6 +29,9 @@ judged without classes, by COCO's scores of the held-out fifth, with the weights
   whole images.
 - The clock counts training: loading too, but no start, evaluation or probe. Ours makes the number of steps that a probe
   of twelve says will fit; peers stop when the time is over. `cpu_s` is what was taken.
+
+`--real-variants` also trains ours with a switch turned, reported as `ours, NAME`. `--real-steps` trains ours for that
+many steps instead of CPU time, which isolates what augmentation does.
 
 Each (set, task, model, seed) is a job. Its result is stored in `--results`, and found again by its settings and by the
 files that decide it: ours by `recipe/`, a peer's by few. So a killed run continues, work can be spread over processes
@@ -192,6 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--real-sets", nargs="*", default=REAL_SETS, metavar="NAME_OR_FOLDER")
     parser.add_argument("--real-tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
     parser.add_argument("--real-models", nargs="+", choices=MODELS, default=MODELS, metavar="NAME")
+    parser.add_argument("--real-variants", nargs="+", choices=list(VARIANTS), default=[], metavar="NAME")
+    parser.add_argument("--real-steps", type=int, metavar="N", help="of each training of ours, instead of CPU time")
     parser.add_argument("--cpu-seconds", type=float, default=300, metavar="N", help="of each training on real images")
     parser.add_argument("--augment", choices=AUGMENTS, default="auto", help="of ours and of the peers")
     parser.add_argument("--choose-rates", action="store_true", help="first choose learning rates on training images")
@@ -199,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--from-results", action="store_true", help="train nothing: print what is stored")
     parser.add_argument("--accept-other-commits", action="store_true", help="count results of other code too")
     args = parser.parse_args(arguments)
+    if args.real_steps is not None and args.real_models != ["ours"]:
+        parser.error("--real-steps is for ours alone, peers train for a CPU time: add --real-models ours")
+    changes = {f"ours, {name}": VARIANTS[name] for name in args.real_variants}
     try:
         sets = find_sets(args.real, args.real_sets)
     except SetError as error:
@@ -219,12 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison = Comparison(
         sets,
         args.real_tasks,
-        args.real_models,
+        [*args.real_models, *changes],
         args.seeds,
         args.cpu_seconds,
         args.augment,
         Store(args.results, args.accept_other_commits),
         scratch=FOLDER,
+        steps=args.real_steps,
+        changes=changes,
     )
     try:
         figures |= compare(comparison, args.choose_rates, args.from_results)

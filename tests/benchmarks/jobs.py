@@ -37,7 +37,7 @@ class Job:
     Attributes:
         set: Name of the set.
         task: What is learned.
-        model: `ours`, or the name of a peer.
+        model: `ours`, that with the name of a variant, or the name of a peer.
         seed: Of the weights and of the order of images.
         part: `test`, or `choice` of learning rates; see `real_sets.split_set`.
         rate: Factor on all of the model's learning rates.
@@ -62,7 +62,7 @@ class Job:
     def stem(self) -> str:
         """Return the start of its file name, which other settings share."""
         rate = f"-rate-{self.rate:g}" if self.part == "choice" else ""
-        return f"{self.set}-{self.task}-{self.model}-{self.seed}{rate}"
+        return f"{self.set}-{self.task}-{self.model.replace(' ', '_')}-{self.seed}{rate}"
 
     def described(self) -> dict[str, Any]:
         """Return all settings in JSON's types."""
@@ -136,10 +136,15 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:8]
 
 
+def is_ours(model: str) -> bool:
+    """Return whether a model is our head, as it is (`ours`) or with a switch turned (`ours, no denoising`)."""
+    return model.partition(",")[0] == "ours"
+
+
 @cache
 def code_of(model: str) -> str:
     """Return 8 hex digits of the files that decide a model's result: ours of the whole recipe, a peer's of few."""
-    patterns = (*SHARED_CODE, *(OUR_CODE if model == "ours" else PEER_CODE))
+    patterns = (*SHARED_CODE, *(OUR_CODE if is_ours(model) else PEER_CODE))
     files = sorted({path for pattern in patterns for path in ROOT.glob(pattern)})
     return digest(b"".join(str(path.relative_to(ROOT)).encode() + path.read_bytes() for path in files))
 

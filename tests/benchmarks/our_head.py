@@ -101,7 +101,7 @@ def learning_rates(rate: float) -> dict[str, float]:
 def train_ours(
     job: Job, train: Sequence[Sample], held_out: Sequence[Sample], spec: ImageSpec, folder: Path
 ) -> dict[str, Any]:
-    """Train on real images for as many steps as a probe says that the CPU time allows; return what a job stores."""
+    """Train on real images for a number of steps, or those that the CPU time allows; return what a job stores."""
     tiny, data = str(folder / "tiny"), folder / "data"
     build_tiny_checkpoint(tiny, seed=job.seed, image_mean=spec.image_mean, image_std=spec.image_std)
     for split, rows in {"train": train, "val": held_out}.items():
@@ -116,10 +116,18 @@ def train_ours(
         "train_loader.global_batch_size": job.settings["batch_size"],
         "eval_loader.global_batch_size": batch_size(spec.max_pixels),  # of whole images
         "train_loader.augment": job.settings["augment"],
+        **job.settings.get("changes", {}),
     }
-    short = {**changes, "trainer.eval_subset_num_batches": 1, "scheduler.t_warmup": "1ba"}
-    probe = train_head(short, data, folder / "probe", PROBE_STEPS, PROBE_STEPS, job.seed)
-    steps = max(1, int(job.settings["cpu_seconds"] / probe.step_seconds()))
+    steps = job.settings.get("steps") or steps_in(
+        job.settings["cpu_seconds"], changes, data, folder / "probe", job.seed
+    )
     changes["scheduler.t_warmup"] = f"{max(1, min(50, steps // 8))}ba"
     curve = train_head(changes, data, folder / "run", steps, steps, job.seed)
     return result_of(curve.scores, steps, curve.spent)
+
+
+def steps_in(seconds: float, changes: dict[str, Any], data: Path, run_folder: Path, seed: int) -> int:
+    """Return how many steps a probe of twelve says that CPU seconds allow."""
+    short = {**changes, "trainer.eval_subset_num_batches": 1, "scheduler.t_warmup": "1ba"}
+    probe = train_head(short, data, run_folder, PROBE_STEPS, PROBE_STEPS, seed)
+    return max(1, int(seconds / probe.step_seconds()))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from jobs import Job
+from jobs import Job, is_ours
 
 SCORES = ("ap50", "ap", "ap_small")
 
@@ -44,7 +44,7 @@ def figures_of(found: Sequence[tuple[Job, bool, dict[str, Any]]]) -> dict[str, A
     for name, tasks in rows.items():
         for task, models in tasks.items():
             entry = {model: summarize(seeds) for model, seeds in models.items()}
-            peers = {model: summary for model, summary in entry.items() if model != "ours" and summary["ap50"]}
+            peers = {model: summary for model, summary in entry.items() if not is_ours(model) and summary["ap50"]}
             if peers:
                 best = max(peers, key=lambda model: peers[model]["ap50"][0])
                 entry["peer"] = {"name": best, **peers[best]}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -431,6 +432,41 @@ def test_rates_are_chosen_without_the_test(
     trained.clear()
     again, _ = figures_after([*benchmark, "--real-models", "ours", "fcos"], capsys)
     assert (again["real"], trained) == (figures["real"], [])
+
+
+def test_variants_and_steps_of_ours(
+    benchmark: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[Job] = []
+
+    def train(job: Job, *_: Any) -> dict[str, Any]:
+        trained.append(job)
+        ap50 = 0.4 if job.model == "fcos" else 0.9 if job.rate == 2.5 else 0.5
+        return {"ap50": ap50, "ap": 0.2, "ap_small": None, "cpu_s": 9.0, "steps": 3}
+
+    monkeypatch.setattr(compare_real, "train_ours", train)
+    monkeypatch.setattr(compare_real, "train_and_judge", train)
+    few = [*benchmark, "--real-tasks", "boxes", "--real-models", "ours", "fcos", "--choose-rates"]
+    figures, _ = figures_after([*few, "--real-variants", "no denoising"], capsys)
+    assert Counter((job.part, job.model) for job in trained) == {
+        ("choice", "ours"): 3, ("choice", "fcos"): 3, ("test", "ours"): 2, ("test", "fcos"): 2,
+        ("test", "ours, no denoising"): 2,
+    }  # fmt: skip
+    assert {(job.model, job.rate) for job in trained if job.part == "test"} == {
+        ("ours", 2.5), ("ours, no denoising", 2.5), ("fcos", 1.0)
+    }  # fmt: skip
+    changed = [job.settings.get("changes") for job in trained if job.part == "test" and job.model != "fcos"]
+    assert changed.count({"detection_head.num_denoising_groups": 0}) == 2 and changed.count(None) == 2
+    entry = figures["real"]["scenes"]["boxes"]
+    assert entry.keys() == {"ours", "ours, no denoising", "fcos", "peer", "cpu_s"}
+    assert entry["peer"]["name"] == "fcos", "a variant of ours is no peer"
+    trained.clear()
+    steps = [*benchmark, "--real-tasks", "boxes", "--real-models", "ours", "--real-steps", "7"]
+    figures_after(steps, capsys)
+    assert [job.settings["steps"] for job in trained] == [7, 7], "not found as a job of that CPU time"
+    with pytest.raises(SystemExit):
+        convergence.main([*steps, "--real-models", "ours", "fcos"])
+    assert "add --real-models ours" in capsys.readouterr().err
 
 
 def test_a_killed_job_leaves_nothing(benchmark: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
