@@ -133,10 +133,7 @@ class Sample:
         return replace(self, image=b"", further=tuple(replace(item, image=b"") for item in self.further))
 
     def to_mds(self) -> dict[str, Any]:
-        """Return the row of `MDS_COLUMNS` that `from_mds` reads.
-
-        `searched` is stored with the objects. So are sizes and objects of further images, whose files follow the first.
-        """
+        """Return the row that `from_mds` reads: `searched` and further images but their files join the objects."""
         more: dict[str, Any] = {} if self.searched is None or self.objects is None else {**vars(self.searched)}
         if self.further:
             names = ("num_bytes", "width", "height", "objects")
@@ -365,6 +362,7 @@ class Memory:
         cells: (N, M, 4) cxcywh in [0, 1], the part of the image that a vision token covers; zero for words.
         levels: Maps (N, rows, columns, W) of a feature pyramid, the finest first; zero beyond the image.
         extents: (N, levels, 2), the shares (x, y) of each map that the image covers; None without a pyramid.
+        finest_sizes: (rows, columns) of each image's own part of the finest map.
     """
 
     tokens: Tensor
@@ -373,6 +371,7 @@ class Memory:
     cells: Tensor
     levels: list[Tensor] = field(default_factory=list["Tensor"])
     extents: Tensor | None = None
+    finest_sizes: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
 
 
 @dataclass

@@ -129,7 +129,8 @@ def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: 
         cells = _add_pyramid(memory.pyramid, grids, merge, trained, gradient, flops)
     if head.proposal_head is not None:
         finder = head.proposal_head
-        linear = cells[0] * _weights(finder.tower, finder.objectness, finder.box)
+        own = CELLS_PER_TOKEN**2 * (sum(t * h * w // merge**2 for t, h, w in grids) or 1)  # without padding
+        linear = own * _weights(finder.tower) + cells[0] * _weights(finder.objectness, finder.box)
         flops.add("detection", linear + images * head.num_queries * _weights(finder.content), learns, maps_learn)
     ids = [target["caption_ids"] for target in batch["targets"] if target is not None and len(target["boxes"])]
     slots, length = (max((rows.shape[axis] for rows in ids), default=1) for axis in (0, 1))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from recipe.models.pyramid import FeaturePyramid
+from recipe.models.pyramid import CELLS_PER_TOKEN, FeaturePyramid
 from recipe.schema import Memory
 
 
@@ -93,6 +93,7 @@ class MemoryBuilder(nn.Module):
         memory = Memory(tokens, positions, mask, cells)
         if self.pyramid is not None:
             memory.levels, memory.extents = self.pyramid(images, image_features, patch_features, grid_sizes)
+            memory.finest_sizes = [(CELLS_PER_TOKEN * rows, CELLS_PER_TOKEN * columns) for rows, columns in grid_sizes]
         return memory
 
 

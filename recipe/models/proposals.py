@@ -6,6 +6,7 @@ cell, not only the matched queries, so the maps under the head learn from the fi
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipe.models.layers import objectness_layer
-from recipe.models.pyramid import ConvNorm
+from recipe.models.pyramid import ConvNorm, members_of
 from recipe.schema import Memory, Proposals
 
 INITIAL_CELLS = 4.0  # sides of a proposal at first, in cells
@@ -43,11 +44,24 @@ class ProposalHead(nn.Module):
         finest = memory.levels[0]
         _, rows, columns, _ = finest.shape
         cells = cells_of_images(rows, columns, memory.extents[:, 0])
-        states = self.tower(finest).flatten(1, 2)
+        states = self._states(finest, memory.finest_sizes).flatten(1, 2)
         delta = self.box(states).to(cells.dtype)
         centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]
         sides = INITIAL_CELLS * cells[..., 2:] * delta[..., 2:].clamp(max=LARGEST_LOG).exp()
         return Proposals(cells, torch.cat([centers, sides], dim=-1), self.objectness(states).squeeze(-1))
+
+    def _states(
+        self, finest: Float[Tensor, "N rows columns W"], sizes: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "N rows columns _"]:
+        """Return what proposals are made from; images of one size together, as group norm would count padding."""
+        if set(sizes) == {tuple(finest.shape[1:3])}:  # no padding, so nothing to copy
+            return self.tower(finest)
+        parts, order = [], []
+        for (rows, columns), members in members_of(sizes).items():
+            part = self.tower(finest[members, :rows, :columns])
+            parts.append(F.pad(part, (0, 0, 0, finest.shape[2] - columns, 0, finest.shape[1] - rows)))
+            order += members
+        return torch.cat(parts)[[order.index(image) for image in range(len(sizes))]]
 
     def select(
         self, proposals: Proposals, finest: Float[Tensor, "N rows columns W"], count: int

@@ -8,6 +8,7 @@ passes what it knows down to the finer one (FPN, Lin et al. 2017).
 An image's maps depend on that image alone: images of one size are computed together, those of other sizes apart.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,21 +18,27 @@ from torch.nn import functional as F
 
 LEVELS = 4
 CELLS_PER_TOKEN = 4  # of the finest map, along a side of a vision token
+GROUP_SIZE = 8  # channels that are normalised together
 PIXELS_PER_CELL = 8  # of the finest map, once the image is resized so that halving three times fits
 
 
 class ConvNorm(nn.Module):
-    """Convolution over 3 x 3 cells, layer norm over channels, ReLU; maps are (N, rows, columns, channels)."""
+    """Convolution over 3 x 3 cells, group norm (Wu & He 2018), ReLU; maps are (N, rows, columns, channels).
+
+    Group norm compares a cell with the others of its image. A norm of each cell alone makes empty ones as loud as
+    edges: with it the head learned boxes more slowly (RESULTS.md, "Real images").
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm = nn.LayerNorm(out_channels)
+        self.group_norm = nn.GroupNorm(math.gcd(out_channels, max(1, out_channels // GROUP_SIZE)), out_channels)
 
     def forward(self, maps: Float[Tensor, "N rows columns C"]) -> Float[Tensor, "N _ _ channels"]:
-        """Return maps with as many rows and columns over the stride, rounded up."""
-        maps = self.conv(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels stay the last in memory
-        return F.relu(self.norm(maps))
+        """Return maps with as many rows and columns over the stride, rounded up; no map may have padding."""
+        maps = self.conv(maps.permute(0, 3, 1, 2))
+        # Channels first in memory: else torch's sums over one image depend on how many there are (several threads).
+        return F.relu(self.group_norm(maps.contiguous())).permute(0, 2, 3, 1)
 
 
 class FeaturePyramid(nn.Module):
@@ -78,8 +85,7 @@ class FeaturePyramid(nn.Module):
             grid_sizes: (rows, columns) of vision tokens of each image.
         """
         found: list[list[Tensor]] = [[] for _ in images]
-        for size in dict.fromkeys(grid_sizes):
-            members = [place for place, other in enumerate(grid_sizes) if other == size]
+        for size, members in members_of(grid_sizes).items():
             pixels, features, finer = (
                 torch.stack([parts[place] for place in members]) for parts in (images, tokens, patches)
             )
@@ -106,6 +112,11 @@ class FeaturePyramid(nn.Module):
         patch_map = self.smooth_patches(patch_map + enlarge(self.from_tokens(token_map), patch_map))
         finest = self.smooth_finest(finest + enlarge(self.from_patches(patch_map), finest))
         return [self.widen(finest), patch_map, token_map, coarse]
+
+
+def members_of(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """Return the images of each size, in order."""
+    return {size: [place for place, own in enumerate(sizes) if own == size] for size in dict.fromkeys(sizes)}
 
 
 def enlarge(

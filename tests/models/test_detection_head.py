@@ -40,8 +40,8 @@ def make_memory(grids: list[tuple[int, int]], num_words: int, seed: int = 0) -> 
     return Memory(states, positions, mask, cells, *make_maps(grids, seed))
 
 
-def make_maps(grids: list[tuple[int, int]], seed: int = 0) -> tuple[list[Tensor], Tensor]:
-    """Random maps of four scales, padded, and the images' shares of them."""
+def make_maps(grids: list[tuple[int, int]], seed: int = 0) -> tuple[list[Tensor], Tensor, list[tuple[int, int]]]:
+    """Random maps of four scales, padded, the images' shares of them, and the sizes of their finest."""
     sizes = [[(n * r, n * c) for n in (4, 2, 1)] + [(-(-r // 2), -(-c // 2))] for r, c in grids]
     levels = [
         pad_maps(
@@ -50,7 +50,7 @@ def make_maps(grids: list[tuple[int, int]], seed: int = 0) -> tuple[list[Tensor]
         for level in range(4)
     ]
     shown = torch.tensor([[(c, r) for r, c in size] for size in sizes]).double()
-    return levels, shown / shown.amax(0)
+    return levels, shown / shown.amax(0), [size[0] for size in sizes]
 
 
 def maker(seed: int) -> torch.Generator:

@@ -75,7 +75,7 @@ def test_boxes_are_of_the_image_and_begin_as_cells():
     finest[0], finest[1, :4, :2] = torch.randn(8, 8, 16), torch.randn(4, 2, 16)
     none = torch.zeros(2, 1, 16)
     extents = torch.tensor([[[1.0, 1.0]], [[0.25, 0.5]]])
-    memory = Memory(none, none, torch.ones(2, 1).bool(), none[..., :4], [finest], extents)
+    memory = Memory(none, none, torch.ones(2, 1).bool(), none[..., :4], [finest], extents, [(8, 8), (4, 2)])
     found = head(memory)
     inside = found.cells[1, :, 2] > 0
     assert found.cells[1, inside].unique(dim=0)[:, :2].tolist() == [

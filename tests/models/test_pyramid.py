@@ -88,14 +88,15 @@ def test_an_image_changes_no_other_ones_maps(pyramid: FeaturePyramid, changed: i
 
 @torch.no_grad()
 def test_what_a_map_knows_is_where_it_was_seen(pyramid: FeaturePyramid):
-    """A change of the left upper corner's pixels stays in the left half of a wide image."""
+    """A change of the left upper corner's pixels is seen there; group norm lets little of it into the rest."""
     inputs = inputs_of([(2, 16)])
     before, _ = pyramid(*inputs)
     inputs[0][0][:, :28, :28] += 1
     after, _ = pyramid(*inputs)
     for old, new in zip(before, after, strict=True):
-        seen = (old != new)[0].any(-1).any(0)
-        assert bool(seen[0]) and not seen[len(seen) // 2 + 1 :].any()
+        change = (new - old)[0].abs().amax(-1).amax(0)
+        assert change.argmax() < len(change) / 4
+        assert change[len(change) // 2 + 1 :].max() < 0.2 * change.max()
 
 
 def test_maps_are_enlarged_and_padded_by_hand():

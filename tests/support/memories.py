@@ -16,7 +16,9 @@ def random_memory(num_words: list[int], width: int, generator: torch.Generator) 
     extents[-1, :, 0] = 0.5
     for level in levels:
         level[-1, :, level.shape[2] // 2 :] = 0
-    return Memory(tokens, positions, mask, torch.zeros(*mask.shape, 4), levels, extents)
+    return Memory(
+        tokens, positions, mask, torch.zeros(*mask.shape, 4), levels, extents, [*[(16, 16)] * (len(mask) - 1), (16, 8)]
+    )
 
 
 def of_image(memory: Memory, image: int, padded: bool = True) -> Memory:
@@ -30,10 +32,13 @@ def of_image(memory: Memory, image: int, padded: bool = True) -> Memory:
         memory.cells[one, real],
         [level[one] for level in memory.levels],
         None if memory.extents is None else memory.extents[one],
+        memory.finest_sizes[one],
     )
 
 
 def of_map(level: Tensor, extent: tuple[float, float] = (1.0, 1.0)) -> Memory:
     """A memory of one map (1, rows, columns, W) without words, of which the image covers `extent`."""
     nothing = torch.zeros(1, 1, 1)
-    return Memory(nothing, nothing, nothing, nothing, [level], torch.tensor([[extent]], dtype=torch.float64))
+    extents = torch.tensor([[extent]], dtype=torch.float64)
+    size = (round(level.shape[1] * extent[1]), round(level.shape[2] * extent[0]))
+    return Memory(nothing, nothing, nothing, nothing, [level], extents, [size])
