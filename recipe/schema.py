@@ -106,6 +106,9 @@ class Sample:
     searched: Searched | None = None
     further: tuple[FurtherImage, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
+        return self  # nothing in it changes, and Composer copies every device batch
+
     @property
     def has_image(self) -> bool:
         """Return whether the sample has an image, even if `image` is empty as in the file of records."""
@@ -133,10 +136,7 @@ class Sample:
         return replace(self, image=b"", further=tuple(replace(item, image=b"") for item in self.further))
 
     def to_mds(self) -> dict[str, Any]:
-        """Return the row of `MDS_COLUMNS` that `from_mds` reads.
-
-        `searched` is stored with the objects. So are sizes and objects of further images, whose files follow the first.
-        """
+        """Return the row that `from_mds` reads: `searched` and further images but their files join the objects."""
         more: dict[str, Any] = {} if self.searched is None or self.objects is None else {**vars(self.searched)}
         if self.further:
             names = ("num_bytes", "width", "height", "objects")
