@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from recipe.callbacks.cache_frozen import parse_size
 from recipe.callbacks.memory import MemoryBounds
-from recipe.callbacks.table import CALLBACKS, LOGGERS
+from recipe.callbacks.table import CALLBACKS, logger_class
 from recipe.config import (
     DATA_CLASSES,
     LORA_TARGETS,
@@ -69,10 +69,13 @@ def check_libraries(config: RecipeConfig) -> None:
     if config.teachers.stream is not None:
         check_keywords("teachers.stream", config.teachers.stream, Stream, {})
     check_keywords("trainer", config.trainer, Trainer, OWNED_BY_TRAINER)
-    for where, chosen, table in (("callbacks", config.callbacks, CALLBACKS), ("loggers", config.loggers, LOGGERS)):
+    for where, chosen, class_of in (
+        ("callbacks", config.callbacks, CALLBACKS.__getitem__),
+        ("loggers", config.loggers, logger_class),
+    ):
         for name, keywords in chosen.items():
             if keywords is not None:
-                check_keywords(f"{where}.{name}", keywords, table[name], {})
+                check_keywords(f"{where}.{name}", keywords, class_of(name), {})
     MemoryBounds(**(config.callbacks.get("memory_bounds") or {}))
     check_metrics(config)
     check_adapters(config)

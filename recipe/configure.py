@@ -204,7 +204,7 @@ def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
             raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
         _clear(config, RecipeConfig, {name: value})
         try:
-            config = cast(DictConfig, OmegaConf.merge(config, {name: value}))
+            config.merge_with({name: value})  # in place: `OmegaConf.merge` copies all sections first, each time
         except ConfigKeyError as error:
             raise ConfigError(f"unknown key {error.full_key} in {source}: {_nearest_key(error)}") from error
         except TypeError as error:  # OmegaConf 2.4.0 for a list where a mapping is expected, and the reverse

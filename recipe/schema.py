@@ -106,6 +106,9 @@ class Sample:
     searched: Searched | None = None
     further: tuple[FurtherImage, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
+        return self  # nothing in it changes, and Composer copies every device batch
+
     @property
     def has_image(self) -> bool:
         """Return whether the sample has an image, even if `image` is empty as in the file of records."""

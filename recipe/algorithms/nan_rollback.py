@@ -64,6 +64,7 @@ class NaNRollback(Algorithm):
         self.strikes = 0
         self.recently_skipped: list[int] = []
         self._is_saved = False
+        self._is_sharded = False
         self._batch, self._epoch = 0, 0
         self._microbatches: list[MicrobatchFlags] = []
         self._losses: list[Tensor] = []
@@ -97,6 +98,7 @@ class NaNRollback(Algorithm):
         self.quarantine.load_state_dict(saved["quarantine"])
 
     def _begin(self, state: State, logger: Logger) -> None:
+        self._is_sharded = state.fsdp_enabled  # looks at all modules
         self.quarantine.apply(state)
         if not weights_are_finite(state):
             raise TrainingDiverged(
@@ -159,7 +161,7 @@ class NaNRollback(Algorithm):
         groups = named_groups(state.optimizers[0])
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
         sums = square_sums(gradients, self._losses[0].device)
-        if not state.fsdp_enabled:
+        if not self._is_sharded:
             sums /= dist.get_world_size()  # each rank has the whole sum
         losses = torch.stack(self._losses)
         num_flags = torch.stack([flags.count() for flags in self._microbatches]).sum()

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import wandb
 from composer import Callback
 from composer.core import State
 from composer.loggers import Logger, WandBLogger
@@ -27,6 +26,9 @@ from recipe.images import open_image
 from recipe.joint import EvaluationScope
 from recipe.prediction.draw import draw_gallery, draw_prediction, draw_samples
 from recipe.schema import Batch, DetectedObject, Object, Prediction, Role, Sample, Target
+
+if TYPE_CHECKING:
+    import wandb
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +210,11 @@ class LogPredictions(Callback):
         logger.log_images(np.asarray(gallery), name="predictions", channels_last=True, use_table=False)
         logger.log_table(TABLE_COLUMNS, table_rows(self._shown, self.score_threshold), name="predictions_table")
         for destination in logger.destinations:
-            if isinstance(destination, WandBLogger) and wandb.run is not None:
+            if isinstance(destination, WandBLogger):
+                import wandb  # half a second, for those who use it
+
+                if wandb.run is None:
+                    continue
                 # Through the logger's own method: a guarded logger does not end the run if it fails.
                 images = wandb_images(self._shown, self.score_threshold)
                 destination.log_metrics({"predictions_boxes": images}, step=state.timestamp.batch.value)
@@ -244,11 +250,13 @@ def table_rows(shown: Iterable[tuple[Sample, Prediction]], score_threshold: floa
     ]
 
 
-def wandb_images(shown: Sequence[tuple[Sample, Prediction]], score_threshold: float) -> list[wandb.Image]:
+def wandb_images(shown: Sequence[tuple[Sample, Prediction]], score_threshold: float) -> "list[wandb.Image]":
     """Return the images with their boxes as W&B overlays; a caption is a class, the same in all images.
 
     W&B displays the images of a step correctly only if they have one size, so smaller ones get a margin.
     """
+    import wandb
+
     layers = [layers_of(sample, prediction, score_threshold) for sample, prediction in shown]
     captions = sorted({item.caption for layer in layers for items in layer.values() for item in items})
     classes = {caption: number for number, caption in enumerate(captions)}

@@ -26,7 +26,6 @@ from recipe.callbacks.progress import ProgressLogger
 from recipe.callbacks.stoppers import StayingEarlyStopper, StayingThresholdStopper
 from recipe.callbacks.throughput import Throughput
 from recipe.records import write_whole
-from recipe.upstream.loggers import SafeWandBLogger
 
 WANDB_ID_FILE = "wandb_id.txt"
 
@@ -46,12 +45,20 @@ CALLBACKS: Mapping[str, type[Callback]] = {
     "threshold_stopper": StayingThresholdStopper,
     "throughput": Throughput,
 }
-LOGGERS: Mapping[str, type[LoggerDestination]] = {
+LOGGERS: Mapping[str, type[LoggerDestination]] = {  # and wandb
     "file": TextLogger,
     "json_lines": GuardedJsonLinesLogger,
     "tensorboard": GuardedTensorboardLogger,
-    "wandb": SafeWandBLogger,
 }
+
+
+def logger_class(name: str) -> type[LoggerDestination]:
+    """Return the class of a logger that a yaml may name."""
+    if name != "wandb":
+        return LOGGERS[name]
+    from recipe.upstream.wandb_logger import SafeWandBLogger  # half a second, for those who use it
+
+    return SafeWandBLogger
 
 
 def build_callbacks(chosen: Mapping[str, Any], run_folder: str) -> list[Callback]:
@@ -81,7 +88,7 @@ def build_loggers(chosen: Mapping[str, Any], run_folder: str, progress: bool = F
         if given["wandb"].get("rank_zero_only", True):
             init_kwargs |= {"id": _wandb_id(Path(run_folder)), "resume": "allow"}
         given["wandb"]["init_kwargs"] = init_kwargs | (given["wandb"].get("init_kwargs") or {})
-    loggers = [LOGGERS[name](**keywords) for name, keywords in given.items()]
+    loggers = [logger_class(name)(**keywords) for name, keywords in given.items()]
     for logger in loggers:
         if isinstance(logger, GuardedTensorboardLogger):
             logger.folder_name = Path(run_folder).absolute().name

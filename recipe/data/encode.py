@@ -2,18 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from hashlib import blake2b
-from inspect import signature
-from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLModel
+from transformers import PreTrainedTokenizerBase
 
 from recipe.boxes import answer_frame, box_to_frame, objects_to_text, pixels_to_normalized
 from recipe.config import PromptConfig
@@ -23,20 +20,31 @@ from recipe.data.chat import Segment
 from recipe.data.image import patchify, resized_size
 from recipe.schema import Box, Example, ImageSpec, Object, Role, Sample, Target
 
+KEPT_TEXTS, KEPT_LENGTH = 4096, 256  # texts whose ids are kept, and the characters of one at most
+
 
 def rope_positions(
     input_ids: Int64[Tensor, " L"], image_grid_thw: Int64[Tensor, "I 3"], hf_config: Any
 ) -> Int64[Tensor, "3 L"]:
-    """Return a sample's positions along time, height and width, from 0; it may have no image."""
-    # get_rope_index reads only the model's config and, in transformers 5, one method that does not read the model.
-    kind: Any = Qwen2_5_VLModel
-    model = SimpleNamespace(config=hf_config)
-    arguments = {"input_ids": input_ids[None], "image_grid_thw": image_grid_thw if len(image_grid_thw) else None}
-    if "mm_token_type_ids" in signature(kind.get_rope_index).parameters:
-        model.get_vision_position_ids = partial(kind.get_vision_position_ids, None)
-        arguments["mm_token_type_ids"] = (input_ids[None] == hf_config.image_token_id).int()  # 1: of an image
-    positions, _ = kind.get_rope_index(model, **arguments)
-    return positions[:, 0].clone()
+    """Return a sample's positions along time, height and width, from 0; it may have no image.
+
+    Equals `get_rope_index` of Qwen2.5-VL for images, which takes seven times as long.
+    """
+    merge = hf_config.vision_config.spatial_merge_size
+    places = np.flatnonzero(input_ids.numpy() == hf_config.image_token_id)
+    positions = np.empty((3, len(input_ids)), dtype=np.int64)
+    position, done, first = 0, 0, 0  # the next position, token and place
+    for _, height, width in image_grid_thw.tolist():
+        rows, columns = height // merge, width // merge
+        start = int(places[first])
+        positions[:, done:start] = np.arange(position, position + start - done)
+        position, done = position + start - done, start + rows * columns
+        positions[:, start:done] = position
+        positions[1, start:done] += np.arange(rows).repeat(columns)
+        positions[2, start:done] += np.tile(np.arange(columns), rows)
+        position, first = position + max(rows, columns), first + rows * columns
+    positions[:, done:] = np.arange(position, position + len(input_ids) - done)
+    return torch.from_numpy(positions)
 
 
 def num_prompt_segments(student: Sequence[Segment]) -> int:
@@ -81,6 +89,7 @@ class Encoder:
     max_seq_len: int  # of the longest conversation
     keep_image: bool = False  # keep the student's image bytes in the example, for drawing
     with_content: bool = False  # identify each example's pixels and prompt
+    _kept: dict[str, list[int]] = field(default_factory=dict[str, list[int]], init=False, repr=False, compare=False)
 
     @property
     def pad_token_id(self) -> int:
@@ -224,11 +233,18 @@ class Encoder:
         return *ids_and_roles, prompt_length, num_prompt_images
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text alone, in one call: a call costs more than a short text."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-        return cast(list[list[int]], encoded["input_ids"])
+        """Return the token ids of each text alone; do not change them, as those of short texts are kept.
+
+        What is not kept is encoded in one call: a call costs more than a short text.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._kept]
+        found: dict[str, list[int]] = {}
+        if new:
+            encoded = self.tokenizer(new, add_special_tokens=False, return_attention_mask=False)
+            found = dict(zip(new, cast(list[list[int]], encoded["input_ids"]), strict=True))
+            short = [text for text in new if len(text) <= KEPT_LENGTH]
+            self._kept.update((text, found[text]) for text in short[: KEPT_TEXTS - len(self._kept)])
+        return [self._kept[text] if text in self._kept else found[text] for text in texts]
 
     def _target(self, sample: Sample) -> Target | None:
         """Return what the head should find in the image of a view; None if it is not annotated."""
@@ -237,19 +253,17 @@ class Encoder:
         kept = [item for item in sample.objects if not item.iscrowd]
         boxes = torch.tensor([item.box for item in kept], dtype=torch.float32).view(-1, 4)
         rows = self.ids([chat.checked(item.caption) for item in kept])
-        captions: list[Tensor] = []
         for item, row in zip(kept, rows, strict=True):
             if len(row) + 1 > self.max_caption_tokens:
                 raise ValueError(
                     f"its caption {item.caption!r} is {len(row) + 1} tokens long with end-of-sequence, above "
                     f"{self.max_caption_tokens}: raise caption_decoder.max_caption_tokens or shorten the caption"
                 )
-            captions.append(torch.tensor([*row, self.tokenizer.eos_token_id], dtype=torch.int64))
+        longest = max(map(len, rows), default=0)
+        captions = [[*row, self.tokenizer.eos_token_id, *[-100] * (longest - len(row))] for row in rows]
         return Target(
             boxes=pixels_to_normalized(boxes, sample.width, sample.height),
-            caption_ids=pad_sequence(captions, batch_first=True, padding_value=-100)
-            if captions
-            else torch.empty(0, 1, dtype=torch.int64),
+            caption_ids=torch.tensor(captions, dtype=torch.int64).view(-1, longest + 1),
         )
 
 

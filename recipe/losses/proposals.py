@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from recipe.losses.terms import box_losses
 from recipe.schema import LossCounts, Proposals, Target
@@ -21,50 +22,71 @@ from recipe.schema import LossCounts, Proposals, Target
 SPREAD = 0.54 / 6  # standard deviation of the Gaussian, of the box's side (TTFNet, section 3.2)
 LEAST_SPREAD = 0.35  # of a cell's side, so that a small object has neighbours too
 LEAST_WEIGHT = 0.05  # of a cell that learns a box
+AT_ONCE = 2**21  # pairs of cells and objects, some 100 MB in float32
 FOCUS, RELIEF = 2.0, 4.0  # exponents of CenterNet's focal loss
 
 
 def proposal_losses(
     proposals: Proposals, targets: Sequence[Target | None], counts: LossCounts
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return the three terms of N images; an image that is not annotated (None) takes no part."""
+    """Return the three terms of N images, all computed together; one that is not annotated (None) takes no part."""
+    cells = proposals.cells
     logits = proposals.pred_objectness.to(torch.promote_types(proposals.pred_objectness.dtype, torch.float32))
-    nothing = logits[:0].sum() + proposals.pred_boxes[:0].sum()  # so that every parameter has a gradient
-    sums: dict[str, Tensor] = {"loss_objectness": nothing, "loss_bbox": nothing, "loss_giou": nothing}
-    for image, target in enumerate(targets):
-        if target is None:
-            continue
-        cells, boxes = proposals.cells[image], target["boxes"].to(proposals.cells)
-        peak, owner = cell_targets(cells, boxes)
-        of_cells = torch.where(cells[:, 2] > 0, objectness_loss(logits[image], peak), 0.0)
-        sums["loss_objectness"] = sums["loss_objectness"] + of_cells.sum()
-        if not len(boxes):
-            continue
-        weights = torch.where(peak > LEAST_WEIGHT, peak, 0.0)
-        of_object = weights.new_zeros(len(boxes)).index_add(0, owner, weights)
-        weights = weights / of_object.clamp(min=LEAST_WEIGHT)[owner]
-        for name, loss in box_losses(proposals.pred_boxes[image], boxes[owner]).items():
-            sums[name] = sums[name] + (weights * loss).sum()
-    return {f"{name}_proposals": total / max(counts["objects"], 1) for name, total in sums.items()}
+    objects = [cells.new_zeros(0, 4) if target is None else target["boxes"].to(cells) for target in targets]
+    annotated = torch.tensor([[target is not None] for target in targets]).to(cells.device, non_blocking=True)
+    boxes = pad_sequence(objects, batch_first=True)  # (N, T, 4)
+    peak, owner = targets_of_images(cells, objects, boxes)
+    counted = (cells[..., 2] > 0) & annotated
+    terms = {"loss_objectness": torch.where(counted, objectness_loss(logits, peak), 0.0)}
+    weights = torch.where(peak > LEAST_WEIGHT, peak, 0.0)
+    if boxes.shape[1]:
+        of_object = weights.new_zeros(boxes.shape[:2]).scatter_add(1, owner, weights)
+        weights = weights / of_object.clamp(min=LEAST_WEIGHT).gather(1, owner)
+        boxes = boxes.gather(1, owner[..., None].expand(-1, -1, 4))  # (N, P, 4)
+    else:
+        boxes = torch.zeros_like(cells)
+    terms |= {name: weights * loss for name, loss in box_losses(proposals.pred_boxes, boxes).items()}
+    # Of each image first: what is added does not depend on how many images there are.
+    return {f"{name}_proposals": term.sum(1).sum() / max(counts["objects"], 1) for name, term in terms.items()}
+
+
+def targets_of_images(
+    cells: Float[Tensor, "N P 4"], objects: Sequence[Float[Tensor, "_ 4"]], boxes: Float[Tensor, "N T 4"]
+) -> tuple[Float[Tensor, "N P"], Int64[Tensor, "N P"]]:
+    """Return `cell_targets` of as many images at once as `AT_ONCE` allows; `boxes` are `objects`, padded."""
+    numbers = [len(own) for own in objects]
+    step = max(1, AT_ONCE // max(1, cells.shape[1] * boxes.shape[1]))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(numbers), step):
+        rows = slice(start, start + step)
+        of_rows = torch.tensor(numbers[rows]).to(cells.device, non_blocking=True)
+        parts.append(cell_targets(cells[rows], boxes[rows, : max(numbers[rows])], of_rows))
+    peaks, owners = zip(*parts, strict=True)
+    return torch.cat(peaks), torch.cat(owners)
 
 
 def cell_targets(
-    cells: Float[Tensor, "P 4"], boxes: Float[Tensor, "T 4"]
-) -> tuple[Float[Tensor, " P"], Int64[Tensor, " P"]]:
-    """Return what each cell's objectness should be, and the object it is nearest to; all cxcywh in [0, 1]."""
-    if not len(boxes):
-        return cells.new_zeros(len(cells)), torch.zeros(len(cells), dtype=torch.int64, device=cells.device)
-    side = cells[:, 2:].amax(0)  # all are equal, but 0 at padding
-    offsets = cells[:, None, :2] - boxes[:, :2]  # (P, T, 2)
-    spread = (SPREAD * boxes[:, 2:]).maximum(LEAST_SPREAD * side)
+    cells: Float[Tensor, "N P 4"], boxes: Float[Tensor, "N T 4"], numbers: Int64[Tensor, " N"]
+) -> tuple[Float[Tensor, "N P"], Int64[Tensor, "N P"]]:
+    """Return what each cell's objectness should be, and the object it is nearest to; all cxcywh in [0, 1].
+
+    `numbers` are those of each image's objects, which come first in `boxes`.
+    """
+    if not boxes.shape[1]:
+        return cells.new_zeros(cells.shape[:2]), torch.zeros(cells.shape[:2], dtype=torch.int64, device=cells.device)
+    is_cell = cells[..., 2:3] > 0  # (N, P, 1)
+    is_object = (torch.arange(boxes.shape[1], device=cells.device) < numbers[:, None])[:, None]  # (N, 1, T)
+    side = cells[..., 2:].amax(1)[:, None, None]  # (N, 1, 1, 2): all are equal, but 0 at padding
+    offsets = cells[:, :, None, :2] - boxes[:, None, :, :2]  # (N, P, T, 2)
+    spread = (SPREAD * boxes[:, None, :, 2:]).maximum(LEAST_SPREAD * side)
     peaks = (offsets / spread).square().sum(-1).mul(-0.5).exp()
-    apart = torch.where(cells[:, None, 2] > 0, (offsets / side).square().sum(-1), torch.inf)
-    peaks[apart.argmin(0), torch.arange(len(boxes), device=cells.device)] = 1.0
-    peak, owner = torch.where(cells[:, None, 2] > 0, peaks, 0.0).max(dim=1)
+    apart = torch.where(is_cell, (offsets / side).square().sum(-1), torch.inf)
+    peaks = peaks.scatter(1, apart.argmin(1, keepdim=True), 1.0)
+    peak, owner = torch.where(is_cell & is_object, peaks, 0.0).max(dim=2)
     return peak, owner
 
 
-def objectness_loss(logits: Float[Tensor, " P"], peak: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+def objectness_loss(logits: Float[Tensor, " *cells"], peak: Float[Tensor, " *cells"]) -> Float[Tensor, " *cells"]:
     """Return CenterNet's focal loss (equation 1) of each cell."""
     probability = logits.sigmoid()
     at_peak = (1 - probability) ** FOCUS * F.softplus(-logits)

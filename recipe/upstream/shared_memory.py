@@ -34,6 +34,8 @@ def clean_dead_shared_memory() -> list[str]:
     if not (SEGMENTS.is_dir() and (PROCESSES / "self" / "maps").is_file()):
         return []
     files = [*_matching(SEGMENTS, _SEGMENT_NAME), *_matching(Path(tempfile.gettempdir()), _LOCK_NAME)]
+    if not files:
+        return []
     # Numbers of which any process maps a segment; after the listing, so that those mapped meanwhile count.
     alive = set[str]()
     for maps in PROCESSES.glob("[0-9]*/maps"):

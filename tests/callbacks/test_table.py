@@ -156,7 +156,7 @@ def test_user_keywords_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_names_next_to_the_keys_are_those_of_the_classes() -> None:
-    assert tuple(CALLBACKS) == CALLBACK_NAMES and tuple(LOGGERS) == LOGGER_NAMES
+    assert tuple(CALLBACKS) == CALLBACK_NAMES and (*LOGGERS, "wandb") == LOGGER_NAMES
 
 
 def test_callbacks_of_every_run(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import Qwen2TokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from recipe.config import PromptConfig
+from recipe.data import encode
 from recipe.data.encode import Encoder
 from recipe.data.image import resized_size
 from recipe.images import open_image
@@ -39,6 +40,21 @@ def decode(encoder: Encoder, ids: torch.Tensor) -> str:
 
 def supervised(encoder: Encoder, example: Example, role: Role) -> str:
     return decode(encoder, example.input_ids[example.roles == role])
+
+
+def test_ids_of_short_texts_are_kept(encoder: Encoder, monkeypatch: pytest.MonkeyPatch):
+    """Kept or not, alone or in a list, once or twice, they are the tokenizer's."""
+    monkeypatch.setattr(encode, "KEPT_TEXTS", 2)
+    encoder = replace(encoder)
+    long = "a red circle, " * 40
+    for texts in (["a star", long, "a star"], ["a star", "a cross", "an ellipse", long], [], ["an ellipse"]):
+        assert encoder.ids(texts) == [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert list(encoder._kept) == ["a star", "a cross"]
+
+
+def test_composers_copy_of_a_batch_shares_its_samples(make_sample):
+    sample = make_sample(0, 2)
+    assert deepcopy({"samples": [sample]})["samples"][0] is sample
 
 
 def test_ids_and_grids_equal_the_processors(encoder: Encoder, processor: Any, make_sample, spec):

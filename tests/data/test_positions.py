@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
@@ -25,8 +26,10 @@ def test_positions_around_a_picture_worked_by_hand(hf_config: Qwen2_5_VLConfig):
     ]
 
 
-def test_positions_equal_those_of_a_real_model(hf_config: Qwen2_5_VLConfig, encoder, make_sample):
-    example = encoder(make_sample(0, 2), [make_sample(1, 1, width=50, height=120)])
+@pytest.mark.parametrize("num_teachers", [0, 1, 3])
+def test_positions_equal_those_of_a_real_model(hf_config: Qwen2_5_VLConfig, encoder, make_sample, num_teachers: int):
+    teachers = [make_sample(1 + place, 1, width=50 + 90 * place, height=120) for place in range(num_teachers)]
+    example = encoder(make_sample(0, 2), teachers)
     model = Qwen2_5_VLModel(hf_config)
     ids: Any = example.input_ids[None]
     types: Any = token_types(model.get_rope_index, ids, hf_config.image_token_id)

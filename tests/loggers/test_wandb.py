@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import wandb
+from composer.core import Event
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
-from recipe.upstream.loggers import SafeWandBLogger, ask_server, within
+from recipe.upstream.wandb_logger import SafeWandBLogger, ask_server, within
 from tests.launches.launch import run_composer
 from tests.loggers.wandb_run import FINISH_SECONDS, NUM_BATCHES, PROBE_SECONDS, START_SECONDS
 from tests.loggers.wandb_server import ILLS, wandb_server
@@ -49,10 +50,30 @@ def test_a_call_is_waited_for_so_long() -> None:
         within(0.05, threading.Event().wait)
 
 
+def test_the_numbers_of_a_step_are_one_call_of_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, next to tables and images; what is left is sent at the end of an evaluation and of the run."""
+    calls: list[Any] = []
+    monkeypatch.setattr(wandb, "log", lambda row, step: calls.append((row, step)))
+    monkeypatch.setattr(wandb, "Table", lambda columns, rows: len(rows))
+    logger: Any = SafeWandBLogger(rank_zero_only=False)
+    logger.log_metrics({"a": 1, "b": 2}, 3)
+    logger.log_metrics({"b": 4, "c": 5}, 3)
+    assert calls == []
+    logger.log_metrics({"a": 6}, 4)
+    logger.log_table(["x"], [[7]], "t", 4)
+    logger.log_metrics({"a": 8}, 4)
+    logger.run_event(Event.BATCH_END, None, None)
+    assert len(calls) == 3
+    logger.run_event(Event.EVAL_END, None, None)
+    logger.log_metrics({"a": 9}, 5)
+    logger.close(None, None)
+    assert calls == [({"a": 1, "b": 4, "c": 5}, 3), ({"a": 6}, 4), ({"t": 1}, 4), ({"a": 8}, 4), ({"a": 9}, 5)]
+
+
 @pytest.mark.parametrize("ill", [None, "refused", "401", "500", "silent"])
 def test_the_server_is_asked_first(ill: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setattr("recipe.upstream.loggers.PROBE_SECONDS", 0.5)
+    monkeypatch.setattr("recipe.upstream.wandb_logger.PROBE_SECONDS", 0.5)
     with wandb_server(ill) as address:
         monkeypatch.setattr(wandb.api, "settings", lambda name: address)
         if ill is None:

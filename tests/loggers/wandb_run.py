@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from recipe.callbacks.table import build_loggers
 from recipe.config import RecipeConfig
 from recipe.console import setup_logging
-from recipe.upstream import loggers as our_wandb
+from recipe.upstream import wandb_logger as our_wandb
 from tests.callbacks.test_table import ToyModel
 from tests.launches.launch import leave
 

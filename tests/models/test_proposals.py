@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, autograd
+from torch.nn.utils.rnn import pad_sequence
 
 from recipe.losses.proposals import LEAST_WEIGHT, cell_targets, objectness_loss, proposal_losses
 from recipe.models.proposals import INITIAL_CELLS, ProposalHead, best_peaks, cells_of_images
@@ -89,16 +90,22 @@ def test_boxes_are_of_the_image_and_begin_as_cells():
     assert int(are_there[1].sum()) <= 8
 
 
+def targets_of_one(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """`cell_targets` of one image."""
+    peak, owner = cell_targets(cells[None], boxes[None], torch.tensor([len(boxes)]))
+    return peak[0], owner[0]
+
+
 def test_targets_of_cells_by_hand():
     """Four cells in a row. The object's spread is .54 / 6 of its side, .45 at a side of 5; a cell is .25 wide."""
     cells = cells_of_images(1, 4, WHOLE)[0]
-    peak, owner = cell_targets(cells, torch.tensor([[0.4, 0.5, 5.0, 5.0]], dtype=torch.float64))
+    peak, owner = targets_of_one(cells, torch.tensor([[0.4, 0.5, 5.0, 5.0]], dtype=torch.float64))
     apart = (cells[:, 0] - 0.4) / 0.45
     expected = (-0.5 * apart**2).exp()
     expected[1] = 1.0  # holds the centre
     assert torch.allclose(peak, expected) and owner.tolist() == [0] * 4
     # A small object: .35 of a cell's side at least.
-    peak, _ = cell_targets(cells, torch.tensor([[0.4, 0.5, 1e-3, 1e-3]], dtype=torch.float64))
+    peak, _ = targets_of_one(cells, torch.tensor([[0.4, 0.5, 1e-3, 1e-3]], dtype=torch.float64))
     assert peak.tolist() == pytest.approx(
         [math.exp(-0.5 * (x / 0.35) ** 2) if x != 0.1 else 1.0 for x in (1.1, 0.1, 0.9, 1.9)]
     )
@@ -108,7 +115,7 @@ def test_two_objects_in_one_cell():
     """Both make it a peak; the other cells belong to the nearer one, and the first owns what is equal."""
     cells = cells_of_images(1, 4, WHOLE)[0]
     boxes = torch.tensor([[0.10, 0.5, 1.0, 1.0], [0.14, 0.5, 1.0, 1.0]], dtype=torch.float64)
-    peak, owner = cell_targets(cells, boxes)
+    peak, owner = targets_of_one(cells, boxes)
     assert (peak == 1).tolist() == [True, False, False, False] and owner.tolist() == [0, 1, 1, 1]
     losses = proposal_losses(proposals_of(torch.zeros(1, 1, 4).double(), WHOLE), [target_of(*boxes.tolist())], COUNTS)
     assert all(bool(value.isfinite()) for value in losses.values())
@@ -164,6 +171,35 @@ def test_halves_sum_to_the_whole():
         assert float(value) == pytest.approx(sum(float(half[name]) for half in halves), rel=1e-12)
         alone = proposal_losses(proposals, targets, {**counts, "objects": 1.0})[name]
         assert float(value) == pytest.approx(float(alone) / 7)
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 30 * 2, 2**21])
+def test_images_together_are_each_alone(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """Targets bit for bit with unlike numbers of objects; losses and gradients to rounding."""
+    monkeypatch.setattr("recipe.losses.proposals.AT_ONCE", at_once)
+    targets = [target_of((0.5, 0.5, 0.3, 0.4), (0.1, 0.2, 0.1, 0.1)), target_of((0.3, 0.2, 0.2, 0.1)), target_of()]
+    proposals, _ = random_case([*targets])
+    objects = pad_sequence([target["boxes"] for target in targets], batch_first=True)
+    peaks, owners = cell_targets(proposals.cells, objects, torch.tensor([2, 1, 0]))
+    proposals.pred_boxes.requires_grad_()
+    proposals.pred_objectness.requires_grad_()
+    inputs = (proposals.pred_boxes, proposals.pred_objectness)
+    found = proposal_losses(proposals, targets, COUNTS)
+    each = [
+        proposal_losses(part(proposals, slice(row, row + 1)), [target], COUNTS) for row, target in enumerate(targets)
+    ]
+    for name, value in found.items():
+        expected = torch.stack([losses[name] for losses in each]).sum()
+        assert float(value) == pytest.approx(float(expected), rel=1e-12)
+        for ours, theirs in zip(
+            *(autograd.grad(loss, inputs, retain_graph=True, allow_unused=True) for loss in (value, expected)),
+            strict=True,
+        ):
+            assert (ours is None) == (theirs is None)
+            assert ours is None or theirs is None or float((ours - theirs).abs().max()) <= 1e-12  # measured: 0
+    for row, target in enumerate(targets):
+        peak, owner = targets_of_one(proposals.cells[row], target["boxes"])
+        assert torch.equal(peak, peaks[row]) and torch.equal(owner[peak > 0], owners[row][peak > 0])
 
 
 def test_padding_takes_no_part():
