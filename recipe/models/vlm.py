@@ -185,7 +185,7 @@ class VisionLanguageModel(nn.Module):
             packing |= dict.fromkeys(("max_length_q", "max_length_k"), max(segment_lengths))
         outputs = self.hf_model.model.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=None,  # padding is on the right, where causal attention never looks
             position_ids=position_ids,
             use_cache=False,  # with a cache, the default, transformers does not detect packed rows
             **packing,
