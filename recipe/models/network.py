@@ -275,12 +275,12 @@ class JointNetwork(nn.Module):
     ) -> list[Tensor]:
         """Return the student images (3, height, width), normalized; `grids` are those of all images, in patches."""
         patches = batch["pixel_patches"].split([math.prod(grid) for grid in grids])
-        merge = self.vlm.hf_model.config.vision_config.spatial_merge_size
-        found = []
-        for image in student_images:
-            _, height, width = grids[image]
-            found.append(patches_to_image(self.vlm.normalizer(patches[image]), height, width, merge))
-        return found
+        merge, chosen = self.vlm.hf_model.config.vision_config.spatial_merge_size, list(student_images)
+        if not chosen:
+            return []
+        pixels = self.vlm.normalizer(torch.cat([patches[image] for image in chosen]))  # one call for all images
+        parts = pixels.split([len(patches[image]) for image in chosen])
+        return [patches_to_image(part, *grids[image][1:], merge) for part, image in zip(parts, chosen, strict=True)]
 
     def _caption_losses(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]

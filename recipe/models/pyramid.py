@@ -84,6 +84,10 @@ class FeaturePyramid(nn.Module):
             patches: N of (tokens, merge², C).
             grid_sizes: (rows, columns) of vision tokens of each image.
         """
+        if len(set(grid_sizes)) == 1:  # nothing to pad: no map is copied
+            levels = self._of_one_size(*map(torch.stack, (images, tokens, patches)), *grid_sizes[0])
+            dtype = torch.promote_types(levels[0].dtype, torch.float32)
+            return levels, levels[0].new_ones(len(images), len(levels), 2, dtype=dtype)
         found: list[list[Tensor]] = [[] for _ in images]
         for size, members in members_of(grid_sizes).items():
             pixels, features, finer = (

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,13 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         visual: Any = hf_model.model.visual
         visual.patch_embed = ImageEmbedding(visual.patch_embed)
+        if hasattr(visual, "get_window_index"):  # transformers 4: tens of small tensors per image, for each call
+            merge, side = (
+                visual.spatial_merge_size,
+                visual.window_size // visual.spatial_merge_size // visual.patch_size,
+            )
+            visual.get_window_index = partial(windows_of_images, merge=merge, side=side)
+            visual.rot_pos_emb = partial(rotary_angles, visual.rotary_pos_emb, merge=merge)
         # A trained tower in float32 may be below a frozen merger in bfloat16.
         visual.merger.register_forward_pre_hook(lambda merger, inputs: (inputs[0].to(merger.ln_q.weight.dtype),))
         if resolve_attention(attention) == PACKED:
@@ -177,7 +185,7 @@ class VisionLanguageModel(nn.Module):
             packing |= dict.fromkeys(("max_length_q", "max_length_k"), max(segment_lengths))
         outputs = self.hf_model.model.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=None,  # padding is on the right, where causal attention never looks
             position_ids=position_ids,
             use_cache=False,  # with a cache, the default, transformers does not detect packed rows
             **packing,
@@ -211,6 +219,54 @@ class VisionLanguageModel(nn.Module):
         side = config.spatial_merge_size
         patches = torch.zeros(side * side, 3 * config.patch_size**2, dtype=torch.uint8, device=device)
         return patches, torch.tensor([[1, side, side]], device=device)
+
+
+@lru_cache(maxsize=1024)
+def windows_of_image(rows: int, columns: int, side: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Return the tokens of a grid in raster order, window by window, and the tokens of each window.
+
+    Windows are `side` x `side` tokens, fewer at the right and lower edge.
+    """
+    with torch.inference_mode(False):  # kept: a tensor made in inference mode could not be used in training
+        row, column = (torch.arange(count) // side for count in (rows, columns))
+        window = (row[:, None] * -(-columns // side) + column).flatten()
+        return window.argsort(stable=True), tuple(window.bincount().tolist())
+
+
+def windows_of_images(
+    grid_thw: Int64[Tensor, "I 3"], merge: int, side: int
+) -> tuple[Int64[Tensor, " tokens"], list[int]]:
+    """Return what the tower's own `get_window_index` does: the order of all tokens, and the ends of windows in patches.
+
+    Args:
+        grid_thw: Of the images, in patches.
+        merge: Patches along the side of a token.
+        side: Tokens along the side of a window.
+    """
+    orders, ends, start = [], [0], 0
+    for time, height, width in grid_thw.tolist():
+        order, lengths = windows_of_image(height // merge, width // merge, side)
+        for _ in range(time):
+            orders.append(order + start)
+            start += len(order)
+            ends += [ends[-1] + merge**2 * end for end in accumulate(lengths)]
+    return torch.cat(orders), ends
+
+
+@lru_cache(maxsize=1024)
+def patch_positions(height: int, width: int, merge: int) -> Int64[Tensor, "P 2"]:
+    """Return (row, column) of an image's patches in the order in which the tower reads them, token by token."""
+    with torch.inference_mode(False):
+        grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
+        return grid.view(height // merge, merge, width // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
+
+
+def rotary_angles(frequencies: nn.Module, grid_thw: Int64[Tensor, "I 3"], merge: int) -> Float[Tensor, "P angles"]:
+    """Return what the tower's own `rot_pos_emb` does: the angles of each patch; `frequencies` is its module."""
+    grids = grid_thw.tolist()
+    positions = torch.cat([patch_positions(height, width, merge).repeat(time, 1) for time, height, width in grids])
+    table: Tensor = frequencies(max(max(grid[1:]) for grid in grids))
+    return table[positions.to(table.device)].flatten(1)
 
 
 def window_order(visual: Any, image_grid_thw: Int64[Tensor, "I 3"]) -> Int64[Tensor, " tokens"]:

@@ -272,7 +272,9 @@ def special_ids(vlm: VisionLanguageModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]]) -> list[str]:
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    rows = list(map(tuple, ids))  # many objects have the same caption, and a tokenizer takes its time
+    texts = {row: tokenizer.decode(list(row), skip_special_tokens=True).strip() for row in set(rows)}
+    return [texts[row] for row in rows]
 
 
 @torch.no_grad()

@@ -131,7 +131,8 @@ def test_segments_are_put_side_by_side_by_length():
     assert segments.order[segments.inverse].tolist() == list(range(17))
     assert (segments.ends.tolist(), segments.ends.dtype, segments.longest) == ([0, 6, 8, 14, 15, 17], torch.int32, 6)
     assert group_segments((2, 2, 5, 5), cpu, True).order is None
-    assert group_segments((2, 2, 5), cpu, False).groups == ((1, 2), (1, 2), (1, 5))
+    assert group_segments((2, 2, 5), cpu, False).groups == ((2, 2), (1, 5))
+    assert group_segments((2, 5, 2), cpu, False).groups == ((1, 2), (1, 5), (1, 2))
     assert group_segments((3, 1, 2), cpu, True).groups == ((1, 3), (1, 1), (1, 2))
 
 
@@ -253,7 +254,7 @@ def test_the_vision_tower_is_transformers_with_fewer_calls(
     tower, states = features_and_gradients(tiny_checkpoint, "sdpa", examples)
     expected["calls"], expected["names"], expected["states"] = len(calls), sorted(tower.state_dict()), states
     assert found["names"] == expected["names"]
-    assert found["calls"] == expected["calls"] if looping else found["calls"] < expected["calls"] / 2
+    assert found["calls"] < expected["calls"] / (1 if looping else 2)
     assert len(found["states"]) == len(expected["states"]) > 10
     error = max(
         float((one - other).norm() / other.norm())

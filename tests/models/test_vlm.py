@@ -155,6 +155,20 @@ def test_the_vision_tower_runs_once(tiny_model: JointModel, examples: list[Examp
         handle.remove()
 
 
+@pytest.mark.skipif(not IS_TRANSFORMERS_4, reason="the tower of transformers 5 has neither")
+def test_windows_and_angles_are_those_of_transformers(load: Callable[[str], VisionLanguageModel]):
+    """Bit for bit, also of images of several sizes and when they are asked again; its empty windows are left out."""
+    visual: Any = load("auto").hf_model.model.visual
+    original: Any = type(visual)
+    for grids in ([[1, 8, 8]], [[1, 6, 10], [2, 18, 10], [1, 4, 4], [1, 10, 22], [1, 8, 8]], [[1, 8, 8], [1, 8, 8]]):
+        for _ in range(2):
+            order, ends = visual.get_window_index(torch.tensor(grids))
+            expected_order, expected_ends = original.get_window_index(visual, torch.tensor(grids))
+            assert torch.equal(order, expected_order) and ends == sorted(set(expected_ends))
+            angles = visual.rot_pos_emb(torch.tensor(grids))
+            assert torch.equal(angles, original.rot_pos_emb(visual, torch.tensor(grids)))
+
+
 @pytest.mark.parametrize("num_features", [3, 5])
 def test_placeholders_and_features_must_agree(num_features: int):
     embeds, mask = torch.zeros(2, 4, 8), torch.tensor([[True, True, False, False], [True, True, False, False]])
