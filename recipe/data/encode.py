@@ -10,10 +10,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+import transformers
 from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLModel
+from transformers import PreTrainedTokenizerBase
 
 from recipe.boxes import answer_frame, box_to_frame, objects_to_text, pixels_to_normalized
 from recipe.config import PromptConfig
@@ -21,6 +22,7 @@ from recipe.data import chat
 from recipe.data.augment import Drawn
 from recipe.data.chat import Segment
 from recipe.data.image import patchify, resized_size
+from recipe.families import box_coordinates, family_of
 from recipe.schema import Box, Example, ImageSpec, Object, Role, Sample, Target
 
 
@@ -29,7 +31,7 @@ def rope_positions(
 ) -> Int64[Tensor, "3 L"]:
     """Return a sample's positions along time, height and width, from 0; it may have no image."""
     # get_rope_index reads only the model's config and, in transformers 5, one method that does not read the model.
-    kind: Any = Qwen2_5_VLModel
+    kind: Any = getattr(transformers, family_of(hf_config).base)
     model = SimpleNamespace(config=hf_config)
     arguments = {"input_ids": input_ids[None], "image_grid_thw": image_grid_thw if len(image_grid_thw) else None}
     if "mm_token_type_ids" in signature(kind.get_rope_index).parameters:
@@ -81,6 +83,11 @@ class Encoder:
     max_seq_len: int  # of the longest conversation
     keep_image: bool = False  # keep the student's image bytes in the example, for drawing
     with_content: bool = False  # identify each example's pixels and prompt
+
+    @property
+    def box_coordinates(self) -> str:
+        """Return how answers write boxes."""
+        return box_coordinates(self.prompt, self.hf_config)
 
     @property
     def pad_token_id(self) -> int:
@@ -200,7 +207,7 @@ class Encoder:
         return box_to_frame(box, (sample.width, sample.height), self._frame(sample))
 
     def _frame(self, sample: Sample) -> tuple[int, int]:
-        return answer_frame(self.prompt.box_coordinates, resized_size(sample.width, sample.height, self.image_spec))
+        return answer_frame(self.box_coordinates, resized_size(sample.width, sample.height, self.image_spec))
 
     def _tokenize(
         self, head: list[Segment], student: list[Segment], tokens_per_image: list[int]
