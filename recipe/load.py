@@ -32,6 +32,7 @@ from recipe.config import ConfigError, ImageConfig, PromptConfig, RecipeConfig, 
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
+from recipe.families import vision_sizes
 from recipe.models.attention import resolve_attention
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
@@ -167,7 +168,7 @@ def build_network(
             width,
             head.adapter_ratio,
             head.memory_positions,
-            FeaturePyramid(hidden_size, vlm.config.vision_config.hidden_size, width) if head.multi_scale else None,
+            FeaturePyramid(hidden_size, vision_sizes(vlm.config)[0], width) if head.multi_scale else None,
         ).to(dtype),
         detection_head=DetectionHead(
             width=width,
