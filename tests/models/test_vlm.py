@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -262,6 +263,16 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):
             load_vlm(name, "auto", "float32")
         with pytest.raises(ConfigError, match=f"pretrained_model_name_or_path is '{name}', but neither a folder nor"):
             load_processor(name)
+
+
+@pytest.mark.skipif(not IS_TRANSFORMERS_4, reason="5 reads what it writes")
+def test_a_tokenizer_that_transformers_5_wrote_is_refused_by_4(tiny_checkpoint: str, tmp_path: Path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    values["extra_special_tokens"] = values.pop("additional_special_tokens")
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"has a tokenizer that transformers 4\..* cannot read .*: save it with that"):
+        load_processor(str(folder))
 
 
 def changed_checkpoint(
