@@ -19,7 +19,8 @@ test test-slow test-all test-next: export WANDB_MODE = offline
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make quickstart   environment, synthetic data, tiny checkpoint, joint training, evaluation, drawings"
+	@echo "make quickstart   environment, synthetic data, tiny checkpoint, joint training, evaluation, drawings;"
+	@echo "                  MODEL=qwen2_vl or qwen3_vl: of another family than qwen2_5_vl"
 	@echo "make test         environment, all tests but the slow ones and those that need a GPU"
 	@echo "make test-slow    the slow ones"
 	@echo "make test-all     everything, the long SIGKILL drill and, if there is a GPU, its tests too"
@@ -28,6 +29,9 @@ help:
 	@echo "make lint types   ruff, pyright"
 	@echo "make format       ruff format and the import order"
 	@echo "make clean        remove what was built, but not .venv"
+
+# The family of the quickstart's tiny checkpoint.
+MODEL ?= qwen2_5_vl
 
 environment: $(INSTALLED)
 
@@ -41,7 +45,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 quickstart: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/quickstart.py
+	$(BIN)/python tests/benchmarks/quickstart.py --model $(MODEL)
 
 test: $(INSTALLED)
 	$(PYTEST) -n 2 --dist loadfile -m "$(FAST)"

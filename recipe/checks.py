@@ -1,6 +1,7 @@
 """Check what needs other libraries, the machine or the data, before anything is built and after `recipe.rules`."""
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,6 @@ from recipe.callbacks.memory import MemoryBounds
 from recipe.callbacks.table import CALLBACKS, logger_class
 from recipe.config import (
     DATA_CLASSES,
-    LORA_TARGETS,
     ConfigError,
     LoaderConfig,
     RecipeConfig,
@@ -26,6 +26,7 @@ from recipe.config import (
     trained_trunk,
 )
 from recipe.data.words import Vocabulary
+from recipe.families import LORA_TARGETS, family_named
 from recipe.joint import all_scores
 from recipe.metrics.boxes import category_average_precision
 from recipe.metrics.gather import LANGUAGE_LOSSES, Evaluation
@@ -265,7 +266,7 @@ def check_keywords(
 
 def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader", "eval_loader")) -> None:
     """Raise ConfigError if this machine lacks a device or the data of `loaders`, with every reason and its remedy."""
-    problems = _device_problems(view_trainer(config)) + _model_problems(config.model.pretrained_model_name_or_path)
+    problems = _device_problems(view_trainer(config)) + _model_problems(config)
     if config.val_fraction is not None:
         loaders = ("train_loader",)  # what is evaluated comes from there
     with_classes = ("train_loader",) if config.evaluation.classes == DATA_CLASSES else ()
@@ -299,20 +300,33 @@ def _device_problems(trainer: TrainerView) -> list[str]:
     return problems
 
 
-def _model_problems(name: str) -> list[str]:
+def _model_problems(config: RecipeConfig) -> list[str]:
+    name = config.model.pretrained_model_name_or_path
     if (base := read_base(name)) is not None:
         return [
             f"model.pretrained_model_name_or_path={name} holds adapters only: give their base model, {base}, and "
             f"load_path={name} to start from them"
         ]
     try:
-        cached_file(name, "config.json")
+        found: Any = cached_file(name, "config.json")
     except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
         return [
             f"model.pretrained_model_name_or_path is {name!r}, but neither a folder nor the hub has it: give a "
             f"checkpoint folder or a name on the hub ({str(error).splitlines()[0]})"
         ]
-    return []
+    try:
+        family = family_named(json.loads(Path(found).read_text(encoding="utf-8")).get("model_type"), name)
+    except ConfigError as error:
+        return [str(error)]
+    except ValueError as error:
+        return [f"model.pretrained_model_name_or_path={name!r} has a broken config.json ({error}): copy it again"]
+    return [
+        f"lora.{part}.targets holds {target!r}, which {family.title} does not have: {nearest(target, allowed)}"
+        for part, section in lora_parts(config).items()
+        for allowed in [family.lora_targets[part]]
+        for target in section.targets or ()
+        if target not in allowed
+    ]
 
 
 def _folder_problems(where: str, keywords: Mapping[str, Any]) -> list[str]:

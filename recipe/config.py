@@ -16,11 +16,6 @@ from omegaconf import MISSING
 # Of parameters; what each holds: recipe/optim/groups.py. Those of `lora` exist only if it is set.
 GROUPS = ("vision", "merger", "llm", "lora_vision", "lora_llm", "adapter", "detection")
 HEAD_GROUPS = ("adapter", "detection")  # all others are the trunk
-_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-LORA_TARGETS = {  # linear layers in every block of a part that `lora` may adapt; all by default
-    "llm": ("q_proj", "k_proj", "v_proj", "o_proj", *_FEED_FORWARD),
-    "vision": ("qkv", "proj", *_FEED_FORWARD),
-}
 # What each logs: yamls/README.md. Their classes: recipe/callbacks/table.py.
 CALLBACK_NAMES = (
     *("early_stopper", "group_metrics", "loss_gradients", "loss_shares", "lr_monitor", "memory_bounds"),
@@ -97,7 +92,7 @@ class LoraPartConfig:
     rank: int = number(16, least=1)
     alpha: float = number(32.0, above=0)  # what an adapter computes counts alpha / rank times
     dropout: float = number(0.0, least=0, below=1)  # of an adapter's input
-    targets: list[str] | None = None  # of `LORA_TARGETS`; null: all
+    targets: list[str] | None = None  # of `lora_targets` in recipe/families.py; null: all
     dora: bool = False  # learn the length of each row of a weight too (DoRA); slower
 
 
@@ -150,14 +145,17 @@ class PromptConfig:
     system: str = "You are a helpful assistant."
     detect: str = "Locate every object in the image and report bounding boxes as JSON."
     candidate_phrases: list[str] = field(default_factory=list[str])  # appended to `detect`
-    # absolute: pixels of the resized image; normalized_1000: 0 to 1000
-    box_coordinates: str = one_of("absolute", "normalized_1000")
+    # absolute: pixels of the resized image; normalized_1000: 0 to 1000; null: as the base model was trained
+    box_coordinates: str | None = field(default=None, metadata={"choices": ("absolute", "normalized_1000")})
     student_answer: bool | None = None  # in training; null: while the trunk learns; true: always; false: never
 
 
 @dataclass
 class ImageConfig:
-    """The pixel budget per image; one token is 28 x 28 pixels. null: the checkpoint's image processor decides."""
+    """The pixel budget per image; one token is two patches wide and high (28 x 28 or 32 x 32 pixels).
+
+    null: the checkpoint's image processor decides.
+    """
 
     min_pixels: int | None = number(None, least=1)
     max_pixels: int | None = number(None, least=1)

@@ -11,17 +11,18 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipe.config import ConfigError, RecipeConfig, trained_trunk
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of
+from recipe.families import PUBLISHED, family_of, published_config, vision_sizes
 from recipe.rules import check_ranks
 from recipe.upstream.trainer_section import view_trainer
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import Qwen2_5_VLConfig
+    from transformers import PretrainedConfig
 
     from recipe.models.network import JointNetwork
 
@@ -31,56 +32,27 @@ EXAMPLES = """  python -m recipe.estimate yamls/joint.yaml --world-size 8
   python -m recipe.estimate yamls/joint.yaml optimizer.lr_vision=0 train_loader.packing.max_tokens=2048
   python -m recipe.estimate yamls/joint.yaml model.pretrained_model_name_or_path=Qwen/Qwen2.5-VL-7B-Instruct"""
 
-_TEXT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_TEXT = {  # sizes as above, vocab_size, tie_word_embeddings
-    "Qwen/Qwen2.5-VL-3B-Instruct": ((2048, 11008, 36, 16, 2), 151936, True),
-    "Qwen/Qwen2.5-VL-7B-Instruct": ((3584, 18944, 28, 28, 4), 152064, False),
-}
 
-
-def model_config(pretrained_model_name_or_path: str) -> "Qwen2_5_VLConfig":
+def model_config(pretrained_model_name_or_path: str) -> "PretrainedConfig":
     """Return the configuration of a published size, a checkpoint folder or another name on the hub.
 
     Raises:
         ConfigError: The name is none of these.
     """
-    from transformers import Qwen2_5_VLConfig
+    import transformers
 
-    if pretrained_model_name_or_path not in _TEXT:
-        try:
-            return Qwen2_5_VLConfig.from_pretrained(pretrained_model_name_or_path)
-        except OSError as error:
-            raise ConfigError(
-                f"model.pretrained_model_name_or_path is {pretrained_model_name_or_path!r}, which is neither a folder "
-                f"nor a reachable name: give a checkpoint folder or one of {', '.join(_TEXT)}"
-            ) from error
-    sizes, vocab_size, tied = _TEXT[pretrained_model_name_or_path]
-    return Qwen2_5_VLConfig(
-        text_config={
-            **dict(zip(_TEXT_FIELDS, sizes, strict=True)),
-            "vocab_size": vocab_size,
-            "tie_word_embeddings": tied,
-            "max_position_embeddings": 128000,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
-            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-            "use_sliding_window": False,
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "out_hidden_size": sizes[0],
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "tokens_per_second": 2,
-        },
-        tie_word_embeddings=tied,
-    )
+    from recipe.models.vlm import read_hf_config
+
+    if pretrained_model_name_or_path in PUBLISHED:
+        family, sizes = published_config(pretrained_model_name_or_path)
+        return getattr(transformers, family.config)(**sizes)
+    try:
+        return read_hf_config(pretrained_model_name_or_path)
+    except OSError as error:
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path is {pretrained_model_name_or_path!r}, which is neither a folder nor "
+            f"a reachable name: give a checkpoint folder or one of {', '.join(PUBLISHED)}"
+        ) from error
 
 
 GIB = 2**30
@@ -131,16 +103,16 @@ class Memory:
 def build_on_meta(config: RecipeConfig) -> "JointNetwork":
     """Return the run's network on the meta device, which needs no memory for its weights."""
     import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    import transformers
 
     from recipe.load import build_network, store_frozen
     from recipe.schema import ImageSpec
 
-    hf_config = model_config(config.model.pretrained_model_name_or_path)
+    hf_config: Any = model_config(config.model.pretrained_model_name_or_path)
     vision = hf_config.vision_config
     spec = ImageSpec(vision.patch_size, vision.spatial_merge_size, 1, 1, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with torch.device("meta"):
-        vlm = Qwen2_5_VLForConditionalGeneration(hf_config).to(getattr(torch, config.model.dtype))
+        vlm = getattr(transformers, family_of(hf_config).model)(hf_config).to(getattr(torch, config.model.dtype))
         store_frozen(vlm, config)
         # If the data decides the length of captions: it changes little but the size of a table.
         network = build_network(config, vlm, spec, config.caption_decoder.max_caption_tokens or 32)
@@ -221,16 +193,24 @@ def moment_bytes(parameter: "Tensor", kind: str) -> int:
     return 2 * (count + 4 * -(-count // 256)) if count >= 4096 else 8 * count
 
 
-def block_bytes(rows: int, hidden: int, key_width: int, intermediate: int, width: int) -> int:
-    """Return the bytes that one transformer block of Qwen2.5-VL keeps for its backward pass.
+def block_bytes(
+    rows: int,
+    hidden: int,
+    heads: int,
+    intermediate: int,
+    width: int,
+    feed_forward_rows: int = 4,
+    has_head_norms: bool = False,
+) -> int:
+    """Return the bytes that one transformer block keeps for its backward pass.
 
     Autograd saves per row: each norm's input in float32 and its normalised row; queries, keys, values and the
-    attention's result; four rows of the gated feed-forward. `rows` are tokens or patches, `width` is bytes per number;
-    `key_width` is that of keys, and of values, of all heads after repetition.
+    attention's result; four rows of a gated feed-forward. `rows` are tokens or patches, `width` is bytes per number;
+    `heads` is the width of all heads together, to which keys and values are repeated.
     """
-    norms = 2 * (hidden * 4 + 2 * hidden * width)
-    attention = (4 * hidden + 2 * key_width) * width
-    return rows * (norms + attention + 4 * intermediate * width)
+    norms = 2 * (hidden * 4 + 2 * hidden * width) + has_head_norms * 2 * heads * (4 + width)
+    attention = (2 * hidden + 4 * heads) * width
+    return rows * (norms + attention + feed_forward_rows * intermediate * width)
 
 
 def adapter_bytes(block: "nn.Module", width: int, amp: bool) -> int:
@@ -263,14 +243,18 @@ def _forward_bytes(
 
     head, captions = config.detection_head, config.caption_decoder
     vision, text = network.vlm.hf_model.config.vision_config, network.vlm.text_config
-    side, hidden = vision.hidden_size, text.hidden_size
-    vision_block = block_bytes(patches, side, side, vision.intermediate_size, width)
-    text_block = block_bytes(tokens, hidden, hidden, text.intermediate_size, width)
+    hf_model, hidden = network.vlm.hf_model, text.hidden_size
+    family, (side, inner) = network.vlm.family, vision_sizes(hf_model.config)
+    vision_block = block_bytes(patches, side, side, inner, width, family.feed_forward_rows)
+    heads = hf_model.model.language_model.layers[0].self_attn.o_proj.in_features
+    text_block = block_bytes(
+        tokens, hidden, heads, text.intermediate_size, width, has_head_norms=family.normalizes_heads
+    )
     # The graph reaches down to the lowest part that learns; below it a block's memory is given back at once.
     learning = set(trained_trunk(config))
     kept_vision = vision.depth if learning & {"vision", "lora_vision"} else 0
     kept_text = text.num_hidden_layers if learning else 0
-    model, amp = network.vlm.hf_model.model, (view_trainer(config).precision or "").startswith("amp_")
+    model, amp = hf_model.model, (view_trainer(config).precision or "").startswith("amp_")
     vision_block += patches * adapter_bytes(model.visual.blocks[0], width, amp)
     text_block += tokens * adapter_bytes(model.language_model.layers[0], width, amp)
     if config.model.gradient_checkpointing:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
@@ -32,6 +33,7 @@ from recipe.config import ConfigError, ImageConfig, PromptConfig, RecipeConfig, 
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
+from recipe.families import vision_sizes
 from recipe.models.attention import resolve_attention
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
@@ -54,10 +56,16 @@ def load_processor(name: str) -> Any:
     """Return a checkpoint's tokenizer and fast image processor (not bit-equal to the slow one).
 
     Raises:
-        ConfigError: The folder or name holds none.
+        ConfigError: The folder or name holds none, or one that this version of transformers cannot read.
     """
     try:
         return AutoProcessor.from_pretrained(name, use_fast=True)
+    except AttributeError as error:  # transformers 4 on the list of special tokens that 5 writes
+        raise ConfigError(
+            f"model.pretrained_model_name_or_path={name!r} has a tokenizer that transformers "
+            f"{transformers.__version__} cannot read ({error}): save it with that version, or install the one that "
+            "wrote it"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a name that the hub does not allow either
         raise ConfigError(
             f"model.pretrained_model_name_or_path is {name!r}, but neither a folder nor the hub has a processor of it: "
@@ -167,7 +175,7 @@ def build_network(
             width,
             head.adapter_ratio,
             head.memory_positions,
-            FeaturePyramid(hidden_size, vlm.config.vision_config.hidden_size, width) if head.multi_scale else None,
+            FeaturePyramid(hidden_size, vision_sizes(vlm.config)[0], width) if head.multi_scale else None,
         ).to(dtype),
         detection_head=DetectionHead(
             width=width,

@@ -1,6 +1,6 @@
-"""A tiny, random Qwen2.5-VL checkpoint folder that loads through the same code as the real 3B and 7B.
+"""A tiny, random checkpoint folder of any family that loads through the same code as the real ones.
 
-    python -m recipe.tiny --out DIR
+    python -m recipe.tiny --out DIR [--model qwen2_5_vl]
 
 It works offline and holds a byte-level BPE tokenizer with Qwen's special tokens and chat template, the image processor
 and a random model of 1.5 million parameters. Its ids differ from the real ones, so code that does not take every id
@@ -14,18 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2TokenizerFast,
-    Qwen2VLImageProcessorFast,
-)
+from transformers import GenerationConfig, PretrainedConfig, Qwen2TokenizerFast, Qwen2VLImageProcessorFast
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from recipe.configure import expand_home
+from recipe.families import FAMILIES
 
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -52,8 +47,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
-OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def tokenizer_corpus() -> Iterator[str]:
@@ -102,13 +95,14 @@ def tiny_config(
     vision_hidden_size: int,
     vision_depth: int,
     tie_word_embeddings: bool,
-) -> Qwen2_5_VLConfig:
-    """Return the config of a small Qwen2.5-VL with the tokenizer's ids."""
+    model_type: str = "qwen2_5_vl",
+) -> PretrainedConfig:
+    """Return the config of a small model of a family with the tokenizer's ids."""
     ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     num_heads = max(2, hidden_size // 32)
     head_pairs = hidden_size // num_heads // 2
-    side = head_pairs * 3 // 8
-    return Qwen2_5_VLConfig(
+    family = FAMILIES[model_type]
+    return getattr(transformers, family.config)(
         text_config={
             "vocab_size": (len(tokenizer) + 63) // 64 * 64,
             "hidden_size": hidden_size,
@@ -122,25 +116,19 @@ def tiny_config(
             "tie_word_embeddings": tie_word_embeddings,
             # Height and width rotate a head's slow pairs: at the real base of 1e6, 16 pairs would not rotate at all.
             "rope_theta": 20.0,
-            "rope_scaling": {"type": "mrope", "mrope_section": [head_pairs - 2 * side, side, side]},
-            "use_sliding_window": False,
+            **_text_parts(model_type, head_pairs),
             "eos_token_id": ids["<|im_end|>"],
             "bos_token_id": ids["<|endoftext|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
             "depth": vision_depth,
-            "hidden_size": vision_hidden_size,
-            "out_hidden_size": hidden_size,
-            "intermediate_size": vision_hidden_size * 3,
             "num_heads": max(2, vision_hidden_size // 32),
-            "patch_size": 14,
+            "patch_size": family.patch_size,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [vision_depth - 1],
-            "tokens_per_second": 2,
             "initializer_range": 0.08,
+            **_vision_sizes(model_type, hidden_size, vision_hidden_size, vision_depth),
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -148,6 +136,38 @@ def tiny_config(
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=tie_word_embeddings,
     )
+
+
+def _text_parts(model_type: str, head_pairs: int) -> dict[str, Any]:
+    """Return what the families name differently in the config of the language model."""
+    side = head_pairs * 3 // 8
+    sections = {"type": "mrope", "mrope_section": [head_pairs - 2 * side, side, side]}
+    if model_type != "qwen3_vl":
+        return {"rope_scaling": sections, "use_sliding_window": False}
+    third = head_pairs // 3  # every third pair is of the height, and of the width
+    sections = {"mrope_section": [head_pairs - 2 * third, third, third], "mrope_interleaved": True}
+    return {"rope_scaling": {"rope_type": "default", **sections}, "head_dim": 2 * head_pairs}
+
+
+def _vision_sizes(model_type: str, hidden_size: int, width: int, depth: int) -> dict[str, Any]:
+    """Return what the families name differently, or alone have, in the config of the vision tower."""
+    windows = {"window_size": 112, "fullatt_block_indexes": [depth - 1], "tokens_per_second": 2}
+    return {
+        "qwen2_vl": {"embed_dim": width, "hidden_size": hidden_size, "mlp_ratio": 3},
+        "qwen2_5_vl": {
+            "hidden_size": width,
+            "out_hidden_size": hidden_size,
+            "intermediate_size": width * 3,
+            **windows,
+        },
+        "qwen3_vl": {
+            "hidden_size": width,
+            "out_hidden_size": hidden_size,
+            "intermediate_size": width * 3,
+            "num_position_embeddings": 36,  # fewer than the patches of most images: they are interpolated
+            "deepstack_visual_indexes": list(range(max(1, depth - 1)))[:3],
+        },
+    }[model_type]
 
 
 def build_tiny_checkpoint(
@@ -159,8 +179,9 @@ def build_tiny_checkpoint(
     vocab_size: int = 512,
     seed: int = 0,
     tie_word_embeddings: bool = True,
-    image_mean: Sequence[float] = OPENAI_MEAN,
-    image_std: Sequence[float] = OPENAI_STD,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    model_type: str = "qwen2_5_vl",
 ) -> None:
     """Write a checkpoint folder that `AutoProcessor` and `from_pretrained` load.
 
@@ -169,34 +190,38 @@ def build_tiny_checkpoint(
         hidden_size: Of the language model; a multiple of 64.
         num_layers: Of the language model.
         vision_hidden_size: Of the vision tower; a multiple of 32.
-        vision_depth: Blocks of the vision tower; the last attends over the whole image, the others in windows.
+        vision_depth: Blocks of the vision tower; if it has windows, the last attends over the whole image.
         vocab_size: Of the tokenizer, without special tokens.
         seed: Of the random weights.
         tie_word_embeddings: The output matrix is the token embedding, as in the 3B but not the 7B.
-        image_mean: Per channel, of values in [0, 1].
-        image_std: Per channel, of values in [0, 1].
+        image_mean: Per channel, of values in [0, 1]; default: the family's.
+        image_std: Per channel, of values in [0, 1]; default: the family's.
+        model_type: Of `recipe.families`.
     """
+    family = FAMILIES[model_type]
+    token_pixels = (2 * family.patch_size) ** 2
     tokenizer = build_tiny_tokenizer(tokenizer_corpus(), vocab_size)
     image_processor = Qwen2VLImageProcessorFast(
-        min_pixels=4 * 28 * 28,
-        max_pixels=1280 * 28 * 28,
-        patch_size=14,
+        min_pixels=4 * token_pixels,
+        max_pixels=1280 * token_pixels,
+        patch_size=family.patch_size,
         temporal_patch_size=2,
         merge_size=2,
-        image_mean=list(image_mean),
-        image_std=list(image_std),
+        image_mean=list(image_mean or family.image_mean),
+        image_std=list(image_std or family.image_std),
     )
     video_processor = Qwen2VLVideoProcessor()  # pyright: ignore[reportCallIssue] - all have defaults
-    processor = Qwen2_5_VLProcessor(
+    processor = getattr(transformers, family.processor)(
         image_processor=image_processor,
         tokenizer=tokenizer,
         video_processor=video_processor,
         chat_template=CHAT_TEMPLATE,
     )
-    config = tiny_config(tokenizer, hidden_size, num_layers, vision_hidden_size, vision_depth, tie_word_embeddings)
+    sizes = (hidden_size, num_layers, vision_hidden_size, vision_depth)
+    config = tiny_config(tokenizer, *sizes, tie_word_embeddings, model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = getattr(transformers, family.model)(config)
     ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=False)
     processor.save_pretrained(folder)
@@ -205,14 +230,16 @@ def build_tiny_checkpoint(
 
 def main() -> None:
     """Run `python -m recipe.tiny --out DIR`."""
-    parser = argparse.ArgumentParser(description="Write a tiny random Qwen2.5-VL checkpoint folder.")
+    parser = argparse.ArgumentParser(description="Write a tiny random checkpoint folder.")
     parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--model", choices=list(FAMILIES), default="qwen2_5_vl", help="default %(default)s")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args([expand_home(argument) for argument in sys.argv[1:]])
-    build_tiny_checkpoint(args.out, hidden_size=args.hidden_size, num_layers=args.num_layers, seed=args.seed)
-    print(f"wrote a tiny random Qwen2.5-VL checkpoint to {args.out}")
+    sizes = {"hidden_size": args.hidden_size, "num_layers": args.num_layers}
+    build_tiny_checkpoint(args.out, **sizes, seed=args.seed, model_type=args.model)
+    print(f"wrote a tiny random {FAMILIES[args.model].title} checkpoint to {args.out}")
 
 
 if __name__ == "__main__":

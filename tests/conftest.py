@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed
@@ -63,9 +64,23 @@ def gallery(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+def family(request: pytest.FixtureRequest) -> str:
+    """The model type of `tiny_checkpoint`; with `tests.support.tiny_cases.EVERY_FAMILY` each in turn."""
+    return getattr(request, "param", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def made() -> dict[Any, Any]:
+    """What is made once for a family, though tests of another one come between."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(family: str, made: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of the smallest checkpoint that still has every kind of layer."""
-    return build_checkpoint(str(tmp_path_factory.mktemp("tiny_checkpoint")))
+    if ("checkpoint", family) not in made:
+        made["checkpoint", family] = build_checkpoint(str(tmp_path_factory.mktemp("tiny_checkpoint")), family)
+    return made["checkpoint", family]
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +90,10 @@ def tiny_config(tiny_checkpoint: str) -> Callable[..., RecipeConfig]:
 
 
 @pytest.fixture(scope="session")
-def shared_model(tiny_config: Callable[..., RecipeConfig]) -> JointModel:
-    return make_model(tiny_config())
+def shared_model(family: str, made: dict[Any, Any], tiny_config: Callable[..., RecipeConfig]) -> JointModel:
+    if ("model", family) not in made:
+        made["model", family] = make_model(tiny_config())
+    return made["model", family]
 
 
 @pytest.fixture
@@ -86,15 +103,21 @@ def tiny_model(shared_model: JointModel) -> JointModel:
 
 
 @pytest.fixture(scope="session")
-def tiny_examples(tiny_config: Callable[..., RecipeConfig]) -> dict[str, Example]:
+def tiny_examples(family: str, made: dict[Any, Any], tiny_config: Callable[..., RecipeConfig]) -> dict[str, Example]:
     """Encoded samples of every kind, by name; see `tests.support.tiny_cases.make_samples`."""
-    return make_examples(tiny_config())
+    if ("examples", family) not in made:
+        made["examples", family] = make_examples(tiny_config())
+    return made["examples", family]
 
 
 @pytest.fixture(scope="session")
-def trained_checkpoint(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained_checkpoint(
+    family: str, made: dict[Any, Any], tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A genuine checkpoint of `recipe.train`, two steps in float32; its `config.yaml` is in the folder above."""
-    return train_tiny_run(tiny_checkpoint, tmp_path_factory.mktemp("trained"))
+    if ("trained", family) not in made:
+        made["trained", family] = train_tiny_run(tiny_checkpoint, tmp_path_factory.mktemp("trained"))
+    return made["trained", family]
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Configuration: what is merged, what is saved, and that every mistake is one clear line."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import yaml
 
 from convert.write import write_split
-from recipe.checks import check_libraries, check_machine
+from recipe.checks import check_adapters, check_libraries, check_machine
 from recipe.config import (
     DATA_CLASSES,
     GROUPS,
@@ -44,12 +45,15 @@ OTHER_VALUES = {
 
 
 @pytest.fixture(autouse=True)
-def any_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every name is a model's, except `nosuch`."""
+def any_model(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every name is a Qwen2.5-VL's, except `nosuch`."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
 
-    def find(name: str, file: str) -> None:
+    def find(name: str, file: str) -> str:
         if name == "nosuch":
             raise OSError("nosuch is not a local folder")
+        return str(folder / file)
 
     monkeypatch.setattr("recipe.checks.cached_file", find)
 
@@ -368,6 +372,43 @@ def test_what_this_machine_lacks_is_reported_together(minimal: str, monkeypatch:
     assert "eval_loader.streams.main.local: data/eval does not exist" in evaluation
     with pytest.raises(ConfigError, match=r"^eval_loader\.streams\.main\.local"):
         check_machine(load_config(minimal), ["eval_loader"])
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "expected"),
+    [
+        (
+            {"model_type": "qwen2"},
+            [],
+            "is of the model type qwen2: give a checkpoint of Qwen2-VL (qwen2_vl), Qwen2.5-VL",
+        ),
+        (
+            {"model_type": "qwen3_vl_moe"},
+            [],
+            "qwen3_vl_moe (nothing here trains a router of experts): give a checkpoint",
+        ),
+        ({"model_type": "of_2030"}, [], "is of the model type of_2030: give a checkpoint of Qwen2-VL (qwen2_vl)"),
+        ({}, [], "is of the model type None: give a checkpoint of Qwen2-VL (qwen2_vl)"),
+        (
+            {"model_type": "qwen3_vl"},
+            ["lora.vision.targets=[qkv,down_proj]", "optimizer.lr_vision=0"],
+            "lora.vision.targets holds 'down_proj', which Qwen3-VL does not have: did you mean proj?",
+        ),
+    ],
+)
+def test_a_model_that_is_not_supported_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: dict[str, str], overrides: list[str], expected: str
+) -> None:
+    """In one line, before anything is loaded."""
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    monkeypatch.setattr("recipe.checks.cached_file", lambda name, file: str(tmp_path / file))
+    path = write_yaml(tmp_path, MINIMAL)
+    config = load_config(path, ["eval_loader.streams.main.remote=s3://a/b", *overrides])
+    check_adapters(config)
+    with pytest.raises(ConfigError) as raised:
+        check_machine(config, ["eval_loader"])
+    (line,) = [line for line in str(raised.value).splitlines() if "model" in line or "lora" in line]
+    assert expected in line
 
 
 def test_a_split_that_was_not_converted_is_named(minimal: str, tmp_path: Path) -> None:

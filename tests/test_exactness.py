@@ -18,6 +18,7 @@ from tests.support.tiny_cases import (
     ADAPTED,
     ALL_SWITCHES,
     IN_NF4,
+    OTHER_FAMILIES,
     collator,
     gradient_error,
     loss_error,
@@ -185,6 +186,35 @@ def test_padded_packed_and_microbatched_are_each_sample_alone(either: JointModel
             # measured: 7.5e-16 and 7.6e-16
             assert loss_error(found, losses) <= 1e-9, case
             assert gradient_error(found_gradients, gradients) <= 1e-9, case
+
+
+@OTHER_FAMILIES
+@LAYOUTS
+def test_other_families_are_as_exact(tiny_model: JointModel, tiny_examples: dict[str, Example], layout: str):
+    """Between samples and from answers nothing flows; alone, padded, packed and split samples teach the same."""
+    mixed = list(tiny_examples.values())
+    test_the_answer_tokens_change_no_detection_output(tiny_model, mixed, layout, train=True)
+    test_one_sample_never_changes_another(tiny_model, tiny_examples, layout)
+    losses, gradients = losses_and_gradients(tiny_model, make_batches(mixed, "standard", 1))
+    for microbatch_size in (8, 3):
+        found, found_gradients = losses_and_gradients(tiny_model, make_batches(mixed, layout, microbatch_size))
+        # measured: 5.9e-16 and 1.1e-15
+        assert loss_error(found, losses) <= 1e-9
+        assert gradient_error(found_gradients, gradients) <= 1e-9
+    test_a_batch_without_objects_trains(tiny_model, tiny_examples, layout, "text")
+
+
+@OTHER_FAMILIES
+def test_both_losses_reach_the_tower(tiny_model: JointModel, tiny_examples: dict[str, Example]):
+    """And all that turns its features into those of tokens."""
+    (batch,) = make_batches([tiny_examples["one"]], "packed", 1)
+    for name in ("loss_lm_student", "loss_bbox"):
+        tiny_model.zero_grad(set_to_none=True)
+        tiny_model.loss(tiny_model(batch), batch)[name].backward()
+        visual = tiny_model.model.vlm.hf_model.model.visual
+        assert all(float(p.grad.norm()) > 0 for _, p in visual.named_parameters() if p.grad is not None)
+        unreached = [key for key, parameter in visual.named_parameters() if parameter.grad is None]
+        assert not unreached, (name, unreached)
 
 
 def test_augmented_samples_packed_are_each_alone(tiny_config: Callable[..., RecipeConfig], mixed: list[Example]):

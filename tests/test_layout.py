@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A line may import those before it. Modules of one line may import each other, if they form no cycle.
 ORDER = [
     "schema config boxes images redact console",
-    "records upstream configure rules",
+    "records upstream families configure rules",
     "data models losses metrics",
     "convert optim",
     "prediction algorithms",
@@ -30,7 +30,7 @@ LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split(
 STEPS = {"data", "models", "losses", "metrics"}  # none imports another
 CONVERT_MAY_IMPORT = {"schema", "boxes", "images", "records", "redact"}
 DOOR_TO_CONVERT = "convert.annotated"
-MOST_MODULES = 20  # directly in recipe/
+MOST_MODULES = 21  # directly in recipe/
 MOST_LINES = 450
 MOST_ENTRIES = 600  # lines of schema.py and config.py, each one file so that every noun and every key is found in it
 # Split, so that this file does not hold what it looks for.

@@ -16,6 +16,7 @@ from recipe.algorithms.staged_freezing import bit_sums
 from recipe.callbacks.measures import joint_model
 from recipe.config import CacheFrozenConfig, ConfigError
 from recipe.data.stream import PackStream
+from recipe.families import vision_sizes
 from recipe.models.frozen_cache import FrozenCache, bytes_of, free_bytes
 from recipe.models.network import JointNetwork
 from recipe.optim.groups import local
@@ -97,7 +98,7 @@ class CacheFrozen(Callback):
         width = network.vlm.text_config.hidden_size
         numbers = (prompt_tokens + patches / vision.spatial_merge_size**2) * width
         if network.memory.pyramid is not None:
-            numbers += patches * vision.hidden_size
+            numbers += patches * vision_sizes(network.vlm.hf_model.config)[0]
         needed = numbers * local(next(network.vlm.parameters())).element_size()
         log.info(
             "cache_frozen: %d images need about %.3g GB in %s, which holds %.3g of at most %.3g GB; %.3g GB are free",

@@ -67,8 +67,9 @@ class Flops:
 
 
 def _last_product(block: Any) -> nn.Module:
-    found = adapter_layers(block.mlp.down_proj)
-    return found[0][1] if found else block.mlp.down_proj
+    last = [child for child in block.mlp.children() if _weights(child)][-1]
+    found = adapter_layers(last)
+    return found[0][1] if found else last
 
 
 def step_flops(network: Any, batches: Sequence[Batch], trained: Collection[str]) -> Flops:
@@ -94,17 +95,20 @@ def window_pairs(grid: Sequence[int], side: int) -> int:
 def _add_trunk(network: Any, batch: Batch, trained: Collection[str], flops: Flops) -> None:
     hf_model, (num_rows, row_length) = network.vlm.hf_model, batch["input_ids"].shape
     visual, layers = hf_model.model.visual, hf_model.model.language_model.layers
-    embed, merge, num_whole = visual.patch_embed.proj, visual.spatial_merge_size, len(visual.fullatt_block_indexes)
+    embed, merge, family = visual.patch_embed.proj, visual.spatial_merge_size, network.vlm.family
+    num_whole = len(visual.fullatt_block_indexes if family.has_windows else visual.blocks)
     grids = batch["image_grid_thw"].tolist() or [[1, merge, merge]]  # a blank image if there is none
-    patches, side = sum(t * h * w for t, h, w in grids), visual.window_size // visual.patch_size // merge * merge
-    pairs = num_whole * sum(t * (h * w) ** 2 for t, h, w in grids)
-    pairs += (len(visual.blocks) - num_whole) * sum(window_pairs(grid, side) for grid in grids)
+    patches, pairs = sum(t * h * w for t, h, w in grids), num_whole * sum(t * (h * w) ** 2 for t, h, w in grids)
+    if family.has_windows:
+        side = visual.window_size // visual.patch_size // merge * merge
+        pairs += (len(visual.blocks) - num_whole) * sum(window_pairs(grid, side) for grid in grids)
     pixels = embed.in_channels * embed.kernel_size[-1] ** 2  # of one frame: two equal ones are read as one
     flops.add("vision", patches * pixels * embed.out_channels, "vision" in trained, gradient=False)
     gradient = not {"vision", "lora_vision"}.isdisjoint(trained)
     flops.add_blocks("vision", visual.blocks, patches, trained, gradient, 2 * pairs * embed.out_channels)
     gradient = gradient or "merger" in trained
-    flops.add("merger", patches // merge**2 * _weights(visual.merger), "merger" in trained, gradient)
+    mergers = _weights(*(visual.get_submodule(name) for name in family.mergers))
+    flops.add("merger", patches // merge**2 * mergers, "merger" in trained, gradient)
     gradient = gradient or not {"llm", "lora_llm"}.isdisjoint(trained)
     pairs = len(layers) * sum(length**2 for length in batch["segment_lengths"] or [row_length] * num_rows)
     attention = 2 * pairs * layers[0].self_attn.o_proj.in_features

@@ -87,8 +87,9 @@ class Pieces:
         self._encoder = encoder
         self._known: dict[str, int] = {}
         # An image is at most MAX_ASPECT_RATIO times as long as wide.
+        unit = encoder.image_spec.patch_size * encoder.image_spec.merge_size
         side = int((MAX_ASPECT_RATIO * encoder.image_spec.max_pixels) ** 0.5)
-        numbers = [str(number) for number in range(max(1000, side) + 2 * 28)]
+        numbers = [str(number) for number in range(max(1000, side) + 2 * unit)]
         self.first = np.array(self._lengths(numbers), dtype=np.int64)  # of a number after [
         self.later = np.array(self._lengths([f" {number}" for number in numbers]), dtype=np.int64)  # after a comma
         end = self._lengths([END_OF_TURN, "\n"])
@@ -129,7 +130,7 @@ def count_parts(samples: Iterable[Sample], encoder: Encoder, augmentation: Augme
         own, num_anchors = boxes_of(sample)
         with naming(sample):
             size = resized_size(sample.width, sample.height, encoder.image_spec)
-        frame = answer_frame(encoder.prompt.box_coordinates, size)
+        frame = answer_frame(encoder.box_coordinates, size)
         objects = [item for item in sample.objects or () if not item.iscrowd] if sample.messages is None else []
         exact = [item.box for item in objects] if sample.messages is None else box_parts(sample.messages)
         numbers = np.array([box_to_frame(box, (sample.width, sample.height), frame) for box in exact], dtype=np.int64)
@@ -283,7 +284,7 @@ class DrawnTable(LengthTable):
         moved, seen, cut = move_boxes(parts.boxes[rows].astype(np.float64), shown, owners)
         kept = (kinds != Kind.AROUND) & ((kinds != Kind.OBJECT) | is_kept(config, moved, seen, cut))
         rows, owners, kinds, moved = rows[kept], owners[kept], kinds[kept], moved[kept]
-        frames = resized if self.encoder.prompt.box_coordinates == "absolute" else np.full_like(resized, 1000)
+        frames = resized if self.encoder.box_coordinates == "absolute" else np.full_like(resized, 1000)
         limits = np.tile(frames[owners], 2)
         numbers = np.clip(np.rint(moved * limits / np.tile(shown.sizes[owners], 2)), 0, limits).astype(np.int64)
         added = self.pieces.of_numbers(numbers)
@@ -344,7 +345,7 @@ class DrawnTable(LengthTable):
             image_tokens = self._image_tokens(patches)
         longest = np.maximum.accumulate(np.maximum(self.pieces.first, self.pieces.later))
         limit = np.ceil(sides.max(axis=(0, 2)) + unit).astype(np.int64)
-        if self.encoder.prompt.box_coordinates != "absolute":
+        if self.encoder.box_coordinates != "absolute":
             limit = np.full_like(limit, 1000)
         per_box = 4 * longest[np.minimum(limit, len(longest) - 1)]
         owners = np.repeat(np.arange(len(tokens)), parts.num_boxes)

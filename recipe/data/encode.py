@@ -18,6 +18,7 @@ from recipe.data import chat
 from recipe.data.augment import Drawn
 from recipe.data.chat import Segment
 from recipe.data.image import patchify, resized_size
+from recipe.families import box_coordinates
 from recipe.schema import Box, Example, ImageSpec, Object, Role, Sample, Target
 
 KEPT_TEXTS, KEPT_LENGTH = 4096, 256  # texts whose ids are kept, and the characters of one at most
@@ -28,7 +29,7 @@ def rope_positions(
 ) -> Int64[Tensor, "3 L"]:
     """Return a sample's positions along time, height and width, from 0; it may have no image.
 
-    Equals `get_rope_index` of Qwen2.5-VL for images, which takes seven times as long.
+    Equals `get_rope_index` of every family for images, which takes seven times as long.
     """
     merge = hf_config.vision_config.spatial_merge_size
     places = np.flatnonzero(input_ids.numpy() == hf_config.image_token_id)
@@ -90,6 +91,11 @@ class Encoder:
     keep_image: bool = False  # keep the student's image bytes in the example, for drawing
     with_content: bool = False  # identify each example's pixels and prompt
     _kept: dict[str, list[int]] = field(default_factory=dict[str, list[int]], init=False, repr=False, compare=False)
+
+    @property
+    def box_coordinates(self) -> str:
+        """Return how answers write boxes."""
+        return box_coordinates(self.prompt, self.hf_config)
 
     @property
     def pad_token_id(self) -> int:
@@ -209,7 +215,7 @@ class Encoder:
         return box_to_frame(box, (sample.width, sample.height), self._frame(sample))
 
     def _frame(self, sample: Sample) -> tuple[int, int]:
-        return answer_frame(self.prompt.box_coordinates, resized_size(sample.width, sample.height, self.image_spec))
+        return answer_frame(self.box_coordinates, resized_size(sample.width, sample.height, self.image_spec))
 
     def _tokenize(
         self, head: list[Segment], student: list[Segment], tokens_per_image: list[int]

@@ -198,7 +198,8 @@ def fingerprint(encoder: Encoder) -> str:
     probe = [segment.text for part in encoder.segments(_PROBE, [_PROBE]) for segment in part]
     tokenizer: Any = encoder.tokenizer
     counted = [entry.name for entry in fields(Lengths) if entry.name != "num_solved"]
-    parts = [tokenizer.backend_tokenizer.to_str(), asdict(encoder.prompt), asdict(encoder.image_spec), probe, counted]
+    prompt = {**asdict(encoder.prompt), "box_coordinates": encoder.box_coordinates}
+    parts = [tokenizer.backend_tokenizer.to_str(), prompt, asdict(encoder.image_spec), probe, counted]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

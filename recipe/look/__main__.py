@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.annotated import REJECTED_FILE
-from recipe.config import DetectionHeadConfig, RecipeConfig
+from recipe.config import ConfigError, DetectionHeadConfig, RecipeConfig
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
 from recipe.gallery import check_out
@@ -34,6 +35,7 @@ from recipe.load import load_processor
 from recipe.look.counts import Contents, read_rejected
 from recipe.look.judge import Copies, Limits, judge
 from recipe.look.page import Look, render, summary_line
+from recipe.models.vlm import read_hf_config
 from recipe.prediction.files import write_json_text
 from recipe.records import INDEX_FILE, RECORDS_FILE, parse_index, read_image_hashes, read_records
 from recipe.schema import ImageSpec, Sample
@@ -117,8 +119,10 @@ def read_checkpoint(
             unknown = f"Not counted: the checkpoint of the config, {wanted}, cannot be read here. Give --checkpoint."
         else:
             spec = image_spec(processor.image_processor, image)
-            most = sys.maxsize
-            return spec, Encoder(processor.tokenizer, None, spec, settings.prompt, most, most), ""
+            most, hf_config = sys.maxsize, None
+            with suppress(OSError, ConfigError):  # else as Qwen2.5-VL writes boxes
+                hf_config = read_hf_config(wanted)
+            return spec, Encoder(processor.tokenizer, hf_config, spec, settings.prompt, most, most), ""
     least, most = image.min_pixels or _SPEC.min_pixels, image.max_pixels or _SPEC.max_pixels
     if least > most:
         raise ValueError(f"--max-pixels {most} is below image.min_pixels {least}: raise it")

@@ -6,6 +6,7 @@ later), else one call of `scaled_dot_product_attention` for all segments of equa
 cost less than putting them side by side, one for those that already are. No mask, no padding.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 PACKED = "packed_sdpa"
@@ -78,7 +78,7 @@ def packed_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any)
 class WindowAttention(nn.Module):
     """The vision tower's attention, by `attend_segments`. Weights keep their place and name.
 
-    transformers makes one call per window and layer, some 7,000 per pack.
+    transformers makes one call per window and layer, some 7,000 per pack. All families have the same.
     """
 
     def __init__(self, attention: nn.Module):
@@ -86,6 +86,7 @@ class WindowAttention(nn.Module):
         self.qkv: Any = attention.qkv
         self.proj: Any = attention.proj
         self.num_heads: Any = attention.num_heads
+        self.module_name = type(attention).__module__  # has the rotation; a module itself could not be copied
 
     def forward(
         self,
@@ -98,7 +99,7 @@ class WindowAttention(nn.Module):
         """Attend within the windows that `cu_seqlens` cuts `hidden_states` into."""
         assert position_embeddings is not None
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        query, key = modeling_qwen2_5_vl.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        query, key = sys.modules[self.module_name].apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         scale = query.shape[-1] ** -0.5  # torch's own differs in the last bit
         return self.proj(attend_segments(query, key, value, _lengths_of(cu_seqlens), scale=scale).flatten(1))
 

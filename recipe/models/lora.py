@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from recipe.config import LORA_TARGETS, ConfigError, LoraPartConfig
+from recipe.config import ConfigError, LoraPartConfig
+from recipe.families import Family, family_of
 
 # peft is imported inside functions: it takes a second, and only runs with adapters need it.
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ CONFIG_FILE = "adapter_config.json"  # peft's names
 WEIGHTS_FILE = "adapter_model.safetensors"
 TRUNK = {"llm": "model.language_model", "vision": "model.visual"}  # the submodule of each part
 BLOCKS = {"llm": "layers", "vision": "blocks"}  # and its list of blocks
-MERGER = "merger"  # of the vision tower: a group of its own, without adapters
 
 
 def check_peft() -> None:
@@ -52,9 +52,9 @@ def add_adapters(hf_model: PreTrainedModel, parts: Mapping[str, LoraPartConfig],
     for part, config in parts.items():
         trunk = hf_model.get_submodule(TRUNK[part])
         trained = [(parameter, parameter.requires_grad) for parameter in trunk.parameters()]
-        inject_adapter_in_model(peft_config({part: config}), trunk)
+        inject_adapter_in_model(peft_config({part: config}, family_of(hf_model.config)), trunk)
         for parameter, is_trained in trained:
-            parameter.requires_grad_(is_trained)  # peft freezes all, the merger too; here the rates of groups decide
+            parameter.requires_grad_(is_trained)  # peft freezes all, mergers too; here the rates of groups decide
     for name, parameter in adapters(hf_model).items():
         parameter.data = parameter.data.to(dtype)
         if "lora_magnitude_vector" in name:  # peft rounds the lengths of rows to the base's dtype, and the start is off
@@ -62,7 +62,7 @@ def add_adapters(hf_model: PreTrainedModel, parts: Mapping[str, LoraPartConfig],
             parameter.data = torch.linalg.vector_norm(base.weight.detach().to(dtype), dim=1)
 
 
-def peft_config(parts: Mapping[str, LoraPartConfig], base: str | None = None) -> "LoraConfig":
+def peft_config(parts: Mapping[str, LoraPartConfig], family: Family, base: str | None = None) -> "LoraConfig":
     """Return peft's configuration of one or both parts on the model that `base` names.
 
     Raises:
@@ -77,7 +77,7 @@ def peft_config(parts: Mapping[str, LoraPartConfig], base: str | None = None) ->
             "export without --adapters, which merges them"
         )
     patterns = [
-        rf"(.*\.)?{BLOCKS[part]}\.\d+\.(.*\.)?({'|'.join(config.targets or LORA_TARGETS[part])})"
+        rf"(.*\.)?{BLOCKS[part]}\.\d+\.(.*\.)?({'|'.join(config.targets or family.lora_targets[part])})"
         for part, config in parts.items()
     ]
     return LoraConfig(
@@ -126,11 +126,21 @@ def merge_adapters(hf_model: nn.Module) -> None:
         vars(hf_model.get_submodule(trunk)).pop("peft_config", None)
 
 
+def _mergers(hf_model: nn.Module) -> list[str]:
+    """Return the names of the vision tower's mergers, each of one list alone, as peft saves no lists."""
+    visual, found = hf_model.get_submodule(TRUNK["vision"]), list[str]()
+    for name in family_of(hf_model.config).mergers:
+        part = visual.get_submodule(name)
+        found += [f"{name}.{place}" for place in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
+    return found
+
+
 def _saved_parameters(hf_model: nn.Module, with_merger: bool) -> dict[str, nn.Parameter]:
-    """Return adapters, and the merger if it is trained, by their names in a folder of peft."""
+    """Return adapters, and the mergers if they are trained, by their names in a folder of peft."""
     saved: dict[str, nn.Parameter] = {}
+    mergers = tuple(f"{TRUNK['vision']}.{name}." for name in _mergers(hf_model))
     for name, parameter in hf_model.named_parameters():
-        if ".lora_" in name or (with_merger and name.startswith(f"{TRUNK['vision']}.{MERGER}.")):
+        if ".lora_" in name or (with_merger and name.startswith(mergers)):
             name = f"base_model.model.{name.replace('.default', '')}"
             saved[name.removesuffix(".weight") if "lora_magnitude_vector" in name else name] = parameter
     return saved
@@ -141,14 +151,14 @@ def save_adapters(
 ) -> None:
     """Write the adapters as `peft.PeftModel.from_pretrained` reads them, on the model that `base` names.
 
-    `with_merger`: with the whole merger, which was trained too.
+    `with_merger`: with the mergers as a whole, which were trained too.
 
     Raises:
         ValueError: peft cannot describe them; see `peft_config`.
     """
-    config = peft_config(parts, base)
+    config = peft_config(parts, family_of(hf_model.config), base)
     config.inference_mode = True
-    config.modules_to_save = [MERGER] if with_merger else None
+    config.modules_to_save = _mergers(hf_model) if with_merger else None
     config.save_pretrained(str(folder))
     saved = _saved_parameters(hf_model, with_merger).items()
     weights = {name: parameter.detach().contiguous() for name, parameter in saved}
@@ -171,7 +181,7 @@ def _read_config(folder: str | Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_adapters(hf_model: nn.Module, folder: Path) -> None:
-    """Load the adapters of a folder, and its merger; raise ValueError unless it holds exactly those of the model."""
+    """Load the adapters of a folder, and its mergers; raise ValueError unless it holds exactly those of the model."""
     weights = load_file(folder / WEIGHTS_FILE)
     expected = _saved_parameters(hf_model, with_merger=bool(_read_config(folder)["modules_to_save"]))
     both = weights.keys() & expected.keys()

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import pad_sequence
 
 from recipe.config import LossConfig, MatcherConfig
+from recipe.families import vision_sizes
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead, make_denoising_queries
 from recipe.models.frozen_cache import FrozenCache, TrunkReading
@@ -257,7 +258,7 @@ class JointNetwork(nn.Module):
         if not student_grids:
             # Needs a gradient as an image's row does: FSDP reduces a unit's gradients when its inputs' gradients come.
             blank = 0.0 * hidden[:1]
-            patches = hidden.new_zeros(1, merge**2, vision.hidden_size)
+            patches = hidden.new_zeros(1, merge**2, vision_sizes(self.vlm.hf_model.config)[0])
             mask = torch.ones(1, 1, dtype=torch.bool, device=hidden.device)
             pixels = hidden.new_zeros(3, *[merge * vision.patch_size] * 2)
             return self.memory([blank], [(1, 1)], blank[None], mask, [patches], [pixels])

@@ -1,4 +1,4 @@
-"""The language model: Qwen2.5-VL through `from_pretrained`, vision features computed once and shared with the head."""
+"""The language model: a Qwen-VL through `from_pretrained`, vision features computed once and shared with the head."""
 
 import json
 import logging
@@ -15,17 +15,12 @@ from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from recipe.config import ConfigError
+from recipe.families import family_named, family_of
 from recipe.models.attention import PACKED, WindowAttention, resolve_attention
 from recipe.models.token_losses import token_losses
 
@@ -73,7 +68,7 @@ class PixelNormalizer(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Qwen's patch embedding of images: one matrix product with the sum of the frames' weights.
+    """Qwen's patch embedding of images: one matrix product with the sum of the frames' weights, and any bias.
 
     Qwen's is a convolution over video frames, and an image is a video of equal frames. Summed weights give the same at
     half the cost, and a convolution whose stride equals its kernel is slower than the equivalent product. Hugging
@@ -87,11 +82,11 @@ class ImageEmbedding(nn.Module):
     def forward(self, pixel_values: Float[Tensor, "P values"]) -> Float[Tensor, "P C"]:
         """Embed patches of one frame."""
         weight: Tensor = self.proj.weight.sum(2)  # (C, 3, frames, patch, patch) → (C, 3, patch, patch)
-        return F.linear(pixel_values.to(weight.dtype), weight.flatten(1))
+        return F.linear(pixel_values.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
 class VisionLanguageModel(nn.Module):
-    """`Qwen2_5_VLForConditionalGeneration`, one pass of which gives hidden states and the image features they read.
+    """A model of transformers, one pass of which gives hidden states and the image features they read.
 
     Its patch embedding is replaced by an `ImageEmbedding`, and with the attention `packed_sdpa` that of its vision
     tower by `WindowAttention`.
@@ -101,15 +96,14 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         visual: Any = hf_model.model.visual
         visual.patch_embed = ImageEmbedding(visual.patch_embed)
+        self.family = family_of(hf_model.config)
         if hasattr(visual, "get_window_index"):  # transformers 4: tens of small tensors per image, for each call
-            merge, side = (
-                visual.spatial_merge_size,
-                visual.window_size // visual.spatial_merge_size // visual.patch_size,
-            )
+            merge = visual.spatial_merge_size
+            side = visual.window_size // merge // visual.patch_size
             visual.get_window_index = partial(windows_of_images, merge=merge, side=side)
             visual.rot_pos_emb = partial(rotary_angles, visual.rotary_pos_emb, merge=merge)
-        # A trained tower in float32 may be below a frozen merger in bfloat16.
-        visual.merger.register_forward_pre_hook(lambda merger, inputs: (inputs[0].to(merger.ln_q.weight.dtype),))
+        for part in (module for module in visual.modules() if type(module) is type(visual.merger)):
+            part.register_forward_pre_hook(partial(_to_its_dtype, self.family.merger_norm))
         if resolve_attention(attention) == PACKED:
             for block in visual.blocks:
                 block.attn = WindowAttention(block.attn)
@@ -128,27 +122,38 @@ class VisionLanguageModel(nn.Module):
 
     def image_features(
         self, pixel_patches: UInt8[Tensor, "P values"], image_grid_thw: Int64[Tensor, "I 3"], with_patches: bool = False
-    ) -> tuple[tuple[Float[Tensor, "_ D"], ...], tuple[Float[Tensor, "_ patches C"], ...]]:
-        """Return the vision features of every image's tokens: after the merger, and before it.
+    ) -> tuple[
+        tuple[Float[Tensor, "_ D"], ...], tuple[Float[Tensor, "_ patches C"], ...], list[Float[Tensor, "tokens D"]]
+    ]:
+        """Return the vision features of every image's tokens: after the merger, before it, and of earlier blocks.
 
-        The second tuple is empty unless `with_patches`.
+        The second part is empty unless `with_patches`. The third has one tensor, of all images' tokens, for each of the
+        first language layers to whose result it is added; it is empty in families without deepstack.
         """
         pixel_values = self.normalizer(pixel_patches).to(self.hf_model.dtype)
         visual = self.hf_model.model.visual
         # Read before the tower's pass is queued, or the host would wait for it.
-        order = window_order(visual, image_grid_thw.cpu()) if with_patches else None
+        order = None
+        if with_patches and self.family.has_windows:
+            order = window_order(visual, image_grid_thw.cpu())
         merged: list[Tensor] = []
         hook = visual.merger.register_forward_pre_hook(lambda _, inputs: merged.append(inputs[0]))
         try:
-            features = self.hf_model.model.get_image_features(pixel_values, image_grid_thw)
+            found = self.hf_model.model.get_image_features(pixel_values, image_grid_thw)
         finally:
             hook.remove()
-        features = tuple(getattr(features, "pooler_output", features))
-        if order is None:
-            return features, ()
-        raster = order.argsort().to(merged[0].device)
-        patches = merged[0].unflatten(0, (-1, visual.spatial_merge_unit))[raster]
-        return features, patches.split([len(tokens) for tokens in features])
+        deepstack: list[Tensor] = []
+        if hasattr(found, "pooler_output"):  # transformers 5
+            found, deepstack = found.pooler_output, getattr(found, "deepstack_features", [])
+        elif self.family.has_deepstack:
+            found, deepstack = found
+        features = tuple(found)
+        if not with_patches:
+            return features, (), deepstack
+        patches = merged[0].unflatten(0, (-1, visual.spatial_merge_size**2))
+        if order is not None:
+            patches = patches[order.argsort().to(patches.device)]
+        return features, patches.split([len(tokens) for tokens in features]), deepstack
 
     def forward(
         self,
@@ -168,16 +173,19 @@ class VisionLanguageModel(nn.Module):
             ValueError: `input_ids` hold more or fewer image placeholders than there are vision tokens.
         """
         check_packing_contract(input_ids, attention_mask, position_ids, segment_lengths)
-        inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds, early = self.embed_tokens(input_ids), dict[str, Any]()
         if len(image_grid_thw):
-            features, patch_features = self.image_features(pixel_patches, image_grid_thw, with_patches)
+            features, patch_features, deepstack = self.image_features(pixel_patches, image_grid_thw, with_patches)
             flat = torch.cat(features).to(inputs_embeds.dtype)
-            inputs_embeds = scatter_features(inputs_embeds, input_ids == self.hf_model.config.image_token_id, flat)
+            image_mask = input_ids == self.hf_model.config.image_token_id
+            inputs_embeds = scatter_features(inputs_embeds, image_mask, flat)
+            if deepstack:  # what the first layers add to their results
+                early = {"visual_pos_masks": image_mask, "deepstack_visual_embeds": deepstack}
         else:
             # Every rank must run the vision tower in every step, or DDP and FSDP wait indefinitely.
             features, patch_features = (), ()
-            (blank,), _ = self.image_features(*self.blank_image(input_ids.device))
-            inputs_embeds = inputs_embeds + 0.0 * blank.sum()
+            (blank,), _, deepstack = self.image_features(*self.blank_image(input_ids.device))
+            inputs_embeds = inputs_embeds + 0.0 * sum(part.sum() for part in (blank, *deepstack))
         packing: dict[str, Any] = {}  # how attention functions separate the samples of a packed row
         if segment_lengths is not None:
             ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32, device=input_ids.device)
@@ -189,6 +197,7 @@ class VisionLanguageModel(nn.Module):
             position_ids=position_ids,
             use_cache=False,  # with a cache, the default, transformers does not detect packed rows
             **packing,
+            **early,
         )
         return VlmOutputs(outputs.last_hidden_state.flatten(0, 1), features, patch_features)
 
@@ -269,8 +278,14 @@ def rotary_angles(frequencies: nn.Module, grid_thw: Int64[Tensor, "I 3"], merge:
     return table[positions.to(table.device)].flatten(1)
 
 
+def _to_its_dtype(norm: str, merger: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    # A trained tower in float32 may be below a frozen merger in bfloat16.
+    layer: Any = merger.get_submodule(norm)
+    return (inputs[0].to(layer.weight.dtype),)
+
+
 def window_order(visual: Any, image_grid_thw: Int64[Tensor, "I 3"]) -> Int64[Tensor, " tokens"]:
-    """Return the order in which the tower keeps the tokens of all images, by attention windows."""
+    """Return the order in which a tower with windows keeps the tokens of all images."""
     if hasattr(visual, "get_window_index"):
         return visual.get_window_index(image_grid_thw)[0]
     from transformers.vision_utils import get_vision_window_index  # type: ignore[import-not-found]  # transformers 5
@@ -325,14 +340,13 @@ def read_hf_config(name: str) -> PretrainedConfig:
     """Return a checkpoint's config.
 
     Raises:
-        ConfigError: It is of another model, or was written by a later transformers that moved its keys.
+        ConfigError: It is of a family that is not supported, or was written by a later transformers that moved its
+            keys.
         OSError: The folder or name holds none.
     """
+    if content := PretrainedConfig.get_config_dict(name)[0]:  # {}: a folder without one, which is named below
+        family_named(content.get("model_type"), name)  # AutoConfig may not know the type
     config: Any = AutoConfig.from_pretrained(name)
-    if not isinstance(config, Qwen2_5_VLConfig):
-        raise ConfigError(
-            f"model.pretrained_model_name_or_path={name!r} is a {config.model_type}: give a Qwen2.5-VL checkpoint"
-        )
     text = config.get_text_config()
     # transformers 5 keeps both in `rope_parameters`, which 4 does not read.
     if IS_TRANSFORMERS_4 and getattr(text, "rope_parameters", None) and not getattr(text, "rope_scaling", None):
@@ -402,7 +416,7 @@ def _some(names: Sequence[str]) -> str:
 def load_vlm(
     pretrained_model_name_or_path: str, attn_implementation: str, dtype: str, gradient_checkpointing: bool = False
 ) -> PreTrainedModel:
-    """Load Qwen2.5-VL from a local folder or the hub; `attn_implementation` may also be `auto`.
+    """Load the model from a local folder or the hub; `attn_implementation` may also be `auto`.
 
     Raises:
         ConfigError: The folder or name holds no checkpoint, one that this version of transformers cannot read, or not
@@ -413,7 +427,7 @@ def load_vlm(
     try:
         config = read_hf_config(name)
         transformers.logging.set_verbosity_error()  # it lists every missing weight
-        loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        loaded: Any = getattr(transformers, family_of(config).model).from_pretrained(
             name,
             config=config,
             attn_implementation=resolve_attention(attn_implementation),

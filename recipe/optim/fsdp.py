@@ -12,15 +12,15 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 
 from recipe.config import ConfigError
+from recipe.families import FAMILIES
 from recipe.models.caption_decoder import CaptionDecoder, CaptionLayer
 from recipe.models.detection_head import DecoderLayer, DetectionHead
 from recipe.models.memory import MemoryBuilder
 
 # The root holds the rest: token embedding, output matrix, patch embedding, merger, norms.
-BACKBONE_UNITS: tuple[type[nn.Module], ...] = (Qwen2_5_VLVisionBlock, Qwen2_5_VLDecoderLayer)
+BACKBONE_UNITS = {unit for family in FAMILIES.values() for unit in family.units}
 HEAD_UNITS = (MemoryBuilder, DetectionHead, DecoderLayer, CaptionDecoder, CaptionLayer)
 
 FSDP_CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: FSDP2Config}
@@ -103,6 +103,6 @@ def _mark_units(network: nn.Module, version: int) -> None:
         FSDP2Config.settable_attrs = staticmethod(lambda: {*names, "mp_policy"})
 
     def wrap(module: nn.Module) -> bool | dict[str, Any]:
-        return dict(in_full) if isinstance(module, HEAD_UNITS) else isinstance(module, BACKBONE_UNITS)
+        return dict(in_full) if isinstance(module, HEAD_UNITS) else type(module).__name__ in BACKBONE_UNITS
 
     network.fsdp_wrap_fn = wrap  # pyright: ignore[reportArgumentType]

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from recipe.config import OptimizerConfig
+from recipe.families import MERGERS
 from recipe.models.network import AVERAGE
 from recipe.models.nf4 import num_weights
 from recipe.upstream.torch_private import foreach_norm
@@ -23,11 +24,13 @@ log = logging.getLogger(__name__)
 
 _PIECE = 2**24  # numbers
 
-# A parameter belongs to the one group whose pattern is found in its name. The vision pattern excludes the merger. What
+_MERGER = rf"({'|'.join(MERGERS)})\."
+
+# A parameter belongs to the one group whose pattern is found in its name. The vision pattern excludes mergers. What
 # peft adds has `lora_` in its name (lora_A, lora_B, lora_magnitude_vector); the weight it adapts is a `base_layer`.
 GROUP_PATTERNS: Mapping[str, str] = {
-    "vision": r"\bhf_model\.model\.visual\.(?!merger\.|.*\.lora_)",
-    "merger": r"\bhf_model\.model\.visual\.merger\.",
+    "vision": rf"\bhf_model\.model\.visual\.(?!{_MERGER}|.*\.lora_)",
+    "merger": rf"\bhf_model\.model\.visual\.{_MERGER}",
     "llm": r"\bhf_model\.(model\.language_model|lm_head)\.(?!.*\.lora_)",
     "lora_vision": r"\bhf_model\.model\.visual\..*\.lora_",
     "lora_llm": r"\bhf_model\.model\.language_model\..*\.lora_",

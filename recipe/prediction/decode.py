@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from recipe.boxes import answer_frame, asks_for_boxes, normalized_to_pixels, text_to_objects
 from recipe.config import EvaluationConfig, PromptConfig
+from recipe.families import box_coordinates
 from recipe.models.caption_decoder import CaptionCache, CaptionDecoder
 from recipe.models.network import JointNetwork, Sealed, is_sharded, on_all_ranks
 from recipe.models.vlm import VisionLanguageModel
@@ -90,7 +91,8 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
         is_alone = not batch["samples"][position].further
         if row is not None and answer is not None and (is_alone or asks_for_boxes(sample)):
             _, height, width = batch["image_grid_thw"][batch["student_images"][row]].tolist()
-            frame = answer_frame(decoding.prompt.box_coordinates, (width * patch, height * patch))
+            boxes_in = box_coordinates(decoding.prompt, network.vlm.hf_model.config)
+            frame = answer_frame(boxes_in, (width * patch, height * patch))
             parsed = text_to_objects(answer, size, frame)
             answer_objects = None if parsed is None else tuple(parsed)
         made = (objects, answer, answer_objects, is_cut, network.has_head)

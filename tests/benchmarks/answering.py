@@ -43,6 +43,7 @@ from recipe.config import RecipeConfig
 from recipe.configure import load_config
 from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
+from recipe.families import box_coordinates
 from recipe.joint import JointModel
 from recipe.load import build_encoder, load_network
 from recipe.metrics.boxes import answer_boxes
@@ -117,7 +118,7 @@ def by_text(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Predi
     predictions = []
     for sample, ids, grid in zip(batch["samples"], written, batch["image_grid_thw"].tolist(), strict=True):
         answer = model.tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip()
-        frame = answer_frame(config.prompt.box_coordinates, (grid[2] * patch, grid[1] * patch))
+        frame = answer_frame(box_coordinates(config.prompt, vlm.hf_model.config), (grid[2] * patch, grid[1] * patch))
         objects = text_to_objects(answer, (sample.width, sample.height), frame)
         told = None if objects is None else tuple(objects)
         predictions.append(Prediction(sample.id, sample.width, sample.height, (), answer, told))

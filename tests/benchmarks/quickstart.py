@@ -1,11 +1,13 @@
 """The whole line as a new user runs it: data, tiny checkpoint, joint training, evaluation, pictures.
 
-    make quickstart        or        python tests/benchmarks/quickstart.py [key.sub=value ...]
+    make quickstart        or        python tests/benchmarks/quickstart.py [--model TYPE] [key.sub=value ...]
 
+TYPE is the family of the tiny checkpoint, as in recipe/families.py.
 Prints a table; the last line is JSON: `box_ap50 caption_match text_f1 train_seconds loss_lm_teacher loss_lm_student`
 (each loss: first, last) and `samples_per_s`. Everything is written below `quickstart/`.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -15,6 +17,8 @@ import time
 from pathlib import Path
 
 from streaming import StreamingDataset
+
+from recipe.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("quickstart")
@@ -35,7 +39,7 @@ def run(*command: str) -> None:
     subprocess.run([str(executable), *command[1:]], cwd=ROOT, check=True, env=environment)
 
 
-def make_data() -> None:
+def make_data(model: str) -> None:
     """Scenes of coloured shapes, a pool of teachers, and the tiny checkpoint."""
     data = str(FOLDER / "data")
     for split, (num_samples, seed) in SPLITS.items():
@@ -43,7 +47,7 @@ def make_data() -> None:
         run("python", "-m", "convert.shapes", "--out", data, "--split", split, *scenes)
     pool = ["--num-samples", str(NUM_TEACHERS_POOL)]
     run("python", "-m", "convert.teachers", "--local", data, "--split", "pool", "--out", f"{data}/teachers", *pool)
-    run("python", "-m", "recipe.tiny", "--out", str(FOLDER / "tiny"))
+    run("python", "-m", "recipe.tiny", "--out", str(FOLDER / "tiny"), "--model", model)
 
 
 def predict_pictures(checkpoint: str) -> None:
@@ -80,13 +84,16 @@ def first_and_last(metrics: list[dict[str, float]], name: str) -> list[float]:
 
 def main() -> None:
     """Runs everything and reports."""
+    parser = argparse.ArgumentParser(description="The whole line as a new user runs it.")
+    parser.add_argument("--model", default="qwen2_5_vl", choices=list(FAMILIES), help="default %(default)s")
+    args, overrides = parser.parse_known_args()
     shutil.rmtree(ROOT / FOLDER, ignore_errors=True)
-    make_data()
+    make_data(args.model)
     start = time.monotonic()
-    run(*LAUNCH, "recipe/train.py", YAML, *sys.argv[1:])
+    run(*LAUNCH, "recipe/train.py", YAML, *overrides)
     train_seconds = time.monotonic() - start
     checkpoint = str(FOLDER / "run" / "checkpoints" / "latest-rank0.pt")
-    run(*LAUNCH, "recipe/eval.py", YAML, f"load_path={checkpoint}", "run_folder=quickstart/eval", *sys.argv[1:])
+    run(*LAUNCH, "recipe/eval.py", YAML, f"load_path={checkpoint}", "run_folder=quickstart/eval", *overrides)
     predict_pictures(checkpoint)
     scores = json.loads((ROOT / FOLDER / "eval" / "eval.json").read_text())
     metrics = read_metrics()

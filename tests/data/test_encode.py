@@ -6,6 +6,7 @@ import unicodedata
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from recipe.config import PromptConfig
 from recipe.data import encode
 from recipe.data.encode import Encoder
 from recipe.data.image import resized_size
+from recipe.data.lengths import fingerprint
 from recipe.images import open_image
 from recipe.schema import Example, Object, Role, Sample
 from recipe.tiny import SPECIAL_TOKENS, build_tiny_tokenizer
@@ -90,6 +92,20 @@ def test_training_prompt_ids_equal_inference_prompt_ids(encoder: Encoder, make_s
     assert torch.equal(asked.pixel_patches, trained.pixel_patches)
     assert not (asked.roles == Role.STUDENT).any()
     assert asked.targets == [None] and asked.student_images == [0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [("qwen2_vl", "normalized_1000"), ("qwen2_5_vl", "absolute"), ("qwen3_vl", "normalized_1000")],
+)
+def test_boxes_are_written_as_the_base_was_trained(encoder: Encoder, make_sample, model_type: str, expected: str):
+    """Unless the prompt says otherwise; token counts are kept for both ways alike."""
+    by_family = replace(encoder, hf_config=SimpleNamespace(model_type=model_type))
+    for box_coordinates in ("absolute", "normalized_1000"):
+        given = replace(by_family, prompt=PromptConfig(box_coordinates=box_coordinates))
+        is_same = box_coordinates == expected
+        assert (given.segments(make_sample(0)) == by_family.segments(make_sample(0))) == is_same
+        assert (fingerprint(given) == fingerprint(by_family)) == is_same
 
 
 @pytest.mark.parametrize("box_coordinates", ["absolute", "normalized_1000"])

@@ -1,14 +1,16 @@
 """Pictures → patches: the resize rule and the numbers of Hugging Face's processors."""
 
 import itertools
+import json
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorFast
+from transformers import AutoImageProcessor, Qwen2VLImageProcessor, Qwen2VLImageProcessorFast
 
 from recipe.config import ImageConfig
 from recipe.data import image
@@ -34,16 +36,17 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@pytest.mark.parametrize("patch_size", [14, 16])
 @pytest.mark.parametrize(("min_pixels", "max_pixels"), BUDGETS)
-def test_sizes_equal_the_image_processors_grid(min_pixels: int, max_pixels: int):
-    processor = fast(min_pixels=min_pixels, max_pixels=max_pixels)
+def test_sizes_equal_the_image_processors_grid(min_pixels: int, max_pixels: int, patch_size: int):
+    processor = fast(min_pixels=min_pixels, max_pixels=max_pixels, patch_size=patch_size)
     spec = image_spec(processor, ImageConfig())
     rng = np.random.default_rng(0)
     sizes = [(1, 1), (28, 28), (27, 29), (14, 14), (1000, 8), (9, 900), (43, 42), (42, 70)]
     sizes += [tuple(size) for size in rng.integers(2, 700, (12, 2)).tolist()]
     for width, height in sizes:
         grid = processor(noise(width, height), return_tensors="pt")["image_grid_thw"][0].tolist()
-        assert resized_size(width, height, spec) == (grid[2] * 14, grid[1] * 14), (width, height)
+        assert resized_size(width, height, spec) == (grid[2] * patch_size, grid[1] * patch_size), (width, height)
         assert patchify(noise(width, height), spec)[1] == tuple(grid)
 
 
@@ -134,6 +137,23 @@ def test_both_spellings_of_the_budget_are_read(processor: Qwen2VLImageProcessor 
     spec = image_spec(processor, ImageConfig())
     assert (spec.min_pixels, spec.max_pixels) == (5000, 90000)
     assert (spec.patch_size, spec.merge_size) == (14, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14}, (3136, 12845056, 14)),
+        ({"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16}, (65536, 16777216, 16)),
+    ],
+    ids=["qwen2_vl and qwen2_5_vl", "qwen3_vl"],
+)
+def test_budgets_as_published_are_read(tmp_path: Path, content: dict[str, Any], expected: tuple[int, int, int]):
+    """In either spelling of preprocessor_config.json, whichever version of transformers reads it."""
+    kind = {"image_processor_type": "Qwen2VLImageProcessorFast", "merge_size": 2, "temporal_patch_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**kind, **content}))
+    fast(min_pixels=1, max_pixels=2)  # in 4.57 one leaves its budget to the next that lacks an end
+    spec = image_spec(AutoImageProcessor.from_pretrained(tmp_path, use_fast=True), ImageConfig())
+    assert (spec.min_pixels, spec.max_pixels, spec.patch_size) == expected
 
 
 def test_the_yaml_wins_over_the_processor_one_limit_at_a_time():

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+import transformers
+from transformers import Qwen2_5_VLConfig
 
 from recipe.data.encode import rope_positions
+from recipe.families import FAMILIES
+from recipe.tiny import tiny_config
 from tests.support.tiny_cases import token_types
 
 
@@ -26,12 +29,15 @@ def test_positions_around_a_picture_worked_by_hand(hf_config: Qwen2_5_VLConfig):
     ]
 
 
+@pytest.mark.parametrize("model_type", list(FAMILIES))
 @pytest.mark.parametrize("num_teachers", [0, 1, 3])
-def test_positions_equal_those_of_a_real_model(hf_config: Qwen2_5_VLConfig, encoder, make_sample, num_teachers: int):
+def test_positions_equal_those_of_a_real_model(encoder, make_sample, num_teachers: int, model_type: str):
     teachers = [make_sample(1 + place, 1, width=50 + 90 * place, height=120) for place in range(num_teachers)]
     example = encoder(make_sample(0, 2), teachers)
-    model = Qwen2_5_VLModel(hf_config)
+    hf_config: Any = tiny_config(encoder.tokenizer, 64, 1, 32, 1, True, model_type)
+    model = getattr(transformers, FAMILIES[model_type].base)(hf_config)
     ids: Any = example.input_ids[None]
     types: Any = token_types(model.get_rope_index, ids, hf_config.image_token_id)
     expected, _ = model.get_rope_index(input_ids=ids, image_grid_thw=example.image_grid_thw, **types)
+    assert torch.equal(rope_positions(example.input_ids, example.image_grid_thw, hf_config), expected[:, 0])
     assert torch.equal(example.position_ids, expected[:, 0])

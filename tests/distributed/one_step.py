@@ -1,7 +1,7 @@
 """A training step of each case through Composer's Trainer: `composer -n 2 tests/distributed/one_step.py TINY OUT MODE`.
 
-MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-CASE-RANK.pt: gradients, its share of each loss term, and the
-logged terms.
+MODE is ddp, fsdp1 or fsdp2; names of cases may follow. Every rank writes OUT/MODE-CASE-RANK.pt: gradients, its share of
+each loss term, and the logged terms.
 """
 
 import math
@@ -223,12 +223,12 @@ def losses_without_weights(model: JointModel, optimizer: Optimizer, batch: Batch
 
 def main() -> None:
     """Runs all cases."""
-    checkpoint, out, mode = sys.argv[1:]
+    checkpoint, out, mode, *chosen = sys.argv[1:]
     dist.initialize_dist("cpu")
     install()
     compute_in_float64()
-    for name, case in cases_of(mode).items():
-        torch.save(run_case(case, checkpoint, mode), Path(out, f"{mode}-{name}-{dist.get_global_rank()}.pt"))
+    for name in chosen or cases_of(mode):
+        torch.save(run_case(CASES[name], checkpoint, mode), Path(out, f"{mode}-{name}-{dist.get_global_rank()}.pt"))
     leave()
 
 

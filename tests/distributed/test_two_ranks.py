@@ -11,7 +11,7 @@ from recipe.optim.groups import build_optimizer
 from recipe.schema import Example
 from tests.distributed.one_step import CASES, cases_of, make_case_model
 from tests.launches.launch import run_composer
-from tests.support.tiny_cases import gradient_error, loss_error, losses_and_gradients, make_batches
+from tests.support.tiny_cases import OTHER_FAMILIES, gradient_error, loss_error, losses_and_gradients, make_batches
 
 Records = Callable[[str], dict[str, list[dict[str, Any]]]]
 MODES = ("ddp", "fsdp1", "fsdp2")
@@ -41,7 +41,26 @@ def records(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> R
 def test_two_ranks_are_one_process(
     records: Records, tiny_checkpoint: str, tiny_examples: dict[str, Example], mode: str, name: str
 ):
-    case, (first, second) = CASES[name], records(mode)[name]
+    assert_one_process(name, records(mode)[name], tiny_checkpoint, tiny_examples)
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@OTHER_FAMILIES
+def test_other_families(tiny_checkpoint: str, tiny_examples: dict[str, Example], tmp_path: Path):
+    """Under FSDP2: the vision tower runs on a blank image in one rank, and its early features reach no token there."""
+    names, script = ("packed", "text_only_rank", "adapted"), Path(__file__).with_name("one_step.py")
+    run_composer(2, script, tiny_checkpoint, str(tmp_path), "fsdp2", *names, timeout=600)
+    for name in names:
+        ranks = [torch.load(tmp_path / f"fsdp2-{name}-{rank}.pt") for rank in range(2)]
+        assert_one_process(name, ranks, tiny_checkpoint, tiny_examples)
+
+
+def assert_one_process(
+    name: str, ranks: list[dict[str, Any]], tiny_checkpoint: str, tiny_examples: dict[str, Example]
+) -> None:
+    """Both ranks' losses, gradients and weights after the step are those of one process."""
+    case, (first, second) = CASES[name], ranks
     together = [tiny_examples[sample] for share in case.shares for sample in share]
     # A model of its own: Composer's seed and wrapping are not to touch it.
     model = make_case_model(case, tiny_checkpoint)

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
 from convert.shapes import draw_scene
 from recipe.checkpoints.weights import CONFIG_FILE, HEAD_FILE, export_model, find_config, read_weights
@@ -28,7 +28,7 @@ from recipe.load import load_processor
 from recipe.models.vlm import ImageEmbedding
 from recipe.schema import Example
 from recipe.tiny import build_tiny_checkpoint
-from tests.support.tiny_cases import collator, load_model, make_model
+from tests.support.tiny_cases import OTHER_FAMILIES, collator, load_model, make_model
 
 CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Locate every object."}]}]
 
@@ -84,13 +84,13 @@ def test_transformers_computes_what_the_checkpoint_does(exported: Path, trained_
     """
     config = with_attention(find_config(trained_checkpoint), "sdpa")
     model, processor, _ = load_model(trained_checkpoint, config)
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(exported)
+    plain = AutoModelForImageTextToText.from_pretrained(exported)
     weights, expected = plain.state_dict(), model.model.vlm.hf_model.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     found = logits(plain, AutoProcessor.from_pretrained(exported))
     assert float((found - logits(model.model.vlm.hf_model, processor)).abs().max()) <= 5e-14  # measured: 5.3e-15
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model.pretrained_model_name_or_path)
+    base = AutoModelForImageTextToText.from_pretrained(config.model.pretrained_model_name_or_path)
     assert not torch.allclose(found, logits(base, processor)), "training has moved the weights"
 
 
@@ -114,6 +114,13 @@ def test_output_matrix_survives(tied: bool, tiny_config: Callable[..., RecipeCon
         assert torch.equal(vlm.lm_head.weight, trained.model.vlm.hf_model.lm_head.weight)
         difference = logits(vlm, processor) - logits(trained.model.vlm.hf_model, processor)
         assert float(difference.abs().max()) <= 5e-14  # measured: 5.3e-15
+
+
+@OTHER_FAMILIES
+def test_other_families(exported: Path, trained_checkpoint: Path):
+    """Trained, exported, read by transformers and by the recipe."""
+    test_transformers_computes_what_the_checkpoint_does(exported, trained_checkpoint)
+    test_export_loads_back_whole(exported, trained_checkpoint)
 
 
 def test_export_loads_back_whole(exported: Path, trained_checkpoint: Path):

@@ -16,7 +16,7 @@ from recipe.config import LoraConfig, LoraPartConfig, RecipeConfig
 from recipe.joint import JointModel
 from recipe.optim.groups import group_parameters
 from recipe.schema import Batch, Example
-from tests.support.tiny_cases import ALL_SWITCHES, make_batches, make_model
+from tests.support.tiny_cases import ALL_SWITCHES, OTHER_FAMILIES, make_batches, make_model
 
 GROUPS = ("vision", "merger", "llm", "adapter", "detection")
 NAMES = ["one", "text"]
@@ -119,6 +119,25 @@ def test_frozen_groups_need_less(
     batches = make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
     flops = assert_near(model, batches, trained)
     assert flops.model.total() < step_flops(model.model, batches, GROUPS).model.total()
+
+
+@OTHER_FAMILIES
+def test_other_families(
+    family: str, tiny_config: Callable[..., RecipeConfig], tiny_examples: dict[str, Example]
+) -> None:
+    part, batches = LoraPartConfig(rank=4), make_batches([tiny_examples[name] for name in NAMES], "packed", 5)
+    model = make_model(tiny_config(detection_head={"num_layers": 3}))
+    for trained in (GROUPS, ("merger", "detection")):
+        freeze_but(model, trained)
+        assert_near(model, batches, trained)
+    adapted = make_model(
+        tiny_config(
+            lora=LoraConfig(llm=part, vision=part),
+            model={"gradient_checkpointing": True},
+            optimizer={"lr_llm": 0.0, "lr_vision": 0.0},
+        )
+    )
+    assert_near(adapted, batches, ("lora_vision", "merger", "lora_llm", "adapter", "detection"))
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

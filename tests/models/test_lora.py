@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recipe.checks import check_adapters
 from recipe.config import ConfigError, LoraConfig, LoraPartConfig, OptimizerConfig, RecipeConfig, groups_of
+from recipe.families import FAMILIES
 from recipe.models.lora import (
     WEIGHTS_FILE,
     adapters,
@@ -24,7 +25,7 @@ from recipe.models.lora import (
 )
 from recipe.models.vlm import load_vlm
 from recipe.optim.groups import build_optimizer, group_of, group_parameters
-from tests.support.tiny_cases import ADAPTED, make_model
+from tests.support.tiny_cases import ADAPTED, OTHER_FAMILIES, make_model
 
 PARTS = {"llm": LoraPartConfig(rank=4), "vision": LoraPartConfig(rank=2, alpha=3.0, targets=["qkv", "down_proj"])}
 DORA = {part: LoraPartConfig(**{**vars(config), "dora": True}) for part, config in PARTS.items()}
@@ -50,10 +51,19 @@ def adapted(checkpoint: str, parts: dict[str, LoraPartConfig], dtype: str = "flo
 def logits(vlm: nn.Module) -> Tensor:
     """Of a text; then of the merged features of an image, which the text model does not read here."""
     visual = vlm.get_submodule("base_model.model.model.visual" if isinstance(vlm, PeftModel) else "model.visual")
-    pixels = torch.linspace(-1, 1, 16 * 1176).view(16, 1176)
+    values = visual.get_parameter("patch_embed.proj.weight")[0].numel()
+    pixels = torch.linspace(-1, 1, 16 * values).view(16, values)
     features = visual(pixels, grid_thw=torch.tensor([[1, 4, 4]]))
     features = getattr(features, "pooler_output", features)
-    return torch.cat([vlm(input_ids=torch.arange(20)[None]).logits.flatten(), features.flatten()])
+    features, deepstack = features if isinstance(features, tuple) else (features, [])
+    parts = [vlm(input_ids=torch.arange(20)[None]).logits, features, *deepstack]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def parts_of(family: str) -> dict[str, LoraPartConfig]:
+    """`PARTS` with the family's own name of the last layer in the tower's blocks."""
+    targets = ["qkv", FAMILIES[family].lora_targets["vision"][-1]]
+    return {**PARTS, "vision": LoraPartConfig(rank=2, alpha=3.0, targets=targets)}
 
 
 @BOTH
@@ -145,7 +155,8 @@ def test_peft_reads_the_folder(
     vlm = adapted(tiny_checkpoint, parts)
     if with_merger:
         with torch.no_grad():
-            vlm.model.visual.merger.mlp[0].weight.mul_(1.5)
+            for name, parameter in vlm.model.visual.named_parameters():
+                parameter.mul_(1.5 if "merger" in name else 1.0)
     save_adapters(vlm, parts, tiny_checkpoint, tmp_path, with_merger)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "adapter_config.json",
@@ -159,6 +170,18 @@ def test_peft_reads_the_folder(
             parameter.zero_()
     load_adapters(again, tmp_path)
     assert torch.equal(logits(again), logits(vlm))
+
+
+@OTHER_FAMILIES
+def test_other_families(tiny_checkpoint: str, family: str, tmp_path: Path) -> None:
+    """Merged is unmerged, and peft reads adapters and mergers that were trained."""
+    parts = parts_of(family)
+    test_merged_is_unmerged(tiny_checkpoint, parts)
+    test_peft_reads_the_folder(tiny_checkpoint, parts, True, tmp_path)
+    whole = {part: LoraPartConfig(rank=4) for part in parts}
+    names = adapters(adapted(tiny_checkpoint, whole))
+    found = {name.split(".")[-4] for name in names if ".visual." in name}
+    assert found == set(FAMILIES[family].lora_targets["vision"]) and not any("merger" in name for name in names)
 
 
 def test_one_part_alone(tiny_checkpoint: str, tmp_path: Path) -> None:
@@ -191,7 +214,7 @@ def test_missing_and_foreign_adapters_are_named(tiny_checkpoint: str, tmp_path: 
 
 def test_one_dora_of_two_has_no_folder() -> None:
     with pytest.raises(ValueError, match=r"lora\.llm\.dora and lora\.vision\.dora differ"):
-        peft_config({"llm": PARTS["llm"], "vision": DORA["vision"]})
+        peft_config({"llm": PARTS["llm"], "vision": DORA["vision"]}, FAMILIES["qwen2_5_vl"])
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def features_and_gradients(checkpoint: str, implementation: str, examples: list[
     vlm = load_vlm(checkpoint, implementation, "float64")
     model = VisionLanguageModel(vlm, PixelNormalizer([0.5] * 3, [0.3] * 3), implementation)
     patches = torch.cat([example.pixel_patches for example in examples])
-    features, _ = model.image_features(patches, torch.cat([example.image_grid_thw for example in examples]))
+    features, _, _ = model.image_features(patches, torch.cat([example.image_grid_thw for example in examples]))
     found = torch.cat(features)
     found.square().sum().backward()
     tower = model.hf_model.model.visual

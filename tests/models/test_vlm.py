@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -12,8 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorFast
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen2VLImageProcessorFast
 
 from recipe.config import ConfigError, ImageConfig, RecipeConfig
 from recipe.data.encode import rope_positions
@@ -33,7 +33,7 @@ from recipe.models.vlm import (
 from recipe.prediction.decode import generate_answers, special_ids
 from recipe.schema import Batch, Example
 from recipe.tiny import build_tiny_checkpoint
-from tests.support.tiny_cases import collator, make_samples, token_types
+from tests.support.tiny_cases import EVERY_FAMILY, collator, make_samples, token_types
 
 PICTURED = ("two", "empty", "crowded")
 
@@ -68,6 +68,7 @@ def hidden_states(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
     return states if mask is None else states[mask.flatten().bool()]
 
 
+@EVERY_FAMILY
 @torch.no_grad()
 def test_logits_are_those_of_transformers(
     tiny_checkpoint: str,
@@ -75,14 +76,14 @@ def test_logits_are_those_of_transformers(
     load: Callable[[str], VisionLanguageModel],
     tiny_examples: dict[str, Example],
 ):
-    """`Qwen2_5_VLForConditionalGeneration.forward` on the padded ids, with the image processor's `pixel_values`."""
+    """Its own forward pass on the padded ids, with the image processor's `pixel_values`."""
     samples, processor = make_samples(), load_processor(tiny_checkpoint)
     names = ("crowded", "unannotated", "text")
     shown = [samples[name].image for name in names if samples[name].image]
     pictures = processor.image_processor([Image.open(io.BytesIO(image)) for image in shown], return_tensors="pt")
     batch = collator("standard")([tiny_examples[name] for name in names])
     assert torch.equal(pictures["image_grid_thw"], batch["image_grid_thw"])
-    reference = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    reference = AutoModelForImageTextToText.from_pretrained(
         tiny_checkpoint, attn_implementation="sdpa", dtype=torch.float64
     ).eval()
     mask = batch["attention_mask"]
@@ -101,6 +102,7 @@ def test_logits_are_those_of_transformers(
     assert float((found - expected).abs().max()) <= 1e-12
 
 
+@EVERY_FAMILY
 @torch.no_grad()
 def test_attention_implementations_and_layouts_agree(
     load: Callable[[str], VisionLanguageModel], examples: list[Example]
@@ -115,19 +117,23 @@ def test_attention_implementations_and_layouts_agree(
             assert float((found - expected).abs().max()) <= tolerance, (implementation, layout)
 
 
-def test_the_embedding_of_pictures_is_hugging_faces_of_equal_frames():
-    """Output and gradient, measured: 2.1e-15 of 2.1, and 2.5e-14 of 22."""
+@EVERY_FAMILY
+def test_the_embedding_of_pictures_is_hugging_faces_of_equal_frames(tiny_checkpoint: str):
+    """Output and gradient, of a bias too, measured: 2.1e-15 of 2.1, and 2.5e-14 of 22."""
+    vlm: Any = load_vlm(tiny_checkpoint, "sdpa", "float64")
+    original = vlm.model.visual.patch_embed
     torch.manual_seed(0)
-    original = Qwen2_5_VisionPatchEmbed(14, 2, 3, 8).double()
+    original.proj.reset_parameters()  # moves a bias off 0 too
     pictures = ImageEmbedding(deepcopy(original))
-    frame = torch.randn(20, 3, 1, 14 * 14, dtype=torch.float64)
+    frame = torch.randn(20, 3, 1, original.patch_size**2, dtype=torch.float64)
     outputs = [original(frame.expand(-1, -1, 2, -1).flatten(1)), pictures(frame.flatten(1))]
     assert torch.allclose(*outputs, rtol=0, atol=5e-15)
-    gradients = [
-        torch.autograd.grad(output.pow(2).sum(), module.get_parameter("proj.weight"))[0]
-        for module, output in zip((original, pictures), outputs, strict=True)
-    ]
-    assert torch.allclose(*gradients, rtol=0, atol=5e-14)
+    for name, _ in original.named_parameters():
+        gradients = [
+            torch.autograd.grad(output.pow(2).sum(), module.get_parameter(name), retain_graph=True)[0]
+            for module, output in zip((original, pictures), outputs, strict=True)
+        ]
+        assert torch.allclose(*gradients, rtol=0, atol=5e-14)
 
 
 def test_auto_is_the_packed_attention_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
@@ -136,6 +142,7 @@ def test_auto_is_the_packed_attention_without_a_gpu(monkeypatch: pytest.MonkeyPa
     assert resolve_attention("eager") == "eager"
 
 
+@EVERY_FAMILY
 @torch.no_grad()
 def test_the_vision_tower_runs_once(tiny_model: JointModel, examples: list[Example]):
     """A forward pass of the whole model, also where there is no picture; generation of answers runs it once more."""
@@ -211,6 +218,7 @@ def test_breaches_of_the_packing_contract_raise(examples: list[Example]):
     check_packing_contract(**breach(padded))
 
 
+@EVERY_FAMILY
 @pytest.mark.parametrize("size", [(56, 56), (140, 84), (101, 67), (333, 500)])
 def test_normalised_patches_are_hugging_faces_pixel_values(tiny_checkpoint: str, size: tuple[int, int]):
     """Bit for bit, with and without a resize, in both frames."""
@@ -222,11 +230,12 @@ def test_normalised_patches_are_hugging_faces_pixel_values(tiny_checkpoint: str,
     spec = image_spec(image_processor, ImageConfig())
     patches, grid = patchify(picture, spec)
     assert patches.dtype == torch.uint8 and [list(grid)] == expected["image_grid_thw"].tolist()
-    frame = PixelNormalizer(spec.image_mean, spec.image_std)(patches).view(len(patches), 3, 14 * 14)
-    frames = expected["pixel_values"].view(len(patches), 3, 2, 14 * 14)
+    frame = PixelNormalizer(spec.image_mean, spec.image_std)(patches).view(len(patches), 3, -1)
+    frames = expected["pixel_values"].view(len(patches), 3, 2, -1)
     assert torch.equal(frame, frames[:, :, 0]) and torch.equal(frame, frames[:, :, 1])
 
 
+@EVERY_FAMILY
 @torch.no_grad()
 def test_answers_together_are_each_alone_and_greedy(
     load: Callable[[str], VisionLanguageModel], tiny_checkpoint: str, tiny_examples: dict[str, Example]
@@ -268,6 +277,16 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):
             load_vlm(name, "auto", "float32")
         with pytest.raises(ConfigError, match=f"pretrained_model_name_or_path is '{name}', but neither a folder nor"):
             load_processor(name)
+
+
+@pytest.mark.skipif(not IS_TRANSFORMERS_4, reason="5 reads what it writes")
+def test_a_tokenizer_that_transformers_5_wrote_is_refused_by_4(tiny_checkpoint: str, tmp_path: Path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    values["extra_special_tokens"] = values.pop("additional_special_tokens")
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"has a tokenizer that transformers 4\..* cannot read .*: save it with that"):
+        load_processor(str(folder))
 
 
 def changed_checkpoint(
@@ -312,7 +331,13 @@ def as_transformers_5_writes(values: dict[str, Any]) -> None:
         ({"weights": lambda weights: {f"base.{k}": v for k, v in weights.items()}}, r"lacks \d\d of its"),
         ({"weights": lambda w: {k: v[:9].clone() if "lm_h" in k else v for k, v in w.items()}, "tied": False}, "shape"),
         ({"config": as_transformers_5_writes}, r"written by transformers 5\.1\.0, which 4\..* cannot read"),
-        ({"config": lambda values: values.update(model_type="qwen2_vl")}, "is a qwen2_vl: give a Qwen2.5-VL"),
+        (
+            {"config": lambda values: values.update(model_type="qwen2")},
+            r"is of the model type qwen2: give a checkpoint of Qwen2-VL \(qwen2_vl\), Qwen2.5-VL \(qwen2_5_vl\)",
+        ),
+        ({"config": lambda values: values.update(model_type="qwen3_vl_moe")}, r"qwen3_vl_moe \(nothing here trains"),
+        ({"config": lambda values: values.update(model_type="of_2030")}, r"model type of_2030: give a checkpoint of"),
+        ({"config": lambda values: values.pop("model_type")}, r"model type None: give a checkpoint of"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -7,6 +7,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -18,6 +19,7 @@ from recipe.data.augment import Augmentation
 from recipe.data.collate import Collator, collate_packed, collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
+from recipe.families import FAMILIES
 from recipe.joint import JointModel
 from recipe.load import load_network, load_processor
 from recipe.losses.counts import split_batch
@@ -27,6 +29,9 @@ from recipe.schema import Batch, CountedBatch, Example, FurtherImage, Message, S
 from recipe.tiny import build_tiny_checkpoint
 
 NUM_QUERIES = 5
+# Mark a test with it, and the fixtures of tests/conftest.py are of each family in turn.
+EVERY_FAMILY = pytest.mark.parametrize("family", list(FAMILIES), indirect=True)
+OTHER_FAMILIES = pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2_5_vl"], indirect=True)
 ALL_SWITCHES: dict[str, dict[str, Any]] = {
     "detection_head": {"num_query_groups": 3},
     "loss": {"objectness": "mal"},
@@ -62,10 +67,17 @@ CHAT_IN_TURNS = (
 )
 
 
-def build_checkpoint(folder: str) -> str:
+def build_checkpoint(folder: str, model_type: str = "qwen2_5_vl") -> str:
     """A checkpoint that a forward and backward pass takes a tenth of a second of."""
     build_tiny_checkpoint(
-        folder, hidden_size=64, num_layers=2, vision_hidden_size=32, vision_depth=2, vocab_size=320, seed=3
+        folder,
+        hidden_size=64,
+        num_layers=2,
+        vision_hidden_size=32,
+        vision_depth=2,
+        vocab_size=320,
+        seed=3,
+        model_type=model_type,
     )
     return folder
 
