@@ -55,5 +55,5 @@ def _map(path: Path, file: Any, start: int) -> NDArray[Any]:
     shape, _, dtype = npy.read_array_header_1_0(file)
     if 0 in shape:  # nothing to map
         return np.empty(shape, dtype)
-    mapped = np.memmap(path, dtype=dtype, mode="r", offset=file.tell(), shape=shape)
+    mapped = np.memmap(path, dtype=dtype, mode="r", offset=file.seek(0, os.SEEK_CUR), shape=shape)
     return np.asarray(mapped)  # a plain array is several times as fast to index; it keeps the mapping

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from recipe.data.pack import ENOUGH_FILL, GOOD_FILL, MOST_DELAYS, PAIRS_TRIED, WAYS, Window, check_budget
 
 _WORD = 32  # bits
-_MOST_WORDS = 52  # a float64 holds any number of so many bits exactly
+_MOST_WORDS = 52  # a float64 holds any number of that size exactly
 LEAST_LANES = 64  # fewer are faster one after the other
 MOST_IN_LANES = _MOST_WORDS * _WORD - 1  # samples of a window, with those postponed by the one before
 _LOW_BITS = (np.int64(1) << np.arange(64, dtype=np.int64)) - 1
@@ -78,7 +78,7 @@ class _Lanes:
         """Take rows of rising tokens; those from `counts` on are over `max_tokens` and not samples."""
         self._counts, self._max_tokens, self._width = counts, max_tokens, tokens.shape[1]
         self._tokens = tokens.reshape(-1)
-        # How many samples of a lane have at most so many tokens.
+        # How many samples of a lane have up to each number of tokens.
         self._fit = np.cumsum(_count(tokens, max_tokens + 2), axis=1, dtype=np.int16).reshape(-1)
         is_new = np.ones(tokens.shape, dtype=np.bool_)
         is_new[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
@@ -108,13 +108,13 @@ class _Lanes:
             low = self._left.lowest(choosing)
             span = high - low + 1
             middle = self._left.below(choosing, low + (span >> 1) + 1)
-            goes_on = self._room.take(choosing) >= reach * self._tokens_of(choosing, middle)
-            if not goes_on.all():
-                ends = ~goes_on
+            stays_open = self._room.take(choosing) >= reach * self._tokens_of(choosing, middle)
+            if not stays_open.all():
+                ends = ~stays_open
                 waiting.append((choosing[ends], low[ends], high[ends]))
                 num_waiting += len(waiting[-1][0])
-            choosing = choosing[goes_on]
-            self._take(choosing, self._at_random(choosing, low[goes_on], span[goes_on]))
+            choosing = choosing[stays_open]
+            self._take(choosing, self._at_random(choosing, low[stays_open], span[stays_open]))
             # A pair takes many calls, so they are made once three of four lanes wait.
             if waiting and num_waiting >= 3 * (len(choosing) + len(closed)):
                 lanes, low, high = (np.concatenate(parts) for parts in zip(*waiting, strict=True))
