@@ -16,7 +16,7 @@ from recipe.data.pack import ENOUGH_FILL, GOOD_FILL, MOST_DELAYS, PAIRS_TRIED, W
 
 _WORD = 32  # bits
 _MOST_WORDS = 52  # a float64 holds any number of that size exactly
-LEAST_LANES = 64  # fewer are faster one after the other
+LEAST_LANES = 100  # fewer are faster one after the other
 MOST_IN_LANES = _MOST_WORDS * _WORD - 1  # samples of a window, with those postponed by the one before
 _LOW_BITS = (np.int64(1) << np.arange(64, dtype=np.int64)) - 1
 

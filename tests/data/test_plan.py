@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from recipe.data import pack_many
 from recipe.data import plan as planning
 from recipe.data.pack_many import pack_chunks
 from recipe.data.plan import (
@@ -116,7 +117,8 @@ def test_chunks_at_once_give_the_plan_of_one_after_the_other(num_canonical_nodes
         calls.append(arguments[1])
         return pack_chunks(*arguments)
 
-    monkeypatch.setattr(planning, "_MOST_LANES", 64)
+    for module, name in ((planning, "_MOST_LANES"), (planning, "LEAST_LANES"), (pack_many, "LEAST_LANES")):
+        monkeypatch.setattr(module, name, 64)
     monkeypatch.setattr(planning, "pack_chunks", counted)
     at_once = make_plan(num_samples, num_canonical_nodes, small)
     assert calls == [64] * 4, "the rest of a share is fewer chunks than lanes are worth"
@@ -130,7 +132,7 @@ def test_crowded_windows_are_packed_one_chunk_after_the_other(monkeypatch):
         raise planning.CrowdedWindowError
 
     small = Budget(max_tokens=100, max_patches=None, window=8)
-    num_samples = 70 * 8 * WINDOWS_PER_CHUNK
+    num_samples = pack_many.LEAST_LANES * 8 * WINDOWS_PER_CHUNK
     whole = make_plan(num_samples, 1, small)
     monkeypatch.setattr(planning, "pack_chunks", crowded)
     assert make_plan(num_samples, 1, small).digest() == whole.digest()
