@@ -23,7 +23,7 @@ ENOUGH_FILL = 0.99  # of a window: no other way is tried
 # How packs are filled; no way is best for all lengths, so a window may be packed in several.
 # (reach, longest first): a pack is closed once it has room for fewer than `reach` samples of medium size; the last pair
 # is tried from the longest sample down, or else at random.
-_WAYS = ((2.7, True), (2.7, False), (3.2, False))
+WAYS = ((2.7, True), (2.7, False), (3.2, False))
 
 
 def pack_ordered(
@@ -44,7 +44,7 @@ def pack_ordered(
     Returns:
         Packs of ascending positions; every position is in exactly one.
     """
-    max_patches = _check_budget(tokens, patches, max_tokens, max_patches)
+    max_patches = check_budget(tokens, patches, max_tokens, max_patches)
     token_list, patch_list = tokens.tolist(), patches.tolist()
     num_samples = len(token_list)
     packs: list[list[int]] = []
@@ -73,13 +73,15 @@ def _pack_best(
     tokens: Sequence[int], patches: Sequence[int], max_tokens: int, max_patches: int | None
 ) -> list[tuple[float, list[int]]]:
     """Return the fullest of several packings: (fill, positions) per pack."""
-    window = _Window(tokens, patches, max_tokens, max_patches)
+    window = Window(tokens, patches, max_tokens, max_patches)
     best: list[tuple[float, list[int]]] = []
     best_fill = -1.0
-    for reach, longest_first in _WAYS:
+    for reach, longest_first in WAYS:
         packs = window.pack(reach, longest_first)
         fills = sorted(fill for fill, _ in packs)[1:]  # without the emptiest, which holds the rest
-        mean_fill = sum(fills) / max(1, len(fills))
+        mean_fill = float(np.cumsum([0.0, *fills])[-1]) / max(
+            1, len(fills)
+        )  # `sum` rounds otherwise from Python 3.12 on
         if mean_fill > best_fill:
             best, best_fill = packs, mean_fill
         if best_fill >= ENOUGH_FILL or len(packs) == 1:
@@ -87,7 +89,7 @@ def _pack_best(
     return best
 
 
-class _Window:
+class Window:
     """The samples that are not in a pack yet, as bits of one integer: bit r is the sample of rank r by size.
 
     A sample's size is the larger of its shares of the two budgets, scaled to an integer. The largest sample that fits
@@ -187,7 +189,7 @@ def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:
     return [values[rank] for rank in order], list(masks)
 
 
-def _check_budget(
+def check_budget(
     tokens: NDArray[np.int64], patches: NDArray[np.int64], max_tokens: int, max_patches: int | None
 ) -> int | None:
     """Check all samples; return `max_patches`, or None if no pack within `max_tokens` can exceed it."""

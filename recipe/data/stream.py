@@ -119,6 +119,7 @@ class PackStream(CheckedDataset):
         self.with_answers = self.answers_at_start = answers_at_start
         self.quarantined: set[str] = set()
         self._plan: tuple[str, Plan] | None = None
+        self._undivided_epoch: int | None = None  # begun by a version that packed a node's share as one chunk
         self._packs: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._epoch = 0
 
@@ -129,9 +130,11 @@ class PackStream(CheckedDataset):
     def plan(self, epoch: int, with_answers: bool | None = None) -> Plan:
         """Return the packs of an epoch, of all ranks; `with_answers` is by default that of the epoch in progress."""
         answers = self.with_answers if with_answers is None else with_answers
+        is_divided = epoch != self._undivided_epoch
         key = f"epoch{epoch}-{'answers' if answers else 'prompts'}-{_digest(self.identity())}"
+        key += "" if is_divided else "-undivided"
         if self._plan is None or self._plan[0] != key:
-            self._plan = (key, cached_plan(key, lambda: self._make_plan(epoch, answers)))
+            self._plan = (key, cached_plan(key, lambda: self._make_plan(epoch, answers, is_divided)))
         return self._plan[1]
 
     def example(self, position: int) -> Example:
@@ -194,8 +197,12 @@ class PackStream(CheckedDataset):
         asked = self._asked_canonical_nodes
         if asked and asked != obj["num_canonical_nodes"]:
             changed.append(f"num_canonical_nodes was {obj['num_canonical_nodes']}, now {asked}")
+        self._undivided_epoch = None
         if not changed and then["digest"] and then["digest"] != self._digest_of(obj):
-            changed = ["the packer, Streaming's shuffle or numpy has another version"]
+            self._undivided_epoch = obj["epoch"]  # as an earlier version planned it
+            if then["digest"] != self._digest_of(obj):
+                self._undivided_epoch = None
+                changed = ["the packer, Streaming's shuffle or numpy has another version"]
         if changed:
             raise ConfigError(
                 f"cannot resume: the plan of the epoch has changed since the checkpoint ({'; '.join(changed)}). "
@@ -286,7 +293,7 @@ class PackStream(CheckedDataset):
             found[key] = [_digest(_contents(own)), sum(shard.samples for shard in own), int(stream.choose)]
         return found
 
-    def _make_plan(self, epoch: int, with_answers: bool) -> Plan:
+    def _make_plan(self, epoch: int, with_answers: bool, is_divided: bool) -> Plan:
         units, samples = self.resample_streams(epoch)
         order = np.arange(len(samples))
         if self.shuffle:
@@ -304,7 +311,8 @@ class PackStream(CheckedDataset):
                 f"all {len(order)} samples of epoch {epoch} are over the budget of a pack: "
                 "raise train_loader.packing.max_tokens, max_seq_len or max_patches"
             )
-        return plan_packs(order, samples, tokens, patches, self.num_canonical_nodes, budget, self.shuffle_seed, epoch)
+        nodes, seed = self.num_canonical_nodes, self.shuffle_seed
+        return plan_packs(order, samples, tokens, patches, nodes, budget, seed, epoch, is_divided)
 
     def _check_lengths(self, packing: Packing, with_answers: bool) -> None:
         """Raise ValueError if a sample could be over the budget alone, in any epoch."""

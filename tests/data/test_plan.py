@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, plan_packs, plan_samples
+from recipe.data import pack_many
+from recipe.data import plan as planning
+from recipe.data.pack_many import pack_chunks
+from recipe.data.plan import (
+    WINDOWS_PER_CHUNK,
+    Budget,
+    Plan,
+    assign_packs,
+    assign_to_worker,
+    plan_packs,
+    plan_samples,
+)
 
 BUDGET = Budget(max_tokens=100, max_patches=None, window=64)
 
@@ -86,6 +97,57 @@ def test_a_plan_is_a_function_of_seed_and_epoch():
 def test_the_plan_stays_what_it_was():
     # A change here refuses every checkpoint saved within an epoch.
     assert make_plan().digest() == "c96eb50778bab375"
+    assert make_plan(9000).digest() == "993e47359c584b4c"
+    assert make_plan(9000, num_canonical_nodes=3).digest() == "31c0450d24c5ad6d"
+
+
+def test_the_plan_of_earlier_versions_can_still_be_made():
+    # As the version of November 2026 printed them.
+    assert make_plan(9000, is_divided=False).digest() == "5515875d4253e204"
+    assert make_plan(9000, num_canonical_nodes=3, is_divided=False).digest() == "25089b2a28340e81"
+    assert make_plan(1000, num_canonical_nodes=3).digest() == "19fd45f8f19321e6", "a share of one chunk has not changed"
+
+
+@pytest.mark.parametrize("num_canonical_nodes", [1, 2])
+def test_chunks_at_once_give_the_plan_of_one_after_the_other(num_canonical_nodes: int, monkeypatch):
+    calls, small = [], Budget(max_tokens=100, max_patches=None, window=8)
+    num_samples = 2 * 130 * 8 * WINDOWS_PER_CHUNK + 50
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments[1])
+        return pack_chunks(*arguments)
+
+    for module, name in ((planning, "_MOST_LANES"), (planning, "LEAST_LANES"), (pack_many, "LEAST_LANES")):
+        monkeypatch.setattr(module, name, 64)
+    monkeypatch.setattr(planning, "pack_chunks", counted)
+    at_once = make_plan(num_samples, num_canonical_nodes, small)
+    assert calls == [64] * 4, "the rest of a share is fewer chunks than lanes are worth"
+    monkeypatch.setattr(planning, "LEAST_LANES", num_samples)
+    assert make_plan(num_samples, num_canonical_nodes, small).digest() == at_once.digest()
+    assert len(calls) == 4
+
+
+def test_crowded_windows_are_packed_one_chunk_after_the_other(monkeypatch):
+    def crowded(*arguments: Any) -> Any:
+        raise planning.CrowdedWindowError
+
+    small = Budget(max_tokens=100, max_patches=None, window=8)
+    num_samples = pack_many.LEAST_LANES * 8 * WINDOWS_PER_CHUNK
+    whole = make_plan(num_samples, 1, small)
+    monkeypatch.setattr(planning, "pack_chunks", crowded)
+    assert make_plan(num_samples, 1, small).digest() == whole.digest()
+
+
+def test_chunks_hardly_cost_fill():
+    rng = np.random.default_rng(4)
+    tokens = rng.lognormal(6.6, 0.45, 60_000).clip(16, 4096).astype(np.int64)
+    budget = Budget(4096, None, window=256)  # 10 chunks
+    num_packs = [
+        make_plan(60_000, budget=budget, order=np.arange(60_000), tokens=tokens, is_divided=is_divided).num_packs
+        for is_divided in (True, False)
+    ]
+    # Up to two packs per chunk; of 1,200, in chunks a quarter of the usual size.
+    assert num_packs[1] <= num_packs[0] <= num_packs[1] + 2 * 10
 
 
 def test_without_packing_every_sample_is_a_pack_in_streamings_order():

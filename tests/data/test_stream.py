@@ -191,6 +191,29 @@ def test_a_plan_that_other_code_makes_is_refused(config: RecipeConfig, encoder: 
         fresh.load_state_dict(state)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_that_an_earlier_version_began_keeps_its_plan(
+    config: RecipeConfig, encoder: Encoder, monkeypatch, num_workers: int
+):
+    loader = open_loader(config, encoder)
+    first = content(loader)  # of one chunk, as earlier versions planned all sets
+    earlier = [dataset_of(loader).plan(epoch).digest() for epoch in (0, 1)]
+    loader = open_loader(config, encoder)
+    next(iter(loader))
+    state = dataset_of(loader).state_dict(BATCH_SIZE, True)
+    monkeypatch.setattr("recipe.data.plan.WINDOWS_PER_CHUNK", 1)
+    monkeypatch.setattr("recipe.data.plan._code_digest", lambda: "later version")
+    fresh = open_loader(config, encoder)
+    assert [dataset_of(fresh).plan(epoch).digest() for epoch in (0, 1)] != earlier
+    second = [content(fresh) for _ in range(2)][1]
+    resumed = open_loader(config, encoder, num_workers=num_workers)
+    dataset_of(resumed).load_state_dict(state)
+    assert len(resumed) == len(first)
+    assert dataset_of(resumed).state_dict(2 * BATCH_SIZE, True)["plan"]["digest"] == earlier[0]
+    assert content(resumed) == first[1:]
+    assert content(resumed) == second, "later epochs have the new plan"
+
+
 def test_repeated_samples_are_shown_other_teachers_and_noise(config: RecipeConfig, encoder: Encoder, data):
     config.train_loader.streams = {
         "train": {**data["train"], "repeat": 2.5},
