@@ -55,9 +55,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Searched:
-    """What an image was searched for if not all its objects are annotated, as in LVIS; of the rest nothing is known.
-
-    The captions of its objects are searched for too.
+    """What an image was searched for besides its objects' captions, as in LVIS; of the rest nothing is known.
 
     Attributes:
         absent: Captions that the image holds no object of.
@@ -117,8 +115,7 @@ class Sample:
     def per_image(self) -> tuple[Sample, ...]:
         """Return a sample of each image: itself, or with several images those of the ids ID#1, ID#2, ...
 
-        An image of several keeps the chat if all boxes of the first answer are its own, else the questions and an empty
-        answer: the language model's answer is not about this image alone.
+        An image keeps the chat if all boxes of the first answer are its own, else the questions and an empty answer.
         """
         if not self.further:
             return (self,)

@@ -8,6 +8,7 @@ from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
+from jaxtyping import Shaped
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 _LOCAL_HEADER = 30  # bytes, before the name and the extra field of a zip file's member
 
 
-def write_mapped(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def write_mapped(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
     """Write named arrays as a whole; raise OSError if the folder cannot be written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -27,7 +28,7 @@ def write_mapped(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def map_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
+def map_arrays(path: Path) -> dict[str, Shaped[np.ndarray, "..."]] | None:
     """Map the arrays of `write_mapped`, checked; None if the file is missing or damaged. A damaged one is removed."""
     if not path.is_file():
         return None

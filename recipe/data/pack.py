@@ -12,7 +12,6 @@ from random import Random
 
 import numpy as np
 from jaxtyping import Int64
-from numpy.typing import NDArray
 
 PAIRS_TRIED = 8
 GOOD_FILL = 0.98  # samples of emptier packs move to the next window
@@ -190,7 +189,7 @@ def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def check_budget(
-    tokens: NDArray[np.int64], patches: NDArray[np.int64], max_tokens: int, max_patches: int | None
+    tokens: Int64[np.ndarray, " N"], patches: Int64[np.ndarray, " N"], max_tokens: int, max_patches: int | None
 ) -> int | None:
     """Check all samples; return `max_patches`, or None if no pack within `max_tokens` can exceed it."""
     if len(tokens) and tokens.min() < 1:

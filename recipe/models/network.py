@@ -281,7 +281,10 @@ class JointNetwork(nn.Module):
             return []
         pixels = self.vlm.normalizer(torch.cat([patches[image] for image in chosen]))  # one call for all images
         parts = pixels.split([len(patches[image]) for image in chosen])
-        return [patches_to_image(part, *grids[image][1:], merge) for part, image in zip(parts, chosen, strict=True)]
+        return [
+            patches_to_image(part, grids[image][1], grids[image][2], merge)
+            for part, image in zip(parts, chosen, strict=True)
+        ]
 
     def _caption_losses(
         self, detection: DetectionOutputs, memory: Memory, matches: Matches, targets: Sequence[Target | None]

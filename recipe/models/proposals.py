@@ -44,7 +44,7 @@ class ProposalHead(nn.Module):
         finest = memory.levels[0]
         _, rows, columns, _ = finest.shape
         cells = cells_of_images(rows, columns, memory.extents[:, 0])
-        states = self._states(finest, memory.finest_sizes).flatten(1, 2)
+        states = self._states(finest, memory.finest_sizes).flatten(1, 2).contiguous()  # as in the pyramid
         delta = self.box(states).to(cells.dtype)
         centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]
         sides = INITIAL_CELLS * cells[..., 2:] * delta[..., 2:].clamp(max=LARGEST_LOG).exp()

@@ -85,7 +85,8 @@ class FeaturePyramid(nn.Module):
             grid_sizes: (rows, columns) of vision tokens of each image.
         """
         if len(set(grid_sizes)) == 1:  # nothing to pad: no map is copied
-            levels = self._of_one_size(*map(torch.stack, (images, tokens, patches)), *grid_sizes[0])
+            pixels, features, finer = (torch.stack(list(parts)) for parts in (images, tokens, patches))
+            levels = self._of_one_size(pixels, features, finer, *grid_sizes[0])
             dtype = torch.promote_types(levels[0].dtype, torch.float32)
             return levels, levels[0].new_ones(len(images), len(levels), 2, dtype=dtype)
         found: list[list[Tensor]] = [[] for _ in images]
@@ -111,10 +112,11 @@ class FeaturePyramid(nn.Module):
         grid = self.patches(patches.to(dtype)).view(-1, rows, columns, merge, merge, self.width)
         patch_map = self.to_patches(finest) + grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         token_map = self.to_tokens(patch_map) + self.tokens(tokens.to(dtype)).view(-1, rows, columns, self.width)
-        coarse = self.to_coarse(token_map)
-        token_map = token_map + enlarge(self.from_coarse(coarse), token_map)
-        patch_map = self.smooth_patches(patch_map + enlarge(self.from_tokens(token_map), patch_map))
-        finest = self.smooth_finest(finest + enlarge(self.from_patches(patch_map), finest))
+        # Contiguous: over other maps the bits of torch's linear layers depend on whether their weights learn.
+        coarse = self.to_coarse(token_map).contiguous()
+        token_map = (token_map + enlarge(self.from_coarse(coarse), token_map)).contiguous()
+        patch_map = self.smooth_patches(patch_map + enlarge(self.from_tokens(token_map), patch_map)).contiguous()
+        finest = self.smooth_finest(finest + enlarge(self.from_patches(patch_map), finest)).contiguous()
         return [self.widen(finest), patch_map, token_map, coarse]
 
 

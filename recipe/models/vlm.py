@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from recipe.config import ConfigError
 from recipe.families import family_named, family_of
 from recipe.models.attention import PACKED, WindowAttention, resolve_attention
 from recipe.models.token_losses import token_losses
+from recipe.models.vision_grids import rotary_angles, window_order, windows_of_images
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class VisionLanguageModel(nn.Module):
         visual: Any = hf_model.model.visual
         visual.patch_embed = ImageEmbedding(visual.patch_embed)
         self.family = family_of(hf_model.config)
-        if hasattr(visual, "get_window_index"):  # transformers 4: tens of small tensors per image, for each call
+        if hasattr(visual, "get_window_index"):  # transformers 4
             merge = visual.spatial_merge_size
             side = visual.window_size // merge // visual.patch_size
             visual.get_window_index = partial(windows_of_images, merge=merge, side=side)
@@ -191,6 +192,10 @@ class VisionLanguageModel(nn.Module):
             ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32, device=input_ids.device)
             packing = {"segment_lengths": segment_lengths, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
             packing |= dict.fromkeys(("max_length_q", "max_length_k"), max(segment_lengths))
+        if len(position_ids) == 3:
+            # From its first row transformers tells packed rows; Qwen3-VL's own would be the times, which images repeat.
+            rows = torch.arange(input_ids.shape[1], device=input_ids.device).expand(1, *input_ids.shape)
+            position_ids = torch.cat([rows, position_ids])
         outputs = self.hf_model.model.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=None,  # padding is on the right, where causal attention never looks
@@ -230,67 +235,10 @@ class VisionLanguageModel(nn.Module):
         return patches, torch.tensor([[1, side, side]], device=device)
 
 
-@lru_cache(maxsize=1024)
-def windows_of_image(rows: int, columns: int, side: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the tokens of a grid in raster order, window by window, and the tokens of each window.
-
-    Windows are `side` x `side` tokens, fewer at the right and lower edge.
-    """
-    with torch.inference_mode(False):  # kept: a tensor made in inference mode could not be used in training
-        row, column = (torch.arange(count) // side for count in (rows, columns))
-        window = (row[:, None] * -(-columns // side) + column).flatten()
-        return window.argsort(stable=True), tuple(window.bincount().tolist())
-
-
-def windows_of_images(
-    grid_thw: Int64[Tensor, "I 3"], merge: int, side: int
-) -> tuple[Int64[Tensor, " tokens"], list[int]]:
-    """Return what the tower's own `get_window_index` does: the order of all tokens, and the ends of windows in patches.
-
-    Args:
-        grid_thw: Of the images, in patches.
-        merge: Patches along the side of a token.
-        side: Tokens along the side of a window.
-    """
-    orders, ends, start = [], [0], 0
-    for time, height, width in grid_thw.tolist():
-        order, lengths = windows_of_image(height // merge, width // merge, side)
-        for _ in range(time):
-            orders.append(order + start)
-            start += len(order)
-            ends += [ends[-1] + merge**2 * end for end in accumulate(lengths)]
-    return torch.cat(orders), ends
-
-
-@lru_cache(maxsize=1024)
-def patch_positions(height: int, width: int, merge: int) -> Int64[Tensor, "P 2"]:
-    """Return (row, column) of an image's patches in the order in which the tower reads them, token by token."""
-    with torch.inference_mode(False):
-        grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
-        return grid.view(height // merge, merge, width // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
-
-
-def rotary_angles(frequencies: nn.Module, grid_thw: Int64[Tensor, "I 3"], merge: int) -> Float[Tensor, "P angles"]:
-    """Return what the tower's own `rot_pos_emb` does: the angles of each patch; `frequencies` is its module."""
-    grids = grid_thw.tolist()
-    positions = torch.cat([patch_positions(height, width, merge).repeat(time, 1) for time, height, width in grids])
-    table: Tensor = frequencies(max(max(grid[1:]) for grid in grids))
-    return table[positions.to(table.device)].flatten(1)
-
-
 def _to_its_dtype(norm: str, merger: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
     # A trained tower in float32 may be below a frozen merger in bfloat16.
     layer: Any = merger.get_submodule(norm)
     return (inputs[0].to(layer.weight.dtype),)
-
-
-def window_order(visual: Any, image_grid_thw: Int64[Tensor, "I 3"]) -> Int64[Tensor, " tokens"]:
-    """Return the order in which a tower with windows keeps the tokens of all images."""
-    if hasattr(visual, "get_window_index"):
-        return visual.get_window_index(image_grid_thw)[0]
-    from transformers.vision_utils import get_vision_window_index  # type: ignore[import-not-found]  # transformers 5
-
-    return get_vision_window_index(image_grid_thw, visual.spatial_merge_size, visual.window_size, visual.patch_size)[0]
 
 
 def scatter_features(
