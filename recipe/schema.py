@@ -55,7 +55,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Searched:
-    """What an image was searched for besides its objects' captions, as in LVIS; of the rest nothing is known.
+    """What an image was searched for next to the captions of its objects, as in LVIS; of the rest nothing is known.
 
     Attributes:
         absent: Captions that the image holds no object of.

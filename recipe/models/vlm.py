@@ -193,7 +193,7 @@ class VisionLanguageModel(nn.Module):
             packing = {"segment_lengths": segment_lengths, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
             packing |= dict.fromkeys(("max_length_q", "max_length_k"), max(segment_lengths))
         if len(position_ids) == 3:
-            # From its first row transformers tells packed rows; Qwen3-VL's own would be the times, which images repeat.
+            # transformers finds packed rows by the first one, in Qwen3-VL else the times, which images repeat.
             rows = torch.arange(input_ids.shape[1], device=input_ids.device).expand(1, *input_ids.shape)
             position_ids = torch.cat([rows, position_ids])
         outputs = self.hf_model.model.language_model(
