@@ -238,7 +238,7 @@ def test_the_heads_switches_need_more() -> None:
     denoised = 16 * 2 * 4 * 16
     more = maps + 2 * 22 * (queries + denoised) * row
     assert need(multi_scale="true") == (activations + more, logits)
-    assert need(multi_scale="true", select_queries="true") == (activations + more + 4096 * 35 * row, logits)
+    assert need(multi_scale="true", select_queries="true") == (activations + more + 4096 * 27 * row, logits)
 
 
 def test_activations_of_maps() -> None:
