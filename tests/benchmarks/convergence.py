@@ -28,7 +28,7 @@ judged without classes, by COCO's scores of the held-out fifth, with the weights
   allows. `auto` is `parts` for sets whose images have more than twice as many pixels, else `none`. Evaluation is on
   whole images.
 - The clock counts training: loading too, but no start, evaluation or probe. Ours makes the number of steps that a probe
-  of twelve says will fit; peers stop when the time is over. `cpu_s` is what was taken.
+  of thirty says will fit; peers stop when the time is over. `cpu_s` is what was taken.
 
 `--real-variants` also trains ours with a switch turned, reported as `ours, NAME`. `--real-steps` trains ours for that
 many steps instead of CPU time, which isolates what augmentation does.

@@ -17,8 +17,8 @@ from recipe.schema import ImageSpec, Sample
 from recipe.tiny import build_tiny_checkpoint
 from recipe.train import main as train_by_config
 
-PROBE_STEPS = 12
-WARMUP_STEPS = 3  # of a probe, not measured
+PROBE_STEPS = 30
+WARMUP_STEPS = 6  # of a probe, not measured
 
 
 class Curve(Callback):
@@ -127,7 +127,7 @@ def train_ours(
 
 
 def steps_in(seconds: float, changes: dict[str, Any], data: Path, run_folder: Path, seed: int) -> int:
-    """Return how many steps a probe of twelve says that CPU seconds allow."""
+    """Return how many steps a probe of thirty says that CPU seconds allow."""
     short = {**changes, "trainer.eval_subset_num_batches": 1, "scheduler.t_warmup": "1ba"}
     probe = train_head(short, data, run_folder, PROBE_STEPS, PROBE_STEPS, seed)
     return max(1, int(seconds / probe.step_seconds()))
