@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +25,9 @@ from recipe.config import ConfigError, LoaderConfig
 from recipe.data.chat import Segment
 from recipe.data.encode import Encoder, naming, solved_images, without_answers
 from recipe.data.image import resized_size
+from recipe.data.mapped import map_arrays, write_mapped
 from recipe.data.teachers import TeacherPool, id_hash
-from recipe.records import INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256, write_whole
+from recipe.records import INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
 from recipe.schema import Object, Sample
 from recipe.upstream.agreement import from_rank_0
 from recipe.upstream.checked_stream import CheckedStream
@@ -369,7 +369,7 @@ class KeptCount:
         # Nobody asks the store where the records are at hand: it may be out of reach.
         is_counted_here = (stream.folder / RECORDS_FILE).is_file()
         path = stream.folder / name if is_counted_here else stream.fetch_next_to_index(name)
-        kept = None if path is None else read_arrays(path)
+        kept = None if path is None else map_arrays(path)
         if kept is not None:
             return kept
         start = time.monotonic()
@@ -386,7 +386,7 @@ class KeptCount:
         log.info("%s: counted %d samples for %s in %.0f s", stream.folder, num_samples, self.what, seconds)
         path = stream.folder / name
         try:
-            write_arrays(path, counts)
+            write_mapped(path, counts)
         except OSError as error:
             log.warning("%s cannot be written (%s): the next run counts again", path, error.strerror)
         return counts
@@ -399,26 +399,6 @@ class KeptCount:
                 f"convert the data set again, or {self.remedy}"
             )
         return self.count(tqdm(self.read(records, index), unit=" samples", desc="count", disable=None))
-
-
-def read_arrays(path: Path) -> Arrays | None:
-    """Read named arrays; None if the file is missing or damaged. A damaged one is removed."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path) as arrays:
-            return dict(arrays)
-    except Exception as error:  # zipfile, zlib and numpy each have their own
-        log.warning("%s is damaged (%r): computing it again", path, error)
-        path.unlink(missing_ok=True)
-        return None
-
-
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write named arrays as a whole; raise OSError if the folder cannot be written."""
-    content = BytesIO()
-    np.savez(content, **arrays)
-    write_whole(path, content.getvalue())
 
 
 def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:

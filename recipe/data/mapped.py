@@ -12,18 +12,22 @@ from jaxtyping import Shaped
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from recipe.records import PARTIAL, rename
+
 log = logging.getLogger(__name__)
 
 _LOCAL_HEADER = 30  # bytes, before the name and the extra field of a zip file's member
 
 
 def write_mapped(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
-    """Write named arrays as a whole; raise OSError if the folder cannot be written."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Write named arrays as a whole, without a copy in memory; raise OSError if the folder cannot be written."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two runs may write one cache
     try:
         with partial.open("wb") as file:
             np.savez(file, **arrays)
-        partial.replace(path)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -35,12 +39,11 @@ def map_arrays(path: Path) -> dict[str, Shaped[np.ndarray, "..."]] | None:
     try:
         with ZipFile(path) as members, path.open("rb") as file:
             damaged = members.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} is not what was written")
+            if damaged is not None or any(member.compress_type != ZIP_STORED for member in members.infolist()):
+                raise ValueError(f"{damaged or 'a compressed array'} is not what was written")
             return {
                 member.filename.removesuffix(".npy"): _map(path, file, member.header_offset)
                 for member in members.infolist()
-                if member.compress_type == ZIP_STORED
             }
     except Exception as error:  # zipfile and numpy each have their own
         log.warning("%s is damaged (%r): computing it again", path, error)

@@ -78,9 +78,8 @@ def _pack_best(
     for reach, longest_first in WAYS:
         packs = window.pack(reach, longest_first)
         fills = sorted(fill for fill, _ in packs)[1:]  # without the emptiest, which holds the rest
-        mean_fill = float(np.cumsum([0.0, *fills])[-1]) / max(
-            1, len(fills)
-        )  # `sum` rounds otherwise from Python 3.12 on
+        # `sum` rounds otherwise from Python 3.12 on.
+        mean_fill = float(np.cumsum([0.0, *fills])[-1]) / max(1, len(fills))
         if mean_fill > best_fill:
             best, best_fill = packs, mean_fill
         if best_fill >= ENOUGH_FILL or len(packs) == 1:
