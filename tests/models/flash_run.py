@@ -3,7 +3,7 @@
     python -m tests.models.flash_run CHECKPOINT
 
 The last line is JSON: for each layout `calls` and the largest differences between the two ways; for both, the
-samples' `lengths`, their pictures' `patches` and the depths of the towers.
+samples' `lengths`, the `padded_length` of their rows, their pictures' `patches` and the depths of the towers.
 """
 
 import json
@@ -84,6 +84,7 @@ def main() -> None:
     }
     report["answers"], report["expected_answers"] = answers(flash, examples), answers(sdpa, examples)
     report["lengths"] = [len(example.input_ids) for example in examples]
+    report["padded_length"] = collator("standard")(examples)["input_ids"].shape[1]
     report["patches"] = [patches for example in examples for patches in example.image_grid_thw.prod(1).tolist()]
     text, vision = flash.model.vlm.text_config, flash.model.vlm.hf_model.config.vision_config
     report["text_layers"], report["vision_layers"] = text.num_hidden_layers, vision.depth

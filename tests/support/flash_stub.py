@@ -17,7 +17,7 @@ from transformers import modeling_flash_attention_utils, modeling_utils
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of flash-attention was given."""
+    """What one call of flash-attention was given; a dense one has the length of each row in `cu_seqlens`."""
 
     is_varlen: bool
     causal: bool
@@ -32,9 +32,12 @@ def install() -> list[Call]:
     """Makes `flash_attention_2` run on CPU, and returns the list that its calls will be noted in."""
     calls: list[Call] = []
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
-        calls.append(Call(False, bool(kwargs.get("causal")), q.shape[2], [], [], [], []))
-        raise AssertionError("a dense call: the samples of a row would see each other")
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float | None = None, causal: bool = False, **kwargs: Any
+    ) -> Tensor:
+        assert not any(kwargs.get(name) for name in ("dropout_p", "softcap", "alibi_slopes")), kwargs
+        calls.append(Call(False, causal, q.shape[2], [q.shape[1]] * len(q), [], [], []))
+        return torch.stack([_attend(*row, causal, softmax_scale) for row in zip(q, k, v, strict=True)])
 
     def flash_attn_varlen_func(
         q: Tensor,
