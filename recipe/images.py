@@ -36,21 +36,33 @@ def open_image(data: bytes) -> Image.Image:
         ValueError: The bytes are not an image, are truncated, or hold values without a known white point.
     """
     with _opened(data) as image:
-        image.load()
-        turn = _TURNS.get(_orientation(image))
-        # Not `ImageOps.exif_transpose`: it also writes the EXIF tags back, which fails for some of them.
-        image = image if turn is None else image.transpose(turn)
-        if image.mode in _DEEP_GRAY_MODES:  # `convert` would cut 16-bit gray off at 255: 65535 becomes white instead
-            values = np.asarray(image).astype(np.int64)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError(f"gray values {values.min()} to {values.max()} do not fit 16 bits: store 8 or 16 bits")
-            return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-        if image.mode == "F":
-            raise ValueError("the image holds floats, whose black and white are unknown: store 8 or 16 bits")
-        if image.has_transparency_data:
-            colours = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
-        return image.convert("RGB")
+        return displayed(image)
+
+
+def displayed(image: Image.Image) -> Image.Image:
+    """Return an image of Pillow as `open_image` shows its file; raise what Pillow raises, or ValueError."""
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    # Not `ImageOps.exif_transpose`: it also writes the EXIF tags back, which fails for some of them.
+    image = image if turn is None else image.transpose(turn)
+    if image.mode in _DEEP_GRAY_MODES:  # `convert` would cut 16-bit gray off at 255: 65535 becomes white instead
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"gray values {values.min()} to {values.max()} do not fit 16 bits: store 8 or 16 bits")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("the image holds floats, whose black and white are unknown: store 8 or 16 bits")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def uncompressed(image: Image.Image) -> bytes:
+    """Return an RGB image as a file that costs nothing to write and read."""
+    file = BytesIO()
+    image.save(file, "PPM")
+    return file.getvalue()
 
 
 def displayed_size(data: bytes) -> tuple[int, int]:

@@ -7,10 +7,9 @@ the command is stopped or fails, both files keep what was done. `python -m recip
 
 import sys
 
-from recipe.configure import load_config, one_line_errors
+from recipe.configure import one_line_errors
 from recipe.console import setup_logging
-from recipe.prediction.options import TILE_OVERLAP, parse
-from recipe.upstream.trainer_section import view_trainer
+from recipe.prediction.options import parse
 
 if __name__ == "__main__":
     setup_logging()
@@ -22,28 +21,18 @@ import itertools
 import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from convert.annotated import read_categories, read_coco, read_image_ids
-from recipe.config import AnswersConfig, EvaluationConfig, PromptConfig
-from recipe.data.chat import checked
-from recipe.data.collate import collate_standard, one_each
-from recipe.data.encode import Encoder
-from recipe.images import displayed_size, open_image
-from recipe.load import build_encoder, load_network
-from recipe.metrics.calibration import read_calibration
-from recipe.models.network import JointNetwork
-from recipe.prediction.classes import class_trie
-from recipe.prediction.decode import Decoding, predict
+from recipe.images import open_image
+from recipe.inference.predictor import Predictor, Request, encode_image, predict_images
+from recipe.inference.predictor import build_predictor as build
 from recipe.prediction.draw import draw_prediction
 from recipe.prediction.files import (
     COCO_RESULTS_FILE,
-    LEAST_SCORE,
     NO_CATEGORY,
     PREDICTIONS_FILE,
     PredictedFile,
@@ -51,7 +40,6 @@ from recipe.prediction.files import (
     coco_results,
     entries_of,
     find_images,
-    read_annotated_folder,
     refuse_to_overwrite,
     rounded,
     rounded_score,
@@ -59,35 +47,8 @@ from recipe.prediction.files import (
     with_objects_below,
     write_entries,
 )
-from recipe.prediction.tiles import SAME_OBJECT_IOU, cut, merge_tiles, tiles_of
 from recipe.redact import redact_text
 from recipe.schema import Example, ImageId, Prediction, Sample
-
-DTYPES = {"fp32": None, "amp_fp16": torch.float16, "amp_bf16": torch.bfloat16}  # of autocast; None: no autocast
-
-
-def evaluation_of(args: argparse.Namespace, evaluation: EvaluationConfig) -> EvaluationConfig:
-    """Return the run's `evaluation`, changed by the command line; raise ValueError if the calibration is unusable."""
-    if args.calibration is not None:
-        evaluation = read_calibration(args.calibration, evaluation)
-    names = ("score_threshold", "max_new_tokens", "nms_iou")
-    changes: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.answer is not None:
-        changes["answers"] = None if args.answer == "boxes" else AnswersConfig()
-    if args.answer == "text":
-        changes["max_captions"] = 0
-    if args.classes is not None:
-        changes["classes"] = args.classes
-    return replace(evaluation, **changes)
-
-
-def prompt_of(args: argparse.Namespace, prompt: PromptConfig) -> PromptConfig:
-    """Return the run's prompt, changed by the command line; raise ValueError if a text cannot be asked."""
-    if args.prompt is not None:
-        prompt = replace(prompt, detect=checked(args.prompt), candidate_phrases=[])
-    if args.expression is not None:
-        prompt = replace(prompt, candidate_phrases=[checked(text) for text in args.expression])
-    return prompt
 
 
 @dataclass(frozen=True)
@@ -98,25 +59,6 @@ class Input:
     name: str  # of its entry and its drawing
     image_id: ImageId  # in COCO results
     truth: Sample | None
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """What every batch of images is predicted with."""
-
-    network: JointNetwork  # in evaluation mode, on `device`
-    encoder: Encoder
-    decoding: Decoding
-    dtype: torch.dtype | None  # of `DTYPES`
-    device: torch.device
-    # Solved examples in order, one more than `num_teachers` if there are: an image is never its own teacher.
-    teachers: Sequence[Sample]
-    num_teachers: int  # shown before each image
-    with_head: bool  # whether the head's objects are wanted
-    with_drawings: bool
-    batch_size: int
-    tile: int | None  # side in pixels of the tiles that are predicted too
-    overlap: float  # of tiles
 
 
 def main(args: argparse.Namespace) -> int:
@@ -146,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
         with tqdm(total=len(inputs), unit=" images", disable=None) as progress:
             for start in range(0, len(inputs), args.batch_size):
                 part = inputs[start : start + args.batch_size]
-                _predict_files(predictor, part, out, entries)
+                _predict_files(predictor, part, out, entries, with_drawings=not args.no_drawings)
                 progress.update(len(part))
     finally:
         if entries:
@@ -192,94 +134,30 @@ def report_categories(entries: Sequence[PredictedFile], categories: Mapping[str,
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
-    """Return the network and the settings; raise ValueError if one of them cannot be used."""
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":  # as Composer does for the evaluation of a run
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    teachers = [] if args.teachers is None else read_annotated_folder(args.teachers)
-    network, processor, config = load_network(args.checkpoint, load_config(args.config) if args.config else None)
-    if not network.has_head:
-        if args.answer not in (None, "text"):
-            raise ValueError(f"{args.checkpoint} was trained with detection_head: null: use --answer text")
-        if args.tile is not None:
-            raise ValueError(f"{args.checkpoint} was trained with detection_head: null: leave out --tile")
-        args.answer = "text"
-    prompt = prompt_of(args, config.prompt)
-    precision = (view_trainer(config).precision or "amp_fp16").lower()  # Composer's default
-    if precision not in DTYPES:
-        raise ValueError(f"trainer.precision is {precision!r}: give a --config with one of {', '.join(DTYPES)}")
-    evaluation = evaluation_of(args, config.evaluation)
-    classes = class_trie(evaluation.classes, processor.tokenizer, network) if network.has_head else None
-    num_teachers = args.num_teachers or config.teachers.num_teachers or len(teachers)
-    if args.num_teachers is not None and args.num_teachers > len(teachers):
-        raise ValueError(f"--num-teachers {num_teachers}: {args.teachers} holds {len(teachers)} annotated images")
-    if args.num_teachers is None and num_teachers < len(teachers):
-        print(f"each image gets {num_teachers} of {len(teachers)} teachers, as in training: or give --num-teachers N")
-    return Predictor(
-        network=network.eval().to(device),
-        encoder=build_encoder(processor, network, config.image, prompt, config.max_seq_len, keep_image=True),
-        decoding=Decoding(processor.tokenizer, evaluation, prompt, classes),
-        dtype=DTYPES[precision] if device.type == "cuda" else None,  # Composer ignores it on the CPU
-        device=device,
-        teachers=teachers[: num_teachers + 1],
-        num_teachers=num_teachers,
-        with_head=args.answer != "text",
-        with_drawings=not args.no_drawings,
+    """Return what a command line asks; raise ValueError if a part of it cannot be used."""
+    predictor = build(
+        args.checkpoint,
+        request_of(args),
+        config=args.config,
+        calibration=args.calibration,
+        teachers=args.teachers,
+        num_teachers=args.num_teachers,
         batch_size=args.batch_size,
-        tile=args.tile,
-        overlap=TILE_OVERLAP if args.overlap is None else args.overlap,
     )
+    return predictor.tiled(args.tile, args.overlap)
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Return the batch with all its tensors on the device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {name: to_device(item, device) for name, item in value.items()}
-    return [to_device(item, device) for item in value] if isinstance(value, list) else value
-
-
-def encode_image(data: bytes, name: str, encoder: Encoder, teachers: Sequence[Sample] = ()) -> Example:
-    """Return the prompt about one image, after its teachers; raise ValueError if the model cannot take the image."""
-    width, height = displayed_size(data)
-    return encoder(Sample(name, data, width, height, objects=None), teachers)
-
-
-def predict_examples(examples: Sequence[Example], predictor: Predictor) -> list[Prediction | str]:
-    """Return per example its prediction, in the run's precision, or why it has none; halve what the GPU cannot hold."""
-    batch = collate_standard(one_each(examples), predictor.encoder.pad_token_id)
-    device, dtype = predictor.device, predictor.dtype
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return [*predict(predictor.network, to_device(batch, device), predictor.decoding)[1]]
-    except torch.OutOfMemoryError:
-        if len(examples) == 1:
-            return ["it does not fit on the GPU: lower image.max_pixels in a --config"]
-    half = len(examples) // 2  # here, because the error above holds the batch's memory
-    return predict_examples(examples[:half], predictor) + predict_examples(examples[half:], predictor)
-
-
-def add_tiles(
-    example: Example, prediction: Prediction, predictor: Predictor, teachers: Sequence[Sample]
-) -> Prediction | str:
-    """Return the prediction of an image with what its tiles show, or why one of them has none."""
-    size, sample, evaluation = predictor.tile, example.sample, predictor.decoding.evaluation
-    tiles = [] if size is None else tiles_of(sample.width, sample.height, size, predictor.overlap)
-    if not tiles:
-        return prediction
-    decoding = replace(predictor.decoding, evaluation=replace(evaluation, answers=None))
-    image, found = open_image(sample.image), list[Prediction]()
-    for start in range(0, len(tiles), predictor.batch_size):
-        part = tiles[start : start + predictor.batch_size]
-        examples = [encode_image(cut(image, tile), sample.id, predictor.encoder, teachers) for tile in part]
-        for result in predict_examples(examples, replace(predictor, decoding=decoding)):
-            if isinstance(result, str):
-                return result
-            found.append(result)
-    least = min(LEAST_SCORE, evaluation.score_threshold)
-    iou = SAME_OBJECT_IOU if evaluation.nms_iou is None else evaluation.nms_iou
-    return merge_tiles(prediction, list(zip(tiles, found, strict=True)), evaluation.score_threshold, least, iou)
+def request_of(args: argparse.Namespace) -> Request:
+    """Return what a command line asks of the model."""
+    return Request(
+        answer=args.answer,
+        prompt=args.prompt,
+        expressions=args.expression,
+        classes=args.classes,
+        score_threshold=args.score_threshold,
+        nms_iou=args.nms_iou,
+        max_new_tokens=args.max_new_tokens,
+    )
 
 
 def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) -> int:
@@ -299,16 +177,17 @@ def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) 
     return len(entries) - len(predictions)
 
 
-def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path, entries: list[PredictedFile]) -> None:
+def _predict_files(
+    predictor: Predictor, inputs: Sequence[Input], out: Path, entries: list[PredictedFile], with_drawings: bool
+) -> None:
     """Append one entry per image, in order; then draw the usable ones."""
     examples: list[Example] = []
-    shown: dict[str, tuple[Sample | None, list[Sample]]] = {}
+    truths: dict[str, Sample | None] = {}
     results: dict[str, Prediction | str] = {}
     for item in inputs:
         try:
             data = item.path.read_bytes()
-            teachers = [teacher for teacher in predictor.teachers if teacher.image != data][: predictor.num_teachers]
-            example = encode_image(data, item.name, predictor.encoder, teachers)
+            example = encode_image(data, item.name, predictor.encoder, predictor.teachers_of(data))
             size, truth = (example.sample.width, example.sample.height), item.truth
             if truth is not None and (truth.width, truth.height) != size:
                 raise ValueError(
@@ -316,16 +195,14 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path, ent
                     "give --truth of the same images"
                 )
             examples.append(example)
-            shown[item.name] = truth, teachers
+            truths[item.name] = truth
         except OSError as error:
             results[item.name] = f"cannot read the file: {error.strerror}"
         except ValueError as error:
             results[item.name] = str(error)
     threshold, with_head = predictor.decoding.evaluation.score_threshold, predictor.with_head
-    found = predict_examples(examples, predictor) if examples else []
-    for example, result in zip(examples, found, strict=True):
-        name = example.sample.id
-        results[name] = result if isinstance(result, str) else add_tiles(example, result, predictor, shown[name][1])
+    names = [example.sample.id for example in examples]
+    results |= zip(names, predict_images(examples, predictor), strict=True)
     for item in inputs:
         result = results[item.name]
         if isinstance(result, str):
@@ -337,13 +214,12 @@ def _predict_files(predictor: Predictor, inputs: Sequence[Input], out: Path, ent
             )
             entry = with_objects_below(entry, result, threshold) if with_head else entry
         entries.append(entry)  # before the drawings: if one cannot be written, what was predicted is kept
-    for example in examples if predictor.with_drawings else ():
+    for example in examples if with_drawings else ():
         result = results[example.sample.id]
         if isinstance(result, str):
             continue
-        truth, teachers = shown[result.id]
-        image = open_image(example.sample.image)
-        drawing = draw_prediction(image, result, truth, threshold, teachers, with_head)
+        image, teachers = open_image(example.sample.image), predictor.teachers_of(example.sample.image)
+        drawing = draw_prediction(image, result, truths[result.id], threshold, teachers, with_head)
         path = out / f"{result.id}.png"
         try:
             drawing.save(path, compress_level=1)  # the default takes longer than the rest of the drawing

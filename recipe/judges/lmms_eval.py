@@ -17,8 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from recipe.config import AnswersConfig, EvaluationConfig
+from recipe.inference.predictor import Predictor, predict_examples
 from recipe.judges.tasks import BoxQuestion, box_question, boxes_text, cut_at
-from recipe.predict import Predictor, build_predictor, predict_examples
+from recipe.predict import build_predictor
 from recipe.prediction.classes import class_trie
 from recipe.prediction.files import rounded
 from recipe.prediction.options import parse

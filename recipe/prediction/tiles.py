@@ -6,7 +6,6 @@ too small. An object in two tiles, or cut by the edge of one, is found several t
 
 from collections.abc import Sequence
 from dataclasses import replace
-from io import BytesIO
 
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from recipe.boxes import elementwise_iou
+from recipe.images import uncompressed
 from recipe.schema import Box, DetectedObject, Prediction
 
 SAME_OBJECT_IOU = 0.5  # if `evaluation.nms_iou` is not set
@@ -42,9 +42,7 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
 
 def cut(image: Image.Image, tile: Tile) -> bytes:
     """Return a tile of an RGB image as an image file that costs nothing to write and read."""
-    file = BytesIO()
-    image.crop(tile).save(file, "PPM")
-    return file.getvalue()
+    return uncompressed(image.crop(tile))
 
 
 def merge_tiles(

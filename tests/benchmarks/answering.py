@@ -44,11 +44,11 @@ from recipe.configure import load_config
 from recipe.data.collate import collate_standard, one_each
 from recipe.data.encode import Encoder
 from recipe.families import box_coordinates
+from recipe.inference.predictor import encode_image
 from recipe.joint import JointModel
 from recipe.load import build_encoder, load_network
 from recipe.metrics.boxes import answer_boxes
 from recipe.metrics.calibration import calibration
-from recipe.predict import encode_image
 from recipe.prediction.decode import Decoding, generate_answers, predict
 from recipe.schema import Batch, Prediction, Sample
 from recipe.upstream.storage import CheckedDataset, open_streams

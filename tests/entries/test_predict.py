@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import recipe.predict
+import recipe.inference.predictor
 from convert.shapes import draw_scene
 from convert.write import write_split
 from recipe.checkpoints.weights import find_config
 from recipe.data.collate import collate_standard, one_each
 from recipe.export import main as export
 from recipe.export import parse as parse_export
-from recipe.predict import encode_image, main
+from recipe.inference.predictor import encode_image
+from recipe.predict import main
 from recipe.prediction.files import NO_CATEGORY, find_images, read_annotated_folder, read_entries
 from recipe.prediction.options import parse
 from recipe.prediction.tiles import merge_tiles
@@ -148,7 +149,7 @@ def test_a_tile_is_predicted_as_an_image_of_its_own(
         merged.append(found)
         return merge_tiles(whole, found, *options)
 
-    monkeypatch.setattr("recipe.predict.merge_tiles", record)
+    monkeypatch.setattr("recipe.inference.predictor.merge_tiles", record)
     options = "--max-new-tokens 4 --tile 300 --overlap 0 --score-threshold 0.001"  # a head of two steps is not sure
     alone, rows = predict(trained_checkpoint, tmp_path / "out", picture, wide, options=options)
     assert [tile for tile, _ in merged[0]] == [(0, 0, 300, 200), (300, 0, 600, 200)]
@@ -258,7 +259,7 @@ def test_a_batch_that_the_gpu_cannot_hold_is_halved(
     for path in pictures[1:]:
         path.write_bytes(picture.read_bytes())
     too_large = {path.stem for path in pictures[:num_too_large]}
-    inner, sizes = recipe.predict.predict, []
+    inner, sizes = recipe.inference.predictor.predict, []
 
     def limited(network: Any, batch: Any, decoding: Any) -> Any:
         sizes.append(len(batch["samples"]))
@@ -266,7 +267,7 @@ def test_a_batch_that_the_gpu_cannot_hold_is_halved(
             raise torch.OutOfMemoryError
         return inner(network, batch, decoding)
 
-    monkeypatch.setattr("recipe.predict.predict", limited)
+    monkeypatch.setattr("recipe.inference.predictor.predict", limited)
     rows = predict(trained_checkpoint, tmp_path / "out", *pictures, options="--answer boxes")
     assert sizes == ([3, 1, 2] if num_too_large == 1 else [3, 1, 2, 1, 1])
     reason = "it does not fit on the GPU: lower image.max_pixels in a --config"
@@ -460,7 +461,7 @@ def test_teachers_are_shown_before_each_picture(
         shown.extend(example for pack in packs for example in pack.examples)
         return collate_standard(packs, pad)
 
-    monkeypatch.setattr("recipe.predict.collate_standard", recorded)
+    monkeypatch.setattr("recipe.inference.predictor.collate_standard", recorded)
     other = tmp_path / "other.png"
     Image.open(picture).crop((0, 0, 84, 84)).save(other)
     options = f"--answer boxes --teachers {teachers} {options}"

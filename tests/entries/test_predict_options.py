@@ -4,7 +4,7 @@ import pytest
 
 from recipe.config import PromptConfig
 from recipe.data.chat import detection_question
-from recipe.predict import prompt_of
+from recipe.predict import request_of
 from recipe.prediction.options import parse
 
 
@@ -13,7 +13,7 @@ def test_prompts_and_expressions():
 
     def asked(*options: str) -> str:
         args = parse(["--checkpoint", "c", "--out", "o", "x.png", *options])
-        return detection_question(prompt_of(args, prompt))
+        return detection_question(request_of(args).question(prompt))
 
     assert "Find all. Candidates: dog.<|im_end|>" in asked()
     assert "Find all. Candidates: the red car, a cat.<|im_end|>" in asked(

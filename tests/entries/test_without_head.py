@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from convert.shapes import draw_scene, iter_samples
 from convert.write import write_split
+from recipe import Detector
 from recipe.build import build_model
 from recipe.checkpoints.weights import HEAD_FILE, read_weights
 from recipe.checks import check_libraries
@@ -120,6 +121,12 @@ def test_a_run_from_training_to_prediction(make_run: Configure, tmp_path: Path, 
         assert row["objects"] is None
         answers.append(row["answer"])
     assert answers[0] == answers[1] is not None
+    detector = Detector.from_pretrained(out, dtype=torch.float32)
+    assert detector(tmp_path / "scene.png").answer is not None
+    with pytest.raises(ValueError, match=r"the model was trained with .* in Python answer='text'"):
+        detector(tmp_path / "scene.png", answer="boxes")
+    with pytest.raises(ValueError, match="tiles find objects of the head"):
+        detector(tmp_path / "scene.png", tile=120)
     with pytest.raises(ValueError, match="was trained with detection_head: null: use --answer text"):
         predict(
             parse(

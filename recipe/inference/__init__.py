@@ -1,0 +1,1 @@
+"""Image → Prediction, for a program and for Python. Begin with detector.py."""
