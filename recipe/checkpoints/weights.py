@@ -8,7 +8,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -205,7 +205,12 @@ def trained_caption_length(decoder: CaptionDecoderConfig, checkpoint: str | None
 
 
 def export_model(
-    network: JointNetwork, processor: Any, config: RecipeConfig, folder: str | Path, only_adapters: bool = False
+    network: JointNetwork,
+    processor: Any,
+    config: RecipeConfig,
+    folder: str | Path,
+    only_adapters: bool = False,
+    complete: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model as a folder that transformers loads, with the head's weights and the configuration next to it.
 
@@ -214,6 +219,7 @@ def export_model(
     configuration written has `lora: null`.
 
     `only_adapters` writes them as a folder that peft loads on the base model instead of the whole language model.
+    `complete` is called with the folder before it has its name: what it adds is there too, and if it raises nothing is.
 
     Raises:
         ValueError: The folder is not empty; there are no adapters, more than adapters was trained, or peft cannot
@@ -225,16 +231,25 @@ def export_model(
     for part in ("llm", "vision"):
         if only_adapters and part not in parts and getattr(config.optimizer, f"lr_{part}"):
             raise ValueError(f"optimizer.lr_{part} is not 0, so more than adapters was trained: {whole}")
+    refuse_full(folder)
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is a file or a folder that is not empty: give the export a folder of its own")
     partial = folder.absolute().with_name(folder.absolute().name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write_export(network, processor, config, partial, only_adapters)
+        if complete is not None:
+            complete(partial)
+        _give_modes_of_umask(partial)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_full(folder: str | Path) -> None:
+    """Raise ValueError if a folder holds anything: a card that its user has completed, for example."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is a file or a folder that is not empty: give the export a folder of its own")
 
 
 def _write_export(
@@ -260,6 +275,9 @@ def _write_export(
     head = {name: value.contiguous() for name, value in weights.items() if not name.startswith(LANGUAGE_MODEL)}
     save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
     save_config(config, folder / CONFIG_FILE, network.max_caption_tokens)
+
+
+def _give_modes_of_umask(folder: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for path in folder.rglob("*"):

@@ -162,32 +162,46 @@ def build_predictor(
     device = _device(device)
     if dtype not in (None, *AUTOCAST):
         raise ValueError(f"dtype is {dtype}: give one of {', '.join(map(str, AUTOCAST))}")
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     samples = [] if teachers is None else read_annotated_folder(teachers)
     network, processor, run = load_network(checkpoint, load_config(str(config)) if config else None)
-    if not network.has_head:
-        if request.answer not in (None, "text"):
-            raise ValueError(f"{checkpoint} {NO_HEAD}")
-        request = replace(request, answer="text")
-    prompt = request.question(run.prompt)
-    autocast = _autocast_dtype(run, device) if dtype is None else AUTOCAST[dtype]
-    evaluation = run.evaluation if calibration is None else read_calibration(calibration, run.evaluation)
-    evaluation = request.evaluation(evaluation)
-    classes = class_trie(evaluation.classes, processor.tokenizer, network) if network.has_head else None
+    if not network.has_head and request.answer not in (None, "text"):
+        raise ValueError(f"{checkpoint} {NO_HEAD}")
+    if calibration is not None:
+        run = replace(run, evaluation=read_calibration(calibration, run.evaluation))
     shown = num_teachers or run.teachers.num_teachers or len(samples)
     if num_teachers is not None and num_teachers > len(samples):
         raise ValueError(f"{num_teachers} teachers are asked for, but {teachers} holds {len(samples)} annotated images")
     if num_teachers is None and shown < len(samples):
         log.warning("each image gets %d of %d teachers, as in training: or give --num-teachers N", shown, len(samples))
+    autocast = _autocast_dtype(run, device) if dtype is None else AUTOCAST[dtype]
+    made = predictor_of(network, processor, run, request, device, autocast, batch_size)
+    return replace(made, teachers=samples[: shown + 1], num_teachers=shown)
+
+
+def predictor_of(
+    network: JointNetwork,
+    processor: Any,
+    run: RecipeConfig,
+    request: Request,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+    batch_size: int = 8,
+) -> Predictor:
+    """Return the predictor of a network in memory, which is put on the device; raises as `build_predictor`."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if not network.has_head:
+        request = replace(request, answer="text")
+    prompt, evaluation = request.question(run.prompt), request.evaluation(run.evaluation)
+    classes = class_trie(evaluation.classes, processor.tokenizer, network) if network.has_head else None
     return Predictor(
         network=network.eval().to(device),
         encoder=build_encoder(processor, network, run.image, prompt, run.max_seq_len, keep_image=True),
         decoding=Decoding(processor.tokenizer, evaluation, prompt, classes),
         dtype=autocast,
         device=device,
-        teachers=samples[: shown + 1],
-        num_teachers=shown,
+        teachers=(),
+        num_teachers=0,
         with_head=request.answer != "text",
         batch_size=batch_size,
     )
