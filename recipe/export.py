@@ -159,6 +159,7 @@ def draw_example(path: Path, network: "JointNetwork", processor: Any, config: "R
 
     found = Detector(predictor_of(network, processor, config, Request(), torch.device("cpu")))(path)
     image = open_image(path.read_bytes())
+    found = replace(found, id=path.name)  # which the drawing shows: no folders of this machine
     return draw_prediction(image, found, None, config.evaluation.score_threshold, [], network.has_head)
 
 
