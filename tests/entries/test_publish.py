@@ -147,7 +147,7 @@ def test_without_an_evaluation(
     assert f"if it is of this checkpoint, give --evaluation {trained_checkpoint.parents[1]}" in caplog.text
     assert find_config(tmp_path / "out").evaluation == find_config(trained_checkpoint).evaluation
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.license == "unknown" and "please set it once both are known" in card.text
+    assert card.data.to_dict()["license"] == "unknown" and "please set it once both are known" in card.text
     assert "are not calibrated" in card.text and not (tmp_path / "out" / "example.png").exists()
     printed = capsys.readouterr().out
     assert "transformers alone gives the text only; these lines give the boxes" in printed
