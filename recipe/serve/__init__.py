@@ -1,0 +1,1 @@
+"""A model behind HTTP: `python -m recipe.serve MODEL`. Begin with app.py."""
