@@ -22,6 +22,8 @@ except ImportError as error:
 
 from recipe.inference.detector import Detector
 
+BACKLOG = 2048  # connections that wait to be taken in
+
 
 def main(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT; requests that were let in are answered first.
@@ -35,6 +37,7 @@ def main(args: argparse.Namespace) -> None:
     )
     app = make_app(detector, args.limits, args.allow_host)
     config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_keep_alive=15)
+    address.listen(BACKLOG)
     host, port = address.getsockname()[:2]
     print(f"{args.model} answers at http://{host}:{port}/ (its interface: /docs); end it with Ctrl+C", flush=True)
     uvicorn.Server(config).run(sockets=[address])

@@ -95,8 +95,9 @@ class Admission:
                 self._measures.open_requests.dec()
 
     async def _read(self, receive: Receive, is_full: bool) -> bytes | None:
-        """Return a whole body, None if its client leaves; raise Refusal if it is too large, too late or one too many."""
+        """Return a whole body, None if its client leaves; raise Refusal if it is too large, late or one too many."""
         parts, size, most, seconds = list[bytes](), 0, self._limits.max_bytes, self._limits.receive_seconds
+        message: Message = {"more_body": True}
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while True:

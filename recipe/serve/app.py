@@ -36,7 +36,10 @@ _BODY = {
         "schema": {
             "type": "object",
             "required": ["image"],
-            "properties": {"image": {"type": "string", "format": "binary"}, **Question.model_json_schema()["properties"]},
+            "properties": {
+                "image": {"type": "string", "format": "binary"},
+                **Question.model_json_schema()["properties"],
+            },
         }
     },
     "image/*": {"schema": {"type": "string", "format": "binary"}},
@@ -58,7 +61,7 @@ def make_app(detector: Detector, limits: Limits, allowed_hosts: Collection[str] 
     batch_size, max_tokens = detector.predictor.batch_size, limits.max_batch_tokens
     batcher = Batcher(detector.predict, batch_size, max_tokens, measures.batch_images.observe)
     readers = ThreadPoolExecutor(os.cpu_count(), "images")
-    asked = lru_cache(KEPT_QUESTIONS)(lambda question: detector.asked(question.request()))
+    asked = lru_cache(KEPT_QUESTIONS)(detector.asked)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -75,13 +78,15 @@ def make_app(detector: Detector, limits: Limits, allowed_hosts: Collection[str] 
             assert url is not None
             data = fetch(url, allowed_hosts, limits.max_bytes, limits.receive_seconds)
         try:
-            predictor = asked(question)
+            predictor = asked(question.request())
         except ValueError as error:
             raise Refusal(422, str(error)) from error
         try:
             width, height = displayed_size(data)
             if width * height > limits.max_pixels:
-                raise Refusal(413, f"the image has {width} x {height} pixels, above {limits.max_pixels}: make it smaller")
+                raise Refusal(
+                    413, f"the image has {width} x {height} pixels, above {limits.max_pixels}: make it smaller"
+                )
             return detector.encode(data, IMAGE_ID, predictor), predictor
         except ValueError as error:
             raise Refusal(400, str(error).removeprefix(f"sample {IMAGE_ID!r}: ")) from error
@@ -129,9 +134,7 @@ def make_app(detector: Detector, limits: Limits, allowed_hosts: Collection[str] 
     return app
 
 
-async def _unless_gone(
-    request: Request, work: Coroutine[Any, Any, Prediction], seconds: float
-) -> Prediction | None:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Prediction], seconds: float) -> Prediction | None:
     """Return the result of `work`; None, and end it, if the client leaves before.
 
     Raises:

@@ -34,10 +34,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     default = Limits()
     parser = argparse.ArgumentParser(
         prog="python -m recipe.serve",
-        description="Answer HTTP requests with a trained model: a page at /, POST images to /predict, /docs has the rest.",
+        description="Answer HTTP requests with a trained model: a page at /, images to /predict, the rest at /docs.",
     )
     parser.add_argument("model", metavar="MODEL", help="a folder of export.py, a .pt file, or a name on the hub")
-    parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 for all. Default: %(default)s, this machine")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address; 0.0.0.0 for all. Default: %(default)s, this machine"
+    )
     parser.add_argument("--port", type=int, default=8000, help="0: any free one; default %(default)s")
     parser.add_argument("--config", metavar="YAML", help="default: what was saved with the model")
     parser.add_argument("--calibration", type=Path, metavar="YAML", help="from eval.py: calibrated scores")

@@ -44,8 +44,12 @@ class Page:
 
     def open(self, path: Path) -> None:
         """Opens a file, and waits until it is loaded."""
+        self.open_url(path.resolve().as_uri())
+
+    def open_url(self, url: str) -> None:
+        """Opens a URL, and waits until it is loaded."""
         self.events.clear()
-        self._call("Page.navigate", url=path.resolve().as_uri())
+        self._call("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
 
