@@ -13,7 +13,7 @@ class Limits:
     """What a server takes in, and for how long it waits.
 
     Attributes:
-        max_requests: At once, those that wait for the model included; one more is told to come again later.
+        max_requests: At once, those that wait for the model included; one more is refused until later.
         max_bytes: Of a request's body, and of an image behind a URL.
         max_pixels: Of an image, judged by its header before it is decoded.
         receive_seconds: For a client to send its body, and to fetch an image behind a URL.
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default %(default)s")
     what = "tokens of the images at once; default %(default)s"
     parser.add_argument("--max-batch-tokens", type=int, default=default.max_batch_tokens, metavar="N", help=what)
-    what = "requests at once, waiting ones included; more are told to come again (429). Default %(default)s"
+    what = "requests at once, waiting ones included; more are refused (429). Default %(default)s"
     parser.add_argument("--max-requests", type=int, default=default.max_requests, metavar="N", help=what)
     what = "MiB of a request; default %(default)s"
     parser.add_argument("--max-mib", type=int, default=default.max_bytes // MIB, metavar="N", help=what)

@@ -4,7 +4,7 @@
 
 The server is `python -m recipe.serve` in a process of its own. Each client keeps asking, one request after the other;
 one in twenty is bad: a truncated image, one just above the pixel limit, a text, a body over the size limit, or a client
-that sends too slowly. Who is told to come again (429) does. Then, one client alone, against `Detector` on the same
+that sends too slowly. Who is refused for now (429) comes again. Then, one client alone, against `Detector` on the same
 bytes; then `predict.py` on as many images at the same batch size, in a process of its own; and last, SIGTERM while
 requests are being answered.
 
@@ -144,7 +144,7 @@ async def load(server: Server, pictures: Sequence[bytes], args: argparse.Namespa
             if status != str(BAD.get(kind, 200))
         ),
         "without_status": sum(found["None"] for found in statuses.values()),
-        "told_to_come_again": retries,
+        "refused_for_now": retries,
         "images_per_s": round(good / seconds, 1),
         "memory_mib": [round(value) for value in memory],
         "answers": answers,
