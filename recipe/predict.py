@@ -1,5 +1,8 @@
 """Predict: `python recipe/predict.py --checkpoint CKPT --out DIR IMAGE [IMAGE ...]`; IMAGE may be a folder or a glob.
 
+`composer -n N recipe/predict.py ...` shares the images over N processes. With several, or with --part-images, the same
+command goes on where it was killed: see `recipe/prediction/parts.py`.
+
 Writes DIR/predictions.json (see `recipe/prediction/files.py`), DIR/coco_results.json and one drawing per image. If an
 image cannot be used, the JSON and the terminal say why, the others are still predicted, and the exit status is 1. If
 the command is stopped or fails, both files keep what was done. `python -m recipe.gallery` makes a page of DIR.
@@ -19,11 +22,13 @@ if __name__ == "__main__":
 import argparse
 import itertools
 import signal
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from convert.annotated import read_categories, read_coco, read_image_ids
@@ -35,6 +40,7 @@ from recipe.prediction.files import (
     COCO_RESULTS_FILE,
     NO_CATEGORY,
     PREDICTIONS_FILE,
+    AnyPath,
     PredictedFile,
     category_ids,
     coco_results,
@@ -47,15 +53,18 @@ from recipe.prediction.files import (
     with_objects_below,
     write_entries,
 )
+from recipe.prediction.parts import BATCHES_PER_PART, Parts, batches_of, identity_of, open_parts, place_in_world
 from recipe.redact import redact_text
 from recipe.schema import Example, ImageId, Prediction, Sample
+
+READERS = 8  # threads that read files ahead
 
 
 @dataclass(frozen=True)
 class Input:
     """A file to predict."""
 
-    path: Path  # as the command line names it
+    path: AnyPath  # as the command line names it
     name: str  # of its entry and its drawing
     image_id: ImageId  # in COCO results
     truth: Sample | None
@@ -73,31 +82,84 @@ def main(args: argparse.Namespace) -> int:
     names = unique_names(paths, out)
     inputs = inputs_of(paths, names, args)
     categories = categories_of(args)
+    rank, local_rank, world_size = place_in_world()
+    in_parts = world_size > 1 or args.part_images is not None
     if not args.overwrite:
-        refuse_to_overwrite(out, names)
+        refuse_to_overwrite(out, () if in_parts else names)  # drawings of finished parts are there
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder --out {out}: {error.strerror}") from error
-    predictor = build_predictor(args)
+    parts = None
+    if in_parts:
+        size = args.part_images or BATCHES_PER_PART * args.batch_size
+        asked = depends_on(args)
+        parts = open_parts(out, asked, [str(path) for path in paths], size, args.overwrite, rank, world_size)
+    device = f"cuda:{local_rank}" if world_size > 1 and torch.cuda.is_available() else None
+    predictor = build_predictor(args, device)
     if categories is None and predictor.decoding.classes is not None:
         categories = category_ids(zip(predictor.decoding.classes.names, itertools.count(1), strict=False))
-        print(f"{COCO_RESULTS_FILE}: category_id 1 to {len(categories)} are the classes in the order given")
+        if rank == 0:
+            print(f"{COCO_RESULTS_FILE}: category_id 1 to {len(categories)} are the classes in the order given")
     entries: list[PredictedFile] = []
-    try:
-        with tqdm(total=len(inputs), unit=" images", disable=None) as progress:
-            for start in range(0, len(inputs), args.batch_size):
-                part = inputs[start : start + args.batch_size]
-                _predict_files(predictor, part, out, entries, with_drawings=not args.no_drawings)
-                progress.update(len(part))
-    finally:
-        if entries:
-            write_entries(out, entries, categories)  # whatever ends the run, finished work is kept
+    if parts is None:
+        try:
+            predict_inputs(predictor, inputs, [slice(0, len(inputs))], out, entries, args)
+        finally:
+            if entries:
+                write_entries(out, entries, categories)  # whatever ends the run, finished work is kept
+    else:
+        predict_inputs(predictor, inputs, parts.to_do(), out, entries, args, parts)
+        if rank:
+            return 0  # the first process reports
+        entries = parts.read_all()
+        write_entries(out, entries, categories)
+        parts.remove()
     report_categories(entries, categories)
     return report(entries, out, left_out)
 
 
-def inputs_of(paths: Sequence[Path], names: Sequence[str], args: argparse.Namespace) -> list[Input]:
+def depends_on(args: argparse.Namespace) -> dict[str, str]:
+    """Return all of a command line that its results depend on, but the images."""
+    elsewhere = ("images", "out", "overwrite", "part_images", "checkpoint")
+    asked = {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in elsewhere}
+    return {"--checkpoint": identity_of(args.checkpoint), **asked}
+
+
+def predict_inputs(
+    predictor: Predictor,
+    inputs: Sequence[Input],
+    pieces: Sequence[slice],
+    out: Path,
+    entries: list[PredictedFile],
+    args: argparse.Namespace,
+    parts: Parts | None = None,
+) -> None:
+    """Predict pieces of the inputs batch by batch: append to `entries`, or write each piece into `parts`."""
+    batches = [batch for piece in pieces for batch in batches_of(piece, args.batch_size, len(inputs))]
+    last = {min(piece.stop, len(inputs)): piece for piece in pieces}  # by where it ends
+    quiet = True if place_in_world()[0] else None  # None: where there is a terminal
+    with tqdm(total=sum(batch.stop - batch.start for batch in batches), unit=" images", disable=quiet) as progress:
+        for batch, files in read_ahead(inputs, batches):
+            _predict_files(predictor, inputs[batch], files, out, entries, with_drawings=not args.no_drawings)
+            progress.update(batch.stop - batch.start)
+            if parts is not None and batch.stop in last:
+                parts.write(last[batch.stop], entries)
+                entries.clear()
+
+
+def read_ahead(inputs: Sequence[Input], batches: Sequence[slice]) -> Iterator[tuple[slice, list[Future[bytes]]]]:
+    """Yield each batch with its files, which are read while the batch before is predicted."""
+    waiting = deque[tuple[slice, list[Future[bytes]]]]()
+    with ThreadPoolExecutor(READERS) as readers:
+        for batch in batches:
+            waiting.append((batch, [readers.submit(item.path.read_bytes) for item in inputs[batch]]))
+            if len(waiting) > 1:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def inputs_of(paths: Sequence[AnyPath], names: Sequence[str], args: argparse.Namespace) -> list[Input]:
     """Return the images, with the ids and the truth that COCO instances files give them."""
     ids: Sequence[ImageId] = range(1, len(paths) + 1)
     source = args.image_ids or args.truth
@@ -133,7 +195,7 @@ def report_categories(entries: Sequence[PredictedFile], categories: Mapping[str,
         )
 
 
-def build_predictor(args: argparse.Namespace) -> Predictor:
+def build_predictor(args: argparse.Namespace, device: str | None = None) -> Predictor:
     """Return what a command line asks; raise ValueError if a part of it cannot be used."""
     predictor = build(
         args.checkpoint,
@@ -142,6 +204,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         calibration=args.calibration,
         teachers=args.teachers,
         num_teachers=args.num_teachers,
+        device=device,
         batch_size=args.batch_size,
     )
     return predictor.tiled(args.tile, args.overlap)
@@ -178,15 +241,20 @@ def report(entries: Sequence[PredictedFile], out: Path, left_out: Counter[str]) 
 
 
 def _predict_files(
-    predictor: Predictor, inputs: Sequence[Input], out: Path, entries: list[PredictedFile], with_drawings: bool
+    predictor: Predictor,
+    inputs: Sequence[Input],
+    files: Sequence[Future[bytes]],
+    out: Path,
+    entries: list[PredictedFile],
+    with_drawings: bool,
 ) -> None:
     """Append one entry per image, in order; then draw the usable ones."""
     examples: list[Example] = []
     truths: dict[str, Sample | None] = {}
     results: dict[str, Prediction | str] = {}
-    for item in inputs:
+    for item, file in zip(inputs, files, strict=True):
         try:
-            data = item.path.read_bytes()
+            data = file.result()
             example = encode_image(data, item.name, predictor.encoder, predictor.teachers_of(data))
             size, truth = (example.sample.width, example.sample.height), item.truth
             if truth is not None and (truth.width, truth.height) != size:

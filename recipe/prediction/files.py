@@ -29,6 +29,7 @@ from typing import Any
 from convert.annotated import jsonl_files, read_jsonl
 from recipe.images import SUFFIXES
 from recipe.metrics.gather import normalized_caption
+from recipe.prediction.remote import RemoteImage, is_remote, list_images
 from recipe.records import INDEX_FILE, write_whole
 from recipe.schema import DetectedObject, ImageId, Prediction, Sample
 
@@ -36,6 +37,7 @@ PREDICTIONS_FILE = "predictions.json"
 COCO_RESULTS_FILE = "coco_results.json"
 NO_CATEGORY = -1  # in COCO results; pycocotools skips such a box unless useCats is 0
 LEAST_SCORE = 0.05  # of objects below the threshold
+AnyPath = Path | RemoteImage
 _KEYS = {"id", "file", "width", "height", "objects", "answer", "answer_objects", "error"}
 
 
@@ -83,8 +85,10 @@ class PredictedFile:
         return cls(row["id"], row["file"], row.get("image_id"), prediction, threshold, row["error"], least, below)
 
 
-def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the images that files, folders and globs name, in order, each once, and counts of other files by suffix.
+def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[AnyPath], Counter[str]]:
+    """Return the images that arguments name, in order, each once, and counts of other files by suffix.
+
+    An argument is a file, a folder, a glob or an address in an object store.
 
     A named file is always taken: if it does not exist, reading it reports that. A folder gives all files below it with
     an image suffix, by name, except hidden ones. `**` in a glob matches any folders.
@@ -96,9 +100,17 @@ def find_images(arguments: Iterable[str], left_out: Path) -> tuple[list[Path], C
     Raises:
         ValueError: A folder or a glob holds no image, or a folder cannot be read.
     """
-    found: dict[Path, Path] = {}
+    found: dict[AnyPath, AnyPath] = {}
     others = Counter[str]()
     for argument in arguments:
+        if is_remote(argument):
+            images, left = list_images(argument)
+            others += left
+            if not images:
+                raise ValueError(f"{argument} holds no image: give an address of some with {' '.join(SUFFIXES)}")
+            for image in images:
+                found.setdefault(image, image)
+            continue
         path = Path(argument)
         if path.is_dir():
             paths = list(_below(path, left_out.resolve(), others))
@@ -135,7 +147,7 @@ def _below(folder: Path, left_out: Path, others: Counter[str]) -> Iterator[Path]
                 others[Path(name).suffix.lower()] += 1
 
 
-def unique_names(paths: Sequence[Path], out: Path) -> list[str]:
+def unique_names(paths: Sequence[AnyPath], out: Path) -> list[str]:
     """Return a name per image, its stem if free: no drawing `{out}/{name}.png` overwrites another or an input."""
     taken = {str(path.resolve()).casefold() for path in paths}
     names = []
@@ -157,7 +169,7 @@ def names_by_file(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def entry_of(path: Path, names: Mapping[str, Sequence[str]]) -> str | None:
+def entry_of(path: AnyPath, names: Mapping[str, Sequence[str]]) -> str | None:
     """Return the entry of `names` (from `names_by_file`) that names the file, or None; raise ValueError if several do.
 
     The folders of a name must be the last ones of the path, as given or with its links resolved: `train/x.png` does
@@ -175,7 +187,7 @@ def _on_this_system(name: str) -> Path:
     return Path(name.replace("\\", "/"))  # data sets are written on Windows too
 
 
-def entries_of(paths: Sequence[Path], names: Iterable[str], source: str) -> list[str]:
+def entries_of(paths: Sequence[AnyPath], names: Iterable[str], source: str) -> list[str]:
     """Return the entry of each file in `names`, relative paths; raise ValueError if it has none, or shares it.
 
     `source` is where the names come from, for messages.

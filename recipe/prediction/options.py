@@ -13,6 +13,7 @@ GALLERY_THRESHOLD = 0.3  # where the slider starts, if nothing is given
 EXAMPLES = """examples:
   python recipe/predict.py --checkpoint runs/joint/checkpoints/latest-rank0.pt --out found images/
   python recipe/predict.py --checkpoint exported --out found --expression "a red car" 'images/*.jpg'
+  composer -n 8 recipe/predict.py --checkpoint exported --out found s3://bucket/images   # killed? start it again
   python -m recipe.gallery --predictions found/predictions.json --out found/gallery.html   # one page of all images
 
 found/predictions.json holds objects and answers, found/coco_results.json the objects in COCO's form. Defaults come from
@@ -31,7 +32,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder to search, or a quoted glob")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, a folder, a quoted glob, s3://...")
     parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="a .pt file, or a folder from export.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of predictions.json and the drawings")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in DIR")
@@ -48,6 +49,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     what = f"least share of a tile that it has in common with the next; default {TILE_OVERLAP}"
     parser.add_argument("--overlap", type=float, metavar="F", help=what)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default %(default)s")
+    what = (
+        "keep each N images when done: the same command goes on after a kill. Default: 8 batches, of several processes"
+    )
+    parser.add_argument("--part-images", type=int, metavar="N", help=what)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
     what = "look for this (candidate phrase); repeatable"
@@ -62,7 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--truth", type=Path, metavar="JSON", help=what)
     what = "COCO instances file with their ids; default: that of --truth, else 1, 2, ..."
     parser.add_argument("--image-ids", type=Path, metavar="JSON", help=what)
-    args = _parse_numbers(parser, arguments, ("batch_size", "max_new_tokens", "num_teachers"))
+    args = _parse_numbers(parser, arguments, ("batch_size", "max_new_tokens", "num_teachers", "part_images"))
     if args.nms_iou is not None and not 0 < args.nms_iou < 1:
         parser.error(f"--nms-iou {args.nms_iou}: must be between 0 and 1")
     for name, texts in (("prompt", [args.prompt]), ("expression", args.expression or [])):
@@ -78,6 +83,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--tile {args.tile}: must be {SMALLEST_TILE} or more")
     if args.tile is not None and args.answer == "text":
         parser.error("--tile finds the head's objects: give --answer boxes or both")
+    if args.part_images is not None and args.part_images % args.batch_size:
+        parser.error(f"--part-images {args.part_images}: must be a multiple of --batch-size {args.batch_size}")
     if args.num_teachers is not None and args.teachers is None:
         parser.error("--num-teachers needs --teachers FOLDER")
     if args.config is not None:
