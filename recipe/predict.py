@@ -1,7 +1,7 @@
 """Predict: `python recipe/predict.py --checkpoint CKPT --out DIR IMAGE [IMAGE ...]`; IMAGE may be a folder or a glob.
 
 `composer -n N recipe/predict.py ...` shares the images over N processes. With several, or with --part-images, the same
-command goes on where it was killed: see `recipe/prediction/parts.py`.
+command continues where it was killed: see `recipe/prediction/parts.py`.
 
 Writes DIR/predictions.json (see `recipe/prediction/files.py`), DIR/coco_results.json and one drawing per image. If an
 image cannot be used, the JSON and the terminal say why, the others are still predicted, and the exit status is 1. If

@@ -1,4 +1,4 @@
-"""A prediction in parts: processes share them, and the same command started again goes on after the finished ones.
+"""A prediction in parts: processes share them, and the same command started again makes only the others.
 
 The images are cut into parts of a fixed number; part p belongs to process p % world size, whatever is done already, so
 that processes need not agree on anything. A part's file is written last, after its drawings: a part that was killed is
@@ -105,7 +105,7 @@ def open_parts(
         if changed and not overwrite:
             raise ValueError(
                 f"{folder} holds parts of another command ({', '.join(changed)} changed): "
-                "undo the change to go on with it, give --overwrite to begin anew, or another --out"
+                "undo the change to continue it, or give --overwrite or another --out"
             )
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -54,7 +54,7 @@ print(detector("image.jpg").objects)"""
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card says besides the configuration.
+    """What a card says next to the configuration.
 
     Attributes:
         name: Of the model: a name on the hub, else the folder's.
