@@ -49,7 +49,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     what = f"least share of a tile that it has in common with the next; default {TILE_OVERLAP}"
     parser.add_argument("--overlap", type=float, metavar="F", help=what)
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images at once; default %(default)s")
-    what = "keep each N images when done: the same command continues after a kill. Default: 8 batches, of several processes"
+    what = "keep finished parts of N images: the same command continues after a kill. Default: of several processes"
     parser.add_argument("--part-images", type=int, metavar="N", help=what)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; default: the run's")
     parser.add_argument("--prompt", metavar="TEXT", help="asked instead of the run's prompt and candidate phrases")
