@@ -202,6 +202,8 @@ def merge_truths(truths: list[Object], scale: float) -> list[tuple[Tensor, list[
     """
     boxes = boxes_of(truths) * scale
     is_near = inclusive_iou(boxes, boxes).numpy() >= MERGE_IOU
+    if is_near.sum() == len(truths):  # each only itself
+        return [(box, [item.caption]) for box, item in zip(boxes, truths, strict=True)]
     merged = []
     while is_near.any():
         members = np.flatnonzero(is_near[is_near.sum(1).argmax()])

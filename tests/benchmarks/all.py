@@ -145,14 +145,22 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("--steps", "2", "--hidden-size", "64", "--num-layers", "2"),
     ),
     "criterion": Benchmark(
-        ("criterion.py",),
-        (Figure("criterion over Hugging Face's", "speedup_over_hf", 19, "speedup_over_hf", "19"),),
-        ("--repeats", "1", "--num-layers", "1"),
+        ("criterion.py", "--baseline", "2d61bb2"),
+        (
+            Figure("criterion over Hugging Face's", "speedup_over_hf", 19, "speedup_over_hf", "19"),
+            Figure(
+                "criterion, 64 images x 900 queries, CPU s", "large_new_s", "large_old_s", "large_old_over_new", "2"
+            ),
+        ),
+        ("--repeats", "1", "--num-layers", "1", "--baseline", "."),
     ),
     "metrics": Benchmark(
         ("metrics_speed.py", "--repeats", "3"),
         (
-            Figure("scores of boxes over faster-coco-eval", "boxes_new_s", "boxes_old_s", "boxes_over_coco", "1.3"),
+            Figure(
+                "scores of boxes, CPU s; over faster-coco-eval",
+                "boxes_new_s", "boxes_old_s", "boxes_over_coco", "1.3",
+            ),
             Figure("scores of captions, CPU s", "captions_new_s", "captions_old_s", "captions_over_old", "0.5"),
             Figure("peak of both, MiB", "peak_new_mib", "peak_old_mib"),
         ),
