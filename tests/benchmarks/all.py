@@ -166,6 +166,18 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         ("--repeats", "1", "--images", "40"),
     ),
+    "conversion": Benchmark(
+        ("conversion_speed.py",),
+        (
+            Figure(
+                "conversion over a loop that decodes, images per core-second",
+                "converted_over_decoded", None, "converted_over_decoded", "0.9",
+            ),
+            Figure("the same with `convert.verify`", "verified_over_decoded", None, "verified_over_decoded"),
+        ),
+        ("--copies", "1", "--repeats", "1"),
+        SHARED,
+    ),
     "converters": Benchmark(
         ("converters.py", "--formats", "coco", "jsonl"),
         (Figure("annotations of COCO, boxes per core-second", "coco.boxes_per_s", 32_900),),

@@ -5,8 +5,9 @@
 The peer's criterion has the same costs (2 focal, 5 L1, 2 GIoU) and the same focal objectness with one class, so that
 assignments and gradients can be compared. Both are given the same outputs in turn; the medians are compared. Then ours
 alone, from 16 to 256 images and from 100 to 900 queries. The last line is JSON: `speedup_over_hf same_assignments
-max_grad_diff`, the last relative to the largest entry of the gradient. With `--baseline` the last size is measured of an
-older build too, in processes in turns, CPU time: `large_old_s`, `large_new_s` and `large_old_over_new` are added.
+max_grad_diff`, the last relative to the largest entry of the gradient. With `--baseline` the last size is measured of
+an older build too, in processes in turns: `large_old_s`, `large_new_s` and `large_old_over_new` are added. All times
+are CPU time of one thread.
 """
 
 import argparse
@@ -123,10 +124,10 @@ def theirs(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tup
 def run(criterion: Callable[..., tuple[Tensor, Callable[[], Pairs]]], case: Case) -> tuple[float, Tensor, Pairs]:
     """Seconds of a forward and backward pass; the gradient of all boxes and logits; the assignments."""
     boxes, logits = case.leaves()
-    start = time.perf_counter()
+    start = time.process_time()
     total, pairs = criterion(case, boxes, logits)
     total.backward()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     gradients = [leaf.grad for leaf in [*boxes, *logits] if leaf.grad is not None]
     return seconds, torch.cat([gradient.flatten() for gradient in gradients]), pairs()
 
@@ -154,9 +155,8 @@ def compare_builds(baseline: str, num_layers: int, repeats: int) -> dict[str, fl
         for _ in range(repeats):
             for name, tree in (("old", old), ("new", ROOT)):
                 own = {**environment(tree), "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "tests/benchmarks")])}
-                done = subprocess.run(
-                    [sys.executable, "-c", script], env=own, check=True, capture_output=True, text=True
-                )
+                command = [sys.executable, "-c", script]
+                done = subprocess.run(command, cwd=tree, env=own, check=True, capture_output=True, text=True)
                 seconds[name].append(float(done.stdout.splitlines()[-1]))
     old_s, new_s = (median(values) for values in seconds.values())
     return {
