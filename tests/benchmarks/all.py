@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +208,10 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 def value_at(report: Mapping[str, Any], place: str) -> float:
     """Return the number at a place such as `start_s.new`; KeyError if there is none."""
-    return float(reduce(lambda part, name: part[name], place.split("."), report))
+    found: Any = report
+    for name in place.split("."):
+        found = found[name]
+    return float(found)
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any]:
