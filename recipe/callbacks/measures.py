@@ -147,7 +147,7 @@ def _pieces(
     Small tensors of one step are put together: one call costs as much time as thousands of elements.
     """
     length = min(PIECE, CPU_PIECE) if tensors[0][0].device.type == "cpu" else PIECE
-    gathered: list[tuple[Tensor, ...]] = []
+    gathered: list[Sequence[Tensor]] = []
     size, last = 0, steps[0]
 
     def joined() -> tuple[Tensor, Tensor, Tensor, float]:
@@ -157,7 +157,7 @@ def _pieces(
         return weights.to(dtype), means.to(dtype), squares.to(dtype), last
 
     for row, step in zip(tensors, steps, strict=True):
-        for cut in zip(*(tensor.flatten().split(length) for tensor in row), strict=True):
+        for cut in map(list, zip(*(tensor.flatten().split(length) for tensor in row), strict=True)):
             number = cut[0].numel()
             if gathered and (size + number > length or step != last):
                 yield joined()
