@@ -151,7 +151,7 @@ def _pieces(
     size, last = 0, steps[0]
 
     def joined() -> tuple[Tensor, Tensor, Tensor, float]:
-        columns = zip(*gathered, strict=True)
+        columns = [[row[index] for row in gathered] for index in range(3)]
         weights, means, squares = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in columns)
         dtype = torch.promote_types(weights.dtype, torch.float32)
         return weights.to(dtype), means.to(dtype), squares.to(dtype), last
