@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.losses.terms import REPEATS
 from recipe.optim.groups import is_8bit, local, named_groups, square_sums
-from recipe.upstream.torch_private import foreach_add_, foreach_addcdiv_, foreach_mul, foreach_norm, foreach_sqrt
 
-# Elements processed at once; the temporary memory is twice this. Many on a GPU, so that launches are few; on the CPU as
-# many as its caches hold.
-PIECE = 2**25
+# Elements processed at once; the temporary memory is at most four times this. Many on a GPU, so that launches are few;
+# on the CPU as many as its caches hold.
+PIECE = 2**24
 CPU_PIECE = 2**18
 
 WEIGHT = "weight_"
@@ -89,12 +87,16 @@ class GroupMetrics(Callback):
         optimizer: Any = state.optimizers[0]
         groups = named_groups(optimizer)
         names = list(groups)
-        weights = square_sums(list(groups.values()), next(state.model.parameters()).device)
-        updates = torch.zeros_like(weights)
-        sums_of_groups = self.updates or map(update_square_sum, repeat(optimizer), optimizer.param_groups, self.rates)
-        for group, added in zip(optimizer.param_groups, sums_of_groups, strict=True):
-            updates[names.index(group["name"])] += added.to(updates.device)
-        sums = torch.stack([weights, updates])
+        if self.updates:
+            weights = square_sums(list(groups.values()), next(state.model.parameters()).device)
+            updates = torch.zeros_like(weights)
+            for group, added in zip(optimizer.param_groups, self.updates, strict=True):
+                updates[names.index(group["name"])] += added.to(updates.device)
+            sums = torch.stack([weights, updates])
+        else:
+            sums = torch.zeros(2, len(names), dtype=torch.float64, device=next(state.model.parameters()).device)
+            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+                sums[:, names.index(group["name"])] += step_square_sums(optimizer, group, rate).to(sums.device)
         if state.fsdp_enabled:
             dist.all_reduce(sums)
         weight_norms, update_norms = sums.sqrt().tolist()
@@ -106,55 +108,64 @@ class GroupMetrics(Callback):
 
 
 @torch.no_grad()
-def update_square_sum(optimizer: AdamW, group: dict[str, Any], rate: float) -> Tensor:
-    """Return the squared norm of what AdamW's last step added to this rank's part of an optimizer group, () float64.
+def step_square_sums(optimizer: AdamW, group: dict[str, Any], rate: float) -> Tensor:
+    """Return the squared norms of an optimizer group's weights and of what AdamW's last step added, (2,) float64.
 
-    With u = rate * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the step made w = (1 - rate * decay) * old - u.
-    So w - old = -(rate * decay * w + u) / (1 - rate * decay), which needs only what exists after the step.
-    Call it before the gradients are cleared: a parameter without one was not stepped. `rate` is the step's.
+    Both are of this rank's part. With u = rate * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the step made
+    w = (1 - rate * decay) * old - u. So w - old = -(rate * decay * w + u) / (1 - rate * decay), which needs only what
+    exists after the step. Call it before the gradients are cleared: a parameter without one was not stepped. `rate` is
+    the step's.
     """
     stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+    others = [parameter for parameter in group["params"] if parameter.grad is None]
+    sums = square_sums([others, []], group["params"][0].device)
     if not stepped:
-        return torch.zeros((), dtype=torch.float64)
+        return sums
     states = [optimizer.state[parameter] for parameter in stepped]
     steps = torch.stack([state["step"] for state in states]).tolist()
     beta1, beta2 = group["betas"]
-    shrink = rate * group["weight_decay"]
-    norms: list[Tensor] = []
+    norms: list[Tensor] = []  # of weights and update of each piece
     tensors = [(local(p), local(s["exp_avg"]), local(s["exp_avg_sq"])) for p, s in zip(stepped, states, strict=True)]
-    for rows, counts in _pieces(tensors, steps):
-        weights, means, squares = map(list, zip(*rows, strict=True))
-        # u = scale * m / (sqrt(v) + floor)
-        roots = [math.sqrt(1 - beta2**step) for step in counts]
-        scales = [rate * root / (1 - beta1**step) for root, step in zip(roots, counts, strict=True)]
-        denominators = foreach_sqrt(squares)
-        foreach_add_(denominators, [group["eps"] * root for root in roots])
-        updates = foreach_mul(weights, shrink)
-        foreach_addcdiv_(updates, means, denominators, scales)
-        norms += foreach_norm(updates)
-    return torch.stack(norms).double().square().sum() / (1 - shrink) ** 2
+    for weights, means, squares, step in _pieces(tensors, steps):
+        # All that reads a piece comes before the next one, so weights and moments are read from memory once.
+        bias1, root = 1 - beta1**step, math.sqrt(1 - beta2**step)
+        scale = root / bias1  # u = rate * scale * m / (sqrt(v) + floor)
+        update = squares.sqrt().add_(group["eps"] * root)
+        torch.div(means, update, out=update)
+        update.add_(weights, alpha=group["weight_decay"] / scale)
+        norms += [torch.linalg.vector_norm(weights), torch.linalg.vector_norm(update).mul_(scale)]
+    added = torch.stack(norms).double().square().view(-1, 2).sum(0)
+    added[1] *= (rate / (1 - rate * group["weight_decay"])) ** 2
+    return sums + added
 
 
 def _pieces(
     tensors: Sequence[tuple[Tensor, ...]], steps: Sequence[float]
-) -> Iterator[tuple[list[tuple[Tensor, ...]], list[float]]]:
-    """Yield rows of weights and both moments, with their steps, about `PIECE` elements at once, in float32 or wider."""
-    device = tensors[0][0].device
-    length = min(PIECE, CPU_PIECE) if device.type == "cpu" else PIECE
-    gathered: list[tuple[Tensor, ...]] = []
-    counts: list[float] = []
-    size = 0
+) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """Yield weights and both moments, 1-D, with their step; at most `PIECE` elements, in float32 or wider.
+
+    Small tensors of one step are put together: one call costs as much time as thousands of elements.
+    """
+    length = min(PIECE, CPU_PIECE) if tensors[0][0].device.type == "cpu" else PIECE
+    gathered: list[Sequence[Tensor]] = []
+    size, last = 0, steps[0]
+
+    def joined() -> tuple[Tensor, Tensor, Tensor, float]:
+        columns = [[row[index] for row in gathered] for index in range(3)]
+        weights, means, squares = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in columns)
+        dtype = torch.promote_types(weights.dtype, torch.float32)
+        return weights.to(dtype), means.to(dtype), squares.to(dtype), last
+
     for row, step in zip(tensors, steps, strict=True):
-        for cut in zip(*(tensor.flatten().split(length) for tensor in row), strict=True):
+        for cut in map(list, zip(*(tensor.flatten().split(length) for tensor in row), strict=True)):
             number = cut[0].numel()
-            if size and size + number > length:
-                yield gathered, counts
-                gathered, counts, size = [], [], 0
-            gathered.append(tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in cut))
-            counts.append(step)
-            size += number
+            if gathered and (size + number > length or step != last):
+                yield joined()
+                gathered, size = [], 0
+            gathered.append(cut)
+            size, last = size + number, step
     if gathered:
-        yield gathered, counts
+        yield joined()
 
 
 def joint_model(state: State) -> JointModel:

@@ -21,7 +21,7 @@ from recipe.metrics.gather import (
     scored_pairs,
     split_crowds,
 )
-from recipe.schema import DetectedObject, Object, Prediction, Sample
+from recipe.schema import DetectedObject, Prediction, Sample
 
 # Of each value of COCO's summary: its table, IoU (None: mean of .50:.95), size of objects, boxes per image.
 _COCO_VALUES: dict[str, tuple[str, float | None, str, int]] = {
@@ -30,6 +30,8 @@ _COCO_VALUES: dict[str, tuple[str, float | None, str, int]] = {
     "ap_medium": ("precision", None, "medium", 100), "ap_large": ("precision", None, "large", 100),
     "ar1": ("recall", None, "all", 1), "ar10": ("recall", None, "all", 10), "ar100": ("recall", None, "all", 100),
 }  # fmt: skip
+
+_SURE, _UNSURE = "sure", "unsure"  # the two categories of boxes without categories
 
 
 def box_average_precision(predictions: Sequence[Prediction], samples: Sequence[Sample]) -> dict[str, float]:
@@ -130,38 +132,40 @@ def _coco(
     for prediction, sample, objects in scored_pairs(predictions, samples):
         found = [one for item in prediction.objects for one in (item.per_class() if by_category else [item])]
         ignored: set[int] = set()
-        images.append({"id": len(images), "not_exhaustive_category_ids": ignored})
+        image = len(images)
+        images.append({"id": image, "not_exhaustive_category_ids": ignored})
         unsure = [False] * len(objects) + is_unsure(found, sample).tolist()
         for item, is_ignored in zip([*objects, *found], unsure, strict=True):
-            target = truths if isinstance(item, Object) else detections
-            name = normalized_caption(item.caption) if by_category else f"unsure {is_ignored}"
+            name = normalized_caption(item.caption) if by_category else _UNSURE if is_ignored else _SURE
             if not name:
                 continue
             category = numbers.setdefault(name, len(numbers) + 1)
             if is_ignored:
                 ignored.add(category)
-            target.append({"image_id": images[-1]["id"], "category_id": category, **_coco_fields(item)})
-            target[-1]["id"] = len(target)  # 0 would be read as "not matched"
+            x1, y1, x2, y2 = item.box
+            width, height = x2 - x1, y2 - y1
+            row = {"image_id": image, "category_id": category, "bbox": [x1, y1, width, height]}
+            if isinstance(item, DetectedObject):
+                detections.append(row)
+                row["score"], row["iscrowd"], row["area"] = item.score, 0, width * height
+                row["id"] = len(detections)  # 0 would be read as "not matched"
+            else:
+                truths.append(row)
+                row["iscrowd"], row["area"], row["id"] = int(item.iscrowd), item.area or width * height, len(truths)
     if not truths:
         return None, numbers
     categories = [{"id": number, "name": name, "frequency": "f"} for name, number in numbers.items()]
+    is_federated = any(image["not_exhaustive_category_ids"] for image in images)  # LVIS's rule costs time
     for image in images:
         image["neg_category_ids"] = range(1, len(categories) + 1)  # else LVIS's rule drops detections
-    truth = COCO({"images": images, "annotations": truths, "categories": categories})
-    coco = COCOeval_faster(truth, truth.loadRes(detections), "bbox", print_function=lambda *args: None, lvis_style=True)
+    truth, result = (
+        COCO({"images": images, "annotations": rows, "categories": categories}) for rows in (truths, detections)
+    )  # without `loadRes`, which makes a polygon of each box
+    coco = COCOeval_faster(truth, result, "bbox", print_function=lambda *args: None, lvis_style=is_federated)
     coco.params.useCats = int(by_category)
     coco.evaluate()
     coco.accumulate()
     return coco, numbers
-
-
-def _coco_fields(item: Object | DetectedObject) -> dict[str, Any]:
-    """Return COCO's fields of a truth or a detection."""
-    x1, y1, x2, y2 = item.box
-    box = [x1, y1, x2 - x1, y2 - y1]
-    if isinstance(item, DetectedObject):
-        return {"bbox": box, "score": item.score}
-    return {"bbox": box, "iscrowd": int(item.iscrowd), "area": item.area or box[2] * box[3]}
 
 
 def query_recall(

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -201,6 +202,8 @@ def merge_truths(truths: list[Object], scale: float) -> list[tuple[Tensor, list[
     """
     boxes = boxes_of(truths) * scale
     is_near = inclusive_iou(boxes, boxes).numpy() >= MERGE_IOU
+    if is_near.sum() == len(truths):  # each only itself
+        return [(box, [item.caption]) for box, item in zip(boxes, truths, strict=True)]
     merged = []
     while is_near.any():
         members = np.flatnonzero(is_near[is_near.sum(1).argmax()])
@@ -287,24 +290,25 @@ def cider_d(
         raise ValueError(f"candidates {missing[:5]} have no reference: leave them out")
     documents = references if corpus is None else corpus
     holders: Counter[NGram] = Counter()  # in how many documents an n-gram is
+    ngrams_of = cache(_ngrams_of)  # captions recur
     for texts in documents:
-        holders.update({ngram for text in texts for ngram in _ngrams(words_of(text))})
+        holders.update({ngram for text in texts for ngram in ngrams_of(text)})
     rarity = {ngram: math.log(len(documents) / count) for ngram, count in holders.items()}
     unseen = math.log(max(len(documents), 1))
+    vector_of = cache(lambda text: _Vector(ngrams_of(text), rarity, unseen))
     scores = []
     for candidate, own in zip(candidates, references, strict=True):
-        found = _Vector(candidate, rarity, unseen)
-        scores.append(SCALE * sum(found.similarity(_Vector(text, rarity, unseen)) for text in own) / len(own))
+        found = vector_of(candidate)
+        scores.append(SCALE * sum(found.similarity(vector_of(text)) for text in own) / len(own))
     return scores
 
 
 class _Vector:
     """The n-grams of a caption, each weighted by its count and rarity."""
 
-    def __init__(self, text: str, rarity: Mapping[NGram, float], unseen: float):
-        words = words_of(text)
-        self.num_words = len(words)
-        self.weights = {ngram: count * rarity.get(ngram, unseen) for ngram, count in _ngrams(words).items()}
+    def __init__(self, ngrams: Mapping[NGram, int], rarity: Mapping[NGram, float], unseen: float):
+        self.num_words = sum(count for ngram, count in ngrams.items() if len(ngram) == 1)
+        self.weights = {ngram: count * rarity.get(ngram, unseen) for ngram, count in ngrams.items()}
         self.norms = [0.0] * MAX_NGRAM
         for ngram, weight in self.weights.items():
             self.norms[len(ngram) - 1] += weight**2
@@ -321,7 +325,8 @@ class _Vector:
         return sum(cosines) / MAX_NGRAM * math.exp(-((self.num_words - other.num_words) ** 2) / (2 * SIGMA**2))
 
 
-def _ngrams(words: Sequence[str]) -> Counter[NGram]:
+def _ngrams_of(text: str) -> Counter[NGram]:
+    words = words_of(text)
     return Counter(
         tuple(words[start : start + size]) for size in range(1, MAX_NGRAM + 1) for start in range(len(words) - size + 1)
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -201,7 +202,7 @@ def normalized_caption(caption: str) -> str:
 
 def boxes_of(objects: Sequence[Object] | Sequence[DetectedObject]) -> Tensor:
     """Return (T, 4) float64 xyxy."""
-    return torch.tensor([item.box for item in objects], dtype=torch.float64).reshape(-1, 4)
+    return torch.from_numpy(np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4))
 
 
 def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
@@ -209,12 +210,15 @@ def match_by_score(iou: Tensor, threshold: float) -> list[tuple[int, int]]:
 
     `iou` is (detections by falling score, truths).
     """
-    free = iou.clone()
+    if not iou.numel():
+        return []
+    free = iou.numpy().copy()
     pairs = []
-    for detection in range(iou.shape[0] if iou.shape[1] else 0):
-        overlap, truth = free[detection].max(0)
-        if overlap >= threshold:
-            pairs.append((detection, int(truth)))
+    # Most detections overlap no truth enough, taken or free.
+    for detection in np.flatnonzero(free.max(1) >= threshold).tolist():
+        truth = int(free[detection].argmax())
+        if free[detection, truth] >= threshold:
+            pairs.append((detection, truth))
             free[:, truth] = -1.0
     return pairs
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 from composer.utils import dist
@@ -145,6 +146,8 @@ class MeteorLite:
 
     def score(self, candidate: Sequence[str], reference: Sequence[str]) -> float:
         """Return the score of one pair of sentences, as lists of words."""
+        if candidate and list(candidate) == list(reference):
+            return 1 / ((1 - ALPHA) + ALPHA)
         found = align(candidate, reference)
         if not found.pairs:
             return 0.0
@@ -173,11 +176,25 @@ def stem(word: str) -> str:
 
 def align(candidate: Sequence[str], reference: Sequence[str]) -> Alignment:
     """Return the best one-to-one alignment of equal words and stems, by METEOR's beam search."""
-    stems = [stem(word) for word in reference]
+    own, others = list(map(stem, candidate)), list(map(stem, reference))
+    is_unique = len(set(own)) == len(own) and len(set(others)) == len(others)
+    return only_alignment(own, others) if is_unique else search_alignment(own, others)
+
+
+def only_alignment(candidate: Sequence[str], reference: Sequence[str]) -> Alignment:
+    """Return the alignment of all pairs of equal stems; it is what the search finds if no stem occurs twice."""
+    places = {stem: place for place, stem in enumerate(reference)}
+    pairs = tuple((position, places[stem]) for position, stem in enumerate(candidate) if stem in places)
+    num_continued = sum((i - 1, j - 1) == before for before, (i, j) in pairwise(pairs))
+    distance = sum(abs(i - j) for i, j in pairs)
+    return Alignment(pairs, len(pairs) - num_continued, distance, sum(1 << j for _, j in pairs))
+
+
+def search_alignment(candidate: Sequence[str], reference: Sequence[str]) -> Alignment:
+    """Return the best alignment of equal stems by a beam search."""
     beam = [Alignment()]
-    for position, word in enumerate(candidate):
-        own = stem(word)
-        places = [place for place, other in enumerate(stems) if other == own]
+    for position, own in enumerate(candidate):
+        places = [place for place, other in enumerate(reference) if other == own]
         longer = [kept.with_pair(position, place) for kept in beam for place in places if not kept.used >> place & 1]
         beam = sorted(longer + beam, key=lambda kept: kept.rank)[:BEAM_SIZE]
     return beam[0]
@@ -188,8 +205,25 @@ _UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u
 _APOSTROPHES = str.maketrans({"\u2019": "'", "\u02bc": "'"})
 
 
+class _Kept(dict[int, str]):
+    """Characters by code: those of words and apostrophes as they are, others as blanks; filled as they are met."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        self[code] = char if char == "'" or unicodedata.category(char)[0] not in "PSZC" else " "
+        return self[code]
+
+
+_KEPT = _Kept()
+
+
 def words_of(text: str) -> list[str]:
     """Return lower-case words without punctuation, keeping inner apostrophes; each Chinese character is a word."""
+    return list(_words_of(text))
+
+
+@lru_cache(maxsize=100_000)
+def _words_of(text: str) -> tuple[str, ...]:
     text = unicodedata.normalize("NFC", text).translate(_APOSTROPHES).lower()
-    kept = "".join(char if char == "'" or unicodedata.category(char)[0] not in "PSZC" else " " for char in text)
-    return [word for part in _UNSPACED.sub(r" \1 ", kept).split() if (word := part.strip("'"))]
+    kept = _UNSPACED.sub(r" \1 ", text.translate(_KEPT))
+    return tuple(word for part in kept.split() if (word := part.strip("'")))

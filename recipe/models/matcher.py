@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from recipe.boxes import elementwise_iou
 from recipe.schema import DetectionOutputs, Matches, Target
 
+CPU_PIECE = 2**17  # pairs whose costs a CPU computes at once: its caches hold a few such arrays
 UNUSABLE = 1e6  # cost of a pair whose prediction is not finite: chosen only if nothing else is left
 
 
@@ -45,7 +46,11 @@ def match(
         )
         pred_boxes = torch.stack([layer.pred_boxes for layer in layers])  # (layers, N, Q, 4)
         logits = torch.stack([layer.pred_objectness for layer in layers])
-        cost = cost_matrix(pred_boxes, logits, boxes, cost_bbox, cost_giou, cost_objectness, focal_alpha, focal_gamma)
+        cost = boxes.new_empty(*logits.shape, boxes.shape[1], dtype=torch.float32)  # (layers, N, Q, T)
+        costs = (cost_bbox, cost_giou, cost_objectness, focal_alpha, focal_gamma)
+        for images, longest in _parts(counts, logits[:, 0].numel(), device):
+            made = cost_matrix(pred_boxes[:, images], logits[:, images], boxes[images, :longest], *costs)
+            cost[:, images, :, :longest] = made
         for rows, layer_cost in zip(parts, cost.cpu().numpy(), strict=True):
             for image, count in enumerate(counts):
                 queries, objects = linear_sum_assignment(layer_cost[image, :, :count])
@@ -55,6 +60,27 @@ def match(
     return [Matches(*part.unbind(1)) for part in packed.split(lengths)]
 
 
+def _parts(
+    counts: Sequence[int], num_rows: int, device: torch.device
+) -> list[tuple[slice, int] | tuple[list[int], int]]:
+    """Return which images are computed at once, with the most objects of one: all on a GPU, else what a cache holds.
+
+    `num_rows` is the number of queries of an image in all layers. Images of like counts come together, so that little
+    is computed for padding; those without objects are left out.
+    """
+    if device.type != "cpu":
+        return [(slice(None), max(counts))]
+    parts: list[tuple[slice, int] | tuple[list[int], int]] = []
+    images: list[int] = []
+    for image in sorted((image for image, count in enumerate(counts) if count), key=lambda image: counts[image]):
+        if images and num_rows * (len(images) + 1) * counts[image] > CPU_PIECE:
+            parts.append((images, counts[images[-1]]))
+            images = []
+        images.append(image)
+    return [*parts, (images, counts[images[-1]])]
+
+
+@torch.no_grad()
 def cost_matrix(
     pred_boxes: Float[Tensor, "layers N Q 4"],
     pred_objectness: Float[Tensor, "layers N Q"],
@@ -71,10 +97,13 @@ def cost_matrix(
     """
     queries = pred_boxes.float()[..., None, :]  # (layers, N, Q, 1, 4)
     objects = target_boxes.float()[:, None]  # (N, 1, T, 4)
-    l1 = (queries - objects).abs().sum(-1)  # (layers, N, Q, T)
-    _, giou = elementwise_iou(queries, objects)
     probability = pred_objectness.float().sigmoid()[..., None]
     object_cost = focal_alpha * (1 - probability) ** focal_gamma * -(probability + 1e-8).log()
     empty_cost = (1 - focal_alpha) * probability**focal_gamma * -(1 - probability + 1e-8).log()
-    cost = cost_bbox * l1 + cost_giou * (1 - giou) + cost_objectness * (object_cost - empty_cost)
-    return cost.nan_to_num(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)
+    # From here on in place: each further temporary of this size costs more than the arithmetic. (layers, N, Q, T)
+    _, giou = elementwise_iou(queries, objects)
+    cost = (1 - giou).mul_(cost_giou).add_(cost_objectness * (object_cost - empty_cost))
+    distance = torch.empty_like(cost)
+    for own, other in zip(queries.unbind(-1), objects.unbind(-1), strict=True):
+        cost.add_(torch.sub(own, other, out=distance).abs_(), alpha=cost_bbox)
+    return cost.nan_to_num_(nan=UNUSABLE, posinf=UNUSABLE, neginf=UNUSABLE)

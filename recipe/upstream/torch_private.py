@@ -15,14 +15,11 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils.data import DataLoader
 
 # pyright: reportPrivateImportUsage=false
-foreach_add_ = torch._foreach_add_
-foreach_addcdiv_ = torch._foreach_addcdiv_
 foreach_copy_ = torch._foreach_copy_
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
-foreach_sqrt = torch._foreach_sqrt
 
 
 def reshard(root: nn.Module) -> None:

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -82,6 +84,21 @@ def environment(tree: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     return {**kept, **quiet, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tree)}
+
+
+@contextmanager
+def older_build(baseline: str) -> Iterator[Path]:
+    """Give the folder of an older build: `baseline` itself, or a worktree of that commit until the end."""
+    if Path(baseline).is_dir():
+        yield Path(baseline).absolute()
+        return
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name, "tree")
+        subprocess.run(["git", "worktree", "add", "--detach", str(tree), baseline], cwd=ROOT, check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
 
 
 def make_data(tree: Path, folder: Path) -> None:
@@ -171,20 +188,12 @@ def main() -> None:
     if args.worker:
         work(args.worker, args.steps, args.overrides)
         return
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, older_build(args.baseline) as old:
         folder = Path(name)
-        old = Path(args.baseline).absolute()
-        if not old.is_dir():
-            old = folder / "tree"
-            subprocess.run(["git", "worktree", "add", "--detach", str(old), args.baseline], cwd=ROOT, check=True)
-        try:
-            builds = {"old": old, "new": ROOT}
-            for build, tree in builds.items():
-                make_data(tree, folder / build)
-            rows = compare(builds, folder, args.repeats, args.steps)
-        finally:
-            if old.is_relative_to(folder):
-                subprocess.run(["git", "worktree", "remove", "--force", str(old)], cwd=ROOT, check=True)
+        builds = {"old": old, "new": ROOT}
+        for build, tree in builds.items():
+            make_data(tree, folder / build)
+        rows = compare(builds, folder, args.repeats, args.steps)
     print("| figure | older build | this build | ratio |\n| --- | ---: | ---: | ---: |")
     for figure, row in rows.items():
         print(f"| {figure} | {row['old']:.2f} | {row['new']:.2f} | {row['ratio']:.2f} |")

@@ -1,15 +1,20 @@
 """Time of matching and losses, forward and backward, beside Hugging Face's Deformable DETR criterion in one run.
 
-    python tests/benchmarks/criterion.py [--repeats N] [--num-layers N]
+    python tests/benchmarks/criterion.py [--repeats N] [--num-layers N] [--baseline TREE_OR_COMMIT]
 
 The peer's criterion has the same costs (2 focal, 5 L1, 2 GIoU) and the same focal objectness with one class, so that
 assignments and gradients can be compared. Both are given the same outputs in turn; the medians are compared. Then ours
 alone, from 16 to 256 images and from 100 to 900 queries. The last line is JSON: `speedup_over_hf same_assignments
-max_grad_diff`, the last relative to the largest entry of the gradient.
+max_grad_diff`, the last relative to the largest entry of the gradient. With `--baseline` the last size is measured of
+an older build too, in processes in turns: `large_old_s`, `large_new_s` and `large_old_over_new` are added. All times
+are CPU time of one thread.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
+from build_speed import ROOT, environment, older_build
 from recipe.config import LossConfig, MatcherConfig
 from recipe.losses.terms import detection_losses
 from recipe.models.matcher import match
@@ -25,7 +31,14 @@ from recipe.schema import DetectionOutputs, LossCounts, Target
 
 FEWEST, MOST = 5, 60  # objects of an image
 LOSS, MATCHER = LossConfig(), MatcherConfig()
-SIZES = ((16, 100), (64, 100), (256, 100), (16, 300), (16, 900))  # images and queries; the first are compared
+SIZES = (
+    (16, 100),
+    (64, 100),
+    (256, 100),
+    (16, 300),
+    (16, 900),
+    (64, 900),
+)  # images and queries; the first are compared
 COSTS = (MATCHER.cost_bbox, MATCHER.cost_giou, MATCHER.cost_objectness)
 WEIGHTS = {"loss_bbox": LOSS.weight_bbox, "loss_giou": LOSS.weight_giou, "loss_objectness": LOSS.weight_objectness}
 
@@ -111,12 +124,46 @@ def theirs(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tup
 def run(criterion: Callable[..., tuple[Tensor, Callable[[], Pairs]]], case: Case) -> tuple[float, Tensor, Pairs]:
     """Seconds of a forward and backward pass; the gradient of all boxes and logits; the assignments."""
     boxes, logits = case.leaves()
-    start = time.perf_counter()
+    start = time.process_time()
     total, pairs = criterion(case, boxes, logits)
     total.backward()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     gradients = [leaf.grad for leaf in [*boxes, *logits] if leaf.grad is not None]
     return seconds, torch.cat([gradient.flatten() for gradient in gradients]), pairs()
+
+
+# Run in an older build with that build's own version of this script.
+MEASURE = """
+import time, torch, criterion
+torch.set_num_threads(1)
+case = criterion.Case({images}, {queries}, {layers})
+for _ in range(2):
+    boxes, logits = case.leaves()
+    start = time.process_time()
+    criterion.ours(case, boxes, logits)[0].backward()
+    seconds = time.process_time() - start
+print(seconds)
+"""
+
+
+def compare_builds(baseline: str, num_layers: int, repeats: int) -> dict[str, float]:
+    """CPU seconds of both builds at the largest size."""
+    num_images, num_queries = SIZES[-1]
+    script = MEASURE.format(images=num_images, queries=num_queries, layers=num_layers)
+    seconds: dict[str, list[float]] = {"old": [], "new": []}
+    with older_build(baseline) as old:
+        for _ in range(repeats):
+            for name, tree in (("old", old), ("new", ROOT)):
+                own = {**environment(tree), "PYTHONPATH": os.pathsep.join([str(tree), str(tree / "tests/benchmarks")])}
+                command = [sys.executable, "-c", script]
+                done = subprocess.run(command, cwd=tree, env=own, check=True, capture_output=True, text=True)
+                seconds[name].append(float(done.stdout.splitlines()[-1]))
+    old_s, new_s = (median(values) for values in seconds.values())
+    return {
+        "large_old_s": round(old_s, 3),
+        "large_new_s": round(new_s, 3),
+        "large_old_over_new": round(old_s / new_s, 2),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--num-layers", type=int, default=6)
+    parser.add_argument("--baseline", help="folder of an older build, or its commit")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     (num_images, num_queries), *_ = SIZES
@@ -147,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "same_assignments": our_pairs == their_pairs,
         "max_grad_diff": float((our_gradient - their_gradient).abs().max() / their_gradient.abs().max()),
     }
+    if args.baseline:
+        figures |= compare_builds(args.baseline, args.num_layers, min(args.repeats, 5))
     print(json.dumps(figures))
 
 

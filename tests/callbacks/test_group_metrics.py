@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from recipe.callbacks import measures
-from recipe.callbacks.measures import GroupMetrics, every_batches, update_square_sum
+from recipe.callbacks.measures import GroupMetrics, every_batches, step_square_sums
 
 
 def make_optimizer(parameters: list[nn.Parameter], weight_decay: float = 0.1) -> AdamW:
@@ -33,7 +33,7 @@ def step(optimizer: AdamW, skipped: int | None = None) -> float:
 
 
 @pytest.mark.parametrize("piece", [4, 50, 10**6])
-def test_update_is_the_difference_of_the_weights(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+def test_norms_of_weights_and_of_what_the_step_added(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     monkeypatch.setattr(measures, "PIECE", piece)
     torch.manual_seed(0)
     shapes = [(5, 3), (7,), (11, 2), (1,)]
@@ -41,8 +41,9 @@ def test_update_is_the_difference_of_the_weights(monkeypatch: pytest.MonkeyPatch
     for number in range(6):
         optimizer.param_groups[0]["lr"] = 0.02 * (number + 1)
         expected = step(optimizer, skipped=number % 4)  # so that the parameters are not equally often stepped
-        found = float(update_square_sum(optimizer, optimizer.param_groups[0], 0.02 * (number + 1)))
-        assert found == pytest.approx(expected, rel=1e-10)
+        weights = sum(float(parameter.square().sum()) for parameter in optimizer.param_groups[0]["params"])
+        found = step_square_sums(optimizer, optimizer.param_groups[0], 0.02 * (number + 1)).tolist()
+        assert found == pytest.approx([weights, expected], rel=1e-10)
 
 
 def test_bfloat16_moments_are_worked_on_in_float32() -> None:
@@ -55,12 +56,13 @@ def test_bfloat16_moments_are_worked_on_in_float32() -> None:
     moments = state["exp_avg"].double() / 0.1, (state["exp_avg_sq"].double() / 0.05).sqrt()
     update = 0.02 * (moments[0] / (moments[1] + 1e-6)) + 0.002 * parameter.detach().double()
     expected = float(update.square().sum()) / (1 - 0.002) ** 2
-    assert float(update_square_sum(optimizer, group, 0.02)) == pytest.approx(expected, rel=1e-5)
+    weights = float(parameter.detach().double().square().sum())
+    assert step_square_sums(optimizer, group, 0.02).tolist() == pytest.approx([weights, expected], rel=1e-5)
 
 
 def test_nothing_stepped_is_zero() -> None:
     optimizer = make_optimizer([nn.Parameter(torch.ones(3))])
-    assert float(update_square_sum(optimizer, optimizer.param_groups[0], 0.02)) == 0
+    assert step_square_sums(optimizer, optimizer.param_groups[0], 0.02).tolist() == pytest.approx([3, 0])
 
 
 @pytest.mark.parametrize("interval", ["1ep", "0ba", "10sp"])

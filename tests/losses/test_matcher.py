@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import HungarianMatcher
 
+from recipe.models import matcher
 from recipe.models.matcher import UNUSABLE, cost_matrix, match
 from recipe.schema import DetectionOutputs, Matches, Target
 
@@ -152,3 +153,15 @@ def test_the_cost_of_what_is_not_finite():
     boxes = torch.full((1, 1, 1, 4), math.nan)
     cost = cost_matrix(boxes, torch.zeros(1, 1, 1), torch.full((1, 1, 4), 0.5), *COSTS, *FOCAL)
     assert cost.item() == UNUSABLE
+
+
+def test_images_in_parts_are_matched_as_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = random_outputs(6, 9, 3, num_layers=2)
+    targets = random_targets([3, None, 0, 9, 12, 1], 3)
+    layers = [*outputs.aux_outputs, outputs]
+    found = []
+    for size in (1, 200, 10**9):  # alone, some together, all together
+        monkeypatch.setattr(matcher, "CPU_PIECE", size)
+        found.append([pairs(matches) for matches in match(layers, targets, *COSTS)])
+    assert found[0] == found[1] == found[2]
+    assert [len(layer) for layer in found[0]] == [3 + 9 + 9 + 1] * 2

@@ -2,14 +2,25 @@
 
 import copy
 import pickle
+import random
 import shutil
+import unicodedata
 from subprocess import PIPE, Popen
 from threading import Lock
 from types import SimpleNamespace
 
 import pytest
 
-from recipe.metrics.scorers import Meteor15, MeteorLite, align, default_text_scorer, stem, words_of
+from recipe.metrics.scorers import (
+    Meteor15,
+    MeteorLite,
+    align,
+    default_text_scorer,
+    only_alignment,
+    search_alignment,
+    stem,
+    words_of,
+)
 
 
 def score(candidate: str, *references: str) -> float:
@@ -204,3 +215,28 @@ def test_meteor_15_itself():
         [["a man rides a horse in the field"], ["a dog"], ["a car", "the dog and the cat"], ["the dog walked"]],
     )
     assert scores == pytest.approx([0.312394, 0.0, 1.0, 0.149953], abs=5e-7)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sentences_without_repeats_are_aligned_as_the_search_does(seed: int) -> None:
+    draw = random.Random(seed)
+    words = [f"word{number}" for number in range(9)]
+    for _ in range(20):
+        own, others = (draw.sample(words, draw.randint(0, 9)) for _ in range(2))
+        assert only_alignment(own, others) == search_alignment(own, others)
+
+
+def test_an_equal_sentence_needs_no_alignment() -> None:
+    words = words_of("the dog and the other dog's dogs")
+    scorer = MeteorLite()
+    different = [*words[:-1], "dogged"]
+    assert search_alignment(list(map(stem, words)), list(map(stem, words))).num_chunks == 1
+    assert scorer.score(words, words) == 1 > scorer.score(different, words)
+
+
+def test_words_of_all_characters_are_those_of_the_definition() -> None:
+    text = "".join(map(chr, [*range(0x250), *range(0x2000, 0x2070), *range(0x3000, 0x3050), 0x1F600])) * 2
+    normal = unicodedata.normalize("NFC", text).replace("\u2019", "'").replace("\u02bc", "'").lower()
+    plain = "".join(char if char == "'" or unicodedata.category(char)[0] not in "PSZC" else " " for char in normal)
+    unspaced = "".join(f" {char} " if "\u3040" <= char <= "\u30ff" else char for char in plain)
+    assert words_of(text) == [word for part in unspaced.split() if (word := part.strip("'"))]
