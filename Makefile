@@ -12,10 +12,10 @@ FAST := not gpu and not slow and not drill
 # With small tensors on few cores, more threads only wait for each other. No test uses the network.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-test test-slow test-all test-next: export HF_HUB_OFFLINE = 1
-test test-slow test-all test-next: export WANDB_MODE = offline
+test test-slow test-all test-next test-next-part: export HF_HUB_OFFLINE = 1
+test test-slow test-all test-next test-next-part: export WANDB_MODE = offline
 
-.PHONY: help environment quickstart test test-slow test-all test-next gpu lint format types clean
+.PHONY: help environment quickstart test test-slow test-all test-next test-next-part gpu lint format types clean
 .DELETE_ON_ERROR:
 
 help:
@@ -67,6 +67,14 @@ test-all: $(INSTALLED)
 
 test-next: .venv-next/.complete
 	.venv-next/bin/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
+
+# The part of them that CI runs, and two processes: what depends most on the versions.
+TELLING := tests/models/test_vlm.py tests/models/test_lora.py tests/test_exactness.py tests/data/test_positions.py \
+	tests/data/test_image.py tests/entries/test_export.py tests/checkpoints/test_between_versions.py \
+	tests/distributed/test_two_ranks.py::test_other_families
+
+test-next-part: .venv-next/.complete
+	.venv-next/bin/python -m pytest -n 2 --dist loadfile $(TELLING)
 
 # Without a package index: tests/gpu/wheels.sh elsewhere, then tests/gpu/run.sh here.
 gpu: $(INSTALLED)
