@@ -70,12 +70,12 @@ test-next: .venv-next/.complete
 	.venv-next/bin/python -m pytest -n 2 --dist loadfile -m "$(FAST)"
 
 # The part of them that CI runs, and two processes: what depends most on the versions.
-TELLING := tests/models/test_vlm.py tests/models/test_lora.py tests/test_exactness.py tests/data/test_positions.py \
+NEXT_PART := tests/models/test_vlm.py tests/models/test_lora.py tests/test_exactness.py tests/data/test_positions.py \
 	tests/data/test_image.py tests/entries/test_export.py tests/checkpoints/test_between_versions.py \
 	tests/distributed/test_two_ranks.py::test_other_families
 
 test-next-part: .venv-next/.complete
-	.venv-next/bin/python -m pytest -n 2 --dist loadfile $(TELLING)
+	.venv-next/bin/python -m pytest -n 2 --dist loadfile $(NEXT_PART)
 
 # Without a package index: tests/gpu/wheels.sh elsewhere, then tests/gpu/run.sh here.
 gpu: $(INSTALLED)
