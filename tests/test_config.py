@@ -387,6 +387,11 @@ def test_what_this_machine_lacks_is_reported_together(minimal: str, monkeypatch:
             [],
             "qwen3_vl_moe (nothing here trains a router of experts): give a checkpoint",
         ),
+        (
+            {"model_type": "qwen3_5"},
+            [],
+            "qwen3_5 (its linear attention mixes the samples of a pack): give a checkpoint",
+        ),
         ({"model_type": "of_2030"}, [], "is of the model type of_2030: give a checkpoint of Qwen2-VL (qwen2_vl)"),
         ({}, [], "is of the model type None: give a checkpoint of Qwen2-VL (qwen2_vl)"),
         (

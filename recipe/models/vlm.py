@@ -149,6 +149,8 @@ class VisionLanguageModel(nn.Module):
         elif self.family.has_deepstack:
             found, deepstack = found
         features = tuple(found)
+        # One tensor per image since 5.24.
+        deepstack = [taps if isinstance(taps, Tensor) else torch.cat(list(taps)) for taps in deepstack]
         if not with_patches:
             return features, (), deepstack
         patches = merged[0].unflatten(0, (-1, visual.spatial_merge_size**2))

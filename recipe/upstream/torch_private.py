@@ -1,4 +1,4 @@
-"""What torch 2.6 to 2.11 offers under private names only. Delete an entry once torch has a public one.
+"""What torch 2.6 to 2.15 offers under private names only. Delete an entry once torch has a public one.
 
 - `torch._foreach_*`: operations over lists of tensors in one launch; its documentation calls them beta.
 - `torch.utils._pytree`: how FSDP2 finds tensors in nested structures; dataclasses must be registered.

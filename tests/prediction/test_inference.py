@@ -13,7 +13,7 @@ from recipe.prediction import decode
 from recipe.prediction.decode import Decoding, eos_token_id, generate_captions, rank_queries
 from recipe.schema import CaptionPlaces, DetectionOutputs, Example, Prediction
 from tests.support.memories import of_image
-from tests.support.tiny_cases import NUM_QUERIES, collator
+from tests.support.tiny_cases import NUM_QUERIES, OTHER_FAMILIES, collator
 
 
 @torch.no_grad()
@@ -64,6 +64,13 @@ def test_a_caption_is_that_of_its_own_query(tiny_model: JointModel, tiny_example
             ids = generate_captions(network.caption_decoder, *found_by, places, memory, *words, end)
             assert item.caption == tiny_model.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
     assert len({item.caption for prediction in predictions for item in prediction.objects}) > 2
+
+
+@OTHER_FAMILIES
+def test_other_families(tiny_model: JointModel, tiny_examples: dict[str, Example]) -> None:
+    """Answers and captions."""
+    test_a_batch_is_each_sample_alone(tiny_model, tiny_examples, "packed")
+    test_a_caption_is_that_of_its_own_query(tiny_model, tiny_examples)
 
 
 def test_objects_fall_in_score_and_stay_in_the_picture(tiny_model: JointModel, tiny_examples: dict[str, Example]):
