@@ -42,9 +42,9 @@ def counted(model: JointModel, batches: Iterable[Batch]) -> tuple[int, int]:
             if tokens.grad_fn is not None and not weight.requires_grad:
                 before -= 2 * weight.numel() * len(tokens)
         backward += total - before
-        # The rotary angles of the language model are a product too, which has nothing to do with the weights.
-        config = model.model.vlm.text_config
-        rotary = 3 * batch["input_ids"].numel() * config.hidden_size // config.num_attention_heads
+        # Most versions of transformers make the rotary angles of the language model by a product without weights.
+        of_modules = counter.get_flop_counts().items()
+        rotary = sum(sum(found.values()) for name, found in of_modules if name.endswith("language_model.rotary_emb"))
         forward += before - rotary
     return forward, backward
 
