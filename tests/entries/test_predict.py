@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import box_iou
 
 import recipe.inference.predictor
 from convert.shapes import draw_scene
@@ -323,8 +324,12 @@ def test_doubles_can_be_removed(trained_checkpoint: Path, picture: Path, tmp_pat
     kept = predict(trained_checkpoint, tmp_path / "b", picture, options="--answer boxes --nms-iou 0.000001")[0][
         "objects"
     ]
-    assert 0 < len(kept) < len(everything)
-    assert all(item in everything for item in kept)
+    alone: list[dict[str, Any]] = []  # this random model may have none that overlap
+    for item in everything:
+        boxes = torch.tensor([other["box"] for other in [item, *alone]])
+        if not alone or box_iou(boxes[:1], boxes[1:]).max() <= 0.000001:
+            alone.append(item)
+    assert kept == alone and kept
 
 
 def test_an_input_is_not_drawn_over(trained_checkpoint: Path, picture: Path):
