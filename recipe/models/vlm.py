@@ -149,7 +149,7 @@ class VisionLanguageModel(nn.Module):
         elif self.family.has_deepstack:
             found, deepstack = found
         features = tuple(found)
-        # One tensor per image since 5.24.
+        # One tensor per image since transformers 5.18.
         deepstack = [taps if isinstance(taps, Tensor) else torch.cat(list(taps)) for taps in deepstack]
         if not with_patches:
             return features, (), deepstack
