@@ -147,7 +147,7 @@ class MeteorLite:
     def score(self, candidate: Sequence[str], reference: Sequence[str]) -> float:
         """Return the score of one pair of sentences, as lists of words."""
         if candidate and list(candidate) == list(reference):
-            return 1 / ((1 - ALPHA) + ALPHA)
+            return 1.0
         found = align(candidate, reference)
         if not found.pairs:
             return 0.0

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from faster_coco_eval import COCO, COCOeval_faster
@@ -135,3 +136,36 @@ def test_it_is_stored_with_the_objects_and_old_rows_still_load() -> None:
     assert isinstance(old["objects"], list)
     assert Sample.from_mds({**old, "image": b""}) == PLAIN
     assert sample_key(SEARCHED) != sample_key(PLAIN)
+
+
+def test_plain_sets_have_the_scores_of_the_rule_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all was searched for, COCO's own evaluation gives what LVIS's does: also with crowds, areas and ties."""
+    draw = random.Random(3)
+
+    def box() -> tuple[float, float, float, float]:
+        x, y = draw.uniform(0, 70), draw.uniform(0, 70)
+        return (x, y, x + draw.uniform(2, 30), y + draw.uniform(2, 30))
+
+    samples, predictions = list[Sample](), list[Prediction]()
+    for number in range(30):
+        truths = [(box(), draw.choice(["cat", "cup", "dog"])) for _ in range(draw.randrange(5))]
+        samples.append(make_sample(str(number), truths, crowds=[box()] if number % 4 == 0 else []))
+        near = [
+            (tuple(value + draw.uniform(-2, 2) for value in own), draw.choice([0.5, 0.7]), name) for own, name in truths
+        ]
+        predictions.append(make_prediction(str(number), [*near, *((box(), draw.random(), "cup") for _ in range(6))]))
+
+    def scores() -> list[dict[str, float]]:
+        return [function(predictions, samples) for function in (box_average_precision, category_average_precision)]
+
+    plain = scores()
+    styles = list[bool]()
+
+    def with_rule(*arguments: Any, lvis_style: bool, **keywords: Any) -> COCOeval_faster:
+        styles.append(lvis_style)
+        return COCOeval_faster(*arguments, lvis_style=True, **keywords)
+
+    monkeypatch.setattr("recipe.metrics.boxes.COCOeval_faster", with_rule)
+    assert scores() == plain
+    assert styles == [False, False]
+    assert 0.2 < plain[0]["box_ap50"] < 0.9

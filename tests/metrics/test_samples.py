@@ -44,6 +44,21 @@ def test_an_overlap_of_exactly_the_threshold_is_enough():
     assert match_by_score(iou, 0.51) == match_by_overlap(iou, 0.51) == []
 
 
+def test_detections_take_the_best_free_truth_by_falling_score():
+    """Each as COCO's loop does it, for random overlaps of which some are equal."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(200):
+        rows, columns = torch.randint(0, 6, (2,), generator=generator).tolist()
+        iou = torch.randint(0, 5, (rows, columns), generator=generator).double() / 4
+        expected, free = list[tuple[int, int]](), set(range(columns))
+        for row in range(rows):
+            best = max(sorted(free), key=lambda column: float(iou[row, column]), default=None)
+            if best is not None and iou[row, best] >= 0.5:
+                expected.append((row, best))
+                free.remove(best)
+        assert match_by_score(iou, 0.5) == expected
+
+
 def test_pairs_have_the_largest_total_overlap():
     """.9 alone is more than .3 and .4 together, though these are two pairs."""
     iou = torch.tensor([[0.9, 0.3], [0.4, 0.0]]).double()
