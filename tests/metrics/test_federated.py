@@ -150,7 +150,7 @@ def test_plain_sets_have_the_scores_of_the_rule_without_it(monkeypatch: pytest.M
     for number in range(30):
         truths = [(box(), draw.choice(["cat", "cup", "dog"])) for _ in range(draw.randrange(5))]
         samples.append(make_sample(str(number), truths, crowds=[box()] if number % 4 == 0 else []))
-        near = [
+        near: list[Any] = [
             (tuple(value + draw.uniform(-2, 2) for value in own), draw.choice([0.5, 0.7]), name) for own, name in truths
         ]
         predictions.append(make_prediction(str(number), [*near, *((box(), draw.random(), "cup") for _ in range(6))]))
