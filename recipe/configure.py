@@ -53,6 +53,7 @@ _TEXTS = {
     "split",
 }
 _NO_DEFAULT = object()
+_TEXT_LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # every scalar as text; in C where there is libyaml
 
 
 def _read_variable(name: str, default: Any = _NO_DEFAULT) -> Any:
@@ -172,7 +173,7 @@ def save_config(
 def _read_yaml(path: str) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
-        texts = yaml.load(Path(path).read_bytes(), yaml.BaseLoader)
+        texts = yaml.load(Path(path).read_bytes(), _TEXT_LOADER)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a yaml file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -187,7 +188,7 @@ def _parse_override(override: str) -> DictConfig:
     if not equals or not all(key.split(".")) or key.startswith("-"):
         raise ConfigError(f"cannot read the argument {override!r}: write key.sub=value, without dashes")
     try:
-        parsed, text = OmegaConf.to_container(OmegaConf.from_dotlist([override])), yaml.load(value, yaml.BaseLoader)
+        parsed, text = OmegaConf.to_container(OmegaConf.from_dotlist([override])), yaml.load(value, _TEXT_LOADER)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read the value of {key}: {_flatten(error)}") from error  # value: maybe a secret
     for name in reversed(key.split(".")):

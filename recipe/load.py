@@ -242,7 +242,8 @@ def load_network(
     length = _trained_length(config, weights, NETWORK)
     spec = image_spec(processor.image_processor, config.image)
     vlm = load_base(config, base) if FINGERPRINT in weights else _unread_vlm(base, config)
-    network = build_network(config, vlm, spec, length)
+    with no_init_weights():  # of what is read next
+        network = build_network(config, vlm, spec, length)
     _fill_from_checkpoint(network, weights, checkpoint)
     return network, processor, config
 
@@ -262,7 +263,8 @@ def _load_exported(folder: Path, config: RecipeConfig | None) -> tuple[JointNetw
     weights, processor = load_file(folder / HEAD_FILE), load_processor(str(folder))
     vlm = load_base(config, source)
     spec = image_spec(processor.image_processor, config.image)
-    network = build_network(config, vlm, spec, _trained_length(config, weights))
+    with no_init_weights():  # of what is read next
+        network = build_network(config, vlm, spec, _trained_length(config, weights))
     if base is not None:
         load_adapters(vlm, folder)
     fill_head(network, folder, weights)
