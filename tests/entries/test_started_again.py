@@ -251,9 +251,10 @@ def test_a_sharded_checkpoint_is_exported_evaluated_and_trained_on(config: Recip
     write_manifest(replace(manifest_of_whole, files=files, sharded=True), shards / MANIFEST)
 
     for name, path in (("whole", whole), ("gathered", shards)):
-        export(parse_export(["--checkpoint", str(path), "--out", str(tmp_path / name)]))
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "gathered" / path.name).read_bytes()
+        (tmp_path / name).mkdir()
+        export(parse_export(["--checkpoint", str(path), "--out", str(tmp_path / name / "exported")]))
+    for path in (tmp_path / "whole" / "exported").iterdir():
+        assert path.read_bytes() == (tmp_path / "gathered" / "exported" / path.name).read_bytes()
     asked = [replace(config, load_path=str(path), run_folder=str(tmp_path / "eval")) for path in (whole, shards)]
     assert evaluate(asked[0]) == evaluate(asked[1])
 
