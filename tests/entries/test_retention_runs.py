@@ -16,6 +16,7 @@ from recipe.checks import check_libraries, check_machine, check_metrics, check_r
 from recipe.config import ConfigError, LoraConfig, LoraPartConfig, RecipeConfig, RetentionConfig, SaveBestConfig
 from recipe.configure import save_config
 from recipe.eval import main as evaluate
+from recipe.load import load_processor
 from recipe.schema import Message, Sample
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import TEXT_CHAT
@@ -105,11 +106,8 @@ def test_a_run_logs_it_beside_the_scores_of_boxes(checkpoint: Path, tmp_path: Pa
 
 def test_the_first_samples_alone(checkpoint: Path, chats: str, tmp_path: Path):
     found = evaluate(config_of(checkpoint, tmp_path, retention=retention(chats, max_samples=1)))
-    answer = "a red star<|im_end|>"
-    from recipe.load import load_processor
-
     tokenizer = load_processor(find_config(checkpoint).model.pretrained_model_name_or_path).tokenizer
-    assert found["retention_tokens"] == len(tokenizer(answer)["input_ids"])
+    assert found["retention_tokens"] == len(tokenizer("a red star<|im_end|>")["input_ids"])
 
 
 @pytest.mark.slow
@@ -141,7 +139,7 @@ def test_a_training_that_moves_nothing_or_more_is_refused(checkpoint: Path):
     config = find_config(checkpoint)
     check_retention(config)
     check_retention(replace(config, evaluation=replace(config.evaluation, retention=None)))
-    with pytest.raises(ConfigError, match="stays the base's: set evaluation.retention=null"):
+    with pytest.raises(ConfigError, match="stays the base's: set"):
         check_retention(replace(config, optimizer=replace(config.optimizer, lr_lora_llm=0.0)))
     with pytest.raises(ConfigError, match=r"\(merger\): set optimizer.lr_merger=0 and"):
         check_retention(replace(config, optimizer=replace(config.optimizer, lr_merger=1e-5)))
@@ -166,7 +164,7 @@ def test_a_wrong_stream_is_refused(checkpoint: Path, stream: Any, expected: str)
 def test_data_that_is_missing_or_holds_no_answer_is_refused(checkpoint: Path, chats: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"evaluation.retention.stream.split is 'vall', .*: did you mean val\?"):
         check_machine(config_of(checkpoint, tmp_path, retention=retention(chats, "vall")), ("eval_loader",))
-    with pytest.raises(ConfigError, match="evaluation.retention.stream: none of its 1 samples has an answer"):
+    with pytest.raises(ConfigError, match=r"evaluation.retention.stream: none of its 1 samples has an answer"):
         evaluate(config_of(checkpoint, tmp_path, retention=retention(chats, "asked")))
 
 
