@@ -1,6 +1,6 @@
 """What a tiny model keeps of the chats it knew while it learns boxes: with 20 % chats among its samples, and without.
 
-    python tests/benchmarks/retention.py [--out runs/retention] [--chat-steps 400] [--steps 300]
+    python tests/benchmarks/retention.py [--out runs/retention] [--chat-steps 150] [--steps 150]
 
 A random checkpoint learns chats of one kind, `recipe/export.py` makes a base model of it, and adapters and a head
 learn scenes of shapes on that base, by `yamls/joint_chat.yaml` with the changes below: once as it is, once without the
@@ -45,7 +45,7 @@ SMALL = [  # of joint_chat.yaml
     *("detection_head.num_queries=12", "detection_head.width=64", "detection_head.num_heads=4"),
     *("detection_head.num_layers=2", "detection_head.num_denoising_groups=0", "caption_decoder.num_layers=1"),
     *("caption_decoder.num_heads=4", "train_loader.packing.max_tokens=1024", "eval_loader.global_batch_size=16"),
-    *("model.gradient_checkpointing=false", "model.frozen_dtype=same", "optimizer.lr_lora_llm=2e-3"),
+    *("model.gradient_checkpointing=false", "model.frozen_dtype=same", "optimizer.lr_lora_llm=1e-2"),
     *("optimizer.lr_adapter=2e-3", "optimizer.lr_detection=2e-3", "ema=null"),
 ]
 
@@ -113,8 +113,8 @@ def main() -> None:
     """Make data and base model, train twice, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/retention"))
-    parser.add_argument("--chat-steps", type=int, default=400, help="of the base model")
-    parser.add_argument("--steps", type=int, default=300, help="of each run on the base model")
+    parser.add_argument("--chat-steps", type=int, default=150, help="of the base model")
+    parser.add_argument("--steps", type=int, default=150, help="of each run on the base model")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     make_data(args.out)

