@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from composer import Algorithm, Callback
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from recipe.algorithms.head_ema import HeadEMA
@@ -24,6 +25,7 @@ from recipe.callbacks.curves import CURVES_FILE, DrawCurves
 from recipe.callbacks.evaluation_data import EvaluationData
 from recipe.callbacks.evaluation_parts import EvaluationParts
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
+from recipe.callbacks.retention import Retention
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
 from recipe.callbacks.table import build_callbacks
 from recipe.callbacks.training_data import TrainingData
@@ -31,16 +33,20 @@ from recipe.checkpoints.base import base_weights, leave_out
 from recipe.checkpoints.check import Origin
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
 from recipe.checkpoints.weights import is_export, trained_caption_length
-from recipe.config import DATA_CLASSES, ConfigError, RecipeConfig, trained_trunk
+from recipe.config import DATA_CLASSES, ConfigError, RecipeConfig, is_base_below_adapters, trained_trunk
 from recipe.data.class_list import read_classes
+from recipe.data.evaluation import EvalSamples
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
+from recipe.data.loader import build_eval_loader
 from recipe.joint import EvaluationScope, JointModel
-from recipe.load import build_network, fill_head, fill_whole, load_base, refuse_in_nf4
+from recipe.load import build_encoder, build_network, fill_head, fill_whole, load_base, refuse_in_nf4
 from recipe.metrics.gather import normalized_caption
 from recipe.models.attention import describe_attention
+from recipe.models.vlm import VisionLanguageModel
 from recipe.optim.schedule import Schedule, build_schedule
 from recipe.prediction.classes import class_trie
+from recipe.upstream.agreement import from_rank_0
 from recipe.upstream.storage import open_streams
 from recipe.upstream.trainer_section import view_trainer
 
@@ -180,15 +186,43 @@ def answer_schedule(config: RecipeConfig) -> Schedule | None:
     return replace(schedule, trunk=trained_trunk(config))
 
 
+def build_retention(config: RecipeConfig, processor: Any, model: JointModel) -> Retention | None:
+    """Return the callback of `evaluation.retention`, None without; all ranks must call it.
+
+    If more than adapters learns, it gets the base model, read again: for `eval.py`.
+
+    Raises:
+        ConfigError: No sample that it reads has an answer, or one cannot be used.
+    """
+    retention = config.evaluation.retention
+    if retention is None:
+        return None
+    where, loader = "evaluation.retention", replace(config.eval_loader, streams={"retention": retention.stream})
+    encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len)
+    spec = build_eval_loader(loader, encoder, None, config.seed, max_samples=retention.max_samples, where=where)
+    assert isinstance(spec.dataloader, DataLoader)
+    samples = spec.dataloader.dataset
+    assert isinstance(samples, EvalSamples)
+    if not from_rank_0(samples.has_answers):
+        raise ConfigError(f"{where}.stream: none of its {len(samples)} samples has an answer: convert chats that do")
+    base = None
+    if not is_base_below_adapters(config):
+        normalizer, attention = model.model.vlm.normalizer, config.model.attn_implementation
+        base = VisionLanguageModel(load_base(config), normalizer, attention).eval().requires_grad_(False)
+    return Retention(spec, model.scope, loader.max_bad_samples, base)
+
+
 def build_all_callbacks(
     config: RecipeConfig,
     tokenizer: PreTrainedTokenizerBase,
     scope: EvaluationScope | None = None,
     last_answered: int | None = None,
+    retention: Retention | None = None,
 ) -> list[Callback]:
     """Return the yaml's callbacks and those that isolate and bound evaluation, watch the data and show samples.
 
-    `scope` is the model's, `last_answered` of `put_answered_first`, of a training run.
+    `scope` is the model's, `last_answered` of `put_answered_first`, of a training run, `retention` of
+    `build_retention`.
     """
     scope = scope or EvaluationScope()
     loader, evaluation = config.train_loader, config.evaluation
@@ -196,6 +230,7 @@ def build_all_callbacks(
     num_queries = sys.maxsize if config.detection_head is None else config.detection_head.num_queries
     callbacks: list[Callback] = [
         EvaluationWithoutTraces(),
+        *([] if retention is None else [retention]),
         EvaluationParts(
             scope,
             evaluation.score_threshold,

@@ -15,12 +15,14 @@ from transformers.utils.hub import cached_file
 
 from recipe.callbacks.cache_frozen import parse_size
 from recipe.callbacks.memory import MemoryBounds
+from recipe.callbacks.retention import RETENTION_SCORES
 from recipe.callbacks.table import CALLBACKS, logger_class
 from recipe.config import (
     DATA_CLASSES,
     ConfigError,
     LoaderConfig,
     RecipeConfig,
+    is_base_below_adapters,
     lora_parts,
     nearest,
     trained_trunk,
@@ -35,6 +37,7 @@ from recipe.models.lora import check_peft, read_base
 from recipe.models.nf4 import check_bitsandbytes
 from recipe.optim.fsdp import FSDP_CONFIGS
 from recipe.records import INDEX_FILE, RECORDS_FILE, parse_index, read_records
+from recipe.rules import check_stream, check_whole
 from recipe.schema import Sample
 from recipe.upstream.owned_keywords import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
 from recipe.upstream.trainer_section import TrainerView, view_trainer
@@ -69,6 +72,11 @@ def check_libraries(config: RecipeConfig) -> None:
         check_keywords(f"{where}.dataloader", loader.dataloader, DataLoader, OWNED_BY_DATALOADER)
     if config.teachers.stream is not None:
         check_keywords("teachers.stream", config.teachers.stream, Stream, {})
+    if config.evaluation.retention is not None:
+        where, keywords = "evaluation.retention.stream", config.evaluation.retention.stream
+        check_stream(where, keywords)
+        check_whole(where, keywords)
+        check_keywords(where, keywords, Stream, {})
     check_keywords("trainer", config.trainer, Trainer, OWNED_BY_TRAINER)
     for where, chosen, class_of in (
         ("callbacks", config.callbacks, CALLBACKS.__getitem__),
@@ -214,6 +222,23 @@ def check_augmentation(config: RecipeConfig) -> None:
             )
 
 
+def check_retention(config: RecipeConfig) -> None:
+    """Raise ConfigError if `evaluation.retention` is set, but a training has no base model to compare with."""
+    if config.evaluation.retention is None or is_base_below_adapters(config):
+        return
+    moved = [group for group in trained_trunk(config) if not group.startswith("lora_")]
+    if not moved:
+        raise ConfigError(
+            "evaluation.retention measures how the text path moves, but no group of the trunk has a learning rate, so "
+            "it stays the base's: set evaluation.retention=null"
+        )
+    raise ConfigError(
+        f"evaluation.retention needs the base model, but training changes its weights ({', '.join(moved)}): set "
+        f"{' '.join(f'optimizer.lr_{group}=0' for group in moved)} and let adapters learn (lora.llm={{}}); or set "
+        "evaluation.retention=null here and give it to recipe/eval.py, which reads the base model too"
+    )
+
+
 def check_metrics(config: RecipeConfig) -> None:
     """Raise ConfigError if `save_best` or a stopper names a metric that no evaluation measures."""
     evaluation, head = config.evaluation, config.detection_head
@@ -222,6 +247,7 @@ def check_metrics(config: RecipeConfig) -> None:
     for scorer in (MeteorLite(), Meteor15()):  # the ranks have yet to agree on one
         answered = evaluation.answers is not None
         names += all_scores([], [], num_queries, evaluation.score_threshold, scorer, answered)
+    names += [] if evaluation.retention is None else RETENTION_SCORES
     by_category = [] if head is None else [*category_average_precision([], [])]
     if evaluation.every_class or evaluation.classes:
         names += by_category
@@ -276,6 +302,8 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
             problems += _folder_problems(f"{where}.streams.{name}", keywords)
     if config.teachers.num_teachers and config.teachers.stream is not None:
         problems += _folder_problems("teachers.stream", config.teachers.stream)
+    if config.evaluation.retention is not None:
+        problems += _folder_problems("evaluation.retention.stream", config.evaluation.retention.stream)
     if "train_loader" in loaders and not problems:
         problems += _lesson_problems(config)
     if problems:

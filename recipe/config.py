@@ -252,6 +252,14 @@ class AnswersConfig:
 
 
 @dataclass
+class RetentionConfig:
+    """How far the text path has moved from the base model's; see `recipe/models/retention.py`."""
+
+    stream: dict[str, Any] = MISSING  # streaming.Stream keywords of chats that are not trained on
+    max_samples: int | None = number(256, least=1)  # the first ones in stored order; null: all
+
+
+@dataclass
 class EvaluationConfig:
     """How predictions are made for metrics, logged images and `predict.py`."""
 
@@ -268,6 +276,7 @@ class EvaluationConfig:
     classes: list[str] = field(default_factory=list[str])
     # Scores of each category at every evaluation, which need the captions of all objects; false: at a run's last.
     every_class: bool = False
+    retention: RetentionConfig | None = None  # in training only if adapters alone learn of the trunk
 
 
 @dataclass
@@ -504,6 +513,12 @@ def groups_of(config: RecipeConfig) -> list[str]:
 def trained_trunk(config: RecipeConfig) -> list[str]:
     """Return the groups of the trunk, which are all but adapter and detection, that have a learning rate."""
     return [name for name in groups_of(config) if name not in HEAD_GROUPS and getattr(config.optimizer, f"lr_{name}")]
+
+
+def is_base_below_adapters(config: RecipeConfig) -> bool:
+    """Return whether adapters alone learn of the trunk, so that it is the base's again without them."""
+    trained = trained_trunk(config)
+    return bool(trained) and all(group.startswith("lora_") for group in trained)
 
 
 # Starts over from what a checkpoint's weights have learned; without another folder, its own checkpoints come first.

@@ -32,7 +32,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from composer import Evaluator, Trainer
     from composer.utils import dist, get_device, reproducibility
 
-    from recipe.build import build_all_callbacks, build_model, take_weights
+    from recipe.build import build_all_callbacks, build_model, build_retention, take_weights
     from recipe.callbacks.evaluation_parts import EvaluationParts, evaluation_of
     from recipe.callbacks.progress import describe_seconds, headline
     from recipe.callbacks.table import build_loggers
@@ -64,7 +64,8 @@ def main(config: RecipeConfig) -> dict[str, float]:
     eval_loader = build_eval_loader(loader, encoder, teachers, config.seed, config.val_fraction)
     put_answered_first(eval_loader, config.evaluation.answers)  # so that the images drawn are those of a run
     origin = describe(as_saved(config, longest, model.class_names), processor.tokenizer, model, base={})
-    callbacks = build_all_callbacks(config, processor.tokenizer, model.scope)
+    retention = build_retention(config, processor, model)
+    callbacks = build_all_callbacks(config, processor.tokenizer, model.scope, retention=retention)
     start, _ = take_weights(model, weights_keywords(view, config.load_path, origin), config, origin)
     with safe_loading():
         trainer = Trainer(

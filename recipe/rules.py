@@ -201,7 +201,7 @@ def _check_loader(where: str, loader: LoaderConfig, may_be_empty: bool = False) 
     if not loader.streams and not may_be_empty:
         raise ConfigError(f"{where}.streams is empty: name at least one stream, such as `{{main: {{local: FOLDER}}}}`")
     for name, keywords in loader.streams.items():
-        _check_stream(f"{where}.streams.{name}", keywords)
+        check_stream(f"{where}.streams.{name}", keywords)
     _check_owned(f"{where}.dataset", loader.dataset, OWNED_BY_DATASET)
     _check_owned(f"{where}.dataloader", loader.dataloader, OWNED_BY_DATALOADER)
 
@@ -216,7 +216,8 @@ def check_ranks(config: RecipeConfig, world_size: int) -> None:
             )
 
 
-def _check_stream(where: str, keywords: object) -> None:
+def check_stream(where: str, keywords: object) -> None:
+    """Raise ConfigError unless a stream has keywords, and a place to read from."""
     if not isinstance(keywords, Mapping):
         raise ConfigError(f"{where} is {keywords!r}: it takes the keywords of streaming.Stream, such as local: FOLDER")
     if keywords.get("local") is None and keywords.get("remote") is None:
@@ -233,7 +234,7 @@ def _check_data(config: RecipeConfig) -> None:
     if config.val_fraction is not None and config.eval_loader.streams:
         raise ConfigError("val_fraction and eval_loader.streams both choose what is evaluated: set one of them to null")
     if teachers.stream is not None:
-        _check_stream("teachers.stream", teachers.stream)
+        check_stream("teachers.stream", teachers.stream)
     elif teachers.num_teachers > 0:
         raise ConfigError(
             f"teachers.num_teachers is {teachers.num_teachers} but teachers.stream is null: "
@@ -242,7 +243,7 @@ def _check_data(config: RecipeConfig) -> None:
     whole = {f"eval_loader.streams.{name}": keywords for name, keywords in config.eval_loader.streams.items()}
     whole |= {"eval_loader.dataset": config.eval_loader.dataset, "teachers.stream": teachers.stream or {}}
     for where, keywords in whole.items():
-        _check_whole(where, keywords)
+        check_whole(where, keywords)
     parts = {f"train_loader.streams.{name}": keywords for name, keywords in loader.streams.items()}
     for where, keywords in {**parts, "train_loader.dataset": loader.dataset}.items():
         for key in ("choose", "repeat", "proportion", "epoch_size"):
@@ -256,11 +257,11 @@ def _check_data(config: RecipeConfig) -> None:
         raise ConfigError("train_loader.packing needs train_loader.collator: packed, which puts a pack into one row")
 
 
-def _check_whole(where: str, keywords: Mapping[str, Any]) -> None:
+def check_whole(where: str, keywords: Mapping[str, Any]) -> None:
     """Raise ConfigError at a keyword that would sample a set of which every sample is read once."""
     for key in ("choose", "repeat", "proportion", "epoch_size"):
         if keywords.get(key) is not None:
-            subset = ", or set trainer.eval_subset_num_batches" if where.startswith("eval") else ""
+            subset = ", or set trainer.eval_subset_num_batches" if where.startswith("eval_loader") else ""
             raise ConfigError(
                 f"{where}.{key} is {keywords[key]!r}, but every sample is read once: leave it out and convert a "
                 f"smaller set{subset}"
@@ -315,10 +316,9 @@ def _check_parallelism(trainer: Mapping[str, Any]) -> None:
             )
         if key != "fsdp":
             raise ConfigError(f"a key of {where} is {key!r}: it must be fsdp")
-    keywords = sections.get("fsdp")
+    where, keywords = f"{where}.fsdp", sections.get("fsdp")
     if keywords is None:
         return
-    where += ".fsdp"
     if not isinstance(keywords, Mapping):
         raise ConfigError(f"{where} is {keywords!r}: give keywords, {{}} for none, or null for DDP")
     _check_owned(where, keywords, OWNED_BY_FSDP)

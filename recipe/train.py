@@ -35,6 +35,7 @@ def main(config: RecipeConfig) -> "Trainer":
         build_algorithms,
         build_all_callbacks,
         build_model,
+        build_retention,
         caption_length,
         take_weights,
     )
@@ -101,6 +102,7 @@ def main(config: RecipeConfig) -> "Trainer":
     check_data(start, train_loader)
     num_batches = view.keywords.get("eval_subset_num_batches")
     last_answered = put_answered_first(eval_loader, config.evaluation.answers, num_batches)
+    retention = build_retention(config, processor, model)
     saver = build_saver(view, config.save_best, origin)
     with safe_loading():
         trainer = Trainer(
@@ -114,7 +116,7 @@ def main(config: RecipeConfig) -> "Trainer":
             algorithms=build_algorithms(config),
             # The savers come after all whose state is saved.
             callbacks=[
-                *build_all_callbacks(config, tokenizer, model.scope, last_answered),
+                *build_all_callbacks(config, tokenizer, model.scope, last_answered, retention),
                 lock,
                 *([] if saver is None else [saver, Preemption(saver)]),
                 Summary(
@@ -156,10 +158,11 @@ def run(config: RecipeConfig) -> None:
 
     from recipe.algorithms.nan_rollback import DIVERGED, TrainingDiverged
     from recipe.checkpoints.sigterm import exit_on_sigterm, ignore_sigterm
-    from recipe.checks import check_libraries, check_machine
+    from recipe.checks import check_libraries, check_machine, check_retention
 
     exit_on_sigterm()
     check_libraries(config)
+    check_retention(config)
     check_machine(config)
     try:
         main(config)

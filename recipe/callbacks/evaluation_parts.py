@@ -20,7 +20,7 @@ from recipe.metrics.gather import Evaluation, MetricEntry
 log = logging.getLogger(__name__)
 
 # In the order of an evaluation. data: waiting for the loader; forward: losses too; scoring: tables too.
-PARTS = ("data", "forward", "captions", "classes", "answers", "drawing", "scoring")
+PARTS = ("data", "forward", "captions", "classes", "answers", "drawing", "retention", "scoring")
 
 
 class EvaluationParts(Callback):

@@ -27,6 +27,7 @@ HEADLINES = {
     "recall": "recall",
     "best_f1": "best F1",
     "text_f1": "F1 of text answers",
+    "retention_kl": "KL to the base",
 }
 
 

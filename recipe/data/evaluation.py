@@ -41,8 +41,9 @@ def answer_order(sample: Sample) -> int:
 class EvalSamples(Dataset[Pack]):
     """An evaluation set in stored order, one sample per pack; item `-1 - i` is sample `i` made inert.
 
-    `put_first` changes the order. With a `split` the set is that part of the stored samples. A sample that cannot be
-    used raises, or is listed in `Pack.skipped` with an inert one in its place.
+    `put_first` changes the order. With a `split` the set is that part of the stored samples, and with `max_samples` no
+    more than the first ones. A sample that cannot be used raises, or is listed in `Pack.skipped` with an inert one in
+    its place.
     """
 
     def __init__(
@@ -50,13 +51,15 @@ class EvalSamples(Dataset[Pack]):
         maker: ExampleMaker,
         skips_bad_samples: bool = False,
         split: Split | None = None,
+        max_samples: int | None = None,
         *,
         streams: Sequence[CheckedStream],
         **keywords: Any,
     ):
         self._streams, self._rows = streams, CheckedDataset(streams=streams, **keywords)
         self._maker, self._skips_bad_samples = maker, skips_bad_samples
-        self._positions = np.arange(self._rows.num_samples) if split is None else np.flatnonzero(split.is_validation)
+        positions = np.arange(self._rows.num_samples) if split is None else np.flatnonzero(split.is_validation)
+        self._positions = positions[:max_samples]
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -69,6 +72,10 @@ class EvalSamples(Dataset[Pack]):
             rows = (self._rows[position] for position in self._positions.tolist())
             return _orders_of(Sample.from_mds({**row, "image": b""}) for row in rows)["orders"]
         return np.concatenate(kept)[self._positions]
+
+    def has_answers(self) -> bool:
+        """Return whether any sample has an answer token; reads samples until one has."""
+        return any(bool(example.roles.any()) for index in range(len(self)) for example in self[index].examples)
 
     def put_first(self, indices: Int64[np.ndarray, " k"]) -> None:
         """Let the set begin with these of its samples; the others keep their order."""

@@ -105,10 +105,13 @@ def build_eval_loader(
     teachers: TeacherPool | None,
     seed: int,
     val_fraction: float | None = None,
+    max_samples: int | None = None,
+    where: str = "eval_loader",
 ) -> DataSpec:
-    """Return the evaluation loader: every sample once, in stored order; each batch is one microbatch.
+    """Return an evaluation loader: every sample once, in stored order; each batch is one microbatch.
 
-    With `val_fraction`, `loader` is that of `evaluation_loader` and only what training holds out is read.
+    With `val_fraction`, `loader` is that of `evaluation_loader` and only what training holds out is read. With
+    `max_samples`, only the first ones are. `where` is the loader's key, for messages.
     """
     batch_size, skips = device_batch_size(loader), loader.on_bad_sample == "skip"
     streams = open_streams(loader.streams)
@@ -116,12 +119,12 @@ def build_eval_loader(
     if split is not None and dist.get_global_rank() == 0:
         log.info("validation: %s (val_fraction %s)", split.describe(), val_fraction)
     is_used = None if split is None else split.is_validation
-    check_records("eval_loader", streams, encoder, teachers, loader, is_used=is_used)
+    check_records(where, streams, encoder, teachers, loader, is_used=is_used)
     maker = ExampleMaker(encoder, teachers, seed)
-    dataset = EvalSamples(maker, skips, split, streams=streams, batch_size=batch_size, **loader.dataset)
+    dataset = EvalSamples(maker, skips, split, max_samples, streams=streams, batch_size=batch_size, **loader.dataset)
     sampler = EvalSampler(dataset)
     dataloader = _dataloader(loader, dataset, encoder.pad_token_id, batch_size, batch_size, sampler=sampler)
-    _check_batches("eval_loader", loader, dataloader, len(dataset))
+    _check_batches(where, loader, dataloader, len(dataset))
     return DataSpec(
         dataloader,
         num_samples=len(dataset),
@@ -142,9 +145,10 @@ def _check_batches(where: str, loader: LoaderConfig, dataloader: DataLoader, num
             f"{where}: an epoch has no batches, as it has {num_packs} samples or packs for a global_batch_size of "
             f"{size}: {remedy}"
         )
-    if where == "eval_loader" and num_batches * size < num_packs and dist.get_global_rank() == 0:
+    if where != "train_loader" and num_batches * size < num_packs and dist.get_global_rank() == 0:
         log.warning(
-            "eval_loader.dataloader.drop_last leaves out %d of %d samples", num_packs - num_batches * size, num_packs
+            "eval_loader.dataloader.drop_last leaves out %d of %d samples of %s",
+            *(num_packs - num_batches * size, num_packs, where),
         )
 
 

@@ -9,7 +9,8 @@ peft 0.21 adds the change twice to a matrix that is tied.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,24 @@ def adapter_layers(module: nn.Module) -> list[tuple[nn.Linear, nn.Linear, bool]]
         for layer in module.modules()
         if hasattr(layer, "lora_A")
     ]
+
+
+@contextmanager
+def without_adapters(hf_model: nn.Module) -> Iterator[None]:
+    """Let the model compute as its base does, without gradients of adapters; then adapters are as they were."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    trained = [(parameter, parameter.requires_grad) for parameter in adapters(hf_model).values()]
+    layers = [module for module in hf_model.modules() if isinstance(module, BaseTunerLayer)]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)  # peft thaws all; here the stages decide
 
 
 @torch.no_grad()

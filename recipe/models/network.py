@@ -142,15 +142,23 @@ class JointNetwork(nn.Module):
     def forward(self, batch: Sealed) -> JointOutputs: ...
     @overload
     def forward(self, batch: Sealed, then: Callable[[JointOutputs], Result]) -> tuple[JointOutputs, Result]: ...
+    @overload
+    def forward(self, batch: Sealed, *, instead: Callable[[Batch], Result]) -> Result: ...
 
     def forward(
-        self, batch: Sealed, then: Callable[[JointOutputs], Result] | None = None
-    ) -> JointOutputs | tuple[JointOutputs, Result]:
+        self,
+        batch: Sealed,
+        then: Callable[[JointOutputs], Result] | None = None,
+        instead: Callable[[Batch], Result] | None = None,
+    ) -> JointOutputs | tuple[JointOutputs, Result] | Result:
         """Return the outputs of a collated microbatch.
 
-        If given, `then` is called with the outputs and its result returned with them. Any further use of the network's
-        parameters must be in it: outside, FSDP has sharded them.
+        If given, `then` is called with the outputs and its result returned with them, or `instead` with the batch in
+        place of the pass. Any further use of the network's parameters must be in one of them: outside, FSDP has sharded
+        them.
         """
+        if instead is not None:
+            return instead(batch.content)
         with self._average_in_evaluation():
             outputs = self._outputs(batch.content)
             return outputs if then is None else (outputs, then(outputs))
@@ -202,15 +210,7 @@ class JointNetwork(nn.Module):
         return JointOutputs(label_losses, memory, detection, denoising, matches, targets, *captions)
 
     def _run_trunk(self, batch: Batch) -> VlmOutputs:
-        return self.vlm(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["position_ids"],
-            batch["segment_lengths"],
-            batch["pixel_patches"],
-            batch["image_grid_thw"],
-            with_patches=self.has_head and self.memory.pyramid is not None,
-        )
+        return run_trunk(self.vlm, batch, with_patches=self.has_head and self.memory.pyramid is not None)
 
     def _cached_states(
         self, cache: FrozenCache, batch: Batch, student_grids: Mapping[int, Sequence[int]]
@@ -336,6 +336,19 @@ class LanguageNetwork(JointNetwork):
         none = torch.zeros(0, dtype=torch.int64, device=boxes.device)
         no_losses = losses.new_zeros(0)
         return JointOutputs(losses, memory, nothing, None, [Matches(none, none, none)], targets, no_losses, none, none)
+
+
+def run_trunk(vlm: VisionLanguageModel, batch: Batch, with_patches: bool = False) -> VlmOutputs:
+    """Return the hidden states and vision features of a batch."""
+    return vlm(
+        batch["input_ids"],
+        batch["attention_mask"],
+        batch["position_ids"],
+        batch["segment_lengths"],
+        batch["pixel_patches"],
+        batch["image_grid_thw"],
+        with_patches=with_patches,
+    )
 
 
 def padded_captions(targets: Sequence[Target | None], device: torch.device) -> Int64[Tensor, "N T C"]:

@@ -35,6 +35,37 @@ def token_losses(
     return _TokenLosses.apply(states.to(weight.dtype), weight, labels, chunk)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def token_divergences(
+    states: Float[Tensor, "K D"],
+    weight: Float[Tensor, "V D"],
+    base_states: Float[Tensor, "K D"],
+    base_weight: Float[Tensor, "V D"],
+    labels: Int64[Tensor, " K"],
+    chunk: int = CHUNK // 4,
+) -> Float[Tensor, "3 K"]:
+    """Return KL(base || model) over the whole vocabulary, the model's loss and the base's, per position.
+
+    Float32 at least, without gradient. The arguments are as in `token_losses`; a chunk keeps its logits a few times.
+    """
+    device = states.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        weight, base_weight = weight.to(dtype), base_weight.to(dtype)
+    found = states.new_empty(3, len(states), dtype=torch.promote_types(weight.dtype, torch.float32))
+    with torch.autocast(device, enabled=False):
+        for start in range(0, len(states), chunk):
+            rows = slice(start, start + chunk)
+            model, base = (
+                (part[rows].to(matrix.dtype) @ matrix.T).to(found.dtype).log_softmax(dim=-1)
+                for part, matrix in ((states, weight), (base_states, base_weight))
+            )
+            found[0, rows] = F.kl_div(model, base, reduction="none", log_target=True).sum(dim=-1)
+            found[1, rows] = F.nll_loss(model, labels[rows], reduction="none")
+            found[2, rows] = F.nll_loss(base, labels[rows], reduction="none")
+    return found
+
+
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:

@@ -45,6 +45,9 @@ DEFINITIONS = {
     "ece": "expected calibration error of the scores as evaluated, from 0.05 up",
     "best_f1": "F1 of boxes at IoU 0.50, at the threshold that is best on this set",
     "text_f1": "F1 at IoU 0.50 of the boxes in the language model's own answer",
+    "retention_kl": "KL(base ∥ model) of an answer token of held-out chats, in nats; 0: the text path has not moved",
+    "retention_loss": "cross-entropy of these tokens",
+    "retention_base_loss": "the same of the base model",
 }
 USE = """from recipe import Detector
 

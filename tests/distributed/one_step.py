@@ -1,7 +1,7 @@
 """A training step of each case through Composer's Trainer: `composer -n 2 tests/distributed/one_step.py TINY OUT MODE`.
 
 MODE is ddp, fsdp1 or fsdp2; names of cases may follow. Every rank writes OUT/MODE-CASE-RANK.pt: gradients, its share of
-each loss term, and the logged terms.
+each loss term, the logged terms, and how far adapters have moved its first microbatch's answers from the base.
 """
 
 import math
@@ -25,6 +25,7 @@ from recipe.config import OptimizerConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
+from recipe.models.retention import divergence_from_base
 from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer, local
 from recipe.schema import Batch
@@ -199,6 +200,8 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
         weights = {
             plain_name(name): whole(value.detach()).clone() for name, value in trainer.state.model.named_parameters()
         }
+    model.eval()
+    moved = divergence_from_base(model.model, microbatches[0]) if "lora" in case.sections else None
     blind = losses_without_weights(model, trainer.state.optimizers[0], microbatches[0])
     trainer.close()
     return {
@@ -206,6 +209,7 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
         "gradients": recorder.gradients,
         "logged": logged,
         "weights": weights,
+        "moved": moved,
         "blind": blind,
     }
 

@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 import torch
 
+from recipe.models.retention import divergence_from_base
 from recipe.optim.groups import build_optimizer
 from recipe.schema import Example
 from tests.distributed.one_step import CASES, cases_of, make_case_model
 from tests.launches.launch import run_composer
-from tests.support.tiny_cases import OTHER_FAMILIES, gradient_error, loss_error, losses_and_gradients, make_batches
+from tests.support.tiny_cases import (
+    OTHER_FAMILIES,
+    collator,
+    gradient_error,
+    loss_error,
+    losses_and_gradients,
+    make_batches,
+)
 
 Records = Callable[[str], dict[str, list[dict[str, Any]]]]
 MODES = ("ddp", "fsdp1", "fsdp2")
@@ -75,6 +83,24 @@ def assert_one_process(
     for key, value in expected.items():
         assert first["logged"][f"loss/train/{key}"] == pytest.approx(float(value), rel=1e-6)
     assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in first["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["adapted", "adapted_text_only_rank"])
+def test_the_divergence_from_the_base(
+    records: Records, tiny_checkpoint: str, tiny_examples: dict[str, Example], mode: str, name: str
+):
+    """Each rank's answers, by sharded weights after a step, as one process computes them by the same weights."""
+    case, ranks = CASES[name], records(mode)[name]
+    network = make_case_model(case, tiny_checkpoint).eval().model
+    weights = {key.removeprefix("model."): value for key, value in ranks[0]["weights"].items()}
+    network.load_state_dict(weights, strict=False)
+    for share, record in zip(case.shares, ranks, strict=True):
+        samples = [tiny_examples[sample] for sample in share[: case.microbatch_size]]
+        expected = divergence_from_base(network, collator("packed")(samples))
+        torch.testing.assert_close(record["moved"], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.slow
