@@ -89,6 +89,9 @@ class Admission:
             await self._app(scope, _again(body, receive), counted)
         except Refusal as refusal:
             await refusal.response()(scope, receive, counted)
+        except Exception:  # answered with 500 further out
+            self._measures.requests.labels(500).inc()
+            raise
         finally:
             if not is_full:
                 self._open -= 1

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
+
 from recipe.serve.admission import Admission, Measures
 from recipe.serve.options import Limits
 
@@ -91,9 +93,15 @@ def test_every_status_is_counted() -> None:
     own = Admission(echo, LIMITS, measures)
     for parts in ([b"a"], [b"b"], [b"x" * 11]):
         asyncio.run(call(own, parts))
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError):
+        asyncio.run(call(Admission(failing, LIMITS, measures), [b"a"]))
     counted = {
         status: measures.registry.get_sample_value("recipe_requests_total", {"status": status})
-        for status in ("200", "413")
+        for status in ("200", "413", "500")
     }
-    assert counted == {"200": 2, "413": 1}
+    assert counted == {"200": 2, "413": 1, "500": 1}
     assert measures.registry.get_sample_value("recipe_open_requests") == 0
