@@ -23,7 +23,7 @@ help:
 	@echo "                  MODEL=qwen2_vl or qwen3_vl: of another family than qwen2_5_vl"
 	@echo "make test         environment, all tests but the slow ones and those that need a GPU"
 	@echo "make test-slow    the slow ones"
-	@echo "make test-all     everything, the long SIGKILL drill and, if there is a GPU, its tests too"
+	@echo "make test-all     everything, the tests of minutes and, if there is a GPU, its own too"
 	@echo "make test-next    the fast ones on the newest torch and transformers that work, in .venv-next;"
 	@echo "                  make test-next-part: those of them that CI runs"
 	@echo "make gpu          measure on the GPU of this machine, in at most 8 minutes"

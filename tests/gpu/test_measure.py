@@ -229,7 +229,7 @@ def test_what_travels_is_at_most_64_mib(
     assert done.returncode == 2 and "unknown option --nothing" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_all_parts_run_on_the_cpu_with_the_tiny_model() -> None:
     """Every part ends well, and everything is reported that does not need CUDA."""
     command = [str(ROOT / "tests/gpu/run.sh"), "--device", "cpu", "--size", "tiny", "--budget", "900"]

@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Path:
     return images.parent
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_it_ends_with_its_figures(source: Path, tmp_path: Path) -> None:
     places = ("--source", str(source), "--folder", str(tmp_path / "bench"), "--tokenizer", "none")
     arguments = ("--size", "tiny", "--legs", "head", "full", "--tokens", "512", *places)
