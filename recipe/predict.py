@@ -53,7 +53,15 @@ from recipe.prediction.files import (
     with_objects_below,
     write_entries,
 )
-from recipe.prediction.parts import BATCHES_PER_PART, Parts, batches_of, identity_of, open_parts, place_in_world
+from recipe.prediction.parts import (
+    BATCHES_PER_PART,
+    PARTS_FOLDER,
+    Parts,
+    batches_of,
+    identity_of,
+    open_parts,
+    place_in_world,
+)
 from recipe.redact import redact_text
 from recipe.schema import Example, ImageId, Prediction, Sample
 
@@ -83,9 +91,10 @@ def main(args: argparse.Namespace) -> int:
     inputs = inputs_of(paths, names, args)
     categories = categories_of(args)
     rank, local_rank, world_size = place_in_world()
-    in_parts = world_size > 1 or args.part_images is not None
-    if not args.overwrite:
-        refuse_to_overwrite(out, () if in_parts else names)  # drawings of finished parts are there
+    is_unfinished = (out / PARTS_FOLDER).exists()  # then what is there is of its finished parts
+    in_parts = world_size > 1 or args.part_images is not None or is_unfinished
+    if not (args.overwrite or is_unfinished):
+        refuse_to_overwrite(out, names)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,8 @@
 """A prediction in parts: processes share them, and the same command started again makes only the others.
 
 The images are cut into parts of a fixed number; part p belongs to process p % world size, whatever is done already, so
-that processes need not agree on anything. A part's file is written last, after its drawings: a part that was killed is
-made again. Parts are whole batches, so the results are those of one process without parts, to the last bit.
+that processes agree on nothing but the start. A part's file is written last, after its drawings: a part that was killed
+is made again. Parts are whole batches, so the results are those of one process without parts, to the last bit.
 """
 
 import hashlib
@@ -13,7 +13,10 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage] - public, but not in __all__
 
 from recipe.prediction.files import PredictedFile, write_json_text
 
@@ -24,7 +27,7 @@ BATCHES_PER_PART = 8
 _PLAN_FILE = "plan.json"
 _POLL_SECONDS = 0.2
 _SECONDS_BETWEEN_MESSAGES = 60.0
-_SECONDS_FOR_PLAN = 600.0  # that other processes wait for the first one's listing
+_PATIENCE = timedelta(minutes=10)  # with processes that start late
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,16 @@ def open_parts(
 ) -> Parts:
     """Return the parts of a command, those of an unfinished one before it if it was the same.
 
+    All processes must call it. None continues before all have, so that the first one's results are not taken for those
+    of an earlier command by one that starts late.
+
     Args:
         out: Folder of the results; it exists.
         depends: All that the results depend on but the images, by the name that an error gives it.
         names: Of the images, in order.
         size: Images of a part.
         overwrite: Remove the parts of another command, instead of raising.
-        rank: Of this process; 0 decides, others wait for it.
+        rank: Of this process.
         world_size: Processes.
 
     Raises:
@@ -99,24 +105,40 @@ def open_parts(
     folder = out / PARTS_FOLDER
     images = f"{len(names)}, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
     plan = {**depends, "images": images, "images of a part": str(size)}
-    deadline = time.monotonic() + _SECONDS_FOR_PLAN
-    while (found := _read_plan(folder)) != plan:
-        changed = [] if found is None else [name for name in plan if plan[name] != found.get(name)]
-        if changed and not overwrite:
-            raise ValueError(
-                f"{folder} holds parts of another command ({', '.join(changed)} changed): "
-                "undo the change to continue it, or give --overwrite or another --out"
-            )
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            write_json_text(folder / _PLAN_FILE, json.dumps(plan, indent=1))
-        elif time.monotonic() > deadline:
-            differ = f" ({', '.join(changed)} differ)" if changed else ""
-            raise ValueError(f"{folder / _PLAN_FILE} of the first process does not appear{differ}: is --out shared?")
-        else:
-            time.sleep(_POLL_SECONDS)
+    if world_size == 1:
+        _begin(folder, plan, overwrite)
+        return Parts(folder, len(names), size, rank, world_size)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    meeting = TCPStore(*address, world_size, is_master=rank == 0, timeout=_PATIENCE)  # waits for all
+    if rank == 0:
+        _begin(folder, plan, overwrite)
+        meeting.set(_PLAN_FILE, "")
+    meeting.wait([_PLAN_FILE])
+    if (found := _read_plan(folder)) != plan:
+        raise ValueError(
+            f"{folder / _PLAN_FILE} of the first process differs ({', '.join(_changed(plan, found or {}))}): is --out "
+            "shared by all machines, and do all see the same images and checkpoint?"
+        )
     return Parts(folder, len(names), size, rank, world_size)
+
+
+def _begin(folder: Path, plan: Mapping[str, str], overwrite: bool) -> None:
+    """Make the folder of the parts unless it is there; raise ValueError if it is of another plan."""
+    found = _read_plan(folder)
+    if found == plan:
+        return
+    if found is not None and not overwrite:
+        raise ValueError(
+            f"{folder} holds parts of another command ({', '.join(_changed(plan, found))} changed): "
+            "undo the change to continue it, or give --overwrite or another --out"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_json_text(folder / _PLAN_FILE, json.dumps(plan, indent=1))
+
+
+def _changed(plan: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    return [name for name in plan if plan[name] != found.get(name)]
 
 
 def _read_plan(folder: Path) -> dict[str, str] | None:

@@ -3,14 +3,16 @@
 import json
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from convert.shapes import draw_scene
 from recipe.predict import main
+from recipe.prediction.files import PredictedFile
 from recipe.prediction.options import parse
-from recipe.prediction.parts import PARTS_FOLDER, open_parts
+from recipe.prediction.parts import PARTS_FOLDER, Parts, open_parts
 from recipe.prediction.remote import RemoteImage
 from tests.launches.launch import run_composer, start
 from tests.support.s3_server import S3Server
@@ -72,16 +74,15 @@ def test_a_stopped_command_goes_on(
     out, parts = tmp_path / "out", tmp_path / "out" / PARTS_FOLDER
     command = parse(arguments(trained_checkpoint, out, str(images)))
     with monkeypatch.context() as patched:
-        write = __import__("recipe.prediction.parts", fromlist=["Parts"]).Parts.write
-        calls: list[slice] = []
+        write, calls = Parts.write, list[slice]()
 
-        def full(self: object, piece: slice, entries: object) -> None:
+        def full(self: Parts, piece: slice, entries: Sequence[PredictedFile]) -> None:
             calls.append(piece)
             if len(calls) == 3:
                 raise ValueError("no space left")
             write(self, piece, entries)
 
-        patched.setattr("recipe.prediction.parts.Parts.write", full)
+        patched.setattr(Parts, "write", full)
         with pytest.raises(ValueError, match="no space left"):
             main(command)
     done = {path: path.stat().st_mtime_ns for path in parts.glob("0*.json")}
@@ -101,6 +102,22 @@ def test_a_stopped_command_goes_on(
     assert files_of(out) == expected
 
 
+def test_killed_after_the_results_were_written(
+    trained_checkpoint: Path,
+    images: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = parse(arguments(trained_checkpoint, tmp_path, str(images)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "remove", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    assert main(command) == 1
+    assert files_of(tmp_path) == expected
+
+
 def test_overwrite_begins_anew_only_for_another_command(tmp_path: Path) -> None:
     names = ["a", "b", "c"]
     parts = open_parts(tmp_path, {"--prompt": "x"}, names, 2, overwrite=True, rank=0, world_size=1)
@@ -112,13 +129,16 @@ def test_overwrite_begins_anew_only_for_another_command(tmp_path: Path) -> None:
 
 
 def test_every_part_belongs_to_one_process(tmp_path: Path) -> None:
-    names = [str(number) for number in range(23)]
     for world_size in (1, 2, 3, 7):
-        own = [
-            open_parts(tmp_path, {}, names, 4, overwrite=False, rank=rank, world_size=world_size).to_do()
-            for rank in range(world_size)
-        ]
+        own = [Parts(tmp_path, 23, 4, rank, world_size).to_do() for rank in range(world_size)]
         assert sorted(piece.start for pieces in own for piece in pieces) == [0, 4, 8, 12, 16, 20]
+
+
+def test_a_drawing_of_another_command_stays(trained_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "05.png").write_bytes(b"drawn by hand")
+    with pytest.raises(ValueError, match=r"already holds 05\.png"):
+        main(parse(arguments(trained_checkpoint, tmp_path, str(images))))
+    assert (tmp_path / "05.png").read_bytes() == b"drawn by hand"
 
 
 @pytest.mark.parametrize("value", ["3", "0"])
@@ -130,10 +150,11 @@ def test_parts_are_whole_batches(value: str, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
+@pytest.mark.parametrize("world_size", [2, 0])
 def test_two_processes_killed_twice(
-    trained_checkpoint: Path, images: Path, expected: dict[str, bytes], tmp_path: Path
+    world_size: int, trained_checkpoint: Path, images: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Nothing is lost, nothing is there twice: the same files, byte for byte, as of one process."""
+    """Finished by two, or by one alone (0: without a launcher): the same files, byte for byte, as of one process."""
     out, parts = tmp_path / "out", tmp_path / "out" / PARTS_FOLDER
     command = arguments(trained_checkpoint, out, str(images))
     for number in (1, 3):
@@ -144,10 +165,28 @@ def test_two_processes_killed_twice(
         running.signal(signal.SIGKILL)
         running.wait()
         assert number <= len(list(parts.glob("0*.json"))) < 6, running.output()
-    launch = run_composer(2, "recipe/predict.py", *command, check=False)
+    launch = run_composer(world_size, "recipe/predict.py", *command, check=False)
     assert launch.returncode == 1, launch.output
     assert "failed: " in launch.output and launch.output.count("predictions.json") == 1
     assert files_of(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+def test_a_process_that_starts_late_and_has_nothing_to_do(
+    trained_checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    """The first one may have written everything before the second one looks."""
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, sys, time\n"
+        "from recipe.predict import main, parse\n"
+        "time.sleep(15 * int(os.environ['RANK']))\n"
+        "sys.exit(main(parse(sys.argv[1:])))\n"
+    )
+    out = tmp_path / "out"
+    run_composer(2, late, *arguments(trained_checkpoint, out, str(images / "00.png"), options=("--batch-size", "2")))
+    assert {"00.png", "predictions.json"} < files_of(out).keys()
 
 
 @pytest.mark.slow
