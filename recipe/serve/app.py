@@ -73,10 +73,7 @@ def make_app(detector: Detector, limits: Limits, allowed_hosts: Collection[str] 
     app = FastAPI(title="Detector", lifespan=lifespan, redoc_url=None, description=__doc__ or "")
     app.add_middleware(Admission, limits=limits, measures=measures)
 
-    def read(question: Question, data: bytes | None, url: str | None) -> tuple[Example, Predictor]:
-        if data is None:
-            assert url is not None
-            data = fetch(url, allowed_hosts, limits.max_bytes, limits.receive_seconds)
+    def read(question: Question, data: bytes) -> tuple[Example, Predictor]:
         try:
             predictor = asked(question.request())
         except ValueError as error:
@@ -92,7 +89,10 @@ def make_app(detector: Detector, limits: Limits, allowed_hosts: Collection[str] 
             raise Refusal(400, str(error).removeprefix(f"sample {IMAGE_ID!r}: ")) from error
 
     async def answer(question: Question, data: bytes | None, url: str | None) -> Prediction:
-        work = partial(read, question, data, url)
+        if data is None:
+            assert url is not None  # in another thread than those that decode: a slow host keeps nobody else waiting
+            data = await asyncio.to_thread(fetch, url, allowed_hosts, limits.max_bytes, limits.receive_seconds)
+        work = partial(read, question, data)
         example, predictor = await asyncio.get_running_loop().run_in_executor(readers, work)
         found = await batcher.answer(example, predictor)
         if isinstance(found, str):

@@ -10,7 +10,8 @@ requests are being answered.
 
 The JSON: `statuses` by kind of request, `without_status`, `images_per_s` of the server and of `predict.py` and their
 `throughput_ratio`; `lone_p50_ratio`; `memory_mib` after the first hundred requests and at the end; `worst_box` (pixels)
-and `worst_score`, the differences from `predict.py`, and `other_captions`; `answered_after_sigterm`.
+and `worst_score`, the differences of all `compared` objects from those of `predict.py`, `other_captions`, and
+`other_numbers_of_objects` of answers; `answered_after_sigterm`.
 """
 
 import argparse
@@ -110,7 +111,7 @@ async def ask(port: int, body: bytes, is_slow: bool = False) -> tuple[int | None
 async def load(server: Server, pictures: Sequence[bytes], args: argparse.Namespace) -> dict[str, Any]:
     """All clients at once."""
     numbers, statuses, retries = iter(range(args.requests)), defaultdict[str, Counter[str]](Counter), 0
-    bad, memory, answers = bad_images(pictures[0]), list[float](), dict[int, Any]()
+    bad, memory, answers = bad_images(pictures[0]), list[float](), list[tuple[int, Any]]()
     done, kinds = 0, list(BAD)
 
     async def client() -> None:
@@ -126,7 +127,7 @@ async def load(server: Server, pictures: Sequence[bytes], args: argparse.Namespa
                 await asyncio.sleep(0.2)
             statuses[kind][str(status)] += 1
             if kind == "good" and status == 200:
-                answers[number % len(pictures)] = content
+                answers.append((number % len(pictures), content))
             done += 1
             if done in (100, args.requests):
                 memory.append(server.memory_mib())
@@ -194,20 +195,25 @@ def predict_files(args: argparse.Namespace, pictures: Sequence[bytes], count: in
     return count / (rates[1] - rates[0]), rows[0]
 
 
-def differences(answers: dict[int, Any], rows: Sequence[Any]) -> dict[str, Any]:
-    """The largest of boxes and scores, and how many captions differ."""
-    worst_box, worst_score, captions, compared = 0.0, 0.0, 0, 0
-    for place, answer in answers.items():
-        for one, other in zip(answer["objects"], rows[place]["objects"], strict=False):
+def differences(answers: Sequence[tuple[int, Any]], rows: Sequence[Any]) -> dict[str, Any]:
+    """The largest of boxes and scores over all answers, and how many differ in their number of objects or a caption."""
+    worst_box, worst_score, captions, numbers, compared = 0.0, 0.0, 0, 0, 0
+    for place, answer in answers:
+        found, expected = answer["objects"], rows[place]["objects"]
+        if len(found) != len(expected):
+            numbers += 1
+            continue
+        for one, other in zip(found, expected, strict=True):
             worst_box = max(worst_box, *(abs(a - b) for a, b in zip(one["box"], other["box"], strict=True)))
             worst_score = max(worst_score, abs(one["score"] - other["score"]))
             captions += one["caption"] != other["caption"]
             compared += 1
-    return {"worst_box": worst_box, "worst_score": worst_score, "other_captions": captions, "compared": compared}
+    worst = {"worst_box": worst_box, "worst_score": worst_score}
+    return {**worst, "other_captions": captions, "other_numbers_of_objects": numbers, "compared": compared}
 
 
 async def stop(server: Server, pictures: Sequence[bytes]) -> dict[str, int]:
-    """SIGTERM while requests are being answered: what those got that had been sent whole."""
+    """SIGTERM once five of sixty requests are answered: what all of them got."""
     asked = [asyncio.create_task(ask(server.port, pictures[number % len(pictures)])) for number in range(60)]
     while sum(task.done() for task in asked) < 5:
         await asyncio.sleep(0.005)

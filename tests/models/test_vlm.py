@@ -21,6 +21,7 @@ from recipe.data.image import image_spec, patchify
 from recipe.joint import JointModel
 from recipe.load import drop_ineffective_flags, load_processor
 from recipe.models.attention import resolve_attention
+from recipe.models.network import run_trunk
 from recipe.models.vlm import (
     IS_TRANSFORMERS_4,
     ImageEmbedding,
@@ -56,14 +57,7 @@ def load(tiny_checkpoint: str) -> Callable[[str], VisionLanguageModel]:
 
 def hidden_states(vlm: VisionLanguageModel, batch: Batch) -> Tensor:
     """Of the real tokens, sample after sample."""
-    states = vlm(
-        batch["input_ids"],
-        batch["attention_mask"],
-        batch["position_ids"],
-        batch["segment_lengths"],
-        batch["pixel_patches"],
-        batch["image_grid_thw"],
-    ).last_hidden_state
+    states = run_trunk(vlm, batch).last_hidden_state
     mask = batch["attention_mask"]
     return states if mask is None else states[mask.flatten().bool()]
 

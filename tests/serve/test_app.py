@@ -58,7 +58,7 @@ def test_every_form_of_a_request(port: int, detector: Detector, scenes: list[byt
 
 
 def test_many_clients_get_their_own_answers(port: int, detector: Detector, scenes: list[bytes]) -> None:
-    """In batches, whose sums have another order; measured: 0.01 pixels and 1e-6."""
+    """In batches, whose sums have another order; measured: 0 pixels and 1e-8, and 1e-6 with a trained model."""
     expected = [made(detector(scene, threshold=0.0)) for scene in scenes]
     with ThreadPoolExecutor(12) as pool:
         found = list(pool.map(lambda number: ask(port, "/predict?threshold=0", scenes[number % 4])[:2], range(48)))
@@ -68,8 +68,8 @@ def test_many_clients_get_their_own_answers(port: int, detector: Detector, scene
         assert (content["width"], content["height"]) == (own["width"], own["height"])
         assert len(content["objects"]) == len(own["objects"])
         for one, other in zip(content["objects"], own["objects"], strict=True):
-            assert one["box"] == pytest.approx(other["box"], abs=0.1)
-            assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+            assert one["box"] == pytest.approx(other["box"], abs=0.011)  # the next hundredth
+            assert one["score"] == pytest.approx(other["score"], abs=2e-6)
     measures = ask(port, "/metrics")[1].decode()
     (batches,) = (
         float(line.split()[1]) for line in measures.splitlines() if line.startswith("recipe_batch_images_count")
