@@ -13,7 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, Qwen2VLImageProcessorFast
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    Qwen2VLImageProcessorFast,
+)
 
 from recipe.config import ConfigError, ImageConfig, RecipeConfig
 from recipe.data.encode import rope_positions
@@ -34,6 +40,7 @@ from recipe.models.vlm import (
 from recipe.prediction.decode import generate_answers, special_ids
 from recipe.schema import Batch, Example
 from recipe.tiny import build_tiny_checkpoint
+from tests.benchmarks.real_size import write_processor
 from tests.support.tiny_cases import EVERY_FAMILY, collator, make_samples, token_types
 
 PICTURED = ("two", "empty", "crowded")
@@ -271,6 +278,30 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):
             load_vlm(name, "auto", "float32")
         with pytest.raises(ConfigError, match=f"pretrained_model_name_or_path is '{name}', but neither a folder nor"):
             load_processor(name)
+
+
+@EVERY_FAMILY
+def test_a_processor_is_that_of_transformers(tiny_checkpoint: str, tmp_path: Path):
+    """Both write the same files; ours also says which pattern is right, so that nobody is warned of it."""
+    processors = {"own": load_processor(tiny_checkpoint), "auto": AutoProcessor.from_pretrained(tiny_checkpoint)}
+    files: dict[str, dict[str, Any]] = {}
+    for name, processor in processors.items():
+        processor.save_pretrained(tmp_path / name)
+        files[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        files[name]["tokenizer_config.json"] = json.loads(files[name]["tokenizer_config.json"])
+    assert files["own"]["tokenizer_config.json"].pop("fix_mistral_regex") is False
+    assert files["own"] == files["auto"]
+    assert type(processors["own"]) is type(processors["auto"])
+
+
+@pytest.mark.shared_data
+def test_a_true_vocabulary_is_read_without_a_warning(
+    shared_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    write_processor("3b", tmp_path, shared_data / "tokenizer")
+    caplog.clear()
+    load_processor(str(tmp_path))
+    assert not [record.getMessage() for record in caplog.records if "regex" in record.getMessage()]
 
 
 @pytest.mark.skipif(not IS_TRANSFORMERS_4, reason="5 reads what it writes")
