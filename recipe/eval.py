@@ -24,8 +24,9 @@ EXAMPLES = """  composer recipe/eval.py runs/joint/config.yaml load_path=runs/jo
 
 
 def main(config: RecipeConfig) -> dict[str, float]:
-    """Score `load_path` on the evaluation set; the scores are also written to `{run_folder}/eval.json`.
+    """Score `load_path` on the evaluation set.
 
+    The scores are also written to `{run_folder}/eval.json`, with what names the checkpoint.
     The calibration of the scores, and their best threshold, are written to `{run_folder}/calibration.yaml`.
     """
     # Imported here because they take seconds: a mistake in the yaml is reported before.
@@ -36,9 +37,9 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from recipe.callbacks.evaluation_parts import EvaluationParts, evaluation_of
     from recipe.callbacks.progress import describe_seconds, headline
     from recipe.callbacks.table import build_loggers
-    from recipe.checkpoints.check import describe
+    from recipe.checkpoints.check import contents_sum, describe, manifest_at
     from recipe.checkpoints.resume import safe_loading, weights_keywords
-    from recipe.checkpoints.weights import trained_caption_length
+    from recipe.checkpoints.weights import EVALUATED, trained_caption_length
     from recipe.data.evaluation import put_answered_first
     from recipe.data.loader import build_eval_loader
     from recipe.data.split import evaluation_loader
@@ -84,7 +85,10 @@ def main(config: RecipeConfig) -> dict[str, float]:
     if dist.get_global_rank() == 0:
         (parts,) = (callback for callback in callbacks if isinstance(callback, EvaluationParts))
         report = parts.report
-        found = scores if report is None else {**scores, "categories": report.to_json()}
+        manifest = manifest_at(str(config.load_path))
+        found = {**scores, EVALUATED: None if manifest is None else contents_sum(manifest)}
+        if report is not None:
+            found["categories"] = report.to_json()
         Path(config.run_folder, "eval.json").write_text(json.dumps(found, indent=1) + "\n")
         names = ", ".join(loader.streams)
         print(f"{eval_loader.num_samples} samples of {names}, checkpoint {redact(str(config.load_path))}")

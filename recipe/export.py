@@ -4,6 +4,7 @@ DIR then loads with transformers' `from_pretrained`, and with `recipe/predict.py
 """
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -114,21 +115,38 @@ def main(args: argparse.Namespace) -> None:
 
 def facts_of(args: argparse.Namespace) -> "Facts":
     """Return what the card says of an evaluation and of the checkpoint; raise ValueError if they cannot be read."""
+    from recipe.checkpoints.check import contents_sum, manifest_at
     from recipe.publish.card import Facts, read_scores
 
     facts = Facts(name=args.push_to_hub or Path(args.out).absolute().name, scores={}, license=args.license)
-    path = Path(args.checkpoint).resolve()  # the newest has two names, and one manifest
-    if (path.exists() and not path.is_dir()) or (path / "manifest.json").is_file():
-        from recipe.checkpoints.check import LocalFolder, read_manifest  # imports Composer, which takes seconds
-
-        manifest = read_manifest(LocalFolder(path.parent), path.name)
-        if manifest is not None:
-            scored = "measured by the training when it saved the checkpoint"
-            facts = replace(facts, scores=manifest.scores or {}, scored=scored, steps=manifest.batch)
-            facts = replace(facts, processes=manifest.world_size)
+    facts = replace(facts, peak_gib=peak_memory(args.checkpoint))
+    manifest = manifest_at(args.checkpoint)
+    if manifest is not None:
+        scored = "measured by the training when it saved the checkpoint"
+        facts = replace(facts, scores=manifest.scores or {}, scored=scored, steps=manifest.batch)
+        facts = replace(facts, processes=manifest.world_size)
     if args.evaluation is not None:
-        facts = replace(facts, scores=read_scores(args.evaluation / "eval.json"), scored="measured by recipe/eval.py")
+        path = args.evaluation / "eval.json"
+        scores, evaluated = read_scores(path)
+        if manifest is not None and evaluated not in (None, contents_sum(manifest)):
+            raise ValueError(f"{path} is of another checkpoint than {args.checkpoint}: evaluate this one")
+        facts = replace(facts, scores=scores, scored="measured by recipe/eval.py")
     return facts
+
+
+def peak_memory(checkpoint: str) -> float | None:
+    """Return the peak in GiB that the run of a checkpoint logged last; None if it has not ended or logs no such file.
+
+    Only the folders above the checkpoint are looked at, as its own `run_folder` may be of another machine.
+    """
+    from recipe.callbacks.summary import PEAK_MEMORY
+
+    for folder in list(Path(checkpoint).absolute().parents)[:3]:
+        path = folder / "metrics.jsonl"
+        if path.is_file():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if PEAK_MEMORY in line]
+            return json.loads(lines[-1])["metrics"][PEAK_MEMORY] if lines else None
+    return None
 
 
 def find_calibration(args: argparse.Namespace) -> Path | None:

@@ -9,6 +9,8 @@ from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
+from jaxtyping import Float
+from torch import Tensor
 
 from recipe.config import ConfigError
 from recipe.optim.groups import named_groups
@@ -89,11 +91,18 @@ class MemoryPeaks:
         self._groups = trained
         self._starts.append(int(state.timestamp.batch))
 
-    def describe(self, state: State) -> str:
-        """Return the largest peaks of all ranks, which must all call it, in words."""
+    def largest(self, state: State) -> Float[Tensor, "stage kind"]:
+        """Return the largest peaks of all ranks, which must all call it, in GiB.
+
+        A GPU has a row per stage: tensors, and these with the allocator's cache; a CPU one number.
+        """
         peaks = [*self._peaks, _cuda_peak()] if self._groups is not None else [[_process_peak()]]
         largest = state.device.tensor_to_device(torch.tensor(peaks))
         dist.all_reduce(largest, reduce_operation="MAX")
+        return largest
+
+    def describe(self, largest: Float[Tensor, "stage kind"]) -> str:
+        """Return the result of `largest` in words."""
         if self._groups is None:
             return f"peak {largest.item():.3g} GiB per process"
         stages = [

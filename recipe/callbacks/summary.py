@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 FEW_STEPS = 500  # fewer teach a new head little
 OFTEN = 200  # passes over a set, after which it is learned by heart
+PEAK_MEMORY = "memory/peak_gib"  # of the process or GPU that took most, logged when a run ends
 
 
 class Summary(Callback):
@@ -138,8 +139,9 @@ class Summary(Callback):
         return bool(trunk) and all(any(stage.factor is None for stage in stages) for stages in trunk)
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Log the last lines. Collective."""
-        memory = self._memory.describe(state)
+        """Log the last lines, and the peak of memory as a metric. Collective."""
+        peaks = self._memory.largest(state)
+        logger.log_metrics({PEAK_MEMORY: float(peaks.max())})
         if dist.get_global_rank() != 0:
             return
         step, start = self._start
@@ -150,7 +152,7 @@ class Summary(Callback):
         lines = [
             f"  done        step {int(state.timestamp.batch)} after {timedelta(seconds=round(seconds))}{pace}",
             f"  evaluation  {headline(scores) if scores else 'none yet'}",
-            f"  memory      {memory}",
+            f"  memory      {self._memory.describe(peaks)}",
             f"  checkpoint  {newest}",
             f"  results     {self.run_folder}: metrics.jsonl, curves.png, images, config.yaml",
             f"  next        python recipe/predict.py --checkpoint {newest} --out predictions IMAGES",

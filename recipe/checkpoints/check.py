@@ -342,6 +342,22 @@ def read_manifest(place: LocalFolder | StoreFolder, name: str) -> Manifest | Non
     return None
 
 
+def manifest_at(checkpoint: str) -> Manifest | None:
+    """Return the manifest of the checkpoint of a path or address; None if it has none. A link is followed.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    path = checkpoint.rstrip("/") if "://" in checkpoint else str(Path(checkpoint).resolve())
+    folder, _, name = path.rpartition("/")
+    return read_manifest(open_folder(folder), name)
+
+
+def contents_sum(manifest: Manifest) -> str:
+    """Return the SHA-256 of the sums of a checkpoint's files, by which an evaluation names it."""
+    return _sha256({name: entry.sha256 for name, entry in manifest.files.items()})
+
+
 def check(place: LocalFolder | StoreFolder, name: str, manifest: Manifest) -> str | None:
     """Return why a checkpoint is not as its manifest says; None if it is. Sizes are compared before reading all."""
     folder = name if manifest.sharded else str(PurePosixPath(name).parent)

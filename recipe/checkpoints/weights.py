@@ -41,6 +41,7 @@ CONFIG_FILE = "recipe.yaml"
 INDEX_OF_SHARDS = ".metadata"  # torch's
 RUN_CONFIG_FILE = "config.yaml"
 LANGUAGE_MODEL = "vlm."
+EVALUATED = "checkpoint_sha256"  # in `eval.json`: `check.contents_sum` of what was evaluated
 
 # What a genuine Composer checkpoint holds apart from tensors: random generator states and times, as Composer lists
 # them (mosaicml/composer#3937). numpy's `_reconstruct` is private, and was moved between numpy 1 and 2.

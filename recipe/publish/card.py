@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from recipe.checkpoints.base import frozen_groups
-from recipe.checkpoints.weights import CONFIG_FILE, HEAD_FILE
+from recipe.checkpoints.weights import CONFIG_FILE, EVALUATED, HEAD_FILE
 from recipe.config import RecipeConfig
 from recipe.metrics.calibration import CALIBRATION_FILE
 from recipe.optim.groups import GROUP_PATTERNS
@@ -65,6 +65,7 @@ class Facts:
         scored: Where they are from.
         steps: Of the training; None: unknown.
         processes: Of the training.
+        peak_gib: Memory of the training at its peak, of the GPU or process that took most; None: unknown.
         license: An identifier of the hub; None: unknown.
         example: A drawing, and which image it shows; None: without.
     """
@@ -74,6 +75,7 @@ class Facts:
     scored: str = ""
     steps: int | None = None
     processes: int = 1
+    peak_gib: float | None = None
     license: str | None = None
     example: tuple[Image.Image, str] | None = None
 
@@ -206,9 +208,15 @@ def _training(config: RecipeConfig, facts: Facts) -> str:
         f"- Learning rates: {', '.join(trained)}. Frozen parts of the base: {frozen}.",
         f"- Precision: weights {config.model.dtype}, computation {view_trainer(config).precision or 'amp_fp16'}.",
         f"- Exported with Python {platform.python_version()}, {', '.join(versions)}.",
-        "- Memory of the training: not recorded with the checkpoint.",
+        f"- Memory: {_memory(facts.peak_gib)}.",
     ]
     return "\n".join(lines)
+
+
+def _memory(peak: float | None) -> str:
+    if peak is None:
+        return "unknown, as the training did not end or its metrics.jsonl is not next to the checkpoint"
+    return f"at its peak {peak:.3g} GiB of the GPU (without one: of the process) that took most"
 
 
 _LIMITS = """## Intended use and limits
@@ -239,12 +247,13 @@ def _files(folder: Path) -> str:
     return "\n".join(f"- `{name}`: {what}" for name, what in known.items() if (folder / name).is_file())
 
 
-def read_scores(path: Path) -> dict[str, Any]:
-    """Return the scores of an `eval.json`; raise ValueError if it is none."""
+def read_scores(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the scores of an `eval.json`, and what names its checkpoint; raise ValueError if it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}: give the run folder of recipe/eval.py") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not what recipe/eval.py writes: give its run folder")
-    return {name: value for name, value in found.items() if isinstance(value, int | float)}
+    scores = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return scores, found.get(EVALUATED)

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from convert.shapes import draw_scene
-from recipe.checkpoints.weights import find_config
+from recipe.checkpoints.check import contents_sum, manifest_at
+from recipe.checkpoints.weights import EVALUATED, find_config
 from recipe.config import RecipeConfig
 from recipe.configure import load_config
 from recipe.eval import main as evaluate
@@ -41,6 +42,10 @@ def test_what_is_found_is_used(
     plain = evaluate(config)
     path = tmp_path / "eval" / "calibration.yaml"
     content = yaml.safe_load(path.read_text())
+    manifest = manifest_at(str(trained_checkpoint))
+    assert manifest is not None
+    written = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert written[EVALUATED] == contents_sum(manifest)
     values, report = content["evaluation"], content["report"]
     assert tuple(values) == KEYS
     assert report["fitted"]["before"]["images"] + report["held_out"]["before"]["images"] == 4

@@ -17,8 +17,10 @@ from transformers import AutoTokenizer, GenerationConfig
 from convert.shapes import draw_scene
 from recipe import Detector
 from recipe.checkpoints.base import NETWORK
-from recipe.checkpoints.weights import find_config, read_weights
-from recipe.export import main, parse
+from recipe.checkpoints.check import contents_sum, manifest_at
+from recipe.checkpoints.weights import EVALUATED, find_config, read_weights
+from recipe.export import facts_of, main, parse
+from recipe.publish.card import write_card
 from recipe.publish.trained import TRAINED_FILE, tensor_hash
 from tests.support.hub_server import REPOSITORY, TOKEN, Hub, hub_server
 
@@ -152,6 +154,41 @@ def test_without_an_evaluation(
     printed = capsys.readouterr().out
     assert "transformers alone gives the text only; these lines give the boxes" in printed
     assert f'detector = Detector.from_pretrained("{tmp_path / "out"}")' in printed
+
+
+@pytest.mark.parametrize("evaluated", ["this one", "another"])
+def test_an_evaluation_of_another_checkpoint_is_refused(
+    evaluated: str, trained_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Whatever the name of the checkpoint: the newest has two."""
+    assert trained_checkpoint.is_symlink()
+    manifest = manifest_at(str(trained_checkpoint.resolve()))
+    assert manifest is not None
+    contents = contents_sum(manifest) if evaluated == "this one" else "0" * 64
+    (tmp_path / "eval.json").write_text(json.dumps({"box_ap": 0.5, EVALUATED: contents}))
+    args = ["--checkpoint", str(trained_checkpoint), "--out", str(tmp_path / "out"), "--evaluation", str(tmp_path)]
+    if evaluated == "this one":
+        assert facts_of(parse(args)).scores == {"box_ap": 0.5}
+        return
+    with pytest.raises(ValueError, match=r"eval.json is of another checkpoint than .*: evaluate this one"):
+        main(parse(args))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_peak_of_memory_is_that_of_the_last_run(trained_checkpoint: Path, tmp_path: Path) -> None:
+    """Of the run next to the checkpoint; started again, it logs one more."""
+    asked = parse(["--checkpoint", str(trained_checkpoint), "--out", "out"])
+    path = trained_checkpoint.parents[1] / "metrics.jsonl"
+    assert facts_of(asked).peak_gib is None
+    lines = [{"metrics": metrics} for metrics in ({"memory/peak_gib": 2.0}, {"loss": 1}, {"memory/peak_gib": 3.5}, {})]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        facts = facts_of(asked)
+    finally:
+        path.unlink()
+    assert facts.peak_gib == 3.5
+    write_card(tmp_path, find_config(trained_checkpoint), facts, only_adapters=False)
+    assert "- Memory: at its peak 3.5 GiB" in (tmp_path / "README.md").read_text()
 
 
 def test_a_push_without_a_token_is_refused_before_the_export(

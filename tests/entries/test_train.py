@@ -79,6 +79,7 @@ def test_a_run_leaves_what_the_readme_says(make_run: Callable[..., RecipeConfig]
     for name in ("box_ap50", "category_ap50", "caption_match", "text_f1", "loss_caption"):
         assert f"metrics/eval/{name}" in metrics
     assert metrics["time/sample"] == 8
+    assert 0.1 < metrics["memory/peak_gib"] < 24
 
 
 def test_resume_in_mid_epoch_gives_the_same_weights(make_run: Callable[..., RecipeConfig]) -> None:
