@@ -124,17 +124,20 @@ def step_square_sums(optimizer: AdamW, group: dict[str, Any], rate: float) -> Te
     states = [optimizer.state[parameter] for parameter in stepped]
     steps = torch.stack([state["step"] for state in states]).tolist()
     beta1, beta2 = group["betas"]
-    norms: list[Tensor] = []  # of weights and update of each piece
+    squares: list[Tensor] = []  # of weights and update of each piece
     tensors = [(local(p), local(s["exp_avg"]), local(s["exp_avg_sq"])) for p, s in zip(stepped, states, strict=True)]
-    for weights, means, squares, step in _pieces(tensors, steps):
+    buffer = tensors[0][0].new_empty(0)
+    for weights, means, variances, step in _pieces(tensors, steps):
         # All that reads a piece comes before the next one, so weights and moments are read from memory once.
         bias1, root = 1 - beta1**step, math.sqrt(1 - beta2**step)
         scale = root / bias1  # u = rate * scale * m / (sqrt(v) + floor)
-        update = squares.sqrt().add_(group["eps"] * root)
+        if len(buffer) < len(weights) or buffer.dtype != weights.dtype:
+            buffer = torch.empty_like(weights)
+        update = torch.sqrt(variances, out=buffer[: len(weights)]).add_(group["eps"] * root)
         torch.div(means, update, out=update)
         update.add_(weights, alpha=group["weight_decay"] / scale)
-        norms += [torch.linalg.vector_norm(weights), torch.linalg.vector_norm(update).mul_(scale)]
-    added = torch.stack(norms).double().square().view(-1, 2).sum(0)
+        squares += [torch.dot(weights, weights), torch.dot(update, update).mul_(scale**2)]  # twice as fast as norms
+    added = torch.stack(squares).double().view(-1, 2).sum(0)
     added[1] *= (rate / (1 - rate * group["weight_decay"])) ** 2
     return sums + added
 
