@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 test test-slow test-all test-next test-next-part: export HF_HUB_OFFLINE = 1
 test test-slow test-all test-next test-next-part: export WANDB_MODE = offline
 
-.PHONY: help environment quickstart test test-slow test-all test-next test-next-part gpu lint format types clean
+.PHONY: help environment quickstart test test-slow test-all test-next test-next-part gpu lint format types audit clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "                  make test-next-part: those of them that CI runs"
 	@echo "make gpu          measure on the GPU of this machine, in at most 8 minutes"
 	@echo "make lint types   ruff, pyright"
+	@echo "make audit        known security faults of what is installed, by pip-audit; needs pypi.org itself"
 	@echo "make format       ruff format and the import order"
 	@echo "make clean        remove what was built, but not .venv"
 
@@ -91,6 +92,13 @@ format: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/pyright
+
+# --strict: a package that the index says nothing about is a failure, not a pass.
+audit: $(INSTALLED)
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && \
+		.venv-audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit==2.10.1; }
+	.venv-audit/bin/pip-audit --strict --skip-editable --progress-spinner off \
+		--path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 clean:
 	rm -rf build quickstart overfit runs wandb bench *.egg-info .pytest_cache .ruff_cache
