@@ -28,7 +28,7 @@ help:
 	@echo "                  make test-next-part: those of them that CI runs"
 	@echo "make gpu          measure on the GPU of this machine, in at most 8 minutes"
 	@echo "make lint types   ruff, pyright"
-	@echo "make audit        known security faults of what is installed, by pip-audit; needs pypi.org itself"
+	@echo "make audit        known security faults of what is installed, by pip-audit; the index must know them"
 	@echo "make format       ruff format and the import order"
 	@echo "make clean        remove what was built, but not .venv"
 

@@ -95,11 +95,16 @@ def parse_index(path: Path) -> dict[str, Any]:
         raise ValueError(f"is truncated or not an index of shards ({type(error).__name__}: {error})") from None
     if version != 2:
         raise ValueError(f"is of version {version}, not 2")
+    if any(_PICKLE in shard.get("column_encodings", ()) for shard in index["shards"]):
+        raise ValueError("has a column of pickles, which can run programs: do not use this data set")
     for info in (info for pairs in shards for pair in pairs for info in pair if info):
         name = PurePosixPath(info.basename)
         if name.is_absolute() or ".." in name.parts or not name.name:
             raise ValueError(f"names a file outside its folder, {info.basename!r}: do not use this data set")
     return index
+
+
+_PICKLE = "pkl"  # the one encoding of MDS that runs what it reads
 
 
 def file_pairs(shard: Mapping[str, Any]) -> list[tuple[FileInfo, FileInfo | None]]:

@@ -84,6 +84,7 @@ def test_a_truncated_shard(folder: Path) -> None:
         (lambda index: index["shards"][1].update(zip_data={"basename": "../x", "bytes": 1, "hashes": {}}), "outside"),
         (lambda index: index["shards"][1]["raw_data"].update(basename="/etc/hostname"), "outside its folder"),
         (lambda index: index["shards"][1]["raw_data"].update(basename="a/../../b"), "outside its folder"),
+        (lambda index: index["shards"][1]["column_encodings"].append("pkl"), "a column of pickles, which can run"),
         (lambda index: index["shards"][1].update(index["shards"][0]), "one file twice"),
         (lambda index: index["shards"][1]["raw_data"].pop("hashes"), "not an index of shards"),
     ],
