@@ -19,7 +19,7 @@ from recipe.algorithms.quarantine import AuditEntry, Quarantine
 from recipe.algorithms.snapshot import Snapshot, weights_are_finite
 from recipe.algorithms.watch import Action, MicrobatchFlags, Reading, Watch, head_outputs
 from recipe.config import NaNRollbackConfig
-from recipe.optim.groups import local, named_groups, square_sums
+from recipe.optim.groups import local, named_groups, num_copies, square_sums
 from recipe.upstream.torch_private import foreach_mul_
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class NaNRollback(Algorithm):
         self.strikes = 0
         self.recently_skipped: list[int] = []
         self._is_saved = False
-        self._is_sharded = False
+        self._num_copies = 1  # ranks that hold the same part of the weights
         self._batch, self._epoch = 0, 0
         self._microbatches: list[MicrobatchFlags] = []
         self._losses: list[Tensor] = []
@@ -98,7 +98,7 @@ class NaNRollback(Algorithm):
         self.quarantine.load_state_dict(saved["quarantine"])
 
     def _begin(self, state: State, logger: Logger) -> None:
-        self._is_sharded = state.fsdp_enabled  # looks at all modules
+        self._num_copies = num_copies(state)  # looks at all modules
         self.quarantine.apply(state)
         if not weights_are_finite(state):
             raise TrainingDiverged(
@@ -161,8 +161,7 @@ class NaNRollback(Algorithm):
         groups = named_groups(state.optimizers[0])
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
         sums = square_sums(gradients, self._losses[0].device)
-        if not self._is_sharded:
-            sums /= dist.get_world_size()  # each rank has the whole sum
+        sums /= self._num_copies
         losses = torch.stack(self._losses)
         num_flags = torch.stack([flags.count() for flags in self._microbatches]).sum()
         reduced = torch.cat([sums, torch.stack([losses.sum(), losses.new_tensor(len(losses)), num_flags])])
