@@ -136,7 +136,7 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     from recipe.optim.groups import group_parameters
 
     view = view_trainer(config)
-    shards, replicas = shards_and_replicas(view.fsdp, world_size)
+    shards, _ = shards_and_replicas(view.fsdp, world_size)
     amp = (view.precision or "").startswith("amp_") and config.model.dtype != "bfloat16"
     weights = trained = elements = copied = moments = 0
     for group, members in group_parameters(network).items():

@@ -6,6 +6,7 @@ One small all-reduce per step gives every rank the same numbers, so all ranks de
 import json
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -226,22 +227,24 @@ class NaNRollback(Algorithm):
 
     def _report(self, reasons: list[str], action: str, blame: bool) -> None:
         """Log the bad samples of every rank; count them if `blame`."""
-        parts = dist.all_gather_object([(flags.names(), flags.sample_ids) for flags in self._microbatches])
-        is_known = any(names for part in parts for names, _ in part)
+        found = [(flags.names(), flags.sample_ids) for flags in self._microbatches]
+        parts = dist.all_gather_object((socket.gethostname(), found))
+        is_known = any(names for _, part in parts for names, _ in part)
         entries = []
-        for rank, part in enumerate(parts):
+        for rank, (host, part) in enumerate(parts):
             suspects = [(names, ids) for names, ids in part if names or not is_known]
             if not suspects:
                 continue
             terms = list(dict.fromkeys(name for names, _ in suspects for name in names))
             ids = list(dict.fromkeys(name for _, names in suspects for name in names))
             terms = [*reasons, *terms] or ["gradient"]
-            entries.append(AuditEntry(self._batch, self._epoch, rank, terms, ids, action))
+            entries.append(AuditEntry(self._batch, self._epoch, rank, host, terms, ids, action))
         self.quarantine.write(entries)
         if dist.get_global_rank() == 0:
             for entry in entries:
                 terms = ", ".join(entry.terms[:4]) + (", ..." if len(entry.terms) > 4 else "")
-                log.warning("batch %d: %s, because of %s on rank %d", entry.batch, action, terms, entry.rank)
+                where = (entry.rank, entry.host)
+                log.warning("batch %d: %s, because of %s on rank %d of %s", entry.batch, action, terms, *where)
         if blame:
             self.quarantine.blame(name for entry in entries for name in entry.ids)
 

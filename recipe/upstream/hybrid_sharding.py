@@ -1,9 +1,9 @@
 """FSDP2 on a mesh of two dimensions: shards within a group of ranks, replicas across the groups.
 
-Fault of Composer 0.32 (`composer/core/state.py`, `State.__init__`): it replaces `FSDP2Config.device_mesh` by a mesh that it
-makes from the config's degrees. Those are read-only properties of `FSDP2Config` that always say "all ranks, one
-replica" (`composer/utils/parallelism.py`), so a mesh of two dimensions, which its docstring describes, becomes one of
-one dimension, without a word. With the degrees as fields Composer makes the right mesh itself.
+Fault of Composer 0.32 (`composer/core/state.py`, `State.__init__`): it replaces `FSDP2Config.device_mesh` by a mesh
+that it makes from the config's degrees. `FSDP2Config` has these as read-only properties that mean all ranks and one
+replica (`composer/utils/parallelism.py`). So a mesh of two dimensions, which its docstring describes, becomes one of
+one dimension, without a warning. With the degrees as fields Composer makes the right mesh itself.
 
 Delete once FSDP2Config takes the degrees; `test_fsdp2_config_has_no_degrees_of_its_own` then fails.
 """

@@ -11,12 +11,11 @@ from torch import nn
 from recipe.joint import JointModel
 from recipe.optim import fsdp as parallel
 
-
 HYBRID = {"data_parallel_shard_degree": 2, "data_parallel_replicate_degree": -1}
 
 
 def parallelism_of(model: JointModel, mode: str) -> Any:
-    """Composer's `parallelism_config` for ddp, fsdp1 or fsdp2, or with shards over two ranks each hybrid1 or hybrid2."""
+    """Composer's `parallelism_config` for ddp, fsdp1, fsdp2, or with shards over two ranks each hybrid1, hybrid2."""
     if mode == "ddp":
         return None
     keywords = {"mixed_precision": "FULL", **(HYBRID if mode.startswith("hybrid") else {})}

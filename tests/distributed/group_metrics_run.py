@@ -1,6 +1,7 @@
 """Two steps with both: `composer -n N tests/distributed/group_metrics_run.py TINY OUT MODE`.
 
-MODE is ddp, fsdp1, fsdp2, or on four ranks hybrid1 or hybrid2. Every rank writes OUT/MODE-RANK.pt: what was logged, and the true norms from whole weights.
+MODE is ddp, fsdp1, fsdp2, or on four ranks hybrid1 or hybrid2. Every rank writes OUT/MODE-RANK.pt: what was logged,
+and the true norms from whole weights.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """The joint model, hit on the last rank alone: `composer -n N tests/distributed/nan_run.py TINY OUT MODE`.
 
-MODE is ddp, fsdp1, fsdp2, or on four ranks hybrid1 or hybrid2, or with adapters in the trunk ddp_lora or fsdp2_lora. Every rank writes
-OUT/MODE-CASE-RANK.pt: its part of the weights and of the optimizer's state, what the guard counted, and whether the run
-gave up; the audit goes to OUT/MODE-CASE/quarantine.jsonl.
+MODE is ddp, fsdp1, fsdp2, or on four ranks hybrid1 or hybrid2, or with adapters in the trunk ddp_lora or fsdp2_lora.
+Every rank writes OUT/MODE-CASE-RANK.pt: its part of the weights and of the optimizer's state, what the guard counted,
+and whether the run gave up; the audit goes to OUT/MODE-CASE/quarantine.jsonl.
 """
 
 import sys
@@ -122,8 +122,9 @@ def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]
     examples = make_examples(config)
     rank = dist.get_global_rank()
     is_clean = name.startswith("clean")
+    num_samples = 4 // dist.get_world_size()
     shares = [
-        sum(shares, [])[rank * 4 // dist.get_world_size() :][: 4 // dist.get_world_size()]
+        [*shares[0], *shares[1]][rank * num_samples :][:num_samples]
         for index, shares in enumerate(BATCHES)
         if not (is_clean and index == HIT)
     ]

@@ -65,7 +65,9 @@ class Case:
     def shares_of(self, world_size: int) -> list[list[str]]:
         """What each of two or more ranks reads: as many parts of each of the two shares."""
         parts = world_size // len(self.shares)
-        return [share[part * len(share) // parts :][: len(share) // parts] for share in self.shares for part in range(parts)]
+        return [
+            share[part * len(share) // parts :][: len(share) // parts] for share in self.shares for part in range(parts)
+        ]
 
 
 CASES = {

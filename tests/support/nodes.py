@@ -126,7 +126,8 @@ def can_isolate() -> bool:
 def cluster(folder: Path, num_nodes: int = 2) -> Iterator[Cluster]:
     """Set up nodes with empty disks in `folder`, and a store; their processes and namespaces end with it."""
     isolated = can_isolate()
-    nodes = [Node(rank, folder / f"disk-{rank}", folder / ("disk" if isolated else f"disk-{rank}")) for rank in range(num_nodes)]
+    disks = [folder / f"disk-{rank}" for rank in range(num_nodes)]
+    nodes = [Node(rank, disk, folder / "disk" if isolated else disk) for rank, disk in enumerate(disks)]
     (folder / "disk").mkdir()
     with ExitStack() as stack:
         host = stack.enter_context(_bridge()) if isolated else "127.0.0.1"
