@@ -1,4 +1,4 @@
-"""`data_parallel_shard_degree` and `data_parallel_replicate_degree`: what they may be, and the mesh that comes of them."""
+"""`data_parallel_shard_degree` and `data_parallel_replicate_degree`: what they may be, and the mesh they make."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -58,7 +58,11 @@ def test_shards_and_replicas(keywords: Any, world_size: int, expected: tuple[int
         (degrees(True, 2), 4, "data_parallel_shard_degree is True: give a whole number above 0"),
         (degrees("all", 2), 4, "data_parallel_shard_degree is 'all': give a whole number above 0"),
         (degrees(-1, -1), 4, "both .* are -1, what is left: give one of them"),
-        (degrees(2, 4), 4, "2 times data_parallel_replicate_degree 4 is not the number of ranks, 4: set one of them to"),
+        (
+            degrees(2, 4),
+            4,
+            "2 times data_parallel_replicate_degree 4 is not the number of ranks, 4: set one of",
+        ),
         (degrees(8, None), 64, "8 times data_parallel_replicate_degree 1 is not the number of ranks, 64"),
         (degrees(3, -1), 4, "3 times .* -1 is not the number of ranks, 4: .* the other to a divisor of 4"),
         (degrees(8, -1), 4, "8 times .* -1 is not the number of ranks, 4"),

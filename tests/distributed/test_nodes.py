@@ -5,13 +5,14 @@ What they have apart: `tests/support/nodes.py`. Nodes are killed, replaced by ma
 
 import json
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch import Tensor
 
@@ -89,9 +90,17 @@ def wait_for(nodes: Cluster, name: str, steps: int, running: list[Running]) -> N
         time.sleep(0.05)
 
 
+def processes(running: Running) -> list[psutil.Process]:
+    """All of a node: what enters its namespaces, `node.sh`, the launcher, the ranks, their workers."""
+    first = psutil.Process(running.process.pid)
+    return [first, *first.children(recursive=True)]
+
+
 def kill(running: list[Running], victim: int) -> float:
     """Kills a node's processes; returns the seconds until the other node's launcher has ended by itself."""
-    running[victim].signal(signal.SIGKILL)
+    for process in processes(running[victim]):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     running[victim].wait(PATIENCE)
     started = time.monotonic()
     for one in running[:victim] + running[victim + 1 :]:
@@ -138,7 +147,7 @@ def test_each_node_has_its_own_cache_and_rank_0_writes_alone(nodes: Cluster, who
         assert not nodes.isolated or not listing.stdout
     first, second = (node.disk / "runs" / "whole" for node in nodes.nodes)
     assert len(losses(first)) == STEPS and (first / "config.yaml").exists()
-    assert not second.exists() and not list(nodes.nodes[1].disk.rglob("*.pt"))
+    assert not [path for path in second.rglob("*") if path.is_file()] and not list(nodes.nodes[1].disk.rglob("*.pt"))
 
 
 @pytest.mark.slow
@@ -163,7 +172,7 @@ def test_two_nodes_then_one_then_two(nodes: Cluster, launch: Any, whole: Path, t
     for number, (num_nodes, steps) in enumerate(((2, 3), (1, 5))):
         running = launch("elastic", num_nodes, numbered=f"-{number}")
         wait_for(nodes, "elastic", steps, running)
-        running[-1].signal(signal.SIGTERM)
+        next(process for process in processes(running[-1]) if process.name() == "bash").terminate()
         finish(running, PREEMPTED)
     finish(launch("elastic", 2, numbered="-last"))
     assert len(losses(nodes.nodes[0].disk / "runs" / "elastic")) == STEPS

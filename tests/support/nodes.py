@@ -94,7 +94,7 @@ class Cluster:
     isolated: bool
 
     def launch(self, name: str, num_nodes: int, script: str, *arguments: str) -> list[Running]:
-        """Start `composer -n 2 --world_size N --node_rank R --base_rank B ... SCRIPT ARGUMENTS` on the first nodes.
+        """Start `yamls/launch/node.sh SCRIPT ARGUMENTS`, and so `composer -n 2 --node_rank R ...`, on the first nodes.
 
         Args:
             name: Of the logs, next to the disks.
@@ -103,14 +103,13 @@ class Cluster:
             arguments: Of the script; a relative path is on each node's own disk.
         """
         port = 29500 if self.isolated else free_port()
-        running = []
-        for node in self.nodes[:num_nodes]:
-            launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "--world_size", str(2 * num_nodes)]
-            launcher += ["--node_rank", str(node.rank), "--base_rank", str(2 * node.rank)]
-            launcher += ["--master_addr", self.nodes[0].address, "--master_port", str(port)]
-            command = [*launcher, str(REPOSITORY / script), *arguments]
-            running.append(node.start(command, self.store.env, node.disk.parent / f"{name}-{node.rank}.log"))
-        return running
+        env = {"NODES": str(num_nodes), "GPUS": "2", "MASTER_ADDR": self.nodes[0].address, "MASTER_PORT": str(port)}
+        env |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **self.store.env}
+        command = ["bash", str(REPOSITORY / "yamls/launch/node.sh"), str(REPOSITORY / script), *arguments]
+        return [
+            node.start(command, {**env, "NODE_RANK": str(node.rank)}, node.disk.parent / f"{name}-{node.rank}.log")
+            for node in self.nodes[:num_nodes]
+        ]
 
 
 def can_isolate() -> bool:
