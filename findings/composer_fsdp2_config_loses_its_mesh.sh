@@ -2,9 +2,9 @@
 # FSDP2Config(device_mesh=...) of Composer takes a mesh of two dimensions, and trains on one of one dimension.
 #
 # Versions: mosaicml 0.32.1, with the torch 2.7 that it installs.
-# Valid use: FSDP2Config's docstring: "For 2D mesh, parameters are sharded across the 1st dimension and replicated across the
-#   0th dimension (HSDP)". Four processes, a mesh of 2 x 2, one Trainer.
-# Seen: after the Trainer is made, the config holds a mesh of four ranks in a row, and every weight is sharded over all four:
+# Valid use: FSDP2Config's docstring: "For 2D mesh, parameters are sharded across the 1st dimension and replicated
+#   across the 0th dimension (HSDP)". Four processes, a mesh of 2 x 2, one Trainer.
+# Seen: the Trainer made, the config holds a mesh of four ranks in a row, and every weight is sharded over all four:
 #   `State.__init__` replaces the mesh by one that it makes of `data_parallel_shard_degree` and
 #   `data_parallel_replicate_degree`, which are read-only properties of FSDP2Config: -1 and None. There is no warning.
 # Whom it hurts: a job on several machines that is meant to gather weights within a machine gathers them across all, in

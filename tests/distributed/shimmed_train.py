@@ -6,11 +6,8 @@ from recipe.configure import from_command_line, parser_of
 from recipe.console import setup_logging
 from recipe.train import EXAMPLES, USAGE, main
 from tests.distributed.fsdp_shim import install
-from tests.launches.launch import leave
 
 if __name__ == "__main__":
     setup_logging()
     install()
-    trainer = main(from_command_line(parser_of(USAGE, "Train with the shim.", EXAMPLES), sys.argv[1:])[0])
-    trainer.close()
-    leave()
+    main(from_command_line(parser_of(USAGE, "Train with the shim.", EXAMPLES), sys.argv[1:])[0])
