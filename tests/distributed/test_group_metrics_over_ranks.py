@@ -1,4 +1,4 @@
-"""Group metrics and loss gradients of several gloo ranks are those of one process, however the weights are shared out."""
+"""Group metrics and loss gradients of several gloo ranks are those of one process, however weights are sharded."""
 
 from collections.abc import Callable
 from pathlib import Path
