@@ -35,7 +35,7 @@ def install() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     if len(inspect.signature(collectives._get_gradient_divide_factors).parameters) == 4:  # torch 2.6 and 2.7
         collectives._get_gradient_divide_factors = _divide_by_all_ranks  # pyright: ignore[reportAttributeAccessIssue]
-    param_group.foreach_reduce = _with_event(collectives.foreach_reduce)
+    param_group.foreach_reduce = _with_event(collectives.foreach_reduce)  # pyright: ignore[reportPrivateImportUsage]
     nn.Module.to_empty = _to_empty_on_cpu(nn.Module.to_empty)
 
 

@@ -155,7 +155,8 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     # FSDP1's own gathering of gradients fails in float64 where one rank's part of a unit is frozen (torch 2.7).
     with whole_parameters(model):
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    num_shards = next(unit.process_group.size() for unit in FullyShardedDataParallel.fsdp_modules(model))
+    unit: Any = FullyShardedDataParallel.fsdp_modules(model)[0]
+    num_shards = unit.process_group.size()
     gathered = {}
     for name, parameter in model.named_parameters():
         parts = dist.all_gather_object(None if parameter.grad is None else parameter.grad.flatten())

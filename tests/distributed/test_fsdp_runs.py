@@ -108,12 +108,12 @@ def runs(tiny_checkpoint: str, folder: Path) -> Mapping[str, Run]:
         path = folder / "legs.json"
         path.write_text(json.dumps(settings))
         run_composer(world_size, Path(__file__).with_name("fsdp_run.py"), str(path), timeout=1200)
-    read = {name: read_run(folder / name, 2, 4) for name in TWO_RANKS}
-    return {**read, **{name: read_run(folder / name, 1, 2) for name in ONE_RANK}}
+    read = {name: read_run(folder / name, 2) for name in TWO_RANKS}
+    return {**read, **{name: read_run(folder / name, 1) for name in ONE_RANK}}
 
 
-def read_run(folder: Path, world_size: int, num_microbatches: int) -> Run:
-    """What the ranks wrote; `num_microbatches` are those of a step."""
+def read_run(folder: Path, world_size: int) -> Run:
+    num_microbatches = 2 if world_size == 1 else 4  # of a step
     ranks: list[dict[str, Any]] = [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
     losses = []
     for parts in zip(*(rank["losses"] for rank in ranks), strict=True):

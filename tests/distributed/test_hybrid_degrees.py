@@ -107,7 +107,8 @@ def test_composer_makes_the_mesh_of_the_degrees(
     model = make_model(tiny_config())
     built = fsdp.build_parallelism(model.model, keywords, "fp32", version)
     assert built is not None
-    config = ParallelismConfig(**{"fsdp" if version == 1 else "fsdp2": built["fsdp"]})
+    sections: dict[str, Any] = {"fsdp" if version == 1 else "fsdp2": built["fsdp"]}
+    config = ParallelismConfig(**sections)
     state = State(model, 1, "run", DeviceCPU(), parallelism_config=config)
     mesh = built["fsdp"].device_mesh
     assert mesh is not None and tuple(mesh.shape) == shape

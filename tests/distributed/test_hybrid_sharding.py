@@ -71,7 +71,7 @@ def runs(tiny_checkpoint: str, folder: Path) -> Mapping[str, Run]:
         path = folder / "legs.json"
         path.write_text(json.dumps(settings))
         run_composer(world_size, Path(__file__).with_name("fsdp_run.py"), str(path), timeout=2400)
-        found |= {name: read_run(folder / name, world_size, max(world_size, 2)) for name in legs}
+        found |= {name: read_run(folder / name, world_size) for name in legs}
     return found
 
 
