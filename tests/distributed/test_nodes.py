@@ -27,7 +27,7 @@ from tests.support.nodes import Cluster, cluster
 from tests.support.s3_server import find_juicefs
 
 STEPS, BUCKET = 8, "cluster"
-PATIENCE = 300  # seconds
+PATIENCE = 1200  # seconds, on a machine that is busy with other tests too
 SECONDS_TO_NOTICE = 60  # that a node is gone: its connections end, then the launcher gives the other rank 30 s
 FSDP = {"mixed_precision": "FULL", "state_dict_type": "sharded", **HYBRID}
 
@@ -45,8 +45,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def launch(nodes: Cluster, tiny_checkpoint: str) -> Any:
-    """Starts a training of `name` on some nodes."""
+def launch(nodes: Cluster, tiny_checkpoint: str) -> Iterator[Any]:
+    """Starts a training of `name` on some nodes, and ends what a failed test has left there."""
+    started: list[Running] = []
     yaml = write_yaml(nodes.nodes[0].disk.parent / "train.yaml", tiny_checkpoint, Path("data"), STEPS)
 
     def start(
@@ -57,7 +58,8 @@ def launch(nodes: Cluster, tiny_checkpoint: str) -> Any:
         places = [f"{stream}.{key}" for stream in streams for key in keys]
         for node in nodes.nodes[:num_nodes]:
             shutil.copy(yaml, node.disk)
-        return nodes.launch(
+        end(started)
+        started[:] = nodes.launch(
             f"{name}{numbered}",
             num_nodes,
             script,
@@ -71,8 +73,10 @@ def launch(nodes: Cluster, tiny_checkpoint: str) -> Any:
             "model.dtype=float64",
             *more,
         )
+        return list(started)
 
-    return start
+    yield start
+    end(started)
 
 
 def finish(running: list[Running], expected: int = 0) -> None:
@@ -92,15 +96,22 @@ def wait_for(nodes: Cluster, name: str, steps: int, running: list[Running]) -> N
 
 def processes(running: Running) -> list[psutil.Process]:
     """All of a node: what enters its namespaces, `node.sh`, the launcher, the ranks, their workers."""
-    first = psutil.Process(running.process.pid)
-    return [first, *first.children(recursive=True)]
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(running.process.pid)
+        return [first, *first.children(recursive=True)]
+    return []
+
+
+def end(running: list[Running]) -> None:
+    """Kills all processes of nodes."""
+    for process in [process for one in running for process in processes(one)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def kill(running: list[Running], victim: int) -> float:
     """Kills a node's processes; returns the seconds until the other node's launcher has ended by itself."""
-    for process in processes(running[victim]):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    end([running[victim]])
     running[victim].wait(PATIENCE)
     started = time.monotonic()
     for one in running[:victim] + running[victim + 1 :]:
