@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from recipe.config import ConfigError, RecipeConfig, trained_trunk
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of
 from recipe.families import PUBLISHED, family_of, published_config, vision_sizes
-from recipe.rules import check_ranks
 from recipe.upstream.trainer_section import shards_and_replicas, view_trainer
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
@@ -391,9 +390,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object: GiB by part, sum, needed, host")
     with one_line_errors():
         config, args = from_command_line(parser, arguments)
-        if args.world_size < 1:
-            raise ConfigError(f"--world-size is {args.world_size}: give 1 or more")
-        check_ranks(config, args.world_size)
         from recipe.checks import check_libraries
 
         check_libraries(config)

@@ -40,8 +40,8 @@ from recipe.upstream.trainer_section import TrainerView, shards_and_replicas, vi
 log = logging.getLogger(__name__)
 
 
-def check_config(config: RecipeConfig) -> None:
-    """Raise ConfigError at the first wrong key or combination of keys."""
+def check_config(config: RecipeConfig, world_size: int | None = None) -> None:
+    """Raise ConfigError at the first wrong key or combination of keys; the ranks are the launcher's if not given."""
     check_fields(config)
     _check_model(config)
     _check_optimization(config)
@@ -49,7 +49,7 @@ def check_config(config: RecipeConfig) -> None:
     _check_loader("eval_loader", config.eval_loader, may_be_empty=config.val_fraction is not None)
     _check_data(config)
     check_trainer(config.trainer)
-    check_ranks(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_ranks(config, world_size or int(os.environ.get("WORLD_SIZE", "1")))
     view = view_trainer(config)
     check_stages(config, view.max_duration)
     _check_warmups(config, view.max_duration)
@@ -208,12 +208,10 @@ def _check_loader(where: str, loader: LoaderConfig, may_be_empty: bool = False) 
 def check_ranks(config: RecipeConfig, world_size: int) -> None:
     """Raise ConfigError unless the ranks divide the batches and fill FSDP's groups."""
     shards_and_replicas(view_trainer(config).fsdp, world_size)
+    why = f"cannot be shared by {world_size} ranks: make it a multiple of {world_size}"
     for where, loader in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         if loader.global_batch_size % world_size:
-            raise ConfigError(
-                f"{where}.global_batch_size {loader.global_batch_size} cannot be shared by {world_size} ranks: "
-                f"make it a multiple of {world_size}"
-            )
+            raise ConfigError(f"{where}.global_batch_size {loader.global_batch_size} {why}")
 
 
 def check_stream(where: str, keywords: object) -> None:

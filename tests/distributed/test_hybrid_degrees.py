@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import load_config
-from recipe.estimate import build_on_meta, estimate, table
+from recipe.estimate import build_on_meta, estimate, main, table
 from recipe.optim import fsdp
 from recipe.optim.groups import num_copies
 from recipe.rules import check_config
@@ -81,6 +81,12 @@ def test_the_yaml_is_judged_by_the_ranks_of_the_launcher(monkeypatch: pytest.Mon
     check_config(load_config(str(YAML), [keys[0], f"{keys[1]}-1"]))
     with pytest.raises(ConfigError, match="8 times data_parallel_replicate_degree 4 is not the number of ranks, 64"):
         check_config(load_config(str(YAML), [keys[0], f"{keys[1]}4"]))
+
+
+def test_the_estimate_judges_by_the_ranks_it_is_asked_about(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(YAML), "--world-size", "64", f"{WHERE}.data_parallel_shard_degree=8"])
+    assert "8 times data_parallel_replicate_degree 1 is not the number of ranks, 64" in capsys.readouterr().err
 
 
 @pytest.fixture
