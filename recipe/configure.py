@@ -338,11 +338,14 @@ def from_command_line(
     `parser` is from `parser_of`, perhaps with more options. `required` are top-level keys that may not be null.
     """
     args, unknown = parser.parse_known_intermixed_args([expand_home(argument) for argument in arguments])
+    world_size = getattr(args, "world_size", None)  # of `recipe.estimate`, which no launcher starts
+    if world_size is not None and world_size < 1:
+        raise ConfigError(f"--world-size is {world_size}: give 1 or more")
     if args.yaml is None or "=" in args.yaml:
         raise ConfigError("no YAML is given: name one first, such as yamls/joint.yaml; --help shows examples")
     args.overrides += unknown
     config = load_config(args.yaml, args.overrides)
-    check_config(config)
+    check_config(config, world_size)
     for key in required:
         if getattr(config, key) is None:
             raise ConfigError(f"missing {key}: add {key}=VALUE to the command")

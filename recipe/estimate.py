@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from recipe.config import ConfigError, RecipeConfig, trained_trunk
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of
 from recipe.families import PUBLISHED, family_of, published_config, vision_sizes
-from recipe.rules import check_ranks
-from recipe.upstream.trainer_section import view_trainer
+from recipe.upstream.trainer_section import shards_and_replicas, view_trainer
 
 # torch and transformers are imported inside functions: a mistake in the yaml is reported before those seconds.
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def estimate(config: RecipeConfig, network: "JointNetwork", world_size: int) -> 
     from recipe.optim.groups import group_parameters
 
     view = view_trainer(config)
-    shards = world_size if view.is_sharded else 1
+    shards, _ = shards_and_replicas(view.fsdp, world_size)
     amp = (view.precision or "").startswith("amp_") and config.model.dtype != "bfloat16"
     weights = trained = elements = copied = moments = 0
     for group, members in group_parameters(network).items():
@@ -356,8 +355,10 @@ def table(config: RecipeConfig, network: "JointNetwork", world_size: int) -> str
 
     memory = estimate(config, network, world_size)
     view = view_trainer(config)
+    shards, replicas = shards_and_replicas(view.fsdp, world_size)
     kind = "FSDP" if view.is_sharded else "DDP"
-    lines = [f"{config.model.pretrained_model_name_or_path}, {world_size} x {kind}", ""]
+    groups = f", {replicas} groups of {shards}" if view.is_sharded and replicas > 1 else ""
+    lines = [f"{config.model.pretrained_model_name_or_path}, {world_size} x {kind}{groups}", ""]
     for group, members in group_parameters(network).items():
         count = sum(num_weights(name, parameter) for name, parameter in members)
         frozen = "" if getattr(config.optimizer, f"lr_{group}") else ", frozen"
@@ -389,9 +390,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object: GiB by part, sum, needed, host")
     with one_line_errors():
         config, args = from_command_line(parser, arguments)
-        if args.world_size < 1:
-            raise ConfigError(f"--world-size is {args.world_size}: give 1 or more")
-        check_ranks(config, args.world_size)
         from recipe.checks import check_libraries
 
         check_libraries(config)

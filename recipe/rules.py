@@ -35,21 +35,21 @@ from recipe.upstream.owned_keywords import (
     OWNED_BY_FSDP,
     OWNED_BY_TRAINER,
 )
-from recipe.upstream.trainer_section import TrainerView, view_trainer
+from recipe.upstream.trainer_section import TrainerView, shards_and_replicas, view_trainer
 
 log = logging.getLogger(__name__)
 
 
-def check_config(config: RecipeConfig) -> None:
-    """Raise ConfigError at the first wrong key or combination of keys."""
+def check_config(config: RecipeConfig, world_size: int | None = None) -> None:
+    """Raise ConfigError at the first wrong key or combination of keys; the ranks are the launcher's if not given."""
     check_fields(config)
     _check_model(config)
     _check_optimization(config)
     _check_loader("train_loader", config.train_loader)
     _check_loader("eval_loader", config.eval_loader, may_be_empty=config.val_fraction is not None)
-    check_ranks(config, int(os.environ.get("WORLD_SIZE", "1")))
     _check_data(config)
     check_trainer(config.trainer)
+    check_ranks(config, world_size or int(os.environ.get("WORLD_SIZE", "1")))
     view = view_trainer(config)
     check_stages(config, view.max_duration)
     _check_warmups(config, view.max_duration)
@@ -157,8 +157,7 @@ def _check_model(config: RecipeConfig) -> None:
     least, most = config.image.min_pixels, config.image.max_pixels
     if least is not None and most is not None and least > most:
         raise ConfigError(f"image.min_pixels {least} is above image.max_pixels {most}: lower one or raise the other")
-    path = config.load_path
-    if path is not None and "://" not in path and "{" not in path and not os.path.exists(path):
+    if (path := config.load_path) is not None and "://" not in path and "{" not in path and not os.path.exists(path):
         raise ConfigError(f"load_path {path} does not exist: give a checkpoint that a run saved, or null")
 
 
@@ -207,13 +206,12 @@ def _check_loader(where: str, loader: LoaderConfig, may_be_empty: bool = False) 
 
 
 def check_ranks(config: RecipeConfig, world_size: int) -> None:
-    """Raise ConfigError unless the ranks divide the batches."""
+    """Raise ConfigError unless the ranks divide the batches and fill FSDP's groups."""
+    shards_and_replicas(view_trainer(config).fsdp, world_size)
+    why = f"cannot be shared by {world_size} ranks: make it a multiple of {world_size}"
     for where, loader in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         if loader.global_batch_size % world_size:
-            raise ConfigError(
-                f"{where}.global_batch_size {loader.global_batch_size} cannot be shared by {world_size} ranks: "
-                f"make it a multiple of {world_size}"
-            )
+            raise ConfigError(f"{where}.global_batch_size {loader.global_batch_size} {why}")
 
 
 def check_stream(where: str, keywords: object) -> None:

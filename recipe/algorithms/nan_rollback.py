@@ -6,6 +6,7 @@ One small all-reduce per step gives every rank the same numbers, so all ranks de
 import json
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from recipe.algorithms.quarantine import AuditEntry, Quarantine
 from recipe.algorithms.snapshot import Snapshot, weights_are_finite
 from recipe.algorithms.watch import Action, MicrobatchFlags, Reading, Watch, head_outputs
 from recipe.config import NaNRollbackConfig
-from recipe.optim.groups import local, named_groups, square_sums
+from recipe.optim.groups import local, named_groups, num_copies, square_sums
 from recipe.upstream.torch_private import foreach_mul_
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class NaNRollback(Algorithm):
         self.strikes = 0
         self.recently_skipped: list[int] = []
         self._is_saved = False
-        self._is_sharded = False
+        self._num_copies = 1  # ranks that hold the same part of the weights
         self._batch, self._epoch = 0, 0
         self._microbatches: list[MicrobatchFlags] = []
         self._losses: list[Tensor] = []
@@ -98,7 +99,7 @@ class NaNRollback(Algorithm):
         self.quarantine.load_state_dict(saved["quarantine"])
 
     def _begin(self, state: State, logger: Logger) -> None:
-        self._is_sharded = state.fsdp_enabled  # looks at all modules
+        self._num_copies = num_copies(state)  # looks at all modules
         self.quarantine.apply(state)
         if not weights_are_finite(state):
             raise TrainingDiverged(
@@ -161,8 +162,7 @@ class NaNRollback(Algorithm):
         groups = named_groups(state.optimizers[0])
         gradients = [[p.grad for p in group if p.grad is not None] for group in groups.values()]
         sums = square_sums(gradients, self._losses[0].device)
-        if not self._is_sharded:
-            sums /= dist.get_world_size()  # each rank has the whole sum
+        sums /= self._num_copies
         losses = torch.stack(self._losses)
         num_flags = torch.stack([flags.count() for flags in self._microbatches]).sum()
         reduced = torch.cat([sums, torch.stack([losses.sum(), losses.new_tensor(len(losses)), num_flags])])
@@ -227,22 +227,24 @@ class NaNRollback(Algorithm):
 
     def _report(self, reasons: list[str], action: str, blame: bool) -> None:
         """Log the bad samples of every rank; count them if `blame`."""
-        parts = dist.all_gather_object([(flags.names(), flags.sample_ids) for flags in self._microbatches])
-        is_known = any(names for part in parts for names, _ in part)
+        found = [(flags.names(), flags.sample_ids) for flags in self._microbatches]
+        parts = dist.all_gather_object((socket.gethostname(), found))
+        is_known = any(names for _, part in parts for names, _ in part)
         entries = []
-        for rank, part in enumerate(parts):
+        for rank, (host, part) in enumerate(parts):
             suspects = [(names, ids) for names, ids in part if names or not is_known]
             if not suspects:
                 continue
             terms = list(dict.fromkeys(name for names, _ in suspects for name in names))
             ids = list(dict.fromkeys(name for _, names in suspects for name in names))
             terms = [*reasons, *terms] or ["gradient"]
-            entries.append(AuditEntry(self._batch, self._epoch, rank, terms, ids, action))
+            entries.append(AuditEntry(self._batch, self._epoch, rank, host, terms, ids, action))
         self.quarantine.write(entries)
         if dist.get_global_rank() == 0:
             for entry in entries:
                 terms = ", ".join(entry.terms[:4]) + (", ..." if len(entry.terms) > 4 else "")
-                log.warning("batch %d: %s, because of %s on rank %d", entry.batch, action, terms, entry.rank)
+                where = (entry.rank, entry.host)
+                log.warning("batch %d: %s, because of %s on rank %d of %s", entry.batch, action, terms, *where)
         if blame:
             self.quarantine.blame(name for entry in entries for name in entry.ids)
 

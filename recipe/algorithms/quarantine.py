@@ -26,6 +26,7 @@ class AuditEntry:
     batch: int  # from 0
     epoch: int
     rank: int  # global
+    host: str  # name of the rank's machine
     terms: list[str]  # loss terms, outputs and gradients that were not finite, or watchers that triggered
     ids: list[str]  # samples of the bad microbatches, or of the rank's whole batch if none can be singled out
     action: str  # skip, rollback or stop

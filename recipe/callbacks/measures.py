@@ -21,7 +21,7 @@ from recipe.config import GROUPS, LossConfig
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.losses.terms import REPEATS
-from recipe.optim.groups import is_8bit, local, named_groups, square_sums
+from recipe.optim.groups import is_8bit, local, named_groups, num_copies, square_sums
 
 # Elements processed at once; the temporary memory is at most four times this. Many on a GPU, so that launches are few;
 # on the CPU as many as its caches hold.
@@ -99,6 +99,7 @@ class GroupMetrics(Callback):
                 sums[:, names.index(group["name"])] += step_square_sums(optimizer, group, rate).to(sums.device)
         if state.fsdp_enabled:
             dist.all_reduce(sums)
+            sums /= num_copies(state)
         weight_norms, update_norms = sums.sqrt().tolist()
         metrics: dict[str, float] = {}
         for name, weight, update in zip(names, weight_norms, update_norms, strict=True):
@@ -247,6 +248,7 @@ class LossGradients(Callback):
         numbers = torch.stack([*squares, _dot(language, others), _dot(language, language), _dot(others, others)])
         if state.fsdp_enabled:
             dist.all_reduce(numbers)
+            numbers /= num_copies(state)
         *term_squares, product, language_square, other_square = numbers.tolist()
         metrics = {f"loss_gradient/{term}": square**0.5 for term, square in zip(terms, term_squares, strict=True)}
         if language_square and other_square:

@@ -42,6 +42,7 @@ from recipe.checkpoints.write import (
 )
 from recipe.config import SaveBestConfig
 from recipe.metrics.gather import UNDEFINED
+from recipe.optim.groups import num_copies
 from recipe.records import replacing
 from recipe.redact import redact
 from recipe.upstream.trainer_section import TrainerView
@@ -242,7 +243,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         own_file = Path(checkpoint.get_save_filename(state, self.filename.format(state, keep_placeholders=True)))
         target = own_file.parent if sharded else own_file
         content = state_of_training(state, self.weights_only, self.ignore_keys)
-        together(lambda: self._prepare(target, content, sharded))
+        # Only one of the ranks that hold the same part of the weights writes it.
+        num_writers = dist.get_world_size() // num_copies(state)
+        together(lambda: self._prepare(target, content, sharded, num_writers))
         written = together(lambda: self._write(content, target, state))
         files = {name: entry for part in dist.all_gather_object(written) for name, entry in part.items()}
         manifest = Manifest(
@@ -267,15 +270,16 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if self.num_checkpoints_to_keep >= 0:
             together(lambda: self._rotate(state))
 
-    def _prepare(self, target: Path, content: Mapping[str, Any], sharded: bool) -> None:
+    def _prepare(self, target: Path, content: Mapping[str, Any], sharded: bool, num_writers: int) -> None:
         """Check for space and remove an older checkpoint of this name: it is broken, or to be overwritten."""
         rank = dist.get_global_rank()
         is_remote = self.remote_uploader is not None
         if rank == 0 or is_remote:
             target.parent.mkdir(parents=True, exist_ok=True)
-        num_writers = int(rank == 0)
-        if sharded:
-            num_writers = dist.get_local_world_size() if is_remote else dist.get_world_size()
+        if sharded and is_remote:
+            num_writers = min(num_writers, dist.get_local_world_size())
+        elif not sharded:
+            num_writers = int(rank == 0)
         if num_writers:
             copies = 2 if is_remote else 1  # the uploader stages a copy
             needed, free = num_bytes(content) * num_writers * copies, shutil.disk_usage(target.parent).free

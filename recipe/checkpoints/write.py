@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -118,16 +119,24 @@ def write_file(content: Mapping[str, Any], path: Path) -> dict[str, FileEntry]:
 def write_shards(content: dict[str, Any], folder: Path, planner: Any) -> dict[str, FileEntry]:
     """Write this rank's part of a sharded checkpoint and return its files; called by all ranks, OSError on all.
 
-    A shard is hashed as read back, since torch writes it by itself.
+    A shard is hashed as read back, since torch writes it by itself. Of ranks with the same part of the weights only the
+    lowest has a file.
     """
     planner = planner or DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     try:
         save(state_dict=content, storage_writer=FileSystemWriter(folder), planner=planner)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise _with_space(error, folder.parent) from error
-    names = [path.name for path in folder.glob(f"__{dist.get_global_rank()}_*.distcp")]
+    names = []
+    for path in folder.glob(f"__{dist.get_global_rank()}_*.distcp"):
+        if path.stat().st_size:
+            names.append(path.name)
+        else:  # torch makes it also where another rank has written all
+            path.unlink()
     if dist.get_global_rank() == 0:
         names.append(".metadata")
+    with suppress(OSError):
+        folder.rmdir()  # of a node that has written nothing; fails on all others
     return {name: describe_file(folder / name) for name in names}
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
@@ -18,12 +19,16 @@ from recipe.families import FAMILIES
 from recipe.models.caption_decoder import CaptionDecoder, CaptionLayer
 from recipe.models.detection_head import DecoderLayer, DetectionHead
 from recipe.models.memory import MemoryBuilder
+from recipe.upstream.hybrid_sharding import HybridFSDP2Config
+from recipe.upstream.trainer_section import shards_and_replicas
 
 # The root holds the rest: token embedding, output matrix, patch embedding, merger, norms.
 BACKBONE_UNITS = {unit for family in FAMILIES.values() for unit in family.units}
 HEAD_UNITS = (MemoryBuilder, DetectionHead, DecoderLayer, CaptionDecoder, CaptionLayer)
 
-FSDP_CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: FSDP2Config}
+FSDP_CONFIGS: Mapping[int, type[FSDPConfig] | type[FSDP2Config]] = {1: FSDPConfig, 2: HybridFSDP2Config}
+# FSDP1's strategies that do the same within a group of ranks.
+HYBRID: Mapping[str, str] = {"FULL_SHARD": "HYBRID_SHARD", "SHARD_GRAD_OP": "_HYBRID_SHARD_ZERO2"}
 
 
 def build_parallelism(
@@ -35,7 +40,7 @@ def build_parallelism(
     Composer's own default depends on the version. `precision` is the computation's, such as amp_bf16.
 
     Raises:
-        ConfigError: There is no GPU.
+        ConfigError: There is no GPU, or the degrees do not fit the ranks.
     """
     if keywords is None:
         return None
@@ -46,6 +51,11 @@ def build_parallelism(
         # As FSDP2 does. Composer's own names would also round buffers, such as the rotary frequencies.
         summed = precision if keywords["mixed_precision"] == "PURE" else "float32"
         keywords["mixed_precision"] = {"param_dtype": precision, "reduce_dtype": summed}
+    shards, replicas = shards_and_replicas(keywords, dist.get_world_size())
+    keywords["data_parallel_shard_degree"] = shards
+    keywords["data_parallel_replicate_degree"] = replicas if replicas > 1 else None  # None: a mesh of one dimension
+    if version == 1 and replicas > 1:  # Composer would choose the same, with a warning
+        keywords["sharding_strategy"] = HYBRID[keywords.get("sharding_strategy", "FULL_SHARD")]
     return {"fsdp": FSDP_CONFIGS[version](**keywords)}
 
 

@@ -1,6 +1,7 @@
 """Assign parameters to groups by name, build AdamW with a learning rate per group, and measure its groups."""
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -155,6 +156,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def num_copies(state: "State") -> int:
+    """Return how many ranks hold the same part of the weights, and so add the same to a sum over all ranks.
+
+    Under DDP these are all ranks, under FSDP one, under hybrid sharding one per group of ranks.
+    """
+    from composer.utils import dist  # takes seconds to import, which prediction can do without
+
+    if not state.fsdp_enabled:
+        return dist.get_world_size()
+    return 1 if state.device_mesh is None else math.prod(state.device_mesh.shape[:-1])  # the last one shards
+
+
 def num_parameters(state: "State") -> tuple[dict[str, int], int]:
     """Return the number of parameters of each optimizer group and of all others; an all-reduce under FSDP."""
     from composer.utils import dist  # takes seconds to import, which prediction can do without
@@ -166,6 +179,7 @@ def num_parameters(state: "State") -> tuple[dict[str, int], int]:
     sums = state.device.tensor_to_device(torch.tensor(counts))
     if state.fsdp_enabled:
         dist.all_reduce(sums)
+        sums //= num_copies(state)
     *counts, num_others = sums.tolist()
     return dict(zip(groups, counts, strict=True)), num_others
 

@@ -50,8 +50,8 @@ OWNED_BY_FSDP: Mapping[str, str] = {
     "auto_wrap": "leave it out: recipe/optim/fsdp.py chooses the units",
     "cpu_offload": "leave it out: Composer does not support it yet",
     **dict.fromkeys(
-        ("data_parallel_replicate_degree", "data_parallel_shard_degree", "device_mesh", "process_group"),
-        "leave it out: the parameters are sharded over all ranks, and norms are summed over them",
+        ("device_mesh", "process_group"),
+        "set data_parallel_shard_degree and data_parallel_replicate_degree, from which Composer makes them",
     ),
     "ignored_modules": "leave it out: nothing stays unsharded",
     **dict.fromkeys(("load_planner", "save_planner"), "leave it out: a yaml cannot hold its value"),

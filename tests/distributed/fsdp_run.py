@@ -32,7 +32,7 @@ from recipe.config import (
 )
 from recipe.schema import EvalOutputs
 from recipe.train import main
-from tests.distributed.fsdp_shim import install
+from tests.distributed.fsdp_shim import HYBRID, install
 from tests.distributed.one_step import whole, whole_parameters
 from tests.launches.launch import leave
 from tests.support.float64 import compute_in_float64
@@ -48,7 +48,7 @@ class Leg:
         checkpoint: Folder of the tiny language model.
         data: Folder of the split `train`, which is also evaluated on.
         out: Run folder.
-        mode: ddp, fsdp1 or fsdp2.
+        mode: ddp, fsdp1 or fsdp2; hybrid1 or hybrid2 shards over two ranks and has copies on the others.
         steps: To train in all.
         sharded: Checkpoints of a file a rank.
         begin_with: Run folder that is copied first, to go on from; empty: none.
@@ -123,6 +123,7 @@ class Recorder(Callback):
 
 def config_of(leg: Leg) -> RecipeConfig:
     """Return steps of four samples, evaluated after the fourth and the last, saved after the third."""
+    version = 1 if leg.mode.endswith("1") else 2
     trainer: dict[str, Any] = {
         "max_duration": f"{leg.steps}ba",
         "eval_interval": "4ba",
@@ -134,9 +135,11 @@ def config_of(leg: Leg) -> RecipeConfig:
     if leg.mode != "ddp":
         fsdp: dict[str, Any] = {"mixed_precision": "FULL", "state_dict_type": "sharded" if leg.sharded else "full"}
         if leg.kept:
-            fsdp |= {"reshard_after_forward": False} if leg.mode == "fsdp2" else {"sharding_strategy": "SHARD_GRAD_OP"}
+            fsdp |= {"reshard_after_forward": False} if version == 2 else {"sharding_strategy": "SHARD_GRAD_OP"}
+        if leg.mode.startswith("hybrid"):
+            fsdp |= HYBRID
         trainer["parallelism_config"] = {"fsdp": fsdp}
-        if leg.mode == "fsdp1" and not leg.sharded:
+        if version == 1 and not leg.sharded:
             trainer["save_folder"] = None  # FSDP1 on the CPU ends with SIGSEGV there (torch 2.7)
     stream = {"main": {"local": leg.data, "split": "train"}}
     return replace(
@@ -145,9 +148,9 @@ def config_of(leg: Leg) -> RecipeConfig:
             **(ALL_SWITCHES if leg.switched else ADAPTED if leg.adapted else {}),
         ),
         run_folder=leg.out,
-        fsdp_version=1 if leg.mode == "fsdp1" else 2,
+        fsdp_version=version,
         train_loader=LoaderConfig(streams=stream, global_batch_size=4, dataset={"num_canonical_nodes": 1}),
-        eval_loader=LoaderConfig(streams=stream, global_batch_size=2),
+        eval_loader=LoaderConfig(streams=stream, global_batch_size=max(2, dist.get_world_size())),
         evaluation=EvaluationConfig(
             score_threshold=0.0,
             max_captions=3,

@@ -1,6 +1,7 @@
-"""Two steps with both: `composer -n 2 tests/distributed/group_metrics_run.py TINY OUT MODE`.
+"""Two steps with both: `composer -n N tests/distributed/group_metrics_run.py TINY OUT MODE`.
 
-MODE is ddp, fsdp1 or fsdp2. Every rank writes OUT/MODE-RANK.pt: what was logged, and the true norms from whole weights.
+MODE is ddp, fsdp1, fsdp2, or on four ranks hybrid1 or hybrid2. Every rank writes OUT/MODE-RANK.pt: what was logged,
+and the true norms from whole weights.
 """
 
 import sys
@@ -18,9 +19,8 @@ from recipe.callbacks.measures import GroupMetrics, LossGradients
 from recipe.config import OptimizerConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.losses.counts import split_batch
-from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer, group_of
-from tests.distributed.fsdp_shim import install
+from tests.distributed.fsdp_shim import install, parallelism_of
 from tests.distributed.one_step import CASES, whole, whole_parameters
 from tests.launches.launch import leave
 from tests.support.float64 import compute_in_float64
@@ -67,18 +67,13 @@ def main() -> None:
     config = make_config(checkpoint)
     case = CASES["padded"]
     examples = make_examples(config)
-    share = [examples[name] for name in case.shares[dist.get_global_rank()]]
+    share = [examples[name] for name in case.shares_of(dist.get_world_size())[dist.get_global_rank()]]
     batches = [microbatches_of(share, case.layout, case.microbatch_size) for _ in range(2)]
     model = make_model(config)
-    parallelism = None
-    if mode != "ddp":
-        version = int(mode.removeprefix("fsdp"))
-        fsdp = {"mixed_precision": "FULL"}
-        parallelism = build_parallelism(model.model, fsdp, None, version)
     memory, truth = InMemoryLogger(), Truth()
     trainer = Trainer(
         model=model,
-        parallelism_config=parallelism,
+        parallelism_config=parallelism_of(model, mode),
         train_dataloader=DataSpec(
             batches,
             split_batch=split_batch,

@@ -1,8 +1,8 @@
-"""The joint model, hit on rank 1 alone: `composer -n 2 tests/distributed/nan_run.py TINY OUT MODE`.
+"""The joint model, hit on the last rank alone: `composer -n N tests/distributed/nan_run.py TINY OUT MODE`.
 
-MODE is ddp, fsdp1 or fsdp2, or with adapters in the trunk ddp_lora or fsdp2_lora. Every rank writes
-OUT/MODE-CASE-RANK.pt: its part of the weights and of the optimizer's state, what the guard counted, and whether the run
-gave up; the audit goes to OUT/MODE-CASE/quarantine.jsonl.
+MODE is ddp, fsdp1, fsdp2, or on four ranks hybrid1 or hybrid2, or with adapters in the trunk ddp_lora or fsdp2_lora.
+Every rank writes OUT/MODE-CASE-RANK.pt: its part of the weights and of the optimizer's state, what the guard counted,
+and whether the run gave up; the audit goes to OUT/MODE-CASE/quarantine.jsonl.
 """
 
 import sys
@@ -21,16 +21,15 @@ from recipe.algorithms.nan_rollback import NaNRollback, TrainingDiverged
 from recipe.config import NaNRollbackConfig, OptimizerConfig
 from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.losses.counts import split_batch
-from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer, local
-from tests.distributed.fsdp_shim import install
+from tests.distributed.fsdp_shim import install, parallelism_of
 from tests.launches.launch import leave
 from tests.support.staged_cases import ADAPTED_RATES
 from tests.support.tiny_cases import ADAPTED, make_config, make_examples, make_model, microbatches_of
 
 NAN = float("nan")
 HIT = 2  # the bad batch
-# Of each rank; two microbatches each.
+# Of each rank; two microbatches each, of four ranks one.
 BATCHES = (
     (["two", "text"], ["one", "empty"]),
     (["crowded", "one"], ["unannotated", "two"]),
@@ -123,17 +122,18 @@ def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]
     examples = make_examples(config)
     rank = dist.get_global_rank()
     is_clean = name.startswith("clean")
-    shares = [shares[rank] for index, shares in enumerate(BATCHES) if not (is_clean and index == HIT)]
+    num_samples = 4 // dist.get_world_size()
+    shares = [
+        [*shares[0], *shares[1]][rank * num_samples :][:num_samples]
+        for index, shares in enumerate(BATCHES)
+        if not (is_clean and index == HIT)
+    ]
     microbatches = [microbatches_of([examples[key] for key in share], "packed", 1) for share in shares]
     hits = [] if is_clean else [Hit(*CASES[name])]
     if name == "clean_cut":
         hits = [Hit(Event.BATCH_START, cut, everywhere=True)]
     settings = NaNRollbackConfig(snapshot_interval="1ba", max_rollbacks=0 if name == "given_up" else 5)
     model = make_model(config)
-    parallelism = None
-    if mode != "ddp":
-        fsdp = {"mixed_precision": "FULL"}
-        parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
     guard = NaNRollback(settings, 1.0, folder)
     loader = DataSpec(
         microbatches,
@@ -143,7 +143,7 @@ def run_case(name: str, checkpoint: str, out: Path, mode: str) -> dict[str, Any]
     )
     trainer = Trainer(
         model=model,
-        parallelism_config=parallelism,
+        parallelism_config=parallelism_of(model, mode),
         train_dataloader=loader,
         optimizers=build_optimizer(model, ADAPTED_RATES if lora else OPTIMIZER),
         schedulers=ConstantScheduler(),

@@ -1,4 +1,4 @@
-"""A training step of each case through Composer's Trainer: `composer -n 2 tests/distributed/one_step.py TINY OUT MODE`.
+"""A training step of each case through Composer's Trainer: `composer -n N tests/distributed/one_step.py TINY OUT MODE`.
 
 MODE is ddp, fsdp1 or fsdp2; names of cases may follow. Every rank writes OUT/MODE-CASE-RANK.pt: gradients, its share of
 each loss term, the logged terms, and how far adapters have moved its first microbatch's answers from the base.
@@ -26,10 +26,9 @@ from recipe.data.loader import get_num_samples_in_batch, get_num_tokens_in_batch
 from recipe.joint import JointModel
 from recipe.losses.counts import split_batch
 from recipe.models.retention import divergence_from_base
-from recipe.optim.fsdp import build_parallelism
 from recipe.optim.groups import build_optimizer, local
 from recipe.schema import Batch
-from tests.distributed.fsdp_shim import install
+from tests.distributed.fsdp_shim import install, parallelism_of
 from tests.launches.launch import leave
 from tests.support.float64 import compute_in_float64
 from tests.support.staged_cases import ADAPTED_RATES
@@ -62,6 +61,13 @@ class Case:
     untied: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     only_ddp: bool = False
+
+    def shares_of(self, world_size: int) -> list[list[str]]:
+        """What each of two or more ranks reads: as many parts of each of the two shares."""
+        parts = world_size // len(self.shares)
+        return [
+            share[part * len(share) // parts :][: len(share) // parts] for share in self.shares for part in range(parts)
+        ]
 
 
 CASES = {
@@ -149,10 +155,12 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     # FSDP1's own gathering of gradients fails in float64 where one rank's part of a unit is frozen (torch 2.7).
     with whole_parameters(model):
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    unit: Any = FullyShardedDataParallel.fsdp_modules(model)[0]
+    num_shards = unit.process_group.size()
     gathered = {}
     for name, parameter in model.named_parameters():
         parts = dist.all_gather_object(None if parameter.grad is None else parameter.grad.flatten())
-        found = [part for part in parts if part is not None]
+        found = [part for part in parts[:num_shards] if part is not None]  # other groups of ranks have the same
         if found:
             gathered[plain_name(name)] = torch.cat(found).view(shapes[name])
     return gathered
@@ -166,7 +174,7 @@ def whole(tensor: Tensor) -> Tensor:
 def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
     """One step; this rank's record of it."""
     examples = make_examples(make_config(checkpoint))
-    share = [examples[name] for name in case.shares[dist.get_global_rank()]]
+    share = [examples[name] for name in case.shares_of(dist.get_world_size())[dist.get_global_rank()]]
     microbatches = microbatches_of(share, case.layout, case.microbatch_size)
     loader = DataSpec(
         [microbatches],
@@ -176,13 +184,9 @@ def run_case(case: Case, checkpoint: str, mode: str) -> dict[str, Any]:
     )
     model = make_case_model(case, checkpoint)
     recorder = Recorder()
-    parallelism = None
-    if mode != "ddp":
-        fsdp = {"mixed_precision": "FULL"}
-        parallelism = build_parallelism(model.model, fsdp, None, int(mode.removeprefix("fsdp")))
     trainer = Trainer(
         model=model,
-        parallelism_config=parallelism,
+        parallelism_config=parallelism_of(model, mode),
         train_dataloader=loader,
         optimizers=build_optimizer(model, case.optimizer),
         callbacks=[recorder],

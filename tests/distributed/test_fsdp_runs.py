@@ -113,10 +113,11 @@ def runs(tiny_checkpoint: str, folder: Path) -> Mapping[str, Run]:
 
 
 def read_run(folder: Path, world_size: int) -> Run:
+    num_microbatches = 2 if world_size == 1 else 4  # of a step
     ranks: list[dict[str, Any]] = [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
     losses = []
     for parts in zip(*(rank["losses"] for rank in ranks), strict=True):
-        losses.append({name: sum(part[name] for part in parts) / (2 * world_size) for name in parts[0]})
+        losses.append({name: sum(part[name] for part in parts) / num_microbatches for name in parts[0]})
     texts, shares = (
         [{name: found for part in parts for name, found in part.items()} for parts in zip(*rows, strict=True)]
         for rows in ([rank[key] for rank in ranks] for key in ("texts", "shares"))

@@ -237,7 +237,7 @@ def test_the_real_models_have_groups_stages_and_units(
         ({"fsdp": {"state_dict_type": "local"}}, 1, "is 'local': it must be one of full, sharded"),
         ({"fsdp": {"activation_checkpointing": True}}, 2, "cannot be set: set model.gradient_checkpointing"),
         ({"fsdp": {"use_orig_params": False}}, 1, "cannot be set: .* parameter groups need it"),
-        ({"fsdp": {"data_parallel_replicate_degree": 2}}, 1, "cannot be set: .* sharded over all ranks"),
+        ({"fsdp": {"device_mesh": 2}}, 2, "cannot be set: set data_parallel_shard_degree and data_parallel_replicate"),
         ({"fsdp": {"sharded_ckpt_prefix_dir": "ba{batch}"}}, 1, "ignored without state_dict_type: sharded"),
         ({"fsdp": {"state_dict_type": "sharded", "load_monolith_rank0_only": True}}, 2, "is for state_dict_type: full"),
         ({}, 3, "fsdp_version is 3: it must be one of 1, 2"),

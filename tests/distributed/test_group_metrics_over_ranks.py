@@ -1,4 +1,4 @@
-"""Group metrics and loss gradients of two gloo ranks are those of one process, however the weights are shared out."""
+"""Group metrics and loss gradients of several gloo ranks are those of one process, however weights are sharded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +16,23 @@ from tests.support.tiny_cases import make_batches, make_model
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("mode", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize(
+    ("mode", "world_size"), [("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("hybrid1", 4), ("hybrid2", 4)]
+)
 def test_norms_are_those_of_one_process(
     tiny_checkpoint: str,
     tiny_config: Callable[..., RecipeConfig],
     tiny_examples: dict[str, Example],
     tmp_path: Path,
     mode: str,
+    world_size: int,
 ) -> None:
     script = Path(__file__).with_name("group_metrics_run.py")
-    run_composer(
-        2, script, tiny_checkpoint, str(tmp_path), mode, env={"FSDP_VERSION": mode.removeprefix("fsdp")}, timeout=400
-    )
+    run_composer(world_size, script, tiny_checkpoint, str(tmp_path), mode, timeout=400)
     names = [name for share in CASES["padded"].shares for name in share]
     (batch,) = make_batches([tiny_examples[name] for name in names], "standard", len(names))
     gradients = expected_gradients(make_model(tiny_config()), batch)
-    for rank in range(2):
+    for rank in range(world_size):
         record = torch.load(tmp_path / f"{mode}-{rank}.pt")
         logged = record["logged"]
         # measured: 9e-16 and 5e-16 under FSDP2

@@ -65,8 +65,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3Server]:
+def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[S3Server]:
     """Starts a server that keeps its data in `folder`, and stops it at the end, whatever happened meanwhile.
+
+    `host` is the address at which it listens.
 
     Raises:
         RuntimeError: It did not come up; shows its output.
@@ -80,11 +82,11 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     keys = {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
     with (folder / "server.log").open("w") as output:
         process = subprocess.Popen(
-            [*command, meta, f"127.0.0.1:{port}"], env={**os.environ, **keys}, stdout=output, stderr=output
+            [*command, meta, f"{host}:{port}"], env={**os.environ, **keys}, stdout=output, stderr=output
         )
     try:
-        _wait_for_port(process, port, folder / "server.log")
-        yield S3Server(f"http://127.0.0.1:{port}", client_environment(f"http://127.0.0.1:{port}"))
+        _wait_for_port(process, host, port, folder / "server.log")
+        yield S3Server(f"http://{host}:{port}", client_environment(f"http://{host}:{port}"))
     finally:
         process.terminate()
         try:
@@ -101,14 +103,14 @@ def client_environment(endpoint: str) -> dict[str, str]:
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": "127.0.0.1",
+        "NO_PROXY": str(urlsplit(endpoint).hostname),
     }
 
 
-def _wait_for_port(process: subprocess.Popen, port: int, output: Path) -> None:
+def _wait_for_port(process: subprocess.Popen, host: str, port: int, output: Path) -> None:
     until = time.monotonic() + _SECONDS_TO_START
     while time.monotonic() < until and process.poll() is None:
-        connection = HTTPConnection("127.0.0.1", port, timeout=5)
+        connection = HTTPConnection(host, port, timeout=5)
         try:
             connection.request("GET", "/minio/health/live")
             if connection.getresponse().status < 500:
