@@ -119,7 +119,8 @@ def facts_of(args: argparse.Namespace) -> "Facts":
     facts = Facts(name=args.push_to_hub or Path(args.out).absolute().name, scores={}, license=args.license)
     path = Path(args.checkpoint).resolve()  # the newest has two names, and one manifest
     if (path.exists() and not path.is_dir()) or (path / "manifest.json").is_file():
-        from recipe.checkpoints.check import LocalFolder, read_manifest  # imports Composer, which takes seconds
+        from recipe.checkpoints.check import read_manifest  # imports Composer, which takes seconds
+        from recipe.checkpoints.places import LocalFolder
 
         manifest = read_manifest(LocalFolder(path.parent), path.name)
         if manifest is not None:
