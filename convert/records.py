@@ -13,8 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from convert import remote
 from convert.chats import check_messages, check_text
 from convert.items import BadBox, BadRecord, Item, Note, Rejected
+from convert.store import is_remote
 from recipe.images import MAX_ASPECT_RATIO, check_image
 from recipe.records import content_hash
 from recipe.schema import Box, FurtherImage, Message, Object, Sample, Searched
@@ -65,7 +67,7 @@ class FileRecord:
     """A record of a format file, not yet parsed: an `Entry`.
 
     Attributes:
-        image_root: Absolute path of the images' folder; nothing outside it is read, unless by `follow_links`.
+        image_root: Absolute path or address of the images' folder; nothing outside is read, unless by `follow_links`.
         source: Its file and place in it, for the reader of rejected.jsonl.
         parse: Makes the record; may raise `BadRecord`.
         bbox_type: One of `BBOX_TYPES`, for records that state none.
@@ -90,8 +92,9 @@ class FileRecord:
                     record = replace(record, content=None)
                     files.append(hashlib.sha256(held.content).hexdigest())
                 elif held.image is not None:
-                    stat = os.stat(find_image(self.image_root, held.image, self.follow_links))
-                    files.append((stat.st_size, stat.st_mtime_ns))
+                    path = find_image(self.image_root, held.image, self.follow_links)
+                    stat = None if is_remote(path) else os.stat(path)  # a request per image: those are taken as fixed
+                    files.append(path if stat is None else (stat.st_size, stat.st_mtime_ns))
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
         return repr((self.id, self.source, record, files, self.bbox_type, self.bad_boxes))
@@ -218,9 +221,7 @@ def list_records(
     Raises:
         ValueError: `image_root` is not a folder, or all boxes are fractions and `bbox_type` does not say so.
     """
-    if not image_root.is_dir():
-        raise ValueError(f"image folder {image_root} does not exist")
-    root, owned, records = os.path.abspath(image_root), set(), []
+    root, owned, records = remote.root_of(image_root), set(), []
     for sample_id, source, parse in rows:
         if sample_id and sample_id in owned:
             parse = partial(refuse_duplicate, sample_id)
@@ -287,6 +288,8 @@ def find_image(root: str, name: str, follow_links: bool = False) -> str:
         raise BadRecord("text beyond Unicode", repr(name)) from error
     if "\0" in name:
         raise BadRecord("missing file", repr(name))
+    if is_remote(root):
+        return remote.address_of(root, name)
     if "\\" in name and not os.path.isfile(os.path.join(root, name)):
         if re.match(r"[A-Za-z]:|\\\\", name):
             raise BadRecord("absolute path", f"{name!r} is a path on another machine: write it relative to --images")
@@ -338,6 +341,8 @@ def read_image(path: str) -> tuple[bytes, int, int]:
 
 
 def _read_bytes(path: str) -> bytes:
+    if is_remote(path):
+        return remote.read_bytes(path)
     try:
         return Path(path).read_bytes()
     except OSError as error:

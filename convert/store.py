@@ -7,6 +7,7 @@ OSError if a store fails. Streaming is imported when a store is used, because it
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -182,6 +183,14 @@ def _locked_file(folder: Path, address: str) -> IO[bytes]:
         if time.monotonic() > deadline:
             raise ValueError(f"another conversion is writing {redact(address)}: wait for it, or stop it")
         time.sleep(0.1)
+
+
+def die_with_parent() -> None:
+    """End a forked process whose parent was killed: it would wait indefinitely and hold the conversion's lock."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def save_rejected(out: str, split: str, rejected: Sequence[Rejected]) -> None:
