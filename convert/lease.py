@@ -1,8 +1,9 @@
 """One conversion at a time into an address of a store, from whatever machine.
 
-A store has no locks. So a process writes `NAME` every `BEAT` seconds, with a number that grows: another conversion that
-finds the object watches whether it changes. Who begins looks again after `SETTLE` seconds: of two that begin at once,
-the one that wrote last goes on. The object stays, as a note of who converted last: Streaming cannot delete.
+A store has no locks. So a process writes an object next to the data set every `BEAT` seconds, with a number that grows:
+another conversion that finds it watches whether it changes. Who begins looks again after `SETTLE` seconds: of two that
+begin at once, the one that wrote last goes on. The object stays, as a note of the last conversion's end: Streaming
+cannot delete.
 """
 
 import json
@@ -18,11 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlparse
 
 from convert import store
 from recipe.redact import redact
 
-NAME = ".converting.json"
+SUFFIX = ".converting.json"
 BEAT, WATCH, SETTLE = 5.0, 20.0, 1.0  # seconds
 
 
@@ -65,25 +67,27 @@ def hold(address: str) -> Iterator[Lease]:
     if (now := _read(address)).get("token") != token["token"]:
         raise ValueError(_refusal(address, now))
     # A forked process, not a thread: the workers are forked too, and would inherit a thread's locks.
-    process = multiprocessing.get_context("fork").Process(target=_beat, args=(address, token), daemon=True)
+    context = multiprocessing.get_context("fork")
+    has_ended = context.Event()  # a SIGTERM may meet a handler of this process's libraries in the new one, and be lost
+    process = context.Process(target=_beat, args=(address, token, has_ended), daemon=True)
     process.start()
     try:
         yield Lease(address, process)
     finally:
-        process.terminate()
+        has_ended.set()
+        process.join(BEAT)
+        process.kill()
         process.join()
         with suppress(OSError):
             if _read(address).get("token") == token["token"]:
                 _write(address, {"host": token["host"], "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
 
 
-def _beat(address: str, token: dict[str, Any]) -> None:
+def _beat(address: str, token: dict[str, Any], has_ended: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Thread(target=store.die_with_parent, daemon=True).start()
     number = 0
-    while True:
-        time.sleep(BEAT)
+    while not has_ended.wait(BEAT):
         number += 1
         with suppress(OSError):  # a store that is down is no other conversion
             if _read(address).get("token") not in (token["token"], None):
@@ -101,22 +105,30 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def _place(address: str) -> tuple[str, str]:
+    """Return where the object is: next to the data set, of a bucket's own in it."""
+    above, _, name = address.rstrip("/").rpartition("/")
+    return (above, f".{name}{SUFFIX}") if urlparse(address).path.strip("/") else (address, SUFFIX)
+
+
 def _read(address: str) -> dict[str, Any]:
-    if not store.exists(address, NAME):
+    place, name = _place(address)
+    if not store.exists(place, name):
         return {}
     try:
-        found = json.loads(store.read(address, NAME))
+        found = json.loads(store.read(place, name))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _write(address: str, content: dict[str, Any]) -> None:
+    place, name = _place(address)
     with tempfile.TemporaryDirectory() as outer:
         folder = Path(outer, "out")
         folder.mkdir()
-        (folder / NAME).write_text(json.dumps(content))
-        store.upload(folder, [NAME], address)
+        (folder / name).write_text(json.dumps(content))
+        store.upload(folder, [name], place)
 
 
 def _refusal(address: str, other: dict[str, Any]) -> str:

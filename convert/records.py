@@ -92,9 +92,7 @@ class FileRecord:
                     record = replace(record, content=None)
                     files.append(hashlib.sha256(held.content).hexdigest())
                 elif held.image is not None:
-                    path = find_image(self.image_root, held.image, self.follow_links)
-                    stat = None if is_remote(path) else os.stat(path)  # a request per image: those are taken as fixed
-                    files.append(path if stat is None else (stat.st_size, stat.st_mtime_ns))
+                    files.append(_stamp(find_image(self.image_root, held.image, self.follow_links)))
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
         return repr((self.id, self.source, record, files, self.bbox_type, self.bad_boxes))
@@ -331,13 +329,14 @@ def name_of_url(url: str, root: Path) -> str:
 
 
 def read_image(path: str) -> tuple[bytes, int, int]:
-    """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied).
-
-    Raises:
-        BadRecord: It cannot be decoded, or is too long for the vision tower.
-    """
+    """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied)."""
     data = _read_bytes(path)
     return data, *check_content(data, os.path.basename(path))
+
+
+def _stamp(path: str) -> object:
+    """Return what changes with a file; of one in a store its address, since to ask costs a request per image."""
+    return path if is_remote(path) else ((stat := os.stat(path)).st_size, stat.st_mtime_ns)
 
 
 def _read_bytes(path: str) -> bytes:
