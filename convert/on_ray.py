@@ -6,6 +6,7 @@ that of a local conversion into a store, and the bytes are the same. Ray repeats
 """
 
 import json
+import socket
 import sys
 from collections.abc import Generator
 from dataclasses import replace
@@ -37,8 +38,11 @@ def connect(address: str) -> Any:
         raise ValueError("--engine ray needs Ray: pip install '.[ray]', on every machine of the cluster") from None
     if not ray.is_initialized():
         try:
+            host, _, port = address.rpartition("://")[2].rpartition(":")
+            if port.isdigit():  # Ray itself waits for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level="warning")
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"no Ray cluster at --address {address} ({reason}): start one with `ray start`") from error
     return ray
@@ -75,6 +79,11 @@ def iter_parts(job: Job, ray: Any) -> Generator[Summary, None, None]:
                 yield done.pop(wanted)
         except RayTaskError as error:
             cause = getattr(error, "cause", None)
+            if "No module named" in str(cause):
+                missing = str(cause).strip().splitlines()[-1]
+                raise OSError(
+                    f"a machine of the cluster lacks a module ({missing}): install this package there"
+                ) from None
             raise cause if isinstance(cause, ValueError | OSError) else error from None
         except RayError as error:
             raise OSError(

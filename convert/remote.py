@@ -83,9 +83,9 @@ def read_bytes(address: str) -> bytes:
             try:
                 _client(os.getpid(), address.split("://")[0]).download(address, str(path))
                 return path.read_bytes()
-            except FileNotFoundError as error:
-                raise BadRecord("missing file", redact(address)) from error
             except Exception as error:  # every store raises its own
+                if store.is_missing(error):
+                    raise BadRecord("missing file", redact(address)) from error
                 _client.cache_clear()
                 if attempt == store.ATTEMPTS - 1:
                     reason = redact(f"{type(error).__name__}: {error}")

@@ -69,10 +69,15 @@ def exists(address: str, name: str) -> bool:
         try:
             download(join(address, name), Path(folder, name))
         except OSError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if is_missing(error.__cause__):
                 return False
             raise
     return True
+
+
+def is_missing(error: BaseException | None) -> bool:
+    """Return whether a client says that there is no such object; Azure's has an error of its own for it."""
+    return isinstance(error, FileNotFoundError) or getattr(error, "status_code", None) == 404
 
 
 def upload(folder: Path, names: Sequence[str], address: str) -> None:
@@ -232,7 +237,22 @@ def _open(folder: Path, address: str) -> "CloudUploader":
     from streaming.base.storage import CloudUploader
 
     with _failing("reach", address):
-        return CloudUploader.get((str(folder), address), retry=ATTEMPTS)
+        return CloudUploader.get((str(folder), _as_written(address)), retry=ATTEMPTS)
+
+
+def _as_written(address: str) -> str:
+    """Return an address as Streaming's writers take it.
+
+    Of azure://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER, the form that its readers take, Streaming 0.13's writer
+    wants azure://CONTAINER/FOLDER, and the account from the environment. Delete once both take one form.
+    """
+    url = urlparse(address)
+    if url.scheme != "azure":
+        return address
+    if "." not in url.netloc or not url.path.strip("/"):
+        raise ValueError("an Azure address is azure://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER")
+    os.environ.setdefault("AZURE_ACCOUNT_NAME", url.netloc.split(".")[0])
+    return f"azure:/{url.path}"
 
 
 @contextmanager
