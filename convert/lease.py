@@ -2,7 +2,7 @@
 
 A store has no locks. So a process writes an object next to the data set every `BEAT` seconds, with a number that grows:
 another conversion that finds it watches whether it changes. Who begins looks again after `SETTLE` seconds: of two that
-begin at once, the one that wrote last goes on. The object stays, as a note of the last conversion's end: Streaming
+begin at once, the one that wrote last continues. The object stays, as a note of the last conversion's end: Streaming
 cannot delete.
 """
 
@@ -89,7 +89,7 @@ def _beat(address: str, token: dict[str, Any], has_ended: Any) -> None:
     number = 0
     while not has_ended.wait(BEAT):
         number += 1
-        with suppress(OSError):  # a store that is down is no other conversion
+        with suppress(OSError):  # a store that is down says nothing of another conversion
             if _read(address).get("token") not in (token["token"], None):
                 os._exit(1)
             _write(address, {**token, "number": number})

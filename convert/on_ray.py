@@ -6,6 +6,7 @@ that of a local conversion into a store, and the bytes are the same. Ray repeats
 """
 
 import json
+import logging
 import socket
 import sys
 from collections.abc import Generator
@@ -41,7 +42,7 @@ def connect(address: str) -> Any:
             host, _, port = address.rpartition("://")[2].rpartition(":")
             if port.isdigit():  # Ray itself waits for minutes
                 socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"no Ray cluster at --address {address} ({reason}): start one with `ray start`") from error

@@ -13,10 +13,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from convert import remote
+from convert import remote, store
 from convert.chats import check_messages, check_text
 from convert.items import BadBox, BadRecord, Item, Note, Rejected
-from convert.store import is_remote
 from recipe.images import MAX_ASPECT_RATIO, check_image
 from recipe.records import content_hash
 from recipe.schema import Box, FurtherImage, Message, Object, Sample, Searched
@@ -286,7 +285,7 @@ def find_image(root: str, name: str, follow_links: bool = False) -> str:
         raise BadRecord("text beyond Unicode", repr(name)) from error
     if "\0" in name:
         raise BadRecord("missing file", repr(name))
-    if is_remote(root):
+    if store.is_remote(root):
         return remote.address_of(root, name)
     if "\\" in name and not os.path.isfile(os.path.join(root, name)):
         if re.match(r"[A-Za-z]:|\\\\", name):
@@ -336,11 +335,11 @@ def read_image(path: str) -> tuple[bytes, int, int]:
 
 def _stamp(path: str) -> object:
     """Return what changes with a file; of one in a store its address, since to ask costs a request per image."""
-    return path if is_remote(path) else ((stat := os.stat(path)).st_size, stat.st_mtime_ns)
+    return path if store.is_remote(path) else (os.stat(path).st_size, os.stat(path).st_mtime_ns)
 
 
 def _read_bytes(path: str) -> bytes:
-    if is_remote(path):
+    if store.is_remote(path):
         return remote.read_bytes(path)
     try:
         return Path(path).read_bytes()

@@ -75,7 +75,7 @@ def read_bytes(address: str) -> bytes:
 
     Raises:
         BadRecord: There is no such object.
-        OSError: The store does not give it, which is no fault of the record.
+        OSError: The store does not give it, which says nothing of the record.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "image")

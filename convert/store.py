@@ -76,8 +76,11 @@ def exists(address: str, name: str) -> bool:
 
 
 def is_missing(error: BaseException | None) -> bool:
-    """Return whether a client says that there is no such object; Azure's has an error of its own for it."""
-    return isinstance(error, FileNotFoundError) or getattr(error, "status_code", None) == 404
+    """Return whether a client says that there is no such object; each has its own error for it."""
+    response = getattr(error, "response", None)  # of botocore; 403, as without the right to list, is not taken for it
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)  # of Azure's and of Google's
+    return isinstance(error, FileNotFoundError) or code in ("404", "NoSuchKey") or status == 404
 
 
 def upload(folder: Path, names: Sequence[str], address: str) -> None:

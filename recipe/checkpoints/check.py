@@ -315,10 +315,10 @@ def check(place: Place, name: str, manifest: Manifest, scratch: Path | None = No
             return f"{path} is missing" if size is None else f"{path} has {size} bytes instead of {entry.size}"
     with TemporaryDirectory() if scratch is None else nullcontext(scratch) as folder:
         root = place.fetch(list(files), Path(folder))
-        beside = root / manifest_of(name, manifest.sharded)
-        reason = verify(manifest, beside.parent)
+        place_of_manifest = root / manifest_of(name, manifest.sharded)
+        reason = verify(manifest, place_of_manifest.parent)
         if scratch is not None and reason is None:
-            write_manifest(manifest, beside)
+            write_manifest(manifest, place_of_manifest)
         elif scratch is not None:
             shutil.rmtree(scratch)
             scratch.mkdir()

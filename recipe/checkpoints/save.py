@@ -381,9 +381,11 @@ class CheckpointSaver(callbacks.CheckpointSaver):
                 shutil.rmtree(Path(self.saved_checkpoints.pop(0)).parent)
             return
         batch, keep = state.timestamp.batch.value, self.num_checkpoints_to_keep
-        is_remote = self.remote_uploader is not None and self._uploads is not None
-        prune(LocalFolder(self._local_folder(state)), 1 if is_remote else keep, batch)  # `_keep_best` needs the last
-        if is_remote:
+        local = LocalFolder(self._local_folder(state))
+        if self.remote_uploader is None or self._uploads is None:
+            prune(local, keep, batch)
+        else:
+            prune(local, 1, batch)  # `_keep_best` needs the last
             self.remote_uploader.futures.append(self._uploads.prune(keep, batch))
 
     def _local_folder(self, state: State) -> Path:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Uploads:
-    """Stands for the processes of Composer's uploader, which never replaces a killed one and knows no order.
+    """In place of the processes of Composer's uploader, which never replaces a killed one and knows no order.
 
     One process uploads, and one thread waits for it. A checkpoint in the store is unfinished from its marker
     (`UNFINISHED`) to its manifest, which is uploaded when all files of all ranks are there in full.

@@ -21,6 +21,7 @@ from convert.store import staging_folder
 from convert.write import convert_split
 from tests.support.s3_server import S3Server
 
+MACHINE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 ON_RAY: dict[str, Any] = {"part_records": 2, "engine": "ray"}
 
 
@@ -86,18 +87,15 @@ def address(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reque
 
 @pytest.fixture
 def cluster(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two machines of one core each; the environment of `address` is theirs."""
+    """One machine, of `MACHINE`; the environment of `address` is its."""
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parents[1]}")  # what is installed on real machines
-    size = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    one = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+    one = Cluster(initialize_head=True, head_node_args={**MACHINE, "include_dashboard": False})
     try:
-        one.second = one.add_node(**size)
-        one.size = size
         yield one
     finally:
         import ray
@@ -121,12 +119,12 @@ def test_a_machine_is_lost_and_the_command_too(
     scenes = [type(scene)(1, number, 56) for number, scene in enumerate(scenes)]  # 24: 12 parts
     expected = write_locally(tmp_path, Found(scenes))
     slow = Found([Slow(scene, 0.25) for scene in scenes])
-    staging = staging_folder(f"{address}/train")
+    staging, second = staging_folder(f"{address}/train"), cluster.add_node(**MACHINE)
 
     def lose() -> None:
         while not list(staging.glob("000??/part.json")):
             time.sleep(0.02)
-        cluster.remove_node(cluster.second, allow_graceful=False)
+        cluster.remove_node(second, allow_graceful=False)
 
     thread = threading.Thread(target=lose)
     thread.start()
@@ -137,7 +135,7 @@ def test_a_machine_is_lost_and_the_command_too(
     assert len(list(staging.glob("000??/part.json"))) == 12, "also those of the lost machine"
     (staging / "00003" / "part.json").unlink()
     assert "index.json" not in fetch(s3, address)
-    cluster.add_node(**cluster.size)
+    cluster.add_node(**MACHINE)
     summary = convert_split(slow, address, "train", address=cluster.address, **ON_RAY)
     assert (summary.kept, summary.parts) == (11, 12)
     assert fetch(s3, address) == expected
