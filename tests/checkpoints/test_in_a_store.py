@@ -209,7 +209,7 @@ def test_an_upload_process_that_dies_every_time(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(upload, "upload_process", Dying)
     uploads = Uploads(StoreFolder("s3://bucket/run"), timeout=1)
     (tmp_path / "file").touch()
-    future = uploads.submit(abs, remote_file_name="run/ba1.pt", local_file_path=str(tmp_path / "file"))
+    future = uploads.submit(int, remote_file_name="run/ba1.pt", local_file_path=str(tmp_path / "file"))
     with pytest.raises(OSError, match=r"uploads checkpoints was killed, .*, 4 times in a row"):
         future.result()
     uploads.shutdown()
@@ -226,7 +226,7 @@ def test_a_manifest_waits_for_files_of_other_ranks(tmp_path: Path, monkeypatch: 
     name = {"remote_file_name": "run/ep0-ba1/manifest.json", "local_file_path": str(tmp_path / "manifest.json")}
     uploads = Uploads(StoreFolder("s3://bucket/run"), timeout=30)
     monkeypatch.setattr(Uploads, "_run", lambda self, work, keywords, path: 7)
-    future = uploads.submit(abs, **name)
+    future = uploads.submit(int, **name)
     time.sleep(0.2)
     assert not future.done()
     there["ep0-ba1/__1_0.distcp"] = 3
@@ -234,6 +234,6 @@ def test_a_manifest_waits_for_files_of_other_ranks(tmp_path: Path, monkeypatch: 
     there["ep0-ba1/__1_0.distcp"] = 2
     late = Uploads(StoreFolder("s3://bucket/run"), timeout=0.1)
     with pytest.raises(OSError, match=r"no manifest is written for ep0-ba1, because .*__1_0.distcp has 2 of 3 bytes"):
-        late.submit(abs, **name).result(5)
+        late.submit(int, **name).result(5)
     for one in (uploads, late):
         one.shutdown()
