@@ -27,6 +27,7 @@ from convert.items import BadRecord, Found, Note
 from convert.jsonl import CHAT_KEYS, parse_bbox_type
 from convert.lines import find_lines
 from convert.records import Record, parse_dict, parse_size, parse_text
+from convert.remote import input_path
 from convert.several import image_parts, make_record
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Message
@@ -142,9 +143,15 @@ def _read_path(value: Any) -> str:
 def main() -> None:
     """Run the command line."""
     parser = build_parser("chat", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="JSON array or JSON lines")
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: their paths are relative to it"
+        "--annotations", type=input_path, required=True, metavar="FILE", help="JSON array or JSON lines"
+    )
+    parser.add_argument(
+        "--images",
+        type=input_path,
+        required=True,
+        metavar="DIR",
+        help="folder of the images: their paths are relative to it",
     )
     add_box_options(parser)
     run(parser, lambda args: find(args.annotations, args.images, **box_options(args)))

@@ -30,6 +30,7 @@ from convert.records import (
     parse_size,
     parse_text,
 )
+from convert.remote import input_path
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Box, Object, Searched
 
@@ -331,12 +332,16 @@ def to_key(value: Any) -> str | None:
 def main() -> None:
     """Run the command line."""
     parser = build_parser("coco", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the instances file")
+    parser.add_argument("--annotations", type=input_path, required=True, metavar="FILE", help="the instances file")
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: file_name is relative to it"
+        "--images",
+        type=input_path,
+        required=True,
+        metavar="DIR",
+        help="folder of the images: file_name is relative to it",
     )
     parser.add_argument(
-        "--captions", type=Path, metavar="FILE", help="phrases by annotation_id, in place of the category's name"
+        "--captions", type=input_path, metavar="FILE", help="phrases by annotation_id, in place of the category's name"
     )
     add_box_options(parser)
     run(

@@ -24,6 +24,7 @@ from convert.chats import fill_placeholders, parse_messages
 from convert.items import BadRecord, Found, Note
 from convert.lines import find_lines
 from convert.records import BBOX_TYPES, Record, parse_box, parse_dict, parse_size, parse_text
+from convert.remote import input_path
 from convert.several import box_part, make_record, parse_owners
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Object
@@ -125,9 +126,13 @@ def parse_bbox_type(entry: dict[str, Any]) -> str | None:
 def main() -> None:
     """Run the command line."""
     parser = build_parser("jsonl", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the file of JSON lines")
+    parser.add_argument("--annotations", type=input_path, required=True, metavar="FILE", help="the file of JSON lines")
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: their paths are relative to it"
+        "--images",
+        type=input_path,
+        required=True,
+        metavar="DIR",
+        help="folder of the images: their paths are relative to it",
     )
     add_box_options(parser)
     run(parser, lambda args: find(args.annotations, args.images, **box_options(args)))

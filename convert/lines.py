@@ -7,7 +7,6 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from os.path import abspath
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -15,7 +14,15 @@ import numpy as np
 
 from convert.formats import describe_other, look_at, starts_as_json
 from convert.items import BadRecord, Found, Note
-from convert.records import FileRecord, Record, check_file, parse_dict, refuse_duplicate, refuse_unstated_fractions
+from convert.records import (
+    FileRecord,
+    Record,
+    check_file,
+    parse_dict,
+    refuse_duplicate,
+    refuse_unstated_fractions,
+)
+from convert.remote import root_of
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 ParseEntry = Callable[[dict[str, Any]], Record]
@@ -45,10 +52,8 @@ def find_lines(
     wanted = f"JSON lines for convert.{formats[0]}"
     if look_at(annotations)[1] not in (*formats, ""):
         raise ValueError(describe_other(annotations, wanted))
-    if not images.is_dir():
-        raise ValueError(f"image folder {images} does not exist")
     make = partial(
-        FileRecord, abspath(images), bbox_type=bbox_type or "real", bad_boxes=bad_boxes, follow_links=follow_links
+        FileRecord, root_of(images), bbox_type=bbox_type or "real", bad_boxes=bad_boxes, follow_links=follow_links
     )
     records = _Lines(annotations, parse, make)
     if not records.has_object and (len(records) != 1 or not starts_as_json(annotations)):

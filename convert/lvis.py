@@ -15,6 +15,7 @@ from typing import Any
 from convert import coco
 from convert.items import Found, Note
 from convert.records import name_of_url
+from convert.remote import input_path
 from convert.write import add_box_options, box_options, build_parser, run
 
 _LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
@@ -55,12 +56,16 @@ def _with_file(image: dict[str, Any], root: Path) -> dict[str, Any]:
 def main() -> None:
     """Run the command line."""
     parser = build_parser("lvis", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the instances file")
+    parser.add_argument("--annotations", type=input_path, required=True, metavar="FILE", help="the instances file")
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder with train2017 and val2017, or one of them"
+        "--images",
+        type=input_path,
+        required=True,
+        metavar="DIR",
+        help="folder with train2017 and val2017, or one of them",
     )
     parser.add_argument(
-        "--captions", type=Path, metavar="FILE", help="phrases by annotation_id, in place of the category's name"
+        "--captions", type=input_path, metavar="FILE", help="phrases by annotation_id, in place of the category's name"
     )
     add_box_options(parser)
     run(

@@ -24,6 +24,7 @@ from convert.formats import describe_other
 from convert.items import BadRecord, Found, Note
 from convert.lines import find_lines
 from convert.records import Record, check_file, parse_box, parse_dict, parse_size, parse_text
+from convert.remote import input_path
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Object
 
@@ -119,11 +120,17 @@ def _parse_phrase(value: Any) -> str:
 def main() -> None:
     """Run the command line."""
     parser = build_parser("odvg", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the file of JSON lines")
+    parser.add_argument("--annotations", type=input_path, required=True, metavar="FILE", help="the file of JSON lines")
     parser.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder of the images: filename is relative to it"
+        "--images",
+        type=input_path,
+        required=True,
+        metavar="DIR",
+        help="folder of the images: filename is relative to it",
     )
-    parser.add_argument("--label-map", type=Path, metavar="FILE", help="names of the labels that have no category")
+    parser.add_argument(
+        "--label-map", type=input_path, metavar="FILE", help="names of the labels that have no category"
+    )
     add_box_options(parser)
     run(parser, lambda args: find(args.annotations, args.images, args.label_map, **box_options(args)))
 

@@ -8,7 +8,6 @@ imports Streaming, and with it torch.
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -67,7 +66,17 @@ class Job:
     @cached_property
     def folders(self) -> list[Path]:
         """The staging folder of each part, at least one; its name is also that of its shards' folder."""
-        return [self.staging / f"{number:05d}" for number in range(max(1, -(-len(self.entries) // self.part_records)))]
+        num_parts = max(1, -(-len(self.entries) // self.part_records))
+        return [self.staging / self.folder_name(number) for number in range(num_parts)]
+
+    @staticmethod
+    def folder_name(number: int) -> str:
+        """Return the name of a part's folders."""
+        return f"{number:05d}"
+
+    def entries_of(self, number: int) -> Sequence[Entry]:
+        """Return the records of a part."""
+        return self.entries[number * self.part_records : (number + 1) * self.part_records]
 
 
 def iter_parts(job: Job, num_workers: int) -> Generator[Summary, None, None]:
@@ -131,13 +140,19 @@ def map_forked(
 
 def make_part(job: Job, number: int, advance: Callable[[int], object]) -> Summary:
     """Read and write part `number`, unless an earlier run did; `advance` is called with the number of records done."""
-    folder = job.folders[number]
-    entries = job.entries[number * job.part_records : (number + 1) * job.part_records]
-    fingerprint = _fingerprint(job, entries) if job.restartable else ""
-    kept = _load_part(job, folder, fingerprint) if job.restartable else None
-    if kept is not None:
+    entries = job.entries_of(number)
+    fingerprint = find_fingerprint(job, entries) if job.restartable else ""
+    state = load_state(job, job.folders[number]) if job.restartable else None
+    if state is not None and state["fingerprint"] == fingerprint:
         advance(len(entries))
-        return kept
+        return summary_of(state, kept=True)
+    return write_entries(job, job.folders[number], entries, fingerprint, advance)
+
+
+def write_entries(
+    job: Job, folder: Path, entries: Iterable[Entry], fingerprint: str, advance: Callable[[int], object]
+) -> Summary:
+    """Read entries and write them as one part, with its state in `folder`, which is replaced; see `make_part`."""
     shutil.rmtree(folder, ignore_errors=True)
     summary, records = Summary(), []
     writer = _ShardWriter(
@@ -195,7 +210,8 @@ def _read(entry: Entry, advance: Callable[[int], object]) -> Iterator[Any]:
     advance(1)
 
 
-def _fingerprint(job: Job, entries: Iterable[Entry]) -> str:
+def find_fingerprint(job: Job, entries: Iterable[Entry]) -> str:
+    """Return what the bytes of a part depend on."""
     digest = hashlib.sha256(repr((_VERSION, dict(MDS_COLUMNS), job.hashes, job.size_limit, job.strict)).encode())
     for entry in entries:
         digest.update(entry.fingerprint().encode(errors="surrogatepass") + b"\n")
@@ -226,8 +242,8 @@ def _save_part(job: Job, folder: Path, names: Sequence[str]) -> None:
         sync(job.data)
 
 
-def _load_part(job: Job, folder: Path, fingerprint: str) -> Summary | None:
-    """Return the summary of a part that an earlier run made from the same entries, None if it is not whole."""
+def load_state(job: Job, folder: Path) -> dict[str, Any] | None:
+    """Return the `PART_FILE` of a part that an earlier run made, None if the part is not whole."""
     try:
         state = json.loads((folder / store.PART_FILE).read_bytes())
         files = [shard["raw_data"] for shard in _read_shards(folder)]
@@ -238,10 +254,13 @@ def _load_part(job: Job, folder: Path, fingerprint: str) -> Summary | None:
     else:
         paths = [(job.data / file["basename"], file["bytes"]) for file in files]
         whole = all(path.is_file() and path.stat().st_size == size for path, size in paths)
-    if not whole or not (folder / RECORDS_FILE).is_file() or state["fingerprint"] != fingerprint:
-        return None
+    return state if whole and (folder / RECORDS_FILE).is_file() else None
+
+
+def summary_of(state: dict[str, Any], kept: bool) -> Summary:
+    """Return the summary in a part's `PART_FILE`; `kept`: an earlier run made it."""
     summary = Summary.from_json(state["summary"])
-    summary.kept = 1
+    summary.kept = int(kept)
     return summary
 
 
@@ -249,15 +268,7 @@ def _start_worker(make: Callable[[int], Any]) -> None:
     global _make
     _make = make
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent decides
-    Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """End a worker whose parent was killed: it would wait indefinitely and hold the conversion's lock."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    Thread(target=store.die_with_parent, daemon=True).start()
 
 
 def _call_make(number: int) -> Any:

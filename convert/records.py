@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from convert import remote, store
 from convert.chats import check_messages, check_text
 from convert.items import BadBox, BadRecord, Item, Note, Rejected
 from recipe.images import MAX_ASPECT_RATIO, check_image
@@ -65,7 +66,7 @@ class FileRecord:
     """A record of a format file, not yet parsed: an `Entry`.
 
     Attributes:
-        image_root: Absolute path of the images' folder; nothing outside it is read, unless by `follow_links`.
+        image_root: Absolute path or address of the images' folder; nothing outside is read, unless by `follow_links`.
         source: Its file and place in it, for the reader of rejected.jsonl.
         parse: Makes the record; may raise `BadRecord`.
         bbox_type: One of `BBOX_TYPES`, for records that state none.
@@ -90,8 +91,7 @@ class FileRecord:
                     record = replace(record, content=None)
                     files.append(hashlib.sha256(held.content).hexdigest())
                 elif held.image is not None:
-                    stat = os.stat(find_image(self.image_root, held.image, self.follow_links))
-                    files.append((stat.st_size, stat.st_mtime_ns))
+                    files.append(_stamp(find_image(self.image_root, held.image, self.follow_links)))
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
         return repr((self.id, self.source, record, files, self.bbox_type, self.bad_boxes))
@@ -218,9 +218,7 @@ def list_records(
     Raises:
         ValueError: `image_root` is not a folder, or all boxes are fractions and `bbox_type` does not say so.
     """
-    if not image_root.is_dir():
-        raise ValueError(f"image folder {image_root} does not exist")
-    root, owned, records = os.path.abspath(image_root), set(), []
+    root, owned, records = remote.root_of(image_root), set(), []
     for sample_id, source, parse in rows:
         if sample_id and sample_id in owned:
             parse = partial(refuse_duplicate, sample_id)
@@ -287,6 +285,8 @@ def find_image(root: str, name: str, follow_links: bool = False) -> str:
         raise BadRecord("text beyond Unicode", repr(name)) from error
     if "\0" in name:
         raise BadRecord("missing file", repr(name))
+    if store.is_remote(root):
+        return remote.address_of(root, name)
     if "\\" in name and not os.path.isfile(os.path.join(root, name)):
         if re.match(r"[A-Za-z]:|\\\\", name):
             raise BadRecord("absolute path", f"{name!r} is a path on another machine: write it relative to --images")
@@ -328,16 +328,19 @@ def name_of_url(url: str, root: Path) -> str:
 
 
 def read_image(path: str) -> tuple[bytes, int, int]:
-    """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied).
-
-    Raises:
-        BadRecord: It cannot be decoded, or is too long for the vision tower.
-    """
+    """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied)."""
     data = _read_bytes(path)
     return data, *check_content(data, os.path.basename(path))
 
 
+def _stamp(path: str) -> object:
+    """Return what changes with a file; of one in a store its address, since to ask costs a request per image."""
+    return path if store.is_remote(path) else (os.stat(path).st_size, os.stat(path).st_mtime_ns)
+
+
 def _read_bytes(path: str) -> bytes:
+    if store.is_remote(path):
+        return remote.read_bytes(path)
     try:
         return Path(path).read_bytes()
     except OSError as error:

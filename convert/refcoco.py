@@ -20,6 +20,7 @@ from convert.coco import parse_bbox, read_instances, to_key
 from convert.formats import refuse_other
 from convert.items import BadRecord, Found
 from convert.records import Parse, Record, check_file, list_records, parse_dict, parse_size, parse_text
+from convert.remote import input_path
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Message, Object
 
@@ -123,9 +124,15 @@ def _parse(ref: Mapping[str, Any], image: Any, annotation: Any, sentence: Any, q
 def main() -> None:
     """Run the command line."""
     parser = build_parser("refcoco", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the refs, such as refs(unc).p")
-    parser.add_argument("--instances", type=Path, required=True, metavar="FILE", help="the instances.json next to them")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of COCO's train2014 images")
+    parser.add_argument(
+        "--annotations", type=input_path, required=True, metavar="FILE", help="the refs, such as refs(unc).p"
+    )
+    parser.add_argument(
+        "--instances", type=input_path, required=True, metavar="FILE", help="the instances.json next to them"
+    )
+    parser.add_argument(
+        "--images", type=input_path, required=True, metavar="DIR", help="folder of COCO's train2014 images"
+    )
     parser.add_argument("--question", default=QUESTION, metavar="TEXT", help="what the user asks; default: %(default)s")
     add_box_options(parser)
     run(

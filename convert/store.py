@@ -7,6 +7,7 @@ OSError if a store fails. Streaming is imported when a store is used, because it
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -68,10 +69,18 @@ def exists(address: str, name: str) -> bool:
         try:
             download(join(address, name), Path(folder, name))
         except OSError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if is_missing(error.__cause__):
                 return False
             raise
     return True
+
+
+def is_missing(error: BaseException | None) -> bool:
+    """Return whether a client says that there is no such object; each has its own error for it."""
+    response = getattr(error, "response", None)  # of botocore; 403, as without the right to list, is not taken for it
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    status = getattr(error, "status_code", None) or getattr(error, "code", None)  # of Azure's and of Google's
+    return isinstance(error, FileNotFoundError) or code in ("404", "NoSuchKey") or status == 404
 
 
 def upload(folder: Path, names: Sequence[str], address: str) -> None:
@@ -184,6 +193,14 @@ def _locked_file(folder: Path, address: str) -> IO[bytes]:
         time.sleep(0.1)
 
 
+def die_with_parent() -> None:
+    """End a forked process whose parent was killed: it would wait indefinitely and hold the conversion's lock."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def save_rejected(out: str, split: str, rejected: Sequence[Rejected]) -> None:
     """Replace the lines of `split` in OUT/rejected.jsonl and keep those of the other splits."""
     lines = [json.dumps({"split": split, **asdict(item)}) for item in rejected]
@@ -223,7 +240,22 @@ def _open(folder: Path, address: str) -> "CloudUploader":
     from streaming.base.storage import CloudUploader
 
     with _failing("reach", address):
-        return CloudUploader.get((str(folder), address), retry=ATTEMPTS)
+        return CloudUploader.get((str(folder), _as_written(address)), retry=ATTEMPTS)
+
+
+def _as_written(address: str) -> str:
+    """Return an address as Streaming's writers take it.
+
+    Of azure://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER, the form that its readers take, Streaming 0.13's writer
+    wants azure://CONTAINER/FOLDER, and the account from the environment. Delete once both take one form.
+    """
+    url = urlparse(address)
+    if url.scheme != "azure":
+        return address
+    if "." not in url.netloc or not url.path.strip("/"):
+        raise ValueError("an Azure address is azure://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER")
+    os.environ.setdefault("AZURE_ACCOUNT_NAME", url.netloc.split(".")[0])
+    return f"azure:/{url.path}"
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from convert.records import (
     parse_size,
     parse_text,
 )
+from convert.remote import input_path
 from convert.write import add_box_options, box_options, build_parser, run
 from recipe.schema import Box, Object
 
@@ -129,10 +130,16 @@ def _parse_box(item: Mapping[str, Any]) -> Box:
 def main() -> None:
     """Run the command line."""
     parser = build_parser("visual_genome", __doc__)
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="of regions or of objects")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="holds VG_100K, VG_100K_2, or all")
-    parser.add_argument("--image-data", type=Path, metavar="FILE", help="default: image_data.json in the same folder")
-    parser.add_argument("--attributes", type=Path, metavar="FILE", help="attributes.json, for those of objects")
+    parser.add_argument(
+        "--annotations", type=input_path, required=True, metavar="FILE", help="of regions or of objects"
+    )
+    parser.add_argument(
+        "--images", type=input_path, required=True, metavar="DIR", help="holds VG_100K, VG_100K_2, or all"
+    )
+    parser.add_argument(
+        "--image-data", type=input_path, metavar="FILE", help="default: image_data.json in the same folder"
+    )
+    parser.add_argument("--attributes", type=input_path, metavar="FILE", help="attributes.json, for those of objects")
     add_box_options(parser)
     run(
         parser,

@@ -14,13 +14,15 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from convert import store
+from convert import lease, store
 from convert.items import Found, Item, Summary
 from convert.records import BAD_BOXES, BBOX_TYPES
+from convert.remote import fetch_files
 from recipe.records import CLASSES_FILE, INDEX_FILE, RECORDS_FILE, rename, write_whole
 from recipe.redact import redact
 from recipe.schema import Sample
@@ -55,6 +57,8 @@ def convert_splits(
     staging: str | None = None,
     restartable: bool = True,
     part_records: int = PART_RECORDS,
+    engine: str = "local",
+    address: str = "auto",
 ) -> dict[str, Summary]:
     """Write a data set to OUT/SPLIT, and what `division` holds out to another; rejected records to OUT/rejected.jsonl.
 
@@ -77,14 +81,21 @@ def convert_splits(
     _check_names(names)
     if unknown := set(hashes) - HASHES:
         raise ValueError(f"--hashes {sorted(unknown)} are unknown: choose from {sorted(HASHES)}")
+    if engine == "ray":
+        _check_ray(out, division)
     with ExitStack() as stack:
         targets = [_Target(store.join(out, name), staging) for name in names]
         for target in targets:
             stack.enter_context(store.locked(target.folder, target.address, keep=restartable))
-        for target in reversed(targets):
-            target.check(overwrite, was_killed=target is not targets[-1] and not targets[-1].exists)
+        leases = []
+        for is_held in (False, True):  # a finished data set is not even touched; and one may be finished by now
+            for target in reversed(targets) if any(target.is_remote for target in targets) or not is_held else ():
+                target.check(overwrite, was_killed=target is not targets[-1] and not targets[-1].exists)
+            if not is_held:
+                leases += [stack.enter_context(lease.hold(target.address)) for target in targets]
         from convert import parts  # imports torch, once for all workers
 
+        ray = _connect(address) if engine == "ray" else None  # after the lease's process, as it starts threads
         founds = [found]
         if division is not None:
             from convert.divide import divide
@@ -106,12 +117,15 @@ def convert_splits(
             jobs.append(job)
             job.data.mkdir(exist_ok=True)
             with _explaining_full_disk(job):
-                summary = summaries[name] = _collect(part, job, parts.iter_parts(job, num_workers))
+                made = parts.iter_parts(job, num_workers) if ray is None else _iter_on(ray, job)
+                summary = summaries[name] = _collect(part, job, made, leases)
                 if name and (summary.rejected or summary.samples):
                     store.save_rejected(out, name, summary.rejected)
                 _check(summary, strict)
                 parts.merge_parts(job)
                 _write_classes(job, part.classes)
+        for one in leases:
+            one.check()
         for job, target in zip(jobs, targets, strict=True):
             with _explaining_full_disk(job):
                 target.publish(job)
@@ -198,7 +212,27 @@ class _Whole:
         yield from self.items
 
 
-def _collect(found: Found, job: "Job", made: Generator[Summary, None, None]) -> Summary:
+def _check_ray(out: str, division: "Division | None") -> None:
+    """Raise ValueError for what a conversion on Ray cannot do."""
+    if not store.is_remote(out):
+        raise ValueError(f"--engine ray writes to an object store: --out {out} is a folder of one machine")
+    if division is not None:
+        raise ValueError("--val-share reads all images on one machine: leave it out, and set val_fraction in training")
+
+
+def _connect(address: str) -> Any:
+    from convert.on_ray import connect
+
+    return connect(address)
+
+
+def _iter_on(ray: Any, job: "Job") -> Generator[Summary, None, None]:
+    from convert.on_ray import iter_parts
+
+    return iter_parts(job, ray)
+
+
+def _collect(found: Found, job: "Job", made: Generator[Summary, None, None], leases: Sequence[lease.Lease]) -> Summary:
     """Add up all parts; in strict mode stop at the first rejected record."""
     total = Summary()
     for item in found.leading:
@@ -207,6 +241,8 @@ def _collect(found: Found, job: "Job", made: Generator[Summary, None, None]) -> 
             return total
     with closing(made):
         for part in made:
+            for one in leases:
+                one.check()
             total.merge(part)
             total.parts += 1
             if total.rejected and job.strict:
@@ -331,6 +367,10 @@ def parse_args(parser: argparse.ArgumentParser, with_split: bool = True) -> argp
             help="keep images together whose names agree up to the last TEXT, such as _ for cam1_0001.jpg",
         )
         parser.add_argument("--staging", metavar="DIR", help="keeps the state of a conversion to an object store")
+        parser.add_argument(
+            "--engine", choices=("local", "ray"), default="local", help="processes of this machine, or a Ray cluster"
+        )
+        parser.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; default auto: this machine's")
         add_num_workers(parser)
     parser.add_argument("--size-limit", default="32mb", metavar="SIZE", help="of one shard; default %(default)s")
     parser.add_argument(
@@ -348,12 +388,21 @@ def parse_args(parser: argparse.ArgumentParser, with_split: bool = True) -> argp
 def run(parser: argparse.ArgumentParser, find: Callable[[argparse.Namespace], Found]) -> None:
     """Parse the command line, convert what `find` reads, print the summary; exit 1 on bad input."""
     args = parse_args(parser)
-    options = {name: getattr(args, name) for name in (*WRITE_OPTIONS, "num_workers", "staging")}
+    options = {name: getattr(args, name) for name in (*WRITE_OPTIONS, "num_workers", "staging", "engine")}
 
     def write() -> dict[str, Summary]:
         division = parse_division(args)
         _check_names([args.split] if division is None else [division.name, args.split])
-        return convert_splits(find(args), args.out, args.split, division, **options)
+        if args.engine == "ray":
+            _check_ray(args.out, division)
+            if args.num_workers != parser.get_default("num_workers"):
+                raise ValueError("--num-workers has no effect with --engine ray: all cores of the cluster work")
+        elif args.address is not None:
+            raise ValueError(f"--address {args.address} has no effect without --engine ray")
+        with TemporaryDirectory() as folder:
+            fetch_files(args, Path(folder))
+            address = args.address or "auto"
+            return convert_splits(find(args), args.out, args.split, division, address=address, **options)
 
     report(write, args.out)
 

@@ -349,10 +349,7 @@ def _check_saving(config: RecipeConfig, view: TrainerView) -> None:
         )
     kept = trainer.get("save_num_checkpoints_to_keep", -1)
     if type(kept) is not int or not (kept == -1 or kept >= 1):
-        raise ConfigError(
-            f"trainer.save_num_checkpoints_to_keep is {kept!r}: it must be 1 or more, or -1 for all; uploaded ones are "
-            "never removed"
-        )
+        raise ConfigError(f"trainer.save_num_checkpoints_to_keep is {kept!r}: it must be 1 or more, or -1 for all")
     if config.autoresume and trainer.get("save_ignore_keys"):
         raise ConfigError(
             "trainer.save_ignore_keys: a run cannot resume exactly from a checkpoint that lacks something; leave it "

@@ -232,7 +232,7 @@ def test_the_shape_of_the_commands() -> None:
     assert sum("--world_size 64" in command and command.endswith("joint_fsdp.yaml") for command in found) == 1
     assert any(command.startswith("python -m recipe.gallery --predictions") for command in found)
     assert len(found) >= 12
-    assert len(commands(ROOT / "convert/README.md")) == 13 + 3 + 3
+    assert len(commands(ROOT / "convert/README.md")) == 13 + 3 + 3 + 1
     assert all(len(commands(path)) == 1 for path in YAMLS if path.name != "overfit.yaml")
 
 

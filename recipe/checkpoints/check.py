@@ -4,17 +4,18 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from recipe.checkpoints.base import fingerprint
+from recipe.checkpoints.places import Place, open_folder
 from recipe.models.network import AVERAGE
 from recipe.models.nf4 import plain_shapes
 from recipe.records import PARTIAL, write_whole
@@ -178,76 +179,12 @@ class Found:
     manifest: Manifest
 
 
-@dataclass(frozen=True)
-class LocalFolder:
-    """Read checkpoints of a folder on disk."""
-
-    path: Path
-
-    def names(self) -> list[str]:
-        """Return the paths of all files below; no links."""
-        paths = [path for path in self.path.rglob("*") if path.is_file() and not path.is_symlink()]
-        return [path.relative_to(self.path).as_posix() for path in paths]
-
-    def size(self, name: str) -> int | None:
-        """Return a file's bytes; None if there is no such file."""
-        path = self.path / name
-        return path.stat().st_size if path.is_file() else None
-
-    def fetch(self, names: Sequence[str], scratch: Path) -> Path:
-        """Return the folder in which the names can be read."""
-        return self.path
-
-    def address(self, name: str) -> str:
-        """Return the full path of a name."""
-        return str(self.path / name)
-
-
-@dataclass(frozen=True)
-class StoreFolder:
-    """Read checkpoints of an object store, below an address such as `s3://bucket/run/checkpoints`."""
-
-    uri: str
-
-    @property
-    def _store(self) -> Any:
-        return maybe_create_object_store_from_uri(self.uri)
-
-    def names(self) -> list[str]:
-        """Return the names of all objects below."""
-        prefix = f"{parse_uri(self.uri)[2].rstrip('/')}/".lstrip("/")
-        return [name.removeprefix(prefix) for name in self._store.list_objects(prefix)]
-
-    def size(self, name: str) -> int | None:
-        """Return an object's bytes; None if there is no such object."""
-        try:
-            return self._store.get_object_size(parse_uri(self.address(name))[2])
-        except FileNotFoundError:
-            return None
-
-    def fetch(self, names: Sequence[str], scratch: Path) -> Path:
-        """Download the objects to the scratch folder and return it."""
-        store = self._store
-        for name in names:
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            store.download_object(parse_uri(self.address(name))[2], str(scratch / name), overwrite=True)
-        return scratch
-
-    def address(self, name: str) -> str:
-        """Return the full address of a name."""
-        return f"{self.uri.rstrip('/')}/{name}"
-
-
-def open_folder(folder: str) -> LocalFolder | StoreFolder:
-    """Return the folder of a path or address."""
-    return StoreFolder(folder) if "://" in folder else LocalFolder(Path(folder))
-
-
-def newest_valid(folder: str) -> Found | None:
+def newest_valid(folder: str, scratch: Path | None = None) -> Found | None:
     """Return the whole and unchanged checkpoint of the highest batch; warn of each one skipped.
 
     Args:
         folder: A path or an address. From a store, a checkpoint is downloaded to be checked.
+        scratch: Of a store, an empty folder that keeps what was downloaded of the one that is returned.
     """
     place = open_folder(folder)
     manifests, rejected = read_manifests(place)
@@ -257,9 +194,8 @@ def newest_valid(folder: str) -> Found | None:
     order = {name: (manifest.progress, not manifest.metric) for name, manifest in manifests.items()}
     for name in sorted(order, key=lambda name: order[name], reverse=True):
         manifest = manifests[name]
-        reason = check(place, name, manifest)
-        if reason is None and manifest.weights_only:
-            reason = "it holds only weights, so training cannot continue from it"
+        reason = "it holds only weights, so training cannot continue from it" if manifest.weights_only else None
+        reason = reason or check(place, name, manifest, scratch)
         if reason is None:
             return Found(place.address(name), manifest)
         _warn(place.address(name), reason)
@@ -274,27 +210,50 @@ def existing(folder: str) -> list[str]:
     return sorted({found for name in names if (found := _checkpoint_in(name)) is not None} - unfinished)
 
 
-def clean(folder: Path, batch: int) -> None:
+def clean(place: Place, batch: int) -> None:
     """Remove half-written files of a killed run and set aside checkpoints later than `batch`, this run's start.
 
     Those are broken, or this run was started over and must not resume from what it replaces.
     """
-    for path in folder.rglob(f"*{PARTIAL}"):
-        checkpoint = Path(str(path).removesuffix(UNFINISHED))
-        if checkpoint != path and not any(Path(manifest_of(str(checkpoint), kind)).exists() for kind in (False, True)):
-            if checkpoint.is_dir():
-                shutil.rmtree(checkpoint)
-            else:
-                checkpoint.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-    for name, manifest in read_manifests(LocalFolder(folder))[0].items():
+    names = place.names()
+    for name in (name for name in names if name.endswith(PARTIAL)):
+        checkpoint = name.removesuffix(UNFINISHED)
+        if checkpoint != name and not any(manifest_of(checkpoint, kind) in names for kind in (False, True)):
+            for file in names:
+                if file == checkpoint or file.startswith(f"{checkpoint}/"):
+                    place.remove(file)
+        place.remove(name)
+    for name, manifest in read_manifests(place)[0].items():
         if manifest.batch > batch:
-            path = folder / manifest_of(name, manifest.sharded)
-            path.replace(f"{path}{REPLACED}")
-            log.warning("checkpoint %s is set aside: this run starts before it, at batch %d", folder / name, batch)
+            path = manifest_of(name, manifest.sharded)
+            place.rename(path, path + REPLACED)
+            address = redact(place.address(name))
+            log.warning("checkpoint %s is set aside: this run starts before it, at batch %d", address, batch)
 
 
-def best_metric(place: LocalFolder | StoreFolder, name: str) -> dict[str, float]:
+def prune(place: Place, keep: int, batch: int) -> None:
+    """Remove the oldest finished checkpoints, also of earlier launches, down to `keep`; the best one stays.
+
+    The manifest goes last: what a kill leaves is the oldest still, and goes with the next. Broken ones of batches later
+    than `batch`, the last one of this run, do not count as newer.
+    """
+    ours = {
+        name: manifest
+        for name, manifest in read_manifests(place)[0].items()
+        if not manifest.metric and manifest.batch <= batch
+    }
+    for name in sorted(ours, key=lambda name: ours[name].progress, reverse=True)[keep:]:
+        for path in (*files_of(name, ours[name]), manifest_of(name, ours[name].sharded)):
+            place.remove(path)
+
+
+def files_of(name: str, manifest: Manifest) -> dict[str, FileEntry]:
+    """Return a checkpoint's files by their paths below the folder in which it has its name."""
+    folder = name if manifest.sharded else str(PurePosixPath(name).parent)
+    return {str(PurePosixPath(folder, file)): entry for file, entry in manifest.files.items()}
+
+
+def best_metric(place: Place, name: str) -> dict[str, float]:
     """Return the metric by which a checkpoint was kept as the best; {} if it was never finished or is damaged."""
     try:
         manifest = read_manifest(place, name)
@@ -303,12 +262,14 @@ def best_metric(place: LocalFolder | StoreFolder, name: str) -> dict[str, float]
     return {} if manifest is None else manifest.metric
 
 
-def read_manifests(place: LocalFolder | StoreFolder) -> tuple[dict[str, Manifest], dict[str, str]]:
+def read_manifests(place: Place) -> tuple[dict[str, Manifest], dict[str, str]]:
     """Return a folder's manifests by checkpoint name, and why the other checkpoints have none."""
     names = place.names()
     manifests: dict[str, Manifest] = {}
     rejected = {found: "no manifest" for name in names if (found := _checkpoint_in(name)) is not None}
-    rejected |= {name: "its run ended while it was being written" for name in names if name.endswith(PARTIAL)}
+    finished = {f"{checkpoint_of(name)}{UNFINISHED}" for name in names}
+    partial = {name for name in names if name.endswith(PARTIAL)} - finished
+    rejected |= {name: "its run ended while it was being written" for name in partial}
     with TemporaryDirectory() as scratch:
         for name in names:
             checkpoint = checkpoint_of(name)
@@ -323,7 +284,7 @@ def read_manifests(place: LocalFolder | StoreFolder) -> tuple[dict[str, Manifest
     return manifests, rejected
 
 
-def read_manifest(place: LocalFolder | StoreFolder, name: str) -> Manifest | None:
+def read_manifest(place: Place, name: str) -> Manifest | None:
     """Return the manifest of one checkpoint; None if it has none.
 
     Raises:
@@ -358,16 +319,26 @@ def contents_sum(manifest: Manifest) -> str:
     return _sha256({name: entry.sha256 for name, entry in manifest.files.items()})
 
 
-def check(place: LocalFolder | StoreFolder, name: str, manifest: Manifest) -> str | None:
-    """Return why a checkpoint is not as its manifest says; None if it is. Sizes are compared before reading all."""
-    folder = name if manifest.sharded else str(PurePosixPath(name).parent)
-    paths = {str(PurePosixPath(folder, file)): entry for file, entry in manifest.files.items()}
-    for path, entry in paths.items():
+def check(place: Place, name: str, manifest: Manifest, scratch: Path | None = None) -> str | None:
+    """Return why a checkpoint is not as its manifest says; None if it is. Sizes are compared before reading all.
+
+    Of a store, an empty folder `scratch` then keeps what was downloaded, with the manifest.
+    """
+    files = files_of(name, manifest)
+    for path, entry in files.items():
         size = place.size(path)
         if size != entry.size:
             return f"{path} is missing" if size is None else f"{path} has {size} bytes instead of {entry.size}"
-    with TemporaryDirectory() as scratch:
-        return verify(manifest, place.fetch(list(paths), Path(scratch)) / folder)
+    with TemporaryDirectory() if scratch is None else nullcontext(scratch) as folder:
+        root = place.fetch(list(files), Path(folder))
+        place_of_manifest = root / manifest_of(name, manifest.sharded)
+        reason = verify(manifest, place_of_manifest.parent)
+        if scratch is not None and reason is None:
+            write_manifest(manifest, place_of_manifest)
+        elif scratch is not None:
+            shutil.rmtree(scratch)
+            scratch.mkdir()
+    return reason
 
 
 def _checkpoint_in(name: str) -> str | None:

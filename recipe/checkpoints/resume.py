@@ -26,9 +26,10 @@ from recipe.checkpoints.check import (
     differences,
     existing,
     newest_valid,
-    open_folder,
     read_manifest,
 )
+from recipe.checkpoints.download import on_this_node, remove_download, scratch_folder
+from recipe.checkpoints.places import open_folder
 from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_export, read_weights, some
 from recipe.config import NEW_RUN, ConfigError
@@ -54,7 +55,7 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
     """
 
     def look() -> dict[str, Any]:
-        found = _own_checkpoint(trainer, autoresume)
+        found = _own_checkpoint(trainer, autoresume, scratch_folder(trainer.save_folder))
         if found is None:
             return _given(trainer, load_path, origin, trainer.load_weights_only)
         if load_path is not None:
@@ -79,6 +80,9 @@ def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin
 
 def _keywords_from_rank_0(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     found = from_rank_0(look)
+    for key in ("load_path", WEIGHTS_FROM):
+        if found.get(key) is not None:
+            found[key] = on_this_node(found[key])
     error = None
     path = found.get("load_path")
     if path is not None and "://" not in path and not Path(path).exists():
@@ -131,6 +135,7 @@ def catch_up(trainer: Trainer, saver: CheckpointSaver | None, start: Mapping[str
         return
     parent, _, name = path.rpartition("/")
     manifest = from_rank_0(lambda: read_manifest(open_folder(parent or "."), name))
+    remove_download(path)
     if manifest is None:
         return
     if saver is not None:
@@ -154,7 +159,7 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
     place = open_folder(parent or ".")
     manifest = None if path.startswith(("http://", "https://")) else read_manifest(place, name)
     if manifest is not None:
-        if reason := check(place, name, manifest):
+        if reason := check(place, name, manifest, scratch_folder(parent)):
             raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
         weights_only = manifest.weights_only or weights_only
         _check_fit(trainer, origin, Found(path, manifest), weights_only)
@@ -188,11 +193,11 @@ def _keywords(path: str, weights_only: bool, manifest: Manifest | None = None) -
     }
 
 
-def _own_checkpoint(trainer: TrainerView, autoresume: bool) -> Found | None:
+def _own_checkpoint(trainer: TrainerView, autoresume: bool, scratch: Path | None) -> Found | None:
     folder = trainer.save_folder
     if folder is None:
         return None
-    found = newest_valid(folder) if autoresume else None
+    found = newest_valid(folder, scratch) if autoresume else None
     if found is not None or (trainer.save_overwrite and not autoresume) or not (names := existing(folder)):
         return found
     if autoresume:

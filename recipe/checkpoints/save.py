@@ -19,24 +19,22 @@ from recipe.checkpoints.check import (
     REPLACED,
     UNFINISHED,
     FileEntry,
-    LocalFolder,
     Manifest,
     Origin,
     best_metric,
     clean,
     manifest_of,
-    open_folder,
-    read_manifests,
+    prune,
     write_manifest,
 )
+from recipe.checkpoints.places import LocalFolder, StoreFolder, open_folder
+from recipe.checkpoints.upload import Uploads, failed_uploads
 from recipe.checkpoints.write import (
     WriteError,
-    failed_uploads,
     link,
     num_bytes,
     state_of_training,
     together,
-    upload_executor,
     write_file,
     write_shards,
 )
@@ -105,8 +103,10 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
         super().__init__(**keywords)
+        self._uploads: Uploads | None = None
         if self.remote_uploader is not None:
-            self.remote_uploader.upload_executor = upload_executor(self.num_concurrent_uploads)
+            self._uploads = Uploads(StoreFolder(str(keywords["folder"])), self.upload_timeout_in_seconds)
+            self.remote_uploader.upload_executor = self._uploads  # pyright: ignore[reportAttributeAccessIssue]
         self.origin = origin
         self.metric = metric
         self.mode = mode
@@ -134,8 +134,12 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Remove what a killed process left half written."""
-        if dist.get_global_rank() == 0:
-            clean(self._local_folder(state), state.timestamp.batch.value)
+        places = [LocalFolder(self._local_folder(state)), *([] if self._uploads is None else [self._uploads.place])]
+        for place in places if dist.get_global_rank() == 0 else ():
+            try:
+                clean(place, state.timestamp.batch.value)
+            except (OSError, NotImplementedError) as error:  # they are never mistaken for whole ones
+                log.warning("what a killed run left in %s stays there: %s", redact(self._given_folder), error)
         super().fit_start(state, logger)
         if self.metric is not None:
             name = BEST_FOLDER if state.fsdp_sharded_state_dict_enabled else BEST_FILE
@@ -245,7 +249,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         content = state_of_training(state, self.weights_only, self.ignore_keys)
         # Only one of the ranks that hold the same part of the weights writes it.
         num_writers = dist.get_world_size() // num_copies(state)
-        together(lambda: self._prepare(target, content, sharded, num_writers))
+        together(lambda: self._prepare(state, logger, target, content, sharded, num_writers))
         written = together(lambda: self._write(content, target, state))
         files = {name: entry for part in dist.all_gather_object(written) for name, entry in part.items()}
         manifest = Manifest(
@@ -270,7 +274,15 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         if self.num_checkpoints_to_keep >= 0:
             together(lambda: self._rotate(state))
 
-    def _prepare(self, target: Path, content: Mapping[str, Any], sharded: bool, num_writers: int) -> None:
+    def _prepare(
+        self,
+        state: State,
+        logger: Logger,
+        target: Path,
+        content: Mapping[str, Any],
+        sharded: bool,
+        num_writers: int,
+    ) -> None:
         """Check for space and remove an older checkpoint of this name: it is broken, or to be overwritten."""
         rank = dist.get_global_rank()
         is_remote = self.remote_uploader is not None
@@ -286,12 +298,18 @@ class CheckpointSaver(callbacks.CheckpointSaver):
             if free < needed:
                 raise OSError(f"{target.parent} has {free} bytes free, the checkpoint needs {needed}")
         if rank == 0:
-            Path(f"{target}{UNFINISHED}").touch()
-            manifest = manifest_of(str(target), sharded)
-            for path in (manifest, manifest + REPLACED):
-                Path(path).unlink(missing_ok=True)
+            self._begin(state, logger, target, sharded)
         if sharded and target.exists() and (rank == 0 or is_remote):
             shutil.rmtree(target)
+
+    def _begin(self, state: State, logger: Logger, target: Path, sharded: bool) -> None:
+        """Mark a checkpoint as unfinished, on the disk and in the store."""
+        marker, manifest = Path(f"{target}{UNFINISHED}"), manifest_of(str(target), sharded)
+        marker.touch()
+        for path in (manifest, manifest + REPLACED):
+            Path(path).unlink(missing_ok=True)
+        if self.remote_uploader is not None:
+            self._upload_checkpoint(self._remote_name(state, marker), str(marker), [], logger)
 
     def _write(self, content: dict[str, Any], target: Path, state: State) -> dict[str, FileEntry]:
         if state.fsdp_sharded_state_dict_enabled:
@@ -343,8 +361,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
         def rename_all() -> None:
             if dist.get_global_rank() == 0:
-                Path(f"{target}{UNFINISHED}").touch()
-                Path(manifest_of(str(target), sharded)).unlink(missing_ok=True)
+                self._begin(state, logger, target, sharded)
             best.folder.mkdir(parents=True, exist_ok=True)
             for name in last.own:
                 link(last.folder / name, best.folder / renamed[name])
@@ -367,23 +384,21 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         together(rewrite)
 
     def _rotate(self, state: State) -> None:
-        """Remove the oldest local checkpoints, also of earlier launches, down to `num_checkpoints_to_keep`."""
+        """Remove the oldest checkpoints, also of earlier launches, down to `num_checkpoints_to_keep`.
+
+        With a store, that number is kept there, and one on each rank's disk.
+        """
         if dist.get_global_rank() > 0:
-            # With a store, each rank has a local folder of its own.
-            while self.remote_uploader is not None and len(self.saved_checkpoints) > self.num_checkpoints_to_keep:
+            while self.remote_uploader is not None and len(self.saved_checkpoints) > 1:
                 shutil.rmtree(Path(self.saved_checkpoints.pop(0)).parent)
             return
-        folder = self._local_folder(state)
-        found, _ = read_manifests(LocalFolder(folder))
-        # Broken ones of later batches must not count as newer.
-        ours = {name: one for name, one in found.items() if not one.metric and one.batch <= state.timestamp.batch.value}
-        newest_first = sorted(ours, key=lambda name: ours[name].progress, reverse=True)
-        for name in newest_first[self.num_checkpoints_to_keep :]:
-            (folder / manifest_of(name, ours[name].sharded)).unlink()
-            if ours[name].sharded:
-                shutil.rmtree(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+        batch, keep = state.timestamp.batch.value, self.num_checkpoints_to_keep
+        local = LocalFolder(self._local_folder(state))
+        if self.remote_uploader is None or self._uploads is None:
+            prune(local, keep, batch)
+        else:
+            prune(local, 1, batch)  # `_keep_best` needs the last
+            self.remote_uploader.futures.append(self._uploads.prune(keep, batch))
 
     def _local_folder(self, state: State) -> Path:
         return Path(format_name_with_dist(self.folder, state.run_name))

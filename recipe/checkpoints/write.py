@@ -3,17 +3,14 @@
 import hashlib
 import os
 import shutil
-import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
 from composer.core import State
-from composer.utils import RemoteUploader, dist, reproducibility
+from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,7 +21,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from recipe.checkpoints.check import FileEntry, describe_file
 from recipe.optim.groups import local
 from recipe.records import replacing
-from recipe.redact import redact_text
 from recipe.upstream.composer_state import weights_only_state
 from recipe.upstream.torch_private import tree_leaves
 
@@ -138,21 +134,6 @@ def write_shards(content: dict[str, Any], folder: Path, planner: Any) -> dict[st
     with suppress(OSError):
         folder.rmdir()  # of a node that has written nothing; fails on all others
     return {name: describe_file(folder / name) for name in names}
-
-
-def upload_executor(num_processes: int) -> ProcessPoolExecutor:
-    """Return processes that ignore SIGTERM: a job may receive it before its last checkpoint is uploaded."""
-    return ProcessPoolExecutor(num_processes, get_context("spawn"), signal.signal, (signal.SIGTERM, signal.SIG_IGN))
-
-
-def failed_uploads(uploader: RemoteUploader | None, wait: bool) -> list[str]:
-    """Return why uploads of this rank failed, each once; with `wait`, of all that were started."""
-    if uploader is None:
-        return []
-    ended = [future for future in uploader.futures if wait or future.done()]
-    errors = [error for future in ended if (error := future.exception()) is not None]
-    uploader.futures = [future for future in uploader.futures if future not in ended]
-    return [redact_text(f"{type(error).__name__}: {error}") for error in errors]
 
 
 def link(source: Path, target: Path) -> None:

@@ -7,6 +7,8 @@ The folder holds `images` and `instances.json`; each image is taken `--copies` t
 and the index. `verified` is with `convert.verify` afterwards, which checks checksums, rows and sidecar and decodes no
 image again. The loop reads each file and decodes it by `open_image`. CPU time of this process and its workers, in
 turns, medians. The last line is JSON: images per core-second, `converted_over_decoded` and `verified_over_decoded`.
+With `--store` also `fetched`: what the client takes to read the images from an S3 server of this machine, as a
+conversion with `--images s3://...` does; the server's own work is not in it.
 """
 
 import argparse
@@ -19,9 +21,11 @@ from pathlib import Path
 from statistics import median
 
 from convert import coco
+from convert.remote import read_bytes
 from convert.verify import verify
 from convert.write import convert_split
 from recipe.images import open_image
+from tests.support.s3_server import s3_server
 from throughput import DATA
 
 
@@ -69,12 +73,26 @@ def decode(source: Path) -> int:
     return len(names)
 
 
+def fetch_speed(source: Path, folder: Path) -> float:
+    """Images per core-second that are read from a store; the first one, which opens the client, is not counted."""
+    with s3_server(folder) as server:
+        os.environ.update(server.env)
+        address = server.upload(source / "images", "images")
+        first, *names = sorted(path.name for path in (source / "images").iterdir())
+        read_bytes(f"{address}/{first}")
+        start = sum(os.times()[:2])
+        for name in names:
+            read_bytes(f"{address}/{name}")
+        return len(names) / (sum(os.times()[:2]) - start)
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA / "coco_cc_train")
     parser.add_argument("--copies", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--store", action="store_true", help="also read the images from an S3 server")
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {"decoded": [], "converted": [], "verified": []}
     with tempfile.TemporaryDirectory() as name:
@@ -91,6 +109,10 @@ def main() -> None:
                 run()
                 seconds[way].append(cpu_seconds() - start)
             shutil.rmtree(out)
+        fetched = {}
+        if args.store:
+            (Path(name) / "server").mkdir()
+            fetched = {"fetched": fetch_speed(source, Path(name) / "server")}
     decoded, converted, verified = (median(values) for values in seconds.values())
     rates = {
         "decoded": num_images / decoded,
@@ -101,7 +123,7 @@ def main() -> None:
         "converted_over_decoded": decoded / converted,
         "verified_over_decoded": decoded / (converted + verified),
     }
-    print(json.dumps({name: round(value, 3) for name, value in {**rates, **ratios}.items()}))
+    print(json.dumps({name: round(value, 3) for name, value in {**rates, **fetched, **ratios}.items()}))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class TinyModel(ComposerModel):
         return outputs.square().mean()
 
 
-def make_saver(folder: Path, **keywords: Any) -> CheckpointSaver:
+def make_saver(folder: Path | str, **keywords: Any) -> CheckpointSaver:
     """Of `ba{batch}.pt`, after every batch."""
     defaults: dict[str, Any] = {"filename": "ba{batch}.pt", "save_interval": "1ba", "overwrite": True}
     return CheckpointSaver(ORIGIN, folder=str(folder), **{**defaults, **keywords})
@@ -57,7 +57,7 @@ def make_trainer(
         )
 
 
-def train(folder: Path, steps: int, load_path: str | None = None, **keywords: Any) -> Trainer:
+def train(folder: Path | str, steps: int, load_path: str | None = None, **keywords: Any) -> Trainer:
     """Trains and closes; the checkpoints are in the folder."""
     trainer = make_trainer(make_saver(folder, **keywords), steps, load_path)
     trainer.fit()

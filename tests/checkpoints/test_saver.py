@@ -16,8 +16,10 @@ import torch
 from composer import Callback, State
 
 from recipe.checkpoints import save as saver
-from recipe.checkpoints.check import FileEntry, LocalFolder, existing, newest_valid, parse_manifest, verify
-from recipe.checkpoints.write import upload_executor, write_file
+from recipe.checkpoints.check import FileEntry, existing, newest_valid, parse_manifest, verify
+from recipe.checkpoints.places import LocalFolder
+from recipe.checkpoints.upload import upload_process
+from recipe.checkpoints.write import write_file
 from tests.checkpoints.checkpoint_cases import ORIGIN, AtBatch, make_saver, make_trainer, train, truncate
 
 
@@ -244,7 +246,7 @@ def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
 
 
 def test_uploads_go_on_after_sigterm() -> None:
-    with upload_executor(1) as executor:
+    with upload_process() as executor:
         assert executor.submit(signal.getsignal, signal.SIGTERM).result() == signal.SIG_IGN
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from convert_helpers import Slow
 
+from convert import lease
 from convert.items import Found
 from convert.shapes import Scene
 from convert.store import staging_folder
@@ -43,6 +44,7 @@ def fetch(s3: S3Server, address: str) -> dict[str, bytes]:
     keys = [item["Key"] for item in client.list_objects_v2(Bucket="converted", Prefix=f"{prefix}/").get("Contents", [])]
     objects = {key: client.get_object(Bucket="converted", Key=key)["Body"].read() for key in keys}
     assert objects.pop(f"{prefix}/rejected.jsonl", b"") == b""
+    objects.pop(f"{prefix}/.train{lease.SUFFIX}", None)
     return {key.removeprefix(f"{prefix}/train/"): data for key, data in objects.items()}
 
 
