@@ -1,0 +1,303 @@
+"""The two trainings of a soak: one that nothing disturbs, and one that is started again whenever it ends too early."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from tests.drills.drill_cases import assert_same_training, write_data, write_yaml
+from tests.drills.soak_control import FREE, Control
+from tests.drills.soak_faults import Level, Processes, Saboteur, level, processes_of
+from tests.drills.soak_schedule import Planned, Schedule
+from tests.launches.launch import Running, end_hung, is_alive, start
+from tests.support.s3_server import FaultProxy, S3Server
+from tests.support.tiny_cases import build_checkpoint
+
+BUCKET = "soak"
+DISK_SIZE = "400m"
+SAVE_EVERY, EVALUATE_EVERY = 10, 30  # batches
+PATIENCE = 180.0  # seconds without a new batch after the last fault, which is a hang
+PAUSE = 1.0  # seconds before the next start
+MOST_STARTS = 8  # without a new batch and without a fault since the first of them
+WARM = 12  # batches after which a launch uses what it needs
+SECONDS_TO_SETTLE = 31.0  # after which what a run left in shared memory is nobody's
+LOST = 65  # the status of a run that diverged
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where both trainings run.
+
+    Attributes:
+        folder: Logs, the yaml, the store's files.
+        disk: A file system of its own: the run folder, the cache of the data, temporary files.
+        server: The store.
+    """
+
+    folder: Path
+    disk: Path
+    server: S3Server
+    schedule: Schedule
+    control: Control
+
+    @classmethod
+    def make(cls, folder: Path, server: S3Server, schedule: Schedule) -> "Machine":
+        """The disk, the data in the store, the tiny model, the yaml."""
+        disk = folder / "disk"
+        disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_SIZE}", "tmpfs", str(disk)], check=True)
+        write_data(folder / "data", num_train=180, size_limit="60kb")
+        server.upload(folder / "data", BUCKET, "scenes")
+        write_yaml(folder / "soak.yaml", build_checkpoint(str(folder / "tiny")), folder / "data", schedule.batches)
+        return cls(folder, disk, server, schedule, Control.make(folder / "control"))
+
+    @property
+    def temporary(self) -> Path:
+        """Of the disturbed run."""
+        return self.disk / "run" / "tmp"
+
+    def launch(self, name: str, number: int, env: dict[str, str]) -> Running:
+        """Start the real command for the run of this name; its log is `NAME-NUMBER.log`."""
+        home = self.disk / name
+        (home / "tmp").mkdir(parents=True, exist_ok=True)
+        remote = f"s3://{BUCKET}/scenes"
+        streams = ["train_loader.streams.train", "eval_loader.streams.val", "teachers.stream"]
+        overrides = [f"{stream}.{key}" for stream in streams for key in (f"remote={remote}", f"local={home / 'cache'}")]
+        overrides += [f"{loader}.dataset.download_{key}" for loader in ("train_loader", "eval_loader") for key in BOUNDS]
+        overrides += [
+            f"run_folder={home / 'run'}",
+            f"trainer.save_folder=s3://{BUCKET}/{name}/checkpoints",
+            f"trainer.save_interval={SAVE_EVERY}ba",
+            f"trainer.eval_interval={EVALUATE_EVERY}ba",
+            "evaluation.answers=null",
+            "nan_rollback.quarantine_after=1000",  # a sample must not be excluded from one of the two runs only
+            "train_loader.dataset.cache_limit=400kb",  # so that shards are fetched all the time
+            "train_loader.dataset.predownload=8",
+        ]
+        own = {
+            "TMPDIR": str(home / "tmp"),
+            "SOAK_CONTROL": str(self.folder / "control"),
+            "SOAK_SCHEDULE": self.schedule.to_json(),
+            "SOAK_UNDISTURBED": str(int(name == "undisturbed")),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "inside"), os.getenv("PYTHONPATH", "")]),
+        }
+        log = self.folder / f"{name}-{number}.log"
+        yaml = str(self.folder / "soak.yaml")
+        return start(2, "recipe/train.py", yaml, *overrides, log=log, env={**env, **own}, forked=False)
+
+    def level(self) -> Level:
+        """What is in use on the machine, this process and the store aside."""
+        others = [process for process in psutil.process_iter() if is_of_a_run(process)]
+        found = level(others, self.temporary)
+        assert found is not None
+        return found
+
+    def level_at_end(self) -> Level:
+        """The same after the command was given once more, which has nothing to train and cleans up what was killed."""
+        time.sleep(SECONDS_TO_SETTLE)
+        running = self.launch("run", 999, self.server.env)
+        assert running.wait() == 0 and "already ended" in running.output(), running.output()
+        return self.level()
+
+
+BOUNDS = ("timeout=10", "retry=2")
+
+
+def is_of_a_run(process: psutil.Process) -> bool:
+    """Whether a process was started by one of the trainings."""
+    with suppress(psutil.Error):
+        return "SOAK_CONTROL" in process.environ() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@dataclass
+class Trained:
+    """What one launch used: soon after its start, and when it was last seen."""
+
+    first: Level | None = None
+    last: Level | None = None
+    seconds: float = 0.0
+
+    def note(self, processes: Processes, temporary: Path, num_batches: int) -> None:
+        """Look at the ranks, if they are training."""
+        if num_batches < WARM or len(processes.ranks) < 2 or len(processes.loader_workers) < 4:
+            return
+        found = level([*processes.ranks, *processes.upload_workers], temporary)
+        if found is not None:
+            self.first, self.last = self.first or found, found
+
+
+def train_undisturbed(machine: Machine) -> Trained:
+    """The whole training, at full speed."""
+    machine.control.allowed = FREE
+    trained, began = Trained(), time.monotonic()
+    running = machine.launch("undisturbed", 0, machine.server.env)
+    while running.process.poll() is None:
+        trained.note(processes_of(running.group), machine.disk / "undisturbed" / "tmp", machine.control.batch(0))
+        time.sleep(1)
+    assert running.wait() == 0, running.output()
+    trained.seconds = time.monotonic() - began
+    shutil.rmtree(machine.disk / "undisturbed")
+    return trained
+
+
+@dataclass
+class Launch:
+    """One start of the disturbed training."""
+
+    running: Running
+    first_batch: int | None = None
+    last_batch: int = 0
+    status: int | None = None
+    faults: list[str] = field(default_factory=list[str])
+    used: Trained = field(default_factory=Trained)
+
+
+class Supervisor:
+    """Starts the training again until it has ended with 0, while faults happen."""
+
+    def __init__(self, machine: Machine, proxy: FaultProxy):
+        self.machine, self.schedule, self.control = machine, machine.schedule, machine.control
+        self.env = proxy.env
+        self.saboteur = Saboteur(proxy, machine.control, machine.disk)
+        self.launches: list[Launch] = []
+        self.due = list(self.schedule.faults)
+        self.injected: list[str] = []
+        self.ended: Counter[str] = Counter()  # kinds after which the launch ended
+        self.orphans: list[int] = []  # groups of which the launcher has ended
+        self.began = self.moved = time.monotonic()
+
+    def run(self) -> None:
+        """Start, wait, start again."""
+        (self.machine.temporary).mkdir(parents=True, exist_ok=True)
+        while True:
+            self.control.note_batch(0, -1)
+            launch = Launch(self.machine.launch("run", len(self.launches), self.env))
+            self.launches.append(launch)
+            while launch.running.process.poll() is None:
+                self._tick(launch)
+                time.sleep(0.1)
+            launch.status = launch.running.process.returncode
+            print(f"{self.now:7.1f} s  launch {len(self.launches) - 1} ended with {launch.status} at batch "
+                  f"{launch.last_batch}", file=sys.stderr, flush=True)
+            if launch.status == 0:
+                break
+            self._judge(launch)
+            time.sleep(PAUSE)
+        self.saboteur.end(float("inf"))
+        self._end_orphans()
+
+    @property
+    def now(self) -> float:
+        """Seconds since the first start."""
+        return time.monotonic() - self.began
+
+    def _tick(self, launch: Launch) -> None:
+        now, schedule = self.now, self.schedule
+        self.control.allowed = FREE if now > 60 * schedule.minutes else int(
+            1 + schedule.batches * now / (60 * schedule.minutes)
+        )
+        processes = processes_of(launch.running.group)
+        self.saboteur.end(now)
+        for fault in [each for each in self.due if each.at <= now]:
+            hit = self.saboteur.begin(fault, processes, now)
+            if hit is not None:
+                self._note(fault, launch, hit)
+        batch = self.control.batch(0)
+        if batch >= 0:
+            if launch.first_batch is None:
+                launch.first_batch = batch
+            if batch > launch.last_batch:
+                launch.last_batch, self.moved = batch, time.monotonic()
+            if not self.saboteur.active:
+                launch.used.note(processes, self.machine.temporary, batch - launch.first_batch)
+        if self.saboteur.active:
+            self.moved = time.monotonic()
+        if time.monotonic() - self.moved > PATIENCE:
+            end_hung(launch.running.group)
+            raise AssertionError(f"no new batch for {PATIENCE:g} s after the last fault:\n{launch.running.output()}")
+
+    def _note(self, fault: Planned, launch: Launch, hit: str) -> None:
+        self.due.remove(fault)
+        self.injected.append(fault.kind)
+        launch.faults.append(fault.kind)
+        print(f"{self.now:7.1f} s  {fault.kind}: {hit}, at batch {launch.last_batch}", file=sys.stderr, flush=True)
+
+    def _judge(self, launch: Launch) -> None:
+        """After an end that was not the last."""
+        assert launch.status != LOST, f"the training has diverged:\n{launch.running.output()}"
+        if launch.faults:
+            self.ended[launch.faults[-1]] += 1
+        # As SLURM, systemd and Kubernetes do, but only after the next start was refused because the ranks still live.
+        self._end_orphans()
+        if is_alive(launch.running.group):
+            self.orphans.append(launch.running.group)
+        idle = [each for each in self.launches[-MOST_STARTS:] if each.first_batch is None and not each.faults]
+        assert len(idle) < MOST_STARTS, f"{MOST_STARTS} starts in vain:\n{launch.running.output()}"
+
+    def _end_orphans(self) -> None:
+        while self.orphans:
+            with suppress(ProcessLookupError):
+                os.killpg(self.orphans.pop(), signal.SIGKILL)
+
+    def injected_nans(self) -> Counter[str]:
+        """By place; the audit says which the guard saw."""
+        return Counter(f"nan_{nan.place}" for nan in self.schedule.nans)
+
+    def outcomes(self) -> dict[str, dict[str, int]]:
+        """Of each kind: after how many the launch ended, before the next one; and after how many it did not."""
+        every = Counter(self.injected)
+        return {
+            kind: {"ended": self.ended[kind], "continued": every[kind] - self.ended[kind]} for kind in sorted(every)
+        }
+
+    def not_injected(self) -> Counter[str]:
+        """What the training did not live to see."""
+        return Counter(fault.kind for fault in self.due)
+
+    def batches_done_twice(self) -> int:
+        """Or more often."""
+        begun = [launch for launch in self.launches if launch.first_batch is not None]
+        return sum(launch.last_batch - (launch.first_batch or 0) + 1 for launch in begun) - self.schedule.batches
+
+    def audit(self) -> dict[str, list[int]]:
+        """The batches that the guard reports, each once although some were done again."""
+        lines = (self.machine.disk / "run" / "run" / "quarantine.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        return {
+            name: sorted({entry["batch"] for entry in entries if entry["action"] == action})
+            for name, action in (("skipped", "skip"), ("rolled_back", "rollback"))
+        }
+
+    def levels_of_toughest(self) -> dict[str, Level | None]:
+        """What the ranks of the launch used that had most faults and did not end by one, the last one."""
+        last = self.launches[-1]
+        return {"before": last.used.first, "after": last.used.last}
+
+
+def same_end(machine: Machine) -> list[str]:
+    """How the last checkpoints of the two trainings differ; [] if they do not, and hold only finite weights."""
+    store, name = machine.server.client(), f"ba{machine.schedule.batches}.pt"
+    paths = []
+    for run in ("run", "undisturbed"):
+        paths.append(machine.folder / f"{run}-{name}")
+        store.download_file(BUCKET, f"{run}/checkpoints/{name}", str(paths[-1]))
+    weights = torch.load(paths[0], weights_only=False)["state"]["model"]
+    bad = [key for key, value in weights.items() if not torch.isfinite(value).all()]
+    if bad:
+        return [f"{len(bad)} weights are not finite: {bad[:3]}"]
+    try:
+        assert_same_training(*paths)
+    except AssertionError as error:
+        return [str(error)]
+    return []
