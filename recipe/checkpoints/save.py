@@ -36,7 +36,6 @@ from recipe.checkpoints.write import (
     num_bytes,
     state_of_training,
     together,
-    upload_executor,
     write_file,
     write_shards,
 )
@@ -45,6 +44,7 @@ from recipe.metrics.gather import UNDEFINED
 from recipe.records import replacing
 from recipe.redact import redact
 from recipe.upstream.trainer_section import TrainerView
+from recipe.upstream.upload_processes import UploadProcesses
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
         super().__init__(**keywords)
         if self.remote_uploader is not None:
-            self.remote_uploader.upload_executor = upload_executor(self.num_concurrent_uploads)
+            processes = UploadProcesses(self.num_concurrent_uploads)
+            self.remote_uploader.upload_executor = processes  # pyright: ignore[reportAttributeAccessIssue]
         self.origin = origin
         self.metric = metric
         self.mode = mode

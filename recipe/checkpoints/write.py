@@ -3,10 +3,7 @@
 import hashlib
 import os
 import shutil
-import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -129,11 +126,6 @@ def write_shards(content: dict[str, Any], folder: Path, planner: Any) -> dict[st
     if dist.get_global_rank() == 0:
         names.append(".metadata")
     return {name: describe_file(folder / name) for name in names}
-
-
-def upload_executor(num_processes: int) -> ProcessPoolExecutor:
-    """Return processes that ignore SIGTERM: a job may receive it before its last checkpoint is uploaded."""
-    return ProcessPoolExecutor(num_processes, get_context("spawn"), signal.signal, (signal.SIGTERM, signal.SIG_IGN))
 
 
 def failed_uploads(uploader: RemoteUploader | None, wait: bool) -> list[str]:

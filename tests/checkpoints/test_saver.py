@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import resource
-import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -17,7 +16,7 @@ from composer import Callback, State
 
 from recipe.checkpoints import save as saver
 from recipe.checkpoints.check import FileEntry, LocalFolder, existing, newest_valid, parse_manifest, verify
-from recipe.checkpoints.write import upload_executor, write_file
+from recipe.checkpoints.write import write_file
 from tests.checkpoints.checkpoint_cases import ORIGIN, AtBatch, make_saver, make_trainer, train, truncate
 
 
@@ -241,11 +240,6 @@ def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
         trainer.fit()
         trainer.close()
     assert parse_manifest((tmp_path / "b" / "best-rank0.pt.manifest.json").read_bytes()).batch == 3
-
-
-def test_uploads_go_on_after_sigterm() -> None:
-    with upload_executor(1) as executor:
-        assert executor.submit(signal.getsignal, signal.SIGTERM).result() == signal.SIG_IGN
 
 
 class Store:

@@ -79,7 +79,7 @@ def main() -> int:
         (folder / "store").mkdir()
         server = stack.enter_context(s3_server(folder / "store"))
         machine = Machine.make(folder, server, schedule)
-        undisturbed = train_undisturbed(machine)
+        undisturbed, undisturbed_seconds = train_undisturbed(machine)
         proxy = stack.enter_context(FaultProxy(server.endpoint))
         supervisor = Supervisor(machine, proxy)
         before = machine.level()
@@ -91,8 +91,8 @@ def main() -> int:
     print("\n".join(differences), file=sys.stderr)
     levels: dict[str, dict[str, Level | None]] = {
         "machine": {"before": before, "after": after},
-        "undisturbed": {"before": undisturbed.first, "after": undisturbed.last},
-        "ranks": supervisor.levels_of_toughest(),
+        "undisturbed": undisturbed.levels(),
+        "ranks": supervisor.launches[-1].used.levels(),
     }
     report = {
         "seed": schedule.seed,
@@ -102,9 +102,11 @@ def main() -> int:
         "outcomes": supervisor.outcomes(),
         "not_injected": dict(supervisor.not_injected()),
         "launches": [[launch.first_batch, launch.last_batch, launch.status] for launch in supervisor.launches],
+        "left_behind": dict(supervisor.left_behind),
+        "survived_by_last_launch": supervisor.survived(),
         "batches_done_twice": supervisor.batches_done_twice(),
         "hours": round(hours, 3),
-        "undisturbed_hours": round(undisturbed.seconds / 3600, 3),
+        "undisturbed_hours": round(undisturbed_seconds / 3600, 3),
         **supervisor.audit(),
         "equal_weights": not differences,
         "leaks": {

@@ -5,8 +5,9 @@ import shutil
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import median
 
 import psutil
 
@@ -46,7 +47,7 @@ def processes_of(launcher: int) -> Processes:
     for rank in found.ranks:
         with suppress(psutil.NoSuchProcess):
             children = sorted(rank.children(), key=lambda each: each.create_time())
-            found.loader_workers += [child for child in children if runs(child, SCRIPT)]
+            found.loader_workers += [child for child in children if child.name() == "pt_data_worker"]
             # The first is the uploader's manager, which only says that an upload has failed.
             found.upload_workers += [child for child in children if runs(child, "spawn_main")][1:]
     return found
@@ -139,15 +140,15 @@ class Level:
     """What is in use: by the ranks of a run, or on the machine.
 
     Attributes:
-        memory: MiB that only these processes hold, and their shared part.
+        memory: MiB, resident.
         files: Open ones.
         shared_memory: Files in /dev/shm.
         threads: Of these processes.
         temporary_files: In the temporary folder, at any depth.
-        processes: Number.
+        processes: Of the run, whatever they do.
     """
 
-    memory: float
+    memory: int
     files: int
     shared_memory: int
     threads: int
@@ -158,14 +159,29 @@ class Level:
 def level(processes: Sequence[psutil.Process], temporary: Path) -> Level | None:
     """Of these processes and all that they made; None if one has ended meanwhile."""
     try:
-        memory = sum(process.memory_full_info().pss for process in processes) / 2**20
+        memory = sum(process.memory_info().rss for process in processes) // 2**20
         files, threads = (sum(getattr(process, name)() for process in processes) for name in ("num_fds", "num_threads"))
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+    except psutil.Error:
         return None
     shared = sum(1 for _ in Path("/dev/shm").iterdir())
-    return Level(round(memory, 1), files, shared, threads, count_files(temporary), len(processes))
+    number = sum(1 for process in psutil.process_iter() if is_of_a_run(process))
+    return Level(memory, files, shared, threads, len(files_below(temporary)), number)
 
 
-def count_files(folder: Path) -> int:
+def is_of_a_run(process: psutil.Process) -> bool:
+    """Whether a process was started by one of the trainings."""
+    with suppress(psutil.Error):
+        return "SOAK_CONTROL" in process.environ() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def files_below(folder: Path) -> list[Path]:
     """At any depth, while others may remove some."""
-    return sum(len(names) for _, _, names in os.walk(folder))
+    return [Path(above, name) for above, _, names in os.walk(folder) for name in names]
+
+
+def median_level(levels: Sequence[Level]) -> Level | None:
+    """Of each attribute; None of none."""
+    if not levels:
+        return None
+    return Level(**{part.name: round(median(getattr(each, part.name) for each in levels)) for part in fields(Level)})

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,18 @@ import torch
 
 from tests.drills.drill_cases import assert_same_training, write_data, write_yaml
 from tests.drills.soak_control import FREE, Control
-from tests.drills.soak_faults import Level, Processes, Saboteur, level, processes_of
+from tests.drills.soak_faults import (
+    SCRIPT,
+    Level,
+    Processes,
+    Saboteur,
+    files_below,
+    is_of_a_run,
+    level,
+    median_level,
+    processes_of,
+    runs,
+)
 from tests.drills.soak_schedule import Planned, Schedule
 from tests.launches.launch import Running, end_hung, is_alive, start
 from tests.support.s3_server import FaultProxy, S3Server
@@ -25,12 +36,14 @@ from tests.support.tiny_cases import build_checkpoint
 
 BUCKET = "soak"
 DISK_SIZE = "400m"
-SAVE_EVERY, EVALUATE_EVERY = 10, 30  # batches
+SAVE_EVERY, EVALUATE_EVERY = 10, 20  # batches
 PATIENCE = 180.0  # seconds without a new batch after the last fault, which is a hang
-PAUSE = 1.0  # seconds before the next start
+SECONDS_TO_END = 3.0  # after the launcher: whatever still runs then is left behind
 MOST_STARTS = 8  # without a new batch and without a fault since the first of them
-WARM = 12  # batches after which a launch uses what it needs
+WARM = EVALUATE_EVERY + 4  # batches after which a launch uses what it needs, the evaluation's workers too
+SAMPLES = 5  # of a level, of which the median counts
 SECONDS_TO_SETTLE = 31.0  # after which what a run left in shared memory is nobody's
+DEADLY = ("kill_rank", "kill_launcher", "kill_loader_worker")
 LOST = 65  # the status of a run that diverged
 
 
@@ -73,13 +86,16 @@ class Machine:
         remote = f"s3://{BUCKET}/scenes"
         streams = ["train_loader.streams.train", "eval_loader.streams.val", "teachers.stream"]
         overrides = [f"{stream}.{key}" for stream in streams for key in (f"remote={remote}", f"local={home / 'cache'}")]
-        overrides += [f"{loader}.dataset.download_{key}" for loader in ("train_loader", "eval_loader") for key in BOUNDS]
+        overrides += [
+            f"{loader}.dataset.download_{key}" for loader in ("train_loader", "eval_loader") for key in BOUNDS
+        ]
         overrides += [
             f"run_folder={home / 'run'}",
             f"trainer.save_folder=s3://{BUCKET}/{name}/checkpoints",
             f"trainer.save_interval={SAVE_EVERY}ba",
             f"trainer.eval_interval={EVALUATE_EVERY}ba",
             "evaluation.answers=null",
+            "train_loader.global_batch_size=2",
             "nan_rollback.quarantine_after=1000",  # a sample must not be excluded from one of the two runs only
             "train_loader.dataset.cache_limit=400kb",  # so that shards are fetched all the time
             "train_loader.dataset.predownload=8",
@@ -107,48 +123,54 @@ class Machine:
         time.sleep(SECONDS_TO_SETTLE)
         running = self.launch("run", 999, self.server.env)
         assert running.wait() == 0 and "already ended" in running.output(), running.output()
+        for path in files_below(self.temporary):
+            print(f"left: {path.relative_to(self.temporary)}", file=sys.stderr)
         return self.level()
 
 
 BOUNDS = ("timeout=10", "retry=2")
 
 
-def is_of_a_run(process: psutil.Process) -> bool:
-    """Whether a process was started by one of the trainings."""
-    with suppress(psutil.Error):
-        return "SOAK_CONTROL" in process.environ() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
 @dataclass
-class Trained:
-    """What one launch used: soon after its start, and when it was last seen."""
+class Used:
+    """What the ranks of one launch used since they are warm, the first and the last few times that they were seen."""
 
-    first: Level | None = None
-    last: Level | None = None
-    seconds: float = 0.0
+    first: list[Level] = field(default_factory=list[Level])
+    last: deque[Level] = field(default_factory=lambda: deque[Level](maxlen=SAMPLES))
 
     def note(self, processes: Processes, temporary: Path, num_batches: int) -> None:
-        """Look at the ranks, if they are training."""
-        if num_batches < WARM or len(processes.ranks) < 2 or len(processes.loader_workers) < 4:
+        """Look at the ranks, if all processes of the launch are there: both loaders' workers, both uploading ones."""
+        if num_batches < WARM or len(processes.loader_workers) < 8 or len(processes.upload_workers) < 2:
             return
-        found = level([*processes.ranks, *processes.upload_workers], temporary)
-        if found is not None:
-            self.first, self.last = self.first or found, found
+        found = level(processes.ranks, temporary)
+        if found is not None and len(processes.ranks) == 2:
+            if len(self.first) < SAMPLES:
+                self.first.append(found)
+            self.last.append(found)
+
+    def levels(self) -> dict[str, Level | None]:
+        """Of the report."""
+        return {"before": median_level(self.first), "after": median_level(list(self.last))}
 
 
-def train_undisturbed(machine: Machine) -> Trained:
-    """The whole training, at full speed."""
+def train_undisturbed(machine: Machine) -> tuple[Used, float]:
+    """The whole training, at full speed; with its seconds."""
     machine.control.allowed = FREE
-    trained, began = Trained(), time.monotonic()
+    used, began = Used(), time.monotonic()
     running = machine.launch("undisturbed", 0, machine.server.env)
     while running.process.poll() is None:
-        trained.note(processes_of(running.group), machine.disk / "undisturbed" / "tmp", machine.control.batch(0))
-        time.sleep(1)
+        used.note(processes_of(running.group), machine.disk / "undisturbed" / "tmp", machine.control.batch(0))
+        time.sleep(0.5)
     assert running.wait() == 0, running.output()
-    trained.seconds = time.monotonic() - began
     shutil.rmtree(machine.disk / "undisturbed")
-    return trained
+    return used, time.monotonic() - began
+
+
+def kind_of(process: psutil.Process) -> str:
+    """For a count."""
+    if runs(process, SCRIPT):
+        return "loader worker" if process.name() == "pt_data_worker" else "rank"
+    return "spawned by a rank"
 
 
 @dataclass
@@ -159,8 +181,15 @@ class Launch:
     first_batch: int | None = None
     last_batch: int = 0
     status: int | None = None
-    faults: list[str] = field(default_factory=list[str])
-    used: Trained = field(default_factory=Trained)
+    faults: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])  # seconds, kind
+    used: Used = field(default_factory=Used)
+
+    def cause(self) -> str | None:
+        """The kind of fault that probably ended it: the last kill, if it was within the last minute, else the last."""
+        if not self.faults:
+            return None
+        recent = [kind for at, kind in self.faults if at > self.faults[-1][0] - 60]
+        return next((kind for kind in reversed(recent) if kind in DEADLY), recent[-1])
 
 
 class Supervisor:
@@ -174,6 +203,7 @@ class Supervisor:
         self.due = list(self.schedule.faults)
         self.injected: list[str] = []
         self.ended: Counter[str] = Counter()  # kinds after which the launch ended
+        self.left_behind: Counter[str] = Counter()  # kinds of processes that were alive after their launcher had failed
         self.orphans: list[int] = []  # groups of which the launcher has ended
         self.began = self.moved = time.monotonic()
 
@@ -188,12 +218,16 @@ class Supervisor:
                 self._tick(launch)
                 time.sleep(0.1)
             launch.status = launch.running.process.returncode
-            print(f"{self.now:7.1f} s  launch {len(self.launches) - 1} ended with {launch.status} at batch "
-                  f"{launch.last_batch}", file=sys.stderr, flush=True)
+            time.sleep(SECONDS_TO_END if launch.status else 0)
+            print(
+                f"{self.now:7.1f} s  launch {len(self.launches) - 1} ended with {launch.status} at batch "
+                f"{launch.last_batch}",
+                file=sys.stderr,
+                flush=True,
+            )
             if launch.status == 0:
                 break
             self._judge(launch)
-            time.sleep(PAUSE)
         self.saboteur.end(float("inf"))
         self._end_orphans()
 
@@ -204,8 +238,8 @@ class Supervisor:
 
     def _tick(self, launch: Launch) -> None:
         now, schedule = self.now, self.schedule
-        self.control.allowed = FREE if now > 60 * schedule.minutes else int(
-            1 + schedule.batches * now / (60 * schedule.minutes)
+        self.control.allowed = (
+            FREE if now > 60 * schedule.minutes else int(1 + schedule.batches * now / (60 * schedule.minutes))
         )
         processes = processes_of(launch.running.group)
         self.saboteur.end(now)
@@ -230,18 +264,20 @@ class Supervisor:
     def _note(self, fault: Planned, launch: Launch, hit: str) -> None:
         self.due.remove(fault)
         self.injected.append(fault.kind)
-        launch.faults.append(fault.kind)
+        launch.faults.append((self.now, fault.kind))
         print(f"{self.now:7.1f} s  {fault.kind}: {hit}, at batch {launch.last_batch}", file=sys.stderr, flush=True)
 
     def _judge(self, launch: Launch) -> None:
         """After an end that was not the last."""
         assert launch.status != LOST, f"the training has diverged:\n{launch.running.output()}"
-        if launch.faults:
-            self.ended[launch.faults[-1]] += 1
+        if (cause := launch.cause()) is not None:
+            self.ended[cause] += 1
         # As SLURM, systemd and Kubernetes do, but only after the next start was refused because the ranks still live.
         self._end_orphans()
         if is_alive(launch.running.group):
             self.orphans.append(launch.running.group)
+            if cause != "kill_launcher":
+                self.left_behind += Counter(kind_of(each) for each in psutil.process_iter() if is_of_a_run(each))
         idle = [each for each in self.launches[-MOST_STARTS:] if each.first_batch is None and not each.faults]
         assert len(idle) < MOST_STARTS, f"{MOST_STARTS} starts in vain:\n{launch.running.output()}"
 
@@ -279,10 +315,9 @@ class Supervisor:
             for name, action in (("skipped", "skip"), ("rolled_back", "rollback"))
         }
 
-    def levels_of_toughest(self) -> dict[str, Level | None]:
-        """What the ranks of the launch used that had most faults and did not end by one, the last one."""
-        last = self.launches[-1]
-        return {"before": last.used.first, "after": last.used.last}
+    def survived(self) -> dict[str, int]:
+        """What the last launch survived, by kind."""
+        return dict(Counter(kind for _, kind in self.launches[-1].faults))
 
 
 def same_end(machine: Machine) -> list[str]:

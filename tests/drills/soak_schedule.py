@@ -21,7 +21,7 @@ KINDS: Mapping[str, float] = {
     "clock_jump": 25,
 }
 PLACES = ("loss", "loss_gradient", "gradient", "weight")  # of a NaN
-BATCHES_PER_MINUTE = 100
+BATCHES_PER_MINUTE = 40
 FAULTS_PER_MINUTE = 3
 FIRST, LAST = 0.05, 0.7  # of the time, between which faults begin; the rest shows what stays behind
 MINUTES_PER_NAN, LEAST_BETWEEN_NANS = 2, 5  # batches: three bad ones in a row are a rollback
@@ -100,7 +100,7 @@ def draw_schedule(seed: int, minutes: float, num_ranks: int = 2) -> Schedule:
     ]
     batches = round(BATCHES_PER_MINUTE * minutes)
     num_nans = len(PLACES) + int(minutes / MINUTES_PER_NAN)
-    slots = sorted(rng.sample(range(1, batches // LEAST_BETWEEN_NANS), num_nans))
+    slots = sorted(rng.sample(range(1, max(num_nans + 1, batches // LEAST_BETWEEN_NANS)), num_nans))
     places = [*PLACES, *(rng.choice(PLACES) for _ in range(num_nans - len(PLACES)))]
     weights = [place for place in places if place == "weight"][MOST_WEIGHTS:]
     for _ in weights:  # too many

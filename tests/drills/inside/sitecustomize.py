@@ -35,7 +35,11 @@ class _ShiftedDatetime(_real_datetime, metaclass=_Kind):
         return super().utcnow() + datetime.timedelta(seconds=CONTROL.clock_offset)
 
 
-_ShiftedDatetime.__module__, _ShiftedDatetime.__name__, _ShiftedDatetime.__qualname__ = "datetime", "datetime", "datetime"
+_ShiftedDatetime.__module__, _ShiftedDatetime.__name__, _ShiftedDatetime.__qualname__ = (
+    "datetime",
+    "datetime",
+    "datetime",
+)
 time.time = lambda: _real_time() + CONTROL.clock_offset
 time.time_ns = lambda: _real_time_ns() + int(CONTROL.clock_offset * 1e9)
 datetime.datetime = _ShiftedDatetime
@@ -53,9 +57,9 @@ class _AddAlgorithms(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_wrap(module: Any) -> None:
-            from tests.drills.soak_inside import with_disturbance
-
             execute(module)
+            from tests.drills.soak_inside import with_disturbance  # which imports this module
+
             module.build_algorithms = with_disturbance(module.build_algorithms, CONTROL)
 
         spec.loader.exec_module = execute_and_wrap
