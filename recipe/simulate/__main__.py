@@ -1,4 +1,4 @@
-"""Simulate a run on many nodes, on paper: `python -m recipe.simulate YAML [--nodes N ...] [key.sub=value ...]`.
+"""Simulate a run on many nodes, on paper: `python -m recipe.simulate YAML [key.sub=value ...] [--nodes N ...]`.
 
 Nothing is loaded and no GPU is needed. Step time by part, communication that FSDP cannot hide, what loaders and store must
 deliver, checkpoints and the work that failures cost. The rate of a GPU comes from `make gpu`'s line of JSON if it is
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from recipe.models.network import JointNetwork
 
-USAGE = "python -m recipe.simulate YAML [--nodes N ...] [--gpus-per-node N] [--measured FILE] [key.sub=value ...]"
+USAGE = "python -m recipe.simulate YAML [key.sub=value ...] [--nodes N ...] [--gpus-per-node N] [--measured FILE]"
 EXAMPLES = """  python -m recipe.simulate yamls/joint_fsdp.yaml --nodes 8 64 512
   python -m recipe.simulate yamls/joint_fsdp.yaml --nodes 8 64 512 --hybrid --json
   make gpu | tail -n 1 > gpu.json; python -m recipe.simulate yamls/joint_fsdp.yaml --nodes 8 --measured gpu.json"""
@@ -198,7 +198,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measured", type=Path, metavar="FILE", help="the line of JSON that `make gpu` ends with")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     for name, (default, _, words) in ASSUMED.items():
-        parser.add_argument(f"--{name}", type=float, metavar="X", help=f"{words}; default {default:g}".replace("%", "%%"))
+        parser.add_argument(
+            f"--{name}", type=float, metavar="X", help=f"{words}; default {default:g}".replace("%", "%%")
+        )
 
 
 def cluster_of(args: argparse.Namespace) -> tuple[Cluster, float, list[str]]:
