@@ -1,8 +1,9 @@
 """Simulate a run on many nodes, on paper: `python -m recipe.simulate YAML [key.sub=value ...] [--nodes N ...]`.
 
-Nothing is loaded and no GPU is needed. Step time by part, communication that FSDP cannot hide, what loaders and store must
-deliver, checkpoints and the work that failures cost. The rate of a GPU comes from `make gpu`'s line of JSON if it is
-given. All else is assumed, and named below the table; each has an option. `costs.py` has the formulas.
+Nothing is loaded and no GPU is needed. It prints the step's time by part, the communication that FSDP cannot hide, what
+loaders and store must deliver, checkpoints, and the work that failures cost. The rate of a GPU comes from `make gpu`'s
+line of JSON if it is given. All else is assumed, and named below the table; each has an option. `costs.py` has the
+formulas.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def trained_groups(config: RecipeConfig, network: "JointNetwork") -> set[str]:
 
 
 def typical_batch(network: "JointNetwork", tokens: int, patches: int) -> dict[str, Any]:
-    """Return the fields of one microbatch that `step_flops` reads, of an average content as `recipe.estimate` assumes."""
+    """Return the fields of one microbatch that `step_flops` reads; its content is what `recipe.estimate` assumes."""
     import torch
 
     merge = network.vlm.hf_model.model.visual.spatial_merge_size

@@ -3,8 +3,8 @@
 Everything here is arithmetic on counts from elsewhere: FLOPs from `recipe.callbacks.throughput`, bytes from the model's
 shapes. Bandwidths are in bytes per second.
 
-A collective takes the time of its bytes over the slowest link and of its hops. A ring over `n` GPUs moves (n - 1) / n of
-the bytes over each link; between nodes a ring for each GPU of a node shares them. It passes every GPU once.
+A collective takes the time of its bytes over the slowest link, and of its hops. A ring over `n` GPUs moves (n - 1) / n
+of the bytes over each link; between nodes one ring per GPU of a node shares them. It passes every GPU once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -92,10 +92,8 @@ def step(work: Work, num_nodes: int, cluster: Cluster, hybrid: bool) -> dict[str
 
     A third of the FLOPs are the forward pass's. While one unit is computed the next one is gathered and the last one's
     gradients are summed, so communication shows as far as it takes longer than the pass; and so do the first unit's
-    gathering and the last one's sum. The slowdown of what runs at the same time is not counted.
-
-    Args:
-        hybrid: Shard within a node and replicate across; else shard over all GPUs.
+    gathering and the last one's sum. The slowdown of what runs at the same time is not counted. `hybrid` shards within
+    a node and replicates across; else parameters are sharded over all GPUs.
     """
     parts = {name: work.microbatches * flops / cluster.flops_per_second for name, flops in work.flops.items()}
     compute = sum(parts.values())

@@ -89,7 +89,7 @@ class Schedule:
 
 
 def draw_schedule(seed: int, minutes: float, num_ranks: int = 2) -> Schedule:
-    """Every kind as often as the others, give or take one, at random times; a NaN of each place, then of random ones."""
+    """Every kind as often as the others, give or take one, at random times; a NaN of each place, then of others."""
     rng = random.Random(seed)
     num_faults = max(len(KINDS), round(FAULTS_PER_MINUTE * minutes))
     kinds = [kind for _ in range(-(-num_faults // len(KINDS))) for kind in rng.sample(list(KINDS), len(KINDS))]

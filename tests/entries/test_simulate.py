@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_one_gpu_communicates_nothing() -> None:
 @pytest.mark.parametrize("hybrid", [False, True])
 def test_more_nodes_never_help_a_gpu(hybrid: bool) -> None:
     found = [simulate(WORK, nodes, CLUSTER, hybrid) for nodes in (1, 2, 4, 8, 64, 512)]
-    for fewer, more in zip(found, found[1:], strict=False):
+    for fewer, more in pairwise(found):
         assert more["exposed"] >= fewer["exposed"] and more["step"] >= fewer["step"]
         assert more["tokens_per_s_per_gpu"] <= fewer["tokens_per_s_per_gpu"]
         assert more["failures_per_day"] > fewer["failures_per_day"]
