@@ -18,7 +18,8 @@ times of files do not move.
 
 The JSON: `faults`, by kind; `outcomes`, by kind, where the training ended or continued; `not_injected`; `launches`,
 with the batch where each began and ended; `batches_done_twice`; `hours`; `equal_weights`; `skipped` and `rolled_back`
-batches; and `leaks`: `machine`, before the first start and after the end; `undisturbed` and `ranks`, the processes of
+batches; `left_files`, temporary ones by owner, and `left_mib`; `left_behind`, processes that were alive after their
+launcher had failed; `survived_by_last_launch`, its faults; and `leaks`: `machine`, before the first start and after the end; `undisturbed` and `ranks`, the processes of
 the undisturbed run and of the launch that survived most, soon after the start and at the end.
 """
 
@@ -86,7 +87,7 @@ def main() -> int:
         began = time.monotonic()
         supervisor.run()
         hours = (time.monotonic() - began) / 3600
-        after = machine.level_at_end()
+        after, left = machine.level_at_end()
         differences = same_end(machine)
     print("\n".join(differences), file=sys.stderr)
     levels: dict[str, dict[str, Level | None]] = {
@@ -108,6 +109,7 @@ def main() -> int:
         "hours": round(hours, 3),
         "undisturbed_hours": round(undisturbed_seconds / 3600, 3),
         **supervisor.audit(),
+        **left,
         "equal_weights": not differences,
         "leaks": {
             name: {when: asdict(found) if found else None for when, found in pair.items()}

@@ -3,9 +3,10 @@
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
 
@@ -173,6 +174,22 @@ def is_of_a_run(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return "SOAK_CONTROL" in process.environ() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+# {pattern: whose it is}: temporary files that stay after a kill and are small, or are for the next run.
+LEFT: Mapping[str, str] = {
+    "recipe-plans-*/*": "plans, for the next run",
+    "*lock": "locks of Streaming and the recipe",
+    "tmp*/_remote_module_non_scriptable.py": "torch, one per killed rank",
+    "pymp-*/listener-*": "multiprocessing, one per killed rank",
+    "tmp*/rank*.std*.txt": "Composer's launcher, two per killed one",
+}
+
+
+def whose(path: Path, temporary: Path) -> str:
+    """Of `LEFT`, or the file's own path."""
+    name = str(path.relative_to(temporary))
+    return next((owner for pattern, owner in LEFT.items() if fnmatch(name, pattern)), name)
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,6 +29,7 @@ from tests.drills.soak_faults import (
     median_level,
     processes_of,
     runs,
+    whose,
 )
 from tests.drills.soak_schedule import Planned, Schedule
 from tests.launches.launch import Running, end_hung, is_alive, start
@@ -40,6 +42,7 @@ SAVE_EVERY, EVALUATE_EVERY = 10, 20  # batches
 PATIENCE = 180.0  # seconds without a new batch after the last fault, which is a hang
 SECONDS_TO_END = 3.0  # after the launcher: whatever still runs then is left behind
 MOST_STARTS = 8  # without a new batch and without a fault since the first of them
+SPEED_OF_START = 0.25  # of the schedule's clock, else most faults would meet a run that has not begun to train
 WARM = EVALUATE_EVERY + 4  # batches after which a launch uses what it needs, the evaluation's workers too
 SAMPLES = 5  # of a level, of which the median counts
 SECONDS_TO_SETTLE = 31.0  # after which what a run left in shared memory is nobody's
@@ -118,14 +121,15 @@ class Machine:
         assert found is not None
         return found
 
-    def level_at_end(self) -> Level:
+    def level_at_end(self) -> tuple[Level, dict[str, Any]]:
         """The same after the command was given once more, which has nothing to train and cleans up what was killed."""
         time.sleep(SECONDS_TO_SETTLE)
         running = self.launch("run", 999, self.server.env)
         assert running.wait() == 0 and "already ended" in running.output(), running.output()
-        for path in files_below(self.temporary):
-            print(f"left: {path.relative_to(self.temporary)}", file=sys.stderr)
-        return self.level()
+        left = files_below(self.temporary)
+        owners = Counter(whose(path, self.temporary) for path in left)
+        size = sum(path.stat().st_size for path in left) / 2**20
+        return self.level(), {"left_files": dict(owners), "left_mib": round(size, 3)}
 
 
 BOUNDS = ("timeout=10", "retry=2")
@@ -139,8 +143,8 @@ class Used:
     last: deque[Level] = field(default_factory=lambda: deque[Level](maxlen=SAMPLES))
 
     def note(self, processes: Processes, temporary: Path, num_batches: int) -> None:
-        """Look at the ranks, if all processes of the launch are there: both loaders' workers, both uploading ones."""
-        if num_batches < WARM or len(processes.loader_workers) < 8 or len(processes.upload_workers) < 2:
+        """Look at the ranks, if they train: with two workers each, not those of an evaluation too."""
+        if num_batches < WARM or len(processes.loader_workers) != 4 or not processes.upload_workers:
             return
         found = level(processes.ranks, temporary)
         if found is not None and len(processes.ranks) == 2:
@@ -205,7 +209,8 @@ class Supervisor:
         self.ended: Counter[str] = Counter()  # kinds after which the launch ended
         self.left_behind: Counter[str] = Counter()  # kinds of processes that were alive after their launcher had failed
         self.orphans: list[int] = []  # groups of which the launcher has ended
-        self.began = self.moved = time.monotonic()
+        self.began = self.moved = self.looked = time.monotonic()
+        self.now = 0.0  # of the schedule
 
     def run(self) -> None:
         """Start, wait, start again."""
@@ -231,23 +236,20 @@ class Supervisor:
         self.saboteur.end(float("inf"))
         self._end_orphans()
 
-    @property
-    def now(self) -> float:
-        """Seconds since the first start."""
-        return time.monotonic() - self.began
-
     def _tick(self, launch: Launch) -> None:
+        looked, batch = time.monotonic(), self.control.batch(0)
+        self.now += (looked - self.looked) * (1.0 if batch >= 0 else SPEED_OF_START)
+        self.looked = looked
         now, schedule = self.now, self.schedule
         self.control.allowed = (
             FREE if now > 60 * schedule.minutes else int(1 + schedule.batches * now / (60 * schedule.minutes))
         )
         processes = processes_of(launch.running.group)
-        self.saboteur.end(now)
+        self.saboteur.end(looked)
         for fault in [each for each in self.due if each.at <= now]:
-            hit = self.saboteur.begin(fault, processes, now)
+            hit = self.saboteur.begin(fault, processes, looked)
             if hit is not None:
                 self._note(fault, launch, hit)
-        batch = self.control.batch(0)
         if batch >= 0:
             if launch.first_batch is None:
                 launch.first_batch = batch

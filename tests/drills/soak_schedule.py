@@ -33,7 +33,7 @@ class Planned:
     """One fault.
 
     Attributes:
-        at: Seconds after the run's first start.
+        at: Seconds on the schedule's clock, which runs while the training does, and slowly while it starts.
         kind: Of `KINDS`.
         seconds: Until it is over.
         draw: 0 to 1: which process it hits, and in which way.
