@@ -22,6 +22,7 @@ from recipe.redact import redact
 
 MANIFEST = "manifest.json"
 UNFINISHED = f".unfinished{PARTIAL}"  # suffix of an empty file that exists until the checkpoint has its manifest
+NO_MANIFEST = "no manifest"  # why a checkpoint is not read
 REPLACED = ".replaced"  # suffix of a manifest that no longer counts
 
 log = logging.getLogger(__name__)
@@ -268,10 +269,16 @@ def newest_valid(folder: str) -> Found | None:
 
 def existing(folder: str) -> list[str]:
     """Return the names of all checkpoints in a folder or store, valid or not, except those never finished."""
-    names = open_folder(folder).names()
+    place = open_folder(folder)
+    names = place.names()
     unfinished = {name.removesuffix(UNFINISHED) for name in names if name.endswith(UNFINISHED)}
     unfinished -= {checkpoint_of(name) for name in names}
-    return sorted({found for name in names if (found := _checkpoint_in(name)) is not None} - unfinished)
+    found = {found for name in names if (found := _checkpoint_in(name)) is not None} - unfinished
+    if isinstance(place, StoreFolder):  # uploads of a killed run, or to a store that failed, end anywhere
+        manifests, rejected = read_manifests(place)
+        found -= {name for name, reason in rejected.items() if reason == NO_MANIFEST}
+        found -= {name for name, manifest in manifests.items() if not set(_paths(name, manifest)) <= set(names)}
+    return sorted(found)
 
 
 def clean(folder: Path, batch: int) -> None:
@@ -307,7 +314,7 @@ def read_manifests(place: LocalFolder | StoreFolder) -> tuple[dict[str, Manifest
     """Return a folder's manifests by checkpoint name, and why the other checkpoints have none."""
     names = place.names()
     manifests: dict[str, Manifest] = {}
-    rejected = {found: "no manifest" for name in names if (found := _checkpoint_in(name)) is not None}
+    rejected = {found: NO_MANIFEST for name in names if (found := _checkpoint_in(name)) is not None}
     rejected |= {name: "its run ended while it was being written" for name in names if name.endswith(PARTIAL)}
     with TemporaryDirectory() as scratch:
         for name in names:
@@ -344,14 +351,22 @@ def read_manifest(place: LocalFolder | StoreFolder, name: str) -> Manifest | Non
 
 def check(place: LocalFolder | StoreFolder, name: str, manifest: Manifest) -> str | None:
     """Return why a checkpoint is not as its manifest says; None if it is. Sizes are compared before reading all."""
-    folder = name if manifest.sharded else str(PurePosixPath(name).parent)
-    paths = {str(PurePosixPath(folder, file)): entry for file, entry in manifest.files.items()}
+    paths = _paths(name, manifest)
     for path, entry in paths.items():
         size = place.size(path)
         if size != entry.size:
             return f"{path} is missing" if size is None else f"{path} has {size} bytes instead of {entry.size}"
     with TemporaryDirectory() as scratch:
-        return verify(manifest, place.fetch(list(paths), Path(scratch)) / folder)
+        return verify(manifest, place.fetch(list(paths), Path(scratch)) / _folder_of(name, manifest))
+
+
+def _folder_of(name: str, manifest: Manifest) -> str:
+    return name if manifest.sharded else str(PurePosixPath(name).parent)
+
+
+def _paths(name: str, manifest: Manifest) -> dict[str, FileEntry]:
+    """Return the entries of a checkpoint's files by their paths in the folder of all checkpoints."""
+    return {str(PurePosixPath(_folder_of(name, manifest), file)): entry for file, entry in manifest.files.items()}
 
 
 def _checkpoint_in(name: str) -> str | None:

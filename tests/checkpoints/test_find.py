@@ -118,3 +118,25 @@ def test_in_a_store(trained: Path, s3: S3Server, tmp_path: Path, monkeypatch: py
     assert (found.path, found.manifest.batch) == (f"{address}/ba2.pt", 2)
     assert existing(address) == ["ba1.pt", "ba2.pt", "ba3.pt", "ba4.pt"]
     assert existing("s3://found/empty") == []
+
+
+def test_an_upload_that_did_not_end_is_no_checkpoint(
+    trained: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between file and manifest, or the file failed: a run that has nothing else begins without a human."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    files = {"ba1.pt": "no-manifest", "ba2.pt.manifest.json": "no-file"}
+    for name, prefix in files.items():
+        folder = tmp_path / prefix
+        folder.mkdir()
+        shutil.copy(trained / name, folder)
+        address = s3.upload(folder, "unfinished", prefix)
+        assert newest_valid(address) is None and existing(address) == []
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name in ("ba3.pt", "ba3.pt.manifest.json"):
+        shutil.copy(trained / name, damaged)
+    truncate(damaged / "ba3.pt")
+    address = s3.upload(damaged, "unfinished", "damaged")
+    assert newest_valid(address) is None and existing(address) == ["ba3.pt"]

@@ -17,10 +17,11 @@ last as long as its schedule, and catches up at full speed after a fault. Everyt
 times of files do not move.
 
 The JSON: `faults`, by kind; `outcomes`, by kind, where the training ended or continued; `not_injected`; `launches`,
-with the batch where each began and ended; `batches_done_twice`; `hours`; `equal_weights`; `skipped` and `rolled_back`
-batches; `left_files`, temporary ones by owner, and `left_mib`; `left_behind`, processes that were alive after their
-launcher had failed; `survived_by_last_launch`, its faults; and `leaks`: `machine`, before the first start and after the end; `undisturbed` and `ranks`, the processes of
-the undisturbed run and of the launch that survived most, soon after the start and at the end.
+with the batch where each began and ended, and its status; `batches_done_twice`; `hours`; `equal_weights`; `skipped` and
+`rolled_back` batches; `left_behind`, processes that were alive after their launcher had failed; `left_files`, temporary
+ones at the end, by owner, and `left_mib`; `survived_by_last_launch`, its faults; and `leaks`: `machine`, before the
+first start and after the end; `undisturbed` and `ranks`, the processes of the undisturbed run and of the last launch,
+when they are warm and at their end.
 """
 
 import argparse
