@@ -38,7 +38,7 @@ from tests.support.tiny_cases import build_checkpoint
 
 BUCKET = "soak"
 DISK_SIZE = "400m"
-SAVE_EVERY, EVALUATE_EVERY = 10, 20  # batches
+SAVE_EVERY, EVALUATE_EVERY = 5, 15  # batches
 PATIENCE = 180.0  # seconds without a new batch after the last fault, which is a hang
 SECONDS_TO_END = 3.0  # after the launcher: whatever still runs then is left behind
 MOST_STARTS = 8  # without a new batch and without a fault since the first of them

@@ -21,7 +21,7 @@ KINDS: Mapping[str, float] = {
     "clock_jump": 25,
 }
 PLACES = ("loss", "loss_gradient", "gradient", "weight")  # of a NaN
-BATCHES_PER_MINUTE = 40
+BATCHES_PER_MINUTE = 20
 FAULTS_PER_MINUTE = 3
 FIRST, LAST = 0.05, 0.7  # of the time, between which faults begin; the rest shows what stays behind
 MINUTES_PER_NAN, LEAST_BETWEEN_NANS = 2, 5  # batches: three bad ones in a row are a rollback
