@@ -5,12 +5,12 @@ import struct
 from pathlib import Path
 
 _SIZE = 64
-_OFFSET, _ALLOWED, _BATCH = 0, 8, 16  # bytes; numbers of 8 bytes, one of `_BATCH` for each rank
+_OFFSET, _ALLOWED, _BATCH = 0, 8, 16  # bytes; numbers of 8 bytes, two of `_BATCH`
 FREE = 1 << 40  # more batches than any run has
 
 
 class Control:
-    """The clock's offset and how far the run may be, written by the soak; how far each rank is, written by the rank."""
+    """The clock's offset and how far the run may be, written by the soak; how far it is, written by rank 0."""
 
     def __init__(self, path: str | Path):
         with Path(path).open("r+b") as file:
@@ -20,7 +20,9 @@ class Control:
     def make(cls, path: Path) -> "Control":
         """A new file: the clock is right, the run may not begin a batch yet."""
         path.write_bytes(bytes(_SIZE))
-        return cls(path)
+        made = cls(path)
+        made.note_batch(-1, 0)
+        return made
 
     @property
     def clock_offset(self) -> float:
@@ -40,10 +42,11 @@ class Control:
     def allowed(self, batches: int) -> None:
         struct.pack_into("q", self._map, _ALLOWED, batches)
 
-    def batch(self, rank: int) -> int:
-        """The batch that a rank has begun last; the first is 0."""
-        return struct.unpack_from("q", self._map, _BATCH + 8 * rank)[0]
+    def batch(self, launch: int) -> int | None:
+        """The batch that rank 0 of a launch has begun last, the first being 0; None: not that launch's."""
+        number, batch = struct.unpack_from("qq", self._map, _BATCH)
+        return batch if number == launch else None
 
-    def note_batch(self, rank: int, batch: int) -> None:
-        """Of a rank."""
-        struct.pack_into("q", self._map, _BATCH + 8 * rank, batch)
+    def note_batch(self, launch: int, batch: int) -> None:
+        """Of rank 0 of a launch. One whose launcher was killed may do so while the next one starts."""
+        struct.pack_into("qq", self._map, _BATCH, launch, batch)

@@ -38,7 +38,8 @@ class Hits(Algorithm):
         """Waits; hits."""
         if event is Event.BATCH_START:
             batch = int(state.timestamp.batch)
-            self.control.note_batch(dist.get_global_rank(), batch)
+            if dist.get_global_rank() == 0:
+                self.control.note_batch(int(os.environ["SOAK_LAUNCH"]), batch)
             while self.control.allowed <= batch:
                 time.sleep(0.02)
         hit = self._hit(event, state)

@@ -47,6 +47,7 @@ WARM = EVALUATE_EVERY + 4  # batches after which a launch uses what it needs, th
 SAMPLES = 5  # of a level, of which the median counts
 SECONDS_TO_SETTLE = 31.0  # after which what a run left in shared memory is nobody's
 DEADLY = ("kill_rank", "kill_launcher", "kill_loader_worker")
+FINISHED = 999  # number of the launch after the last one
 LOST = 65  # the status of a run that diverged
 
 
@@ -107,6 +108,7 @@ class Machine:
             "TMPDIR": str(home / "tmp"),
             "SOAK_CONTROL": str(self.folder / "control"),
             "SOAK_SCHEDULE": self.schedule.to_json(),
+            "SOAK_LAUNCH": str(number),
             "SOAK_UNDISTURBED": str(int(name == "undisturbed")),
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "inside"), os.getenv("PYTHONPATH", "")]),
         }
@@ -124,7 +126,7 @@ class Machine:
     def level_at_end(self) -> tuple[Level, dict[str, Any]]:
         """The same after the command was given once more, which has nothing to train and cleans up what was killed."""
         time.sleep(SECONDS_TO_SETTLE)
-        running = self.launch("run", 999, self.server.env)
+        running = self.launch("run", FINISHED, self.server.env)
         assert running.wait() == 0 and "already ended" in running.output(), running.output()
         left = files_below(self.temporary)
         owners = Counter(whose(path, self.temporary) for path in left)
@@ -163,7 +165,7 @@ def train_undisturbed(machine: Machine) -> tuple[Used, float]:
     used, began = Used(), time.monotonic()
     running = machine.launch("undisturbed", 0, machine.server.env)
     while running.process.poll() is None:
-        used.note(processes_of(running.group), machine.disk / "undisturbed" / "tmp", machine.control.batch(0))
+        used.note(processes_of(running.group), machine.disk / "undisturbed" / "tmp", machine.control.batch(0) or 0)
         time.sleep(0.5)
     assert running.wait() == 0, running.output()
     shutil.rmtree(machine.disk / "undisturbed")
@@ -182,6 +184,7 @@ class Launch:
     """One start of the disturbed training."""
 
     running: Running
+    number: int
     first_batch: int | None = None
     last_batch: int = 0
     status: int | None = None
@@ -216,8 +219,7 @@ class Supervisor:
         """Start, wait, start again."""
         (self.machine.temporary).mkdir(parents=True, exist_ok=True)
         while True:
-            self.control.note_batch(0, -1)
-            launch = Launch(self.machine.launch("run", len(self.launches), self.env))
+            launch = Launch(self.machine.launch("run", len(self.launches), self.env), len(self.launches))
             self.launches.append(launch)
             while launch.running.process.poll() is None:
                 self._tick(launch)
@@ -237,8 +239,8 @@ class Supervisor:
         self._end_orphans()
 
     def _tick(self, launch: Launch) -> None:
-        looked, batch = time.monotonic(), self.control.batch(0)
-        self.now += (looked - self.looked) * (1.0 if batch >= 0 else SPEED_OF_START)
+        looked, batch = time.monotonic(), self.control.batch(launch.number)
+        self.now += (looked - self.looked) * (SPEED_OF_START if batch is None else 1.0)
         self.looked = looked
         now, schedule = self.now, self.schedule
         self.control.allowed = (
@@ -250,7 +252,7 @@ class Supervisor:
             hit = self.saboteur.begin(fault, processes, looked)
             if hit is not None:
                 self._note(fault, launch, hit)
-        if batch >= 0:
+        if batch is not None:
             if launch.first_batch is None:
                 launch.first_batch = batch
             if batch > launch.last_batch:
