@@ -217,7 +217,8 @@ class Supervisor:
 
     def run(self) -> None:
         """Start, wait, start again."""
-        (self.machine.temporary).mkdir(parents=True, exist_ok=True)
+        self.machine.temporary.mkdir(parents=True, exist_ok=True)
+        self.control.note_batch(-1, 0)  # the undisturbed run has ended
         while True:
             launch = Launch(self.machine.launch("run", len(self.launches), self.env), len(self.launches))
             self.launches.append(launch)
