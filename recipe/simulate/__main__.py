@@ -110,7 +110,7 @@ def checkpoint_bytes(config: RecipeConfig, network: "JointNetwork", trained: set
 
 
 def work_of(config: RecipeConfig, network: "JointNetwork", packs_per_gpu: int, bytes_per_image: float) -> Work:
-    """Return what one GPU does in a step with so many packs."""
+    """Return what one GPU does in a step with `packs_per_gpu` packs."""
     from recipe.callbacks.throughput import step_flops
 
     view, trained = view_trainer(config), trained_groups(config, network)
@@ -191,7 +191,7 @@ def table(columns: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the command takes besides a yaml and overrides."""
+    """Add what the command takes in addition to a yaml and overrides."""
     parser.add_argument("--nodes", type=int, nargs="+", default=[1], metavar="N", help="numbers of nodes; default 1")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default %(default)s")
     parser.add_argument("--packs-per-gpu", type=int, metavar="N", help="per step; default: as the yaml on the first N")
