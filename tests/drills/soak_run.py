@@ -128,6 +128,9 @@ class Machine:
         time.sleep(SECONDS_TO_SETTLE)
         running = self.launch("run", FINISHED, self.server.env)
         assert running.wait() == 0 and "already ended" in running.output(), running.output()
+        for segment in sorted(Path("/dev/shm").iterdir()):
+            status = segment.stat()
+            print(f"left in shared memory: {segment.name}, {time.time() - status.st_mtime:.0f} s old", file=sys.stderr)
         left = files_below(self.temporary)
         owners = Counter(whose(path, self.temporary) for path in left)
         size = sum(path.stat().st_size for path in left) / 2**20
