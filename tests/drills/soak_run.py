@@ -39,7 +39,7 @@ from tests.support.tiny_cases import build_checkpoint
 BUCKET = "soak"
 DISK_SIZE = "400m"
 SAVE_EVERY, EVALUATE_EVERY = 5, 15  # batches
-PATIENCE = 180.0  # seconds without a new batch after the last fault, which is a hang
+PATIENCE = 600.0  # seconds without a new batch since the launch began and no fault was active, which is a hang
 SECONDS_TO_END = 3.0  # after the launcher: whatever still runs then is left behind
 MOST_STARTS = 8  # without a new batch and without a fault since the first of them
 SPEED_OF_START = 0.25  # of the schedule's clock, else most faults would meet a run that has not begun to train
@@ -225,6 +225,7 @@ class Supervisor:
         while True:
             launch = Launch(self.machine.launch("run", len(self.launches), self.env), len(self.launches))
             self.launches.append(launch)
+            self.moved = time.monotonic()
             while launch.running.process.poll() is None:
                 self._tick(launch)
                 time.sleep(0.1)
@@ -267,7 +268,7 @@ class Supervisor:
             self.moved = time.monotonic()
         if time.monotonic() - self.moved > PATIENCE:
             end_hung(launch.running.group)
-            raise AssertionError(f"no new batch for {PATIENCE:g} s after the last fault:\n{launch.running.output()}")
+            raise AssertionError(f"no new batch for {PATIENCE:g} s without a fault:\n{launch.running.output()}")
 
     def _note(self, fault: Planned, launch: Launch, hit: str) -> None:
         self.due.remove(fault)
