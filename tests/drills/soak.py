@@ -2,7 +2,8 @@
 
     python tests/drills/soak.py --minutes N --seed S [--replay FILE] [--keep FOLDER]
 
-The tiny model is trained by `composer -n 2 recipe/train.py`; data and checkpoints are in an S3 server on loopback.
+The tiny model is trained by `composer -n 2 recipe/train.py` (most starts are forked from a process that has its imports
+done); data and checkpoints are in an S3 server on loopback.
 First without faults, then again from the start while the schedule of the seed is carried out: SIGKILL to a rank, the
 launcher, a loader's worker or an uploading process; SIGSTOP for 20 s; the store down, slow, answering 503 or half; the
 disk full; the clock an hour off; and NaNs. Whenever the training ends before its last batch it is started again by the

@@ -14,10 +14,10 @@ import psutil
 
 from tests.drills.soak_control import Control
 from tests.drills.soak_schedule import Planned
+from tests.launches.launch import fork_server
 from tests.support.s3_server import Fault, FaultProxy
 
 HOUR = 3600.0
-SCRIPT = "recipe/train.py"
 LEFT_FREE = 4096  # bytes, on the full disk
 
 
@@ -44,7 +44,7 @@ def processes_of(launcher: int) -> Processes:
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(launcher)
         found.launcher = [parent]
-        found.ranks = sorted((child for child in parent.children() if runs(child, SCRIPT)), key=lambda each: each.pid)
+        found.ranks = sorted(parent.children(), key=lambda each: each.pid)
     for rank in found.ranks:
         with suppress(psutil.NoSuchProcess):
             children = sorted(rank.children(), key=lambda each: each.create_time())
@@ -172,7 +172,8 @@ def level(processes: Sequence[psutil.Process], temporary: Path) -> Level | None:
 def is_of_a_run(process: psutil.Process) -> bool:
     """Whether a process was started by one of the trainings."""
     with suppress(psutil.Error):
-        return "SOAK_CONTROL" in process.environ() and process.status() != psutil.STATUS_ZOMBIE
+        is_ours = "SOAK_CONTROL" in process.environ() and process.pid != fork_server().pid
+        return is_ours and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 

@@ -73,10 +73,10 @@ class LeaveOut(Algorithm):
 
 def with_disturbance(build: Callable[[Any], list[Algorithm]], control: Control) -> Callable[[Any], list[Algorithm]]:
     """The same function, whose list has these algorithms too."""
-    nans = {nan.batch: nan for nan in Schedule.from_json(os.environ["SOAK_SCHEDULE"]).nans}
-    is_undisturbed = os.environ["SOAK_UNDISTURBED"] == "1"
 
     def build_more(config: Any) -> list[Algorithm]:
+        nans = {nan.batch: nan for nan in Schedule.from_json(os.environ["SOAK_SCHEDULE"]).nans}
+        is_undisturbed = os.environ["SOAK_UNDISTURBED"] == "1"
         first = [LeaveOut(nans)] if is_undisturbed else []
         return [*first, *build(config), Hits(nans, control, is_undisturbed)]
 

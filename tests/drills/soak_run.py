@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,6 @@ import torch
 from tests.drills.drill_cases import assert_same_training, write_data, write_yaml
 from tests.drills.soak_control import FREE, Control
 from tests.drills.soak_faults import (
-    SCRIPT,
     Level,
     Processes,
     Saboteur,
@@ -76,7 +76,13 @@ class Machine:
         write_data(folder / "data", num_train=180, size_limit="60kb")
         server.upload(folder / "data", BUCKET, "scenes")
         write_yaml(folder / "soak.yaml", build_checkpoint(str(folder / "tiny")), folder / "data", schedule.batches)
-        return cls(folder, disk, server, schedule, Control.make(folder / "control"))
+        control = Control.make(folder / "control")
+        # The process that launches are forked from has to have them at its own start.
+        os.environ |= {
+            "SOAK_CONTROL": str(folder / "control"),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "inside"), os.environ["PYTHONPATH"]]),
+        }
+        return cls(folder, disk, server, schedule, control)
 
     @property
     def temporary(self) -> Path:
@@ -84,7 +90,11 @@ class Machine:
         return self.disk / "run" / "tmp"
 
     def launch(self, name: str, number: int, env: dict[str, str]) -> Running:
-        """Start the real command for the run of this name; its log is `NAME-NUMBER.log`."""
+        """Start the command for the run of this name; its log is `NAME-NUMBER.log`.
+
+        The first start of the disturbed run, each tenth one and the one after its end are the real command; others are
+        forked from a process that has its imports done, which take most of a start.
+        """
         home = self.disk / name
         (home / "tmp").mkdir(parents=True, exist_ok=True)
         remote = f"s3://{BUCKET}/scenes"
@@ -106,15 +116,14 @@ class Machine:
         ]
         own = {
             "TMPDIR": str(home / "tmp"),
-            "SOAK_CONTROL": str(self.folder / "control"),
             "SOAK_SCHEDULE": self.schedule.to_json(),
             "SOAK_LAUNCH": str(number),
             "SOAK_UNDISTURBED": str(int(name == "undisturbed")),
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "inside"), os.getenv("PYTHONPATH", "")]),
+            "PYTHONPATH": os.environ["PYTHONPATH"],
         }
-        log = self.folder / f"{name}-{number}.log"
+        log, forked = self.folder / f"{name}-{number}.log", name == "undisturbed" or number % 10 not in (0, 9)
         yaml = str(self.folder / "soak.yaml")
-        return start(2, "recipe/train.py", yaml, *overrides, log=log, env={**env, **own}, forked=False)
+        return start(2, "recipe/train.py", yaml, *overrides, log=log, env={**env, **own}, forked=forked)
 
     def level(self) -> Level:
         """What is in use on the machine, this process and the store aside."""
@@ -167,19 +176,30 @@ def train_undisturbed(machine: Machine) -> tuple[Used, float]:
     machine.control.allowed = FREE
     used, began = Used(), time.monotonic()
     running = machine.launch("undisturbed", 0, machine.server.env)
-    while running.process.poll() is None:
+    while (status := ended(running)) is None:
         used.note(processes_of(running.group), machine.disk / "undisturbed" / "tmp", machine.control.batch(0) or 0)
         time.sleep(0.5)
-    assert running.wait() == 0, running.output()
+    assert status == 0, running.output()
     shutil.rmtree(machine.disk / "undisturbed")
     return used, time.monotonic() - began
 
 
+def ended(running: Running) -> int | None:
+    """The exit status of a launch, while other processes of it may live; None: it has not ended."""
+    if not running.is_forked:
+        return running.process.poll()
+    lines = running.process.stdout
+    assert lines is not None
+    if select.select([lines], [], [], 0)[0] or not psutil.pid_exists(running.group):
+        return int(lines.readline())
+    return None
+
+
 def kind_of(process: psutil.Process) -> str:
     """For a count."""
-    if runs(process, SCRIPT):
-        return "loader worker" if process.name() == "pt_data_worker" else "rank"
-    return "spawned by a rank"
+    if runs(process, "spawn_main") or runs(process, "resource_tracker"):
+        return "spawned by a rank"
+    return "loader worker" if process.name() == "pt_data_worker" else "rank"
 
 
 @dataclass
@@ -226,10 +246,10 @@ class Supervisor:
             launch = Launch(self.machine.launch("run", len(self.launches), self.env), len(self.launches))
             self.launches.append(launch)
             self.moved = time.monotonic()
-            while launch.running.process.poll() is None:
+            while (status := ended(launch.running)) is None:
                 self._tick(launch)
                 time.sleep(0.1)
-            launch.status = launch.running.process.returncode
+            launch.status = status
             time.sleep(SECONDS_TO_END if launch.status else 0)
             print(
                 f"{self.now:7.1f} s  launch {len(self.launches) - 1} ended with {launch.status} at batch "
