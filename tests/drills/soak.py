@@ -2,20 +2,20 @@
 
     python tests/drills/soak.py --minutes N --seed S [--replay FILE] [--keep FOLDER]
 
-The tiny model is trained by `composer -n 2 recipe/train.py` (most starts are forked from a process that has its imports
-done); data and checkpoints are in an S3 server on loopback.
+The tiny model is trained by `composer -n 2 recipe/train.py`; data and checkpoints are in an S3 server on loopback.
 First without faults, then again from the start while the schedule of the seed is carried out: SIGKILL to a rank, the
 launcher, a loader's worker or an uploading process; SIGSTOP for 20 s; the store down, slow, answering 503 or half; the
 disk full; the clock an hour off; and NaNs. Whenever the training ends before its last batch it is started again by the
-same command, as a user's launcher does. At the end weights, optimizer and clock must be those of the undisturbed run
-to the last bit. Its NaNs differ: the batches that the guard must skip have none and are left out without the guard;
-weights that become NaN, after which the guard rolls back and lowers the rates for good, do so there too.
+same command, as a user's launcher does; most starts are forked from a process that has its imports done. At the end
+weights, optimizer and clock must be those of the undisturbed run to the last bit. Its NaNs differ: the batches that the
+guard must skip have none and are left out without the guard; weights that become NaN, after which the guard rolls back
+and lowers the rates for good, do so there too.
 
 The schedule is one line of the output; `--replay` takes a file with it. `FOLDER` keeps logs. The run is held back to
-last as long as its schedule, and catches up at full speed after a fault. Everything runs in namespaces of its own
-(`unshare`, of Linux): of processes, so that none outlives the command; of mounts, for a disk that can be full and a
-/dev/shm that nobody else uses. The clock is shifted in Python (`inside/sitecustomize.py`): torch's own timeouts and the
-times of files do not move.
+last as long as its schedule, whose clock runs slowly while it starts, and catches up at full speed after a fault.
+Everything runs in namespaces of its own (`unshare`, of Linux): of processes, so that none outlives the command; of
+mounts, for a disk that can be full and a /dev/shm that nobody else uses. The clock is shifted in Python
+(`inside/sitecustomize.py`): torch's own timeouts and the times of files do not move.
 
 The JSON: `faults`, by kind; `outcomes`, by kind, where the training ended or continued; `not_injected`; `launches`,
 with the batch where each began and ended, and its status; `batches_done_twice`; `hours`; `equal_weights`; `skipped` and
