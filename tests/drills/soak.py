@@ -89,9 +89,9 @@ def main() -> int:
         began = time.monotonic()
         supervisor.run()
         hours = (time.monotonic() - began) / 3600
-        after, left = machine.level_at_end()
         differences = same_end(machine)
-    print("\n".join(differences), file=sys.stderr)
+        print("\n".join(differences) or "equal weights", file=sys.stderr, flush=True)
+        after, left = machine.level_at_end()
     levels: dict[str, dict[str, Level | None]] = {
         "machine": {"before": before, "after": after},
         "undisturbed": undisturbed.levels(),

@@ -136,7 +136,7 @@ class Machine:
         """The same after the command was given once more, which has nothing to train and cleans up what was killed."""
         time.sleep(SECONDS_TO_SETTLE)
         running = self.launch("run", FINISHED, self.server.env)
-        assert running.wait() == 0 and "already ended" in running.output(), running.output()
+        assert running.wait(PATIENCE) == 0 and "already ended" in running.output(), running.output()
         for segment in sorted(Path("/dev/shm").iterdir()):
             status = segment.stat()
             print(f"left in shared memory: {segment.name}, {time.time() - status.st_mtime:.0f} s old", file=sys.stderr)
