@@ -39,6 +39,7 @@ from tests.support.tiny_cases import build_checkpoint
 BUCKET = "soak"
 DISK_SIZE = "400m"
 SAVE_EVERY, EVALUATE_EVERY = 5, 15  # batches
+BOUNDS = ("timeout=10", "retry=2")  # of downloads in the disturbed run, so that it ends soon if the store is down
 PATIENCE = 600.0  # seconds without a new batch since the launch began and no fault was active, which is a hang
 SECONDS_TO_END = 3.0  # after the launcher: whatever still runs then is left behind
 MOST_STARTS = 8  # without a new batch and without a fault since the first of them
@@ -100,9 +101,9 @@ class Machine:
         remote = f"s3://{BUCKET}/scenes"
         streams = ["train_loader.streams.train", "eval_loader.streams.val", "teachers.stream"]
         overrides = [f"{stream}.{key}" for stream in streams for key in (f"remote={remote}", f"local={home / 'cache'}")]
-        overrides += [
-            f"{loader}.dataset.download_{key}" for loader in ("train_loader", "eval_loader") for key in BOUNDS
-        ]
+        if name != "undisturbed":
+            loaders = ("train_loader", "eval_loader")
+            overrides += [f"{loader}.dataset.download_{key}" for loader in loaders for key in BOUNDS]
         overrides += [
             f"run_folder={home / 'run'}",
             f"trainer.save_folder=s3://{BUCKET}/{name}/checkpoints",
@@ -144,9 +145,6 @@ class Machine:
         owners = Counter(whose(path, self.temporary) for path in left)
         size = sum(path.stat().st_size for path in left) / 2**20
         return self.level(), {"left_files": dict(owners), "left_mib": round(size, 3)}
-
-
-BOUNDS = ("timeout=10", "retry=2")
 
 
 @dataclass
