@@ -184,6 +184,7 @@ LEFT: Mapping[str, str] = {
     "tmp*/_remote_module_non_scriptable.py": "torch, one per killed rank",
     "pymp-*/listener-*": "multiprocessing, one per killed rank",
     "tmp*/rank*.std*.txt": "Composer's launcher, two per killed one",
+    "tmp*/[0-9].std*": "the tests' launcher, two per killed one",
 }
 
 
