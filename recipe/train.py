@@ -137,6 +137,7 @@ def main(config: RecipeConfig) -> "Trainer":
                 "parallelism_config": build_parallelism(model.model, view.fsdp, view.precision, config.fsdp_version),
             },
         )
+    restore_random_states(trainer)  # an evaluation that is repeated may save the checkpoint again, with these
     catch_up(trainer, saver, start)
     if not is_finished(trainer):
         if dist.get_global_rank() == 0:  # a run that trains nothing leaves the file as it is

@@ -24,7 +24,7 @@ ORDER = [
     "load build",
     "inference publish",
     "checks estimate tiny",
-    "train eval predict export look serve",
+    "train eval predict export look serve simulate",
     "judges",
 ]
 LEVEL = {name: level for level, line in enumerate(ORDER) for name in line.split()}

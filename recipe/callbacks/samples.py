@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
@@ -60,10 +60,10 @@ class LogFirstSample(Callback):
             return
         if dataset.maker.augmentation is not None and (shown := first_images(dataset, NUM_AUGMENTED)):
             drawing = draw_samples(shown)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            drawing.save(self.folder / AUGMENTED_FILE)
+            is_written = write(self.folder / AUGMENTED_FILE, drawing.save)
             logger.log_images(np.asarray(drawing), name="augmented_samples", channels_last=True, use_table=False)
-            log.info("first %d augmented images: %s", len(shown), self.folder / AUGMENTED_FILE)
+            if is_written:
+                log.info("first %d augmented images: %s", len(shown), self.folder / AUGMENTED_FILE)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Write the first training sample."""
@@ -77,10 +77,20 @@ class LogFirstSample(Callback):
         if name in self._shown or dist.get_global_rank() != 0:
             return
         self._shown.add(name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"first_{name}_sample.txt"
-        path.write_text(describe_first_sample(microbatches[0], self.tokenizer) + "\n", encoding="utf-8")
-        log.info("first %s sample, as the model sees it: %s", name, path)
+        path, text = self.folder / f"first_{name}_sample.txt", describe_first_sample(microbatches[0], self.tokenizer)
+        if write(path, lambda path: path.write_text(text + "\n", encoding="utf-8")):
+            log.info("first %s sample, as the model sees it: %s", name, path)
+
+
+def write(path: Path, action: Callable[[Path], object]) -> bool:
+    """Make a file's folder and the file; a full disk is only logged, since training does not need it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        action(path)
+    except OSError as error:
+        log.error("cannot write %s: %s; training continues: free disk space", path, error)
+        return False
+    return True
 
 
 def first_images(dataset: PackStream, count: int) -> list[tuple[Image.Image, Sample, str]]:
@@ -221,9 +231,7 @@ class LogPredictions(Callback):
         self._shown = []
 
     def _save(self, drawing: Image.Image, name: str, state: State) -> None:
-        folder = self.folder / f"{state.timestamp.batch.value:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        drawing.save(folder / name)
+        write(self.folder / f"{state.timestamp.batch.value:06d}" / name, drawing.save)
 
 
 def layers_of(

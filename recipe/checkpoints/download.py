@@ -1,8 +1,6 @@
 """A checkpoint from a store is read once per node: what was downloaded to be verified is what the Trainer loads."""
 
 import atexit
-import shutil
-import tempfile
 from pathlib import Path
 
 from composer.utils import dist
@@ -11,19 +9,22 @@ from recipe.checkpoints.check import check, read_manifest
 from recipe.checkpoints.places import open_folder
 from recipe.redact import redact
 from recipe.upstream.agreement import agree, from_rank_0
+from recipe.upstream.local_copies import LocalCopies
 
-_folders: dict[str, Path] = {}  # of this process, by address of the folder in the store
+_downloads: dict[str, LocalCopies] = {}  # of this process, by address of the folder in the store
 
 
 def scratch_folder(address: str | None) -> Path | None:
     """Return an empty folder for a checkpoint below `address`, removed at the end; None if it is not in a store."""
     if address is None or "://" not in address:
         return None
-    folder = _folders.pop(address.rstrip("/"), None)
-    if folder is not None:
-        shutil.rmtree(folder)
-    folder = _folders[address.rstrip("/")] = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    address = address.rstrip("/")
+    if address in _downloads:
+        _downloads.pop(address).remove()
+    made = _downloads[address] = LocalCopies()
+    atexit.register(made.remove)
+    folder = _folder(made)
+    folder.mkdir()
     return folder
 
 
@@ -52,20 +53,24 @@ def on_this_node(path: str) -> str:
         except (OSError, ValueError) as raised:  # raised by all ranks
             error = raised
     agree(error)
-    folders = dist.all_gather_object(str(_folders.get(local, "")))
+    folders = dist.all_gather_object(str(_folder(_downloads[local])) if local in _downloads else "")
     return f"{folders[dist.get_global_rank() - dist.get_local_rank()]}/{name}"
 
 
 def remove_download(path: str) -> None:
     """Remove a checkpoint that was fetched, after all ranks have loaded it from `path`."""
-    for address, folder in list(_folders.items()):
-        if Path(path).is_relative_to(folder):
-            shutil.rmtree(_folders.pop(address), ignore_errors=True)
+    for address, made in list(_downloads.items()):
+        if Path(path).is_relative_to(made.path):
+            _downloads.pop(address).remove()
+
+
+def _folder(made: LocalCopies) -> Path:
+    return made.path / "downloaded"
 
 
 def _fetched(path: str) -> tuple[str | None, bool]:
     """Return the address of the folder that this process has fetched a checkpoint of, and whether it is sharded."""
-    for address, folder in _folders.items():
-        if path.startswith(f"{address}/") and (local := folder / path.removeprefix(f"{address}/")).exists():
+    for address, made in _downloads.items():
+        if path.startswith(f"{address}/") and (local := _folder(made) / path.removeprefix(f"{address}/")).exists():
             return address, local.is_dir()
     return None, False

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
@@ -43,6 +44,7 @@ from recipe.metrics.gather import UNDEFINED
 from recipe.optim.groups import num_copies
 from recipe.records import replacing
 from recipe.redact import redact
+from recipe.upstream.local_copies import LocalCopies
 from recipe.upstream.trainer_section import TrainerView
 
 log = logging.getLogger(__name__)
@@ -102,7 +104,9 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     """
 
     def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
-        super().__init__(**keywords)
+        self._copies = LocalCopies() if "://" in str(keywords["folder"]) else None
+        with nullcontext() if self._copies is None else self._copies.holding():
+            super().__init__(**keywords)
         self._uploads: Uploads | None = None
         if self.remote_uploader is not None:
             self._uploads = Uploads(StoreFolder(str(keywords["folder"])), self.upload_timeout_in_seconds)
@@ -196,6 +200,12 @@ class CheckpointSaver(callbacks.CheckpointSaver):
                 f"training has ended, but its last checkpoint could not be written: {self.failure}. Free space in "
                 f"{self._given_folder}, then run the same command again: it resumes from the newest checkpoint there"
             )
+
+    def post_close(self) -> None:
+        """Wait for uploads; then remove the local copies of what is in a store."""
+        super().post_close()
+        if self._copies is not None:
+            self._copies.remove()
 
     def save_now(self, state: State, logger: Logger) -> None:
         """Save the batch just finished if it has no checkpoint, and wait for uploads; raise RuntimeError on failure."""

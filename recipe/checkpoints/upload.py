@@ -1,13 +1,14 @@
 """Uploads of one rank to a store: in order, each manifest after its files, and again if the process is killed."""
 
 import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Uploads:
         self._thread = ThreadPoolExecutor(1, "uploads")
         self._process = upload_process()
         self._own: set[str] = set()
+        self._unmarked: set[str] = set()  # checkpoints that no store would know as unfinished
 
     def submit(self, work: Callable[..., int], **keywords: Any) -> "Future[int]":
         """Upload a file after those before it; `work` is Composer's, with `remote_file_name` and `local_file_path`."""
@@ -60,12 +62,16 @@ class Uploads:
         checkpoint = checkpoint_of(name)
         if checkpoint is not None:
             self._await_files(checkpoint, path)
+        elif name.startswith(tuple(self._unmarked)):
+            raise OSError(f"{name} is not uploaded, because {UNFINISHED} of its checkpoint could not be")
         elif name.endswith(UNFINISHED):
+            self._unmarked.add(name.removesuffix(UNFINISHED))
             for sharded in (False, True):  # of an older one: its files are about to be replaced
                 manifest = manifest_of(name.removesuffix(UNFINISHED), sharded)
                 self._try(lambda manifest=manifest: self.place.remove(manifest), f"an older {manifest} stays")
         self._own.add(name)
         result = self._run(work, keywords, path)
+        self._unmarked.discard(name.removesuffix(UNFINISHED))
         if checkpoint is not None:
             self._try(lambda: self.place.remove(f"{checkpoint}{UNFINISHED}"), "an empty file stays")
         return result
@@ -102,8 +108,24 @@ class Uploads:
 
 
 def upload_process() -> ProcessPoolExecutor:
-    """Return a process that ignores SIGTERM: a job may receive it before its last checkpoint is uploaded."""
-    return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGTERM, signal.SIG_IGN))
+    """Return a process that ignores SIGTERM: a job may receive it before its last checkpoint is uploaded.
+
+    It ends with its parent: an upload that ends later could replace a file of the run that has resumed.
+    """
+    return ProcessPoolExecutor(1, get_context("spawn"), _set_up)
+
+
+def _set_up() -> None:
+    """Prepare a new process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def failed_uploads(uploader: RemoteUploader | None, wait: bool) -> list[str]:

@@ -13,7 +13,7 @@ from PIL import Image
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
 
-from recipe.callbacks.samples import LogPredictions, layers_of, table_rows, wandb_images
+from recipe.callbacks.samples import LogPredictions, layers_of, table_rows, wandb_images, write
 from recipe.callbacks.table import build_loggers
 from recipe.schema import DetectedObject, FurtherImage, Prediction
 from tests.callbacks.test_table import make_sample, train
@@ -105,3 +105,21 @@ def test_pictures_of_other_sizes_get_a_margin() -> None:
     position = boxes["prediction"]._val[0]["position"]
     assert position == pytest.approx({"minX": 2 / 96, "maxX": 20 / 96, "minY": 2 / 128, "maxY": 20 / 128})
     assert not images[1]._boxes
+
+
+def test_a_full_disk_ends_no_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save = Image.Image.save
+
+    def full(image: Image.Image, target: Any, *arguments: Any, **keywords: Any) -> None:
+        if isinstance(target, Path):  # else samples are made
+            raise OSError(28, "No space left on device")
+        save(image, target, *arguments, **keywords)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    train([LogPredictions(3, tmp_path / "pictures", 0.3)], [])
+    assert caplog.text.count("No space left on device; training continues: free disk space") == 4 * (3 + 1)
+    (tmp_path / "file").touch()
+    assert not write(tmp_path / "file" / "below", Path.touch), "its folder cannot be made"
+    assert write(tmp_path / "folder" / "file", Path.touch)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from recipe.checkpoints import resume, upload
-from recipe.checkpoints.check import FileEntry, Manifest, existing, newest_valid, write_manifest
+from recipe.checkpoints.check import UNFINISHED, FileEntry, Manifest, existing, newest_valid, write_manifest
 from recipe.checkpoints.places import StoreFolder
 from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.upload import Uploads
@@ -212,6 +212,31 @@ def test_an_upload_process_that_dies_every_time(tmp_path: Path, monkeypatch: pyt
     future = uploads.submit(int, remote_file_name="run/ba1.pt", local_file_path=str(tmp_path / "file"))
     with pytest.raises(OSError, match=r"uploads checkpoints was killed, .*, 4 times in a row"):
         future.result()
+    uploads.shutdown()
+
+
+def test_without_its_marker_no_file_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill would leave a file that counts as a broken checkpoint. The next one of the same name begins anew."""
+    uploaded: list[str] = []
+    failing = True
+
+    def run(self: Uploads, work: Any, keywords: dict[str, Any], path: Path) -> int:
+        if failing and keywords["remote_file_name"].endswith(UNFINISHED):
+            raise OSError("the store is down")
+        uploaded.append(keywords["remote_file_name"])
+        return 0
+
+    monkeypatch.setattr(Uploads, "_run", run)
+    monkeypatch.setattr(StoreFolder, "remove", lambda self, name: None)
+    uploads = Uploads(StoreFolder("s3://bucket/run"), timeout=1)
+    names = [f"run/ba1.pt{UNFINISHED}", "run/ba1.pt", "run/latest-rank0.pt.symlink", "run/ba2.pt"]
+    futures = [uploads.submit(int, remote_file_name=name, local_file_path=str(tmp_path)) for name in names]
+    with pytest.raises(OSError, match=r"ba1.pt is not uploaded, because .* could not be"):
+        futures[1].result(5)
+    assert futures[3].result(5) == 0 and uploaded == names[2:]
+    failing = False
+    for name in names[:2]:
+        assert uploads.submit(int, remote_file_name=name, local_file_path=str(tmp_path)).result(5) == 0
     uploads.shutdown()
 
 

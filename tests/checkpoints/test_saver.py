@@ -6,11 +6,13 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from composer import Callback, State
@@ -245,9 +247,35 @@ def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
     assert parse_manifest((tmp_path / "b" / "best-rank0.pt.manifest.json").read_bytes()).batch == 3
 
 
-def test_uploads_go_on_after_sigterm() -> None:
+def test_uploads_continue_after_sigterm() -> None:
     with upload_process() as executor:
         assert executor.submit(signal.getsignal, signal.SIGTERM).result() == signal.SIG_IGN
+
+
+PARENT = """
+import time
+from recipe.checkpoints.upload import upload_process
+if __name__ == "__main__":
+    process = upload_process()
+    process.submit(time.sleep, 600)
+    while not process._processes:
+        time.sleep(0.01)
+    print(*process._processes, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_an_upload_ends_with_its_run(tmp_path: Path) -> None:
+    """In the middle, so that a run that has resumed is the only one that writes."""
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    uploading = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs([uploading], timeout=60)
+    assert gone
 
 
 class Store:

@@ -25,10 +25,10 @@ from tests.support.tiny_cases import make_config
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 24, 2, 3  # batches
 
 
-def write_data(folder: Path) -> None:
-    """The splits `train`, of five batches an epoch, and `val`; the pool `teachers`."""
-    for split, num_samples, seed in (("train", 45, 1), ("val", 4, 2), ("teachers", 3, 3)):
-        write_split(iter_samples(num_samples, seed, image_size=84, max_objects=5), str(folder), split)
+def write_data(folder: Path, num_train: int = 45, **options: Any) -> None:
+    """The splits `train`, of nine samples a batch, and `val`; the pool `teachers`; `options` are of `write_split`."""
+    for split, num_samples, seed in (("train", num_train, 1), ("val", 4, 2), ("teachers", 3, 3)):
+        write_split(iter_samples(num_samples, seed, image_size=84, max_objects=5), str(folder), split, **options)
 
 
 def write_yaml(path: Path, checkpoint: str, data: Path, steps: int, **changes: Any) -> Path:

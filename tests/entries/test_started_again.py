@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from convert.shapes import iter_samples
 from convert.write import write_split
 from recipe.checkpoints.check import MANIFEST, describe_file, newest_valid, parse_manifest, write_manifest
+from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import read_weights
 from recipe.config import (
     NEW_RUN,
@@ -30,6 +31,7 @@ from recipe.joint import JointModel
 from recipe.models.network import AVERAGE
 from recipe.train import main
 from tests.support.tiny_cases import make_config
+from tests.support.tiny_run import train_tiny_run
 
 
 @pytest.fixture(scope="session")
@@ -270,3 +272,23 @@ def test_a_sharded_checkpoint_is_exported_evaluated_and_trained_on(config: Recip
         read_weights(tmp_path / path.name / "checkpoints" / "latest-rank0.pt") for path in (shards, whole)
     )
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_saved_again_has_the_same_random_states(
+    tiny_checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a store, whose checkpoints a saver does not know: it writes one again after a repeated evaluation."""
+    best = {"save_best": SaveBestConfig("eval/loss_caption", "min"), "detection_head": {"dropout": 0.1}}
+    monkeypatch.setattr(CheckpointSaver, "_improves", lambda *_: True)
+    train_tiny_run(tiny_checkpoint, tmp_path, steps=2, **best)
+    (path,) = (tmp_path / "run" / "checkpoints").glob("*ba2-rank0.pt")
+    manifest = Path(f"{path}.manifest.json")
+    write_manifest(replace(parse_manifest(manifest.read_bytes()), scores=None), manifest)
+    before = torch.load(path, weights_only=False)
+    path.with_name("kept").hardlink_to(path)
+    monkeypatch.setattr(CheckpointSaver, "resumed_from", lambda *_: None)
+    train_tiny_run(tiny_checkpoint, tmp_path, steps=3, **best)
+    assert not path.samefile(path.with_name("kept")), "it was written again"
+    after = torch.load(path, weights_only=False)
+    assert torch.equal(after["rng"][0]["torch"], before["rng"][0]["torch"])

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 ACCESS_KEY = "tests-access-key-id"
 SECRET_KEY = "tests-secret-access-key"
 _SECONDS_TO_START = 30.0
+_OF_ALL = {"status", "reset", "delay"}  # faults of all methods
 _HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -129,7 +130,7 @@ class Fault:
     Attributes:
         kind: `status`: answers with `status`. `drip`: the body at `bytes_per_second`. `truncate`: half the body, with
             headers that fit it. `cut`: half the body, then the connection ends. `reset`: no answer at all.
-            `flip`: one bit of the body is wrong.
+            `flip`: one bit of the body is wrong. `delay`: waits `seconds` before it asks the server.
     """
 
     kind: str
@@ -137,6 +138,7 @@ class Fault:
     times: int | None = None
     status: int = 503
     bytes_per_second: int = 500
+    seconds: float = 1.0
 
 
 @dataclass
@@ -178,6 +180,11 @@ class FaultProxy:
             server.shutdown()
             server.server_close()
 
+    @property
+    def is_accepting(self) -> bool:
+        """Whether it takes connections."""
+        return self._server is not None
+
     def accept(self) -> None:
         """Takes connections, at the same port as ever."""
         self._server = _ProxyServer(("127.0.0.1", self._port), _Handler)
@@ -191,7 +198,7 @@ class FaultProxy:
             self.times.append(time.monotonic())
             for fault in self.faults:
                 # The rest is about bodies, which the answer to HEAD has none of.
-                if fault.key in path and fault.times != 0 and (method == "GET" or fault.kind in ("status", "reset")):
+                if fault.key in path and fault.times != 0 and (method == "GET" or fault.kind in _OF_ALL):
                     fault.times = None if fault.times is None else fault.times - 1
                     return fault
         return None
@@ -234,6 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "status":
             self._send(fault.status, [], b"", None)
             return
+        if fault is not None and fault.kind == "delay":
+            time.sleep(fault.seconds)
         connection = HTTPConnection(urlsplit(self.server.proxy.endpoint).netloc, timeout=30)
         try:
             connection.request(self.command, self.path, body, dict(self.headers.items()))

@@ -104,7 +104,10 @@ def test_only_the_dead_of_this_user_are_removed(tmp_path: Path, monkeypatch: pyt
     (processes / "self" / "maps").touch()
     (processes / "17" / "maps").write_text(
         f"7f00-7f01 rw-s 00000000 00:19 5 {shm}/000002_locals\n7f02-7f03 rw-s 0 00:19 6 {shm}/another\n"
+        f"7f04-7f05 rw-s 0 00:19 7 {shm}/sem.mp-alive_12\n"
     )
+    for name in ("sem.mp-alive_12", "sem.mp-dead__12", "sem.other"):
+        (shm / name).touch()
     for name in ("000001_locals", "000002_locals", "000002_barrier", "000003_locals", "another", "000001_other"):
         (shm / name).touch()
     for name in ("000001_cache_filelock", "000002_cache_filelock", "000004_barrier_filelock", "other_filelock"):
@@ -121,6 +124,7 @@ def test_only_the_dead_of_this_user_are_removed(tmp_path: Path, monkeypatch: pyt
     removed = clean_dead_shared_memory()
     assert sorted(removed) == [
         str(shm / "000001_locals"),
+        str(shm / "sem.mp-dead__12"),
         str(temporary / "000001_cache_filelock"),
         str(temporary / "000004_barrier_filelock"),
     ]
