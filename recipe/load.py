@@ -67,7 +67,8 @@ def load_processor(name: str) -> Any:
     every folder of a large vocabulary that it wrote itself, and means another family (transformers, issue 44031).
 
     Raises:
-        ConfigError: The folder or name holds none, or one that this version of transformers cannot read.
+        ConfigError: The folder or name holds none, one that this version of transformers cannot read, or one of a
+            family that is not supported.
     """
     try:
         processor = getattr(transformers, family_of(read_hf_config(name)).processor)
@@ -77,6 +78,8 @@ def load_processor(name: str) -> Any:
             video_processor=AutoVideoProcessor.from_pretrained(name),
             chat_template=processor.get_processor_dict(name)[0].get("chat_template"),
         )
+    except ConfigError:
+        raise
     except AttributeError as error:  # transformers 4 on the list of special tokens that 5 writes
         raise ConfigError(
             f"model.pretrained_model_name_or_path={name!r} has a tokenizer that transformers "

@@ -62,13 +62,13 @@ class Uploads:
         checkpoint = checkpoint_of(name)
         if checkpoint is not None:
             self._await_files(checkpoint, path)
-        elif name.startswith(tuple(self._unmarked)):
-            raise OSError(f"{name} is not uploaded, because {UNFINISHED} of its checkpoint could not be")
         elif name.endswith(UNFINISHED):
             self._unmarked.add(name.removesuffix(UNFINISHED))
             for sharded in (False, True):  # of an older one: its files are about to be replaced
                 manifest = manifest_of(name.removesuffix(UNFINISHED), sharded)
                 self._try(lambda manifest=manifest: self.place.remove(manifest), f"an older {manifest} stays")
+        elif name.startswith(tuple(self._unmarked)):
+            raise OSError(f"{name} is not uploaded, because {UNFINISHED} of its checkpoint could not be")
         self._own.add(name)
         result = self._run(work, keywords, path)
         self._unmarked.discard(name.removesuffix(UNFINISHED))
