@@ -121,12 +121,15 @@ def parse_manifest(text: str | bytes) -> Manifest:
     """Return a manifest from its text.
 
     Raises:
-        ValueError: It is truncated, was changed, or is another program's.
+        ValueError: It is truncated, was changed, is another program's, or names a file outside its folder.
     """
     body = json.loads(text)
     if not isinstance(body, dict) or body.pop("sha256", None) != _sha256(body):
         raise ValueError("its own checksum is wrong")
     files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}
+    for path in map(PurePosixPath, files):
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"it names a file outside its folder, {str(path)!r}")
     return Manifest(files=files, origin=Origin(**body.pop("origin")), **body)
 
 

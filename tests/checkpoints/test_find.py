@@ -2,12 +2,13 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from recipe.checkpoints.check import differences, existing, newest_valid
+from recipe.checkpoints.check import differences, existing, newest_valid, parse_manifest, write_manifest
 from tests.checkpoints.checkpoint_cases import flip, train, truncate
 from tests.support.s3_server import S3Server
 
@@ -61,6 +62,18 @@ def test_a_manifest_that_still_reads_but_was_changed(folder: Path, caplog: pytes
     path.write_text(path.read_text().replace('"batch": 1', '"batch": 9'))
     assert batch_found(folder) == 4
     assert "ba1.pt is skipped: its manifest cannot be read: its own checksum is wrong" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../ba4.pt", "/ba4.pt", "a/../../ba4.pt"])
+def test_a_manifest_of_a_stranger_names_files_of_its_folder_alone(
+    folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a store they would be downloaded to there."""
+    path = folder / "ba4.pt.manifest.json"
+    manifest = parse_manifest(path.read_bytes())
+    write_manifest(replace(manifest, files={name: manifest.files["ba4.pt"]}), path)
+    assert batch_found(folder) == 3
+    assert "ba4.pt is skipped: its manifest cannot be read: it names a file outside its folder" in caplog.text
 
 
 def test_several_broken_ones(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
