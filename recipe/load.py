@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     AutoVideoProcessor,
     GenerationConfig,
@@ -40,7 +41,7 @@ from recipe.config import ConfigError, ImageConfig, PromptConfig, RecipeConfig, 
 from recipe.configure import load_config
 from recipe.data.encode import Encoder
 from recipe.data.image import image_spec
-from recipe.families import family_of, vision_sizes
+from recipe.families import FAMILIES, vision_sizes
 from recipe.models.attention import resolve_attention
 from recipe.models.caption_decoder import CaptionDecoder
 from recipe.models.detection_head import DetectionHead
@@ -67,19 +68,17 @@ def load_processor(name: str) -> Any:
     every folder of a large vocabulary that it wrote itself, and means another family (transformers, issue 44031).
 
     Raises:
-        ConfigError: The folder or name holds none, one that this version of transformers cannot read, or one of a
-            family that is not supported.
+        ConfigError: The folder or name holds none, or one that this version of transformers cannot read.
     """
     try:
-        processor = getattr(transformers, family_of(read_hf_config(name)).processor)
-        return processor(
-            image_processor=AutoImageProcessor.from_pretrained(name, use_fast=True),
-            tokenizer=AutoTokenizer.from_pretrained(name, fix_mistral_regex=False),
-            video_processor=AutoVideoProcessor.from_pretrained(name),
-            chat_template=processor.get_processor_dict(name)[0].get("chat_template"),
-        )
-    except ConfigError:
-        raise
+        tokenizer = AutoTokenizer.from_pretrained(name, fix_mistral_regex=False)
+        images = AutoImageProcessor.from_pretrained(name, use_fast=True)
+        class_name = tokenizer.init_kwargs.get("processor_class") or getattr(images, "_processor_class", None)
+        if class_name not in {family.processor for family in FAMILIES.values()}:  # neither file has to name it
+            return AutoProcessor.from_pretrained(name, use_fast=True, fix_mistral_regex=False)
+        processor = getattr(transformers, class_name)
+        template = processor.get_processor_dict(name)[0].get("chat_template")
+        return processor(images, tokenizer, AutoVideoProcessor.from_pretrained(name), chat_template=template)
     except AttributeError as error:  # transformers 4 on the list of special tokens that 5 writes
         raise ConfigError(
             f"model.pretrained_model_name_or_path={name!r} has a tokenizer that transformers "

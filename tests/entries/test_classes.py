@@ -11,7 +11,7 @@ import pytest
 from streaming import StreamingDataset
 
 from convert.shapes import draw_scene
-from recipe.checkpoints.weights import find_config
+from recipe.checkpoints.weights import EVALUATED, find_config
 from recipe.checks import check_machine
 from recipe.config import ConfigError
 from recipe.configure import load_config, save_config
@@ -80,6 +80,7 @@ def test_eval_scores_by_class(trained_checkpoint: Path, tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert re.search(r"category +truths +AP +AP50 +recall +worst image", printed)
     written = json.loads((tmp_path / "eval.json").read_text())
+    assert len(written.pop(EVALUATED)) == 64
     report = written.pop("categories")
     assert written == scores
     by_category = [entry["ap"] for entry in report["scores"].values()]

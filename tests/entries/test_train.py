@@ -11,7 +11,7 @@ import torch
 
 from convert.shapes import iter_samples
 from convert.write import write_split
-from recipe.checkpoints.weights import read_weights
+from recipe.checkpoints.weights import EVALUATED, read_weights
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.eval import main as evaluate
 from recipe.train import main as train
@@ -134,6 +134,7 @@ def test_eval_gives_what_training_measured(make_run: Callable[..., RecipeConfig]
     )
     assert scores == pytest.approx(measured, abs=1e-6)
     written = json.loads(Path(f"{config.run_folder}-eval", "eval.json").read_text())
+    assert len(written.pop(EVALUATED)) == 64
     assert written.pop("categories") and written == scores
 
 

@@ -281,15 +281,22 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path):
 
 
 @EVERY_FAMILY
-def test_a_processor_is_that_of_transformers(tiny_checkpoint: str, tmp_path: Path):
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_processor_is_that_of_transformers(tiny_checkpoint: str, is_named: bool, tmp_path: Path):
     """Both write the same files; ours also says which pattern is right, so that nobody is warned of it."""
-    processors = {"own": load_processor(tiny_checkpoint), "auto": AutoProcessor.from_pretrained(tiny_checkpoint)}
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    for path in () if is_named else folder.glob("*.json"):
+        values = json.loads(path.read_text())
+        if values.pop("processor_class", None) is not None:
+            path.write_text(json.dumps(values))
+    processors = {"own": load_processor(str(folder)), "auto": AutoProcessor.from_pretrained(folder)}
     files: dict[str, dict[str, Any]] = {}
     for name, processor in processors.items():
         processor.save_pretrained(tmp_path / name)
         files[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         files[name]["tokenizer_config.json"] = json.loads(files[name]["tokenizer_config.json"])
     assert files["own"]["tokenizer_config.json"].pop("fix_mistral_regex") is False
+    files["own"]["tokenizer_config.json"].pop("use_fast", None)  # AutoProcessor passes it to the tokenizer too
     assert files["own"] == files["auto"]
     assert type(processors["own"]) is type(processors["auto"])
 
