@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,9 @@ from convert.remote import read_bytes
 from convert.verify import verify
 from convert.write import convert_split
 from recipe.images import open_image
-from tests.support.s3_server import s3_server
 from throughput import DATA
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def cpu_seconds() -> float:
@@ -75,6 +77,9 @@ def decode(source: Path) -> int:
 
 def fetch_speed(source: Path, folder: Path) -> float:
     """Images per core-second that are read from a store; the first one, which opens the client, is not counted."""
+    sys.path.insert(0, str(ROOT))  # before this script's folder, which has `tests` of its own
+    from tests.support.s3_server import s3_server
+
     with s3_server(folder) as server:
         os.environ.update(server.env)
         address = server.upload(source / "images", "images")
