@@ -148,7 +148,7 @@ def assert_close(found: dict[str, Tensor], expected: Path) -> None:
     assert worst <= 1e-9  # measured: 1.1e-15 with hybrid sharding, 1.4e-15 with other numbers of nodes
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.world_size(4)
 def test_each_node_has_its_own_cache_and_rank_0_writes_alone(nodes: Cluster, whole: Path) -> None:
     for node in nodes.nodes:
@@ -161,7 +161,7 @@ def test_each_node_has_its_own_cache_and_rank_0_writes_alone(nodes: Cluster, who
     assert not [path for path in second.rglob("*") if path.is_file()] and not list(nodes.nodes[1].disk.rglob("*.pt"))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.world_size(4)
 def test_killed_nodes_are_replaced_by_empty_machines(nodes: Cluster, launch: Any, whole: Path, tmp_path: Path) -> None:
     """First the one with the other ranks, then the one with rank 0; the end has the bits of the run never stopped."""
@@ -176,7 +176,7 @@ def test_killed_nodes_are_replaced_by_empty_machines(nodes: Cluster, launch: Any
     assert_same_training(checkpoint(nodes, "killed", tmp_path), whole)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.world_size(4)
 def test_two_nodes_then_one_then_two(nodes: Cluster, launch: Any, whole: Path, tmp_path: Path) -> None:
     """One node gets SIGTERM, as from a scheduler that takes it away; all ranks save and exit together."""
@@ -190,7 +190,7 @@ def test_two_nodes_then_one_then_two(nodes: Cluster, launch: Any, whole: Path, t
     assert_close(read_weights(checkpoint(nodes, "elastic", tmp_path)), whole)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.world_size(4)
 def test_shards_in_a_node_and_replicas_across(nodes: Cluster, launch: Any, whole: Path, tmp_path: Path) -> None:
     """Hybrid FSDP2 with a sharded checkpoint in the store, killed and resumed by an empty machine."""
@@ -208,7 +208,7 @@ def test_shards_in_a_node_and_replicas_across(nodes: Cluster, launch: Any, whole
     assert_close(read_weights(found), whole)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.world_size(4)
 def test_the_audit_names_the_machine(nodes: Cluster, launch: Any) -> None:
     """Rates that no model withstands; no evaluation meets what is left of it."""
