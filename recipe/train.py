@@ -145,7 +145,12 @@ def main(config: RecipeConfig) -> "Trainer":
             write_config = partial(save_config, config, path, longest, model.class_names)
             write_config() if saver is None else saver.keep_config(write_config)
         restore_random_states(trainer)
-        trainer.fit()
+        try:
+            trainer.fit()
+        except Exception:
+            if saver is not None:
+                saver.finish_uploads()
+            raise
     return trainer
 
 

@@ -201,6 +201,11 @@ class CheckpointSaver(callbacks.CheckpointSaver):
                 f"{self._given_folder}, then run the same command again: it resumes from the newest checkpoint there"
             )
 
+    def finish_uploads(self) -> None:
+        """Wait for the uploads of this rank, of a training that ends with an exception."""
+        if self._uploads is not None:
+            self._uploads.finish()
+
     def post_close(self) -> None:
         """Wait for uploads; then remove the local copies of what is in a store."""
         super().post_close()

@@ -43,6 +43,7 @@ class Uploads:
         self._process = upload_process()
         self._own: set[str] = set()
         self._unmarked: set[str] = set()  # checkpoints that no store would know as unfinished
+        self._is_ending = False  # other ranks may be dead
 
     def submit(self, work: Callable[..., int], **keywords: Any) -> "Future[int]":
         """Upload a file after those before it; `work` is Composer's, with `remote_file_name` and `local_file_path`."""
@@ -51,6 +52,14 @@ class Uploads:
     def prune(self, keep: int, batch: int) -> "Future[None]":
         """After the uploads so far, remove the oldest checkpoints of the store down to `keep`; see `check.prune`."""
         return self._thread.submit(self._try, lambda: prune(self.place, keep, batch), "old checkpoints stay")
+
+    def finish(self) -> None:
+        """Upload what was submitted before an exception ends this process, but wait for no file of another rank.
+
+        Python itself ends the process that uploads before the thread, so that what waits would be lost.
+        """
+        self._is_ending = True
+        self._thread.shutdown()
 
     def shutdown(self, wait: bool = True) -> None:
         """Stop the process after what was submitted."""
@@ -94,8 +103,7 @@ class Uploads:
         until = time.monotonic() + self._timeout
         for name, entry in files_of(checkpoint, parse_manifest(path.read_bytes())).items():
             while (size := self.place.size(name)) != entry.size:
-                is_late = time.monotonic() > until or not threading.main_thread().is_alive()
-                if name in self._own or is_late:
+                if name in self._own or self._is_ending or time.monotonic() > until:
                     found = "is not there" if size is None else f"has {size} of {entry.size} bytes"
                     raise OSError(f"no manifest is written for {checkpoint}, because {name} {found}")
                 time.sleep(LOOK)

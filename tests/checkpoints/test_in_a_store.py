@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -213,6 +215,37 @@ def test_an_upload_process_that_dies_every_time(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match=r"uploads checkpoints was killed, .*, 4 times in a row"):
         future.result()
     uploads.shutdown()
+
+
+FAILING = """
+import sys, time
+from pathlib import Path
+from recipe.checkpoints.places import StoreFolder
+from recipe.checkpoints.upload import Uploads
+
+def upload(remote_file_name, local_file_path):
+    time.sleep(0.2)
+    Path(local_file_path).touch()
+
+if __name__ == "__main__":
+    uploads = Uploads(StoreFolder("s3://bucket/run"), timeout=60)
+    for name in "abc":
+        uploads.submit(upload, remote_file_name=f"run/{name}", local_file_path=f"{sys.argv[1]}/{name}")
+    try:
+        raise OSError("a node is lost")
+    except OSError:
+        uploads.finish()
+        raise
+"""
+
+
+def test_what_waits_is_uploaded_if_training_fails(tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    (tmp_path / "store").mkdir()
+    done = subprocess.run([sys.executable, script, tmp_path / "store"], capture_output=True, text=True)
+    assert done.returncode == 1 and "a node is lost" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["a", "b", "c"], done.stderr
 
 
 def test_without_its_marker_no_file_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,17 +86,9 @@ def finish(running: list[Running], expected: int = 0) -> None:
 
 
 def wait_for(nodes: Cluster, name: str, steps: int, running: list[Running]) -> None:
-    """Until rank 0 has made so many steps, and a checkpoint has arrived in the store."""
+    """Until rank 0 has made so many steps."""
     folder, until = nodes.nodes[0].disk / "runs" / name, time.monotonic() + PATIENCE
-    client = nodes.store.client()
-
-    def is_there() -> bool:
-        if not (folder / "metrics.jsonl").exists() or max((at for at, _ in losses(folder)), default=-1) + 1 < steps:
-            return False
-        found = client.list_objects_v2(Bucket=BUCKET, Prefix=f"{name}/ba").get("Contents", [])
-        return any(item["Key"].endswith("manifest.json") for item in found)
-
-    while not is_there():
+    while not (folder / "metrics.jsonl").exists() or max((step for step, _ in losses(folder)), default=-1) + 1 < steps:
         ended = [one for one in running if one.process.poll() is not None]
         assert not ended and time.monotonic() < until, (ended or running)[0].output()
         time.sleep(0.05)

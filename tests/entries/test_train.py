@@ -11,6 +11,7 @@ import torch
 
 from convert.shapes import iter_samples
 from convert.write import write_split
+from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import EVALUATED, read_weights
 from recipe.config import LoaderConfig, RecipeConfig, TeacherConfig
 from recipe.eval import main as evaluate
@@ -80,6 +81,22 @@ def test_a_run_leaves_what_the_readme_says(make_run: Callable[..., RecipeConfig]
         assert f"metrics/eval/{name}" in metrics
     assert metrics["time/sample"] == 8
     assert 0.1 < metrics["memory/peak_gib"] < 24
+
+
+def test_uploads_are_finished_when_training_fails(
+    make_run: Callable[..., RecipeConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an upload loses otherwise: `tests/checkpoints/test_in_a_store.py`."""
+    finished: list[CheckpointSaver] = []
+    monkeypatch.setattr(CheckpointSaver, "finish_uploads", finished.append)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("a node is lost")
+
+    monkeypatch.setattr("composer.Trainer.fit", fail)
+    with pytest.raises(OSError, match="a node is lost"):
+        train(make_run("run", "2ba"))
+    assert len(finished) == 1
 
 
 def test_resume_in_mid_epoch_gives_the_same_weights(make_run: Callable[..., RecipeConfig]) -> None:
