@@ -42,7 +42,7 @@ def proxy(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process imports torch anew: uploads are a thread's, and Composer's manager is forked."""
+    """No process imports torch again: uploads are a thread's, and Composer's manager is forked."""
     monkeypatch.setattr(upload, "upload_process", lambda: ThreadPoolExecutor(1))
     fork = multiprocessing.get_context("fork")
     monkeypatch.setattr("composer.utils.remote_uploader.multiprocessing.get_context", lambda kind: fork)
@@ -249,7 +249,7 @@ def test_what_waits_is_uploaded_if_training_fails(tmp_path: Path) -> None:
 
 
 def test_without_its_marker_no_file_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill would leave a file that counts as a broken checkpoint. The next one of the same name begins anew."""
+    """A kill would leave a file that counts as a broken checkpoint. The next one of the same name begins again."""
     uploaded: list[str] = []
     failing = True
 

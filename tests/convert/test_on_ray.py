@@ -114,7 +114,7 @@ def write_locally(tmp_path: Path, found: Found) -> dict[str, bytes]:
 def test_a_machine_is_lost_and_the_command_too(
     cluster: Any, s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine goes in the middle of its part; then the store fails; the same command goes on and ends the same."""
+    """A machine goes in the middle of its part; then the store fails; the same command continues and ends the same."""
     scenes = SCENES * 2
     scenes = [type(scene)(1, number, 56) for number, scene in enumerate(scenes)]  # 24: 12 parts
     expected = write_locally(tmp_path, Found(scenes))

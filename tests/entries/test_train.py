@@ -88,9 +88,9 @@ def test_uploads_are_finished_when_training_fails(
 ) -> None:
     """What an upload loses otherwise: `tests/checkpoints/test_in_a_store.py`."""
     finished: list[CheckpointSaver] = []
-    monkeypatch.setattr(CheckpointSaver, "finish_uploads", finished.append)
+    monkeypatch.setattr(CheckpointSaver, "finish_uploads", lambda self: finished.append(self))
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("a node is lost")
 
     monkeypatch.setattr("composer.Trainer.fit", fail)

@@ -1,6 +1,6 @@
 """Python imports this first in every process of a soaked run: it shifts the clock and adds the NaNs; see `soak.py`.
 
-Nothing in the recipe knows of it. It stands in a folder of its own, which the soak puts on PYTHONPATH.
+Nothing in the recipe knows of it. It is in a folder of its own, which the soak puts on PYTHONPATH.
 """
 
 import datetime
