@@ -1,5 +1,6 @@
 """Batch → Predictions: boxes in original pixels, scores, captions, and the language model's answer."""
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -30,6 +31,8 @@ from recipe.schema import (
 )
 from recipe.upstream.torch_private import reshard
 
+log = logging.getLogger(__name__)
+
 Description = tuple[str, tuple[tuple[str, float], ...]]  # a caption, and the classes as in `DetectedObject`
 
 
@@ -52,8 +55,8 @@ class Decoding:
 def predict(network: JointNetwork, batch: Batch, decoding: Decoding) -> tuple[JointOutputs, list[Prediction]]:
     """Run the network on a batch; return its outputs and one prediction for each of `evaluated(batch)`, in order.
 
-    Every query gives an object, by falling score, except those that NMS removes if `nms_iou` is set. Objects below the
-    score threshold have no caption. With `decoding.classes` a caption is the most probable class. A sample without an
+    Every query gives an object, by falling score, except those that NMS removes if `nms_iou` is set and those whose box
+    or score is not finite, which a warning counts. Objects below the score threshold have no caption. With `decoding.classes` a caption is the most probable class. A sample without an
     image has no objects.
     """
     # Decoded inside the forward pass: outside it, FSDP has sharded the parameters that generation needs.
@@ -70,6 +73,11 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
     if network.has_head:
         ranking, students = rank_queries(outputs.detection, decoding.evaluation), batch["student_views"]
         objects_of = _objects(ranking, students)
+        if num_broken := int(ranking.num_broken.sum()):
+            log.warning(
+                "%d of %d boxes of %s are left out, since they or their scores are not finite: have the weights diverged?",
+                num_broken, ranking.queries.numel(), ", ".join(sample.id for sample in students),
+            )  # fmt: skip
         chosen = None if decoding.described is None else list(map(decoding.described, objects_of, students))
         decoding.lap("forward")
         if is_asked:
@@ -125,19 +133,25 @@ def _answered(batch: Batch) -> set[int]:
 class Ranking:
     """The queries of N images, best first."""
 
-    queries: Tensor  # (N, Q) int64, the objects by falling score, then those that NMS removed
-    scores: Tensor  # (N, Q) in [0, 1], of `queries`
+    queries: Tensor  # (N, Q) int64, the objects by falling score, then those that are none
+    scores: Tensor  # (N, Q) in [0, 1], of `queries`; -1 if it or the box is not finite
     boxes: Tensor  # (N, Q, 4) cxcywh in [0, 1], float32, of `queries`
     num_objects: Tensor  # (N,) int64
+    num_broken: Tensor  # (N,) int64, queries whose score or box is not finite
 
 
 def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> Ranking:
-    """Rank all queries by score; those that overlap a better one by more than `nms_iou` are not objects."""
-    scores = calibrated_scores(detection.pred_objectness, evaluation)
-    scores, queries = scores.sort(dim=1, descending=True, stable=True)
+    """Rank all queries by score; those that overlap a better one by more than `nms_iou` are not objects.
+
+    Neither are queries whose score or box is not finite: weights that diverge give some before training sees it.
+    """
+    scores, boxes = calibrated_scores(detection.pred_objectness, evaluation), detection.pred_boxes.float()
+    is_finite = scores.isfinite() & boxes.isfinite().all(-1)
+    scores, queries = scores.where(is_finite, -1).sort(dim=1, descending=True, stable=True)
     rows = torch.arange(len(queries), device=queries.device)[:, None]
-    boxes = detection.pred_boxes.float()[rows, queries]
-    num_objects = torch.full_like(queries[:, 0], queries.shape[1])
+    boxes = boxes.where(is_finite[..., None], 0)[rows, queries]
+    num_objects = is_finite.sum(1)
+    num_broken = queries.shape[1] - num_objects
     if evaluation.nms_iou is not None:
         corners = normalized_to_pixels(boxes, 1, 1)  # IoU is the same in any unit of x and of y
         # By falling rank instead of score, so that equal scores keep their order.
@@ -145,10 +159,11 @@ def rank_queries(detection: DetectionOutputs, evaluation: EvaluationConfig) -> R
         removed = torch.ones_like(queries, dtype=torch.bool)  # (N, Q)
         for image, row in enumerate(corners):
             removed[image, nms(row, falling, evaluation.nms_iou)] = False
+        removed |= scores < 0
         order = removed.int().argsort(dim=1, stable=True)
         scores, queries, boxes = scores.gather(1, order), queries.gather(1, order), boxes[rows, order]
         num_objects = (~removed).sum(1)
-    return Ranking(queries, scores, boxes, num_objects)
+    return Ranking(queries, scores, boxes, num_objects, num_broken)
 
 
 def calibrated_scores(logits: Tensor, evaluation: EvaluationConfig) -> Tensor:

@@ -1,5 +1,6 @@
 """Predictions of a batch are each sample's alone: boxes, scores, captions and answers."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,34 @@ def test_nms_by_hand() -> None:
         assert ranking.queries[1].tolist() == [3, 1, 2, 0]
         scores = detection.pred_objectness.sigmoid()
         assert torch.equal(ranking.scores, scores.gather(1, ranking.queries))
+
+
+@pytest.mark.parametrize("nms_iou", [None, 0.5])
+def test_a_query_that_is_not_finite_is_no_object(nms_iou: float | None) -> None:
+    """Query 1 has no score and 2 no box; of the rest 3 is better than 0. Image 1 has nothing else."""
+    nan = float("nan")
+    boxes = [[0.0, 0.0, 2.0, 2.0], [2.0, 0.0, 2.0, 2.0], [nan, 4.0, 2.0, 2.0], [5.0, 5.0, 4.0, 4.0]]
+    detection = detected([boxes, boxes], [[0.0, nan, 4.0, 1.0], [nan, nan, nan, nan]])
+    ranking = rank_queries(detection, EvaluationConfig(nms_iou=nms_iou))
+    assert ranking.queries.tolist() == [[3, 0, 1, 2], [0, 1, 2, 3]]
+    assert ranking.num_objects.tolist() == [2, 0] and ranking.num_broken.tolist() == [2, 4]
+    assert ranking.scores.tolist()[1] == [-1] * 4 and ranking.boxes.isfinite().all()
+
+
+def test_weights_that_diverge_are_evaluated(
+    tiny_model: JointModel, tiny_examples: dict[str, Example], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights become NaN in the last step before an evaluation; the guard rolls back in the step after it."""
+    model = deepcopy(tiny_model).eval()
+    for parameter in model.parameters():
+        parameter.detach().fill_(float("nan"))
+    batch = collator("standard")([tiny_examples[name] for name in ("two", "text", "one")])
+    predictions = model.eval_forward(batch).predictions
+    assert not any(prediction.objects for prediction in predictions)
+    two, _, one = [sample.id for sample in batch["samples"]]
+    assert f"{2 * NUM_QUERIES} of {2 * NUM_QUERIES} boxes of {two}, {one} are left out" in caplog.text
+    scores = all_scores(predictions, batch["samples"], NUM_QUERIES, 0.5, MeteorLite(), with_answers=True)
+    assert scores["box_ap"] == 0 and scores["recall"] == 0
 
 
 def test_of_equal_scores_nms_keeps_the_first() -> None:
