@@ -56,8 +56,8 @@ def predict(network: JointNetwork, batch: Batch, decoding: Decoding) -> tuple[Jo
     """Run the network on a batch; return its outputs and one prediction for each of `evaluated(batch)`, in order.
 
     Every query gives an object, by falling score, except those that NMS removes if `nms_iou` is set and those whose box
-    or score is not finite, which a warning counts. Objects below the score threshold have no caption. With `decoding.classes` a caption is the most probable class. A sample without an
-    image has no objects.
+    or score is not finite, which a warning counts. Objects below the score threshold have no caption. With
+    `decoding.classes` a caption is the most probable class. A sample without an image has no objects.
     """
     # Decoded inside the forward pass: outside it, FSDP has sharded the parameters that generation needs.
     result = network(Sealed(batch), lambda outputs: decode(network, batch, outputs, decoding))
@@ -75,7 +75,7 @@ def decode(network: JointNetwork, batch: Batch, outputs: JointOutputs, decoding:
         objects_of = _objects(ranking, students)
         if num_broken := int(ranking.num_broken.sum()):
             log.warning(
-                "%d of %d boxes of %s are left out, since they or their scores are not finite: have the weights diverged?",
+                "%d of %d boxes of %s are left out: they or their scores are not finite. Have the weights diverged?",
                 num_broken, ranking.queries.numel(), ", ".join(sample.id for sample in students),
             )  # fmt: skip
         chosen = None if decoding.described is None else list(map(decoding.described, objects_of, students))
