@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from convert import coco
+from convert.image_files import name_of_url
 from convert.items import Found, Note
-from convert.records import name_of_url
 from convert.remote import input_path
 from convert.write import add_box_options, box_options, build_parser, run
 

@@ -3,20 +3,16 @@
 import hashlib
 import json
 import math
-import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert import remote, store
+from convert import remote
 from convert.chats import check_messages, check_text
+from convert.image_files import check_content, find_image, read_bytes, read_image, stamp
 from convert.items import BadBox, BadRecord, Item, Note, Rejected
-from recipe.images import MAX_ASPECT_RATIO, check_image
 from recipe.records import content_hash
 from recipe.schema import Box, FurtherImage, Message, Object, Sample, Searched
 
@@ -91,7 +87,7 @@ class FileRecord:
                     record = replace(record, content=None)
                     files.append(hashlib.sha256(held.content).hexdigest())
                 elif held.image is not None:
-                    files.append(_stamp(find_image(self.image_root, held.image, self.follow_links)))
+                    files.append(stamp(find_image(self.image_root, held.image, self.follow_links)))
         except BadRecord as error:
             return repr((self.id, self.source, str(error)))
         return repr((self.id, self.source, record, files, self.bbox_type, self.bad_boxes))
@@ -105,7 +101,7 @@ class FileRecord:
         for held in (record, *record.further):
             assert held.image is not None
             path = find_image(self.image_root, held.image, self.follow_links) if held.content is None else ""
-            contents.append(_read_bytes(path) if held.content is None else held.content)
+            contents.append(read_bytes(path) if held.content is None else held.content)
         # Of several images the one that decides: a sample is held out if one of its images is.
         return (record.image.replace("\\", "/"), self.id), min(contents, key=content_hash)
 
@@ -271,92 +267,6 @@ def check_file(path: Path, wanted: str) -> None:
 def refuse_duplicate(sample_id: str) -> Record:
     """Raise `BadRecord`: an earlier record has this id."""
     raise BadRecord("duplicate id", f"an earlier record has the id {sample_id!r}")
-
-
-def find_image(root: str, name: str, follow_links: bool = False) -> str:
-    """Return the real path of the file `name` under `root`; `name` may be absolute, or have Windows' backslashes.
-
-    Raises:
-        BadRecord: It is not below `root` (links followed, unless `follow_links`), or is not a file.
-    """
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError as error:
-        raise BadRecord("text beyond Unicode", repr(name)) from error
-    if "\0" in name:
-        raise BadRecord("missing file", repr(name))
-    if store.is_remote(root):
-        return remote.address_of(root, name)
-    if "\\" in name and not os.path.isfile(os.path.join(root, name)):
-        if re.match(r"[A-Za-z]:|\\\\", name):
-            raise BadRecord("absolute path", f"{name!r} is a path on another machine: write it relative to --images")
-        name = name.replace("\\", "/")
-    real_root, path = os.path.realpath(root), os.path.join(root, name)
-    if not any(_is_below(os.path.normpath(path), folder) for folder in (os.path.normpath(root), real_root)):
-        if os.path.isabs(name):
-            raise BadRecord("absolute path", f"{name!r} is not below --images: write it relative to that folder")
-        raise BadRecord("path leaves the image root", repr(name))
-    target = os.path.realpath(path)
-    if not (follow_links or _is_below(target, real_root)):
-        raise BadRecord("is a link to outside --images", f"{name!r}: give --follow-links to read what it names")
-    if not os.path.isfile(target):
-        lost = f", a link to {target!r}, which is not there" if os.path.islink(path) else ""
-        place = next((place for place in _places_near(root) if os.path.isfile(os.path.join(place, name))), None)
-        hint = "" if place is None else f"; --images {place} has it"
-        raise BadRecord("missing file", f"{path!r}{lost}{hint}")
-    return target
-
-
-@cache
-def _places_near(root: str) -> list[str]:
-    """Return the folder above and the first folders below an image folder, which may have been meant."""
-    below: list[str] = []
-    with suppress(OSError), os.scandir(root) as entries:
-        below = sorted(entry.path for entry in islice(entries, 1000) if os.path.isdir(entry.path))
-    return [os.path.dirname(os.path.abspath(root)), *below[:20]]
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return os.path.commonpath([folder, path]) == folder
-
-
-def name_of_url(url: str, root: Path) -> str:
-    """Return the file of an address under `root`: its last two parts, or the last alone if only that is there."""
-    parts = url.strip().split("/")
-    name = "/".join(parts[-2:])
-    return parts[-1] if not (root / name).is_file() and (root / parts[-1]).is_file() else name
-
-
-def read_image(path: str) -> tuple[bytes, int, int]:
-    """Return the file's bytes, and the width and height of the image as displayed (EXIF orientation applied)."""
-    data = _read_bytes(path)
-    return data, *check_content(data, os.path.basename(path))
-
-
-def _stamp(path: str) -> object:
-    """Return what changes with a file; of one in a store its address, since to ask costs a request per image."""
-    return path if store.is_remote(path) else (os.stat(path).st_size, os.stat(path).st_mtime_ns)
-
-
-def _read_bytes(path: str) -> bytes:
-    if store.is_remote(path):
-        return remote.read_bytes(path)
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadRecord("unreadable image", f"{os.path.basename(path)}: {error}") from error
-
-
-def check_content(data: bytes, name: str) -> tuple[int, int]:
-    """Return the width and height of an image's bytes, as `read_image`."""
-    try:
-        width, height = check_image(data)
-    except (OSError, ValueError) as error:
-        raise BadRecord("unreadable image", f"{name}: {error}") from error
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        detail = f"{name} is {width}x{height}: crop or tile it"
-        raise BadRecord(f"image over {MAX_ASPECT_RATIO} times as long as wide", detail)
-    return width, height
 
 
 def check_object(item: Object, width: int, height: int, clip: bool = False) -> Object:

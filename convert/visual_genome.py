@@ -18,13 +18,13 @@ from typing import Any
 
 from convert.coco import to_key
 from convert.formats import refuse_other
+from convert.image_files import name_of_url
 from convert.items import BadRecord, Found
 from convert.records import (
     Parse,
     Record,
     check_file,
     list_records,
-    name_of_url,
     parse_dict,
     parse_number,
     parse_size,

@@ -72,9 +72,7 @@ def displayed_size(data: bytes) -> tuple[int, int]:
         ValueError: The bytes are not an image.
     """
     with _opened(data) as stored:
-        width, height = stored.size
-        is_turned = _orientation(stored) in _SWAPS_SIDES and stored.format != "TIFF"  # TIFF's size is the displayed one
-        return (height, width) if is_turned else (width, height)
+        return _displayed_size(stored)
 
 
 def check_image(data: bytes) -> tuple[int, int]:
@@ -86,11 +84,12 @@ def check_image(data: bytes) -> tuple[int, int]:
         ValueError: It cannot be decoded.
     """
     with _opened(data) as image:
-        is_jpeg = image.format == "JPEG"
-        if is_jpeg:
+        if image.format == "JPEG":
+            size = _displayed_size(image)
             image.draft("L", (1, 1))
             image.load()
-    return displayed_size(data) if is_jpeg else open_image(data).size
+            return size
+    return open_image(data).size
 
 
 def is_plain_jpeg(data: bytes) -> bool:
@@ -110,6 +109,12 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # decoders raise anything, such as RuntimeError for AVIF
         raise ValueError(f"cannot decode an image of {len(data)} bytes: {_describe(error)}") from error
+
+
+def _displayed_size(stored: Image.Image) -> tuple[int, int]:
+    width, height = stored.size
+    is_turned = _orientation(stored) in _SWAPS_SIDES and stored.format != "TIFF"  # TIFF's size is the displayed one
+    return (height, width) if is_turned else (width, height)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -11,8 +11,8 @@ import pytest
 from convert_helpers import picture
 from PIL import Image, PngImagePlugin
 
+from convert.image_files import find_image, read_image
 from convert.items import BadRecord
-from convert.records import find_image, read_image
 from recipe.images import FORMATS, SUFFIXES, check_image, displayed_size, is_plain_jpeg, open_image
 
 

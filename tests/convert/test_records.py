@@ -9,9 +9,10 @@ import pytest
 from convert_helpers import picture, read_items, read_rejected, read_samples, rotated_picture, run_main
 from PIL import Image
 
+from convert.image_files import find_image
 from convert.items import Note, Rejected
 from convert.jsonl import find
-from convert.records import check_object, find_image
+from convert.records import check_object
 from recipe.schema import Object, Sample
 
 USER = {"role": "user", "content": "hi"}
