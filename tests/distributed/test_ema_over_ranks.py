@@ -3,19 +3,13 @@
 FSDP1 on the CPU saves no whole checkpoints; see `test_fsdp_runs.py`.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from convert.write import write_split
 from tests.distributed.fsdp_run import Leg
-from tests.distributed.test_fsdp_runs import SAMPLES, Run, assert_same, read_run
-from tests.launches.launch import run_composer
-from tests.support.tiny_cases import make_samples
+from tests.distributed.legs import Run, assert_same, run_legs, whole_run, with_drills
 
 TWO_RANKS = {
     "ddp": Leg("", "", "", "ddp"),
@@ -35,28 +29,18 @@ ONE_RANK = {"one": Leg("", "", "", "ddp"), "one_fsdp2": Leg("", "", "", "fsdp2")
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Run]:
+def runs(
+    request: pytest.FixtureRequest, tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Run]:
     folder = tmp_path_factory.mktemp("ema_runs")
-    samples = make_samples()
-    numbered = [replace(samples[name], id=f"{index}-{name}") for index, name in enumerate(SAMPLES)]
-    write_split(numbered, str(folder / "data"), "train")
-    found: dict[str, Run] = {}
-    for world_size, legs in ((2, TWO_RANKS), (1, ONE_RANK)):
-        settings = []
-        for name, leg in legs.items():
-            begin_with = leg.begin_with and str(folder / leg.begin_with)
-            places = {"checkpoint": tiny_checkpoint, "data": str(folder / "data"), "out": str(folder / name)}
-            settings.append(asdict(replace(leg, **places, begin_with=begin_with, ema=True)))
-        path = folder / "legs.json"
-        path.write_text(json.dumps(settings))
-        run_composer(world_size, Path(__file__).with_name("fsdp_run.py"), str(path), timeout=1200)
-        found |= {name: read_run(folder / name, world_size) for name in legs}
-    return found
+    return run_legs(request, tiny_checkpoint, folder, {2: TWO_RANKS, 1: ONE_RANK}, ema=True)
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp2", "fsdp1_kept", "fsdp2_kept", "one_fsdp2"])
+@pytest.mark.parametrize(
+    "name", with_drills(["ddp", "fsdp1", "fsdp2", "fsdp1_kept", "fsdp2_kept", "one_fsdp2"], drills=["fsdp1"])
+)
 def test_weights_averages_and_evaluations_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
     assert_same(runs[name], runs["one"])
     averages = {key: value for key, value in runs[name].weights.items() if ".average." in key}
@@ -68,10 +52,16 @@ def test_weights_averages_and_evaluations_are_those_of_one_process(runs: Mapping
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("name", ["fsdp2_of_fsdp2", "fsdp2_sharded", "fsdp1_sharded", "ddp_of_fsdp2"])
+@pytest.mark.parametrize(
+    "name",
+    with_drills(
+        ["fsdp2_of_fsdp2", "fsdp2_sharded", "fsdp1_sharded", "ddp_of_fsdp2"],
+        drills=["fsdp2_sharded", "fsdp1_sharded", "ddp_of_fsdp2"],
+    ),
+)
 def test_resumed_it_is_the_average_of_the_uninterrupted_run(runs: Mapping[str, Run], name: str) -> None:
     assert len(runs[name].losses) == 2
     assert_same(runs[name], runs["one"])
     if not name.startswith("ddp"):
-        whole = runs[name.split("_")[0]]
+        whole = runs[whole_run(name)]
         assert all(torch.equal(value, whole.weights[key]) for key, value in runs[name].weights.items())

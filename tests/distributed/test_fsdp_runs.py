@@ -4,25 +4,17 @@ On the CPU, FSDP1 cannot save whole checkpoints: torch 2.7 ends with SIGSEGV whi
 checkpoints are tested; its whole ones need a GPU.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from convert.write import write_split
 from recipe.checkpoints.weights import read_weights
 from recipe.load import load_network
 from tests.distributed.fsdp_run import CLASSES, Leg
-from tests.launches.launch import run_composer
-from tests.support.tiny_cases import make_samples
+from tests.distributed.legs import SAMPLES, Run, assert_same, run_legs, whole_run, with_drills
 
-# A step's or evaluation's two halves: in most of them one rank has no picture.
-SAMPLES = ("two", "text", "unannotated", "text", "crowded", "empty", "one", "other_teacher")
 TWO_RANKS = {
     "ddp": Leg("", "", "", "ddp"),
     "fsdp1": Leg("", "", "", "fsdp1"),
@@ -60,27 +52,6 @@ ONE_RANK = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the ranks of a run computed.
-
-    Attributes:
-        losses: Of each step, the mean over all microbatches of all ranks.
-        flops: Of each step, by rank and part of the model.
-        scores: Of each evaluation.
-        texts: Of each evaluation, answer and captions by sample.
-        shares: Of each evaluation, the probabilities of classes of each object that was described, by sample.
-        weights: At the end.
-    """
-
-    losses: list[dict[str, Tensor]]
-    flops: list[tuple[dict[str, int], ...]]
-    scores: list[dict[str, float]]
-    texts: list[dict[str, list[str | None]]]
-    shares: list[dict[str, list[dict[str, float]]]]
-    weights: dict[str, Tensor]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds the run folders."""
@@ -88,42 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_checkpoint: str, folder: Path) -> Mapping[str, Run]:
-    samples = make_samples()
-    numbered = [replace(samples[name], id=f"{index}-{name}") for index, name in enumerate(SAMPLES)]
-    write_split(numbered, str(folder / "data"), "train")
-    for world_size, legs in ((2, TWO_RANKS), (1, ONE_RANK)):
-        settings = [
-            asdict(
-                replace(
-                    leg,
-                    checkpoint=tiny_checkpoint,
-                    data=str(folder / "data"),
-                    out=str(folder / name),
-                    begin_with=leg.begin_with and str(folder / leg.begin_with),
-                )
-            )
-            for name, leg in legs.items()
-        ]
-        path = folder / "legs.json"
-        path.write_text(json.dumps(settings))
-        run_composer(world_size, Path(__file__).with_name("fsdp_run.py"), str(path), timeout=1200)
-    read = {name: read_run(folder / name, 2) for name in TWO_RANKS}
-    return {**read, **{name: read_run(folder / name, 1) for name in ONE_RANK}}
-
-
-def read_run(folder: Path, world_size: int) -> Run:
-    num_microbatches = 2 if world_size == 1 else 4  # of a step
-    ranks: list[dict[str, Any]] = [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
-    losses = []
-    for parts in zip(*(rank["losses"] for rank in ranks), strict=True):
-        losses.append({name: sum(part[name] for part in parts) / num_microbatches for name in parts[0]})
-    texts, shares = (
-        [{name: found for part in parts for name, found in part.items()} for parts in zip(*rows, strict=True)]
-        for rows in ([rank[key] for rank in ranks] for key in ("texts", "shares"))
-    )
-    flops = list(zip(*(rank["flops"] for rank in ranks), strict=True))
-    return Run(losses, flops, ranks[0]["scores"], texts, shares, ranks[0]["weights"])
+def runs(request: pytest.FixtureRequest, tiny_checkpoint: str, folder: Path) -> Mapping[str, Run]:
+    return run_legs(request, tiny_checkpoint, folder, {2: TWO_RANKS, 1: ONE_RANK}, always=["ddp"])
 
 
 def one_of(name: str) -> str:
@@ -131,29 +68,17 @@ def one_of(name: str) -> str:
     return next((f"one_{kind}" for kind in ("switched", "adapted") if kind in name), "one")
 
 
-def assert_same(found: Run, expected: Run) -> None:
-    """The same losses in the steps that both made, the same evaluation at the end and the same weights."""
-    assert found.losses
-    for ours, theirs in zip(reversed(found.losses), reversed(expected.losses), strict=False):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            # measured: 8.9e-16
-            assert float(ours[name]) == pytest.approx(float(value), rel=1e-12, abs=1e-12), name
-    # measured: 7.5e-14; the rates are 1e-3
-    worst = max(float((found.weights[name] - value).abs().max()) for name, value in expected.weights.items())
-    assert found.weights.keys() == expected.weights.keys() and worst <= 1e-12
-    assert found.scores[-1] == pytest.approx(expected.scores[-1], rel=1e-6)
-    assert found.texts[-1] == expected.texts[-1]
-
-
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
     "name",
-    [
-        *("ddp", "fsdp1", "fsdp2", "one_fsdp1", "one_fsdp2"),
-        *("fsdp1_switched", "fsdp2_switched", "fsdp1_adapted", "fsdp2_adapted"),
-    ],
+    with_drills(
+        [
+            *("ddp", "fsdp1", "fsdp2", "one_fsdp1", "one_fsdp2"),
+            *("fsdp1_switched", "fsdp2_switched", "fsdp1_adapted", "fsdp2_adapted"),
+        ],
+        drills=["fsdp1_switched", "fsdp1_adapted"],
+    ),
 )
 def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
     assert len(runs[name].losses) == 5 and len(runs[name].scores) == 2
@@ -170,7 +95,9 @@ def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("name", ["ddp_classed", "fsdp1_classed", "fsdp2_classed"])
+@pytest.mark.parametrize(
+    "name", with_drills(["ddp_classed", "fsdp1_classed", "fsdp2_classed"], drills=["ddp_classed", "fsdp1_classed"])
+)
 def test_class_scores_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
     """Though in most batches one rank has no image whose objects get any."""
     [found], [expected] = runs[name].shares, runs["one_classed"].shares
@@ -211,7 +138,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs: Mapping[str, Run], name: s
     assert len(runs[name].losses) == 2
     assert_same(runs[name], runs[one_of(name)])
     if same_bits:
-        whole = runs[name.partition("_of_")[0].removesuffix("_sharded")]
+        whole = runs[whole_run(name)]
         assert all(torch.equal(value, whole.weights[key]) for key, value in runs[name].weights.items())
 
 

@@ -3,22 +3,18 @@
 FSDP1 runs on the CPU through `fsdp_shim.py`; there it cannot save whole checkpoints (see test_fsdp_runs.py).
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from convert.write import write_split
 from recipe.checkpoints.weights import read_weights
 from recipe.schema import Example
 from tests.distributed.fsdp_run import Leg
-from tests.distributed.test_fsdp_runs import SAMPLES, Run, assert_same, read_run
+from tests.distributed.legs import Run, assert_same, run_legs, with_drills
 from tests.distributed.test_two_ranks import assert_one_process
 from tests.launches.launch import run_composer
-from tests.support.tiny_cases import make_samples
 
 FOUR_RANKS = {
     "fsdp1": Leg("", "", "", "fsdp1"),
@@ -47,6 +43,9 @@ ONE_RANK = {
     "one_adapted": Leg("", "", "", "ddp", adapted=True, ema=True),
     "one_of_hybrid2": Leg("", "", "", "ddp", begin_with="hybrid2_begun"),
 }
+DRILLS = ("fsdp1", "fsdp2", "hybrid1_kept", "hybrid2_kept")
+DRILLS += ("hybrid2_of_fsdp2", "fsdp2_of_hybrid2", "ddp_of_hybrid2", "hybrid2_sharded_of_fsdp2")
+WHOLE = [name for name in FOUR_RANKS if "begun" not in name and "_of_" not in name]
 RESUMED = [name for name in (*FOUR_RANKS, *ONE_RANK) if "_of_" in name]
 
 
@@ -57,27 +56,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_checkpoint: str, folder: Path) -> Mapping[str, Run]:
-    samples = make_samples()
-    numbered = [replace(samples[name], id=f"{index}-{name}") for index, name in enumerate(SAMPLES)]
-    write_split(numbered, str(folder / "data"), "train")
-    found: dict[str, Run] = {}
-    for world_size, legs in ((4, FOUR_RANKS), (1, ONE_RANK)):
-        places = {"checkpoint": tiny_checkpoint, "data": str(folder / "data")}
-        begun = {name: leg.begin_with and f"{folder}/{leg.begin_with}" for name, leg in legs.items()}
-        settings = [
-            asdict(leg) | places | {"out": f"{folder}/{name}", "begin_with": begun[name]} for name, leg in legs.items()
-        ]
-        path = folder / "legs.json"
-        path.write_text(json.dumps(settings))
-        run_composer(world_size, Path(__file__).with_name("fsdp_run.py"), str(path), timeout=2400)
-        found |= {name: read_run(folder / name, world_size) for name in legs}
-    return found
+def runs(request: pytest.FixtureRequest, tiny_checkpoint: str, folder: Path) -> Mapping[str, Run]:
+    return run_legs(request, tiny_checkpoint, folder, {4: FOUR_RANKS, 1: ONE_RANK}, timeout=2400)
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(4)
-@pytest.mark.parametrize("name", [name for name in FOUR_RANKS if "begun" not in name and "_of_" not in name])
+@pytest.mark.parametrize("name", with_drills(WHOLE, DRILLS))
 def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
     """So those of hybrid sharding are those of plain FSDP; measured: losses 8.4e-16, weights 5.2e-14."""
     assert len(runs[name].losses) == 5 and len(runs[name].scores) == 2
@@ -88,7 +73,7 @@ def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, 
 
 @pytest.mark.slow
 @pytest.mark.world_size(4)
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", with_drills(RESUMED, DRILLS))
 def test_checkpoints_pass_between_hybrid_and_other_runs(runs: Mapping[str, Run], name: str) -> None:
     assert len(runs[name].losses) == 2
     assert_same(runs[name], runs["one"])

@@ -10,15 +10,17 @@ import torch
 from convert.shapes import iter_samples
 from convert.write import write_split
 from recipe.algorithms.nan_rollback import DIVERGED
+from tests.distributed.legs import with_drills
 from tests.distributed.nan_run import CASES, HIT
 from tests.launches.launch import run_composer
 
 MODES = {"ddp": 2, "fsdp1": 2, "fsdp2": 2, "ddp_lora": 2, "fsdp2_lora": 2, "hybrid1": 4, "hybrid2": 4}  # ranks of each
+DRILLS = ("ddp_lora", "hybrid1")
 SKIPPED = [name for name in CASES if name not in ("weight", "given_up")]
 Records = dict[str, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=with_drills(MODES, DRILLS))
 def run(request: pytest.FixtureRequest, tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What all ranks wrote, of each case; a rank that waits for another runs into the time limit."""
     out, mode = tmp_path_factory.mktemp("nan"), request.param

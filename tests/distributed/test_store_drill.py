@@ -81,7 +81,7 @@ def shards_in_bucket(drill: Drill) -> list[str]:
     return sorted(item["Key"] for item in listed if item["Key"].endswith(".mds"))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.world_size(2)
 def test_trained_killed_and_resumed_from_the_bucket(drill: Drill, whole: list[list[str]]):
     assert len(shards_in_bucket(drill)) >= 3

@@ -1,9 +1,9 @@
 """One training killed with SIGKILL again and again, at random moments: it ends as a training that was never stopped.
 
-With the slow tests there are six kills, each as soon as its phase is seen; with the marker `drill` 21, each after a
-random delay. The command is `composer -n 1 recipe/train.py YAML`; most launches are forked from a process that has its
-imports done, since those would take nine tenths of the time. SIGKILL goes to the whole process group, and so to the
-loader's workers too. Nothing in the run knows of the drill: when to kill is read off the files of the run.
+There are 21 kills, each after a random delay in its phase. The command is `composer -n 1 recipe/train.py YAML`; most
+launches are forked from a process that has its imports done, since those would take nine tenths of the time. SIGKILL
+goes to the whole process group, and so to the loader's workers too. Nothing in the run knows of the drill: when to kill
+is read off the files of the run.
 """
 
 import random
@@ -20,6 +20,7 @@ from tests.drills.drill_cases import EVALUATE_EVERY, SAVE_EVERY, STEPS
 from tests.drills.drill_run import Run, assert_same_end
 from tests.drills.moments import CHECKPOINT, EVALUATION, START, STEP, Moment
 
+KILLS_PER_PHASE = 6
 LONGEST_DELAY = {START: 0.1, STEP: 0.15, EVALUATION: 0.2, CHECKPOINT: 0.02}  # seconds from the beginning of a phase on
 
 
@@ -37,26 +38,23 @@ def plan_kills(rng: random.Random, kills_per_phase: int) -> list[Moment]:
     return [Moment(START, 0), Moment(STEP, 1), *found, Moment(START, 0)]
 
 
-@pytest.mark.parametrize(
-    "kills_per_phase", [pytest.param(1, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.drill)]
-)
-def test_killed_again_and_again(make_run: Callable[[str], Run], whole: Run, kills_per_phase: int) -> None:
+@pytest.mark.drill
+def test_killed_again_and_again(make_run: Callable[[str], Run], whole: Run) -> None:
     rng = random.Random(4)
-    longest = LONGEST_DELAY if kills_per_phase > 1 else dict.fromkeys(LONGEST_DELAY, 0.0)
-    run = make_run(f"killed-{kills_per_phase}")
-    moments = plan_kills(rng, kills_per_phase)
+    run = make_run("killed")
+    moments = plan_kills(rng, KILLS_PER_PHASE)
     for number, moment in enumerate(moments):
         is_true = moment == Moment(STEP, 1) or number == len(moments) // 2
-        running = run.launch(f"killed-{kills_per_phase}-{number}", forked=not is_true)
-        run.kill(running, moment, rng.uniform(0, longest[moment.phase]))
-    run.finish(run.launch(f"killed-{kills_per_phase}-last", forked=False))
+        running = run.launch(f"killed-{number}", forked=not is_true)
+        run.kill(running, moment, rng.uniform(0, LONGEST_DELAY[moment.phase]))
+    run.finish(run.launch("killed-last", forked=False))
     hits = Counter(hit.phase for _, hit, _ in run.kills)
-    assert min(hits[phase] for phase in (STEP, EVALUATION, CHECKPOINT)) >= (kills_per_phase + 1) // 2
+    assert min(hits[phase] for phase in (STEP, EVALUATION, CHECKPOINT)) >= (KILLS_PER_PHASE + 1) // 2
     assert hits[START] >= 1 and run.kills[1][2] == 0 and run.kills[-1][2] > 0
     assert_same_end(run, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_newest_checkpoint_damaged_after_a_kill(make_run: Callable[[str], Run], whole: Run, folder: Path) -> None:
     run = make_run("damaged")
     damages: dict[str, Callable[[Path], object]] = {

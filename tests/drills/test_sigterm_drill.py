@@ -10,9 +10,8 @@ from tests.drills.drill_cases import write_yaml
 from tests.drills.drill_run import Run, assert_same_end
 from tests.drills.moments import CHECKPOINT, EVALUATION, START, STEP, Moment, unfinished
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_terminated_in_every_phase(make_run: Callable[[str], Run], whole: Run) -> None:
     """Before the first batch, then five times on the way: each launch ends with 75 and its batch saved."""
     run = make_run("terminated")
@@ -30,6 +29,7 @@ def test_terminated_in_every_phase(make_run: Callable[[str], Run], whole: Run) -
     assert_same_end(run, whole)
 
 
+@pytest.mark.drill
 @pytest.mark.world_size(2)
 def test_two_ranks_and_their_launcher_terminated(tiny_checkpoint: str, folder: Path) -> None:
     whole, run = (

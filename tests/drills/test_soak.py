@@ -1,4 +1,4 @@
-"""The soak: its schedule, and the command over three minutes and thirty (drills)."""
+"""The soak: its schedule, and the command over three minutes and thirty."""
 
 import json
 import os
@@ -81,8 +81,9 @@ def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.drill
-@pytest.mark.parametrize("minutes", [3, 30])
+@pytest.mark.parametrize(
+    "minutes", [pytest.param(3, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.drill)]
+)
 def test_nothing_is_lost(minutes: float, tmp_path: Path) -> None:
     report = soak(minutes, 1, tmp_path)
     schedule = draw_schedule(1, minutes)

@@ -51,7 +51,7 @@ def test_resumed_run_is_bit_equal(folder: Path, uninterrupted: dict[str, Any]):
     assert compare(uninterrupted, train(folder, "resumed", resume_at=20)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_resumed_run_with_adapters_is_bit_equal(folder: Path):
     """Packs, stages, averages of the head, dropout; stopped by SIGTERM inside the stage in which one part is frozen."""
     whole = train(folder, "adapted", changes=ADAPTED)
