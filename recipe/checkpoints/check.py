@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -133,9 +133,11 @@ def parse_manifest(text: str | bytes) -> Manifest:
     return Manifest(files=files, origin=Origin(**body.pop("origin")), **body)
 
 
-def verify(manifest: Manifest, folder: Path) -> str | None:
-    """Return why the files in the manifest's folder are not as it says; None if they are."""
+def verify(manifest: Manifest, folder: Path, names: Container[str] | None = None) -> str | None:
+    """Return why the files in the manifest's folder, of `names` if given, are not as it says; None if they are."""
     for name, entry in manifest.files.items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -182,12 +184,19 @@ class Found:
     manifest: Manifest
 
 
-def newest_valid(folder: str, scratch: Path | None = None) -> Found | None:
+def newest_valid(
+    folder: str,
+    scratch: Path | None = None,
+    names_of: Callable[[Manifest], Container[str] | None] = lambda manifest: None,
+    broken: Container[str] = (),
+) -> Found | None:
     """Return the whole and unchanged checkpoint of the highest batch; warn of each one skipped.
 
     Args:
         folder: A path or an address. From a store, a checkpoint is downloaded to be checked.
         scratch: Of a store, an empty folder that keeps what was downloaded of the one that is returned.
+        names_of: Gives the files of a checkpoint whose content is checked here; None: all.
+        broken: Paths or addresses of checkpoints that are known not to be whole.
     """
     place = open_folder(folder)
     manifests, rejected = read_manifests(place)
@@ -197,8 +206,10 @@ def newest_valid(folder: str, scratch: Path | None = None) -> Found | None:
     order = {name: (manifest.progress, not manifest.metric) for name, manifest in manifests.items()}
     for name in sorted(order, key=lambda name: order[name], reverse=True):
         manifest = manifests[name]
+        if place.address(name) in broken:
+            continue
         reason = "it holds only weights, so training cannot continue from it" if manifest.weights_only else None
-        reason = reason or check(place, name, manifest, scratch)
+        reason = reason or check(place, name, manifest, scratch, names_of(manifest))
         if reason is None:
             return Found(place.address(name), manifest)
         _warn(place.address(name), reason)
@@ -322,10 +333,13 @@ def contents_sum(manifest: Manifest) -> str:
     return _sha256({name: entry.sha256 for name, entry in manifest.files.items()})
 
 
-def check(place: Place, name: str, manifest: Manifest, scratch: Path | None = None) -> str | None:
+def check(
+    place: Place, name: str, manifest: Manifest, scratch: Path | None = None, names: Container[str] | None = None
+) -> str | None:
     """Return why a checkpoint is not as its manifest says; None if it is. Sizes are compared before reading all.
 
-    Of a store, an empty folder `scratch` then keeps what was downloaded, with the manifest.
+    Of a store, an empty folder `scratch` then keeps what was downloaded, with the manifest. If `names` is given, of the
+    manifest's files, only those are read.
     """
     files = files_of(name, manifest)
     for path, entry in files.items():
@@ -333,9 +347,10 @@ def check(place: Place, name: str, manifest: Manifest, scratch: Path | None = No
         if size != entry.size:
             return f"{path} is missing" if size is None else f"{path} has {size} bytes instead of {entry.size}"
     with TemporaryDirectory() if scratch is None else nullcontext(scratch) as folder:
-        root = place.fetch(list(files), Path(folder))
+        wanted = [path for path, file in zip(files, manifest.files, strict=True) if names is None or file in names]
+        root = place.fetch(wanted, Path(folder))
         place_of_manifest = root / manifest_of(name, manifest.sharded)
-        reason = verify(manifest, place_of_manifest.parent)
+        reason = verify(manifest, place_of_manifest.parent, names)
         if scratch is not None and reason is None:
             write_manifest(manifest, place_of_manifest)
         elif scratch is not None:

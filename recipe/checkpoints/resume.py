@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +28,7 @@ from recipe.checkpoints.check import (
     newest_valid,
     read_manifest,
 )
-from recipe.checkpoints.download import on_this_node, remove_download, scratch_folder
+from recipe.checkpoints.download import BrokenCheckpoint, on_this_node, own_files, remove_download, scratch_folder
 from recipe.checkpoints.places import open_folder
 from recipe.checkpoints.save import CheckpointSaver
 from recipe.checkpoints.weights import SAFE_GLOBALS, check_file, explaining, is_export, read_weights, some
@@ -53,9 +53,10 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
         ValueError: On every rank: there are checkpoints but none can be resumed from, or the one to start from is
             broken or does not fit.
     """
+    broken: set[str] = set()
 
     def look() -> dict[str, Any]:
-        found = _own_checkpoint(trainer, autoresume, scratch_folder(trainer.save_folder))
+        found = _own_checkpoint(trainer, autoresume, scratch_folder(trainer.save_folder), broken)
         if found is None:
             return _given(trainer, load_path, origin, trainer.load_weights_only)
         if load_path is not None:
@@ -66,7 +67,14 @@ def load_keywords(trainer: TrainerView, load_path: str | None, autoresume: bool,
         _check_base(found, origin)
         return {**_keywords(found.path, weights_only=False, manifest=found.manifest), "load_ignore_keys": None}
 
-    return _keywords_from_rank_0(look)
+    while True:
+        try:
+            return _keywords_from_rank_0(look)
+        except BrokenCheckpoint as error:  # as another node found
+            if not error.address.startswith(f"{trainer.save_folder}".rstrip("/") + "/"):
+                raise
+            log.warning("checkpoint %s is skipped: %s", redact(error.address), error.reason)
+            broken.add(error.address)
 
 
 def weights_keywords(trainer: TrainerView, load_path: str | None, origin: Origin) -> dict[str, Any]:
@@ -159,7 +167,7 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
     place = open_folder(parent or ".")
     manifest = None if path.startswith(("http://", "https://")) else read_manifest(place, name)
     if manifest is not None:
-        if reason := check(place, name, manifest, scratch_folder(parent)):
+        if reason := check(place, name, manifest, scratch_folder(parent), own_files(manifest)):
             raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
         weights_only = manifest.weights_only or weights_only
         _check_fit(trainer, origin, Found(path, manifest), weights_only)
@@ -193,11 +201,13 @@ def _keywords(path: str, weights_only: bool, manifest: Manifest | None = None) -
     }
 
 
-def _own_checkpoint(trainer: TrainerView, autoresume: bool, scratch: Path | None) -> Found | None:
+def _own_checkpoint(
+    trainer: TrainerView, autoresume: bool, scratch: Path | None, broken: Container[str]
+) -> Found | None:
     folder = trainer.save_folder
     if folder is None:
         return None
-    found = newest_valid(folder, scratch) if autoresume else None
+    found = newest_valid(folder, scratch, own_files, broken) if autoresume else None
     if found is not None or (trainer.save_overwrite and not autoresume) or not (names := existing(folder)):
         return found
     if autoresume:

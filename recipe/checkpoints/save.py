@@ -44,6 +44,7 @@ from recipe.metrics.gather import UNDEFINED
 from recipe.optim.groups import num_copies
 from recipe.records import replacing
 from recipe.redact import redact
+from recipe.upstream.flags import flags_without_process
 from recipe.upstream.local_copies import LocalCopies
 from recipe.upstream.trainer_section import TrainerView
 
@@ -105,7 +106,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def __init__(self, origin: Origin, metric: str | None = None, mode: str = "max", **keywords: Any):
         self._copies = LocalCopies() if "://" in str(keywords["folder"]) else None
-        with nullcontext() if self._copies is None else self._copies.holding():
+        with nullcontext() if self._copies is None else self._copies.holding(), flags_without_process():
             super().__init__(**keywords)
         self._uploads: Uploads | None = None
         if self.remote_uploader is not None:

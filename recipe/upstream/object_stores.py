@@ -1,10 +1,20 @@
-"""Delete an object: Composer 0.32's stores write, read and list, but cannot remove.
+"""Delete objects and read shards: what Composer 0.32's stores cannot do, or do unseen.
 
-`composer/utils/object_store/`: no class has a method for it, so no checkpoint in a store is ever pruned. The clients
+`composer/utils/object_store/`: no class can remove an object, so no checkpoint in a store is ever pruned. The clients
 that they hold can. Delete once `ObjectStore` has a `delete_object`.
+
+`composer/utils/checkpoint.py`: `DistCPObjectStoreReader` downloads the shards that the ranks of a node need, without a
+look at their content. A file that was read before, to be verified, is read again. Delete once the reader takes files
+that are there and checks others.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from composer.utils import checkpoint
+
+_download = checkpoint.download_object_or_file
 
 
 def delete_object(store: Any, name: str) -> None:
@@ -23,3 +33,19 @@ def delete_object(store: Any, name: str) -> None:
         provider.delete_object(provider.get_object(container.name, name))
     else:
         raise NotImplementedError(f"a {kind} of Composer cannot delete")
+
+
+def read_shards_through(
+    take: Callable[[str, Path], bool] | None, judge: Callable[[str, Path], None] = lambda name, target: None
+) -> None:
+    """Let the reader of sharded checkpoints ask `take` before a download and `judge` after one; None: no longer.
+
+    Both get an object's name and the file to be. `take` makes the file and returns True, or returns False.
+    """
+
+    def download(name: str, target: str | Path, store: Any) -> None:
+        if take is None or not take(name, Path(target)):
+            _download(name, target, store)
+            judge(name, Path(target))
+
+    checkpoint.download_object_or_file = _download if take is None else download

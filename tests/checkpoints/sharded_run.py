@@ -1,8 +1,10 @@
-"""A tiny FSDP2 run with sharded checkpoints: `composer -n N tests/checkpoints/sharded_run.py OUT STEPS`.
+"""A tiny FSDP2 run with sharded checkpoints: `composer -n N sharded_run.py OUT STEPS [ADDRESS] [--nodes]`.
 
-It goes on from the newest valid checkpoint in OUT/checkpoints; whole weights go to OUT/weights.pt.
+It resumes from the newest valid checkpoint in OUT/checkpoints, or below an address; whole weights go to OUT/weights.pt.
+With `--nodes` each rank takes itself for a machine.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 from torch.utils.data import DataLoader
 
-from recipe.checkpoints.check import newest_valid
-from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, safe_loading
+from recipe.checkpoints.download import remove_download
+from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, load_keywords, safe_loading
 from recipe.checkpoints.sigterm import Preemption
-from tests.checkpoints.checkpoint_cases import TinyModel, make_saver
+from recipe.config import RecipeConfig
+from recipe.upstream.trainer_section import view_trainer
+from tests.checkpoints.checkpoint_cases import ORIGIN, TinyModel, make_saver
 from tests.distributed.fsdp_shim import install
 from tests.launches.launch import leave
 
@@ -33,13 +37,17 @@ class Measure(Callback):
 
 def main() -> None:
     """Trains; one step is four samples over all ranks."""
-    out, steps = Path(sys.argv[1]), sys.argv[2]
+    out, steps, *more = sys.argv[1:]
     dist.initialize_dist("cpu")
+    if "--nodes" in more:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": os.environ["RANK"]}
     install()
-    folder = out / "checkpoints"
-    found = newest_valid(str(folder))
+    folder = next((argument for argument in more if "://" in argument), f"{out}/checkpoints")
+    fsdp: dict[str, Any] = {"state_dict_type": "sharded"}
+    view = view_trainer(RecipeConfig(trainer={"save_folder": folder, "parallelism_config": {"fsdp": fsdp}}))
+    start = load_keywords(view, None, autoresume=True, origin=ORIGIN)
     if dist.get_global_rank() == 0:
-        print(f"starts from {found and found.path}")
+        print(f"starts from {start['load_path']}")
     torch.manual_seed(0)
     model = TinyModel()
     samples = [torch.full((4,), float(i)) for i in range(8)]
@@ -53,16 +61,18 @@ def main() -> None:
             optimizers=torch.optim.AdamW(model.parameters(), 0.1),
             callbacks=[Measure(), saver, Preemption(saver)],
             max_duration=f"{steps}ba",
-            load_path=None if found is None else found.path,
+            load_path=start["load_path"],
             load_exclude_algorithms=list(EXCLUDED_ALGORITHMS),
-            parallelism_config={"fsdp": FSDP2Config(state_dict_type="sharded")},
+            parallelism_config={"fsdp": FSDP2Config(**fsdp)},
             progress_bar=False,
             auto_log_hparams=False,
         )
+    if start["load_path"] is not None:
+        remove_download(start["load_path"])
     trainer.fit()
     weights = {name: value.full_tensor() for name, value in trainer.state.model.state_dict().items()}
     if dist.get_global_rank() == 0:
-        torch.save(weights, out / "weights.pt")
+        torch.save(weights, Path(out, "weights.pt"))
     trainer.close()
     leave()
 

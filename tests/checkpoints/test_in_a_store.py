@@ -1,17 +1,18 @@
 """Checkpoints in a real S3 server: kills, pruning, a dead upload process, and how often they are read."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ from recipe.checkpoints.upload import Uploads
 from recipe.config import RecipeConfig
 from recipe.upstream.trainer_section import view_trainer
 from tests.checkpoints.checkpoint_cases import ORIGIN, AtBatch, make_saver, make_trainer, train
+from tests.checkpoints.test_survival import SHARDED, assert_equal
+from tests.launches.launch import run_composer
 from tests.support.s3_server import FaultProxy, S3Server
 
 BUCKET = "checkpoints"
@@ -42,10 +45,8 @@ def proxy(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process imports torch again: uploads are a thread's, and Composer's manager is forked."""
+    """No process imports torch again: uploads are a thread's."""
     monkeypatch.setattr(upload, "upload_process", lambda: ThreadPoolExecutor(1))
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr("composer.utils.remote_uploader.multiprocessing.get_context", lambda kind: fork)
 
 
 @pytest.fixture
@@ -178,6 +179,44 @@ def test_a_damaged_download_is_not_kept(address: str, proxy: FaultProxy) -> None
     assert {path.name for path in Path(start["load_path"]).parent.iterdir()} == {"ba1.pt", "ba1.pt.manifest.json"}
 
 
+@pytest.mark.slow
+@pytest.mark.world_size(4)
+def test_each_node_reads_its_own_shards(address: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    """Two ranks save; then each is a node, of which none reads all. A broken shard sends all to the checkpoint before.
+
+    Each download begins with a HEAD.
+    """
+
+    def run(steps: int, *more: str, world_size: int = 2) -> tuple[str, Counter[str]]:
+        proxy.requests.clear()
+        launch = run_composer(world_size, SHARDED, str(tmp_path), str(steps), *more)
+        reads = [path.partition("?")[0].split("/")[-2:] for method, path in proxy.requests if method == "HEAD"]
+        return launch.output, Counter("/".join(path) for path in reads if path[-1].endswith((".distcp", ".metadata")))
+
+    run(4)
+    whole = torch.load(tmp_path / "weights.pt")
+    run(3, address)
+    output, reads = run(4, address, "--nodes")
+    assert f"starts from {address}/ep1-ba3" in output
+    # The first file also holds what all ranks share.
+    assert reads == {"ep1-ba3/__0_0.distcp": 2, "ep1-ba3/__1_0.distcp": 1, "ep1-ba3/.metadata": 2}
+    assert_equal(tmp_path, whole)
+    proxy.inject("flip", "ep1-ba4/__1_0.distcp", times=None)
+    proxy.inject("flip", "ep1-ba3/__0_0.distcp", times=None)
+    output, reads = run(4, address, "--nodes")
+    assert f"{address}/ep1-ba4 is skipped: __1_0.distcp has another SHA-256" in output
+    assert f"{address}/ep1-ba3 is skipped: __0_0.distcp has another SHA-256" in output
+    assert f"starts from {address}/ep0-ba2" in output
+    assert_equal(tmp_path, whole)
+    proxy.faults.clear()
+    run(5)
+    whole = torch.load(tmp_path / "weights.pt")
+    output, _ = run(5, address, "--nodes", world_size=4)
+    assert f"starts from {address}/ep1-ba4" in output
+    found = torch.load(tmp_path / "weights.pt")
+    assert all(torch.allclose(found[name], value, rtol=0, atol=1e-7) for name, value in whole.items())
+
+
 def kill_uploads(saver: CheckpointSaver) -> None:
     assert saver._uploads is not None
     until = time.monotonic() + 30
@@ -185,6 +224,16 @@ def kill_uploads(saver: CheckpointSaver) -> None:
         assert time.monotonic() < until
         time.sleep(0.01)
     os.kill(processes[0], signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_saver_starts_no_process_before_it_uploads(address: str) -> None:
+    """Composer's manager of one flag would outlive a killed rank, with 0.8 GB."""
+    before = psutil.Process().children()
+    one = make_saver(address)
+    assert one.remote_uploader is not None and not one.remote_uploader.is_remote_upload_failed.is_set()
+    assert psutil.Process().children() == before
+    one.post_close()
 
 
 @pytest.mark.slow
