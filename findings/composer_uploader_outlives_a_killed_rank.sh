@@ -5,7 +5,7 @@
 # Valid use: `CheckpointSaver(folder="s3://...")`, as `Trainer(save_folder="s3://...")` makes one on each rank; then the
 #   rank is killed, as by the system when memory runs out, or by a cluster's scheduler.
 # Seen: `RemoteUploader.__init__` starts a process for `Manager().Event()`, one flag. It is spawned, so it imports the
-#   main script and with it torch and Composer: about 0.5 GB and some seconds of a core per rank, before anything is
+#   main script and with it torch and Composer: about 0.6 GB and some seconds of a core per rank, before anything is
 #   uploaded. Nothing ends it but the rank's own exit. Half a minute after a SIGKILL of the rank it is there and waits.
 # Whom it hurts: a job that a loop starts again after each kill. On a machine of 8 ranks each kill takes gigabytes for
 #   good, until the machine itself runs out of memory.

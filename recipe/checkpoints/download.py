@@ -47,9 +47,9 @@ def scratch_folder(address: str | None) -> Path | None:
     return folder
 
 
-def own_files(manifest: Manifest) -> Container[str] | None:
-    """Return the files of a checkpoint that this node reads to verify it; None: all."""
-    if not (manifest.sharded and _num_nodes() > 1):
+def own_files(address: str | None, manifest: Manifest) -> Container[str] | None:
+    """Return the files of a checkpoint, at or below an address, that this node reads to verify it; None: all."""
+    if not ("://" in (address or "") and manifest.sharded and _num_nodes() > 1):
         return None
     node, ranks = dist.get_global_rank() // dist.get_local_world_size(), dist.get_local_world_size()
     shards = {name: match for name in manifest.files if (match := _SHARD.fullmatch(name))}
@@ -79,7 +79,7 @@ def on_this_node(path: str) -> str:
         try:
             manifest = read_manifest(place, name)
             assert manifest is not None
-            reason = check(place, name, manifest, scratch_folder(local), own_files(manifest))
+            reason = check(place, name, manifest, scratch_folder(local), own_files(local, manifest))
             if reason and not manifest.sharded:  # rank 0 found it whole
                 raise ValueError(f"{redact(path)} is broken on this node: {reason}: run the same command again")
         except (OSError, ValueError) as raised:  # raised by all ranks

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -167,7 +168,7 @@ def _given(trainer: TrainerView, load_path: str | None, origin: Origin, weights_
     place = open_folder(parent or ".")
     manifest = None if path.startswith(("http://", "https://")) else read_manifest(place, name)
     if manifest is not None:
-        if reason := check(place, name, manifest, scratch_folder(parent), own_files(manifest)):
+        if reason := check(place, name, manifest, scratch_folder(parent), own_files(path, manifest)):
             raise ValueError(f"load_path {redact(path)} is broken: {reason}: give another checkpoint")
         weights_only = manifest.weights_only or weights_only
         _check_fit(trainer, origin, Found(path, manifest), weights_only)
@@ -207,7 +208,7 @@ def _own_checkpoint(
     folder = trainer.save_folder
     if folder is None:
         return None
-    found = newest_valid(folder, scratch, own_files, broken) if autoresume else None
+    found = newest_valid(folder, scratch, partial(own_files, folder), broken) if autoresume else None
     if found is not None or (trainer.save_overwrite and not autoresume) or not (names := existing(folder)):
         return found
     if autoresume:

@@ -30,8 +30,9 @@ def test_each_node_verifies_the_files_of_its_ranks(
     for name, value in (("global_rank", rank), ("local_world_size", ranks_per_node), ("world_size", 8)):
         monkeypatch.setattr(f"composer.utils.dist.get_{name}", lambda value=value: value)
     own = expected and {".metadata", *(shards[number] for number in expected)}
-    assert download.own_files(manifest) == own
-    assert download.own_files(make_manifest({"ba1.pt": None}, sharded=False)) is None
+    assert download.own_files(ADDRESS, manifest) == own
+    assert download.own_files(ADDRESS, make_manifest({"ba1.pt": None}, sharded=False)) is None
+    assert download.own_files("/shared/run/ba1", manifest) is None, "rank 0 alone verifies what is on a disk"
 
 
 def test_all_files_of_more_ranks_than_there_are_now(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +42,7 @@ def test_all_files_of_more_ranks_than_there_are_now(monkeypatch: pytest.MonkeyPa
     found = []
     for rank in (0, 1):
         monkeypatch.setattr("composer.utils.dist.get_global_rank", lambda rank=rank: rank)
-        found.append(download.own_files(manifest))
+        found.append(download.own_files(ADDRESS, manifest))
     assert found == [{f"__{number}_0.distcp" for number in numbers} for numbers in ((0, 2, 4), (1, 3, 5))]
 
 
