@@ -300,6 +300,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         num_writers: int,
     ) -> None:
         """Check for space and remove an older checkpoint of this name: it is broken, or to be overwritten."""
+        if self._uploads is not None:
+            self._uploads.make_room()
         rank = dist.get_global_rank()
         is_remote = self.remote_uploader is not None
         if rank == 0 or is_remote:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -19,6 +19,7 @@ from recipe.checkpoints.places import StoreFolder
 from recipe.redact import redact, redact_text
 
 RESTARTS = 3  # of the process, per upload
+PATIENCE = 120.0  # seconds that training waits for uploads, before it leaves a checkpoint out
 LOOK = 5.0  # seconds between two looks for a file of another rank
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ class Uploads:
     """In place of the processes of Composer's uploader, which never replaces a killed one and knows no order.
 
     One process uploads, and one thread waits for it. A checkpoint in the store is unfinished from its marker
-    (`UNFINISHED`) to its manifest, which is uploaded when all files of all ranks are there in full.
+    (`UNFINISHED`) to its manifest, which is uploaded when all files of all ranks are there in full. Composer's copy of
+    a file, which waits on the disk to be uploaded, is removed if that fails too.
 
     Args:
         place: Where `trainer.save_folder` is.
@@ -44,10 +46,25 @@ class Uploads:
         self._own: set[str] = set()
         self._unmarked: set[str] = set()  # checkpoints that no store would know as unfinished
         self._is_ending = False  # other ranks may be dead
+        self._of_last: list[Future[Any]] = []  # uploads since `make_room`
+        self._of_others: list[Future[Any]] = []  # and those of the checkpoint before
 
     def submit(self, work: Callable[..., int], **keywords: Any) -> "Future[int]":
         """Upload a file after those before it; `work` is Composer's, with `remote_file_name` and `local_file_path`."""
-        return self._thread.submit(self._upload, work, keywords)
+        self._of_last.append(self._thread.submit(self._upload, work, keywords))
+        return self._of_last[-1]
+
+    def make_room(self) -> None:
+        """Wait, before a checkpoint is written, for all uploads but those of the one before: each takes disk space.
+
+        Raises:
+            OSError: They have not ended after `PATIENCE`.
+        """
+        if not all(future.done() for future in self._of_others):
+            log.warning("uploads to %s take longer than trainer.save_interval: training waits", redact(self.place.uri))
+            if wait(self._of_others, PATIENCE).not_done:
+                raise OSError(f"uploads of earlier checkpoints have not ended, {PATIENCE:g} s after this one was due")
+        self._of_others, self._of_last = self._of_last, []
 
     def prune(self, keep: int, batch: int) -> "Future[None]":
         """After the uploads so far, remove the oldest checkpoints of the store down to `keep`; see `check.prune`."""
@@ -68,6 +85,12 @@ class Uploads:
 
     def _upload(self, work: Callable[..., int], keywords: dict[str, Any]) -> int:
         name, path = keywords["remote_file_name"].removeprefix(self._prefix), Path(keywords["local_file_path"])
+        try:
+            return self._upload_next(work, keywords, name, path)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _upload_next(self, work: Callable[..., int], keywords: dict[str, Any], name: str, path: Path) -> int:
         checkpoint = checkpoint_of(name)
         if checkpoint is not None:
             self._await_files(checkpoint, path)
@@ -77,6 +100,7 @@ class Uploads:
                 manifest = manifest_of(name.removesuffix(UNFINISHED), sharded)
                 self._try(lambda manifest=manifest: self.place.remove(manifest), f"an older {manifest} stays")
         elif name.startswith(tuple(self._unmarked)):
+            self._own.add(name)  # its manifest need not wait for it
             raise OSError(f"{name} is not uploaded, because {UNFINISHED} of its checkpoint could not be")
         self._own.add(name)
         result = self._run(work, keywords, path)

@@ -7,6 +7,7 @@ Versions before December 2026 packed a share as one chunk. Shares of up to one c
 checkpoint of a larger set, saved within an epoch, continues that epoch with the old plan (`is_divided=False`).
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from numpy.typing import NDArray
 from recipe.data.mapped import map_arrays, write_mapped
 from recipe.data.pack import pack_ordered
 from recipe.data.pack_many import LEAST_LANES, MOST_IN_LANES, CrowdedWindowError, pack_chunks
+
+log = logging.getLogger(__name__)
 
 WINDOWS_PER_CHUNK = 24
 _MOST_LANES = 1024  # at 4,096 tokens per pack; bounds the memory
@@ -230,7 +233,8 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
     Its arrays are mapped: the processes of a node share their memory.
 
     The key identifies all data and settings that the plan depends on. If `make` fails, it fails in every process, so
-    none waits for it. Plans made by another version of the code are not read: they may differ.
+    none waits for it; if the disk takes no plan, each process makes and holds its own. Plans made by another version of
+    the code are not read: they may differ.
     """
     folder = Path(gettempdir(), f"recipe-plans-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -246,7 +250,11 @@ def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:
                 if time.time() - old.stat().st_mtime > _SECONDS_KEPT:
                     old.unlink()
         plan = make()
-        write_mapped(path, vars(plan))
+        try:
+            write_mapped(path, vars(plan))
+        except OSError as error:
+            log.warning("the plan is not kept in %s (%s): each process makes and holds its own", folder, error)
+            return plan
         kept = map_arrays(path)  # so that this process, too, shares the memory
         return plan if kept is None else Plan(**kept)
 

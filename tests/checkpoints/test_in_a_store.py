@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -215,6 +216,50 @@ def test_each_node_reads_its_own_shards(address: str, proxy: FaultProxy, tmp_pat
     assert f"starts from {address}/ep1-ba4" in output
     found = torch.load(tmp_path / "weights.pt")
     assert all(torch.allclose(found[name], value, rtol=0, atol=1e-7) for name, value in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_a_copy_that_cannot_be_uploaded_goes(address: str, proxy: FaultProxy) -> None:
+    """A store that is down for a night must not fill the disk."""
+    one = make_saver(address)
+    trainer = make_trainer(one, 4)
+    proxy.inject("status", ".pt", times=None)
+    with pytest.raises(RuntimeError, match="its last checkpoint could not be written"):
+        trainer.fit()
+    assert one.remote_uploader is not None
+    assert list(Path(one.remote_uploader._upload_staging_folder).iterdir()) == []
+    proxy.faults.clear()
+    trainer.close()
+
+
+def test_training_waits_for_a_slow_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two checkpoints are on the disk at once: one that is uploaded and the next."""
+    monkeypatch.setattr(upload, "upload_process", lambda: ThreadPoolExecutor(1))
+    uploads, is_slow = Uploads(StoreFolder("s3://bucket/run"), timeout=1), threading.Event()
+
+    def submit(number: int) -> None:
+        (tmp_path / f"{number}").touch()
+        keywords = {"remote_file_name": f"run/{number}", "local_file_path": f"{tmp_path}/{number}"}
+        uploads.submit(lambda **_: int(is_slow.wait()), **keywords)
+
+    for number in range(2):
+        uploads.make_room()
+        submit(number)
+    monkeypatch.setattr(upload, "PATIENCE", 0.1)
+    with pytest.raises(OSError, match="uploads of earlier checkpoints have not ended"):
+        uploads.make_room()
+    monkeypatch.setattr(upload, "PATIENCE", 60.0)
+    third = threading.Thread(target=uploads.make_room)
+    third.start()
+    third.join(0.3)
+    assert third.is_alive() and "take longer than trainer.save_interval: training waits" in caplog.text
+    is_slow.set()
+    third.join(10)
+    assert not third.is_alive() and not (tmp_path / "0").exists()
+    uploads.shutdown()
 
 
 def kill_uploads(saver: CheckpointSaver) -> None:

@@ -55,3 +55,13 @@ def test_a_damaged_plan_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert f"{path} is damaged" in caplog.text
         caplog.clear()
     assert cached_plan("key", fail).digest() == make().digest()
+
+
+def test_a_full_disk_costs_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def refuse(path: Path, arrays: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plan_cache, "write_mapped", refuse)
+    made = [cached_plan("full", make) for _ in range(2)]
+    assert made[0] is not made[1] and made[0].digest() == made[1].digest() == make().digest()
+    assert "the plan is not kept" in caplog.text and "No space left" in caplog.text
