@@ -109,6 +109,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
         with nullcontext() if self._copies is None else self._copies.holding(), flags_without_process():
             super().__init__(**keywords)
         self._uploads: Uploads | None = None
+        self._is_ending = False  # no later checkpoint would make up for one that is left out
         if self.remote_uploader is not None:
             self._uploads = Uploads(StoreFolder(str(keywords["folder"])), self.upload_timeout_in_seconds)
             self.remote_uploader.upload_executor = self._uploads  # pyright: ignore[reportAttributeAccessIssue]
@@ -215,6 +216,7 @@ class CheckpointSaver(callbacks.CheckpointSaver):
 
     def save_now(self, state: State, logger: Logger) -> None:
         """Save the batch just finished if it has no checkpoint, and wait for uploads; raise RuntimeError on failure."""
+        self._is_ending = True
         if self.last_checkpoint_batch != state.timestamp.batch:
             self._save_checkpoint(state, logger)
         self._await_uploads(state)
@@ -301,7 +303,8 @@ class CheckpointSaver(callbacks.CheckpointSaver):
     ) -> None:
         """Check for space and remove an older checkpoint of this name: it is broken, or to be overwritten."""
         if self._uploads is not None:
-            self._uploads.make_room()
+            assert state.max_duration is not None
+            self._uploads.make_room(self._is_ending or state.timestamp >= state.max_duration)
         rank = dist.get_global_rank()
         is_remote = self.remote_uploader is not None
         if rank == 0 or is_remote:

@@ -54,15 +54,15 @@ class Uploads:
         self._of_last.append(self._thread.submit(self._upload, work, keywords))
         return self._of_last[-1]
 
-    def make_room(self) -> None:
+    def make_room(self, is_last: bool = False) -> None:
         """Wait, before a checkpoint is written, for all uploads but those of the one before: each takes disk space.
 
         Raises:
-            OSError: They have not ended after `PATIENCE`.
+            OSError: They have not ended after `PATIENCE`, and this is not the last checkpoint.
         """
         if not all(future.done() for future in self._of_others):
             log.warning("uploads to %s take longer than trainer.save_interval: training waits", redact(self.place.uri))
-            if wait(self._of_others, PATIENCE).not_done:
+            if wait(self._of_others, None if is_last else PATIENCE).not_done:
                 raise OSError(f"uploads of earlier checkpoints have not ended, {PATIENCE:g} s after this one was due")
         self._of_others, self._of_last = self._of_last, []
 
