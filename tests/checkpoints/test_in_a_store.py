@@ -318,7 +318,7 @@ from recipe.checkpoints.upload import Uploads
 
 def upload(remote_file_name, local_file_path):
     time.sleep(0.2)
-    Path(local_file_path).touch()
+    Path(f"{local_file_path}.sent").touch()
 
 if __name__ == "__main__":
     uploads = Uploads(StoreFolder("s3://bucket/run"), timeout=60)
@@ -338,7 +338,7 @@ def test_what_waits_is_uploaded_if_training_fails(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     done = subprocess.run([sys.executable, script, tmp_path / "store"], capture_output=True, text=True)
     assert done.returncode == 1 and "a node is lost" in done.stderr
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["a", "b", "c"], done.stderr
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["a.sent", "b.sent", "c.sent"], done.stderr
 
 
 def test_without_its_marker_no_file_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,13 +356,14 @@ def test_without_its_marker_no_file_is_uploaded(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(StoreFolder, "remove", lambda self, name: None)
     uploads = Uploads(StoreFolder("s3://bucket/run"), timeout=1)
     names = [f"run/ba1.pt{UNFINISHED}", "run/ba1.pt", "run/latest-rank0.pt.symlink", "run/ba2.pt"]
-    futures = [uploads.submit(int, remote_file_name=name, local_file_path=str(tmp_path)) for name in names]
+    copy = str(tmp_path / "copy")
+    futures = [uploads.submit(int, remote_file_name=name, local_file_path=copy) for name in names]
     with pytest.raises(OSError, match=r"ba1.pt is not uploaded, because .* could not be"):
         futures[1].result(5)
     assert futures[3].result(5) == 0 and uploaded == names[2:]
     failing = False
     for name in names[:2]:
-        assert uploads.submit(int, remote_file_name=name, local_file_path=str(tmp_path)).result(5) == 0
+        assert uploads.submit(int, remote_file_name=name, local_file_path=copy).result(5) == 0
     uploads.shutdown()
 
 
@@ -383,6 +384,7 @@ def test_a_manifest_waits_for_files_of_other_ranks(tmp_path: Path, monkeypatch: 
     there["ep0-ba1/__1_0.distcp"] = 3
     assert future.result(5) == 7
     there["ep0-ba1/__1_0.distcp"] = 2
+    write_manifest(manifest, tmp_path / "manifest.json")
     late = Uploads(StoreFolder("s3://bucket/run"), timeout=0.1)
     with pytest.raises(OSError, match=r"no manifest is written for ep0-ba1, because .*__1_0.distcp has 2 of 3 bytes"):
         late.submit(int, **name).result(5)
