@@ -2,9 +2,11 @@
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -41,6 +43,9 @@ from recipe.rules import check_stream, check_whole
 from recipe.schema import Sample
 from recipe.upstream.owned_keywords import OWNED_BY_DATALOADER, OWNED_BY_DATASET, OWNED_BY_FSDP, OWNED_BY_TRAINER
 from recipe.upstream.trainer_section import TrainerView, view_trainer
+
+_SOCKET = "/pymp-12345678/listener-12345678"  # of multiprocessing, below the temporary folder
+_MOST_OF_SOCKET = 107  # bytes of a socket's path, on Linux
 
 
 def check_without_head(config: RecipeConfig) -> None:
@@ -298,6 +303,7 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
     with_classes = ("train_loader",) if config.evaluation.classes == DATA_CLASSES else ()
     for where in dict.fromkeys((*loaders, *with_classes)):
         loader: LoaderConfig = getattr(config, where)
+        problems += _worker_problems(where, loader)
         for name, keywords in loader.streams.items():
             problems += _folder_problems(f"{where}.streams.{name}", keywords)
     if config.teachers.num_teachers and config.teachers.stream is not None:
@@ -309,6 +315,20 @@ def check_machine(config: RecipeConfig, loaders: Sequence[str] = ("train_loader"
     if problems:
         header = [] if len(problems) == 1 else [f"{len(problems)} settings do not fit this machine:"]
         raise ConfigError("\n  ".join([*header, *problems]))
+
+
+def _worker_problems(where: str, loader: LoaderConfig) -> list[str]:
+    """Name a temporary folder whose path is too long: workers pass batches through sockets below it.
+
+    torch 2.7, Python 3.11: the worker prints "AF_UNIX path too long", and the rank waits for its batch indefinitely.
+    """
+    folder, most = gettempdir(), _MOST_OF_SOCKET - len(_SOCKET)
+    if not loader.dataloader.get("num_workers") or len(os.fsencode(folder)) <= most:
+        return []
+    return [
+        f"{where}.dataloader.num_workers: workers need a temporary folder whose path has at most {most} bytes, unlike "
+        f"{folder}: set the environment's TMPDIR to a shorter one, or num_workers=0"
+    ]
 
 
 def _device_problems(trainer: TrainerView) -> list[str]:

@@ -1,7 +1,10 @@
 """Configuration: what is merged, what is saved, and that every mistake is one clear line."""
 
 import json
+import shutil
+import socket
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -353,6 +356,24 @@ def test_command_line_prints_one_line_and_exits_2(minimal: str, capsys: pytest.C
     with pytest.raises(SystemExit), one_line_errors():
         from_command_line(parser, [minimal], required=["load_path"])
     assert capsys.readouterr().err == "configuration error: missing load_path: add load_path=VALUE to the command\n"
+
+
+def test_workers_need_a_short_temporary_folder(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest one that works is that for which a socket can be made as multiprocessing makes it."""
+    monkeypatch.setattr("recipe.checks._folder_problems", lambda where, keywords: [])
+    for length, is_short in ((75, True), (76, False)):
+        folder = Path("/tmp", "x" * (length - len("/tmp/")))
+        monkeypatch.setattr("recipe.checks.gettempdir", lambda folder=folder: str(folder))
+        (folder / "pymp-12345678").mkdir(parents=True)
+        path = folder / "pymp-12345678" / "listener-12345678"
+        try:
+            with closing(socket.socket(socket.AF_UNIX)) as one, nullcontext() if is_short else pytest.raises(OSError):
+                one.bind(str(path))
+        finally:
+            shutil.rmtree(folder)
+        with nullcontext() if is_short else pytest.raises(ConfigError, match=r"^train_loader\.dataloader\.num_workers"):
+            check_machine(load_config(minimal, ["train_loader.dataloader={num_workers: 2}"]), ["train_loader"])
+        check_machine(load_config(minimal, ["train_loader.dataloader={num_workers: 0}"]), ["train_loader"])
 
 
 def test_what_this_machine_lacks_is_reported_together(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:

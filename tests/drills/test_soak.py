@@ -67,14 +67,13 @@ def test_the_clock_of_another_process(tmp_path: Path) -> None:
     assert all(3600 <= float(seconds) - before < 3660 for seconds in shown.stdout.split())
 
 
-def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
+def soak(minutes: float, seed: int) -> dict[str, Any]:
     """The command's report."""
     if find_juicefs() is None or subprocess.run(["unshare", "--map-root-user", "--mount", "true"]).returncode:
         pytest.skip("needs the juicefs program, and a system that gives namespaces")
     command = [sys.executable, "tests/drills/soak.py", "--minutes", str(minutes), "--seed", str(seed)]
-    run = subprocess.run(
-        [*command, "--keep", str(folder / "soak")], cwd=ROOT, capture_output=True, text=True, timeout=3600
-    )
+    # Its own folder has a short path: in that of a test, sockets of the loader's workers would have too long ones.
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3600)
     assert run.returncode == 0, run.stdout + run.stderr
     print(run.stderr)
     return json.loads(run.stdout.splitlines()[-1])
@@ -84,10 +83,11 @@ def soak(minutes: float, seed: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "minutes", [pytest.param(3, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.drill)]
 )
-def test_nothing_is_lost(minutes: float, tmp_path: Path) -> None:
-    report = soak(minutes, 1, tmp_path)
+def test_nothing_is_lost(minutes: float) -> None:
+    report = soak(minutes, 1)
     schedule = draw_schedule(1, minutes)
     assert report["equal_weights"]
+    assert not report["left_behind"], "a rank that is killed takes its processes with it"
     assert report["faults"] == dict(schedule.kinds()) and not report["not_injected"]
     assert report["skipped"] == [nan.batch for nan in schedule.nans if nan.is_skipped]
     assert report["rolled_back"] == [nan.batch for nan in schedule.nans if not nan.is_skipped]
