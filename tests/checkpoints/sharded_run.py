@@ -6,6 +6,7 @@ With `--nodes` each rank takes itself for a machine.
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 from torch.utils.data import DataLoader
 
+from recipe.checkpoints import upload
 from recipe.checkpoints.download import remove_download
 from recipe.checkpoints.resume import EXCLUDED_ALGORITHMS, load_keywords, safe_loading
 from recipe.checkpoints.sigterm import Preemption
@@ -42,6 +44,7 @@ def main() -> None:
     if "--nodes" in more:
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": os.environ["RANK"]}
     install()
+    upload.upload_process = lambda: ThreadPoolExecutor(1)  # pyright: ignore  # no process imports torch again
     folder = next((argument for argument in more if "://" in argument), f"{out}/checkpoints")
     fsdp: dict[str, Any] = {"state_dict_type": "sharded"}
     view = view_trainer(RecipeConfig(trainer={"save_folder": folder, "parallelism_config": {"fsdp": fsdp}}))

@@ -28,6 +28,7 @@ when they are warm and at their end.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -82,6 +83,7 @@ def main() -> int:
         (folder / "store").mkdir()
         server = stack.enter_context(s3_server(folder / "store"))
         machine = Machine.make(folder, server, schedule)
+        stack.callback(subprocess.run, ["umount", "--lazy", str(machine.disk)], check=True)  # else it cannot be removed
         undisturbed, undisturbed_seconds = train_undisturbed(machine)
         proxy = stack.enter_context(FaultProxy(server.endpoint))
         supervisor = Supervisor(machine, proxy)
