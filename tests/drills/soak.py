@@ -94,6 +94,7 @@ def main() -> int:
         differences = same_end(machine)
         print("\n".join(differences) or "equal weights", file=sys.stderr, flush=True)
         after, left = machine.level_at_end()
+        audit = supervisor.audit()
     levels: dict[str, dict[str, Level | None]] = {
         "machine": {"before": before, "after": after},
         "undisturbed": undisturbed.levels(),
@@ -112,7 +113,7 @@ def main() -> int:
         "batches_done_twice": supervisor.batches_done_twice(),
         "hours": round(hours, 3),
         "undisturbed_hours": round(undisturbed_seconds / 3600, 3),
-        **supervisor.audit(),
+        **audit,
         **left,
         "equal_weights": not differences,
         "leaks": {
