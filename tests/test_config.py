@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -361,8 +362,9 @@ def test_command_line_prints_one_line_and_exits_2(minimal: str, capsys: pytest.C
 def test_workers_need_a_short_temporary_folder(minimal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest one that works is that for which a socket can be made as multiprocessing makes it."""
     monkeypatch.setattr("recipe.checks._folder_problems", lambda where, keywords: [])
+    root = gettempdir()
     for length, is_short in ((75, True), (76, False)):
-        folder = Path("/tmp", "x" * (length - len("/tmp/")))
+        folder = Path(root, "x" * (length - len(root) - 1))
         monkeypatch.setattr("recipe.checks.gettempdir", lambda folder=folder: str(folder))
         (folder / "pymp-12345678").mkdir(parents=True)
         path = folder / "pymp-12345678" / "listener-12345678"
