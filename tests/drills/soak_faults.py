@@ -49,8 +49,7 @@ def processes_of(launcher: int) -> Processes:
         with suppress(psutil.NoSuchProcess):
             children = sorted(rank.children(), key=lambda each: each.create_time())
             found.loader_workers += [child for child in children if child.name() == "pt_data_worker"]
-            # The first is the uploader's manager, which only says that an upload has failed.
-            found.upload_workers += [child for child in children if runs(child, "spawn_main")][1:]
+            found.upload_workers += [child for child in children if runs(child, "spawn_main")]
     return found
 
 
