@@ -26,7 +26,7 @@ _downloads: dict[str, LocalCopies] = {}  # of this process, by address of the fo
 
 
 class BrokenCheckpoint(ValueError):
-    """A file of a checkpoint in a store is not as its manifest says; raised on every rank."""
+    """A file of a checkpoint in a store is not as its manifest says."""
 
     def __init__(self, address: str, reason: str):
         super().__init__(f"{redact(address)} is broken: {reason}: give another checkpoint")
@@ -97,7 +97,7 @@ def on_this_node(path: str) -> str:
 
 def remove_download(path: str) -> None:
     """Remove a checkpoint that was fetched, after all ranks have loaded it from `path`."""
-    read_shards_through(None)
+    read_shards_through()
     for address, made in list(_downloads.items()):
         if path.startswith(f"{address}/") or Path(path).is_relative_to(made.path):
             _downloads.pop(address).remove()

@@ -36,16 +36,17 @@ def delete_object(store: Any, name: str) -> None:
 
 
 def read_shards_through(
-    take: Callable[[str, Path], bool] | None, judge: Callable[[str, Path], None] = lambda name, target: None
+    take: Callable[[str, Path], bool] = lambda name, target: False,
+    judge: Callable[[str, Path], None] = lambda name, target: None,
 ) -> None:
-    """Let the reader of sharded checkpoints ask `take` before a download and `judge` after one; None: no longer.
+    """Let the reader of sharded checkpoints ask `take` before a download and `judge` after one.
 
     Both get an object's name and the file to be. `take` makes the file and returns True, or returns False.
     """
 
     def download(name: str, target: str | Path, store: Any) -> None:
-        if take is None or not take(name, Path(target)):
+        if not take(name, Path(target)):
             _download(name, target, store)
             judge(name, Path(target))
 
-    checkpoint.download_object_or_file = _download if take is None else download
+    checkpoint.download_object_or_file = download

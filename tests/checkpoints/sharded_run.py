@@ -44,7 +44,8 @@ def main() -> None:
     if "--nodes" in more:
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": os.environ["RANK"]}
     install()
-    upload.upload_process = lambda: ThreadPoolExecutor(1)  # pyright: ignore  # no process imports torch again
+    # No process imports torch again.
+    upload.upload_process = lambda: ThreadPoolExecutor(1)  # pyright: ignore[reportAttributeAccessIssue]
     folder = next((argument for argument in more if "://" in argument), f"{out}/checkpoints")
     fsdp: dict[str, Any] = {"state_dict_type": "sharded"}
     view = view_trainer(RecipeConfig(trainer={"save_folder": folder, "parallelism_config": {"fsdp": fsdp}}))

@@ -233,6 +233,15 @@ def test_a_copy_that_cannot_be_uploaded_goes(address: str, proxy: FaultProxy) ->
     trainer.close()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_every_checkpoint_makes_room_and_the_last_one_waits(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[bool] = []
+    monkeypatch.setattr(Uploads, "make_room", lambda self, is_last: waits.append(is_last))
+    train(address, 3)
+    assert waits == [False, False, True]
+
+
 def test_training_waits_for_a_slow_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

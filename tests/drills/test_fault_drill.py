@@ -24,7 +24,7 @@ KILLS_PER_PHASE = 6
 LONGEST_DELAY = {START: 0.1, STEP: 0.15, EVALUATION: 0.2, CHECKPOINT: 0.02}  # seconds from the beginning of a phase on
 
 
-def plan_kills(rng: random.Random, kills_per_phase: int) -> list[Moment]:
+def plan_kills(rng: random.Random) -> list[Moment]:
     """Return the moments in order, at random batches; the first two come before there is a checkpoint."""
     phases = (STEP, EVALUATION, CHECKPOINT)
     every = {STEP: 1, EVALUATION: EVALUATE_EVERY, CHECKPOINT: SAVE_EVERY}
@@ -32,7 +32,7 @@ def plan_kills(rng: random.Random, kills_per_phase: int) -> list[Moment]:
     found = [
         Moment(phase, batch)
         for phase in phases
-        for batch in rng.sample(range(every[phase], last + 1, every[phase]), kills_per_phase)
+        for batch in rng.sample(range(every[phase], last + 1, every[phase]), KILLS_PER_PHASE)
     ]
     found.sort(key=lambda moment: (moment.batch, phases.index(moment.phase)))
     return [Moment(START, 0), Moment(STEP, 1), *found, Moment(START, 0)]
@@ -42,7 +42,7 @@ def plan_kills(rng: random.Random, kills_per_phase: int) -> list[Moment]:
 def test_killed_again_and_again(make_run: Callable[[str], Run], whole: Run) -> None:
     rng = random.Random(4)
     run = make_run("killed")
-    moments = plan_kills(rng, KILLS_PER_PHASE)
+    moments = plan_kills(rng)
     for number, moment in enumerate(moments):
         is_true = moment == Moment(STEP, 1) or number == len(moments) // 2
         running = run.launch(f"killed-{number}", forked=not is_true)
