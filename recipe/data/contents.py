@@ -62,6 +62,6 @@ def epoch_tokens(dataset: PackStream, epoch: int, with_answers: bool) -> int | N
     plan = dataset.plan(epoch)
     if with_answers == dataset.with_answers and (planned := int(plan.tokens.sum())):  # 0 without packing
         return planned
-    _, samples = dataset.resample_streams(epoch)
+    _, samples = dataset.epoch_samples(epoch)
     tokens, _ = dataset.lengths.of_epoch(epoch, samples, 0, with_answers)
     return int(tokens[plan.occurrences].sum())

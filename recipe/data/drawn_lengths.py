@@ -14,7 +14,7 @@ from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt8, UInt64
+from jaxtyping import Float32, Int, Int32, Int64, UInt8, UInt64
 from numpy.typing import NDArray
 
 from recipe.boxes import answer_frame, box_to_frame
@@ -22,7 +22,8 @@ from recipe.data.augment import Augmentation, Moves, boxes_of, draw_shown, is_ke
 from recipe.data.chat import END_OF_TURN, box_parts
 from recipe.data.encode import Encoder, naming
 from recipe.data.image import resized_size
-from recipe.data.lengths import Arrays, KeptCount, LengthTable, MissingRecordsError, fingerprint
+from recipe.data.lengths import KeptCount, LengthTable, MissingRecordsError, fingerprint
+from recipe.data.mapped import Arrays
 from recipe.images import MAX_ASPECT_RATIO
 from recipe.schema import Sample
 from recipe.upstream.checked_stream import CheckedStream
@@ -208,11 +209,12 @@ class DrawnTable(LengthTable):
         return patches // self.encoder.image_spec.merge_size**2
 
     def of_epoch(
-        self, epoch: int, samples: Int64[np.ndarray, " S"], first: int = 0, with_answers: bool = True
-    ) -> tuple[Int64[np.ndarray, " S"], Int64[np.ndarray, " S"]]:
-        """Return (tokens, patches) of an epoch's occurrences from `first` on, given their positions."""
+        self, epoch: int, samples: Int[np.ndarray, " S"] | None, first: int = 0, with_answers: bool = True
+    ) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+        """Return (tokens, patches) of an epoch's occurrences from `first` on, given their positions; None: all."""
         tokens, patches = super().of_epoch(epoch, samples, first, with_answers)
         own = self.samples
+        samples = np.arange(len(own)) if samples is None else samples
 
         def of_samples(start: int, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             words = self.augmentation.words(epoch, first + start, len(chosen))
@@ -241,7 +243,7 @@ class DrawnTable(LengthTable):
             patches + np.where(shown, added[1], 0).sum(axis=1),
         )
 
-    def longest(self, with_answers: bool = True) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+    def longest(self, with_answers: bool = True) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """Return bounds of (tokens, patches) of every sample as it can be drawn, with the longest teachers."""
         own, parts = self.samples, self.teacher_parts
         most = self._longest(self.parts, own.tokens, own.patches, own.answer_tokens, with_answers)
@@ -369,17 +371,23 @@ def with_draws(
     streams: Sequence[CheckedStream],
     encoder: Encoder,
     augmentation: Augmentation,
-    share: Callable[[Callable[[], list[Arrays]]], list[Arrays]] = lambda count: count(),
+    share: Callable[[Callable[[], Arrays]], Arrays | None] = lambda count: count(),
 ) -> DrawnTable:
-    """Return the table of what augmentation shows; `share` gives all ranks what one counts, as `from_rank_0` does.
+    """Return the table of what augmentation shows; `share` gives all ranks what one counts, as `shared_arrays` does.
 
     Raises:
         ValueError: A stream has no records, or a record cannot be used.
         JoinedNumbersError: The lengths of drawn answers are not sums of parts.
     """
     kept = kept_parts(encoder, augmentation)
-    found = share(lambda: [kept.of(stream) for stream in streams])
-    parts = Parts(**{name: np.concatenate([part[name] for part in found]) for name in found[0]})
+
+    def count() -> Arrays:
+        found = [kept.of(stream) for stream in streams]
+        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+    shared = share(count)
+    assert shared is not None
+    parts = Parts(**shared)
     pool, teacher_parts = table.teachers, None
     if pool is not None and augmentation.config.teachers:
         teacher_parts = Parts(**count_parts(pool.samples, encoder, augmentation))

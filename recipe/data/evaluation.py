@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from recipe.boxes import asks_for_boxes
 from recipe.config import AnswersConfig
-from recipe.data.lengths import Arrays, KeptCount, MissingRecordsError
+from recipe.data.lengths import KeptCount, MissingRecordsError
 from recipe.data.maker import ExampleMaker, make_inert
+from recipe.data.mapped import Arrays
 from recipe.data.split import Split
 from recipe.data.teachers import id_hash
 from recipe.schema import Example, Pack, Sample

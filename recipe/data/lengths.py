@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from composer.utils import dist
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from recipe.config import ConfigError, LoaderConfig
 from recipe.data.chat import Segment
 from recipe.data.encode import Encoder, naming, solved_images, without_answers
 from recipe.data.image import resized_size
-from recipe.data.mapped import map_arrays, write_mapped
+from recipe.data.mapped import Arrays, hashed, map_arrays, shared_arrays, small_ints, write_mapped
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.records import INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
 from recipe.schema import Object, Sample
@@ -34,10 +34,10 @@ from recipe.upstream.checked_stream import CheckedStream
 
 log = logging.getLogger(__name__)
 
-Arrays = dict[str, NDArray[Any]]
 Counted = TypeVar("Counted")
 
 _CHUNK = 1024  # samples whose texts are tokenized per call
+_MOST_COUNT = 2**31 - 1  # tokens or patches of a sample
 _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))
 
 
@@ -45,16 +45,16 @@ _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a p
 class Lengths:
     """Lengths of the samples of a data set, in stored order."""
 
-    tokens: Int64[np.ndarray, " N"]  # of the conversation without teachers, including image tokens
-    patches: Int64[np.ndarray, " N"]  # of the sample's own images; 0 without one
+    tokens: Int[np.ndarray, " N"]  # of the conversation without teachers, including image tokens
+    patches: Int[np.ndarray, " N"]  # of the sample's own images; 0 without one
     takes_teachers: Bool[np.ndarray, " N"]  # see `takes_teachers`
-    id_hashes: Int64[np.ndarray, " N"]  # see `id_hash`
-    answer_tokens: Int64[np.ndarray, " N"]  # of `tokens`, those that an epoch without answers does not read
-    num_objects: Int64[np.ndarray, " N"]  # that the head learns; 0 if not annotated
-    num_solved: Int64[np.ndarray, " N"] | None = None  # images of `solved_images`; None: each sample's only one
+    id_hashes: Int[np.ndarray, " N"]  # see `id_hash`
+    answer_tokens: Int[np.ndarray, " N"]  # of `tokens`, those that an epoch without answers does not read
+    num_objects: Int[np.ndarray, " N"]  # that the head learns; 0 if not annotated
+    num_solved: Int[np.ndarray, " N"] | None = None  # images of `solved_images`; None: each sample's only one
 
     @property
-    def solved_images(self) -> Int64[np.ndarray, " N"]:
+    def solved_images(self) -> Int[np.ndarray, " N"]:
         """Return how many images of each sample the head solves."""
         return (self.patches > 0).astype(np.int64) if self.num_solved is None else self.num_solved
 
@@ -68,22 +68,25 @@ class LengthTable:
 
     samples: Lengths
     teachers: TeacherPool | None
-    teacher_tokens: Int64[np.ndarray, " T"]
-    teacher_patches: Int64[np.ndarray, " T"]
+    teacher_tokens: Int[np.ndarray, " T"]
+    teacher_patches: Int[np.ndarray, " T"]
 
     def of_epoch(
-        self, epoch: int, samples: Int64[np.ndarray, " S"], first: int = 0, with_answers: bool = True
-    ) -> tuple[Int64[np.ndarray, " S"], Int64[np.ndarray, " S"]]:
-        """Return (tokens, patches) of an epoch's occurrences from `first` on, given their positions."""
-        tokens, patches = self._own_tokens(with_answers)[samples], self.samples.patches[samples]
+        self, epoch: int, samples: Int[np.ndarray, " S"] | None, first: int = 0, with_answers: bool = True
+    ) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
+        """Return (tokens, patches) of an epoch's occurrences from `first` on, given their positions; None: all."""
+        tokens, patches = self._own_tokens(with_answers), self.samples.patches
+        if samples is not None:
+            tokens, patches = tokens[samples], patches[samples]
         if self.teachers is not None:
+            samples = np.arange(len(tokens)) if samples is None else samples
             drawn = self.teachers.draw(epoch, first, self.samples.id_hashes[samples])
             shown = (drawn >= 0) & self.samples.takes_teachers[samples, None]
             tokens = tokens + np.where(shown, self.teacher_tokens[drawn], 0).sum(axis=1)
             patches = patches + np.where(shown, self.teacher_patches[drawn], 0).sum(axis=1)
         return tokens, patches
 
-    def longest(self, with_answers: bool = True) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+    def longest(self, with_answers: bool = True) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
         """Return (tokens, patches) of every sample with the longest teachers that it can be shown."""
         tokens, patches = self._own_tokens(with_answers), self.samples.patches
         if self.teachers is not None:
@@ -91,9 +94,9 @@ class LengthTable:
             patches = patches + self._most_added(self.teachers, self.teacher_patches)
         return tokens, patches
 
-    def _own_tokens(self, with_answers: bool) -> NDArray[np.int64]:
+    def _own_tokens(self, with_answers: bool) -> NDArray[Any]:
         """Return (N,) the tokens of each conversation without teachers."""
-        return self.samples.tokens - (0 if with_answers else self.samples.answer_tokens)
+        return self.samples.tokens if with_answers else self.samples.tokens - self.samples.answer_tokens
 
     def _most_added(self, teachers: TeacherPool, added: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return (N,) the most that teachers other than the sample can add to it, each adding `added` (T,)."""
@@ -106,12 +109,9 @@ class LengthTable:
 
     def digest(self) -> str:
         """Return 16 hex digits that identify these lengths."""
-        content = hashlib.sha256()
-        for name, array in (*vars(self.samples).items(), ("", self.teacher_tokens), ("", self.teacher_patches)):
-            # Absent in older checkpoints; the plan has a digest of its own.
-            if name not in ("answer_tokens", "num_objects", "num_solved"):
-                content.update(array.tobytes())
-        return content.hexdigest()[:16]
+        own = self.samples  # without what is absent in older checkpoints; the plan has a digest of its own
+        arrays = own.tokens, own.patches, own.takes_teachers, own.id_hashes, self.teacher_tokens, self.teacher_patches
+        return hashed(arrays).hexdigest()[:16]
 
 
 def takes_teachers(sample: Sample) -> bool:
@@ -135,7 +135,8 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
         hashes = np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)
         objects = np.array([len(learned_objects(sample)) for sample in chunk], dtype=np.int64)
         solved = np.array([len(solved_images(sample)) for sample in chunk], dtype=np.int64)
-        chunks.append((tokens, patches, taking, hashes, answer_tokens, objects, solved))
+        small = (small_ints(numbers, _MOST_COUNT) for numbers in (answer_tokens, objects, solved))
+        chunks.append((small_ints(tokens, _MOST_COUNT), small_ints(patches, _MOST_COUNT), taking, hashes, *small))
     found = Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
     # As earlier versions keep it if no sample has several images.
     has_several = not np.array_equal(found.solved_images, found.patches > 0)
@@ -147,7 +148,7 @@ def learned_objects(sample: Sample) -> list[Object]:
     return [item for view in sample.per_image() for item in view.objects or () if not item.iscrowd]
 
 
-def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> Int64[np.ndarray, " N"]:
+def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarray, " N"]:
     """Return the tokens of each sample's longest caption, tokenized as by `Encoder`; 0 without any."""
     longest: list[int] = []
     for chunk in _chunks(samples):
@@ -161,7 +162,7 @@ def count_captions(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBase
     return np.array(longest, dtype=np.int64)
 
 
-def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[Int64[np.ndarray, " T"], Int64[np.ndarray, " T"]]:
+def count_teachers(pool: TeacherPool, encoder: Encoder) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
     """Return (tokens, patches) that the teachers of the pool add to a conversation."""
     return _count_chunk(pool.samples, [encoder.teacher_segments(teacher) for teacher in pool.samples], encoder)
 
@@ -176,8 +177,8 @@ def read_known_lengths(
 ) -> LengthTable | None:
     """Return what `read_length_table` does, None if a stream has no records or a sample cannot be used."""
     kept = _kept_lengths(encoder)
-    parts = from_rank_0(lambda: none_if_unknown(lambda: [kept.of(stream) for stream in streams]))
-    return None if parts is None else LengthTable(_join(parts), teachers, *_added(teachers, encoder))
+    found = shared_arrays(lambda: none_if_unknown(lambda: _join([kept.of(stream) for stream in streams])))
+    return None if found is None else LengthTable(Lengths(**found), teachers, *_added(teachers, encoder))
 
 
 def none_if_unknown(count: Callable[[], Counted]) -> Counted | None:
@@ -210,15 +211,16 @@ def read_lengths(streams: Sequence[CheckedStream], encoder: Encoder) -> Lengths:
         ValueError: A stream has no records next to its index, or a sample cannot be used.
     """
     kept = _kept_lengths(encoder)
-    parts = from_rank_0(lambda: [kept.of(stream) for stream in streams])
-    return _join(parts)
+    found = shared_arrays(lambda: _join([kept.of(stream) for stream in streams]))
+    assert found is not None
+    return Lengths(**found)
 
 
-def _join(parts: Sequence[Arrays]) -> Lengths:
+def _join(parts: Sequence[Arrays]) -> Arrays:
     each = [Lengths(**part) for part in parts]
     names = [entry.name for entry in fields(Lengths) if entry.name != "num_solved"]
     joined = {name: np.concatenate([getattr(part, name) for part in each]) for name in names}
-    return Lengths(**joined, num_solved=np.concatenate([part.solved_images for part in each]))
+    return {**joined, "num_solved": np.concatenate([part.solved_images for part in each])}
 
 
 def read_longest_caption(streams: Sequence[CheckedStream], tokenizer: PreTrainedTokenizerBase) -> int:

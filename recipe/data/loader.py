@@ -23,12 +23,13 @@ from recipe.data.encode import Encoder
 from recipe.data.evaluation import EvalSampler, EvalSamples
 from recipe.data.lengths import check_records, none_if_unknown, read_known_lengths, read_length_table
 from recipe.data.maker import ExampleMaker
+from recipe.data.mapped import shared_arrays
 from recipe.data.plan import Budget
 from recipe.data.split import read_known_hashes, split_streams
 from recipe.data.stream import Packing, PackStream
 from recipe.data.teachers import TeacherPool
 from recipe.schema import Batch
-from recipe.upstream.agreement import LockstepLoader, from_rank_0
+from recipe.upstream.agreement import LockstepLoader
 from recipe.upstream.storage import open_streams
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,12 @@ def build_train_loader(
         max_tokens = wanted.max_tokens or encoder.max_seq_len
         budget = Budget(max_tokens, wanted.max_patches, wanted.window, encoder.max_seq_len)
         lengths = read_length_table(streams, encoder, teachers)
-        lengths = lengths if draws is None else draws(lengths, streams, share=from_rank_0)
+        lengths = lengths if draws is None else draws(lengths, streams, share=shared_arrays)
         packing = Packing(budget, lengths, skips_long_samples=wanted.on_long_sample == "skip")
     else:
         lengths = stored = read_known_lengths(streams, encoder, teachers)
         if stored is not None and draws is not None:
-            lengths = none_if_unknown(lambda: draws(stored, streams, share=from_rank_0))
+            lengths = none_if_unknown(lambda: draws(stored, streams, share=shared_arrays))
     if isinstance(lengths, DrawnTable) and dist.get_global_rank() == 0:
         log.info("augmentation: %s (recipe/data/words.py)", lengths.parts.describe())
     dataset = PackStream(

@@ -1,22 +1,112 @@
-"""Named arrays in a file that all processes of a node share: mapped into memory, not read into each."""
+"""Arrays with a number per sample: small, and in files that the processes of a node map instead of reading them."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
-from jaxtyping import Shaped
+from composer.utils import dist
+from filelock import FileLock
+from jaxtyping import Int, Shaped
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from recipe.records import PARTIAL, rename
+from recipe.upstream.agreement import from_rank_0
 
 log = logging.getLogger(__name__)
 
+Arrays = dict[str, NDArray[Any]]
+
+LEAST_SHARED = 1 << 24  # bytes; less is copied to each process
 _LOCAL_HEADER = 30  # bytes, before the name and the extra field of a zip file's member
+_HASHED_AT_ONCE = 1 << 20  # numbers
+_SECONDS_KEPT = 24 * 3600
+
+
+def small_ints(values: Int[np.ndarray, " n"], most: int) -> Int[np.ndarray, " n"]:
+    """Return a copy of integers of up to `most`, of 32 bits if they fit."""
+    return values.astype(np.int32 if most < 2**31 else np.int64)
+
+
+def hashed(arrays: Iterable[Shaped[np.ndarray, "..."]]) -> Any:
+    """Return the SHA-256 of arrays, a `hashlib` object; integers count as 64 bits, which earlier versions had."""
+    content = hashlib.sha256()
+    for array in arrays:
+        wide = np.dtype(np.int64) if np.issubdtype(array.dtype, np.signedinteger) else array.dtype
+        for start in range(0, len(array), _HASHED_AT_ONCE):
+            content.update(array[start : start + _HASHED_AT_ONCE].astype(wide, copy=False).tobytes())
+    return content
+
+
+def node_folder() -> Path:
+    """Return the folder of this user for files that the processes of a node share; its files are kept for a day.
+
+    Raises:
+        PermissionError: It belongs to another user.
+    """
+    folder = Path(gettempdir(), f"recipe-plans-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user: remove it, or set TMPDIR to a folder of your own")
+    return folder
+
+
+def remove_old_files(folder: Path) -> None:
+    """Remove what is older than a day; processes that have mapped a file keep it."""
+    for old in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process may have removed it
+            if time.time() - old.stat().st_mtime > _SECONDS_KEPT:
+                old.unlink()
+
+
+def shared_arrays(make: Callable[[], Arrays | None]) -> Arrays | None:
+    """Return the named arrays that global rank 0 makes; all ranks must call it, and its error is raised on all.
+
+    Of `LEAST_SHARED` bytes and more, the processes of a node map one file; if the disk takes none, each has a copy.
+    """
+    made: list[Arrays | None] = []
+
+    def offer() -> str | None:
+        made.append(make())
+        if made[0] is None or sum(array.nbytes for array in made[0].values()) < LEAST_SHARED:
+            return None
+        content = hashed(made[0].values())
+        content.update(repr([*made[0]]).encode())
+        name = f"arrays-{content.hexdigest()[:16]}.npz"
+        return name if _keep(name, made[0]) else None
+
+    name = from_rank_0(offer)
+    if name is None:
+        return from_rank_0(lambda: made[0])
+    kept = map_arrays(node_folder() / name)
+    if any(dist.all_gather_object(kept is None)):  # of another node
+        sent = from_rank_0(lambda: made[0])
+        if kept is None and sent is not None:
+            kept = (map_arrays(node_folder() / name) if _keep(name, sent) else None) or sent
+    return kept
+
+
+def _keep(name: str, arrays: Arrays) -> bool:
+    """Return whether the node has the file, written by the first process that asks."""
+    folder = node_folder()
+    with FileLock(folder / f"{name}.lock"):
+        if (folder / name).is_file():
+            return True
+        remove_old_files(folder)
+        try:
+            write_mapped(folder / name, arrays)
+        except OSError as error:
+            log.warning("%s takes no file (%s): each process holds what they could share", folder, error)
+            return False
+        return True
 
 
 def write_mapped(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:

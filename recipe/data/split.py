@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig
-from recipe.data.lengths import Arrays, KeptCount, none_if_unknown
+from recipe.data.lengths import KeptCount, none_if_unknown
+from recipe.data.mapped import Arrays, shared_arrays
 from recipe.records import RECORDS_FILE, is_held_out, read_image_hashes
-from recipe.upstream.agreement import from_rank_0
 from recipe.upstream.checked_stream import CheckedStream
 
 _SAMPLING = ("choose", "repeat", "proportion")  # of training; a validation set is read once
@@ -70,7 +70,9 @@ def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> S
     """
     if fraction is None:
         return None
-    split = Split(fraction, from_rank_0(lambda: _read_hashes(streams)))
+    found = shared_arrays(lambda: _read_hashes(streams))
+    assert found is not None
+    split = Split(fraction, ImageHashes(**found))
     if split.is_validation.all() or not split.is_validation.any():
         side, remedy = "validation", "Raise it (above --val-share, if the conversion held images out)"
         if split.is_validation.all():
@@ -84,17 +86,20 @@ def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> S
 
 def read_known_hashes(streams: Sequence[CheckedStream]) -> ImageHashes | None:
     """Return the hashes of `Split`, None if a stream has none; all ranks must call it."""
-    return from_rank_0(lambda: none_if_unknown(lambda: _read_hashes(streams)))
+    found = shared_arrays(lambda: none_if_unknown(lambda: _read_hashes(streams)))
+    return None if found is None else ImageHashes(**found)
 
 
-def _read_hashes(streams: Sequence[CheckedStream]) -> ImageHashes:
+def _read_hashes(streams: Sequence[CheckedStream]) -> Arrays:
+    """Return the arrays of `ImageHashes`."""
     empty, start, parts = np.empty(0, dtype=np.uint64), 0, []
     for stream in streams:
         kept = _KEPT_HASHES.of(stream)
         owners = kept.get("owners", empty).astype(np.int64) + start  # absent if no sample has several images
         parts.append((kept["hashes"], kept.get("further", empty), owners))
         start += len(kept["hashes"])
-    return ImageHashes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    names = ("first", "further", "owners")
+    return dict(zip(names, (np.concatenate(column) for column in zip(*parts, strict=True)), strict=True))
 
 
 def evaluation_loader(config: RecipeConfig) -> LoaderConfig:

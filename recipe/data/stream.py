@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from numpy.typing import NDArray
 from streaming.base.shuffle import get_shuffle
 
 from recipe.config import NEW_RUN, ConfigError, TeacherConfig
 from recipe.data.lengths import LengthTable
 from recipe.data.maker import ExampleMaker, make_inert
-from recipe.data.plan import Budget, Plan, assign_packs, assign_to_worker, cached_plan, plan_packs, plan_samples
+from recipe.data.mapped import small_ints
+from recipe.data.plan import (
+    Budget,
+    Plan,
+    assign_packs,
+    assign_to_worker,
+    cached_plan,
+    plan_packs,
+    plan_samples,
+)
 from recipe.data.split import ImageHashes, Split
 from recipe.data.teachers import TeacherPool
 from recipe.images import open_image
@@ -109,7 +119,7 @@ class PackStream(CheckedDataset):
             # Streaming's own default would count packs as samples.
             per_pack = 1.0
             if packing is not None:
-                tokens, _ = packing.lengths.of_epoch(0, np.arange(len(packing.lengths.samples)), 0, answers_at_start)
+                tokens, _ = packing.lengths.of_epoch(0, None, 0, answers_at_start)
                 per_pack = max(1.0, packing.budget.max_tokens / float(tokens.mean()))
             self.predownload = max(64, round(8 * (self.batch_size or 1) * per_pack))
         if packing is not None and not packing.skips_long_samples:
@@ -293,15 +303,29 @@ class PackStream(CheckedDataset):
             found[key] = [_digest(_contents(own)), sum(shard.samples for shard in own), int(stream.choose)]
         return found
 
-    def _make_plan(self, epoch: int, with_answers: bool, is_divided: bool) -> Plan:
+    def epoch_samples(self, epoch: int) -> tuple[Int[np.ndarray, " units"], Int[np.ndarray, " S"] | None]:
+        """Return the sizes of what is shuffled as a whole, and the stored position of each of an epoch's samples.
+
+        The latter is None if each sample is read once, in stored order.
+        """
+        if all(stream.choose == count for stream, count in zip(self.streams, self.samples_per_stream, strict=True)):
+            return self.samples_per_shard, None  # what Streaming finds, with several copies
         units, samples = self.resample_streams(epoch)
-        order = np.arange(len(samples))
+        return units, small_ints(samples, self.num_samples)
+
+    def _make_plan(self, epoch: int, with_answers: bool, is_divided: bool) -> Plan:
+        units, samples = self.epoch_samples(epoch)
+        num_samples = int(units.sum())
         if self.shuffle:
             assert self.num_canonical_nodes and self.shuffle_block_size
             order = get_shuffle(
                 self.shuffle_algo, units, self.num_canonical_nodes, self.shuffle_seed, epoch, self.shuffle_block_size
             )
-        order = order[self.is_trained[samples[order]]]
+        else:
+            order = np.arange(num_samples)
+        order = small_ints(order, num_samples)  # at once: of a hundred million samples each copy counts
+        if not self.is_trained.all():
+            order = order[self.is_trained[order if samples is None else samples[order]]]
         if self._packing is None:
             return plan_samples(order, samples, self.num_canonical_nodes)
         tokens, patches = self._packing.lengths.of_epoch(epoch, samples, 0, with_answers)

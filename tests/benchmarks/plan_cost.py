@@ -1,24 +1,30 @@
-"""Plans one epoch of a lognormal mix in a process of its own; prints JSON: `seconds` of one core, added `peak_gb`.
+"""Plans one epoch of a lognormal mix in a process of its own; prints JSON.
 
-python tests/benchmarks/plan_cost.py NUM_SAMPLES [--augment]
+    python tests/benchmarks/plan_cost.py NUM_SAMPLES [--nodes N] [--augment]
+
+Streaming's shuffle over `N` canonical nodes (default 1) of shards of 1,000 samples, then the packs. `seconds` of one
+core are of the packs, `shuffle_seconds` of the shuffle. `peak_gb` is what both add at most to the lengths; those are
+kept in a file that the processes of a node share, and so is the plan, of `plan_gb`.
 
 With `--augment` it measures what augmentation adds: the lengths of an epoch in which each sample, an image of 640 x 480
 with seven objects, is shown flipped, in part and in another size. `table_gb` is what each process keeps.
 """
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from streaming.base.shuffle import get_shuffle
 
 from recipe.config import AugmentConfig, CropConfig, PromptConfig
 from recipe.data.augment import Augmentation, Moves
 from recipe.data.drawn_lengths import DrawnTable, Parts, Pieces
 from recipe.data.encode import Encoder
 from recipe.data.lengths import Lengths
+from recipe.data.mapped import small_ints
 from recipe.data.plan import Budget, plan_packs
 from recipe.schema import ImageSpec
 from recipe.tiny import build_tiny_tokenizer, tokenizer_corpus
@@ -26,14 +32,16 @@ from recipe.tiny import build_tiny_tokenizer, tokenizer_corpus
 MAX_TOKENS = 4096
 OBJECTS = 7  # per augmented sample
 WINDOW = 1024
+SHARD = 1000  # samples
+BLOCK = 1 << 18  # Streaming's default
 
 
-def lognormal_mix(num_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def lognormal_mix(num_samples: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """(tokens, patches): 819 tokens in the mean, a picture in six samples of seven."""
     rng = np.random.default_rng(0)
     tokens = np.clip(rng.lognormal(6.606, 0.45, num_samples), 16, MAX_TOKENS).astype(np.int64)
     image_share = np.where(rng.random(num_samples) < 6 / 7, rng.uniform(0.3, 0.9, num_samples), 0)
-    return tokens, 4 * (tokens * image_share).astype(np.int64)
+    return tokens.astype(np.int32), 4 * (tokens * image_share).astype(np.int32)
 
 
 def drawn_table(num_samples: int) -> DrawnTable:
@@ -77,18 +85,32 @@ def measure_drawn(num_samples: int) -> None:
 
 def main() -> None:
     """Command line."""
-    num_samples = int(sys.argv[1])
-    if "--augment" in sys.argv:
-        measure_drawn(num_samples)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("num_samples", type=int)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--augment", action="store_true")
+    args = parser.parse_args()
+    if args.augment:
+        measure_drawn(args.num_samples)
         return
-    tokens, patches = lognormal_mix(num_samples)
-    order = np.random.default_rng(1).permutation(num_samples)
-    before = memory_gb("VmRSS")
-    start = time.process_time()
-    plan = plan_packs(order, np.arange(num_samples), tokens, patches, 1, Budget(MAX_TOKENS, None, WINDOW), 0, 0)
-    seconds = time.process_time() - start
-    assert len(plan.samples) == num_samples
-    print(json.dumps({"seconds": round(seconds, 2), "peak_gb": round(memory_gb("VmHWM") - before, 3)}))
+    tokens, patches = lognormal_mix(args.num_samples)
+    units = np.full(-(-args.num_samples // SHARD), SHARD)
+    units[-1] -= units.sum() - args.num_samples
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of what made the lengths
+    before, start = memory_gb("VmRSS"), time.process_time()
+    order = small_ints(get_shuffle("py1e", units, args.nodes, 0, 0, BLOCK), args.num_samples)
+    shuffled = time.process_time()
+    plan = plan_packs(order, None, tokens, patches, args.nodes, Budget(MAX_TOKENS, None, WINDOW), 0, 0)
+    done, peak = time.process_time(), memory_gb("VmHWM") - before
+    assert len(plan.samples) == args.num_samples
+    row = {
+        "seconds": done - shuffled,
+        "shuffle_seconds": shuffled - start,
+        "peak_gb": peak,
+        "plan_gb": (plan.occurrences.nbytes + plan.tokens.nbytes + plan.offsets.nbytes) / 1e9,
+        "packs": plan.num_packs,
+    }
+    print(json.dumps({name: round(value, 3) for name, value in row.items()}))
 
 
 def memory_gb(key: str) -> float:

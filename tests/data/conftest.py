@@ -51,7 +51,7 @@ def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No plan of an earlier run of the tests is read."""
-    monkeypatch.setattr("recipe.data.plan.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("recipe.data.mapped.gettempdir", lambda: str(tmp_path))
 
 
 @pytest.fixture

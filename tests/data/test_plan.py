@@ -127,6 +127,34 @@ def test_chunks_at_once_give_the_plan_of_one_after_the_other(num_canonical_nodes
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("num_canonical_nodes, digest", [(1, "f04ffc6ee9e91a9a"), (5, "eb70433fc52145da")])
+def test_small_numbers_without_resampling_give_the_plan_of_earlier_versions(
+    num_canonical_nodes: int, digest: str, monkeypatch
+):
+    """The digests are printed by the version before numbers of 32 bits and lanes of several nodes."""
+    calls = []
+    monkeypatch.setattr(planning, "pack_chunks", lambda *a: calls.append(a[1]) or pack_chunks(*a))
+    num_samples, small = 150 * 8 * WINDOWS_PER_CHUNK + 50, Budget(max_tokens=100, max_patches=None, window=8)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 60, num_samples)
+    order = rng.permutation(num_samples)
+    narrow = {"order": order.astype(np.int32), "tokens": tokens.astype(np.int32)}
+    plan = make_plan(num_samples, num_canonical_nodes, small, samples=None, **narrow)
+    assert plan.digest() == digest and plan.samples is plan.occurrences
+    assert {array.dtype for array in (plan.samples, plan.tokens)} == {np.dtype(np.int32)}
+    wide = make_plan(num_samples, num_canonical_nodes, small, samples=np.arange(num_samples), order=order)
+    assert wide.digest() == digest
+    # Of five nodes none has a hundred chunks of its own.
+    assert calls == [150] * 2
+
+
+def test_patches_of_large_images_do_not_overflow():
+    budget = Budget(max_tokens=200_000, max_patches=300_000, window=64)
+    patches = np.full(40, 150_000, dtype=np.int32)
+    plan = make_plan(40, budget=budget, samples=None, tokens=patches // 4, patches=patches)
+    assert np.diff(plan.offsets).max() == 2 and plan.num_packs == 20
+
+
 def test_crowded_windows_are_packed_one_chunk_after_the_other(monkeypatch):
     def crowded(*arguments: Any) -> Any:
         raise planning.CrowdedWindowError

@@ -233,6 +233,18 @@ def test_repeated_samples_are_shown_other_teachers_and_noise(config: RecipeConfi
     assert len(set(noise)) == len(noise)
 
 
+@pytest.mark.parametrize("resampling", [{}, {"repeat": 2.5}, {"choose": 5}])
+def test_samples_of_an_epoch_are_streamings(config: RecipeConfig, encoder: Encoder, data, resampling: dict[str, float]):
+    config.train_loader.streams = {"train": data["train"], "other": {**data["other"], **resampling}}
+    dataset = dataset_of(open_loader(config, encoder))
+    for epoch in range(2):
+        units, samples = dataset.epoch_samples(epoch)
+        expected_units, expected = dataset.resample_streams(epoch)
+        assert units.tolist() == expected_units.tolist()
+        assert (samples is None) == (not resampling)
+        assert (np.arange(dataset.num_samples) if samples is None else samples).tolist() == expected.tolist()
+
+
 def test_proportions_of_streams_hold(config: RecipeConfig, encoder: Encoder, data):
     config.train_loader.streams = {
         "train": {**data["train"], "proportion": 0.25},
