@@ -24,6 +24,7 @@ from recipe.schema import Sample
 Parsed = TypeVar("Parsed")
 
 INDEX_FILE = "index.json"
+BLOCK = 1024  # records that one of several processes counts at once
 PARTIAL = ".partial"  # ends the name of a file that is being written
 _FILE_KEYS = (("raw_data", "zip_data"), ("raw_meta", "zip_meta"))
 
@@ -169,15 +170,16 @@ def join_parts(path: Path, parts: Iterable[Path], index: Mapping[str, Any]) -> N
                 shutil.copyfileobj(lines, file)
 
 
-def read_records(path: Path, index: Mapping[str, Any]) -> Iterator[Sample]:
+def read_records(path: Path, index: Mapping[str, Any], part: tuple[int, int] = (0, 1)) -> Iterator[Sample]:
     """Yield the samples in stored order, without their images (`width` is 0 if there is none).
 
-    `index` is the parsed index.json next to the file.
+    `index` is the parsed index.json next to the file. With `part` (k, n) only every n-th block of `BLOCK` samples is
+    parsed, from the k-th on, for n processes that read a file together.
 
     Raises:
         DamagedRecordsError: The file is damaged, or was written for other shards.
     """
-    return _parse_lines(path, index, lambda line: Sample.from_mds({**line, "image": b""}))
+    return _parse_lines(path, index, lambda line: Sample.from_mds({**line, "image": b""}), part)
 
 
 def read_image_hashes(path: Path, index: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -194,7 +196,9 @@ def read_image_hashes(path: Path, index: Mapping[str, Any]) -> Iterator[list[str
     return _parse_lines(path, index, parse)
 
 
-def _parse_lines(path: Path, index: Mapping[str, Any], parse: Callable[[dict[str, Any]], Parsed]) -> Iterator[Parsed]:
+def _parse_lines(
+    path: Path, index: Mapping[str, Any], parse: Callable[[dict[str, Any]], Parsed], part: tuple[int, int] = (0, 1)
+) -> Iterator[Parsed]:
     remedy = "convert the data set again"
     expected, found = sum(shard["samples"] for shard in index["shards"]), 0
     try:
@@ -202,9 +206,9 @@ def _parse_lines(path: Path, index: Mapping[str, Any], parse: Callable[[dict[str
             header = json.loads(file.readline())
             if header.get("version") != _VERSION or header.get("shards_sha256") != shards_sha256(index):
                 raise DamagedRecordsError(f"{path} was written for other shards than its index.json lists: {remedy}")
-            for line in file:
-                yield parse(json.loads(line))
-                found += 1
+            for found, line in enumerate(file, 1):
+                if (found - 1) // BLOCK % part[1] == part[0]:
+                    yield parse(json.loads(line))
     except _DAMAGE as error:
         raise DamagedRecordsError(f"{path} cannot be read ({error!r}): {remedy}") from error
     if found != expected:

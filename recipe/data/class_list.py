@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from recipe.config import ConfigError
-from recipe.data.lengths import KeptCount, learned_objects
+from recipe.data.kept import KeptCount
+from recipe.data.lengths import learned_objects
 from recipe.data.mapped import Arrays
 from recipe.records import CLASSES_FILE
 from recipe.schema import Sample

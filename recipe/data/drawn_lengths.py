@@ -22,7 +22,8 @@ from recipe.data.augment import Augmentation, Moves, boxes_of, draw_shown, is_ke
 from recipe.data.chat import END_OF_TURN, box_parts
 from recipe.data.encode import Encoder, naming
 from recipe.data.image import resized_size
-from recipe.data.lengths import KeptCount, LengthTable, MissingRecordsError, fingerprint
+from recipe.data.kept import KeptCount, MissingRecordsError, concatenated
+from recipe.data.lengths import LengthTable, fingerprint
 from recipe.data.mapped import Arrays
 from recipe.images import MAX_ASPECT_RATIO
 from recipe.schema import Sample
@@ -380,12 +381,7 @@ def with_draws(
         JoinedNumbersError: The lengths of drawn answers are not sums of parts.
     """
     kept = kept_parts(encoder, augmentation)
-
-    def count() -> Arrays:
-        found = [kept.of(stream) for stream in streams]
-        return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-
-    shared = share(count)
+    shared = share(lambda: concatenated([kept.of(stream) for stream in streams]))
     assert shared is not None
     parts = Parts(**shared)
     pool, teacher_parts = table.teachers, None
@@ -405,6 +401,7 @@ def kept_parts(encoder: Encoder, augmentation: Augmentation) -> KeptCount:
         what="augmentation",
         remedy="train without train_loader.packing",
         count=lambda samples: count_parts(samples, encoder, augmentation),
+        join=concatenated,
     )
 
 

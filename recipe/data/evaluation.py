@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from recipe.boxes import asks_for_boxes
 from recipe.config import AnswersConfig
-from recipe.data.lengths import KeptCount, MissingRecordsError
+from recipe.data.kept import KeptCount, MissingRecordsError, concatenated
 from recipe.data.maker import ExampleMaker, make_inert
 from recipe.data.mapped import Arrays
 from recipe.data.split import Split
@@ -154,4 +154,5 @@ _KEPT_ORDERS = KeptCount(
     what="the images to answer",
     remedy="set evaluation.answers=null",
     count=_orders_of,
+    join=concatenated,
 )

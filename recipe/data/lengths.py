@@ -7,27 +7,25 @@ and pixel budget; the counts are kept next to the index too, with the fingerprin
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from composer.utils import dist
 from jaxtyping import Bool, Int
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from recipe.config import ConfigError, LoaderConfig
 from recipe.data.chat import Segment
 from recipe.data.encode import Encoder, naming, solved_images, without_answers
 from recipe.data.image import resized_size
-from recipe.data.mapped import Arrays, hashed, map_arrays, shared_arrays, small_ints, write_mapped
+from recipe.data.kept import KeptCount, MissingRecordsError, concatenated, none_if_unknown
+from recipe.data.mapped import Arrays, hashed, shared_arrays, small_ints
 from recipe.data.teachers import TeacherPool, id_hash
-from recipe.records import INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
+from recipe.records import RECORDS_FILE, DamagedRecordsError, read_records
 from recipe.schema import Object, Sample
 from recipe.upstream.agreement import from_rank_0
 from recipe.upstream.checked_stream import CheckedStream
@@ -56,7 +54,7 @@ class Lengths:
     @property
     def solved_images(self) -> Int[np.ndarray, " N"]:
         """Return how many images of each sample the head solves."""
-        return (self.patches > 0).astype(np.int64) if self.num_solved is None else self.num_solved
+        return (self.patches > 0).astype(self.patches.dtype) if self.num_solved is None else self.num_solved
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -137,10 +135,8 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
         solved = np.array([len(solved_images(sample)) for sample in chunk], dtype=np.int64)
         small = (small_ints(numbers, _MOST_COUNT) for numbers in (answer_tokens, objects, solved))
         chunks.append((small_ints(tokens, _MOST_COUNT), small_ints(patches, _MOST_COUNT), taking, hashes, *small))
-    found = Lengths(*(np.concatenate(column) for column in zip(*chunks, strict=True)))
-    # As earlier versions keep it if no sample has several images.
-    has_several = not np.array_equal(found.solved_images, found.patches > 0)
-    return found if has_several else replace(found, num_solved=None)
+    names = [entry.name for entry in fields(Lengths)]
+    return Lengths(**_join([dict(zip(names, chunk, strict=True)) for chunk in chunks]))
 
 
 def learned_objects(sample: Sample) -> list[Object]:
@@ -181,14 +177,6 @@ def read_known_lengths(
     return None if found is None else LengthTable(Lengths(**found), teachers, *_added(teachers, encoder))
 
 
-def none_if_unknown(count: Callable[[], Counted]) -> Counted | None:
-    """Return a count, None if it raises ValueError: what only informs needs no records."""
-    try:
-        return count()
-    except ValueError:
-        return None
-
-
 def _added(teachers: TeacherPool | None, encoder: Encoder) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     empty = np.empty(0, dtype=np.int64)
     return (empty, empty) if teachers is None else count_teachers(teachers, encoder)
@@ -217,10 +205,14 @@ def read_lengths(streams: Sequence[CheckedStream], encoder: Encoder) -> Lengths:
 
 
 def _join(parts: Sequence[Arrays]) -> Arrays:
+    """Return the arrays of `Lengths` of all parts, without `num_solved` if no sample has several images."""
     each = [Lengths(**part) for part in parts]
+    solved = [part.solved_images for part in each]
     names = [entry.name for entry in fields(Lengths) if entry.name != "num_solved"]
     joined = {name: np.concatenate([getattr(part, name) for part in each]) for name in names}
-    return {**joined, "num_solved": np.concatenate([part.solved_images for part in each])}
+    # As earlier versions keep it.
+    has_several = any(not np.array_equal(own, part.patches > 0) for own, part in zip(solved, each, strict=True))
+    return {**joined, "num_solved": np.concatenate(solved)} if has_several else joined
 
 
 def read_longest_caption(streams: Sequence[CheckedStream], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -335,6 +327,7 @@ def _kept_lengths(encoder: Encoder) -> "KeptCount":
         count=lambda samples: {
             name: array for name, array in vars(count_lengths(samples, encoder)).items() if array is not None
         },
+        join=_join,
     )
 
 
@@ -346,61 +339,8 @@ def _kept_captions(tokenizer: PreTrainedTokenizerBase) -> "KeptCount":
         what="the longest captions",
         remedy="set caption_decoder.max_caption_tokens",
         count=lambda samples: {"tokens": count_captions(samples, tokenizer)},
+        join=concatenated,
     )
-
-
-class MissingRecordsError(ConfigError):
-    """A data set has no records next to its index."""
-
-
-@dataclass(frozen=True)
-class KeptCount:
-    """A count over the records of a stream, made once and kept next to its index."""
-
-    name: str  # first part of the file name; the fingerprints of the shards and of the count follow
-    fingerprint: str  # of all that the count depends on except the samples
-    what: str  # names the count in the log
-    remedy: str  # what to do if a stream has no records
-    count: Callable[[Iterable[Any]], Arrays]  # of what `read` yields
-    read: Callable[[Path, Mapping[str, Any]], Iterator[Any]] = read_records
-
-    def of(self, stream: CheckedStream) -> Arrays:
-        """Return a stream's count, read or computed; raise ValueError if there are no records or one cannot be used."""
-        index = stream.read_index()
-        name = f"{self.name}-{shards_sha256(index)[:16]}-{self.fingerprint}.npz"
-        # Nobody asks the store where the records are at hand: it may be out of reach.
-        is_counted_here = (stream.folder / RECORDS_FILE).is_file()
-        path = stream.folder / name if is_counted_here else stream.fetch_next_to_index(name)
-        kept = None if path is None else map_arrays(path)
-        if kept is not None:
-            return kept
-        start = time.monotonic()
-        try:
-            counts = self._count(stream, index)
-        except DamagedRecordsError as error:
-            if stream.source is None:
-                raise
-            log.warning("%s: fetching it again", error)
-            (stream.folder / RECORDS_FILE).unlink()
-            counts = self._count(stream, index)
-        num_samples = sum(shard["samples"] for shard in index["shards"])
-        seconds = time.monotonic() - start
-        log.info("%s: counted %d samples for %s in %.0f s", stream.folder, num_samples, self.what, seconds)
-        path = stream.folder / name
-        try:
-            write_mapped(path, counts)
-        except OSError as error:
-            log.warning("%s cannot be written (%s): the next run counts again", path, error.strerror)
-        return counts
-
-    def _count(self, stream: CheckedStream, index: Mapping[str, Any]) -> Arrays:
-        records = stream.fetch_next_to_index(RECORDS_FILE)
-        if records is None:
-            raise MissingRecordsError(
-                f"{stream.folder} has no {RECORDS_FILE} next to its {INDEX_FILE}, so its lengths are unknown: "
-                f"convert the data set again, or {self.remedy}"
-            )
-        return self.count(tqdm(self.read(records, index), unit=" samples", desc="count", disable=None))
 
 
 def _chunks(samples: Iterable[Sample]) -> Iterator[list[Sample]]:

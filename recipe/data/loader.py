@@ -21,7 +21,8 @@ from recipe.data.contents import epoch_tokens
 from recipe.data.drawn_lengths import DrawnTable, with_draws
 from recipe.data.encode import Encoder
 from recipe.data.evaluation import EvalSampler, EvalSamples
-from recipe.data.lengths import check_records, none_if_unknown, read_known_lengths, read_length_table
+from recipe.data.kept import none_if_unknown
+from recipe.data.lengths import check_records, read_known_lengths, read_length_table
 from recipe.data.maker import ExampleMaker
 from recipe.data.mapped import shared_arrays
 from recipe.data.plan import Budget

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 from recipe.config import ConfigError, LoaderConfig, RecipeConfig
-from recipe.data.lengths import KeptCount, none_if_unknown
+from recipe.data.kept import KeptCount, none_if_unknown
 from recipe.data.mapped import Arrays, shared_arrays
 from recipe.records import RECORDS_FILE, is_held_out, read_image_hashes
 from recipe.upstream.checked_stream import CheckedStream

@@ -1,0 +1,89 @@
+"""Counts by several processes are those of one, and fail as one does."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recipe import records
+from recipe.data import kept
+from recipe.data.encode import Encoder
+from recipe.data.kept import KeptCount, concatenated
+from recipe.data.lengths import count_lengths, read_lengths, read_longest_caption
+from recipe.data.mapped import Arrays
+from recipe.records import RECORDS_FILE
+from recipe.schema import Sample
+from recipe.upstream.checked_stream import CheckedStream
+from recipe.upstream.storage import open_streams
+
+
+@pytest.fixture
+def samples(make_sample, make_chat) -> list[Sample]:
+    """37, of which some have several images."""
+    return [make_chat(n, 3) if n % 9 == 4 else make_sample(n, n % 4, 40 + n, 30) for n in range(37)]
+
+
+@pytest.fixture(params=[2, 3])
+def stream(request, samples: list[Sample], tmp_path: Path, write_shards, monkeypatch) -> CheckedStream:
+    """Counted by so many processes, five records at once."""
+    for module in (records, kept):
+        monkeypatch.setattr(module, "BLOCK", 5)
+    monkeypatch.setattr(kept, "LEAST_SHARED_OUT", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(request.param)))
+    (found,) = open_streams({"a": write_shards(tmp_path / "a", samples)})
+    return found
+
+
+def count_of(count: Callable[[Any], Arrays]) -> KeptCount:
+    return KeptCount("test", "1", "a test", "skip it", count, join=concatenated)
+
+
+def test_several_processes_count_what_one_does(stream: CheckedStream, samples: list[Sample], encoder: Encoder):
+    expected = vars(count_lengths([replace(sample, image=b"") for sample in samples], encoder))
+    found = vars(read_lengths([stream], encoder))
+    assert expected["num_solved"] is not None
+    for name, array in expected.items():
+        assert np.array_equal(found[name], array) and found[name].dtype == array.dtype, name
+    captions = [item.caption for sample in samples for view in sample.per_image() for item in view.objects or ()]
+    longest = max(map(len, encoder.ids(captions)))
+    assert read_longest_caption([stream], encoder.tokenizer) == 1 + longest
+
+
+def test_they_share_the_work_in_order(stream: CheckedStream, samples: list[Sample]):
+    def of_block(block: list[Sample]) -> Arrays:
+        return {"ids": np.array([sample.id for sample in block]), "process": np.array([os.getpid()])}
+
+    found = count_of(of_block).of(stream)
+    assert found["ids"].tolist() == [sample.id for sample in samples]
+    processes = found["process"].tolist()
+    assert len(processes) == 8 and len({*processes} - {os.getpid()}) == len(os.sched_getaffinity(0))
+
+
+def test_an_error_is_that_of_one_process(stream: CheckedStream):
+    def refuse(block: list[Sample]) -> Arrays:
+        if len(block) < 5:
+            raise ValueError("sample 'last': no good")
+        return {"n": np.arange(len(block))}
+
+    with pytest.raises(ValueError, match=r"^sample 'last': no good$"):
+        count_of(refuse).of(stream)
+
+
+def test_damaged_records_are_named(stream: CheckedStream):
+    path = stream.folder / RECORDS_FILE
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(records.DamagedRecordsError, match=r"cannot be read .* convert the data set again"):
+        count_of(lambda block: {"n": np.arange(len(block))}).of(stream)
+
+
+def test_few_records_need_no_other_process(stream: CheckedStream, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(kept, "LEAST_SHARED_OUT", 38)
+    with caplog.at_level(logging.INFO):
+        found = count_of(lambda block: {"n": np.array([len([*block]), os.getpid()])}).of(stream)
+    assert found["n"].tolist() == [37, os.getpid()]
+    assert "counted 37 samples for a test" in caplog.text
