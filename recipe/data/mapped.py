@@ -32,8 +32,8 @@ _SECONDS_KEPT = 24 * 3600
 
 
 def small_ints(values: Int[np.ndarray, " n"], most: int) -> Int[np.ndarray, " n"]:
-    """Return a copy of integers of up to `most`, of 32 bits if they fit."""
-    return values.astype(np.int32 if most < 2**31 else np.int64)
+    """Return integers of up to `most` with 32 bits if these suffice, else with 64; themselves if they have so many."""
+    return values.astype(np.int32 if most < 2**31 else np.int64, copy=False)
 
 
 def hashed(arrays: Iterable[Shaped[np.ndarray, "..."]]) -> Any:

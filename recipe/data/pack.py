@@ -11,7 +11,7 @@ from itertools import accumulate
 from random import Random
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int
 
 PAIRS_TRIED = 8
 GOOD_FILL = 0.98  # samples of emptier packs move to the next window
@@ -26,8 +26,8 @@ WAYS = ((2.7, True), (2.7, False), (3.2, False))
 
 
 def pack_ordered(
-    tokens: Int64[np.ndarray, " N"],
-    patches: Int64[np.ndarray, " N"],
+    tokens: Int[np.ndarray, " N"],
+    patches: Int[np.ndarray, " N"],
     max_tokens: int,
     max_patches: int | None,
     window: int,
@@ -187,8 +187,15 @@ def _fit_masks(values: Sequence[int]) -> tuple[list[int], list[int]]:
     return [values[rank] for rank in order], list(masks)
 
 
+def may_exceed_patches(
+    tokens: Int[np.ndarray, " N"], patches: Int[np.ndarray, " N"], max_tokens: int, max_patches: int
+) -> bool:
+    """Return whether a pack within `max_tokens` could exceed `max_patches`."""
+    return bool((patches.astype(np.int64) * max_tokens > tokens.astype(np.int64) * max_patches).any())
+
+
 def check_budget(
-    tokens: Int64[np.ndarray, " N"], patches: Int64[np.ndarray, " N"], max_tokens: int, max_patches: int | None
+    tokens: Int[np.ndarray, " N"], patches: Int[np.ndarray, " N"], max_tokens: int, max_patches: int | None
 ) -> int | None:
     """Check all samples; return `max_patches`, or None if no pack within `max_tokens` can exceed it."""
     if len(tokens) and tokens.min() < 1:
@@ -203,6 +210,6 @@ def check_budget(
                 f"the sample at position {position} has {int(values[position])} {noun}, above the {budget} of a pack: "
                 f"raise {option} or lower image.max_pixels"
             )
-    if max_patches is None or not (patches * max_tokens > tokens * max_patches).any():
+    if max_patches is None or not may_exceed_patches(tokens, patches, max_tokens, max_patches):
         return None
     return max_patches

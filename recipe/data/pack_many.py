@@ -7,9 +7,10 @@ Chunks do not depend on each other, so each step of the packer is made in all of
 from collections.abc import Sequence
 from functools import cache
 from random import Random
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int, Int64
 from numpy.typing import NDArray
 
 from recipe.data.pack import ENOUGH_FILL, GOOD_FILL, MOST_DELAYS, PAIRS_TRIED, WAYS, Window, check_budget
@@ -235,8 +236,8 @@ def _pack_windows(
 
 
 def pack_chunks(
-    tokens: Int64[np.ndarray, " N"], num_chunks: int, max_tokens: int, window: int, rngs: Sequence[np.random.Generator]
-) -> list[tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " packs"]]]:
+    tokens: Int[np.ndarray, " N"], num_chunks: int, max_tokens: int, window: int, rngs: Sequence[np.random.Generator]
+) -> list[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " packs"]]]:
     """Pack equal chunks of whole windows; `rngs` are theirs.
 
     Returns:
@@ -248,7 +249,7 @@ def pack_chunks(
     chunks = tokens.reshape(num_chunks, -1)
     check_budget(tokens, np.zeros_like(tokens), max_tokens, None)
     lanes, size = np.arange(num_chunks), chunks.shape[1]
-    found: list[list[tuple[Ints, Ints]]] = [[] for _ in rngs]
+    found: list[list[tuple[NDArray[Any], NDArray[Any]]]] = [[] for _ in rngs]
     postponed = np.full((num_chunks, 0), -1)
     delays = np.zeros((num_chunks, 0), dtype=np.int64)
     for start in range(0, size, window):
@@ -256,7 +257,7 @@ def pack_chunks(
         positions = np.concatenate([postponed, new], axis=1)  # (C, n); -1: none
         delays = np.concatenate([delays, np.zeros((num_chunks, window), dtype=np.int64)], axis=1)
         is_there = positions >= 0
-        sizes = np.where(is_there, chunks[lanes[:, None], positions], max_tokens + 1)
+        sizes = np.where(is_there, chunks[lanes[:, None], positions], max_tokens + 1).astype(np.int64)
         pack_of, fills = _pack_windows(sizes, is_there.sum(axis=1), max_tokens)
         num_packs = pack_of.max(axis=1) + 1
         times = np.zeros(fills.shape, dtype=np.int64)
@@ -277,7 +278,7 @@ def pack_chunks(
         num_kept = np.where(is_kept, counts, 0).sum(axis=1)
         for lane, of_chunk in enumerate(found):
             by_place = counts[lane, np.argsort(places[lane])]
-            of_chunk.append((positions[lane, : num_kept[lane]].copy(), by_place[: is_kept[lane].sum()]))
+            of_chunk.append((positions[lane, : num_kept[lane]].astype(np.int32), by_place[: is_kept[lane].sum()]))
         left = num_kept[:, None] + np.arange(int((counts.sum(axis=1) - num_kept).max()))
         is_left = left < counts.sum(axis=1)[:, None]
         left = np.minimum(left, positions.shape[1] - 1)

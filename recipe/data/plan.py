@@ -25,13 +25,13 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 
 from recipe.data.mapped import hashed, map_arrays, node_folder, remove_old_files, small_ints, write_mapped
-from recipe.data.pack import pack_ordered
+from recipe.data.pack import may_exceed_patches, pack_ordered
 from recipe.data.pack_many import LEAST_LANES, MOST_IN_LANES, CrowdedWindowError, pack_chunks
 
 log = logging.getLogger(__name__)
 
 WINDOWS_PER_CHUNK = 24
-_MOST_LANES = 256  # at 4,096 tokens per pack; bounds the memory
+_MOST_LANES = 512  # at 4,096 tokens per pack; bounds the memory
 
 _PURPOSE = 2  # separates the generators of packs from those of Streaming's shuffle, which have the same seeds
 
@@ -51,13 +51,6 @@ class Budget:
         """Return which samples are within the budget alone."""
         max_tokens = min(self.max_tokens, self.max_seq_len or self.max_tokens)
         return (tokens <= max_tokens) & (self.max_patches is None or patches <= self.max_patches)
-
-    def binds_patches(self, tokens: Int[np.ndarray, " S"], patches: Int[np.ndarray, " S"]) -> bool:
-        """Return whether a pack within `max_tokens` could exceed `max_patches`."""
-        most = self.max_patches
-        return most is not None and bool(
-            (patches.astype(np.int64) * self.max_tokens > tokens.astype(np.int64) * most).any()
-        )
 
 
 @dataclass(frozen=True)
@@ -111,9 +104,9 @@ def plan_packs(
 ) -> Plan:
     """Pack each canonical node's share of the order, so that a node keeps reading its own shards.
 
-    `order` holds the epoch's occurrences, shuffled; those over the budget alone are left out. `samples`, `tokens` and
-    `patches` hold the stored position of each occurrence and its lengths, including its teachers; without resampling
-    `samples` is None. `is_divided=False` packs a share as one chunk.
+    `order` holds the epoch's occurrences, shuffled; those over the budget alone are left out. Of 32 bits it is changed,
+    which saves a copy. `samples`, `tokens` and `patches` hold the stored position of each occurrence and its lengths,
+    including its teachers; without resampling `samples` is None. `is_divided=False` packs a share as one chunk.
     """
     fits = budget.fits(tokens, patches)
     left_out = np.empty(0, dtype=np.int64)
@@ -122,7 +115,7 @@ def plan_packs(
         left_out = np.sort(order[~fits])
         left_out, order = left_out if samples is None else samples[left_out], order[fits]
     del fits
-    order = small_ints(order, len(tokens))  # its shares are put into the order of their packs
+    order = small_ints(order, len(tokens))  # each share is put into the order of its packs
     shares = _rows(order, num_canonical_nodes)
     chunks = [_chunks(row, budget, [seed, epoch, node, _PURPOSE], is_divided) for node, row in enumerate(shares)]
     of_chunks = iter(_pack_in_place(order, [*chain(*chunks)], tokens, patches, budget))
@@ -156,9 +149,9 @@ def _pack_in_place(
     sizes = [np.empty(0, dtype=np.int32)] * len(chunks)
     for places in _groups(chunks, budget):
         own = np.concatenate([order[chunks[place].entries] for place in places])
-        of_own = np.zeros(len(own), dtype=np.int64) if budget.max_patches is None else patches[own].astype(np.int64)
+        of_own = None if budget.max_patches is None else patches[own]
         rngs = [np.random.default_rng(chunks[place].key) for place in places]
-        packed = _pack_group(tokens[own].astype(np.int64), of_own, budget, rngs)
+        packed = _pack_group(tokens[own], of_own, budget, rngs)
         for place, (positions, counts) in zip(places, packed, strict=True):
             entries = chunks[place].entries
             order[entries] = order[entries][positions]
@@ -181,16 +174,19 @@ def _groups(chunks: Sequence[_Chunk], budget: Budget) -> Iterator[list[int]]:
 
 
 def _pack_group(
-    tokens: NDArray[np.int64], patches: NDArray[np.int64], budget: Budget, rngs: Sequence[np.random.Generator]
-) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    tokens: Ints, patches: Ints | None, budget: Budget, rngs: Sequence[np.random.Generator]
+) -> Sequence[tuple[Ints, Ints]]:
     """Return of each of some equal chunks its positions, pack by pack, and the samples of each pack."""
-    if len(rngs) > 1 and not budget.binds_patches(tokens, patches):
+    most = budget.max_patches
+    only_tokens = patches is None or most is None or not may_exceed_patches(tokens, patches, budget.max_tokens, most)
+    if len(rngs) > 1 and only_tokens:
         with suppress(CrowdedWindowError):  # then one after the other
             return pack_chunks(tokens, len(rngs), budget.max_tokens, budget.window, rngs)
     size, found = len(tokens) // len(rngs), []
     for chunk, rng in enumerate(rngs):
         own = slice(chunk * size, (chunk + 1) * size)
-        packs = pack_ordered(tokens[own], patches[own], budget.max_tokens, budget.max_patches, budget.window, rng)
+        of_own = np.zeros_like(tokens[own]) if patches is None else patches[own]
+        packs = pack_ordered(tokens[own], of_own, budget.max_tokens, budget.max_patches, budget.window, rng)
         positions = np.fromiter((position for pack in packs for position in pack), dtype=np.int64)
         found.append((positions, np.array([len(pack) for pack in packs], dtype=np.int64)))
     return found
@@ -247,30 +243,31 @@ def _split_emptiest(share: Ints, sizes: Ints, num_packs: int, tokens: Ints) -> I
 
 
 def _assemble(order: Ints, sizes: Sequence[Ints], samples: Ints | None, tokens: Ints | None, left_out: Ints) -> Plan:
-    """Interleave the canonical nodes' packs, one of each in turn.
-
-    `order` has one share after the other, in packs of `sizes`.
-    """
-    occurrences, of_packs = order, sizes[0]
-    if len(sizes) > 1:
-        turns = np.zeros((max(map(len, sizes)), len(sizes)), dtype=np.int32)  # 0: a node has no pack left
-        for row, own in enumerate(sizes):
-            turns[: len(own), row] = own
-        of_packs = turns.reshape(-1)
-        starts = (np.cumsum(of_packs, dtype=np.int64) - of_packs).reshape(turns.shape)
-        occurrences, first = np.empty_like(order), 0
-        for row, own in enumerate(sizes):
-            ends = np.cumsum(own, dtype=np.int64)
-            places = np.repeat(starts[: len(own), row] - ends + own, own)
-            places += np.arange(len(places))
-            occurrences[places] = order[first : first + len(places)]
-            first += len(places)
-        of_packs = of_packs[of_packs > 0]
+    """Return the plan whose `order` has the share of one canonical node after the other, in packs of `sizes`."""
+    occurrences, of_packs = _interleave(order, sizes)
     offsets = np.zeros(len(of_packs) + 1, dtype=np.int64)
     np.cumsum(of_packs, out=offsets[1:])
     planned = np.zeros(len(occurrences), dtype=np.int32) if tokens is None else tokens[occurrences]
     positions = occurrences if samples is None else samples[occurrences]
     return Plan(occurrences, positions, planned, offsets, left_out)
+
+
+def _interleave(order: Ints, sizes: Sequence[Ints]) -> tuple[Ints, Ints]:
+    """Return the order with one pack of each node in turn, and the samples of each pack."""
+    if len(sizes) == 1:
+        return order, sizes[0]
+    turns = np.zeros((max(map(len, sizes)), len(sizes)), dtype=np.int32)  # 0: a node has no pack left
+    for row, own in enumerate(sizes):
+        turns[: len(own), row] = own
+    starts = np.cumsum(turns, dtype=np.int64).reshape(turns.shape)
+    starts -= turns
+    interleaved, first = np.empty_like(order), 0
+    for row, own in enumerate(sizes):
+        places = np.repeat(starts[: len(own), row] - np.cumsum(own, dtype=np.int64) + own, own)
+        places += np.arange(len(places))
+        interleaved[places] = order[first : first + len(places)]
+        first += len(places)
+    return interleaved, turns[turns > 0]
 
 
 def cached_plan(key: str, make: Callable[[], Plan]) -> Plan:

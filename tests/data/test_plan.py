@@ -138,7 +138,7 @@ def test_small_numbers_without_resampling_give_the_plan_of_earlier_versions(
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 60, num_samples)
     order = rng.permutation(num_samples)
-    narrow = {"order": order.astype(np.int32), "tokens": tokens.astype(np.int32)}
+    narrow = {"order": order.astype(np.int32), "tokens": tokens.astype(np.int32)}  # the order is a copy
     plan = make_plan(num_samples, num_canonical_nodes, small, samples=None, **narrow)
     assert plan.digest() == digest and plan.samples is plan.occurrences
     assert {array.dtype for array in (plan.samples, plan.tokens)} == {np.dtype(np.int32)}
