@@ -23,6 +23,7 @@ from convert import lease, store
 from convert.items import Found, Item, Summary
 from convert.records import BAD_BOXES, BBOX_TYPES
 from convert.remote import fetch_files
+from recipe.machine import usable_cores
 from recipe.records import CLASSES_FILE, INDEX_FILE, RECORDS_FILE, rename, write_whole
 from recipe.redact import redact
 from recipe.schema import Sample
@@ -312,9 +313,8 @@ def build_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def add_num_workers(parser: argparse.ArgumentParser) -> None:
     """Add the argument `--num-workers`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(
-        "--num-workers", type=int, default=cores, help="processes; default: all %(default)s usable cores"
+        "--num-workers", type=int, default=usable_cores(), help="processes; default: all %(default)s usable cores"
     )
 
 

@@ -5,16 +5,19 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from recipe.config import ConfigError
 from recipe.data.mapped import Arrays, map_arrays, write_mapped
+from recipe.machine import usable_cores
 from recipe.records import BLOCK, INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
 from recipe.upstream.checked_stream import CheckedStream
 
@@ -79,17 +82,22 @@ class KeptCount:
                 f"convert the data set again, or {self.remedy}"
             )
         num_samples = sum(shard["samples"] for shard in index["shards"])
-        num_processes = min(len(os.sched_getaffinity(0)), num_samples // BLOCK)
-        bar = tqdm(total=num_samples, unit=" samples", desc="count", disable=None)
+        num_processes = min(usable_cores(), num_samples // BLOCK)
+        progress = partial(tqdm, unit=" samples", desc="count", disable=None)
         if self.join is None or num_samples < LEAST_SHARED_OUT or num_processes < 2:
-            return self.count(_counting(self.read(records, index), bar))
+            return self.count(progress(self.read(records, index), total=num_samples))
         found: list[Arrays] = []
-        blocks = _Blocks(self, records, index)
-        for block in DataLoader(blocks, None, num_workers=num_processes, collate_fn=lambda block: block):
+        loader = DataLoader(
+            _Blocks(self, records, index),
+            batch_size=None,
+            num_workers=num_processes,
+            collate_fn=lambda block: block,
+            generator=torch.Generator(),  # else it would draw from the run's own
+        )
+        for block in progress(loader, total=num_samples / BLOCK, unit_scale=BLOCK):
             if isinstance(block, Exception):
                 raise block
             found.append(block)
-            bar.update(BLOCK)
         return self.join(found)
 
 
@@ -110,12 +118,6 @@ class _Blocks(IterableDataset[Arrays | Exception]):
                 yield self._kept.count(block)
         except Exception as error:  # a DataLoader would raise one with another text
             yield error
-
-
-def _counting(records: Iterable[Counted], bar: Any) -> Iterator[Counted]:
-    for record in records:
-        yield record
-        bar.update()
 
 
 def concatenated(parts: Sequence[Arrays]) -> Arrays:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from recipe import records
 from recipe.data import kept
@@ -34,7 +35,7 @@ def stream(request, samples: list[Sample], tmp_path: Path, write_shards, monkeyp
     for module in (records, kept):
         monkeypatch.setattr(module, "BLOCK", 5)
     monkeypatch.setattr(kept, "LEAST_SHARED_OUT", 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(request.param)))
+    monkeypatch.setattr(kept, "usable_cores", lambda: request.param)
     (found,) = open_streams({"a": write_shards(tmp_path / "a", samples)})
     return found
 
@@ -58,10 +59,12 @@ def test_they_share_the_work_in_order(stream: CheckedStream, samples: list[Sampl
     def of_block(block: list[Sample]) -> Arrays:
         return {"ids": np.array([sample.id for sample in block]), "process": np.array([os.getpid()])}
 
+    state = torch.get_rng_state()
     found = count_of(of_block).of(stream)
+    assert torch.equal(torch.get_rng_state(), state), "the run's own random numbers do not depend on what is kept"
     assert found["ids"].tolist() == [sample.id for sample in samples]
     processes = found["process"].tolist()
-    assert len(processes) == 8 and len({*processes} - {os.getpid()}) == len(os.sched_getaffinity(0))
+    assert len(processes) == 8 and len({*processes} - {os.getpid()}) == kept.usable_cores()
 
 
 def test_an_error_is_that_of_one_process(stream: CheckedStream):
