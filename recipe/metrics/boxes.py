@@ -1,7 +1,9 @@
 """Score boxes: COCO average precision, what the queries could find, referring expressions, boxes written in answers."""
 
+import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +120,19 @@ def _coco_summary(prefix: str, predictions: Sequence[Prediction], samples: Seque
     return summary
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Within it Python does not look for cycles: it would go through all rows of an evaluation again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collection()
 def _coco(
     predictions: Sequence[Prediction], samples: Sequence[Sample], by_category: bool
 ) -> tuple[COCOeval_faster | None, dict[str, int]]:

@@ -1,5 +1,6 @@
 """`recipe.metrics.boxes`."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -161,3 +162,17 @@ def test_class_agnostic_parity_with_faster_coco_eval(shared_data: Path):
     expected = dict(zip(scores, map(float, reference.stats[:9]), strict=True))
     assert scores.pop("box_ar1") == pytest.approx(expected.pop("box_ar1"), abs=TIES_OF_ONE)
     assert scores == pytest.approx(expected, abs=1e-7)  # measured: 2.5e-8
+
+
+def test_cycles_are_collected_afterwards_as_before():
+    truth, found = [Sample("a", b"x", 9, 9, ())], [Prediction("b", 9, 9, ())]
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="do not belong"):
+        box_scores(found, truth)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        box_scores([], [])
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
