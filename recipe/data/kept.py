@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,13 +85,14 @@ class KeptCount:
         num_samples = sum(shard["samples"] for shard in index["shards"])
         num_processes = min(usable_cores(), num_samples // BLOCK)
         progress = partial(tqdm, unit=" samples", desc="count", disable=None)
-        if self.join is None or num_samples < LEAST_SHARED_OUT or num_processes < 2:
+        if self.join is None or num_samples < LEAST_SHARED_OUT or num_processes < 2 or sys.platform != "linux":
             return self.count(progress(self.read(records, index), total=num_samples))
         found: list[Arrays] = []
         loader = DataLoader(
             _Blocks(self, records, index),
             batch_size=None,
             num_workers=num_processes,
+            multiprocessing_context="fork",  # the count need not be picklable
             collate_fn=lambda block: block,
             generator=torch.Generator(),  # else it would draw from the run's own
         )
