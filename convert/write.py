@@ -23,8 +23,7 @@ from convert import lease, store
 from convert.items import Found, Item, Summary
 from convert.records import BAD_BOXES, BBOX_TYPES
 from convert.remote import fetch_files
-from recipe.machine import usable_cores
-from recipe.records import CLASSES_FILE, INDEX_FILE, RECORDS_FILE, rename, write_whole
+from recipe.records import CLASSES_FILE, INDEX_FILE, RECORDS_FILE, rename, usable_cores, write_whole
 from recipe.redact import redact
 from recipe.schema import Sample
 

@@ -29,6 +29,11 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 _FILE_KEYS = (("raw_data", "zip_data"), ("raw_meta", "zip_meta"))
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may use, which a scheduler can make fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file; after a crash it holds its old content or the new one, never a part.
 

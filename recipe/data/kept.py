@@ -2,8 +2,10 @@
 
 import logging
 import os
+import pickle
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +20,22 @@ from tqdm import tqdm
 
 from recipe.config import ConfigError
 from recipe.data.mapped import Arrays, map_arrays, write_mapped
-from recipe.machine import usable_cores
-from recipe.records import BLOCK, INDEX_FILE, RECORDS_FILE, DamagedRecordsError, read_records, shards_sha256
+from recipe.records import (
+    BLOCK,
+    INDEX_FILE,
+    RECORDS_FILE,
+    DamagedRecordsError,
+    read_records,
+    shards_sha256,
+    usable_cores,
+)
 from recipe.upstream.checked_stream import CheckedStream
 
 log = logging.getLogger(__name__)
 
 Counted = TypeVar("Counted")
 
+_MOST_PROCESSES = 32  # each reads the whole file; more hardly gain, and a container may have fewer cores than it sees
 LEAST_SHARED_OUT = 16 * BLOCK  # records; fewer are counted before other processes have begun
 
 
@@ -50,7 +60,7 @@ class KeptCount:
         """Return a stream's count, read or computed; raise ValueError if there are no records or one cannot be used."""
         index = stream.read_index()
         name = f"{self.name}-{shards_sha256(index)[:16]}-{self.fingerprint}.npz"
-        # Nobody asks the store where the records are at hand: it may be out of reach.
+        # Nobody asks the store if the records are at hand: it may be out of reach.
         is_counted_here = (stream.folder / RECORDS_FILE).is_file()
         path = stream.folder / name if is_counted_here else stream.fetch_next_to_index(name)
         kept = None if path is None else map_arrays(path)
@@ -83,10 +93,12 @@ class KeptCount:
                 f"convert the data set again, or {self.remedy}"
             )
         num_samples = sum(shard["samples"] for shard in index["shards"])
-        num_processes = min(usable_cores(), num_samples // BLOCK)
-        progress = partial(tqdm, unit=" samples", desc="count", disable=None)
+        if num_samples == 0:
+            raise ValueError(f"{stream.folder} has no samples: convert a data set that has some")
+        num_processes = min(usable_cores(), num_samples // BLOCK, _MOST_PROCESSES)
+        progress = partial(tqdm, total=num_samples, unit=" samples", desc="count", disable=None)
         if self.join is None or num_samples < LEAST_SHARED_OUT or num_processes < 2 or sys.platform != "linux":
-            return self.count(progress(self.read(records, index), total=num_samples))
+            return self.count(progress(self.read(records, index)))
         found: list[Arrays] = []
         loader = DataLoader(
             _Blocks(self, records, index),
@@ -96,10 +108,14 @@ class KeptCount:
             collate_fn=lambda block: block,
             generator=torch.Generator(),  # else it would draw from the run's own
         )
-        for block in progress(loader, total=num_samples / BLOCK, unit_scale=BLOCK):
-            if isinstance(block, Exception):
-                raise block
-            found.append(block)
+        with progress() as bar:
+            for block in loader:
+                if isinstance(block, Exception):
+                    raise block
+                found.append(block)
+                bar.update(min(BLOCK, num_samples - bar.n))
+        if len(found) != -(-num_samples // BLOCK):
+            raise RuntimeError(f"{records}: a process counted and its count did not come: start again")
         return self.join(found)
 
 
@@ -119,7 +135,19 @@ class _Blocks(IterableDataset[Arrays | Exception]):
             while block := list(islice(records, BLOCK)):
                 yield self._kept.count(block)
         except Exception as error:  # a DataLoader would raise one with another text
-            yield error
+            yield _sendable(error)
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that another process can raise, with where it was raised unless it speaks of the data."""
+    try:
+        again = pickle.loads(pickle.dumps(error))
+    except Exception:  # its own arguments decide what fails
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        again = kind(f"{type(error).__name__}: {error}")
+    if not isinstance(error, ValueError):
+        again.add_note("".join(traceback.format_exception(error)))
+    return again
 
 
 def concatenated(parts: Sequence[Arrays]) -> Arrays:

@@ -23,7 +23,7 @@ from recipe.data.chat import Segment
 from recipe.data.encode import Encoder, naming, solved_images, without_answers
 from recipe.data.image import resized_size
 from recipe.data.kept import KeptCount, MissingRecordsError, concatenated, none_if_unknown
-from recipe.data.mapped import Arrays, hashed, shared_arrays, small_ints
+from recipe.data.mapped import MOST_COUNT, Arrays, hashed, shared_arrays, small_ints
 from recipe.data.teachers import TeacherPool, id_hash
 from recipe.records import RECORDS_FILE, DamagedRecordsError, read_records
 from recipe.schema import Object, Sample
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 Counted = TypeVar("Counted")
 
 _CHUNK = 1024  # samples whose texts are tokenized per call
-_MOST_COUNT = 2**31 - 1  # tokens or patches of a sample
 _PROBE = Sample("probe", b"", 640, 480, (Object((10.0, 20.0, 300.0, 400.0), "a probe"),))
 
 
@@ -133,8 +132,8 @@ def count_lengths(samples: Iterable[Sample], encoder: Encoder) -> Lengths:
         hashes = np.array([id_hash(sample.id) for sample in chunk], dtype=np.int64)
         objects = np.array([len(learned_objects(sample)) for sample in chunk], dtype=np.int64)
         solved = np.array([len(solved_images(sample)) for sample in chunk], dtype=np.int64)
-        small = (small_ints(numbers, _MOST_COUNT) for numbers in (answer_tokens, objects, solved))
-        chunks.append((small_ints(tokens, _MOST_COUNT), small_ints(patches, _MOST_COUNT), taking, hashes, *small))
+        small = (small_ints(numbers, MOST_COUNT) for numbers in (answer_tokens, objects, solved))
+        chunks.append((small_ints(tokens, MOST_COUNT), small_ints(patches, MOST_COUNT), taking, hashes, *small))
     names = [entry.name for entry in fields(Lengths)]
     return Lengths(**_join([dict(zip(names, chunk, strict=True)) for chunk in chunks]))
 

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
 
+MOST_COUNT = 2**31 - 1  # tokens or patches of a sample
 LEAST_SHARED = 1 << 24  # bytes; less is copied to each process
 _LOCAL_HEADER = 30  # bytes, before the name and the extra field of a zip file's member
 _HASHED_AT_ONCE = 1 << 20  # numbers
@@ -32,7 +33,7 @@ _SECONDS_KEPT = 24 * 3600
 
 
 def small_ints(values: Int[np.ndarray, " n"], most: int) -> Int[np.ndarray, " n"]:
-    """Return integers of up to `most` with 32 bits if these suffice, else with 64; themselves if they have so many."""
+    """Return `values` as int32 if `most` fits, else as int64; not copied if they have that type."""
     return values.astype(np.int32 if most < 2**31 else np.int64, copy=False)
 
 
@@ -70,7 +71,8 @@ def remove_old_files(folder: Path) -> None:
 def shared_arrays(make: Callable[[], Arrays | None]) -> Arrays | None:
     """Return the named arrays that global rank 0 makes; all ranks must call it, and its error is raised on all.
 
-    Of `LEAST_SHARED` bytes and more, the processes of a node map one file; if the disk takes none, each has a copy.
+    If they have `LEAST_SHARED` bytes or more, the processes of a node map one file; if the disk takes none, each has a
+    copy.
     """
     made: list[Arrays | None] = []
 
@@ -79,34 +81,36 @@ def shared_arrays(make: Callable[[], Arrays | None]) -> Arrays | None:
         if made[0] is None or sum(array.nbytes for array in made[0].values()) < LEAST_SHARED:
             return None
         content = hashed(made[0].values())
-        content.update(repr([*made[0]]).encode())
+        content.update(repr([(key, array.shape, array.dtype.str) for key, array in made[0].items()]).encode())
         name = f"arrays-{content.hexdigest()[:16]}.npz"
-        return name if _keep(name, made[0]) else None
+        return None if _on_this_node(name, made[0]) is None else name
 
     name = from_rank_0(offer)
     if name is None:
         return from_rank_0(lambda: made[0])
-    kept = map_arrays(node_folder() / name)
+    kept = _on_this_node(name)
     if any(dist.all_gather_object(kept is None)):  # of another node
         sent = from_rank_0(lambda: made[0])
         if kept is None and sent is not None:
-            kept = (map_arrays(node_folder() / name) if _keep(name, sent) else None) or sent
+            kept = _on_this_node(name, sent) or sent
     return kept
 
 
-def _keep(name: str, arrays: Arrays) -> bool:
-    """Return whether the node has the file, written by the first process that asks."""
-    folder = node_folder()
-    with FileLock(folder / f"{name}.lock"):
-        if (folder / name).is_file():
-            return True
-        remove_old_files(folder)
-        try:
-            write_mapped(folder / name, arrays)
-        except OSError as error:
-            log.warning("%s takes no file (%s): each process holds what they could share", folder, error)
-            return False
-        return True
+def _on_this_node(name: str, arrays: Arrays | None = None) -> Arrays | None:
+    """Map a file of this node, written first if it is missing and `arrays` are given; None if the disk has none.
+
+    No error ends one rank alone: the others would wait for it.
+    """
+    try:
+        folder = node_folder()
+        with FileLock(folder / f"{name}.lock"):
+            if arrays is not None and not (folder / name).is_file():
+                remove_old_files(folder)
+                write_mapped(folder / name, arrays)
+            return map_arrays(folder / name)
+    except (OSError, NotImplementedError) as error:  # the latter: a disk without locks
+        log.warning("%s takes no file (%s): each process holds what they could share", gettempdir(), error)
+        return None
 
 
 def write_mapped(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
@@ -114,7 +118,7 @@ def write_mapped(path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) ->
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # two runs may write one cache
     try:
         with partial.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})
             file.flush()
             os.fsync(file.fileno())
         rename(partial, path)

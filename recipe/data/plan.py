@@ -57,7 +57,7 @@ class Budget:
 class Plan:
     """The packs of one epoch, in order; pack p holds entries `offsets[p]` to `offsets[p + 1]`.
 
-    Numbers are of 32 bits if they fit.
+    Samples are numbers of 32 bits if these suffice.
     """
 
     occurrences: Int[np.ndarray, " S"]  # the epoch's samples by their place before the shuffle
@@ -104,9 +104,10 @@ def plan_packs(
 ) -> Plan:
     """Pack each canonical node's share of the order, so that a node keeps reading its own shards.
 
-    `order` holds the epoch's occurrences, shuffled; those over the budget alone are left out. Of 32 bits it is changed,
-    which saves a copy. `samples`, `tokens` and `patches` hold the stored position of each occurrence and its lengths,
-    including its teachers; without resampling `samples` is None. `is_divided=False` packs a share as one chunk.
+    `order` holds the epoch's occurrences, shuffled; those over the budget alone are left out. An int32 `order` is
+    changed in place, which saves a copy. `samples`, `tokens` and `patches` hold the stored position of each occurrence
+    and its lengths, including its teachers; without resampling `samples` is None. `is_divided=False` packs a share as
+    one chunk.
     """
     fits = budget.fits(tokens, patches)
     left_out = np.empty(0, dtype=np.int64)
@@ -150,8 +151,7 @@ def _pack_in_place(
     for places in _groups(chunks, budget):
         own = np.concatenate([order[chunks[place].entries] for place in places])
         of_own = None if budget.max_patches is None else patches[own]
-        rngs = [np.random.default_rng(chunks[place].key) for place in places]
-        packed = _pack_group(tokens[own], of_own, budget, rngs)
+        packed = _pack_group(tokens[own], of_own, budget, [chunks[place].key for place in places])
         for place, (positions, counts) in zip(places, packed, strict=True):
             entries = chunks[place].entries
             order[entries] = order[entries][positions]
@@ -174,18 +174,20 @@ def _groups(chunks: Sequence[_Chunk], budget: Budget) -> Iterator[list[int]]:
 
 
 def _pack_group(
-    tokens: Ints, patches: Ints | None, budget: Budget, rngs: Sequence[np.random.Generator]
+    tokens: Ints, patches: Ints | None, budget: Budget, keys: Sequence[list[int]]
 ) -> Sequence[tuple[Ints, Ints]]:
-    """Return of each of some equal chunks its positions, pack by pack, and the samples of each pack."""
+    """Return of each of some equal chunks its positions, pack by pack, and the samples of each pack; `keys` seed."""
     most = budget.max_patches
     only_tokens = patches is None or most is None or not may_exceed_patches(tokens, patches, budget.max_tokens, most)
-    if len(rngs) > 1 and only_tokens:
-        with suppress(CrowdedWindowError):  # then one after the other
-            return pack_chunks(tokens, len(rngs), budget.max_tokens, budget.window, rngs)
-    size, found = len(tokens) // len(rngs), []
-    for chunk, rng in enumerate(rngs):
+    if len(keys) > 1 and only_tokens:
+        rngs = [*map(np.random.default_rng, keys)]
+        with suppress(CrowdedWindowError):  # then one after the other, from the generators' beginning
+            return pack_chunks(tokens, len(keys), budget.max_tokens, budget.window, rngs)
+    size, found = len(tokens) // len(keys), []
+    for chunk, key in enumerate(keys):
         own = slice(chunk * size, (chunk + 1) * size)
         of_own = np.zeros_like(tokens[own]) if patches is None else patches[own]
+        rng = np.random.default_rng(key)
         packs = pack_ordered(tokens[own], of_own, budget.max_tokens, budget.max_patches, budget.window, rng)
         positions = np.fromiter((position for pack in packs for position in pack), dtype=np.int64)
         found.append((positions, np.array([len(pack) for pack in packs], dtype=np.int64)))

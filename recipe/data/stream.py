@@ -15,7 +15,7 @@ from streaming.base.shuffle import get_shuffle
 from recipe.config import NEW_RUN, ConfigError, TeacherConfig
 from recipe.data.lengths import LengthTable
 from recipe.data.maker import ExampleMaker, make_inert
-from recipe.data.mapped import small_ints
+from recipe.data.mapped import MOST_COUNT, small_ints
 from recipe.data.plan import (
     Budget,
     Plan,
@@ -328,7 +328,8 @@ class PackStream(CheckedDataset):
             order = order[self.is_trained[order if samples is None else samples[order]]]
         if self._packing is None:
             return plan_samples(order, samples, self.num_canonical_nodes)
-        tokens, patches = self._packing.lengths.of_epoch(epoch, samples, 0, with_answers)
+        found = self._packing.lengths.of_epoch(epoch, samples, 0, with_answers)
+        tokens, patches = (small_ints(numbers, MOST_COUNT) for numbers in found)
         budget = self._packing.budget
         if not budget.fits(tokens, patches)[order].any():
             raise ConfigError(

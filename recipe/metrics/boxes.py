@@ -122,7 +122,7 @@ def _coco_summary(prefix: str, predictions: Sequence[Prediction], samples: Seque
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Within it Python does not look for cycles: it would go through all rows of an evaluation again and again."""
+    """Disable the search for cycles, which would go through all rows of an evaluation again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

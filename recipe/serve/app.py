@@ -5,6 +5,7 @@ a page to try it, /health says that the server is there, /metrics is for Prometh
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Collection, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -19,7 +20,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from recipe.images import displayed_size
 from recipe.inference.detector import Detector
 from recipe.inference.predictor import Predictor
-from recipe.machine import usable_cores
 from recipe.schema import Example, Prediction
 from recipe.serve.admission import Admission, Measures, Refusal
 from recipe.serve.batching import Batcher
@@ -60,7 +60,7 @@ def make_app(detector: Detector, limits: Limits, allowed_hosts: Collection[str] 
     measures = Measures.new()
     batch_size, max_tokens = detector.predictor.batch_size, limits.max_batch_tokens
     batcher = Batcher(detector.predict, batch_size, max_tokens, measures.batch_images.observe)
-    readers = ThreadPoolExecutor(usable_cores(), "images")
+    readers = ThreadPoolExecutor(os.cpu_count(), "images")
     asked = lru_cache(KEPT_QUESTIONS)(detector.asked)
 
     @asynccontextmanager

@@ -37,7 +37,7 @@ BLOCK = 1 << 18  # Streaming's default
 
 
 def lognormal_mix(num_samples: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(tokens, patches): 819 tokens in the mean, a picture in six samples of seven."""
+    """(tokens, patches): 819 tokens in the mean, an image in six samples of seven."""
     rng = np.random.default_rng(0)
     tokens = np.clip(rng.lognormal(6.606, 0.45, num_samples), 16, MAX_TOKENS).astype(np.int64)
     image_share = np.where(rng.random(num_samples) < 6 / 7, rng.uniform(0.3, 0.9, num_samples), 0)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ def samples(make_sample, make_chat) -> list[Sample]:
 
 @pytest.fixture(params=[2, 3])
 def stream(request, samples: list[Sample], tmp_path: Path, write_shards, monkeypatch) -> CheckedStream:
-    """Counted by so many processes, five records at once."""
+    """Counted by two or three processes, five records at once."""
     for module in (records, kept):
         monkeypatch.setattr(module, "BLOCK", 5)
     monkeypatch.setattr(kept, "LEAST_SHARED_OUT", 1)
@@ -75,6 +76,41 @@ def test_an_error_is_that_of_one_process(stream: CheckedStream):
 
     with pytest.raises(ValueError, match=r"^sample 'last': no good$"):
         count_of(refuse).of(stream)
+
+
+class OfTwo(ValueError):
+    def __init__(self, first: str, second: str):
+        super().__init__(f"{first} and {second}")
+
+
+class Holding(KeyError):
+    def __init__(self):
+        super().__init__("bug")
+        self.lock = Lock()
+
+
+@pytest.mark.parametrize(
+    "error, kind, text", [(OfTwo("a", "b"), ValueError, "OfTwo: a and b"), (Holding(), RuntimeError, "Holding: 'bug'")]
+)
+def test_an_error_that_cannot_be_sent_keeps_its_text(stream: CheckedStream, error, kind: type[Exception], text: str):
+    def refuse(block: list[Sample]) -> Arrays:
+        raise error
+
+    with pytest.raises(kind) as raised:
+        count_of(refuse).of(stream)
+    assert str(raised.value) == text
+    assert ("in refuse" in "".join(getattr(raised.value, "__notes__", ()))) == (kind is RuntimeError)
+
+
+def test_a_count_that_does_not_come_is_no_shorter_count(stream: CheckedStream, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kept, "_sendable", lambda error: Lock())  # nothing that could be sent
+
+    def refuse(block: list[Sample]) -> Arrays:
+        raise ValueError("lost")
+
+    with pytest.raises(RuntimeError, match="its count did not come"):
+        count_of(refuse).of(stream)
+    assert not [*stream.folder.glob("test-*.npz")]
 
 
 def test_damaged_records_are_named(stream: CheckedStream):

@@ -1,7 +1,6 @@
 """Arrays of one number per sample: small, hashed as before, and held once per node."""
 
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +57,23 @@ def test_small_arrays_need_no_file(tmp_path: Path):
 def test_other_names_or_numbers_are_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(mapped, "LEAST_SHARED", 1)
     tokens = NUMBERS["tokens"]
-    for arrays in ({"tokens": tokens}, {"patches": tokens}, {"tokens": tokens + 1}, {"tokens": tokens}):
+    different = [
+        {"tokens": tokens},
+        {"patches": tokens},
+        {"tokens": tokens + 1},
+        {"a": tokens[:2], "b": tokens[2:]},
+        {"a": tokens[:3], "b": tokens[3:]},
+        {"tokens": tokens.astype(np.int64)},
+        {"boxes": np.arange(6).reshape(2, 3)},
+        {"boxes": np.arange(6).reshape(3, 2)},
+        {"boxes": np.arange(6).reshape(3, 2).T},  # another order in memory
+    ]
+    for arrays in (*different, different[0]):
         found = shared_arrays(lambda arrays=arrays: arrays)
         assert found is not None and [*found] == [*arrays]
+        assert [array.dtype for array in found.values()] == [array.dtype for array in arrays.values()]
         assert [array.tolist() for array in found.values()] == [array.tolist() for array in arrays.values()]
-    assert len([*tmp_path.glob("*/arrays-*.npz")]) == 3
+    assert len([*tmp_path.glob("*/arrays-*.npz")]) == len(different)
 
 
 def test_a_full_disk_costs_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path):
@@ -74,7 +85,19 @@ def test_a_full_disk_costs_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     with caplog.at_level(logging.WARNING):
         found = shared_arrays(lambda: NUMBERS)
     assert found is not None and found["tokens"] is NUMBERS["tokens"]
-    assert f"{tmp_path}/recipe-plans-{os.getuid()} takes no file" in caplog.text and "No space left" in caplog.text
+    assert f"{tmp_path} takes no file" in caplog.text and "No space left" in caplog.text
+
+
+@pytest.mark.parametrize("error", [PermissionError("it belongs to another user"), NotImplementedError("no locks")])
+def test_a_folder_that_cannot_be_used_ends_no_rank(error: Exception, monkeypatch: pytest.MonkeyPatch, caplog):
+    def refuse() -> Path:
+        raise error
+
+    monkeypatch.setattr(mapped, "LEAST_SHARED", 1)
+    monkeypatch.setattr(mapped, "node_folder", refuse)
+    with caplog.at_level(logging.WARNING):
+        found = shared_arrays(lambda: NUMBERS)
+    assert found is not None and found["tokens"] is NUMBERS["tokens"] and str(error) in caplog.text
 
 
 def test_an_error_is_raised():

@@ -166,6 +166,31 @@ def test_crowded_windows_are_packed_one_chunk_after_the_other(monkeypatch):
     assert make_plan(num_samples, 1, small).digest() == whole.digest()
 
 
+def test_a_window_that_is_crowded_after_some_packs_changes_no_plan(monkeypatch):
+    """Then generators have been drawn from; the digest is of the version before lanes of several nodes."""
+    outcomes = []
+
+    def watched(*arguments: Any) -> Any:
+        try:
+            packed = pack_chunks(*arguments)
+        except pack_many.CrowdedWindowError:
+            outcomes.append("crowded")
+            raise
+        return packed
+
+    monkeypatch.setattr(planning, "WINDOWS_PER_CHUNK", 8)
+    monkeypatch.setattr(planning, "pack_chunks", watched)
+    for module in (planning, pack_many):
+        monkeypatch.setattr(module, "LEAST_LANES", 4)
+    rng, num_samples = np.random.default_rng(0), 4 * 8 * 400
+    # Nine of ten are above half a pack, so most packs are postponed.
+    tokens = np.where(rng.random(num_samples) < 0.1, 99, rng.integers(51, 97, num_samples))
+    wanted = {"tokens": tokens, "patches": 0 * tokens, "budget": Budget(100, None, 400), "samples": None}
+    assert make_plan(num_samples, **wanted).digest() == "1bb6e5e988668bb7" and outcomes == ["crowded"]
+    monkeypatch.setattr(planning, "LEAST_LANES", num_samples)
+    assert make_plan(num_samples, **wanted).digest() == "1bb6e5e988668bb7" and outcomes == ["crowded"]
+
+
 def test_chunks_hardly_cost_fill():
     rng = np.random.default_rng(4)
     tokens = rng.lognormal(6.6, 0.45, 60_000).clip(16, 4096).astype(np.int64)
