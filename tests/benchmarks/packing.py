@@ -104,7 +104,7 @@ def all_lengths(data: Path, num_samples: int, trimmed: dict[str, float]) -> Iter
         streams["0-3 teachers"].append(few_shot)
     for kind, parts in streams.items():
         yield f"all four, {kind}", np.concatenate(parts)
-    yield "lognormal mix", lognormal_mix(4 * num_samples)[0]
+    yield "lognormal mix", lognormal_mix(4 * num_samples)[0].astype(np.int64)
 
 
 def measure(name: str, lengths: Lengths, packing: ModuleType | None) -> Row:
