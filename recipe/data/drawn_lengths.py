@@ -374,7 +374,7 @@ def with_draws(
     streams: Sequence[CheckedStream],
     encoder: Encoder,
     augmentation: Augmentation,
-    share: Callable[[Callable[[], Arrays]], Arrays | None] = lambda count: count(),
+    share: Callable[[Callable[[], Arrays]], Arrays] = lambda count: count(),
 ) -> DrawnTable:
     """Return the table of what augmentation shows; `share` gives all ranks what one counts, as `shared_arrays` does.
 
@@ -383,9 +383,7 @@ def with_draws(
         JoinedNumbersError: The lengths of drawn answers are not sums of parts.
     """
     kept = kept_parts(encoder, augmentation)
-    shared = share(lambda: concatenated([kept.of(stream) for stream in streams]))
-    assert shared is not None
-    parts = Parts(**shared)
+    parts = Parts(**share(lambda: concatenated([kept.of(stream) for stream in streams])))
     pool, teacher_parts = table.teachers, None
     if pool is not None and augmentation.config.teachers:
         teacher_parts = Parts(**count_parts(pool.samples, encoder, augmentation))

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Counted = TypeVar("Counted")
 
 _MOST_PROCESSES = 32  # each reads the whole file; more hardly gain, and a container may have fewer cores than it sees
-LEAST_SHARED_OUT = 16 * BLOCK  # records; fewer are counted before other processes have begun
+LEAST_DIVIDED = 16 * BLOCK  # records; fewer are counted before other processes have begun
 
 
 class MissingRecordsError(ConfigError):
@@ -97,7 +97,7 @@ class KeptCount:
             raise ValueError(f"{stream.folder} has no samples: convert a data set that has some")
         num_processes = min(usable_cores(), num_samples // BLOCK, _MOST_PROCESSES)
         progress = partial(tqdm, total=num_samples, unit=" samples", desc="count", disable=None)
-        if self.join is None or num_samples < LEAST_SHARED_OUT or num_processes < 2 or sys.platform != "linux":
+        if self.join is None or num_samples < LEAST_DIVIDED or num_processes < 2 or sys.platform != "linux":
             return self.count(progress(self.read(records, index)))
         found: list[Arrays] = []
         loader = DataLoader(

@@ -198,9 +198,7 @@ def read_lengths(streams: Sequence[CheckedStream], encoder: Encoder) -> Lengths:
         ValueError: A stream has no records next to its index, or a sample cannot be used.
     """
     kept = _kept_lengths(encoder)
-    found = shared_arrays(lambda: _join([kept.of(stream) for stream in streams]))
-    assert found is not None
-    return Lengths(**found)
+    return Lengths(**shared_arrays(lambda: _join([kept.of(stream) for stream in streams])))
 
 
 def _join(parts: Sequence[Arrays]) -> Arrays:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import Any, overload
 from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
@@ -66,6 +66,12 @@ def remove_old_files(folder: Path) -> None:
         with suppress(FileNotFoundError):  # another process may have removed it
             if time.time() - old.stat().st_mtime > _SECONDS_KEPT:
                 old.unlink()
+
+
+@overload
+def shared_arrays(make: Callable[[], Arrays]) -> Arrays: ...
+@overload
+def shared_arrays(make: Callable[[], Arrays | None]) -> Arrays | None: ...
 
 
 def shared_arrays(make: Callable[[], Arrays | None]) -> Arrays | None:

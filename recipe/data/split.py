@@ -70,9 +70,7 @@ def split_streams(streams: Sequence[CheckedStream], fraction: float | None) -> S
     """
     if fraction is None:
         return None
-    found = shared_arrays(lambda: _read_hashes(streams))
-    assert found is not None
-    split = Split(fraction, ImageHashes(**found))
+    split = Split(fraction, ImageHashes(**shared_arrays(lambda: _read_hashes(streams))))
     if split.is_validation.all() or not split.is_validation.any():
         side, remedy = "validation", "Raise it (above --val-share, if the conversion held images out)"
         if split.is_validation.all():

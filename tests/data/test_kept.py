@@ -35,7 +35,7 @@ def stream(request, samples: list[Sample], tmp_path: Path, write_shards, monkeyp
     """Counted by two or three processes, five records at once."""
     for module in (records, kept):
         monkeypatch.setattr(module, "BLOCK", 5)
-    monkeypatch.setattr(kept, "LEAST_SHARED_OUT", 1)
+    monkeypatch.setattr(kept, "LEAST_DIVIDED", 1)
     monkeypatch.setattr(kept, "usable_cores", lambda: request.param)
     (found,) = open_streams({"a": write_shards(tmp_path / "a", samples)})
     return found
@@ -121,7 +121,7 @@ def test_damaged_records_are_named(stream: CheckedStream):
 
 
 def test_few_records_need_no_other_process(stream: CheckedStream, monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(kept, "LEAST_SHARED_OUT", 38)
+    monkeypatch.setattr(kept, "LEAST_DIVIDED", 38)
     with caplog.at_level(logging.INFO):
         found = count_of(lambda block: {"n": np.array([len([*block]), os.getpid()])}).of(stream)
     assert found["n"].tolist() == [37, os.getpid()]

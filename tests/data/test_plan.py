@@ -149,9 +149,9 @@ def test_small_numbers_without_resampling_give_the_plan_of_earlier_versions(
 
 
 def test_patches_of_large_images_do_not_overflow():
-    budget = Budget(max_tokens=200_000, max_patches=300_000, window=64)
-    patches = np.full(40, 150_000, dtype=np.int32)
-    plan = make_plan(40, budget=budget, samples=None, tokens=patches // 4, patches=patches)
+    budget = Budget(max_tokens=20_000, max_patches=300_000, window=64)
+    patches = np.full(40, 120_000, dtype=np.int32)  # times `max_tokens` it is above 2^31
+    plan = make_plan(40, budget=budget, samples=None, tokens=patches // 120, patches=patches)
     assert np.diff(plan.offsets).max() == 2 and plan.num_packs == 20
 
 

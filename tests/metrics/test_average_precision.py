@@ -8,8 +8,10 @@ import pytest
 from faster_coco_eval import COCO, COCOeval_faster
 from metric_cases import make_prediction, make_sample
 
+from recipe.metrics import boxes
 from recipe.metrics.boxes import box_average_precision as box_scores
 from recipe.metrics.boxes import category_average_precision as category_scores
+from recipe.metrics.gather import scored_pairs
 from recipe.schema import DetectedObject, Object, Prediction, Sample
 
 TIES_OF_ONE = 1.3e-4  # AR of one box an image, where equals within an image are chosen from: measured 1.2e-4
@@ -164,7 +166,9 @@ def test_class_agnostic_parity_with_faster_coco_eval(shared_data: Path):
     assert scores == pytest.approx(expected, abs=1e-7)  # measured: 2.5e-8
 
 
-def test_cycles_are_collected_afterwards_as_before():
+def test_cycles_are_collected_afterwards_as_before(monkeypatch: pytest.MonkeyPatch):
+    searched: list[bool] = []
+    monkeypatch.setattr(boxes, "scored_pairs", lambda *rows: searched.append(gc.isenabled()) or scored_pairs(*rows))
     truth, found = [Sample("a", b"x", 9, 9, ())], [Prediction("b", 9, 9, ())]
     assert gc.isenabled()
     with pytest.raises(ValueError, match="do not belong"):
@@ -176,3 +180,4 @@ def test_cycles_are_collected_afterwards_as_before():
         assert not gc.isenabled()
     finally:
         gc.enable()
+    assert searched == [False, False]
