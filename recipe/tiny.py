@@ -114,8 +114,9 @@ def tiny_config(
             "rms_norm_eps": 1e-6,
             "initializer_range": 0.08,
             "tie_word_embeddings": tie_word_embeddings,
-            # Height and width rotate a head's slow pairs: at the real base of 1e6, 16 pairs would not rotate at all.
-            "rope_theta": 20.0,
+            # Height and width rotate a head's slow pairs, and an image has few tokens: at the real base of 1e6 16 pairs
+            # would not rotate at all, and at 20 answers learn later where an object is.
+            "rope_theta": 4.0,
             **_text_parts(model_type, head_pairs),
             "eos_token_id": ids["<|im_end|>"],
             "bos_token_id": ids["<|endoftext|>"],
@@ -153,7 +154,7 @@ def _vision_sizes(model_type: str, hidden_size: int, width: int, depth: int) -> 
     """Return what the families name differently, or alone have, in the config of the vision tower."""
     windows = {"window_size": 112, "fullatt_block_indexes": [depth - 1], "tokens_per_second": 2}
     return {
-        "qwen2_vl": {"embed_dim": width, "hidden_size": hidden_size, "mlp_ratio": 3},
+        "qwen2_vl": {"embed_dim": width, "hidden_size": hidden_size, "mlp_ratio": 4},
         "qwen2_5_vl": {
             "hidden_size": width,
             "out_hidden_size": hidden_size,
