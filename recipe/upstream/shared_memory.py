@@ -41,20 +41,24 @@ def clean_dead_shared_memory() -> list[str]:
     files = [*_matching(SEGMENTS, _SEGMENT_NAME), *_matching(Path(tempfile.gettempdir()), _LOCK_NAME)]
     if not files:
         return []
-    # Numbers of which any process maps a segment, and semaphores; listed later, so that those mapped meanwhile count.
-    alive = set[str]()
+    # Numbers of which any process maps a segment, and all that is mapped; listed later, so that those mapped meanwhile
+    # count. glibc maps a new semaphore under a temporary name, so only its inode tells that a process has it.
+    alive, mapped = set[str](), set[int]()
     for maps in PROCESSES.glob("[0-9]*/maps"):
         with suppress(OSError):  # another user's process, or ended meanwhile
             lines = maps.read_text(errors="replace").splitlines()
-            names = [line.rpartition("/")[2] for line in lines if f"{SEGMENTS}/" in line]
+            lines = [line for line in lines if f"{SEGMENTS}/" in line]
+            names = [line.rpartition("/")[2] for line in lines]
             alive |= {match[match.lastindex or 0] for match in map(_SEGMENT_NAME.match, names) if match}
+            mapped |= {int(line.split(maxsplit=5)[4]) for line in lines}
     dead: list[tuple[Path, str]] = []
     for path, number in files:
         with suppress(FileNotFoundError):
             status = path.stat()
             if status.st_uid == os.getuid():
                 dead.append((path, number))
-                if time.time() - max(status.st_mtime, status.st_ctime) < YOUNGEST:
+                is_young = time.time() - max(status.st_mtime, status.st_ctime) < YOUNGEST
+                if is_young or (path.parent == SEGMENTS and status.st_ino in mapped):
                     alive.add(number)
     removed = []
     for path, number in dead:

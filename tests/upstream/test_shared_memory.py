@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -102,12 +103,13 @@ def test_only_the_dead_of_this_user_are_removed(tmp_path: Path, monkeypatch: pyt
     for folder in (shm, temporary, processes / "self", processes / "17"):
         folder.mkdir(parents=True)
     (processes / "self" / "maps").touch()
-    (processes / "17" / "maps").write_text(
-        f"7f00-7f01 rw-s 00000000 00:19 5 {shm}/000002_locals\n7f02-7f03 rw-s 0 00:19 6 {shm}/another\n"
-        f"7f04-7f05 rw-s 0 00:19 7 {shm}/sem.mp-alive_12\n"
-    )
     for name in ("sem.mp-alive_12", "sem.mp-dead__12", "sem.other"):
         (shm / name).touch()
+    inode = (shm / "sem.mp-alive_12").stat().st_ino
+    (processes / "17" / "maps").write_text(
+        f"7f00-7f01 rw-s 00000000 00:19 5 {shm}/000002_locals\n7f02-7f03 rw-s 0 00:19 6 {shm}/another\n"
+        f"7f04-7f05 rw-s 0 00:19 {inode}                      {shm}/sem.Ube9Pr (deleted)\n"
+    )
     for name in ("000001_locals", "000002_locals", "000002_barrier", "000003_locals", "another", "000001_other"):
         (shm / name).touch()
     for name in ("000001_cache_filelock", "000002_cache_filelock", "000004_barrier_filelock", "other_filelock"):
@@ -132,6 +134,17 @@ def test_only_the_dead_of_this_user_are_removed(tmp_path: Path, monkeypatch: pyt
     (shm / "000001_locals").touch()
     monkeypatch.setattr(shared_memory.time, "time", lambda: later + 999)
     assert clean_dead_shared_memory() == []
+
+
+def test_a_semaphore_whose_process_has_not_started_yet_is_spared(monkeypatch: pytest.MonkeyPatch):
+    """Under load the process of an uploader takes longer than 30 s; until then only its parent has the semaphores."""
+    lock = get_context("spawn").Lock()
+    before = set(SEGMENTS.glob("sem.mp-*"))
+    monkeypatch.setattr(shared_memory, "YOUNGEST", 2.0)
+    time.sleep(2.1)
+    clean_dead_shared_memory()
+    (path,) = [path for path in before if path.name == f"sem.{lock._semlock.name.strip('/')}"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert path.exists()
 
 
 def test_other_systems_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
