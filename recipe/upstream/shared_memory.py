@@ -42,7 +42,7 @@ def clean_dead_shared_memory() -> list[str]:
     if not files:
         return []
     # Numbers of which any process maps a segment, and all that is mapped; listed later, so that those mapped meanwhile
-    # count. glibc maps a new semaphore under a temporary name, so only its inode tells that a process has it.
+    # count. glibc maps a new semaphore under a temporary name, so only its inode shows that a process has it.
     alive, mapped = set[str](), set[int]()
     for maps in PROCESSES.glob("[0-9]*/maps"):
         with suppress(OSError):  # another user's process, or ended meanwhile
