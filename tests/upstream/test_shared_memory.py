@@ -1,6 +1,7 @@
 """What a SIGKILL leaves, that it is removed, and that the living are spared."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,15 +137,14 @@ def test_only_the_dead_of_this_user_are_removed(tmp_path: Path, monkeypatch: pyt
     assert clean_dead_shared_memory() == []
 
 
-def test_a_semaphore_whose_process_has_not_started_yet_is_spared(monkeypatch: pytest.MonkeyPatch):
+def test_a_semaphore_whose_process_has_not_started_yet_is_spared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Under load the process of an uploader takes longer than 30 s; until then only its parent has the semaphores."""
     lock = get_context("spawn").Lock()
-    before = set(SEGMENTS.glob("sem.mp-*"))
-    monkeypatch.setattr(shared_memory, "YOUNGEST", 2.0)
-    time.sleep(2.1)
-    clean_dead_shared_memory()
-    (path,) = [path for path in before if path.name == f"sem.{lock._semlock.name.strip('/')}"]  # pyright: ignore[reportAttributeAccessIssue]
-    assert path.exists()
+    name = f"sem.{lock._semlock.name.strip('/')}"  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(shared_memory, "_SEGMENT_NAME", re.compile(rf"(\d{{6}})_none|({re.escape(name)})"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(shared_memory, "YOUNGEST", 0.0)
+    assert clean_dead_shared_memory() == [] and (SEGMENTS / name).exists()
 
 
 def test_other_systems_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
