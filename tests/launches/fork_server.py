@@ -24,10 +24,10 @@ from typing import IO, Any
 
 import numpy as np
 from composer.cli import launcher
-from composer.utils import get_free_tcp_port
 
 import recipe.predict
 import recipe.train
+from tests.support.ports import free_port
 from tests.support.segments import number_segments_apart
 
 assert recipe.predict and recipe.train  # imported for the launches
@@ -111,7 +111,7 @@ def become_launch(request: Request) -> None:
 
 def fork_ranks(request: Request) -> None:
     """Return in each rank; in the process that forked them do the rest of `composer.cli.launcher.main` and exit."""
-    folder, port = tempfile.mkdtemp(), get_free_tcp_port()
+    folder, port = tempfile.mkdtemp(), free_port()
     ranks: dict[int, Any] = {}
     for rank in range(request.world_size):
         paths = [f"{folder}/{rank}.{name}" for name in ("stdout", "stderr")] if rank else []

@@ -22,6 +22,8 @@ from typing import NoReturn
 import psutil
 from torch import distributed
 
+from tests.support.ports import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -133,8 +135,8 @@ def start(
         env: Added to the environment.
         forked: Skip the imports.
     """
-    launcher = ["-m", "composer.cli.launcher", "-n", str(world_size)] if world_size else []
-    command = [sys.executable, *launcher, str(script), *arguments]
+    launcher = ["-m", "composer.cli.launcher", "-n", str(world_size), "--master_port", str(free_port())]
+    command = [sys.executable, *(launcher if world_size else []), str(script), *arguments]
     environment = {**settings(), **(env or {})}
     log.touch()
     started = time.time()

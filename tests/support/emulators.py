@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tests.support.s3_server import free_port
+from tests.support.ports import free_port
 
 AZURE_ACCOUNT = "devstoreaccount1"
 # Azurite's own, which is published and opens nothing else.

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.launches.launch import REPOSITORY, Running, settings
-from tests.support.s3_server import S3Server, free_port, s3_server
+from tests.support.ports import free_port
+from tests.support.s3_server import S3Server, s3_server
 
 NETWORK = "10.78.0."  # the nodes are 1, 2, ...; this machine is 254
 SPACES = ("--mount", "--uts", "--ipc", "--net", "--pid", "--time")

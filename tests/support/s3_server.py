@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.support.ports import free_port
 
 ACCESS_KEY = "tests-access-key-id"
 SECRET_KEY = "tests-secret-access-key"
@@ -57,12 +58,6 @@ class S3Server:
             if path.is_file():
                 client.upload_file(str(path), bucket, os.path.join(prefix, path.relative_to(folder)))
         return f"s3://{bucket}/{prefix}".rstrip("/")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
