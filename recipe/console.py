@@ -9,6 +9,7 @@ import warnings
 from types import TracebackType
 
 from recipe.redact import redact_text
+from recipe.upstream.compiler import import_bitsandbytes_without_compiler
 
 # Warnings of other libraries in a normal run, which no user can act on: the beginning of each, and why it is hidden.
 HIDDEN_WARNINGS = {
@@ -45,8 +46,7 @@ def setup_logging() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("recipe").setLevel(logging.INFO if rank == "0" else logging.WARNING)
     logging.captureWarnings(True)
-    # torch starts processes that compile, which nothing here asks for, as soon as bitsandbytes is imported; peft does.
-    os.environ.setdefault("TORCH_WARM_POOL", "0")
+    import_bitsandbytes_without_compiler()
     # At import on a CPU with avx512_bf16 it names a kernel on the hub, which `recipe.models.nf4` does not use.
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     for beginning in HIDDEN_WARNINGS:

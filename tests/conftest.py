@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch.distributed
 
+from recipe.upstream.compiler import import_bitsandbytes_without_compiler
 from recipe.upstream.shape_checks import check_shapes
 
+import_bitsandbytes_without_compiler()  # as the entries do
 check_shapes()  # before the first import of what is checked
 
 # ruff: noqa: E402

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A line may import those before it. Modules of one line may import each other, if they form no cycle.
 ORDER = [
-    "schema config boxes images redact console",
-    "records upstream families configure rules",
+    "schema config boxes images redact",
+    "records upstream console families configure rules",
     "data models losses metrics",
     "convert optim",
     "prediction algorithms",

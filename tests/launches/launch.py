@@ -35,7 +35,7 @@ def settings() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "TORCH_WARM_POOL": "0",  # see recipe.console.setup_logging
+        "TORCH_WARM_POOL": "0",  # no process that compiles: see recipe.upstream.compiler
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
