@@ -40,5 +40,9 @@ class _Finder(MetaPathFinder):
 
 
 def import_bitsandbytes_without_compiler() -> None:
-    """Switch `torch.compile` off while bitsandbytes is imported, should it ever be; not afterwards."""
+    """Switch `torch.compile` off while bitsandbytes is imported, should it ever be; not afterwards.
+
+    Processes that this one spawns, such as Composer's uploaders, import the compiler, but start none that wait for it.
+    """
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
     sys.meta_path.insert(0, _Finder())
