@@ -23,7 +23,7 @@ print(hasattr(torch.compile(torch.sin), "_torchdynamo_orig_callable"), os.enviro
 @pytest.mark.parametrize(
     ("hooked", "given", "lines"),
     [
-        (False, None, ["True None", "True None"]),  # if this fails, see whether recipe.upstream.compiler is still needed
+        (False, None, ["True None", "True None"]),  # if not, recipe.upstream.compiler may be deleted
         (True, None, ["False None", "True 0"]),
         (True, "0", ["False 0", "True 0"]),
     ],
