@@ -2,8 +2,8 @@
 
 Composer imports peft where it is installed, peft 0.21 (`helpers.py`) imports bitsandbytes where it is installed, and
 bitsandbytes 0.50.2 (`backends/default/ops.py`) decorates four functions with `torch.compile`. That imports torch's
-inductor, and with torch 2.7 starts a process that waits for something to compile. Can be deleted once bitsandbytes
-decorates them when they are first called.
+inductor, and with torch 2.7 starts a process that waits for something to compile. Those four, for devices without
+kernels of their own, run uncompiled then. Can be deleted once bitsandbytes decorates them when they are first called.
 """
 
 import os
