@@ -51,18 +51,19 @@ def run_legs(
 ) -> dict[str, Run]:
     """Run legs in worlds of these sizes, one world after the other; `common` holds for all legs.
 
-    Those run that a parameter of the module's selected tests names, `always` and all of one process, and what they
-    need: the leg that one begins with, and the uninterrupted run if both are of one mode.
+    Those run that a parameter of the module's selected tests names, `always`, and what they need: the same run of one
+    process, the leg that one begins with, and the uninterrupted run if both are of one mode.
     """
     samples = make_samples()
     numbered = [replace(samples[name], id=f"{index}-{name}") for index, name in enumerate(SAMPLES)]
     write_split(numbered, str(folder / "data"), "train")
     legs = {name: leg for group in worlds.values() for name, leg in group.items()}
-    wanted = {*always, *(name for name in worlds[1] if not legs[name].begin_with)}
+    wanted = set(always)
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.path == request.path and hasattr(item, "callspec"):
             wanted |= legs.keys() & {str(value) for value in item.callspec.params.values()}
     for name in list(wanted):
+        wanted.add(one_of(name))
         if begin_with := legs[name].begin_with:
             wanted |= {begin_with} | ({whole_run(name)} if legs[begin_with].mode == legs[name].mode else set())
     found: dict[str, Run] = {}
@@ -84,6 +85,11 @@ def run_legs(
 def with_drills(names: Iterable[str], drills: Container[str]) -> list[Any]:
     """Mark those parameters that only `make test-all` runs: CI's tests hold each property once."""
     return [pytest.param(name, marks=pytest.mark.drill) if name in drills else name for name in names]
+
+
+def one_of(name: str) -> str:
+    """The run of one process that a run is to equal."""
+    return next((f"one_{kind}" for kind in ("switched", "adapted", "classed") if kind in name), "one")
 
 
 def whole_run(name: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from recipe.checkpoints.weights import read_weights
 from recipe.load import load_network
 from tests.distributed.fsdp_run import CLASSES, Leg
-from tests.distributed.legs import SAMPLES, Run, assert_same, run_legs, whole_run, with_drills
+from tests.distributed.legs import SAMPLES, Run, assert_same, one_of, run_legs, whole_run, with_drills
 
 TWO_RANKS = {
     "ddp": Leg("", "", "", "ddp"),
@@ -50,6 +50,7 @@ ONE_RANK = {
     "one_of_fsdp2": Leg("", "", "", "ddp", begin_with="fsdp2_begun"),
     "one_sharded": Leg("", "", "", "fsdp2", sharded=True, begin_with="fsdp2_begun_sharded"),
 }
+SAME_BITS = ("fsdp2_of_fsdp2", "fsdp2_sharded", "fsdp1_sharded", "fsdp2_adapted_sharded")  # mode and ranks are one
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,6 @@ def runs(request: pytest.FixtureRequest, tiny_checkpoint: str, folder: Path) -> 
     return run_legs(request, tiny_checkpoint, folder, {2: TWO_RANKS, 1: ONE_RANK}, always=["ddp"])
 
 
-def one_of(name: str) -> str:
-    """The run of one process that a run is to equal."""
-    return next((f"one_{kind}" for kind in ("switched", "adapted") if kind in name), "one")
-
-
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
@@ -77,7 +73,7 @@ def one_of(name: str) -> str:
             *("ddp", "fsdp1", "fsdp2", "one_fsdp1", "one_fsdp2"),
             *("fsdp1_switched", "fsdp2_switched", "fsdp1_adapted", "fsdp2_adapted"),
         ],
-        drills=["fsdp1_switched", "fsdp1_adapted"],
+        drills=["one_fsdp1", "one_fsdp2", "fsdp1_switched", "fsdp2_switched", "fsdp1_adapted"],
     ),
 )
 def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
@@ -122,29 +118,25 @@ def test_flops_are_those_of_whole_weights(runs: Mapping[str, Run], name: str) ->
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
-    ("name", "same_bits"),
-    [
-        ("fsdp2_of_fsdp2", True),
-        ("fsdp2_sharded", True),
-        ("fsdp1_sharded", True),
-        ("fsdp2_adapted_sharded", True),
-        ("fsdp2_of_ddp", False),
-        ("ddp_of_fsdp2", False),
-        ("one_of_fsdp2", False),
-        ("one_sharded", False),
-    ],
+    "name",
+    with_drills(
+        [*SAME_BITS, "fsdp2_of_ddp", "ddp_of_fsdp2", "one_of_fsdp2", "one_sharded"],
+        drills=["fsdp2_of_fsdp2", "fsdp2_adapted_sharded", "ddp_of_fsdp2", "one_of_fsdp2"],
+    ),
 )
-def test_a_resumed_run_is_the_uninterrupted_one(runs: Mapping[str, Run], name: str, same_bits: bool) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(runs: Mapping[str, Run], name: str) -> None:
     assert len(runs[name].losses) == 2
     assert_same(runs[name], runs[one_of(name)])
-    if same_bits:
+    if name in SAME_BITS:
         whole = runs[whole_run(name)]
         assert all(torch.equal(value, whole.weights[key]) for key, value in runs[name].weights.items())
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("name", ["fsdp2_begun_sharded", "fsdp1_begun", "fsdp2_begun_adapted"])
+@pytest.mark.parametrize(
+    "name", with_drills(["fsdp2_begun_sharded", "fsdp1_begun", "fsdp2_begun_adapted"], drills=["fsdp2_begun_adapted"])
+)
 def test_shards_are_gathered_for_export(runs: Mapping[str, Run], folder: Path, name: str) -> None:
     checkpoint = folder / name / "checkpoints" / "latest-rank0.pt"
     gathered = read_weights(checkpoint)

@@ -12,7 +12,7 @@ import torch
 from recipe.checkpoints.weights import read_weights
 from recipe.schema import Example
 from tests.distributed.fsdp_run import Leg
-from tests.distributed.legs import Run, assert_same, run_legs, with_drills
+from tests.distributed.legs import Run, assert_same, one_of, run_legs, with_drills
 from tests.distributed.test_two_ranks import assert_one_process
 from tests.launches.launch import run_composer
 
@@ -43,10 +43,9 @@ ONE_RANK = {
     "one_adapted": Leg("", "", "", "ddp", adapted=True, ema=True),
     "one_of_hybrid2": Leg("", "", "", "ddp", begin_with="hybrid2_begun"),
 }
-DRILLS = ("fsdp1", "fsdp2", "hybrid1_kept", "hybrid2_kept")
-DRILLS += ("hybrid2_of_fsdp2", "fsdp2_of_hybrid2", "ddp_of_hybrid2", "hybrid2_sharded_of_fsdp2")
 WHOLE = [name for name in FOUR_RANKS if "begun" not in name and "_of_" not in name]
 RESUMED = [name for name in (*FOUR_RANKS, *ONE_RANK) if "_of_" in name]
+DRILLS = {*WHOLE, *RESUMED} - {"hybrid1", "hybrid2", "hybrid2_sharded_of_hybrid2"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def runs(request: pytest.FixtureRequest, tiny_checkpoint: str, folder: Path) -> 
 def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, Run], name: str) -> None:
     """So those of hybrid sharding are those of plain FSDP; measured: losses 8.4e-16, weights 5.2e-14."""
     assert len(runs[name].losses) == 5 and len(runs[name].scores) == 2
-    expected = runs["one_adapted" if "adapted" in name else "one"]
+    expected = runs[one_of(name)]
     assert_same(runs[name], expected)
     assert runs[name].scores[0] == pytest.approx(expected.scores[0], rel=1e-6)
 
@@ -85,7 +84,9 @@ def test_checkpoints_pass_between_hybrid_and_other_runs(runs: Mapping[str, Run],
 
 @pytest.mark.slow
 @pytest.mark.world_size(4)
-@pytest.mark.parametrize("name", ["hybrid1_begun_sharded", "hybrid2_begun_sharded"])
+@pytest.mark.parametrize(
+    "name", with_drills(["hybrid1_begun_sharded", "hybrid2_begun_sharded"], drills=["hybrid1_begun_sharded"])
+)
 def test_one_group_writes_the_shards(runs: Mapping[str, Run], folder: Path, name: str) -> None:
     checkpoint = folder / name / "checkpoints" / "latest-rank0.pt"
     assert {path.name for path in checkpoint.resolve().glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
@@ -95,7 +96,7 @@ def test_one_group_writes_the_shards(runs: Mapping[str, Run], folder: Path, name
 
 @pytest.mark.slow
 @pytest.mark.world_size(4)
-@pytest.mark.parametrize("mode", ["hybrid1", "hybrid2"])
+@pytest.mark.parametrize("mode", with_drills(["hybrid1", "hybrid2"], drills=["hybrid1"]))
 def test_a_step_is_that_of_one_process(
     tiny_checkpoint: str, tiny_examples: dict[str, Example], tmp_path: Path, mode: str
 ) -> None:

@@ -15,7 +15,7 @@ from tests.distributed.nan_run import CASES, HIT
 from tests.launches.launch import run_composer
 
 MODES = {"ddp": 2, "fsdp1": 2, "fsdp2": 2, "ddp_lora": 2, "fsdp2_lora": 2, "hybrid1": 4, "hybrid2": 4}  # ranks of each
-DRILLS = ("ddp_lora", "hybrid1")
+DRILLS = ("fsdp2", "ddp_lora", "hybrid1")
 SKIPPED = [name for name in CASES if name not in ("weight", "given_up")]
 Records = dict[str, list[dict[str, Any]]]
 

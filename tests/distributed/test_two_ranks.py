@@ -26,19 +26,18 @@ MODES = ("ddp", "fsdp1", "fsdp2")
 
 
 @pytest.fixture(scope="module")
-def records(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Records:
+def records(made: dict[Any, Any], tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Records:
     """What both ranks wrote, of each case of a mode; a rank that waits for the other runs into the time limit."""
-    made: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
     def of_mode(mode: str) -> dict[str, list[dict[str, Any]]]:
-        if mode not in made:
+        if ("two_ranks", mode) not in made:
             out = tmp_path_factory.mktemp(mode)
             script = Path(__file__).with_name("one_step.py")
             run_composer(2, script, tiny_checkpoint, str(out), mode, timeout=600)
-            made[mode] = {
+            made["two_ranks", mode] = {
                 name: [torch.load(out / f"{mode}-{name}-{rank}.pt") for rank in range(2)] for name in cases_of(mode)
             }
-        return made[mode]
+        return made["two_ranks", mode]
 
     return of_mode
 
