@@ -53,7 +53,7 @@ test: $(INSTALLED)
 	$(PYTEST) -n 2 --dist loadfile -m "$(FAST)"
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -n 2 --dist loadfile -m "slow and not gpu and not drill"
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not gpu and not drill"
 
 test-all: $(INSTALLED)
 	$(PYTEST)

@@ -307,7 +307,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None
     found = [f"{what} {some(names)}" for what, names in problems.items() if names]
     if found:
         raise ValueError(
-            f"{source} does not fit the model: it {'; it '.join(found)}: give the configuration it was trained with"
+            f"{source} does not fit the model: it {'; it '.join(found)}: give the configuration it was trained with, "
+            "or read it by the version of the recipe that wrote it"
         )
     module.load_state_dict(weights)
 

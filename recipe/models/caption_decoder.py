@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from recipe.models.layers import Attention, FeedForward, read_map
-from recipe.models.memory import sine_embedding
+from recipe.models.memory import sides_in_tokens, sine_embedding
 from recipe.schema import CaptionPlaces, Memory
 
 KeysValues = tuple[Tensor, Tensor]
@@ -182,7 +182,8 @@ class CaptionDecoder(nn.Module):
             if self.region is not None:
                 start = start + self.region(read_regions(boxes.detach(), places, memory).to(start.dtype))
             parts.append(start[:, None])
-            centers = places.side_by_side(sine_embedding(boxes[..., :2].detach(), self.width))
+            found_at = boxes[..., :2].detach() * sides_in_tokens(memory.cells).to(boxes)[places.image]
+            centers = places.side_by_side(sine_embedding(found_at, self.width))
         if token_embeds is not None:
             parts.append(self.token_in(self.token_norm(token_embeds.to(self.start.weight.dtype))))
         states = torch.cat(parts, dim=1)  # (R, C, W)

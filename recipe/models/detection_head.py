@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from recipe.models.layers import MLP, Attention, DeformableAttention, FeedForward, compass, objectness_layer
-from recipe.models.memory import sine_embedding
-from recipe.models.proposals import ProposalHead
+from recipe.models.memory import sides_in_tokens, sine_embedding
+from recipe.models.proposals import SMALLEST, ProposalHead, moved
 from recipe.models.pyramid import LEVELS
 from recipe.schema import DenoisingQueries, DetectionOutputs, Memory, Target
 
@@ -113,7 +113,7 @@ class DetectionHead(nn.Module):
         nn.init.normal_(self.query_content.weight, std=0.1)
         self.query_boxes = nn.Parameter(initial_boxes(num_queries).repeat(num_query_groups, 1))
         self.denoising_content = nn.Parameter(torch.zeros(width))
-        self.box_position = MLP(width, width, width, 2)
+        self.box_embedding = MLP(width, width, width, 2)
         self.place_scale = _constant_mlp(width, width, 2, start=1.0)  # at first, places as they are
         self.places = nn.Parameter(compass(num_heads) * local_attention)
         self.layers = nn.ModuleList(
@@ -131,7 +131,7 @@ class DetectionHead(nn.Module):
         num_images, num_groups = len(memory.tokens), self.num_query_groups if self.training else 1
         num_queries = num_groups * self.num_queries
         queries = self.query_content.weight[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, W)
-        references = self.query_boxes[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, 4), before the sigmoid
+        references = self.query_boxes[:num_queries].sigmoid().expand(num_images, -1, -1)  # (N, G * Q, 4)
         proposals = None
         if self.proposal_head is not None:
             proposals = self.proposal_head(memory)
@@ -147,34 +147,35 @@ class DetectionHead(nn.Module):
             mask = attention_mask(denoising, num_queries, num_groups)
             content = self.denoising_content.expand(num_images, num_denoising, -1)
             queries = torch.cat([content, queries], dim=1)
-            references = torch.cat([torch.logit(denoising.boxes, eps=1e-3).to(references), references], dim=1)
+            references = torch.cat([denoising.boxes.clamp(min=SMALLEST).to(references), references], dim=1)
         else:
             queries = queries + 0.0 * self.denoising_content  # every parameter has a gradient in every step
             if num_groups > 1:
                 group = group_numbers(num_queries, num_groups, queries.device)
                 mask = (group[:, None] == group)[None, None]
+        in_tokens = sides_in_tokens(memory.cells)
         boxes, logits, features = [], [], queries
         for layer in self.layers:
-            looked_at = references.sigmoid()
-            queries = layer(queries, *self._positions(queries, looked_at), looked_at, memory, mask)
+            positions = self._positions(queries, references, in_tokens)
+            queries = layer(queries, *positions, references, memory, mask)
             features = self.norm(queries)
-            raw = references + self.box_delta(features)
-            boxes.append(raw)
+            boxes.append(moved(references, self.box_delta(features)))
             logits.append(self.objectness(features).squeeze(-1))
             if self.refine_boxes:
-                references = raw.detach()
+                references = boxes[-1].detach()
         starts = range(num_denoising, num_denoising + num_queries, self.num_queries)
         first, *others = (_outputs(boxes, logits, features, slice(start, start + self.num_queries)) for start in starts)
         first.groups, first.proposals = others, proposals
         return first, None if denoising is None else _outputs(boxes, logits, features, slice(0, num_denoising))
 
-    def _positions(self, queries: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def _positions(self, queries: Tensor, boxes: Tensor, in_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return embeddings of the reference boxes (N, Q, W) and of where each head looks (N, heads, Q, W).
 
         As in DAB-DETR, section 4.3, except that each head looks at its own learned place, in half box sizes from the
-        centre, like the sampling points of Deformable DETR.
+        centre, like the sampling points of Deformable DETR. `in_tokens` are the sides of the images (N, 2).
         """
-        box_positions = self.box_position(sine_embedding(boxes, self.width))
+        boxes = boxes * in_tokens.repeat(1, 2)[:, None]
+        box_positions = self.box_embedding(sine_embedding(boxes, self.width))
         places = boxes[:, None, :, :2] + self.places[:, None] * boxes[:, None, :, 2:] / 2  # (N, heads, Q, 2)
         return box_positions, sine_embedding(places, self.width) * self.place_scale(queries)[:, None]
 
@@ -197,8 +198,8 @@ def _constant_mlp(width: int, out_features: int, num_layers: int, start: float) 
 
 def _outputs(boxes: list[Tensor], logits: list[Tensor], features: Tensor, rows: slice) -> DetectionOutputs:
     layers = [
-        DetectionOutputs(raw[:, rows].sigmoid(), raw[:, rows], logit[:, rows], features[:, rows])
-        for raw, logit in zip(boxes, logits, strict=True)
+        DetectionOutputs(box[:, rows], logit[:, rows], features[:, rows])
+        for box, logit in zip(boxes, logits, strict=True)
     ]
     last = layers.pop()
     last.aux_outputs = layers

@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from recipe.models.pyramid import CELLS_PER_TOKEN, FeaturePyramid
 from recipe.schema import Memory
 
+LONGEST_WAVE, SHORTEST_WAVE = 32.0, 0.5  # of embeddings of positions, in vision tokens
+
 
 class Adapter(nn.Module):
     """Residual MLP from `hidden_size` to `width`, with a bottleneck of `hidden_size // ratio`."""
@@ -88,7 +90,8 @@ class MemoryBuilder(nn.Module):
         cells = torch.cat([cells, cells.new_zeros(*words.shape[:2], 4)], dim=1)  # (N, M, 4)
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
-            positions = sine_embedding(cells[..., :2], self.width) * (cells[..., 2:3] > 0)
+            places = cells[..., :2] * sides_in_tokens(cells)[:, None]
+            positions = sine_embedding(places, self.width) * (cells[..., 2:3] > 0)
             tokens = tokens + positions  # so that what a query reads includes its position
         memory = Memory(tokens, positions, mask, cells)
         if self.pyramid is not None:
@@ -106,14 +109,20 @@ def grid_cells(rows: int, columns: int, device: torch.device | None = None) -> F
     return torch.cat([grid_x.reshape(-1, 1), grid_y.reshape(-1, 1), size], dim=-1)
 
 
-def sine_embedding(
-    coordinates: Float[Tensor, "*points n"], width: int, temperature: float = 20.0
-) -> Float[Tensor, "*points {width}"]:
-    """Return sine and cosine waves of coordinates in [0, 1]; `width` is a multiple of 2n.
+def sides_in_tokens(cells: Float[Tensor, "N M 4"]) -> Float[Tensor, "N 2"]:
+    """Return the (columns, rows) of images by the cells of their tokens; 1 without any."""
+    sizes = cells[..., 2:].amax(1)
+    return 1 / torch.where(sizes > 0, sizes, 1.0)
 
-    As in DETR; `temperature`, the ratio of the longest to the shortest wave, as in DAB-DETR.
+
+def sine_embedding(coordinates: Float[Tensor, "*points n"], width: int) -> Float[Tensor, "*points {width}"]:
+    """Return sine and cosine waves of coordinates in vision tokens; `width` is a multiple of 2n.
+
+    As in DETR, but for the unit: as shares of the image, a head that has learned from parts of images draws boxes twice
+    as large on images of twice the side.
     """
     num_waves = width // coordinates.shape[-1] // 2
     exponents = torch.arange(num_waves, device=coordinates.device, dtype=coordinates.dtype) / num_waves
-    angles = coordinates[..., None] * (2 * math.pi) * temperature**exponents  # (..., n, waves)
+    turns = (LONGEST_WAVE / SHORTEST_WAVE) ** exponents / LONGEST_WAVE  # per token
+    angles = coordinates[..., None] * (2 * math.pi) * turns  # (..., n, waves)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)

@@ -181,6 +181,7 @@ def test_a_damaged_download_is_not_kept(address: str, proxy: FaultProxy) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.world_size(4)
 def test_each_node_reads_its_own_shards(address: str, proxy: FaultProxy, tmp_path: Path) -> None:
     """Two ranks save; then each is a node, of which none reads all. A broken shard sends all to the checkpoint before.

@@ -111,6 +111,7 @@ def write_locally(tmp_path: Path, found: Found) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.drill
 def test_a_machine_is_lost_and_the_command_too(
     cluster: Any, s3: S3Server, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

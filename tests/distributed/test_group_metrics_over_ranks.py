@@ -17,7 +17,11 @@ from tests.support.tiny_cases import make_batches, make_model
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
-    ("mode", "world_size"), [("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("hybrid1", 4), ("hybrid2", 4)]
+    ("mode", "world_size"),
+    [
+        *(("ddp", 2), ("fsdp1", 2), ("fsdp2", 2)),
+        *(pytest.param(mode, 4, marks=pytest.mark.drill) for mode in ("hybrid1", "hybrid2")),
+    ],
 )
 def test_norms_are_those_of_one_process(
     tiny_checkpoint: str,

@@ -7,11 +7,18 @@ import pytest
 
 from tests.launches.launch import run_composer
 
+DRILLS: tuple[tuple[str, list[str]], ...] = (("ddp", []), ("fsdp1", []), ("fsdp2", ["lora"]))
+
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
-    ("mode", "lora"), [("ddp", []), ("fsdp1", []), ("fsdp2", []), ("ddp", ["lora"]), ("fsdp2", ["lora"])]
+    ("mode", "lora"),
+    [
+        ("fsdp2", []),
+        ("ddp", ["lora"]),
+        *(pytest.param(mode, lora, marks=pytest.mark.drill) for mode, lora in DRILLS),
+    ],
 )
 def test_stages_on_two_ranks(mode: str, lora: list[str], tiny_checkpoint: str, tmp_path: Path):
     script = Path(__file__).with_name("staged_run.py")

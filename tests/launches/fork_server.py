@@ -25,12 +25,14 @@ from typing import IO, Any
 import numpy as np
 from composer.cli import launcher
 
+import recipe.callbacks
 import recipe.predict
 import recipe.train
+import tests.support.tiny_cases
 from tests.support.ports import free_port
 from tests.support.segments import number_segments_apart
 
-assert recipe.predict and recipe.train  # imported for the launches
+assert recipe.callbacks and recipe.predict and recipe.train and tests.support.tiny_cases  # imported for the launches
 
 
 @dataclass(frozen=True)

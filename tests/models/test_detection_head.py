@@ -11,13 +11,13 @@ from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.models.detection_head import DecoderLayer, DetectionHead, make_denoising_queries
 from recipe.models.layers import LOCALITY, Attention, compass
-from recipe.models.memory import grid_cells, sine_embedding
+from recipe.models.memory import grid_cells, sides_in_tokens, sine_embedding
 from recipe.models.pyramid import pad_maps
 from recipe.schema import DetectionOutputs, Example, LossCounts, Memory, Target
 from tests.support.tiny_cases import ALL_SWITCHES, NUM_QUERIES, collator, losses_and_gradients, make_batches, make_model
 
 WIDTH, QUERIES = 16, 4
-NAMES = ("pred_boxes", "pred_boxes_raw", "pred_objectness", "query_features")
+NAMES = ("pred_boxes", "pred_objectness", "query_features")
 COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, microbatches=1)
 
 
@@ -36,7 +36,7 @@ def make_memory(grids: list[tuple[int, int]], num_words: int, seed: int = 0) -> 
     states = torch.cat([pad_sequence(seen, batch_first=True), torch.stack(words)], dim=1)
     mask = cells[..., 2] > 0
     mask[:, vision.shape[1] :] = True
-    positions = sine_embedding(cells[..., :2], WIDTH) * (cells[..., 2:3] > 0)
+    positions = sine_embedding(cells[..., :2] * sides_in_tokens(cells)[:, None], WIDTH) * (cells[..., 2:3] > 0)
     return Memory(states, positions, mask, cells, *make_maps(grids, seed))
 
 
@@ -95,7 +95,7 @@ def test_an_equal_position_is_worth_so_much(local: bool, width: int, num_heads: 
     """
     torch.manual_seed(0)
     attention = Attention(width, num_heads, positional=True, local=local)
-    line = torch.stack([torch.linspace(0, 1, 11), torch.full((11,), 0.5)], dim=-1)
+    line = torch.stack([torch.linspace(0, 34, 11), torch.full((11,), 0.5)], dim=-1)  # in tokens
     positions = sine_embedding(line, width)[None]
     keys, _ = attention.keys_values(torch.zeros(1, 11, width), positions)
     assert attention.query_position is not None
@@ -131,11 +131,22 @@ def test_at_first_a_query_sees_the_edge_of_its_box():
     torch.manual_seed(0)
     head = DetectionHead(128, 1, 4, 1, 1, 0.0, refine_boxes=True)
     box = torch.tensor([[[0.5, 0.5, 0.4, 0.2]]])
-    _, places = head._positions(torch.zeros(1, 1, 128), box)
+    _, places = head._positions(torch.zeros(1, 1, 128), box, torch.tensor([[10.0, 10.0]]))
     cells = grid_cells(10, 10)
-    scores = (sine_embedding(cells[:, :2], 128) @ places[0, :, 0].T).T  # (heads, cells)
+    scores = (sine_embedding(10 * cells[:, :2], 128) @ places[0, :, 0].T).T  # (heads, cells)
     seen = cells[scores.argmax(1), :2]
     assert torch.allclose(seen, torch.tensor([[0.7, 0.5], [0.5, 0.6], [0.3, 0.5], [0.5, 0.4]]), atol=0.051)
+
+
+def test_the_sides_of_a_box_count_in_vision_tokens():
+    """A box is the same to a query wherever the image ends."""
+    torch.manual_seed(0)
+    head, queries = DetectionHead(WIDTH, 1, 2, 1, 1, 0.0, refine_boxes=True).double(), torch.zeros(2, 1, WIDTH).double()
+    box = torch.tensor([1.5, 2.5, 2.0, 1.0], dtype=torch.float64)  # in tokens
+    grids = torch.tensor([[4.0, 4.0], [8.0, 16.0]], dtype=torch.float64)  # (columns, rows) of two images
+    embedded, places = head._positions(queries, (box / grids.repeat(1, 2))[:, None], grids)
+    assert torch.allclose(embedded[0], head.box_embedding(sine_embedding(box, WIDTH)), atol=1e-12)
+    assert torch.allclose(embedded[0], embedded[1], atol=1e-12) and torch.allclose(places[0], places[1], atol=1e-12)
 
 
 @torch.no_grad()
@@ -149,7 +160,7 @@ def test_a_layer_hands_on_where_its_boxes_are():
         nn.init.zeros_(block.weight)
         nn.init.zeros_(block.bias)
     queries, boxes = torch.randn(1, QUERIES, WIDTH).double(), torch.rand(1, QUERIES, 4).double()
-    embedded, places = head._positions(queries, boxes)
+    embedded, places = head._positions(queries, boxes, torch.tensor([[3.0, 2.0]]).double())
     assert embedded.abs().max() > 0.01
     assert torch.equal(layer(queries, embedded, places, boxes, memory, None), queries + embedded)
 
@@ -160,9 +171,9 @@ def test_no_gradient_flows_through_a_reference(monkeypatch: pytest.MonkeyPatch):
     seen: list[bool] = []
     positions = head._positions
 
-    def recorded(queries: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+    def recorded(queries: Tensor, references: Tensor, in_tokens: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(references.requires_grad)
-        return positions(queries, references)
+        return positions(queries, references, in_tokens)
 
     monkeypatch.setattr(head, "_positions", recorded)
     head(make_memory([(2, 3)], 2))
@@ -183,7 +194,7 @@ def test_an_image_short_of_peaks_keeps_learned_references(num_words: int):
         outputs, _ = head(memory)
     # A fresh head answers with its references: the peak's box, then those that are learned.
     assert torch.allclose(outputs.pred_boxes[0, 0], proposals.pred_boxes[0, -1].clamp(1e-3, 1 - 1e-3), atol=1e-9)
-    assert torch.equal(outputs.pred_boxes_raw[0, 1:], head.query_boxes[1:])
+    assert torch.equal(outputs.pred_boxes[0, 1:], head.query_boxes[1:].sigmoid())
 
 
 @torch.no_grad()
