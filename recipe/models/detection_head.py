@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from recipe.models.layers import MLP, Attention, DeformableAttention, FeedForward, compass, objectness_layer
 from recipe.models.memory import sides_in_tokens, sine_embedding
-from recipe.models.proposals import SMALLEST, ProposalHead, moved
+from recipe.models.proposals import ProposalHead
 from recipe.models.pyramid import LEVELS
 from recipe.schema import DenoisingQueries, DetectionOutputs, Memory, Target
 
@@ -131,7 +131,7 @@ class DetectionHead(nn.Module):
         num_images, num_groups = len(memory.tokens), self.num_query_groups if self.training else 1
         num_queries = num_groups * self.num_queries
         queries = self.query_content.weight[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, W)
-        references = self.query_boxes[:num_queries].sigmoid().expand(num_images, -1, -1)  # (N, G * Q, 4)
+        references = self.query_boxes[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, 4), before the sigmoid
         proposals = None
         if self.proposal_head is not None:
             proposals = self.proposal_head(memory)
@@ -147,7 +147,7 @@ class DetectionHead(nn.Module):
             mask = attention_mask(denoising, num_queries, num_groups)
             content = self.denoising_content.expand(num_images, num_denoising, -1)
             queries = torch.cat([content, queries], dim=1)
-            references = torch.cat([denoising.boxes.clamp(min=SMALLEST).to(references), references], dim=1)
+            references = torch.cat([torch.logit(denoising.boxes, eps=1e-3).to(references), references], dim=1)
         else:
             queries = queries + 0.0 * self.denoising_content  # every parameter has a gradient in every step
             if num_groups > 1:
@@ -156,13 +156,15 @@ class DetectionHead(nn.Module):
         in_tokens = sides_in_tokens(memory.cells)
         boxes, logits, features = [], [], queries
         for layer in self.layers:
-            positions = self._positions(queries, references, in_tokens)
-            queries = layer(queries, *positions, references, memory, mask)
+            looked_at = references.sigmoid()
+            positions = self._positions(queries, looked_at, in_tokens)
+            queries = layer(queries, *positions, looked_at, memory, mask)
             features = self.norm(queries)
-            boxes.append(moved(references, self.box_delta(features)))
+            raw = references + self.box_delta(features)
+            boxes.append(raw)
             logits.append(self.objectness(features).squeeze(-1))
             if self.refine_boxes:
-                references = boxes[-1].detach()
+                references = raw.detach()
         starts = range(num_denoising, num_denoising + num_queries, self.num_queries)
         first, *others = (_outputs(boxes, logits, features, slice(start, start + self.num_queries)) for start in starts)
         first.groups, first.proposals = others, proposals
@@ -198,8 +200,8 @@ def _constant_mlp(width: int, out_features: int, num_layers: int, start: float) 
 
 def _outputs(boxes: list[Tensor], logits: list[Tensor], features: Tensor, rows: slice) -> DetectionOutputs:
     layers = [
-        DetectionOutputs(box[:, rows], logit[:, rows], features[:, rows])
-        for box, logit in zip(boxes, logits, strict=True)
+        DetectionOutputs(raw[:, rows].sigmoid(), raw[:, rows], logit[:, rows], features[:, rows])
+        for raw, logit in zip(boxes, logits, strict=True)
     ]
     last = layers.pop()
     last.aux_outputs = layers

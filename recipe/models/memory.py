@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from recipe.models.pyramid import CELLS_PER_TOKEN, FeaturePyramid
 from recipe.schema import Memory
 
-LONGEST_WAVE, SHORTEST_WAVE = 32.0, 0.5  # of embeddings of positions, in vision tokens
+LONGEST_WAVE, SHORTEST_WAVE = 16.0, 0.25  # of embeddings of positions, in vision tokens
 
 
 class Adapter(nn.Module):

@@ -18,8 +18,7 @@ from recipe.models.pyramid import ConvNorm, members_of
 from recipe.schema import Memory, Proposals
 
 INITIAL_CELLS = 4.0  # sides of a proposal at first, in cells
-LARGEST_LOG = 6.0  # of a side over the one before
-SMALLEST = 1e-3  # side of a reference, as a share of the image
+LARGEST_LOG = 6.0  # of a side over the initial one
 
 
 class ProposalHead(nn.Module):
@@ -67,20 +66,11 @@ class ProposalHead(nn.Module):
     def select(
         self, proposals: Proposals, finest: Float[Tensor, "N rows columns W"], count: int
     ) -> tuple[Float[Tensor, "N {count} 4"], Float[Tensor, "N {count} W"], Bool[Tensor, "N {count} 1"]]:
-        """Return references, contents and which of them are there, of the `count` best peaks."""
+        """Return references before the sigmoid, contents and which of them are there, of the `count` best peaks."""
         best, found = best_peaks(proposals, finest.shape[1:3], count)
         rows = torch.arange(len(best), device=best.device)[:, None]
-        references = proposals.pred_boxes.detach()[rows, best].clamp(SMALLEST, 1 - SMALLEST)
+        references = torch.logit(proposals.pred_boxes.detach()[rows, best].clamp(0, 1), eps=1e-3)
         return references, self.content(finest.flatten(1, 2)[rows, best]), found[..., None]
-
-
-def moved(boxes: Float[Tensor, "*boxes 4"], delta: Float[Tensor, "*boxes 4"]) -> Float[Tensor, "*boxes 4"]:
-    """Return boxes (cxcywh) moved by shares of their sides, and their sides by logarithms (R-CNN, Girshick 2014).
-
-    Unlike a step before the sigmoid, the step is the same wherever a box is and however large its image.
-    """
-    centers = boxes[..., :2] + delta[..., :2] * boxes[..., 2:]
-    return torch.cat([centers, boxes[..., 2:] * delta[..., 2:].clamp(max=LARGEST_LOG).exp()], dim=-1)
 
 
 def cells_of_images(rows: int, columns: int, extents: Float[Tensor, "N 2"]) -> Float[Tensor, "N {rows}*{columns} 4"]:

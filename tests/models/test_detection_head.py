@@ -17,7 +17,7 @@ from recipe.schema import DetectionOutputs, Example, LossCounts, Memory, Target
 from tests.support.tiny_cases import ALL_SWITCHES, NUM_QUERIES, collator, losses_and_gradients, make_batches, make_model
 
 WIDTH, QUERIES = 16, 4
-NAMES = ("pred_boxes", "pred_objectness", "query_features")
+NAMES = ("pred_boxes", "pred_boxes_raw", "pred_objectness", "query_features")
 COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, microbatches=1)
 
 
@@ -95,7 +95,7 @@ def test_an_equal_position_is_worth_so_much(local: bool, width: int, num_heads: 
     """
     torch.manual_seed(0)
     attention = Attention(width, num_heads, positional=True, local=local)
-    line = torch.stack([torch.linspace(0, 34, 11), torch.full((11,), 0.5)], dim=-1)  # in tokens
+    line = torch.stack([torch.linspace(0, 3.14, 11), torch.full((11,), 0.5)], dim=-1)  # in tokens
     positions = sine_embedding(line, width)[None]
     keys, _ = attention.keys_values(torch.zeros(1, 11, width), positions)
     assert attention.query_position is not None
@@ -194,7 +194,7 @@ def test_an_image_short_of_peaks_keeps_learned_references(num_words: int):
         outputs, _ = head(memory)
     # A fresh head answers with its references: the peak's box, then those that are learned.
     assert torch.allclose(outputs.pred_boxes[0, 0], proposals.pred_boxes[0, -1].clamp(1e-3, 1 - 1e-3), atol=1e-9)
-    assert torch.equal(outputs.pred_boxes[0, 1:], head.query_boxes[1:].sigmoid())
+    assert torch.equal(outputs.pred_boxes_raw[0, 1:], head.query_boxes[1:])
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor, autograd
 from torch.nn.utils.rnn import pad_sequence
 
 from recipe.losses.proposals import LEAST_WEIGHT, cell_targets, objectness_loss, proposal_losses
-from recipe.models.proposals import INITIAL_CELLS, ProposalHead, best_peaks, cells_of_images, moved
+from recipe.models.proposals import INITIAL_CELLS, ProposalHead, best_peaks, cells_of_images
 from recipe.schema import LossCounts, Memory, Proposals, Target
 
 COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, microbatches=1)
@@ -88,16 +88,6 @@ def test_boxes_are_of_the_image_and_begin_as_cells():
     references, contents, are_there = head.select(found, finest, 100)
     assert references.shape == (2, 100, 4) and contents.shape == (2, 100, 16) and references.isfinite().all()
     assert int(are_there[1].sum()) <= 8
-
-
-def test_a_box_moves_by_shares_of_its_sides():
-    """By hand; nothing moves by 0, however small; a side grows by e ** 6 at most."""
-    box = torch.tensor([0.5, 0.5, 0.2, 0.4], dtype=torch.float64)
-    delta = torch.tensor([0.5, -0.25, math.log(2), -math.log(2)], dtype=torch.float64)
-    assert torch.allclose(moved(box, delta), torch.tensor([0.6, 0.4, 0.4, 0.2], dtype=torch.float64), atol=1e-12)
-    speck = torch.tensor([0.0, 1.0, 1e-9, 1e-9], dtype=torch.float64)
-    assert torch.equal(moved(speck, torch.zeros(4).double()), speck)
-    assert float(moved(box, torch.full((4,), 100.0).double())[2]) == pytest.approx(0.2 * math.exp(6))
 
 
 def targets_of_one(cells: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
