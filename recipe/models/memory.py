@@ -83,7 +83,8 @@ class MemoryBuilder(nn.Module):
         device, dtype = prompt_states.device, self.vision_adapter.norm.weight.dtype
         cells_of = {size: grid_cells(*size, device=device) for size in set(grid_sizes)}
         vision = self.vision_adapter(pad_sequence(list(image_features), batch_first=True).to(dtype))
-        cells = pad_sequence([cells_of[size] for size in grid_sizes], batch_first=True).to(dtype)  # (N, tokens, 4)
+        cells = pad_sequence([cells_of[size] for size in grid_sizes], batch_first=True)  # (N, tokens, 4)
+        cells = cells.to(torch.promote_types(dtype, torch.float32))  # bfloat16 would be off by a wave
         words = self.language_adapter(prompt_states.to(dtype))
         tokens = torch.cat([vision, words], dim=1)  # (N, M, W)
         mask = torch.cat([cells[..., 2] > 0, prompt_mask], dim=1)  # (N, M)
@@ -91,7 +92,7 @@ class MemoryBuilder(nn.Module):
         positions = torch.zeros_like(tokens)
         if self.memory_positions:
             places = cells[..., :2] * sides_in_tokens(cells)[:, None]
-            positions = sine_embedding(places, self.width) * (cells[..., 2:3] > 0)
+            positions = (sine_embedding(places, self.width) * (cells[..., 2:3] > 0)).to(dtype)
             tokens = tokens + positions  # so that what a query reads includes its position
         memory = Memory(tokens, positions, mask, cells)
         if self.pyramid is not None:
