@@ -9,6 +9,7 @@ from torch import Tensor
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.models.caption_decoder import REGION, CaptionCache, CaptionDecoder, read_regions
+from recipe.models.memory import MemoryBuilder
 from recipe.prediction.decode import generate_captions
 from recipe.schema import CaptionPlaces, Memory
 from tests.support.memories import of_image, of_map, random_memory
@@ -209,3 +210,22 @@ def test_a_caption_reads_its_own_box_of_its_own_image(decoder: CaptionDecoder, i
     inputs.memory.levels[0][1, :3, :3] += 1
     after = teacher_forced(decoder, inputs, inputs.ids)
     assert torch.equal((after != before).flatten(1).any(-1), inputs.image == 1)
+
+
+@torch.no_grad()
+def test_a_caption_looks_from_the_place_of_its_box(decoder: CaptionDecoder, monkeypatch: pytest.MonkeyPatch):
+    """A box in the middle of a token has the position of that token in the memory, in images of any size."""
+    grids, generator = [(2, 3), (5, 4)], torch.Generator().manual_seed(0)
+    builder = MemoryBuilder(8, decoder.width, 4, memory_positions=True).double()
+    features = [torch.randn(rows * columns, 8, generator=generator).double() for rows, columns in grids]
+    memory = builder(features, grids, torch.zeros(2, 1, 8).double(), torch.ones(2, 1).bool())
+    seen: list[Tensor] = []
+    looks = decoder.layers[0].cross_attention.query_positions
+    monkeypatch.setattr(
+        decoder.layers[0].cross_attention, "query_positions", lambda places: seen.append(places) or looks(places)
+    )
+    monkeypatch.setattr(decoder, "region", None)
+    places = CaptionPlaces(torch.tensor([0, 1]), torch.tensor([0, 0]), 2, 1)
+    features = torch.zeros(2, decoder.width).double()
+    decoder(features, memory.cells[:, 3].double(), places, memory, None)
+    assert torch.allclose(seen[0][:, 0], memory.positions[:, 3], atol=1e-5)  # cells are float32

@@ -87,11 +87,12 @@ def test_the_places_of_heads_by_hand():
 
 
 @pytest.mark.parametrize("local", [True, False])
-@pytest.mark.parametrize(("width", "num_heads", "worst"), [(128, 4, 0.27), (2048, 8, 0.06)])
+@pytest.mark.parametrize(("width", "num_heads", "worst"), [(128, 4, 0.44), (2048, 8, 0.1)])
 def test_an_equal_position_is_worth_so_much(local: bool, width: int, num_heads: int, worst: float):
     """The softmax's argument, without contents, mean of heads: of a line of places, queried from its middle.
 
-    `worst` is that of twenty seeds. The ends of the line have the same height, so half of the worth.
+    `worst` is that of twenty seeds. The ends of the line have the same height, so half of the worth: over 1.57 tokens
+    the waves of the other direction cancel.
     """
     torch.manual_seed(0)
     attention = Attention(width, num_heads, positional=True, local=local)
