@@ -25,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 from composer.cli import launcher
 
+import recipe.build
 import recipe.callbacks
 import recipe.predict
 import recipe.train
@@ -32,7 +33,8 @@ import tests.support.tiny_cases
 from tests.support.ports import free_port
 from tests.support.segments import number_segments_apart
 
-assert recipe.callbacks and recipe.predict and recipe.train and tests.support.tiny_cases  # imported for the launches
+# Imported for the launches; `recipe.build` before the tests, as the soak disturbs it with modules that need them.
+assert recipe.build and recipe.callbacks and recipe.predict and recipe.train and tests.support.tiny_cases
 
 
 @dataclass(frozen=True)
