@@ -1,6 +1,6 @@
 """Chats with images, as other tools write them → MDS.
 
-    python -m convert.chat --annotations train.json --images DIR --out OUT --split train
+    python -m convert.chat --annotations train.json [--images DIR] --out OUT --split train
 
 A JSON array or JSON lines, one conversation per record, with its images (`image`, `images`, or in a message):
 
@@ -41,7 +41,7 @@ _INLINE_IMAGE = re.compile(r"(?:\w+ \d+: ?)?<img>(.*?)</img>\n?")
 _QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def find(annotations: Path, images: Path, bbox_type: str | None = None, **options: Any) -> Found:
+def find(annotations: Path, images: Path | None, bbox_type: str | None = None, **options: Any) -> Found:
     """Return one record per line or entry; see `find_lines`, also for `options`."""
     parse = partial(_parse, bbox_type)
     return find_lines(annotations, images, parse, ("chat", "jsonl"), bbox_type=bbox_type, renumber=True, **options)
@@ -149,9 +149,8 @@ def main() -> None:
     parser.add_argument(
         "--images",
         type=input_path,
-        required=True,
         metavar="DIR",
-        help="folder of the images: their paths are relative to it",
+        help="folder of the images: their paths are relative to it; not needed for texts alone",
     )
     add_box_options(parser)
     run(parser, lambda args: find(args.annotations, args.images, **box_options(args)))

@@ -24,6 +24,8 @@ def find_image(root: str, name: str, follow_links: bool = False) -> str:
         raise BadRecord("text beyond Unicode", repr(name)) from error
     if "\0" in name:
         raise BadRecord("missing file", repr(name))
+    if not root:
+        raise BadRecord("missing file", f"{name!r}: give the folder of the images with --images")
     if store.is_remote(root):
         return remote.address_of(root, name)
     if "\\" in name and not os.path.isfile(os.path.join(root, name)):

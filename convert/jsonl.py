@@ -1,6 +1,6 @@
 """JSON lines → MDS.
 
-    python -m convert.jsonl --annotations train.jsonl --images DIR --out OUT --split train
+    python -m convert.jsonl --annotations train.jsonl [--images DIR] --out OUT --split train
 
 One record per line, boxes xyxy in absolute pixels of the displayed image:
 
@@ -33,7 +33,7 @@ _KEYS = {"id", "images", "image", "objects", "messages", "width", "height", "bbo
 CHAT_KEYS = {"conversations", "conversation", "query", "instruction"}  # of other tools, see `convert/chat.py`
 
 
-def find(annotations: Path, images: Path, **options: Any) -> Found:
+def find(annotations: Path, images: Path | None, **options: Any) -> Found:
     """Return one record per line; see `find_lines`, also for `options`."""
     return find_lines(annotations, images, _parse, ("jsonl", "chat"), **options)
 
@@ -130,9 +130,8 @@ def main() -> None:
     parser.add_argument(
         "--images",
         type=input_path,
-        required=True,
         metavar="DIR",
-        help="folder of the images: their paths are relative to it",
+        help="folder of the images: their paths are relative to it; not needed for texts alone",
     )
     add_box_options(parser)
     run(parser, lambda args: find(args.annotations, args.images, **box_options(args)))

@@ -30,7 +30,7 @@ ParseEntry = Callable[[dict[str, Any]], Record]
 
 def find_lines(
     annotations: Path,
-    images: Path,
+    images: Path | None,
     parse: ParseEntry,
     formats: Sequence[str],
     renumber: bool = False,
@@ -41,8 +41,9 @@ def find_lines(
     """Return one record per line, or per entry of an array; blank lines are skipped.
 
     Its id is the record's `id`, or else FILE-LINE, lines counted from 1. `parse` makes a record of a JSON object; image
-    paths are relative to the folder `images`. `renumber`: if ids repeat, FILE-LINE is the id of every record; otherwise
-    the first has it and later ones are rejected. For the other keywords see `list_records`.
+    paths are relative to the folder `images`, without which only records of texts are kept. `renumber`: if ids repeat,
+    FILE-LINE is the id of every record; otherwise the first has it and later ones are rejected. For the other keywords
+    see `list_records`.
 
     Raises:
         ValueError: `annotations` is not a file or looks like one of a format that is not in `formats`, `images` is not

@@ -62,7 +62,8 @@ class FileRecord:
     """A record of a format file, not yet parsed: an `Entry`.
 
     Attributes:
-        image_root: Absolute path or address of the images' folder; nothing outside is read, unless by `follow_links`.
+        image_root: Absolute path or address of the images' folder, or empty; nothing outside is read, unless by
+            `follow_links`.
         source: Its file and place in it, for the reader of rejected.jsonl.
         parse: Makes the record; may raise `BadRecord`.
         bbox_type: One of `BBOX_TYPES`, for records that state none.

@@ -49,8 +49,13 @@ def fetch_files(args: argparse.Namespace, folder: Path) -> None:
             setattr(args, option, path)
 
 
-def root_of(images: Path) -> str:
-    """Return the folder or address of the images as text; raise ValueError if there is no such folder."""
+def root_of(images: Path | None) -> str:
+    """Return the folder or address of the images as text, empty for None; raise ValueError if there is no such folder.
+
+    Without one, `image_files.find_image` rejects each record that names an image.
+    """
+    if images is None:
+        return ""
     if store.is_remote(str(images)):
         return str(images)
     if not images.is_dir():

@@ -388,6 +388,21 @@ def test_ids_that_repeat(tmp_path: Path) -> None:
     assert (note.count, [sample.id for sample in samples]) == (1, [f"train-00000{number}" for number in (1, 2, 3)])
 
 
+@pytest.mark.parametrize("converter", ["chat", "jsonl"])
+def test_texts_alone_need_no_folder_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converter: str) -> None:
+    turns = [{"role": "user", "content": "how old are you?"}, {"role": "assistant", "content": "one"}]
+    about_one = [{**turns[0], "content": "<image>how old is it?"}, turns[1]]
+    records = [{"id": "text", "messages": turns}, {"id": "image", "images": ["good.jpg"], "messages": about_one}]
+    path = write_json(tmp_path / "train.json", records)
+    (tmp_path / "good.jpg").write_bytes(picture())
+    arguments = ["--annotations", path, "--out", tmp_path / "out", "--split", "train", "--num-workers", "1"]
+    run_main(monkeypatch, converter, *arguments)
+    assert [sample.id for sample in read_samples(tmp_path / "out")] == ["text"]
+    (rejected,) = read_rejected(tmp_path / "out")
+    assert (rejected["id"], rejected["reason"]) == ("image", "missing file")
+    assert rejected["detail"] == "'good.jpg': give the folder of the images with --images"
+
+
 @pytest.mark.parametrize("name", ["conversations.jsonl", "box_tokens.jsonl", "swift_one_ref_two_boxes.jsonl"])
 @pytest.mark.shared_data
 def test_inputs_of_real_users(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
