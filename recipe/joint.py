@@ -26,7 +26,7 @@ from recipe.metrics.boxes import (
     query_recall,
 )
 from recipe.metrics.calibration import calibration
-from recipe.metrics.captions import caption_cider, caption_match, captions_read, dense_captioning
+from recipe.metrics.captions import caption_match, captions_read, dense_captioning
 from recipe.metrics.gather import Evaluation
 from recipe.metrics.scorers import TextScorer, default_text_scorer
 from recipe.models.network import JointNetwork, Sealed
@@ -207,7 +207,6 @@ def all_scores(
         **box_average_precision(predictions, samples),
         **dense_captioning(predictions, samples, scorer),
         **caption_match(predictions, samples, score_threshold, scorer),
-        **caption_cider(predictions, samples, score_threshold),
         **query_recall(predictions, samples, num_queries),
         **expression_accuracy(predictions, samples),
         **calibration(predictions, samples),

@@ -85,7 +85,7 @@ def parts_of_this_build(num_images: int) -> Parts:
     def score_captions() -> dict[str, Any]:
         scorer = MeteorLite()
         dense = captions.dense_captioning(*by_phrase, scorer)
-        return {**dense, **captions.caption_match(*by_phrase, 0.5, scorer), **captions.caption_cider(*by_phrase, 0.5)}
+        return {**dense, **captions.caption_match(*by_phrase, 0.5, scorer)}
 
     return {"boxes": score_boxes, "captions": score_captions, "coco": lambda: coco_alone(*by_name)}
 

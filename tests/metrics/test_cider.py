@@ -5,9 +5,15 @@ import math
 import pytest
 from metric_cases import make_prediction, make_sample
 
-from recipe.metrics.captions import caption_cider, cider_d
+from recipe.metrics.captions import caption_match, cider_d
+from recipe.metrics.scorers import MeteorLite
+from recipe.schema import Prediction, Sample
 
 A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.0)
+
+
+def mean_cider(predictions: list[Prediction], samples: list[Sample]) -> float:
+    return caption_match(predictions, samples, 0.3, MeteorLite())["caption_cider_d"]
 
 
 def test_worked_by_hand():
@@ -61,7 +67,7 @@ def test_the_metric_scores_matched_captions_in_the_corpus_of_all_truths():
     corpus = [[caption] for _, caption in truths] + [["ein rotes 杯"]]
     expected = cider_d(["a brown dog runs", "cup"], [[truths[0][1]], [truths[1][1]]], corpus)
     assert expected[0] == pytest.approx(10.0)
-    assert caption_cider(predictions, samples, 0.3)["caption_cider_d"] == pytest.approx(sum(expected) / 2)
+    assert mean_cider(predictions, samples) == pytest.approx(sum(expected) / 2)
 
 
 def test_the_better_score_is_matched_first_from_the_threshold_on():
@@ -69,15 +75,13 @@ def test_the_better_score_is_matched_first_from_the_threshold_on():
     truths = [(A, "a brown dog runs"), (B, "the red cup is empty")]
     better, worse = (A, 0.9, "a brown dog runs"), (A, 0.3, "nothing")
     for found in ([better, worse], [worse, better]):
-        score = caption_cider([make_prediction("a", found)], [make_sample("a", truths)], 0.3)["caption_cider_d"]
+        score = mean_cider([make_prediction("a", found)], [make_sample("a", truths)])
         assert score == pytest.approx(10.0)
-    score = caption_cider([make_prediction("a", [better, (B, 0.3, "nothing")])], [make_sample("a", truths)], 0.3)[
-        "caption_cider_d"
-    ]
+    score = mean_cider([make_prediction("a", [better, (B, 0.3, "nothing")])], [make_sample("a", truths)])
     assert score == pytest.approx(5.0)
 
 
 def test_the_metric_without_pairs_or_truths():
     for found, truths, expected in [([], [(A, "x")], 0.0), ([(A, 0.9, "x")], [], -1.0), ([(A, 0.9, "x")], None, -1.0)]:
-        score = caption_cider([make_prediction("a", found)], [make_sample("a", truths)], 0.3)["caption_cider_d"]
+        score = mean_cider([make_prediction("a", found)], [make_sample("a", truths)])
         assert score == expected

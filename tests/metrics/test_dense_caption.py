@@ -23,7 +23,9 @@ A, B, C = (0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0), (40.0, 0.0, 50.0, 10.
 
 
 def scores(predictions: list[Prediction], samples: list[Sample]) -> dict[str, float]:
-    return caption_match(predictions, samples, 0.3, Letters())
+    """All but CIDEr-D, which has its own file."""
+    found = caption_match(predictions, samples, 0.3, Letters())
+    return {name: value for name, value in found.items() if name != "caption_cider_d"}
 
 
 def test_worked_by_hand():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from metric_cases import make_prediction, make_sample
@@ -38,7 +39,7 @@ def mean_ap(found: list[tuple[Box, float, str]], sample: Sample) -> float:
 
 
 def iou(box: Box, other: Box) -> float:
-    return float(inclusive_iou(torch.tensor([box]).double(), torch.tensor([other]).double()))
+    return inclusive_iou(np.array([box], dtype=float), np.array([other], dtype=float)).item()
 
 
 def test_areas_count_the_last_pixel():
@@ -77,7 +78,8 @@ def test_the_frame_is_of_the_longer_side_and_enlarges(width: int, height: int, t
 
 def merged(boxes: list[Box]) -> list[tuple[list[float], list[str]]]:
     truths = [Object(box, str(index)) for index, box in enumerate(boxes)]
-    return [(box.tolist(), captions) for box, captions in merge_truths(truths, 1.0)]
+    means, captions = merge_truths(truths, 1.0)
+    return list(zip(means.tolist(), captions, strict=True))
 
 
 def test_truths_merge_from_an_iou_of_70_percent():
@@ -121,7 +123,7 @@ def test_merging_is_not_transitive():
 
 
 def test_a_detection_goes_to_the_truth_that_it_overlaps_most():
-    overlap, truth, is_first = assign(torch.tensor([[0.25, 0.5], [0.5, 0.75], [0.0, 0.0], [0.25, 0.25]]).double())
+    overlap, truth, is_first = assign(np.array([[0.25, 0.5], [0.5, 0.75], [0.0, 0.0], [0.25, 0.25]]))
     assert truth.tolist() == [1, 1, -1, 0]
     assert overlap.tolist() == [0.5, 0.75, 0.0, 0.25]
     assert is_first.tolist() == [True, False, False, True]
