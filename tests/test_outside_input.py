@@ -3,7 +3,7 @@
 Others are tested with what reads them: pickled checkpoints in `checkpoints/test_checkpoint.py` and `test_loading.py`,
 manifests in `checkpoints/test_find.py`, shards and indexes in `convert/test_verify.py` and `data/test_storage.py`,
 RefCOCO's pickles in `convert/test_refcoco.py`, paths of images in `convert/test_image_files.py`, HTTP in `serve/`,
-variables in a yaml in `test_config.py`.
+variables in a yaml in `tests/config`.
 """
 
 import json
