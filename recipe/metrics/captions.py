@@ -150,7 +150,7 @@ def _measure(
     rows[:, 0] = [item.score for item in found]
     rows[:, 1], rows[:, 2] = assigned.overlaps, assigned.is_first
     rows[:, 4] = np.maximum(assigned.share_in_crowd, is_unsure(found, sample).numpy())
-    references = [assigned.truths[assigned.owners[row]] for row in assigned.read]
+    references = [assigned.truths[int(assigned.owners[row])] for row in assigned.read]
     rows[assigned.read, 3] = scorer([found[row].caption for row in assigned.read], references)
     return rows, len(assigned.truths)
 
