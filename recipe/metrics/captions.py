@@ -234,7 +234,7 @@ def average_precision(is_true: Tensor, num_truths: int) -> float:
 def inclusive_iou(boxes: Float64[np.ndarray, "N 4"], others: Float64[np.ndarray, "M 4"]) -> Float64[np.ndarray, "N M"]:
     """Return the IoU of boxes, xyxy with inclusive corners: from 0 to 9 are 10 pixels.
 
-    In numpy, which takes a fifth of torch's time for the few boxes of an image.
+    In numpy, which takes less than half of torch's time for the few boxes of an image, with the same bits.
     """
     shared = _inclusive_intersection(boxes, others)
     return shared / (_inclusive_area(boxes)[:, None] + _inclusive_area(others) - shared)
