@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF = 1.0  # seconds before the second attempt; each further wait is twice as long
 LONGEST_BACKOFF = 30.0
+LONGEST_END = 5.0  # seconds that the end of a fetch's thread is waited for
 AGE_OF_DEAD_PARTS = 3600.0  # seconds since a partial file was last written
 _MISSING_CODES = {"404", "NoSuchKey", "403"}  # S3 returns 403 for a missing object without permission to list
 
@@ -109,8 +110,20 @@ class RemoteFolder:
         if thread.is_alive():
             abandoned.set()
             raise TimeoutError(f"not complete after {timeout:g} s (download_timeout)")
+        _wait_for_end(thread)
         if errors:
             raise errors[0]
+
+
+def _wait_for_end(thread: threading.Thread) -> None:
+    """Wait until the system has ended a thread that Python calls ended, on Linux, for at most `LONGEST_END` seconds.
+
+    OpenSSL 3 frees a thread's state in between. A process that is forked meanwhile copies its lock held, and hangs at
+    its first SSL context: one in some hundred, if it is forked at once.
+    """
+    end = time.monotonic() + LONGEST_END
+    while os.path.exists(f"/proc/self/task/{thread.native_id}") and time.monotonic() < end:
+        time.sleep(1e-4)
 
 
 def remove_dead_parts(folders: set[Path]) -> None:

@@ -3,8 +3,10 @@
 import logging
 import multiprocessing
 import re
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +74,31 @@ def test_each_process_opens_its_own_client(tmp_path: Path, store: FaultProxy):
     assert answers.get() == (False, False, True)
     child.join()
     assert get("shard.00003.mds") is client
+
+
+def test_no_thread_of_a_fetch_is_left_to_fork(tmp_path: Path, store: FaultProxy, monkeypatch: pytest.MonkeyPatch):
+    """Python calls a thread ended before OpenSSL has released its locks, which a fork would copy."""
+    started: list[threading.Thread] = []
+
+    class Early(threading.Thread):
+        """Has ended for Python, long before it has for the system."""
+
+        def __init__(self, **options: Any):
+            super().__init__(**options)
+            started.append(self)
+
+        def is_alive(self) -> bool:
+            return False
+
+        def join(self, timeout: float | None = None) -> None:
+            """Does not wait."""
+
+    source = RemoteFolder("s3://rows")
+    source.fetch("set/shard.00000.mds", tmp_path / "x", lambda part: None, 1, 60.0)  # opens the client
+    monkeypatch.setattr("recipe.upstream.fetch.threading", SimpleNamespace(Thread=Early, Event=threading.Event))
+    source.fetch("set/shard.00000.mds", tmp_path / "x", lambda part: None, 1, 60.0)
+    (thread,) = started
+    assert not Path(f"/proc/self/task/{thread.native_id}").exists()
 
 
 def test_a_byte_flipped_on_the_way_is_fetched_again(tmp_path: Path, store: FaultProxy):
