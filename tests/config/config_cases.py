@@ -7,10 +7,7 @@ import pytest
 import yaml
 
 from recipe.checks import check_libraries
-from recipe.config import (
-    ConfigError,
-    RecipeConfig,
-)
+from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import load_config
 from recipe.rules import check_config
 

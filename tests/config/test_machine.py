@@ -14,9 +14,7 @@ from config_cases import MINIMAL, write_yaml
 
 from convert.write import write_split
 from recipe.checks import check_adapters, check_machine
-from recipe.config import (
-    ConfigError,
-)
+from recipe.config import ConfigError
 from recipe.configure import load_config
 from recipe.schema import Sample
 

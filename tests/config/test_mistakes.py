@@ -8,10 +8,7 @@ from typing import Any
 import pytest
 from config_cases import MINIMAL, assert_one_line, load_and_check, write_yaml
 
-from recipe.config import (
-    ConfigError,
-    RecipeConfig,
-)
+from recipe.config import ConfigError, RecipeConfig
 from recipe.configure import from_command_line, load_config, one_line_errors, parser_of
 from recipe.rules import check_config
 
