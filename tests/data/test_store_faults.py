@@ -77,7 +77,7 @@ def test_each_process_opens_its_own_client(tmp_path: Path, store: FaultProxy):
 
 
 def test_no_thread_of_a_fetch_is_left_to_fork(tmp_path: Path, store: FaultProxy, monkeypatch: pytest.MonkeyPatch):
-    """Python calls a thread ended before the system has; a process forked in between may hang at its first SSL context."""
+    """Python calls a thread ended before the system has; a process forked in between may hang at an SSL context."""
     started: list[threading.Thread] = []
 
     class Early(threading.Thread):
