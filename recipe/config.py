@@ -191,6 +191,7 @@ class CropConfig:
     least_visible: float = number(0.4, above=0, most=1)  # share of a cut object that must be seen, or it is left out
     least_pixels: float = number(8.0, least=0)  # so must this many of the shorter side of a cut object
     enlarge: bool = True  # show a part with as many pixels as the whole image; false: at its own size
+    epochs: int | None = number(None, least=1)  # parts in the first N epochs, then whole images; null: in all
 
 
 @dataclass

@@ -371,6 +371,13 @@ class Augmentation:
         """Return 16 hex digits that identify what is drawn."""
         return sha256(f"{self.config} {self.spec} {self.vocabulary.described}".encode()).hexdigest()[:16]
 
+    def in_epoch(self, epoch: int) -> Self:
+        """Return what applies in an epoch: no crop once `crop.epochs` are over."""
+        crop = self.config.crop
+        if crop is None or crop.epochs is None or epoch < crop.epochs:
+            return self
+        return replace(self, config=replace(self.config, crop=None))
+
     def words(self, epoch: int, first: int, num_occurrences: int) -> UInt64[np.ndarray, "{num_occurrences} words"]:
         """Return the random words of occurrences from `first` on."""
         return random_words(self.seed, epoch, first, num_occurrences, Purpose.AUGMENTATION, NUM_WORDS)
@@ -387,11 +394,12 @@ class Augmentation:
         self, sample: Sample, teachers: Sequence[Sample], epoch: int, occurrence: int
     ) -> tuple[Sample, list[Sample], list[Drawn | None]]:
         """Return an occurrence of a sample as it is shown, its teachers, and how each image, the teachers' first."""
+        drawing = self.in_epoch(epoch)
         shown: list[tuple[Sample, Drawn | None]] = [(teacher, None) for teacher in teachers]
         if self.config.teachers and teachers:
             words = self.teacher_words(epoch, occurrence, 1, len(teachers))[0]
-            shown = [self.draw(teacher, row) for teacher, row in zip(teachers, words, strict=True)]
-        shown.append(self.draw(sample, self.words(epoch, occurrence, 1)[0]))
+            shown = [drawing.draw(teacher, row) for teacher, row in zip(teachers, words, strict=True)]
+        shown.append(drawing.draw(sample, self.words(epoch, occurrence, 1)[0]))
         *teachers, sample = (item for item, _ in shown)
         return sample, teachers, [drawn for _, drawn in shown]
 

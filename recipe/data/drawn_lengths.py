@@ -18,6 +18,7 @@ from jaxtyping import Float32, Int, Int32, Int64, UInt8, UInt64
 from numpy.typing import NDArray
 
 from recipe.boxes import answer_frame, box_to_frame
+from recipe.config import AugmentConfig
 from recipe.data.augment import Augmentation, Moves, boxes_of, draw_shown, is_kept, largest_sides, move_boxes, moves_of
 from recipe.data.chat import END_OF_TURN, box_parts
 from recipe.data.encode import Encoder, naming
@@ -216,13 +217,13 @@ class DrawnTable(LengthTable):
     ) -> tuple[Int[np.ndarray, " S"], Int[np.ndarray, " S"]]:
         """Return (tokens, patches) of an epoch's occurrences from `first` on, given their positions; None: all."""
         tokens, patches = super().of_epoch(epoch, samples, first, with_answers)
-        own = self.samples
+        own, augmentation = self.samples, self.augmentation.in_epoch(epoch)
         samples = np.arange(len(own)) if samples is None else samples
 
         def of_samples(start: int, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-            words = self.augmentation.words(epoch, first + start, len(chosen))
+            words = augmentation.words(epoch, first + start, len(chosen))
             stored = own.tokens[chosen], own.patches[chosen], own.answer_tokens[chosen]
-            return self._added(self.parts, chosen, words, *stored, with_answers)
+            return self._added(augmentation.config, self.parts, chosen, words, *stored, with_answers)
 
         added = _in_chunks(samples, of_samples)
         tokens, patches = tokens + added[0], patches + added[1]
@@ -233,10 +234,10 @@ class DrawnTable(LengthTable):
         drawn = self.teachers.draw(epoch, first, own.id_hashes[samples])
 
         def of_teachers(start: int, chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-            words = self.augmentation.teacher_words(epoch, first + start, len(chosen), num_teachers)
+            words = augmentation.teacher_words(epoch, first + start, len(chosen), num_teachers)
             flat = chosen.reshape(-1)
             stored = self.teacher_tokens[flat], self.teacher_patches[flat], answers[flat]
-            added = self._added(parts, flat, words.reshape(len(flat), -1), *stored, with_answers=True)
+            added = self._added(augmentation.config, parts, flat, words.reshape(len(flat), -1), *stored, True)
             return added[0].reshape(chosen.shape), added[1].reshape(chosen.shape)
 
         shown = (drawn >= 0) & own.takes_teachers[samples, None]
@@ -258,6 +259,7 @@ class DrawnTable(LengthTable):
 
     def _added(
         self,
+        config: AugmentConfig,
         parts: Parts,
         chosen: NDArray[np.int64],
         words: UInt64[np.ndarray, "n words"],
@@ -270,8 +272,7 @@ class DrawnTable(LengthTable):
 
         `tokens`, `patches` and `answer_tokens` are those of the records as stored.
         """
-        config, spec = self.augmentation.config, self.encoder.image_spec
-        sizes = parts.sizes[chosen].astype(np.int64)
+        spec, sizes = self.encoder.image_spec, parts.sizes[chosen].astype(np.int64)
         counts, num_anchors = parts.num_boxes[chosen].astype(np.int64), parts.num_anchors[chosen].astype(np.int64)
         anchors = parts.boxes[_rows(parts.starts[chosen], num_anchors)].astype(np.float64)
         shown = draw_shown(config, spec, words, sizes, parts.moves[chosen], anchors, num_anchors)

@@ -164,6 +164,16 @@ def test_a_crop_holds_an_object_whole_and_stays_in_its_bounds():
     assert max(tokens) <= SPEC.max_pixels and min(tokens) >= SPEC.min_pixels
 
 
+def test_parts_end_after_their_epochs(make_sample):
+    sample = make_sample(1, 3, 200, 160)
+    always, first = (augmentation(AugmentConfig(crop=CropConfig(probability=1.0, epochs=n))) for n in (None, 2))
+    looks = [[shows.show(sample, [], epoch, 5) for epoch in range(4)] for shows in (always, first)]
+    assert looks[0][:2] == looks[1][:2]
+    whole = [(look[0], look[2][0].crop) for look in looks[1][2:]]
+    assert whole == [(sample, (0, 0, 200, 160))] * 2
+    assert all(look[2][0].crop != (0, 0, 200, 160) for look in looks[0])
+
+
 def test_one_draw_is_the_same_among_many():
     rng = np.random.default_rng(2)
     sizes = rng.integers(40, 2000, (300, 2))

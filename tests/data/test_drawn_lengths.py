@@ -38,6 +38,7 @@ from recipe.upstream.checked_stream import CheckedStream
 from recipe.upstream.storage import open_streams
 
 EVERYTHING = AugmentConfig(horizontal_flip=0.5, crop=CropConfig(probability=0.8), scale_jitter=[0.5, 2.0])
+FIRST_EPOCHS = replace(EVERYTHING, crop=CropConfig(probability=1.0, epochs=7), scale_jitter=None)
 NATIVE = AugmentConfig(crop=CropConfig(probability=1.0, scale=[0.05, 0.5], ratio=[0.3, 3.0], enlarge=False))
 SAYS = "on the left of the large blue circle"
 FLIPPED = ["red star", "clockwise", "what?", SAYS, "white-knight", "ü (x)", "leftmost"]
@@ -102,6 +103,7 @@ def table_of(
         (NATIVE, "absolute", ImageConfig(min_pixels=784, max_pixels=20000)),
         (AugmentConfig(horizontal_flip=0.5), "absolute", ImageConfig(min_pixels=784)),
         (replace(EVERYTHING, teachers=True), "absolute", ImageConfig(min_pixels=784, max_pixels=40000)),
+        (replace(FIRST_EPOCHS, teachers=True), "absolute", ImageConfig(min_pixels=784, max_pixels=40000)),
     ],
 )
 @pytest.mark.parametrize("with_answers", [True, False])
@@ -132,7 +134,9 @@ def test_planned_lengths_are_those_of_the_encoded_samples(
     repeated = np.array([*range(len(samples))] * 5)
     longest, most = table.longest(with_answers)
     seen = set()
-    for epoch in (0, 7):
+    crop = config.crop
+    for epoch, crops in ((0, crop is not None), (7, crop is not None and crop.epochs is None)):
+        looks = set()
         tokens, patches = table.of_epoch(epoch, repeated, 0, with_answers)
         some, _ = table.of_epoch(epoch, repeated[20:23], 20, with_answers)
         assert some.tolist() == tokens[20:23].tolist()
@@ -140,8 +144,10 @@ def test_planned_lengths_are_those_of_the_encoded_samples(
             example = maker(samples[position].to_mds(), epoch, occurrence, with_answers)
             assert len(example.input_ids) == tokens[occurrence], (samples[position].id, example.drawn)
             assert len(example.pixel_patches) == patches[occurrence], (samples[position].id, example.drawn)
-            seen.add((position, example.drawn))
+            looks.add((position, example.drawn))
         assert (tokens <= longest[repeated]).all() and (patches <= most[repeated]).all()
+        assert any("part" in look for _, look in looks) == crops
+        seen |= looks
     assert len(seen) > 16
     sides = {n for n, sample in enumerate(samples) for item in sample.objects or () if item.caption == "clockwise"}
     assert any("flipped" in look for position, look in seen if position in sides) or not config.horizontal_flip
