@@ -49,12 +49,14 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from recipe.metrics.gather import UNDEFINED
     from recipe.optim.fsdp import build_parallelism
     from recipe.upstream.agreement import DIST_TIMEOUT
+    from recipe.upstream.cpu_model import read_cpu_model
     from recipe.upstream.shared_memory import clean_dead_shared_memory
 
     view = view_trainer(config)
     dist.initialize_dist(get_device(), view.dist_timeout or DIST_TIMEOUT)
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
+    read_cpu_model()
     reproducibility.seed_all(config.seed)
     longest = trained_caption_length(config.caption_decoder, config.load_path)
     processor = load_processor(config.model.pretrained_model_name_or_path)

@@ -58,6 +58,7 @@ def main(config: RecipeConfig) -> "Trainer":
     from recipe.optim.schedule import build_curve, build_schedule, trunk_learns
     from recipe.upstream.agreement import DIST_TIMEOUT
     from recipe.upstream.composer_state import restore_random_states
+    from recipe.upstream.cpu_model import read_cpu_model
     from recipe.upstream.heap import give_back_freed_blocks
     from recipe.upstream.shared_memory import clean_dead_shared_memory
 
@@ -66,6 +67,7 @@ def main(config: RecipeConfig) -> "Trainer":
     lock = OneRunPerFolder(config.run_folder)
     if dist.get_local_rank() == 0:
         clean_dead_shared_memory()
+    read_cpu_model()
     reproducibility.seed_all(config.seed)
     processor = load_processor(config.model.pretrained_model_name_or_path)
     tokenizer = processor.tokenizer

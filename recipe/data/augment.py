@@ -129,7 +129,6 @@ def draw_shown(
     """Draw how n occurrences are shown; a row depends on its own arguments alone.
 
     Args:
-        config: The section `train_loader.augment`.
         spec: Its pixel budget bounds the size.
         words: Of `random_words`.
         sizes: (width, height) of the images.
@@ -346,10 +345,8 @@ class Augmentation:
     """Shows samples as drawn.
 
     Attributes:
-        config: The section `train_loader.augment`.
         spec: Its pixel budget bounds the size of an image.
         vocabulary: Of the config's words.
-        seed: Of the run.
     """
 
     config: AugmentConfig
@@ -374,9 +371,8 @@ class Augmentation:
     def in_epoch(self, epoch: int) -> Self:
         """Return what applies in an epoch: no crop once `crop.epochs` are over."""
         crop = self.config.crop
-        if crop is None or crop.epochs is None or epoch < crop.epochs:
-            return self
-        return replace(self, config=replace(self.config, crop=None))
+        is_over = crop is not None and crop.epochs is not None and epoch >= crop.epochs
+        return replace(self, config=replace(self.config, crop=None)) if is_over else self
 
     def words(self, epoch: int, first: int, num_occurrences: int) -> UInt64[np.ndarray, "{num_occurrences} words"]:
         """Return the random words of occurrences from `first` on."""
