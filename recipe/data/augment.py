@@ -129,6 +129,7 @@ def draw_shown(
     """Draw how n occurrences are shown; a row depends on its own arguments alone.
 
     Args:
+        config: The section `train_loader.augment`.
         spec: Its pixel budget bounds the size.
         words: Of `random_words`.
         sizes: (width, height) of the images.
@@ -184,8 +185,7 @@ def largest_sides(
         shares = [(config.crop.scale[0] * least) ** 0.5 for least in (config.crop.ratio[0], 1 / config.crop.ratio[1])]
         rounding = 1 + 1 / np.maximum(np.floor(sizes.min(axis=1) * min(shares)), 1)
         ratios = ratios * np.stack([config.crop.ratio[1] * rounding, config.crop.ratio[0] / rounding])
-    # A size is rounded to the nearest pixel.
-    return np.stack([np.sqrt(areas * ratios), np.sqrt(areas / ratios)], axis=2) + 1
+    return np.stack([np.sqrt(areas * ratios), np.sqrt(areas / ratios)], axis=2) + 1  # sizes are rounded to a pixel
 
 
 def _draw_crops(
