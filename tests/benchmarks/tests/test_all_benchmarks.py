@@ -23,7 +23,7 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One benchmark that works and one that fails."""
+    """Replace the benchmarks by one that works and one that fails."""
     monkeypatch.setattr(everything, "BENCHMARKS", {"good": BENCHMARK, "bad": Benchmark(("y.py",), ())})
 
     def run(arguments: list[str]) -> dict[str, Any]:
