@@ -44,7 +44,7 @@ def scenes() -> list[Sample]:
 
 
 def trained_peer(kind: str, scenes: list[Sample], seconds: int) -> tuple[Peer, dict[str, Tensor], tuple[int, float]]:
-    """Train a peer for seconds of a clock that is read once per step; return it, its first weights, steps and seconds."""
+    """Return a peer trained by a clock that is read once per step; its first weights; its steps and seconds."""
     clock = iter(range(seconds + 2))
     torch.manual_seed(0)
     names = class_names(scenes, None)
