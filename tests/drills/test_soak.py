@@ -1,4 +1,4 @@
-"""The soak: its schedule, and the command over three minutes and thirty."""
+"""Check the soak: its schedule, and the command over three minutes and thirty."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What only a GPU can show; run with `pytest -m gpu` if there is one."""
+"""Check what only a GPU can show; run with `pytest -m gpu` if there is one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The measurements on a GPU: their order and budget, what travels, and on the CPU the same code with the tiny model."""
+"""Check the measurements on a GPU: order and budget, what travels, and on the CPU the same code with the tiny model."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The helper that launches scripts."""
+"""Check the helper that launches scripts."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`yamls/launch/`: what each file starts on every node, where signals go, when a job starts again; their linters."""
+"""Check `yamls/launch/`: what each file starts on each node, where signals go, when a job starts again; linters."""
 
 import os
 import re

@@ -88,7 +88,10 @@ def install() -> list[Call]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
-    """Attend in one sequence: (q, heads, ·), (k, key heads, ·) twice; causal from both' ends, as flash-attention is."""
+    """Attend in a sequence: (q, heads, ·), (k, key heads, ·) twice.
+
+    Causal attention counts from the ends of both, as flash-attention does.
+    """
     repeats = q.shape[1] // k.shape[1]
     query = q.transpose(0, 1)
     key, value = (states.transpose(0, 1).repeat_interleave(repeats, dim=0) for states in (k, v))

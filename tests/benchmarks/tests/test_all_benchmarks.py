@@ -1,4 +1,4 @@
-"""`tests/benchmarks/all.py`: its table keeps what was not measured, and each figure has a place in a script's JSON."""
+"""Check `tests/benchmarks/all.py`: its table keeps what was not measured, and its figures are in the scripts' JSON."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`tests/benchmarks/answering.py` runs on a genuine checkpoint and ends with its line of JSON."""
+"""Check that `tests/benchmarks/answering.py` runs on a genuine checkpoint and ends with its line of JSON."""
 
 import json
 from pathlib import Path

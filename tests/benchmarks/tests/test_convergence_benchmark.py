@@ -1,4 +1,4 @@
-"""`tests/benchmarks/convergence.py` runs on few scenes, and the figures are what they say."""
+"""Check that `tests/benchmarks/convergence.py` runs on few scenes, and the figures are what they say."""
 
 import json
 import logging

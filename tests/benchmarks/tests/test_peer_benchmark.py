@@ -1,4 +1,4 @@
-"""The peers of the convergence benchmark learn, all of them, and are shown and judged as ours is."""
+"""Check that the peers of the convergence benchmark learn, all of them, and are shown and judged as ours is."""
 
 import math
 from io import BytesIO

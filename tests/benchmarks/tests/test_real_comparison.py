@@ -1,4 +1,4 @@
-"""The comparison on real sets: reading, splits, sizes, jobs that are found again, and the figures of the last line."""
+"""Check the comparison on real sets: reading, splits, sizes, jobs that are found again, figures of the last line."""
 
 import json
 import logging

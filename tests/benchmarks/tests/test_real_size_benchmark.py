@@ -1,4 +1,4 @@
-"""`tests/benchmarks/real_size.py` runs with the tiny model and ends with its line of JSON."""
+"""Check that `tests/benchmarks/real_size.py` runs with the tiny model and ends with its line of JSON."""
 
 import json
 from pathlib import Path
