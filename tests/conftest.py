@@ -53,7 +53,7 @@ def shared_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.fixture
 def shared_data() -> Path:
-    """The folder of real pictures beside the checkout; the test is skipped where it is absent."""
+    """The folder of real images beside the checkout; the test is skipped where it is absent."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA.name}: these tests need the folder beside the checkout")
     return SHARED_DATA

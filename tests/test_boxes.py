@@ -63,9 +63,9 @@ def test_half_precision_is_computed_in_float32():
 
 
 def test_boxes_of_several_pictures_are_cut_each_to_its_own():
-    """By hand, and as one picture after the other: bit for bit."""
+    """By hand, and as one image after the other: bit for bit."""
     boxes = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.9, 0.5, 0.4, 1.2]]]).repeat(2, 1, 1)
-    widths, heights = torch.tensor([[100], [40]]), torch.tensor([[60], [80]])  # integers, as pictures have
+    widths, heights = torch.tensor([[100], [40]]), torch.tensor([[60], [80]])  # integers, as images have
     found = normalized_to_pixels(boxes, widths, heights)
     assert found[0, 0].tolist() == [25, 15, 75, 45] and found[1, 0].tolist() == [10, 20, 30, 60]
     assert found[0, 1].tolist() == pytest.approx([70, 0, 100, 60]) and found[1, 1].tolist() == pytest.approx(

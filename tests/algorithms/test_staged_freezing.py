@@ -321,7 +321,7 @@ def test_a_step_that_was_none_is_not_judged_but_the_next(spoiled: float | None):
 
 
 def test_a_group_without_gradient_waits_for_its_check():
-    """As the head's in a batch without pictures: what the first batch could not show, the second does."""
+    """As the head's in a batch without images: what the first batch could not show, the second does."""
 
     def blank(model: nn.Module) -> None:
         for name in ("weight", "bias"):

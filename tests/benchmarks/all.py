@@ -1,15 +1,16 @@
-"""Every speed in one run: the table of RESULTS.md and one line of JSON.
+"""Measure every speed in one run; write the table of RESULTS.md and one line of JSON.
 
     python tests/benchmarks/all.py [--only NAME ...] [--quick] [--results FILE]
 
-Runs the scripts of this folder in turn, each in a process of its own, and reads the JSON in which each ends; nothing is
-measured here. It takes about half an hour on two quiet cores. Needed: the files of `make quickstart`, `../shared/data`
-and commit 2d61bb2, the older build. The full convergence is read from its stored results. What takes longer is not
-run: `quickstart.py`, `words.py`, `overfit.py`, `photos.py`, `frozen_trunk.py`, `class_ap.py` and `real_size.py`.
+It runs the scripts of this folder in turn, each in a process of its own, and reads the JSON in which each ends. Nothing
+is measured here. It takes about half an hour on two quiet cores. It needs the files of `make quickstart`,
+`../shared/data` and commit 2d61bb2, the older build. The full convergence is read from its stored results. What takes
+longer is not run: `quickstart.py`, `words.py`, `overfit.py`, `photos.py`, `frozen_trunk.py`, `class_ap.py` and
+`real_size.py`.
 
 In RESULTS.md only the lines between `<!-- all.py -->` and `<!-- end -->` change, and of those only the lines of the
 figures that were measured. A benchmark that fails leaves its lines as they are and is named at the end; the exit status
-is then 1. `--quick` shows that all of it works, on the smallest sizes; its figures mean nothing and need `--results`.
+is then 1. `--quick` shows that all of it works, on the smallest sizes. Its figures mean nothing and need `--results`.
 The last line is JSON, by figure: `reached`, `today` (what 2d61bb2 reaches in the same run, or the figure that the aim
 was set from), `ratio` and `asked`; null if there is none.
 """

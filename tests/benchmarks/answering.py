@@ -1,22 +1,23 @@
-"""Boxes and captions per second of the head, beside the same checkpoint writing its boxes as text.
+"""Measure boxes and captions per second of the head, next to the same checkpoint writing its boxes as text.
 
     python tests/benchmarks/answering.py [--checkpoint CKPT] [--images 64] [--repeats 5]
 
-The first pictures of the evaluation stream, prompted as `predict.py` does, in batches of 1 and of 8. Both ways answer
-from the picture's patches to objects with boxes in pixels and captions in words, so what both need, the vision tower
-and one pass over the prompt, is inside the time of both; only decoding the files and cutting them into patches, which
-is the same work, is not. The second rates leave that shared pass out.
+The first images of the evaluation stream are prompted as `predict.py` does, in batches of 1 and of 8. Both ways answer
+from the image's patches to objects with boxes in pixels and captions in words. So what both need, the vision tower and
+one pass over the prompt, is inside the time of both. Only decoding the files and cutting them into patches, which is
+the same work, is not. The second rates leave that shared pass out.
 
 head   the network's forward pass, then captions for the queries above the run's score threshold. The counted boxes are
        those.
 text   greedy generation alone, with its key/value cache, until the last answer of the batch has ended (at most the
        run's `evaluation.max_new_tokens`), then parsing. The counted boxes are those parsed.
 
-In turns, batch by batch, after a pass that is not counted; the median of the passes. On the CPU everything runs on one
-thread, and its CPU time is taken, which other work on the machine does not lengthen much. F1 at IoU .5 of both is that
-of `AnswerBoxes`: of the head's boxes at the run's score threshold. Where the ways find unequally many boxes, boxes a
-second and pictures a second have different ratios, so both are printed. The last line is JSON: `boxes_per_s_head
-boxes_per_s_text ratio f1_head f1_text` of the batch size with the lesser ratio, and `batch_size`, `ratio_images`.
+The ways take turns, batch by batch, after a pass that is not counted; the median of the passes counts. On the CPU
+everything runs on one thread, and its CPU time is taken, which other work on the machine does not lengthen much. F1 at
+IoU .5 of both is that of `AnswerBoxes`: of the head's boxes at the run's score threshold. If the ways find unequally
+many boxes, boxes per second and images per second have different ratios, so both are printed. The last line is JSON:
+`boxes_per_s_head boxes_per_s_text ratio f1_head f1_text` of the batch size with the lesser ratio, and `batch_size`,
+`ratio_images`.
 """
 
 import argparse
@@ -60,7 +61,7 @@ Way = Callable[[JointModel, Batch, RecipeConfig], list[Prediction]]
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="a .pt file of a run, or an exported folder")
     parser.add_argument("--config", help="default: what was saved with the checkpoint")
@@ -70,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 def read_samples(config: RecipeConfig, count: int) -> list[Sample]:
-    """The first samples of the evaluation stream that have a picture and annotations."""
+    """Return the first samples of the evaluation stream that have an image and annotations."""
     rows: Any = CheckedDataset(streams=open_streams(config.eval_loader.streams), batch_size=1)
     found: list[Sample] = []
     for index in range(rows.num_samples):
@@ -83,7 +84,7 @@ def read_samples(config: RecipeConfig, count: int) -> list[Sample]:
 
 
 def make_batches(samples: Sequence[Sample], batch_size: int, encoder: Encoder, device: Device) -> list[Batch]:
-    """Prompts alone: the truth is in no batch."""
+    """Return batches of prompts alone: the truth is in none of them."""
     examples = [encode_image(sample.image, sample.id, encoder) for sample in samples]
     starts = range(0, len(examples), batch_size)
     collated = [
@@ -93,7 +94,7 @@ def make_batches(samples: Sequence[Sample], batch_size: int, encoder: Encoder, d
 
 
 def by_head(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Prediction]:
-    """The objects above the run's score threshold."""
+    """Return the objects above the run's score threshold."""
     evaluation = replace(config.evaluation, answers=None)
     _, predictions = predict(model.model, batch, Decoding(model.tokenizer, evaluation, config.prompt))
     return [
@@ -103,12 +104,12 @@ def by_head(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Predi
 
 
 def above(prediction: Prediction, threshold: float) -> tuple[Any, ...]:
-    """The head's objects with such a score."""
+    """Return the head's objects with such a score."""
     return tuple(item for item in prediction.objects if item.score >= threshold)
 
 
 def by_text(model: JointModel, batch: Batch, config: RecipeConfig) -> list[Prediction]:
-    """The objects that the language model's answer names."""
+    """Return the objects that the language model's answer names."""
     vlm = model.model.vlm
     tokens = batch["input_ids"].flatten()
     prompts = [tokens[row[row >= 0]] for row in batch["prompt_index"]]
@@ -136,7 +137,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it, one batch is answered."""
+        """Time the first forward pass while one batch is answered."""
         self._is_first = True
         hooks = [
             self._module.register_forward_pre_hook(lambda *_: self._begin()),
@@ -157,7 +158,7 @@ class Stopwatch:
 
 
 def now() -> float:
-    """Seconds: of a GPU's clock, when it has done all work; else of this process's CPU time."""
+    """Return seconds: of a GPU's clock, when it has done all work; else of this process's CPU time."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()
@@ -166,7 +167,7 @@ def now() -> float:
 
 @dataclass
 class Timing:
-    """Seconds of one pass over all pictures, those of the shared pass in it, and what was answered."""
+    """Seconds of one pass over all images, those of the shared pass in it, and what was answered."""
 
     seconds: float = 0.0
     shared: float = 0.0
@@ -174,7 +175,7 @@ class Timing:
 
 
 def answer(timing: Timing, way: Way, shared: nn.Module, model: JointModel, batch: Batch, config: RecipeConfig) -> None:
-    """Answers one batch; `shared` is the module whose first forward pass is what both ways need."""
+    """Answer one batch; `shared` is the module whose first forward pass is what both ways need."""
     watch, start = Stopwatch(shared), now()
     with torch.inference_mode(), get_precision_context(config.trainer.get("precision") or "fp32"), watch.running():
         timing.predictions += way(model, batch, config)
@@ -184,7 +185,7 @@ def answer(timing: Timing, way: Way, shared: nn.Module, model: JointModel, batch
 
 @dataclass(frozen=True)
 class Row:
-    """Of one way and batch size: boxes, boxes a second with and without the shared pass, images a second, F1."""
+    """Of one way and batch size: boxes, boxes per second with and without the shared pass, images per second, F1."""
 
     way: str
     boxes: int
@@ -195,7 +196,7 @@ class Row:
 
 
 def row_of(way: str, timings: Sequence[Timing], samples: Sequence[Sample]) -> Row:
-    """The median of the repeats, all of which answer the same."""
+    """Return the median of the repeats, all of which answer the same."""
     predictions = timings[0].predictions
     assert all(timing.predictions == predictions for timing in timings)
     boxes = sum(len(prediction.answer_objects or ()) for prediction in predictions)
@@ -209,7 +210,7 @@ def row_of(way: str, timings: Sequence[Timing], samples: Sequence[Sample]) -> Ro
 def measure(
     model: JointModel, samples: Sequence[Sample], batches: Sequence[Batch], config: RecipeConfig, repeats: int
 ) -> tuple[Row, Row, list[Prediction]]:
-    """Head and text in turns, and what the head answered."""
+    """Measure head and text in turns; return both, and what the head answered."""
     hf_model: Any = model.model.vlm.hf_model
     ways: dict[str, tuple[Way, nn.Module]] = {"head": (by_head, model.model.vlm), "text": (by_text, hf_model.model)}
     passes: list[dict[str, Timing]] = []
@@ -224,7 +225,7 @@ def measure(
 
 
 def report_of(head: Row, text: Row, batch_size: int) -> dict[str, float | None]:
-    """Prints the table's rows; returns the figures of the JSON line: no ratio where the text has no boxes."""
+    """Print the table's rows and return the figures of the JSON line: no ratio if the text has no boxes."""
     for row in (head, text):
         numbers = f"{row.boxes} | {row.rate:.1f} | {row.own_rate:.1f} | {row.images_rate:.1f} | {row.f1:.3f}"
         print(f"| {batch_size} | {row.way} | {numbers} |")
@@ -245,16 +246,16 @@ def report_of(head: Row, text: Row, batch_size: int) -> dict[str, float | None]:
 
 
 def report_best(predictions: Sequence[Prediction], samples: Sequence[Sample], threshold: float) -> None:
-    """Prints what the head could reach at another threshold."""
+    """Print what the head could reach at another threshold."""
     scores = calibration(predictions, samples)
     print(
-        f"score threshold of the run {threshold:g}; the best for these pictures would be "
+        f"score threshold of the run {threshold:g}; the best for these images would be "
         f"{scores['best_score_threshold']:.3f}, with F1 {scores['best_f1']:.3f}"
     )
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measure and report."""
     args = parse()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -266,7 +267,7 @@ def main() -> None:
     samples = read_samples(config, args.images)
     encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len)
     truths = sum(not item.iscrowd for sample in samples for item in sample.objects or ())
-    print(f"{Path(args.checkpoint).name}: {len(samples)} pictures with {truths} objects")
+    print(f"{Path(args.checkpoint).name}: {len(samples)} images with {truths} objects")
     print("| batch | way | boxes | boxes/s | without the shared pass | images/s | F1@0.5 |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     reports, predictions = [], []

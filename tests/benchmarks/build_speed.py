@@ -1,12 +1,12 @@
-"""Start and training step of the quickstart, against an older build of this repository.
+"""Measure start and training step of the quickstart, against an older build of this repository.
 
     python tests/benchmarks/build_speed.py --baseline TREE_OR_COMMIT [--repeats 5] [--steps 30]
 
 Start: CPU seconds of a rank process up to its first step, above the import of torch, Composer, Streaming and
 transformers; without W&B, whose import takes half a second in any build, and with it. Step: CPU milliseconds per step
 of 8 scenes, at the settings of both builds and as `yamls/quickstart.yaml` is today. Each run is a process of its own
-with one thread, on files that were read before, this build and the older one in turns; medians. Every build converts
-the same scenes with its own converter. The last line is JSON.
+with one thread, on files that were read before. This build and the older one take turns; medians count. Every build
+converts the same scenes with its own converter. The last line is JSON.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def work(tree: str, num_steps: int, overrides: list[str]) -> None:
 
     imported = time.process_time()
     torch.set_num_threads(1)
-    begun: list[float] = []  # CPU seconds at the begin of each step
+    begun: list[float] = []  # CPU seconds at the start of each step
     losses: list[float] = []
     run_event = Engine.run_event
 
@@ -80,7 +80,7 @@ def work(tree: str, num_steps: int, overrides: list[str]) -> None:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """Return that of a process of a build, which may keep its bytecode as a user's does."""
+    """Return the environment of a build's process, which may keep its bytecode as a user's does."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     return {**kept, **quiet, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tree)}
@@ -88,7 +88,7 @@ def environment(tree: Path) -> dict[str, str]:
 
 @contextmanager
 def older_build(baseline: str) -> Iterator[Path]:
-    """Give the folder of an older build: `baseline` itself, or a worktree of that commit until the end."""
+    """Yield the folder of an older build: `baseline` itself, or a worktree of that commit until the end."""
     if Path(baseline).is_dir():
         yield Path(baseline).absolute()
         return

@@ -1,7 +1,9 @@
-"""Category AP by class scores and by caption equality: `python tests/benchmarks/class_ap.py SHARED_DATA/bccd_trainval`.
+"""Compare category AP by class scores and by caption equality.
 
-The folder holds `images` and `instances.json`; a fifth of its pictures is held out. A tiny random model learns boxes
-and captions jointly, as in frozen_trunk.py, and `recipe/eval.py` scores it twice: by its captions, and with
+    python tests/benchmarks/class_ap.py SHARED_DATA/bccd_trainval
+
+The folder holds `images` and `instances.json`; a fifth of its images is held out. A tiny random model learns boxes and
+captions jointly, as in frozen_trunk.py, and `recipe/eval.py` scores it twice: by its captions, and with
 `evaluation.classes=data`. Everything is written below `bench/class_ap`; a run that is there is not trained again. The
 last line is JSON: category AP, AP50 and the AP of each class, by captions and by classes.
 """
@@ -19,7 +21,7 @@ FOLDER = Path("bench", "class_ap")
 
 
 def main() -> None:
-    """Runs everything and reports."""
+    """Run everything and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of `images` and `instances.json`")
     parser.add_argument("--steps", type=int, default=500)

@@ -1,10 +1,10 @@
-"""Scoring a class list beside writing greedy captions: `python tests/benchmarks/class_scores.py SHARED_DATA`.
+"""Time scoring a class list next to writing greedy captions: `python tests/benchmarks/class_scores.py SHARED_DATA`.
 
-A random caption decoder of head.yaml's size on Qwen2.5-VL-3B's vocabulary, as many objects as an image keeps at most.
-The classes are COCO's 80 and LVIS's 1,203, with the true tokenizer. Captions are cut at the mean and at the longest
-length of the classes as captions; a trained decoder stops when the longest of a batch has ended. CPU time of one
-thread, the median of five, alternating. The last line is JSON: `ratio_80` and `ratio_1203`, scoring over captions of
-the mean length.
+The caption decoder is random, of head.yaml's size on Qwen2.5-VL-3B's vocabulary; objects are as many as an image keeps
+at most. The classes are COCO's 80 and LVIS's 1,203, with the true tokenizer. Captions are cut at the mean and at the
+longest length of the classes as captions; a trained decoder stops when the longest of a batch has ended. Times are CPU
+time of one thread, the median of five, alternating. The last line is JSON: `ratio_80` and `ratio_1203`, scoring over
+captions of the mean length.
 """
 
 import argparse
@@ -31,14 +31,14 @@ REPEATS = 5
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """CPU time of one call."""
+    """Return the CPU time of one call."""
     started = time.process_time()
     function()
     return time.process_time() - started
 
 
 def main() -> None:
-    """Times both and reports."""
+    """Time both and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path, help="folder of `labels` and `tokenizer`")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Our head and its peers on sets of real images, each for the same CPU time: which jobs there are, and their run."""
+"""Compare our head with its peers on sets of real images, each for the same CPU time: list the jobs and run them."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence

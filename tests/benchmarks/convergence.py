@@ -1,4 +1,4 @@
-"""How many steps the head needs to find things: whole, plain, and with one ingredient changed; and against peers.
+"""Measure how many steps the head needs to find things: whole, plain, with one ingredient changed, and against peers.
 
     python tests/benchmarks/convergence.py [--variants NAME ...] [--steps N] [--plain-steps N] [--seeds SEED ...]
     python tests/benchmarks/convergence.py --variants --real SHARED_DATA --real-sets NAME_OR_FOLDER ...
@@ -6,21 +6,21 @@
         [--cpu-seconds N | --real-steps N] [--augment NAME] [--choose-rates] [--results FOLDER] [--from-results]
         [--accept-other-commits]
 
-**Scenes of coloured shapes**, 16 a step, from the tiny random checkpoint of the quickstart; detection alone is trained,
-at a constant rate after a warm-up, so that a curve does not depend on where it ends. AP50 is class-agnostic, over 128
-other scenes, every 25 steps. `full` is the default head; `plain` is DETR on the same trunk: no positions in the memory,
-learned queries that no layer refines, no auxiliary losses, no denoising, attention that starts anywhere; DETR's own
-encoder has positions, so there is also `plain with positions`. The others are `full` with one switch turned.
+**Scenes of coloured shapes**, 16 per step, from the tiny random checkpoint of the quickstart. Detection alone is
+trained, at a constant rate after a warm-up, so that a curve does not depend on its end. AP50 is class-agnostic, over
+128 other scenes, every 25 steps. `full` is the default head. `plain` is DETR on the same trunk: no positions in the
+memory, learned queries that no layer refines, no auxiliary losses, no denoising, attention that starts anywhere. DETR's
+own encoder has positions, so there is also `plain with positions`. The others are `full` with one switch turned.
 
 **Sets of real images**, folders with `images` and `instances.json`. Ours and the peers (`peer_detr.py`) are trained
-from scratch, each for `--cpu-seconds` of one core, in two tasks: `captions`, where ours learns to write what each
-object is and the peers learn it as a class, and `boxes`, where ours learns no captions and the peers one class. All are
-judged without classes, by COCO's scores of the held-out fifth, with the weights of the end. For everybody:
+from scratch, each for `--cpu-seconds` of one core, in two tasks. In `captions` ours learns to write what each object is
+and the peers learn it as a class. In `boxes` ours learns no captions and the peers one class. All are judged without
+classes, by COCO's scores of the held-out fifth, with the weights of the end. For everybody:
 
 - The held-out fifth is the same for all seeds. Learning rates are the defaults, or with `--choose-rates` the best of
   three factors on a fifth of the *training* images, with a third of the CPU time.
 - Images have as many pixels as bring the first quartile of the training objects' shorter sides to 24, between 100,352
-  pixels and the stored size (`real_sets.pixel_budget`); images per step follow from what is shown in training. Pixels
+  pixels and the stored size (`real_sets.pixel_budget`). Images per step follow from what is shown in training. Pixels
   are normalised by the training images' own mean and deviation (pale blood cells vary by 0.2 to 0.4 of what Qwen's
   constants call one).
 - `--augment` is drawn and applied by the recipe's own functions. `parts` trains on flipped and random parts of about
@@ -37,8 +37,8 @@ Each (set, task, model, seed) is a job. Its result is stored in `--results`, and
 files that decide it: ours by `recipe/`, a peer's by few. So a killed run continues, work can be spread over processes
 by `--real-sets`, `--real-tasks`, `--real-models` and `--seeds`, and `--from-results` prints what there is.
 
-The last line is JSON: `steps_to_ap50` (by variant: steps to 0.5 and to 0.8, null where not reached, and CPU seconds to
-each), `plain_over_full` (of the steps to 0.5; a lower bound where plain did not reach it), `final` (last AP50 by
+The last line is JSON: `steps_to_ap50` (by variant: steps to 0.5 and to 0.8, null if not reached, and CPU seconds to
+each), `plain_over_full` (of the steps to 0.5; a lower bound if plain did not reach it), `final` (last AP50 by
 variant), `real` (by set and task: `ours`, the peers by name, and `peer`, the best, with its `name`; each `ap50`, `ap`,
 `ap_small` (null without small objects) and `cpu_s` as [median, minimum, maximum] over the seeds) and `rates`
 (`default`, `chosen` or `partly chosen`).
@@ -102,7 +102,7 @@ REAL_SETS = ("chess_train", "bccd_trainval", "wagon_train")
 
 
 def make_data() -> None:
-    """Scenes and the tiny checkpoint, where they are not there yet."""
+    """Write the scenes and the tiny checkpoint, unless they are there."""
     for split, (num_samples, seed) in SCENES.items():
         if not (FOLDER / "data" / split / "index.json").exists():
             scenes = iter_samples(num_samples, seed, image_size=112, max_objects=3)
@@ -159,13 +159,13 @@ def compare(comparison: Comparison, chooses_rates: bool, only_stored: bool) -> d
 
 
 def reached(curves: Sequence[Curve], ap50: float) -> tuple[int, float] | tuple[None, None]:
-    """Steps and CPU seconds to an AP50, of the seeds' median in steps; None where it did not get there."""
+    """Return steps and CPU seconds to an AP50, of the seeds' median in steps; None if it did not get there."""
     steps, seconds = median_high(curve.reaches(ap50) or (inf, inf) for curve in curves)
     return (None, None) if steps == inf else (int(steps), round(seconds))
 
 
 def report(curves: dict[str, list[Curve]]) -> dict[str, Any]:
-    """Prints the table; the figures of the last line."""
+    """Print the table and return the figures of the last line."""
     print("| variant | steps to 0.5 | CPU s | steps to 0.8 | CPU s | AP50 at the end | of step |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows: dict[str, Any] = {}

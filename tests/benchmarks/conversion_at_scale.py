@@ -1,9 +1,9 @@
-"""How the files beside the shards grow: synthetic entries of N samples, written and read as a run would.
+"""Measure how the files next to the shards grow: synthetic entries of N samples, written and read as a run would.
 
     python tests/benchmarks/conversion_at_scale.py 1000000 [--image-kb 160]
 
-No image is made. A sample is a picture of 640 x 480 with seven objects; a shard holds 32 MB of images, a part 1,024
-samples. Its first record and shard entry are real, the others differ in their numbers. Seconds are of one core, `gb`
+No image is made. A sample is an image of 640 x 480 with seven objects; a shard holds 32 MB of images, a part 1,024
+samples. Its first record and shard entry are real; the others differ in their numbers. Seconds are of one core, `gb` is
 the memory that is added. The last line is JSON, with what 100 million samples would take: times 100 M / N, which is an
 extrapolation. Requests are counted, not made: per image a HEAD and a GET, as Streaming's S3 client makes them. What a
 plan of packs takes is measured by `plan_cost.py`, what an image takes by `conversion_speed.py`.
@@ -32,14 +32,14 @@ SHARD_BYTES = 32 * 2**20
 
 
 def make_sample(number: int) -> Sample:
-    """Seven objects with captions of a few words."""
+    """Return a sample of seven objects with captions of a few words."""
     boxes = [(10.5 + k, 20.25 + number % 97, 110.75 + k, 240.5 + number % 89) for k in range(7)]
     objects = tuple(Object(box, f"a small object number {(number + k) % 1000}") for k, box in enumerate(boxes))
     return Sample(f"train2017/{number:012d}.jpg", number.to_bytes(8, "big"), 640, 480, objects, None)
 
 
 def shard_entry(folder: Path) -> dict[str, Any]:
-    """The entry of a real shard in an index."""
+    """Return the entry of a real shard in an index."""
     with MDSWriter(columns=dict(MDS_COLUMNS), out=str(folder), hashes=["xxh64"]) as writer:
         writer.write(make_sample(0).to_mds())
     return json.loads((folder / INDEX_FILE).read_bytes())["shards"][0]

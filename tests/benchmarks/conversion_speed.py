@@ -1,14 +1,14 @@
-"""Images per core-second of a conversion, next to a loop that only decodes the same files.
+"""Measure images per core-second of a conversion, next to a loop that only decodes the same files.
 
     python tests/benchmarks/conversion_speed.py [--data SHARED_DATA/coco_cc_train] [--repeats 5]
 
 The folder holds `images` and `instances.json`; each image is taken `--copies` times under other names. A conversion by
 `convert.coco` reads annotations and files, decodes every byte of each image, and writes shards with checksums, records
 and the index. `verified` is with `convert.verify` afterwards, which checks checksums, rows and sidecar and decodes no
-image again. The loop reads each file and decodes it by `open_image`. CPU time of this process and its workers, in
-turns, medians. The last line is JSON: images per core-second, `converted_over_decoded` and `verified_over_decoded`.
-With `--store` also `fetched`: what the client takes to read the images from an S3 server of this machine, as a
-conversion with `--images s3://...` does; the server's own work is not in it.
+image again. The loop reads each file and decodes it by `open_image`. Times are CPU time of this process and its
+workers, in turns, medians. The last line is JSON: images per core-second, `converted_over_decoded` and
+`verified_over_decoded`. With `--store` also `fetched`: what the client takes to read the images from an S3 server of
+this machine, as a conversion with `--images s3://...` does; the server's own work is not in it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -76,7 +76,7 @@ def decode(source: Path) -> int:
 
 
 def fetch_speed(source: Path, folder: Path) -> float:
-    """Images per core-second that are read from a store; the first one, which opens the client, is not counted."""
+    """Return the images per core-second read from a store; the first one, which opens the client, is not counted."""
     sys.path.insert(0, str(ROOT))  # before this script's folder, which has `tests` of its own
     from tests.support.s3_server import s3_server
 

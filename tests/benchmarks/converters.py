@@ -1,12 +1,12 @@
-"""Time and memory of reading annotations, format by format, beside `convert.coco` on the same boxes, on one core.
+"""Measure time and memory of reading annotations by format, next to `convert.coco` on the same boxes, on one core.
 
     python tests/benchmarks/converters.py [--formats lvis ...] [--num-images N] [--num-boxes N] [--repeats N]
 
-Draws a set (by default a tenth of LVIS v1's train part, which has 100,170 images and 1,270,141 boxes), writes it in
-each format, and in a process of its own finds and parses every record; images are not read. Seconds are those of the
+It draws a set (by default a tenth of LVIS v1's train part, which has 100,170 images and 1,270,141 boxes) and writes it
+in each format. A process of its own finds and parses every record; images are not read. Seconds are those of the
 processor; the best of the repeats counts. The last line is JSON, by format: `records boxes rejected mb seconds mb_per_s
-boxes_per_s peak_mb times_file mb_times_coco boxes_times_coco`: `times_file` is the peak of memory over what the imports
-take, in sizes of the files; the last two are bytes and boxes per second in those of `convert.coco`.
+boxes_per_s peak_mb times_file mb_times_coco boxes_times_coco`. `times_file` is the peak of memory over what the imports
+take, in sizes of the files. The last two are bytes and boxes per second in those of `convert.coco`.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def write_list(file: Any, name: str, rows: Iterable[str]) -> None:
 
 
 def write_instances(folder: Path, drawn: Drawn, image_fields: Callable[[int], dict[str, Any]]) -> Path:
-    """COCO's and LVIS's form."""
+    """Write COCO's and LVIS's form."""
     polygons = [json.dumps([polygon]) for polygon in drawn.polygons]
 
     def annotations() -> Iterator[str]:
@@ -121,7 +121,7 @@ def write_array(path: Path, rows: Iterable[str]) -> Path:
 
 
 def write_visual_genome(folder: Path, drawn: Drawn) -> Path:
-    """`region_descriptions.json`: a phrase of some nine words per box."""
+    """Write `region_descriptions.json`: a phrase of some nine words per box."""
     place = {"width": SIZE[0], "height": SIZE[1], "coco_id": None, "flickr_id": None}
     urls = ((image, f"https://cs.stanford.edu/people/rak248/VG_100K/{image}.jpg") for image in range(drawn.num_images))
     data = (json.dumps({"image_id": image + 1, "url": url, **place}) for image, url in urls)
@@ -146,7 +146,7 @@ def find_visual_genome(path: Path) -> Any:
 
 
 def write_refcoco(folder: Path, drawn: Drawn) -> Path:
-    """A ref for every third box, with three sentences: as many records as boxes."""
+    """Write a ref for every third box, with three sentences: as many records as boxes."""
     write_coco(folder, drawn)
     refs = []
     for rows in drawn.by_image():
@@ -170,7 +170,7 @@ def find_refcoco(path: Path) -> Any:
 
 
 def write_parquet(folder: Path, drawn: Drawn) -> Path:
-    """Ten files in row groups of 100, with 20,000 bytes in the place of each image."""
+    """Write ten files in row groups of 100, with 20,000 bytes in the place of each image."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
@@ -212,7 +212,7 @@ def find_parquet(path: Path) -> Any:
 
 
 def write_lines(path: Path, drawn: Drawn, record: Callable[[str, list[tuple[str, list[float]]]], Any]) -> Path:
-    """A line per image, which `record` makes of its file's name and (name, xyxy) of its boxes."""
+    """Write a line per image, which `record` makes of its file's name and (name, xyxy) of its boxes."""
     with path.open("w") as file:
         for image, rows in enumerate(drawn.by_image(), start=1):
             boxes = [
@@ -238,7 +238,7 @@ def write_odvg(folder: Path, drawn: Drawn) -> Path:
 
 
 def write_chat(folder: Path, drawn: Drawn) -> Path:
-    """Answers of JSON, as Qwen2.5-VL writes boxes."""
+    """Write answers of JSON, as Qwen2.5-VL writes boxes."""
 
     def record(name: str, boxes: list[tuple[str, list[float]]]) -> Any:
         answer = json.dumps([{"bbox_2d": box, "label": text} for text, box in boxes])
@@ -249,7 +249,7 @@ def write_chat(folder: Path, drawn: Drawn) -> Path:
 
 
 def write_yolo(folder: Path, drawn: Drawn) -> Path:
-    """A label file per image; the images are empty files."""
+    """Write a label file per image; the images are empty files."""
     for place in ("images", "labels"):
         (folder / place).mkdir()
     for image, rows in enumerate(drawn.by_image(), start=1):
@@ -287,7 +287,7 @@ FORMATS: dict[str, tuple[Callable[[Path, Drawn], Path], Callable[[Path], Any]]] 
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a file with those next to it, or of all files of a folder."""
+    """Return the bytes of a file with those next to it, or of all files of a folder."""
     folder = path.parent if path.is_file() else path
     files = [file for file in folder.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)

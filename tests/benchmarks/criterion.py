@@ -1,13 +1,13 @@
-"""Time of matching and losses, forward and backward, beside Hugging Face's Deformable DETR criterion in one run.
+"""Time matching and losses, forward and backward, next to Hugging Face's Deformable DETR criterion in one run.
 
     python tests/benchmarks/criterion.py [--repeats N] [--num-layers N] [--baseline TREE_OR_COMMIT]
 
 The peer's criterion has the same costs (2 focal, 5 L1, 2 GIoU) and the same focal objectness with one class, so that
 assignments and gradients can be compared. Both are given the same outputs in turn; the medians are compared. Then ours
 alone, from 16 to 256 images and from 100 to 900 queries. The last line is JSON: `speedup_over_hf same_assignments
-max_grad_diff`, the last relative to the largest entry of the gradient. With `--baseline` the last size is measured of
-an older build too, in processes in turns: `large_old_s`, `large_new_s` and `large_old_over_new` are added. All times
-are CPU time of one thread.
+max_grad_diff`, the last relative to the largest entry of the gradient. With `--baseline` the last size is also
+measured in an older build, in processes in turns: `large_old_s`, `large_new_s` and `large_old_over_new` are added. All
+times are CPU time of one thread.
 """
 
 import argparse
@@ -44,7 +44,7 @@ WEIGHTS = {"loss_bbox": LOSS.weight_bbox, "loss_giou": LOSS.weight_giou, "loss_o
 
 
 def random_boxes(*shape: int, generator: torch.Generator) -> Tensor:
-    """(*shape, 4) cxcywh inside the picture."""
+    """Return (*shape, 4) cxcywh inside the image."""
     size = torch.rand(*shape, 2, generator=generator) * 0.3 + 0.02
     return torch.cat([size / 2 + torch.rand(*shape, 2, generator=generator) * (1 - size), size], dim=-1)
 
@@ -64,7 +64,7 @@ class Case:
         self.logits = [torch.randn(num_images, num_queries, generator=generator) for _ in range(num_layers)]
 
     def leaves(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Boxes and logits of each layer that take a gradient."""
+        """Return boxes and logits of each layer that take a gradient."""
         boxes, logits = ([part.clone().requires_grad_() for part in parts] for parts in (self.boxes, self.logits))
         return boxes, logits
 
@@ -73,7 +73,7 @@ Pairs = list[list[tuple[int, int, int]]]
 
 
 def ours(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Tensor, Callable[[], Pairs]]:
-    """The total loss, and how to read the assignments."""
+    """Return our total loss, and how to read the assignments."""
     layers = [DetectionOutputs(box, box, logit, box) for box, logit in zip(boxes, logits, strict=True)]
     outputs = layers.pop()
     outputs.aux_outputs = layers
@@ -90,7 +90,7 @@ def ours(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple
 
 
 def theirs(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Tensor, Callable[[], Pairs]]:
-    """Hugging Face's, for one class."""
+    """Return Hugging Face's total loss for one class, and how to read the assignments."""
     matcher = DeformableDetrHungarianMatcher(
         class_cost=MATCHER.cost_objectness, bbox_cost=MATCHER.cost_bbox, giou_cost=MATCHER.cost_giou
     )
@@ -122,7 +122,7 @@ def theirs(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tup
 
 
 def run(criterion: Callable[..., tuple[Tensor, Callable[[], Pairs]]], case: Case) -> tuple[float, Tensor, Pairs]:
-    """Seconds of a forward and backward pass; the gradient of all boxes and logits; the assignments."""
+    """Return the seconds of a forward and backward pass, the gradient of all boxes and logits, and the assignments."""
     boxes, logits = case.leaves()
     start = time.process_time()
     total, pairs = criterion(case, boxes, logits)
@@ -147,7 +147,7 @@ print(seconds)
 
 
 def compare_builds(baseline: str, num_layers: int, repeats: int) -> dict[str, float]:
-    """CPU seconds of both builds at the largest size."""
+    """Return the CPU seconds of both builds at the largest size, and their ratio."""
     num_images, num_queries = SIZES[-1]
     script = MEASURE.format(images=num_images, queries=num_queries, layers=num_layers)
     seconds: dict[str, list[float]] = {"old": [], "new": []}
@@ -167,7 +167,7 @@ def compare_builds(baseline: str, num_layers: int, repeats: int) -> dict[str, fl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compares, then scales."""
+    """Compare both, then time ours at each size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--num-layers", type=int, default=6)

@@ -1,13 +1,14 @@
-"""What an evaluation of a training run costs per image, by part, next to one that leaves nothing out.
+"""Measure what an evaluation of a training run costs per image, by part, next to one that leaves nothing out.
 
     python tests/benchmarks/evaluation_cost.py YAML CHECKPOINT [--other TREE] [--answers N] [--repeats 5]
 
-In one process, in turn, after a pass of each that is not counted: the last evaluation of a run (all text answers, the
-captions of all objects, scores by category and their tables), one before it (N answers, captions that scores read),
-and the same two without answers. With `--other`, the folder of another checkout in which `evaluation.generate_answer`
-still exists, its evaluation with and without answers is measured in processes of its own, in turn with those of this
-one. A YAML may be of either. CPU time of one thread, which other work on the machine does not lengthen much; the median
-of the repeats. Nothing is drawn. The last line is JSON: milliseconds per image by kind of evaluation and part.
+One process measures four kinds in turn, after a pass of each that is not counted. They are the last evaluation of a run
+(all text answers, the captions of all objects, scores by category and their tables), one before it (N answers, captions
+that scores read), and the same two without answers. `--other` is the folder of another checkout in which
+`evaluation.generate_answer` still exists. Its evaluation with and without answers is measured in processes of its own,
+in turn with those of this one. A YAML may be of either. Times are CPU time of one thread, which other work on the
+machine does not lengthen much; the median of the repeats counts. Nothing is drawn. The last line is JSON: milliseconds
+per image by kind of evaluation and part.
 """
 
 import argparse
@@ -30,7 +31,7 @@ Row = dict[str, float]
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml", type=Path)
     parser.add_argument("checkpoint")
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(evaluate: Callable[[], None], seconds: Callable[[], Row], num_images: int) -> Row:
-    """CPU milliseconds per image of one evaluation."""
+    """Return the CPU milliseconds per image of one evaluation."""
     start = time.process_time()
     evaluate()
     total = time.process_time() - start

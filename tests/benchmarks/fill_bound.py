@@ -1,4 +1,4 @@
-"""What no packer can do better: an upper bound of the fill, from the linear programme of Gilmore and Gomory (1961)."""
+"""Compute a fill that no packer can exceed, from the linear programme of Gilmore and Gomory (1961)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ UNIT = 32
 
 
 def fill_bound(lengths: NDArray[np.int64], max_tokens: int) -> float:
-    """The fill of the best packing, or more: lengths count rounded down to `UNIT`, and packs may be cut in parts.
+    """Return the fill of the best packing, or more: lengths are rounded down to `UNIT`, and packs may be cut in parts.
 
     Args:
         lengths: (N,) tokens of each sample.
@@ -29,7 +29,7 @@ def fill_bound(lengths: NDArray[np.int64], max_tokens: int) -> float:
 def _best_pattern(
     sizes: NDArray[np.int64], worth: NDArray[np.float64], capacity: int
 ) -> tuple[float, NDArray[np.float64]]:
-    """The pack of the largest worth, by the knapsack's recursion."""
+    """Return the largest worth of a pack, and that pack, by the knapsack's recursion."""
     best = np.zeros(capacity + 1)
     last = np.full(capacity + 1, -1)  # the size added last; -1: none
     for room in range(1, capacity + 1):

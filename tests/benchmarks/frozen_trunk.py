@@ -1,12 +1,12 @@
-"""What yamls/head.yaml and yamls/lora.yaml reach on a trunk that a joint run has taught, beside that run.
+"""Measure what yamls/head.yaml and yamls/lora.yaml reach on a trunk that a joint run has taught, next to that run.
 
     python tests/benchmarks/frozen_trunk.py SHARED_DATA/chess_train [--steps 500] [--seed 17]
 
-The folder holds `images` and `instances.json`; a fifth of its pictures is held out. A tiny random model learns boxes
-and captions jointly, as in photos.py, and is exported; its head is discarded. Then the two yamls train a new head on
-it, on the same pictures, about eight a step as the joint run: only the model's path, sizes and rates are overridden,
-and what a CPU needs. Everything is written below `bench/frozen_trunk`. Prints the held-out AP50 by step of each run;
-the last line is JSON: the curves as lists of (step, AP50), and the last AP50 of each yaml minus that of the joint run.
+The folder holds `images` and `instances.json`; a fifth of its images is held out. A tiny random model learns boxes and
+captions jointly, as in photos.py, and is exported; its head is discarded. Then the two yamls train a new head on it, on
+the same images, about eight per step as the joint run. Only the model's path, sizes and rates are overridden, and what
+a CPU needs. Everything is written below `bench/frozen_trunk`. It prints the held-out AP50 by step of each run. The last
+line is JSON: the curves as lists of (step, AP50), and the last AP50 of each yaml minus that of the joint run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from real_sets import REAL, make_real_set
 FOLDER = Path("bench", "frozen_trunk")
 YAMLS = {"head": "yamls/head.yaml", "lora": "yamls/lora.yaml"}
 AP50 = "metrics/eval/box_ap50"
-# Sizes of the quickstart's model and of the pictures; the rates are those at which so small a head learns.
+# Sizes of the quickstart's model and of the images; the rates are those at which so small a head learns.
 SIZES: Mapping[str, Any] = {
     "detection_head.num_queries": REAL["detection_head.num_queries"],
     "detection_head.num_denoising_groups": REAL["detection_head.num_denoising_groups"],
@@ -50,13 +50,13 @@ ON_A_CPU: Mapping[str, Any] = {
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
-    """The held-out AP50 of a run by step."""
+    """Return the held-out AP50 of a run by step."""
     rows = map(json.loads, (ROOT / folder / "metrics.jsonl").read_text().splitlines())
     return [(row["step"], round(row["metrics"][AP50], 4)) for row in rows if AP50 in row["metrics"]]
 
 
 def train(yaml: str, folder: Path, name: str, steps: int, settings: Mapping[str, Any]) -> list[tuple[int, float]]:
-    """Trains below `folder` in so many steps, with an evaluation each tenth of them; its curve."""
+    """Train below `folder` for `steps`, with an evaluation each tenth of them; return its curve."""
     trainer = {"max_duration": f"{steps}ba", "eval_interval": f"{steps // 10}ba", "save_interval": f"{steps}ba"}
     values = {
         **{f"trainer.{key}": value for key, value in trainer.items()},
@@ -68,7 +68,7 @@ def train(yaml: str, folder: Path, name: str, steps: int, settings: Mapping[str,
 
 
 def joint_settings(folder: Path, seed: int) -> dict[str, Any]:
-    """What the joint run on the set in `folder` changes in yamls/quickstart.yaml."""
+    """Return what the joint run on the set in `folder` changes in yamls/quickstart.yaml."""
     return {
         "seed": seed,
         "model.pretrained_model_name_or_path": folder / "tiny",
@@ -83,7 +83,7 @@ def joint_settings(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs everything and reports."""
+    """Run everything and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of `images` and `instances.json`")
     parser.add_argument("--steps", type=int, default=500)

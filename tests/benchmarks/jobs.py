@@ -1,4 +1,4 @@
-"""Jobs of the convergence benchmark on real sets: each is one training, stored as one small JSON file.
+"""Store the jobs of the convergence benchmark on real sets: each is one training and one small JSON file.
 
 A job is found again by its settings and by the code that decides its result. A file is complete or absent, so a killed
 job starts again. Results of other code stay next to each other.
@@ -54,7 +54,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Return it in words."""
+        """Return the job in words."""
         rate = f", choice of the rate {self.rate:g}" if self.part == "choice" else ""
         return f"{self.set}, {self.task}, {self.model}, seed {self.seed}{rate}"
 

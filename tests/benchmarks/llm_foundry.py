@@ -1,6 +1,6 @@
-"""LLM Foundry's packer on lengths alone: its own `packing.py`, loaded from a checkout, with its automatic ratio.
+"""Run LLM Foundry's packer on lengths alone: its own `packing.py`, loaded from a checkout, with its automatic ratio.
 
-The ratio is looked for in steps of 0.1, finer than its default of about 2, which favours it.
+The ratio is searched in steps of 0.1, finer than its default of about 2, which favours it.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ MOST_PROFILED = 8000  # examples; each is padded to the longest, as the packer w
 
 
 def load_packing(checkout: Path) -> ModuleType:
-    """`llmfoundry/data/packing.py`, without the package around it (whose pins are others than ours)."""
+    """Load `llmfoundry/data/packing.py`, without the package around it (whose pins are others than ours)."""
     consts = ModuleType("llmfoundry.utils.consts")
     vars(consts)["CROSS_ENTROPY_IGNORE_INDEX"] = -100
     for name in ("llmfoundry", "llmfoundry.utils", "llmfoundry.data"):
@@ -34,7 +34,7 @@ def load_packing(checkout: Path) -> ModuleType:
 
 
 def foundry_fill(packing: Any, lengths: NDArray[np.int64], max_tokens: int) -> float:
-    """How full the packs are that it hands out; what it keeps to the end is not counted against it.
+    """Return how full the packs are that it fills; what it keeps to the end is not counted against it.
 
     The packing ratio is the largest that left nothing over in its own profile of the first examples.
     """

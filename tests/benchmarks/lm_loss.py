@@ -1,7 +1,7 @@
-"""The answers' loss in chunks beside full logits: `python tests/benchmarks/lm_loss.py`; memory and CPU time.
+"""Compare the answers' loss in chunks with full logits: `python tests/benchmarks/lm_loss.py`; memory and CPU time.
 
 Each case runs in a process of its own on one thread, forward and backward; 10 minutes and 11 GB at the default size,
-Qwen2.5-VL-3B's. Memory is the peak beyond states, output matrix and, where it is trained, its gradient. Time is the
+Qwen2.5-VL-3B's. Memory is the peak beyond states, output matrix and, if it is trained, its gradient. Time is the
 process's own, so that other work on the machine counts little. The last line is JSON: by case `memory_ratio` and
 `time_ratio`, chunks over full logits, and `lm_loss_memory_ratio` and `lm_loss_time_ratio`, the largest of them.
 """
@@ -24,7 +24,7 @@ CASES = ("float32 trained", "float32 frozen", "bfloat16 trained", "bfloat16 froz
 
 
 def full_logits(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The same losses, all logits at once."""
+    """Return the same losses, all logits at once."""
     return F.cross_entropy((states @ weight.T).float(), labels, reduction="none")
 
 
@@ -32,7 +32,7 @@ KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"full": full_log
 
 
 def run(kind: str, case: str, positions: int, width: int, vocabulary: int) -> dict[str, float]:
-    """Bytes and seconds of one step in this process."""
+    """Return bytes and seconds of one step in this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dtype, trained = case.split()
@@ -56,13 +56,13 @@ def run(kind: str, case: str, positions: int, width: int, vocabulary: int) -> di
 
 
 def status(name: str) -> int:
-    """A line of the process's status, in bytes."""
+    """Return a line of the process's status, in bytes."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 
 def compare(case: str, *sizes: int) -> dict[str, float]:
-    """Chunks over full logits, each in a new process."""
+    """Return the ratios of chunks over full logits, each in a new process."""
     found = {}
     for kind in KINDS:
         command = [sys.executable, __file__, "--only", kind, case, "--sizes", *map(str, sizes)]
@@ -75,7 +75,7 @@ def compare(case: str, *sizes: int) -> dict[str, float]:
 
 
 def lm_loss(*sizes: int, cases: tuple[str, ...] = CASES) -> dict[str, object]:
-    """The figures of all cases, and the worst."""
+    """Return the figures of all cases, and the worst."""
     ratios = {case: compare(case, *sizes) for case in cases}
     worst = {f"lm_loss_{key}": max(found[key] for found in ratios.values()) for key in ("memory_ratio", "time_ratio")}
     return {**ratios, **worst}

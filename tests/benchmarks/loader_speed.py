@@ -1,4 +1,4 @@
-"""Pictures a core-second: the recipe's encoder beside the Hugging Face processor, to the same tensors."""
+"""Compare images per core-second of the recipe's encoder and of the Hugging Face processor, to the same tensors."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # input_ids, position_ids, pixe
 
 
 def encode_here(encoder: Encoder, sample: Sample) -> Tensors:
-    """The recipe's way; pixels stay uint8, and the head's target and the roles are made too."""
+    """Encode in the recipe's way; pixels stay uint8, and the head's target and the roles are made too."""
     example = encoder(sample)
     return example.input_ids, example.position_ids, example.pixel_patches, example.image_grid_thw
 
 
 def encode_hugging_face(processor: Any, encoder: Encoder, text: str, sample: Sample) -> Tensors:
-    """The library's way: Pillow, `AutoProcessor` with its fast image processor, `get_rope_index`."""
+    """Encode in the library's way: Pillow, `AutoProcessor` with its fast image processor, `get_rope_index`."""
     with Image.open(BytesIO(sample.image)) as stored:
         image = ImageOps.exif_transpose(stored).convert("RGB")
     batch = processor(text=[text], images=[image], return_tensors="pt")
@@ -38,7 +38,7 @@ def encode_hugging_face(processor: Any, encoder: Encoder, text: str, sample: Sam
 
 
 def check_same(found: Tensors, expected: Tensors, normalizer: PixelNormalizer) -> None:
-    """Equal numbers: pixels after the normalisation that the recipe leaves to the device, in each frame."""
+    """Assert equal numbers: pixels after the normalisation that the recipe leaves to the device, in each frame."""
     assert all(torch.equal(one, other) for one, other in zip(found[:2], expected[:2], strict=True))
     pixels = normalizer(found[2]).view(len(found[2]), 3, 1, -1)
     frames = expected[2].view(len(found[2]), 3, -1, pixels.shape[-1])
@@ -46,7 +46,7 @@ def check_same(found: Tensors, expected: Tensors, normalizer: PixelNormalizer) -
 
 
 def seconds_a_call(way: Callable[[Sample], Tensors], samples: Sequence[Sample]) -> float:
-    """Core-seconds of one sample."""
+    """Return the core-seconds of one sample."""
     start = time.process_time()
     for sample in samples:
         way(sample)
@@ -54,10 +54,10 @@ def seconds_a_call(way: Callable[[Sample], Tensors], samples: Sequence[Sample]) 
 
 
 def loader_rates(config: RecipeConfig, samples: Sequence[Sample], repeats: int) -> tuple[float, float]:
-    """(pictures a core-second of the recipe, of Hugging Face), medians of interleaved repeats.
+    """Return the images per core-second of (the recipe, Hugging Face), medians of interleaved repeats.
 
     Raises:
-        AssertionError: The tensors of a picture differ.
+        AssertionError: The tensors of an image differ.
     """
     processor = load_processor(config.model.pretrained_model_name_or_path)
     hf_config = AutoConfig.from_pretrained(config.model.pretrained_model_name_or_path)

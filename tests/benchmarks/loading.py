@@ -1,10 +1,10 @@
-"""How long `Detector.from_pretrained` takes, and what memory, next to transformers' own classes on the same export.
+"""Measure time and memory of `Detector.from_pretrained`, next to transformers' own classes on the same export.
 
     python tests/benchmarks/loading.py EXPORTED [--repeats 5]
     python tests/benchmarks/loading.py --make BASE EXPORTED   # first: export BASE with a head that learned nothing
 
-Each loads in a process of its own, in turns, from files that are in memory already; imports are not counted in the
-seconds, the peak is of the whole process. transformers loads model and processor, the detector the head too. The last
+Each loads in a process of its own, in turns, from files that are in memory already. Imports are not counted in the
+seconds; the peak is of the whole process. transformers loads model and processor, the detector the head too. The last
 line is JSON: medians of `seconds` and `peak_gb` of both, and `ratio_seconds`, `ratio_peak` of the detector to
 transformers.
 """
@@ -56,7 +56,7 @@ def load(who: str, folder: str) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Measure both and report; or export, or load once, if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exported")
     parser.add_argument("--make", metavar="BASE")

@@ -1,12 +1,12 @@
-"""Time of the scores of an evaluation: next to faster-coco-eval alone, and next to an older build of this repository.
+"""Time the scores of an evaluation: next to faster-coco-eval alone, and next to an older build of this repository.
 
     python tests/benchmarks/metrics_speed.py [--baseline TREE_OR_COMMIT] [--images 5000] [--repeats 5]
 
-Drawn images of 100 detections and seven objects on average, half of which are found. `boxes` are all scores that read
-captions at most as one of 80 categories: AP with and without categories, recall of the queries, expressions,
+Images are drawn, with 100 detections and seven objects on average, half of which are found. `boxes` are all scores that
+read captions at most as one of 80 categories: AP with and without categories, recall of the queries, expressions,
 calibration. `coco` is faster-coco-eval alone, from dictionaries that are ready, with and without categories. `captions`
-are the scores of captions, of two to ten words. CPU seconds of one thread, medians; each repeat is a process of its
-own, the builds in turns. The last line is JSON.
+are the scores of captions, of two to ten words. Times are CPU seconds of one thread, medians. Each repeat is a process
+of its own, the builds in turns. The last line is JSON.
 """
 
 import argparse

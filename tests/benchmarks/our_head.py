@@ -1,4 +1,4 @@
-"""The recipe's side of the convergence benchmark: train the head by its yaml and overrides, and watch it."""
+"""Train the head by its yaml and overrides, and watch it: the recipe's side of the convergence benchmark."""
 
 import time
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Curve(Callback):
         self.since = time.process_time()
 
     def reaches(self, ap50: float) -> tuple[int, float] | None:
-        """Return steps and CPU seconds to the first evaluation of at least so much."""
+        """Return steps and CPU seconds to the first evaluation of at least this AP50."""
         return next(((step, seconds) for step, value, seconds in self.points if value >= ap50), None)
 
     def step_seconds(self) -> float:

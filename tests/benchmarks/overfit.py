@@ -1,4 +1,4 @@
-"""Over-fits the first photos of a COCO data set from the tiny checkpoint, through the recipe's own commands.
+"""Over-fit the first photos of a COCO data set from the tiny checkpoint, through the recipe's own commands.
 
     python tests/benchmarks/overfit.py --annotations instances.json --images DIR [--num-photos 16] [key=value ...]
 
@@ -19,14 +19,14 @@ FOLDER = ROOT / "overfit"
 
 
 def run(*command: str) -> None:
-    """Runs one of the recipe's commands as a user would, in the repository."""
+    """Run one of the recipe's commands as a user would, in the repository."""
     executable = Path(sys.executable).parent / command[0]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([str(executable), *command[1:]], cwd=ROOT, check=True, env=environment)
 
 
 def first_photos(annotations: Path, num_photos: int) -> Path:
-    """A COCO file of the first `num_photos` pictures of another."""
+    """Write a COCO file of the first `num_photos` images of another."""
     coco = json.loads(annotations.read_text())
     coco["images"] = coco["images"][:num_photos]
     kept = {image["id"] for image in coco["images"]}
@@ -37,7 +37,7 @@ def first_photos(annotations: Path, num_photos: int) -> Path:
 
 
 def main() -> None:
-    """Converts, trains and reports."""
+    """Convert, train and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--annotations", type=Path, required=True)
     parser.add_argument("--images", required=True)

@@ -1,21 +1,22 @@
-"""What the guard, the group metrics and the snapshot cost in a training step, beside Composer's own monitors.
+"""Measure what the guard, the group metrics and the snapshot cost in a training step, next to Composer's monitors.
 
     python tests/benchmarks/overhead.py [--steps 12] [--threads 1] [--hidden-size 512] [--num-layers 8]
 
-One run of Composer's Trainer: packed synthetic scenes, the tiny model widened to some 45 million parameters, three
-microbatches of at most 512 tokens a step. A guard or monitor costs so much a parameter (and a little a microbatch), the
-step so much a parameter and token: its share shrinks as the batch grows, so a small one is taken here.
+There is one run of Composer's Trainer: packed synthetic scenes, the tiny model widened to some 45 million parameters,
+three microbatches of at most 512 tokens per step. A guard or monitor has a cost per parameter (and a little per
+microbatch), the step a cost per parameter and token. So the share of a guard or monitor shrinks as the batch grows, and
+a small batch is taken here.
 
-Everything measured is attached to the same run and works at every other step; the hooks themselves are timed, and
+Everything measured is attached to the same run and works at every other step. The hooks themselves are timed, and
 divided by the step without them. The share of what works at intervals is that of its default interval. No logger is
-attached, so nobody pays for writing: OptimizerMonitor has some 2,000 numbers a measurement, the recipe some 20.
+attached, so nobody pays for writing: OptimizerMonitor has some 2,000 numbers per measurement, the recipe some 20.
 A hook on CUDA is timed between synchronisations, which hides what it would have overlapped and shows what it waits for.
-On the CPU nobody pays for launches and waiting, of which OptimizerMonitor has one a number, the recipe one a step.
+On the CPU nobody pays for launches and waiting, of which OptimizerMonitor has one per number, the recipe one per step.
 
 guard       all hooks of NaNRollback, those in the backward pass too, but for clipping and the snapshot.
             `backward` is the part in the backward pass.
-clip        the guard's multiplication of the gradients. Told apart, since it stands in for Composer's GradientClipping,
-            which a run with Composer's monitors has besides.
+clip        the guard's multiplication of the gradients. Listed apart, since it replaces Composer's GradientClipping,
+            which a run with Composer's monitors has in addition.
 snapshot    check of the weights and copy; every 50 steps. `copy` is the copy alone.
 metrics     GroupMetrics; every 10 steps.
 gradients   OptimizerMonitor as it works with torch's AdamW: norms of gradients.
@@ -24,7 +25,7 @@ optimizer   OptimizerMonitor with the report of DecoupledAdamW (lent to the reci
 
 The last line is JSON. `metrics_over_optimizer_monitor`: (guard + one measurement of metrics) over (NaNMonitor + one
 measurement of optimizer), both showing all at every step. The recipe's defaults show gradient norms at every step and
-the others every 10; OptimizerMonitor has one interval for all, so to show as much it must work at every step:
+the others every 10. OptimizerMonitor has one interval for all, so to show as much it must work at every step:
 `defaults_over_optimizer_monitor_every_step`. More ratios are printed above.
 """
 
@@ -72,7 +73,7 @@ Row = dict[str, float]
 
 
 class Stopwatch(Callback):
-    """Times watched methods within each step, and the step; to be the first of the callbacks.
+    """Times watched methods within each step, and the step; must be the first of the callbacks.
 
     Attributes:
         works: Whether what is watched works in this step.
@@ -86,7 +87,7 @@ class Stopwatch(Callback):
         self._start = 0.0
 
     def watch(self, owner: Any, method: str, name: str, idle: Callable[[], Any] | None = None) -> None:
-        """Times a method under a name; where the watched things rest, `idle` is called in its place."""
+        """Time a method under a name; if the watched things rest, call `idle` in its place."""
         inner = getattr(owner, method)
 
         def timed(*args: Any, **keywords: Any) -> Any:
@@ -101,19 +102,19 @@ class Stopwatch(Callback):
         setattr(owner, method, timed)
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """The step begins."""
+        """Begin a step."""
         self.works = not self.works
         self._spent.clear()
         self._spent["tokens"] = get_num_tokens_in_batch(state.batch)["total"]
         self._start = now()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """It is over: this event follows the batch's end."""
+        """End the step: this event follows the batch's end."""
         self.rows.append({**self._spent, "step": now() - self._start, "works": self.works})
 
 
 def now() -> float:
-    """Seconds once a GPU is done with what it was given; on the CPU core-seconds, which other work leaves alone."""
+    """Return seconds once a GPU is done with its work; on the CPU core-seconds, which other work leaves alone."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -121,7 +122,7 @@ def now() -> float:
 
 
 def make_config(folder: Path, num_steps: int, hidden_size: int, num_layers: int) -> RecipeConfig:
-    """A run on scenes of its own, everything measured at every step."""
+    """Return a run on scenes of its own, everything measured at every step."""
     build_tiny_checkpoint(
         str(folder / "tiny"),
         hidden_size=hidden_size,
@@ -149,7 +150,7 @@ def make_config(folder: Path, num_steps: int, hidden_size: int, num_layers: int)
 
 
 def watch_guard(stopwatch: Stopwatch, guard: NaNRollback) -> None:
-    """`guard` is the whole of it; the other names are parts."""
+    """Watch the guard: `guard` is the whole of it; the other names are parts."""
     stopwatch.watch(guard, "_clip", "clip")
     stopwatch.watch(guard, "_end_batch", "snapshot")
     handlers: dict[Event, Any] = {**guard._HANDLERS, Event.BATCH_END: lambda _, *args: guard._end_batch(*args)}
@@ -160,13 +161,13 @@ def watch_guard(stopwatch: Stopwatch, guard: NaNRollback) -> None:
 
 
 def watch_algorithm(stopwatch: Stopwatch, algorithm: Algorithm, name: str) -> None:
-    """Both methods that the engine calls."""
+    """Watch both methods that the engine calls."""
     stopwatch.watch(algorithm, "match", name, idle=lambda: False)
     stopwatch.watch(algorithm, "apply", name)
 
 
 def train(config: RecipeConfig) -> tuple[list[Row], Trainer, float]:
-    """Trains as `recipe.train` does; returns the steps, the trainer, and the bytes of a snapshot."""
+    """Train as `recipe.train` does; return the steps, the trainer, and the bytes of a snapshot."""
     processor = load_processor(config.model.pretrained_model_name_or_path)
     model = build_model(config, processor)
     optimizer = build_optimizer(model, config.optimizer)
@@ -216,7 +217,7 @@ def train(config: RecipeConfig) -> tuple[list[Row], Trainer, float]:
 
 
 def summarise(rows: list[Row]) -> tuple[Row, float]:
-    """Median seconds of each name, guard without its clipping and snapshot, and of the step without all of them."""
+    """Return the median seconds of each name (guard without clipping and snapshot), and of the step without all."""
     working, resting = [row for row in rows if row["works"]], [row for row in rows if not row["works"]]
     whole = ("guard", "backward", "Composer's clipping", "metrics", "loss shares", "throughput")
     whole += ("NaN monitor", "gradients", "optimizer")
@@ -227,14 +228,14 @@ def summarise(rows: list[Row]) -> tuple[Row, float]:
     bare = median(row["step"] for row in rows)
     rest = median(row["step"] for row in resting)
     print(
-        f"{bare:.3f} s a step of {median(row['tokens'] for row in rows):.0f} tokens without what is measured: "
-        f"{seconds['step']:.3f} s where it was measured and taken off, {rest:.3f} s where all of it rested"
+        f"{bare:.3f} s per step of {median(row['tokens'] for row in rows):.0f} tokens without what is measured: "
+        f"{seconds['step']:.3f} s if it was measured and subtracted, {rest:.3f} s if all of it rested"
     )
     return seconds, bare
 
 
 def shares(seconds: Row, bare: float) -> Row:
-    """Prints each cost, once and amortised over its default interval; returns the shares of the step."""
+    """Print each cost, once and amortised over its default interval; return the shares of the step."""
     intervals = defaultdict(lambda: 1)
     intervals["metrics"] = GroupMetrics().num_batches
     intervals["snapshot"] = every_batches(NaNRollbackConfig().snapshot_interval)
@@ -251,7 +252,7 @@ def shares(seconds: Row, bare: float) -> Row:
 
 
 def ratios(seconds: Row) -> Row:
-    """Ours over Composer's, in several ways."""
+    """Return ours over Composer's, in several ways."""
     guard, metrics, clip = (seconds[name] for name in ("guard", "metrics", "clip"))
     nan, gradients, optimizer = (seconds[name] for name in ("NaN monitor", "gradients", "optimizer"))
     often = GroupMetrics().num_batches
@@ -268,7 +269,7 @@ def ratios(seconds: Row) -> Row:
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="at which everything measured works; as many rest")
     parser.add_argument("--threads", type=int, default=1)

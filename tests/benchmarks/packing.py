@@ -1,11 +1,11 @@
-"""How full packs are, and what planning costs.
+"""Measure how full packs are, and what planning costs.
 
     python tests/benchmarks/packing.py [--data SHARED_DATA] [--llm-foundry CHECKOUT] [--num-samples 10000]
 
 Lengths are those of the real sets' conversations under the true Qwen2.5 tokenizer, without teachers and with 0 to 3
 (as many of those drawn as fit), and of a lognormal mix. Each set is shown as it is, one epoch of some hundred
-samples, and as a stream that repeats it to `--num-samples`. Where packs are less than 0.985 full, the bound says what
-no packer can better. LLM Foundry's own packer runs beside ours where its checkout is given.
+samples, and as a stream that repeats it to `--num-samples`. If packs are less than 0.985 full, the bound says what no
+packer can exceed. LLM Foundry's own packer runs next to ours if its checkout is given.
 
 The last line is JSON: `fill`, `fill_padded` and `fill_llm_foundry`, each its own worst stream; `plan_seconds` by number
 of samples, one core; `plan_peak_gb`; and `not_counted`, the streams left out of the worst with their fill and bound:
@@ -66,7 +66,7 @@ class Row:
 
 
 def set_lengths(folder: Path, encoder: Encoder, num_samples: int) -> tuple[Lengths, Lengths, Lengths, float]:
-    """Tokens of the set as it is, of a stream that repeats it, and of that stream with 0 to 3 teachers.
+    """Return the tokens of the set as it is, of a stream that repeats it, and of that stream with 0 to 3 teachers.
 
     A sample is shown as many of the drawn teachers as fit; last comes the share of samples that are shown fewer. (A run
     refuses such samples at its start, or leaves them out.)
@@ -86,7 +86,7 @@ def set_lengths(folder: Path, encoder: Encoder, num_samples: int) -> tuple[Lengt
 
 
 def all_lengths(data: Path, num_samples: int, trimmed: dict[str, float]) -> Iterator[tuple[str, Lengths]]:
-    """The tokens of every mix, by name; a name ending in `, as it is` is one epoch of a small set.
+    """Yield the tokens of every mix, by name; a name ending in `, as it is` is one epoch of a small set.
 
     `trimmed` gets the share of each set's samples that are shown fewer teachers than drawn.
     """
@@ -108,7 +108,7 @@ def all_lengths(data: Path, num_samples: int, trimmed: dict[str, float]) -> Iter
 
 
 def measure(name: str, lengths: Lengths, packing: ModuleType | None) -> Row:
-    """Packs one stream in each way, in the same shuffled order."""
+    """Pack one stream in each way, in the same shuffled order."""
     order = np.random.default_rng(0).permutation(len(lengths))
     shuffled = lengths[order]
     no_patches = np.zeros_like(lengths)
@@ -130,7 +130,7 @@ def measure(name: str, lengths: Lengths, packing: ModuleType | None) -> Row:
 
 
 def plan_costs(counts: list[int]) -> dict[int, dict[str, float]]:
-    """Seconds and memory of planning, each in a fresh process on one core."""
+    """Return seconds and memory of planning, each in a fresh process on one core."""
     script = Path(__file__).with_name("plan_cost.py")
     costs = {}
     for count in counts:
@@ -140,7 +140,7 @@ def plan_costs(counts: list[int]) -> dict[int, dict[str, float]]:
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the real sets and the tokenizer")
     parser.add_argument("--llm-foundry", type=Path, help="checkout of mosaicml/llm-foundry")

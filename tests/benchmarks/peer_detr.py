@@ -1,10 +1,11 @@
-"""The peers of the convergence benchmark, trained from scratch: three of Hugging Face's DETRs and torchvision's FCOS.
+"""Train the peers of the convergence benchmark from scratch: three of Hugging Face's DETRs and torchvision's FCOS.
 
-All get what helps them: a ResNet-18 of a quarter of its width that learns (Hugging Face freezes batch norm, and under
-version 4.57 all of a ResNet's convolutions, which suits pretrained ones only), box refinement in Deformable DETR (in
-one stage: Hugging Face has no loss for the proposals of two), images decoded once and kept in memory, shown as ours
-sees them and normalised by the training images' own mean and deviation, a warm-up and a cosine over the CPU time they
-are given, the last weights judged. FCOS and RT-DETR have maps of stride 8, Deformable DETR of 16, Conditional of 32.
+All get what helps them. A ResNet-18 of a quarter of its width learns. (Hugging Face freezes batch norm, and under
+version 4.57 all of a ResNet's convolutions, which suits pretrained ones only.) Deformable DETR has box refinement, in
+one stage: Hugging Face has no loss for the proposals of two. Images are decoded once and kept in memory, shown as ours
+sees them and normalised by the training images' own mean and deviation. There are a warm-up and a cosine over the CPU
+time that they are given; the last weights are judged. FCOS and RT-DETR have maps of stride 8, Deformable DETR of 16,
+Conditional of 32.
 """
 
 import math

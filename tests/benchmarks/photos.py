@@ -1,11 +1,11 @@
-"""The whole line on a set of real pictures: split, train with captions, calibrate, predict, draw.
+"""Run the whole line on a set of real images: split, train with captions, calibrate, predict, draw.
 
     python tests/benchmarks/photos.py SHARED_DATA/chess_train [--steps 500] [--seed 17]
 
-The folder holds `images` and `instances.json`; a fifth of its pictures is held out. The head learns boxes and captions
-from a tiny random checkpoint, the language model writes no answers. Everything is written below `bench/photos`; the
-held-out pictures with their predictions, and the gallery, below `bench/photos/NAME/SEED/predictions`. The last line is
-JSON: the scores of `recipe/eval.py` that have to do with boxes and captions, `ece` on the held-out half of the
+The folder holds `images` and `instances.json`; a fifth of its images is held out. The head learns boxes and captions
+from a tiny random checkpoint; the language model writes no answers. Everything is written below `bench/photos`. The
+held-out images with their predictions, and the gallery, are below `bench/photos/NAME/SEED/predictions`. The last line
+is JSON: the scores of `recipe/eval.py` that have to do with boxes and captions, `ece` on the held-out half of the
 calibration among them.
 """
 
@@ -22,7 +22,7 @@ SCORES = ("box_ap50", "category_ap50", "caption_match", "densecap_map_meteor", "
 
 
 def main() -> None:
-    """Runs everything and reports."""
+    """Run everything and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of `images` and `instances.json`")
     parser.add_argument("--steps", type=int, default=500)
@@ -48,16 +48,16 @@ def main() -> None:
     checkpoint = str(folder / "run" / "checkpoints" / "latest-rank0.pt")
     run("python", "recipe/train.py", YAML, *overrides)
     run("python", "recipe/eval.py", YAML, *overrides, f"load_path={checkpoint}")
-    pictures = ROOT / folder / "pictures"
-    pictures.mkdir()
+    images = ROOT / folder / "pictures"
+    images.mkdir()
     for sample in held_out:
-        (pictures / sample.id.split("/")[-1]).with_suffix(".jpg").write_bytes(sample.image)
+        (images / sample.id.split("/")[-1]).with_suffix(".jpg").write_bytes(sample.image)
     out = str(folder / "predictions")
     fitted = folder / "run" / "calibration.yaml"
-    calibration = ["--calibration", str(fitted)] if (ROOT / fitted).exists() else []  # none where nothing was found
+    calibration = ["--calibration", str(fitted)] if (ROOT / fitted).exists() else []  # none if nothing was found
     run(
         *("python", "recipe/predict.py", "--checkpoint", checkpoint, "--out", out, "--answer", "boxes", *calibration),
-        str(pictures.relative_to(ROOT)),
+        str(images.relative_to(ROOT)),
     )
     truth = ["--data", str(folder), "--split", "val"]
     page = [f"{out}/predictions.json", *truth, "--out", f"{out}/gallery.html"]

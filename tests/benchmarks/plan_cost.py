@@ -1,10 +1,10 @@
-"""Plans one epoch of a lognormal mix in a process of its own; prints JSON.
+"""Plan one epoch of a lognormal mix in a process of its own; print JSON.
 
     python tests/benchmarks/plan_cost.py NUM_SAMPLES [--nodes N] [--augment]
 
-Streaming's shuffle over `N` canonical nodes (default 1) of shards of 1,000 samples, then the packs. `seconds` of one
-core are of the packs, `shuffle_seconds` of the shuffle. `peak_gb` is what both add at most to the lengths; those are
-kept in a file that the processes of a node share, and so is the plan, of `plan_gb`.
+First comes Streaming's shuffle over `N` canonical nodes (default 1) of shards of 1,000 samples, then the packs.
+`seconds` of one core are of the packs, `shuffle_seconds` of the shuffle. `peak_gb` is what both add at most to the
+lengths. Those are kept in a file that the processes of a node share, and so is the plan, of `plan_gb`.
 
 With `--augment` it measures what augmentation adds: the lengths of an epoch in which each sample, an image of 640 x 480
 with seven objects, is shown flipped, in part and in another size. `table_gb` is what each process keeps.
@@ -37,7 +37,7 @@ BLOCK = 1 << 18  # Streaming's default
 
 
 def lognormal_mix(num_samples: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """(tokens, patches): 819 tokens in the mean, an image in six samples of seven."""
+    """Return (tokens, patches): 819 tokens in the mean, an image in six samples of seven."""
     rng = np.random.default_rng(0)
     tokens = np.clip(rng.lognormal(6.606, 0.45, num_samples), 16, MAX_TOKENS).astype(np.int64)
     image_share = np.where(rng.random(num_samples) < 6 / 7, rng.uniform(0.3, 0.9, num_samples), 0)
@@ -45,7 +45,7 @@ def lognormal_mix(num_samples: int) -> tuple[NDArray[np.int32], NDArray[np.int32
 
 
 def drawn_table(num_samples: int) -> DrawnTable:
-    """The table that a count of such samples would give."""
+    """Return the table that a count of such samples would give."""
     rng, ones = np.random.default_rng(0), np.ones(num_samples, dtype=np.int64)
     spec = ImageSpec(14, 2, 3136, 1003520, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     encoder = Encoder(build_tiny_tokenizer(tokenizer_corpus()), None, spec, PromptConfig(), 32, MAX_TOKENS)
@@ -70,7 +70,7 @@ def drawn_table(num_samples: int) -> DrawnTable:
 
 
 def measure_drawn(num_samples: int) -> None:
-    """Prints the cost of the lengths of one epoch."""
+    """Print the cost of the lengths of one epoch."""
     table = drawn_table(num_samples)
     table.of_epoch(0, np.arange(9))  # counts the tokens of numbers
     before = memory_gb("VmRSS")
@@ -84,7 +84,7 @@ def measure_drawn(num_samples: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Plan, or draw lengths with `--augment`, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("num_samples", type=int)
     parser.add_argument("--nodes", type=int, default=1)
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def memory_gb(key: str) -> float:
-    """Return this process's memory; ru_maxrss is no help, as a process inherits it from the one that started it."""
+    """Return this process's memory; not ru_maxrss, which a process inherits from the one that started it."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[key].split()[0]) * 1024 / 1e9
 

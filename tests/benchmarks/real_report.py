@@ -1,4 +1,4 @@
-"""Tables and figures of the convergence benchmark on real sets, from the results of its jobs."""
+"""Make the tables and figures of the convergence benchmark on real sets, from the results of its jobs."""
 
 from collections.abc import Sequence
 from statistics import median

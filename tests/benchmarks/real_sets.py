@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: real COCO-form sets as samples and shards, and the true Qwen2.5 tokenizer, offline."""
+"""Read real COCO-form sets as samples and shards, and build the true Qwen2.5 tokenizer, offline; for the benchmarks."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ REAL: dict[str, Any] = {
     "train_loader.global_batch_size": 8,
     "eval_loader.global_batch_size": 8,
 }
-# What our head learns besides boxes; the peers learn captions as classes.
+# What our head learns next to boxes; the peers learn captions as classes.
 TASKS: dict[str, dict[str, Any]] = {
     "captions": {"loss.weight_caption": 4.0},
     "boxes": {},
@@ -189,7 +189,7 @@ def augmentation_of(name: str, pixels: int) -> tuple[str, float]:
 
 
 def batch_size(pixels: float) -> int:
-    """Return how many images of so many pixels cost about as much per step as eight of the smallest budget."""
+    """Return how many images of `pixels` pixels cost about as much per step as eight of the smallest budget."""
     return max(2, round(BATCH_SIZE * LEAST_PIXELS / pixels))
 
 
@@ -263,7 +263,7 @@ def make_real_set(source: Path, data: Path, seed: int) -> tuple[list[Sample], li
 
 
 def build_qwen_tokenizer(source: Path, out: Path) -> PreTrainedTokenizerBase:
-    """Builds the tokenizer of `source` (`build_qwen25.py` and its vocabulary) into `out`, in some seconds."""
+    """Build the tokenizer of `source` (`build_qwen25.py` and its vocabulary) into `out`, in some seconds."""
     command = [sys.executable, str(source / "build_qwen25.py"), str(source / "qwen.tiktoken"), str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return Qwen2TokenizerFast(tokenizer_file=str(out / "tokenizer.json"))

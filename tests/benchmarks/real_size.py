@@ -1,11 +1,11 @@
-"""The real job at its real size, on a CPU: memory, sizes and speed of a 3B or 7B with random weights.
+"""Run the real job at its real size, on a CPU: memory, sizes and speed of a 3B or 7B with random weights.
 
     python tests/benchmarks/real_size.py [--size 3b] [--legs head lora] [--source SHARED_DATA/chess_train]
                                          [--tokenizer SHARED_DATA/tokenizer] [--against OTHER_TREE]
 
-Writes a random checkpoint of the published size in the hub's layout (bfloat16, sharded safetensors with an index, the
-key prefixes of releases before 4.52), converts real pictures, and runs for each leg the commands of a user: two steps
-of training, one picture evaluated, a checkpoint, a third step after a resume, export, predict. `head` is
+It writes a random checkpoint of the published size in the hub's layout (bfloat16, sharded safetensors with an index,
+the key prefixes of releases before 4.52) and converts real images. For each leg it runs the commands of a user: two
+steps of training, one image evaluated, a checkpoint, a third step after a resume, export, predict. `head` is
 yamls/head.yaml, `lora` yamls/lora.yaml, `full` yamls/joint.yaml, of which only the estimate is made. `--size tiny` does
 all of it with the tiny model, as the tests do.
 
@@ -43,7 +43,7 @@ FOLDER = Path("bench", "real_size")
 NAMES = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct"}
 YAMLS = {"head": "yamls/head.yaml", "lora": "yamls/lora.yaml", "full": "yamls/joint.yaml"}
 SHARD_BYTES = 2 * 10**9
-PICTURES = 4  # of the source, the last of them to evaluate; the others are one epoch, a pack each
+NUM_IMAGES = 4  # of the source, the last of them to evaluate; the others are one epoch, a pack each
 GB = 10**9
 
 
@@ -53,7 +53,7 @@ def write_checkpoint(size: str, folder: Path, tokenizer: Path) -> None:
     Args:
         size: A key of `NAMES`, or tiny.
         folder: Created; kept if it is there already.
-        tokenizer: Folder for `build_qwen_tokenizer`; where it is absent, the tiny model's tokenizer is written.
+        tokenizer: Folder for `build_qwen_tokenizer`; if it is absent, the tiny model's tokenizer is written.
     """
     if (folder / "config.json").exists():
         return
@@ -138,9 +138,9 @@ def write_weights(name: str, folder: Path) -> None:
 
 
 def convert(source: Path, folder: Path) -> Path:
-    """Convert the first pictures into the splits `train` and `val`; return one of them as a file."""
+    """Convert the first images into the splits `train` and `val`; return one of them as a file."""
     truth = json.loads((source / "instances.json").read_text())
-    images = truth["images"][:PICTURES]
+    images = truth["images"][:NUM_IMAGES]
     for split, part in {"train": images[:-1], "val": images[-1:]}.items():
         ids = {image["id"] for image in part}
         rows = [row for row in truth["annotations"] if row["image_id"] in ids]
@@ -217,7 +217,7 @@ def steps(run: Path) -> list[tuple[float, int]]:
     return found
 
 
-def run_leg(leg: str, overrides: Sequence[str], run: Path, picture: Path) -> dict[str, float]:
+def run_leg(leg: str, overrides: Sequence[str], run: Path, image: Path) -> dict[str, float]:
     """Train two steps, evaluate, save, resume for a third, export and predict; return the figures."""
     trainer = ["trainer.eval_interval=2ba", "trainer.save_interval=1ba", "callbacks.throughput.interval=1ba"]
     command = ["recipe/train.py", YAMLS[leg], *overrides, *trainer]
@@ -227,7 +227,7 @@ def run_leg(leg: str, overrides: Sequence[str], run: Path, picture: Path) -> dic
     exported = run / "exported"
     _, export_peak, _ = measure("recipe/export.py", "--checkpoint", str(checkpoint), "--out", str(exported))
     places = ("--checkpoint", str(exported), "--out", str(run / "predictions"))
-    seconds, predict_peak, _ = measure("recipe/predict.py", *places, "--answer", "boxes", str(picture))
+    seconds, predict_peak, _ = measure("recipe/predict.py", *places, "--answer", "boxes", str(image))
     print(f"{leg}: predict {seconds:.0f} s, peak {predict_peak:.1f} GB")
     done = steps(run)
     return {
@@ -263,7 +263,7 @@ def head_speeds(overrides: Sequence[str], folder: Path, against: Path | None) ->
     Without another tree the cache is compared with this one's step with answers.
     """
     others = [override for override in overrides if not override.startswith("run_folder")]
-    epoch = PICTURES - 1
+    epoch = NUM_IMAGES - 1
     kept = seconds_of_head(others, folder / "kept", "prompt.student_answer=true", f"trainer.max_duration={epoch}ba")
     cache = f"cache_frozen.local={folder / 'cache'}"
     shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -305,15 +305,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
     folder = (args.folder / args.size).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     write_checkpoint(args.size, folder / "model", args.tokenizer)
-    picture = convert(args.source, folder)
+    image = convert(args.source, folder)
     legs: dict[str, dict[str, float]] = {}
     for leg in args.legs:
         run = folder / leg
         shutil.rmtree(run, ignore_errors=True)
         overrides = settings(folder / "model", folder / "data", run, args.tokens)
-        legs[leg] = (
-            {"estimate_gb": estimated(leg, overrides)} if leg == "full" else run_leg(leg, overrides, run, picture)
-        )
+        legs[leg] = {"estimate_gb": estimated(leg, overrides)} if leg == "full" else run_leg(leg, overrides, run, image)
         print(json.dumps({leg: legs[leg]}), flush=True)
     result: dict[str, Any] = {"legs": legs}
     if "head" in args.legs:

@@ -1,10 +1,10 @@
-"""What a tiny model keeps of the chats it knew while it learns boxes: with 20 % chats among its samples, and without.
+"""Measure what a tiny model keeps of its chats while it learns boxes: with 20 % chats among its samples, and without.
 
     python tests/benchmarks/retention.py [--out runs/retention] [--chat-steps 150] [--steps 150]
 
-A random checkpoint learns chats of one kind, `recipe/export.py` makes a base model of it, and adapters and a head
-learn scenes of shapes on that base, by `yamls/joint_chat.yaml` with the changes below: once as it is, once without the
-stream of chats. Both see equally many packs of equally many tokens. Prints a table of the last evaluations.
+A random checkpoint learns chats of one kind, and `recipe/export.py` makes a base model of it. Adapters and a head learn
+scenes of shapes on that base, by `yamls/joint_chat.yaml` with the changes below: once as it is, once without the stream
+of chats. Both see equally many packs of equally many tokens. It prints a table of the last evaluations.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SMALL = [  # of joint_chat.yaml
 
 
 def chats() -> list[Sample]:
-    """Chats whose answer repeats four words of the question, in a fixed random order."""
+    """Return chats whose answer repeats four words of the question, in a fixed random order."""
     rows = list(itertools.product(*WORDS))
     random.Random(0).shuffle(rows)
     return [
@@ -71,7 +71,7 @@ def chats() -> list[Sample]:
 
 
 def make_data(out: Path) -> None:
-    """Chats and scenes, each with a held-out split, and the random checkpoint."""
+    """Write chats and scenes, each with a held-out split, and the random checkpoint."""
     build_tiny_checkpoint(str(out / "tiny"))
     rows = chats()
     write_split(iter(rows[HELD_OUT:]), str(out / "chat"), "train")

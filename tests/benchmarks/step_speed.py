@@ -1,4 +1,4 @@
-"""Real tokens a second of whole training steps: packed, padded, and packed with a dense mask; one model, one batch."""
+"""Time whole training steps: packed, padded, and packed with a dense mask; one model, one batch."""
 
 import time
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ from recipe.optim.groups import build_optimizer
 from recipe.schema import Batch, Example, Sample
 
 DENSE = "dense_sdpa"
-# (pixels along a side or 0, words): samples of some 400 to 1,550 tokens, pictures and long chats, two of text alone.
+# (pixels along a side or 0, words): samples of some 400 to 1,550 tokens, images and long chats, two of text alone.
 CHATS = ((420, 190), (0, 610), (560, 430), (420, 650), (504, 710), (0, 1130), (560, 930), (420, 1310))
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "and", "a", "truck")
 
 
 @cache
 def block_diagonal(segment_lengths: tuple[int, ...]) -> Tensor:
-    """(1, 1, L, L) bool: each sample sees its own past. Kept, so that only its use is timed."""
+    """Return (1, 1, L, L) bool: each sample sees its own past. Kept, so that only its use is timed."""
     blocks = [torch.ones(length, length, dtype=torch.bool).tril() for length in segment_lengths]
     return torch.block_diag(*blocks).bool()[None, None]
 
@@ -50,7 +50,7 @@ def dense_sdpa(
     segment_lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """A packed row where attention knows a dense mask only; the vision tower is cut up by transformers."""
+    """Attend over a packed row with a dense mask only; the vision tower is cut up by transformers."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     mask = None if segment_lengths is None else block_diagonal(tuple(segment_lengths))
@@ -59,7 +59,7 @@ def dense_sdpa(
 
 
 def make_sample(index: int, pixels: int, num_words: int) -> Sample:
-    """A scene with its objects and a chat about it; or a chat alone."""
+    """Return a scene with its objects and a chat about it; or a chat alone."""
     text = " ".join(WORDS[word % len(WORDS)] for word in range(num_words))
     chat = ({"role": "user", "content": "Tell me more."}, {"role": "assistant", "content": text})
     if not pixels:
@@ -68,7 +68,7 @@ def make_sample(index: int, pixels: int, num_words: int) -> Sample:
 
 
 def make_examples(config: RecipeConfig) -> list[Example]:
-    """The batch: one sample each of `CHATS`."""
+    """Return the batch: one sample for each of `CHATS`."""
     name = config.model.pretrained_model_name_or_path
     processor, hf_config = load_processor(name), AutoConfig.from_pretrained(name)
     spec = image_spec(processor.image_processor, config.image)
@@ -77,7 +77,7 @@ def make_examples(config: RecipeConfig) -> list[Example]:
 
 
 def padding_waste(examples: Sequence[Example]) -> float:
-    """Share of padded rows that is padding."""
+    """Return the share of padded rows that is padding."""
     lengths = [len(example.input_ids) for example in examples]
     return 1 - sum(lengths) / (len(lengths) * max(lengths))
 
@@ -93,7 +93,7 @@ class Step:
         self.batch = batch
 
     def __call__(self) -> float:
-        """Forward, backward and update; returns the loss."""
+        """Run forward, backward and update; return the loss."""
         self.optimizer.zero_grad()
         loss = self.model.loss(self.model(self.batch), self.batch)["total"]
         loss.backward()
@@ -104,7 +104,7 @@ class Step:
 def window_seconds(
     lengths: Sequence[int], num_heads: int, width: int, repeats: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, float]:
-    """Core-seconds of attention within windows, forward and backward: one call a window, or one a length; medians."""
+    """Return core-seconds of attention within windows, forward and backward: by one call per window or per length."""
 
     def loop(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts = zip(*(states.split(list(lengths)) for states in (query, key, value)), strict=True)
@@ -123,7 +123,7 @@ def window_seconds(
 
 
 def step_seconds(config: RecipeConfig, examples: Sequence[Example], repeats: int) -> dict[str, float]:
-    """Core-seconds of a step, in each way: medians of interleaved repeats, after one that warms up and is checked."""
+    """Return core-seconds of a step in each way: medians of interleaved repeats, after a checked one that warms up."""
     AttentionInterface.register(DENSE, dense_sdpa)
     AttentionMaskInterface.register(DENSE, packed_mask)
     packed = collate_packed(one_each(examples))

@@ -1,10 +1,10 @@
-"""Speed of a packed training step and of the loader, each beside what it replaces.
+"""Measure the speed of a packed training step and of the loader, each next to what it replaces.
 
     python tests/benchmarks/throughput.py [--data SHARED_DATA] [--repeats 5]
 
-Training: real tokens a second of forward, backward and update, of one batch of 8,019 tokens whose padded rows are 36 %
-padding; packed, padded, and packed with a dense mask, in turns. Loader: pictures a core-second from JPEG bytes to
-tensors, the recipe's encoder beside the Hugging Face processor (`use_fast=True`), the same tensors. Everything runs on
+Training: real tokens per second of forward, backward and update, of one batch of 8,019 tokens whose padded rows are
+36 % padding; packed, padded, and packed with a dense mask, in turns. Loader: images per core-second from JPEG bytes to
+tensors, the recipe's encoder next to the Hugging Face processor (`use_fast=True`), the same tensors. Everything runs on
 one thread. The last line is JSON: `packed_over_padded`, `packed_over_dense`, `loader_over_hf`.
 """
 
@@ -23,28 +23,28 @@ from recipe.tiny import build_tiny_checkpoint
 from step_speed import make_examples, padding_waste, step_seconds
 
 SETS = ("chess_train", "bccd_trainval", "wagon_train", "coco_cc_train")
-PICTURES_OF_A_SET = 40
+IMAGES_OF_A_SET = 40
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def measure_training(config: RecipeConfig, repeats: int) -> dict[str, float]:
-    """Prints and returns tokens a second of each way."""
+    """Print and return the tokens per second of each way."""
     examples = make_examples(config)
     num_tokens = sum(len(example.input_ids) for example in examples)
     print(f"{num_tokens} tokens in {len(examples)} samples, padding waste {padding_waste(examples):.3f}")
     rates = {name: num_tokens / seconds for name, seconds in step_seconds(config, examples, repeats).items()}
-    print("| step | real tokens a second |\n| --- | ---: |")
+    print("| step | real tokens per second |\n| --- | ---: |")
     for name, rate in rates.items():
         print(f"| {name} | {rate:.0f} |")
     return rates
 
 
 def measure_loader(config: RecipeConfig, data: Path, repeats: int) -> float:
-    """Prints the rates of each set; returns the ratio of the core-seconds of all."""
-    print("| pictures | recipe, images a core-second | Hugging Face | ratio |\n| --- | ---: | ---: | ---: |")
+    """Print the rates of each set and return the ratio of the core-seconds of all."""
+    print("| images | recipe, images per core-second | Hugging Face | ratio |\n| --- | ---: | ---: | ---: |")
     spent_here = spent_there = 0.0
     for name in SETS:
-        samples = read_samples(data / name)[:PICTURES_OF_A_SET]
+        samples = read_samples(data / name)[:IMAGES_OF_A_SET]
         here, there = loader_rates(config, samples, repeats)
         spent_here, spent_there = spent_here + len(samples) / here, spent_there + len(samples) / there
         print(f"| {name} | {here:.0f} | {there:.0f} | {here / there:.2f} |", flush=True)
@@ -52,7 +52,7 @@ def measure_loader(config: RecipeConfig, data: Path, repeats: int) -> float:
 
 
 def main() -> None:
-    """Measures and reports."""
+    """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the real sets")
     parser.add_argument("--repeats", type=int, default=5)

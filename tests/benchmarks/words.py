@@ -1,11 +1,11 @@
-"""How well a short joint run on one thread learns the quickstart's words: a fast way to compare keys.
+"""Measure how well a short joint run on one thread learns the quickstart's words: a fast way to compare keys.
 
     python tests/benchmarks/words.py [--seconds 240] [--steps N] [key.sub=value ...]
 
-Needs the data of `make quickstart`. Trains with yamls/quickstart.yaml and the given keys, without Composer, for that
-many CPU seconds or `--steps`, whichever ends first; the cosine ends there too. Then it evaluates 400 scenes
-that no split of the quickstart holds. Prints mean training losses every 100 steps; the last line is JSON: scores,
-losses, and the shares of found boxes with a wrong size, colour and shape.
+It needs the data of `make quickstart`. It trains with yamls/quickstart.yaml and the given keys, without Composer, for
+that many CPU seconds or `--steps`, whichever ends first; the cosine ends there too. Then it evaluates 400 scenes that
+no split of the quickstart holds. It prints mean training losses every 100 steps. The last line is JSON: scores, losses,
+and the shares of found boxes with a wrong size, colour and shape.
 """
 
 import argparse
@@ -42,14 +42,14 @@ WORDS = ("size", "colour", "shape")  # of a caption, in order
 
 
 def rate_factor(done: float) -> float:
-    """The factor on all rates when a share of the run is done: warm-up, then a cosine."""
+    """Return the factor on all rates when a share of the run is done: warm-up, then a cosine."""
     if done < WARM_UP:
         return done / WARM_UP
     return LAST + (1 - LAST) * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
 
 
 def train(model: JointModel, loader: Any, config: Any, steps: float, seconds: float) -> tuple[int, float]:
-    """Trains on whole batches; the steps taken and their CPU seconds."""
+    """Train on whole batches; return the steps taken and their CPU seconds."""
     optimizer = build_optimizer(model, config.optimizer)
     groups = [(group, group["lr"]) for group in optimizer.param_groups]
     weights = [weight for group, _ in groups for weight in group["params"]]
@@ -81,7 +81,7 @@ def train(model: JointModel, loader: Any, config: Any, steps: float, seconds: fl
 
 
 def evaluate(model: JointModel, loader: Any, config: Any) -> dict[str, Any]:
-    """Scores, losses and wrong words."""
+    """Return scores, losses and the shares of wrong words."""
     samples, predictions, answered = [], [], 0
     sums, counts, found, wrong = Counter[str](), Counter[str](), 0, Counter[str]()
     model.eval()
@@ -119,8 +119,8 @@ def evaluate(model: JointModel, loader: Any, config: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Trains, evaluates and reports."""
-    parser = argparse.ArgumentParser(description="How well a short joint run learns the quickstart's words.")
+    """Train, evaluate and report."""
+    parser = argparse.ArgumentParser(description="Measure how well a short joint run learns the quickstart's words.")
     parser.add_argument("--seconds", type=float, default=240.0, help="CPU seconds of training at most")
     parser.add_argument("--steps", type=float, default=math.inf, help="at most")
     parser.add_argument("keys", nargs="*", metavar="key.sub=value")

@@ -1,4 +1,4 @@
-"""What W&B is given of the predictions: boxes over pictures and a table, offline, read back from the run's folder."""
+"""What W&B is given of the predictions: boxes over images and a table, offline, read back from the run's folder."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Loggers and the predictions picture in a real Trainer: what they write, and that training does not notice."""
+"""Loggers and the predictions image in a real Trainer: what they write, and that training does not notice."""
 
 import json
 import random
@@ -113,7 +113,7 @@ def test_pictures_of_every_evaluation(tmp_path: Path) -> None:
     folders = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert folders == ["000001", "000002", "000003", "000004"]
     names = sorted(path.name for path in (tmp_path / "pictures" / "000002").iterdir())
-    assert names == ["00_a_b.png", "01_c.png", "02_d.png", "gallery.png"]  # the text-only sample has no picture
+    assert names == ["00_a_b.png", "01_c.png", "02_d.png", "gallery.png"]  # the text-only sample has no image
     picture = np.asarray(Image.open(tmp_path / "pictures" / "000002" / "00_a_b.png"))
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 2, "nothing was drawn"
     assert [step for step, _ in recorder.logged] == [1, 2, 3, 4]

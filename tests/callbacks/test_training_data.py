@@ -28,8 +28,8 @@ def unmatched_of(batches: Sequence[Batch], folder: Path, num_queries: int) -> fl
 
 
 def test_by_hand(tiny_examples: dict[str, Example], tmp_path: Path):
-    """Six objects in one picture, two in two others: with 5 queries one is left, with 1 query 5, 1 and 1 are."""
-    examples = list(tiny_examples.values())  # also without annotation, without objects, without a picture
+    """Six objects in one image, two in two others: with 5 queries one is left, with 1 query 5, 1 and 1 are."""
+    examples = list(tiny_examples.values())  # also without annotation, without objects, without an image
     for microbatch_size in (6, 2, 1):
         batches = make_batches(examples, "packed", microbatch_size)
         for num_queries, expected in ((100, 0), (6, 0), (5, 1), (1, 5 + 1 + 1)):

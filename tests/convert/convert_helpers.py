@@ -1,4 +1,4 @@
-"""What the tests of the converters share: tiny pictures, command lines run in-process, shards read back."""
+"""What the tests of the converters share: tiny images, command lines run in-process, shards read back."""
 
 import importlib
 import io

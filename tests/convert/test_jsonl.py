@@ -49,7 +49,7 @@ def test_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.shared_data
 def test_real_sentences(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1000 drone photos' sentences on grey pictures of their size: 4 of the 5880 boxes stick out."""
+    """1000 drone photos' sentences on grey images of their size: 4 of the 5880 boxes stick out."""
     (tmp_path / "gray.png").write_bytes(picture((960, 540), mode="1", kind="PNG"))
     rows = [json.loads(line) for line in (shared_data / "uav_region_sentences" / "regions.jsonl").open()]
     path = tmp_path / "uav.jsonl"

@@ -1,4 +1,4 @@
-"""Every malformed record with its reason, and the picture modes; through the JSON-lines converter."""
+"""Every malformed record with its reason, and the image modes; through the JSON-lines converter."""
 
 import io
 import json

@@ -105,7 +105,7 @@ def encoder(processor: Any, hf_config: Qwen2_5_VLConfig, spec: ImageSpec) -> Enc
 
 @pytest.fixture(scope="session")
 def make_sample() -> MakeSample:
-    """A picture of noise with `num_objects` objects (None: not annotated); `number` seeds both."""
+    """An image of noise with `num_objects` objects (None: not annotated); `number` seeds both."""
 
     def make(number: int = 0, num_objects: int | None = 2, width: int = 80, height: int = 60, **changes) -> Sample:
         rng = np.random.default_rng(number)
@@ -125,9 +125,9 @@ def make_sample() -> MakeSample:
 
 @pytest.fixture(scope="session")
 def make_chat(make_sample: MakeSample) -> MakeSample:
-    """A chat about pictures of noise: two in the first question, if there are, then one in each further one.
+    """A chat about images of noise: two in the first question, if there are, then one in each further one.
 
-    The first answer has a box of the first picture, the others of the picture before them; the last is not annotated.
+    The first answer has a box of the first image, the others of the image before them; the last is not annotated.
     """
 
     def make(number: int = 0, num_images: int = 3) -> Sample:

@@ -55,7 +55,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def samples(make_sample) -> list[Sample]:
-    """Pictures of many sizes with 0 to 6 objects, some with sides in their captions, and chats of every kind."""
+    """Images of many sizes with 0 to 6 objects, some with sides in their captions, and chats of every kind."""
     pictures = [make_sample(number, number % 7, 60 + 37 * number, 50 + 29 * (number % 4)) for number in range(12)]
     for number, picture in enumerate(pictures):
         words = CAPTIONS if number % 3 == 0 else FLIPPED

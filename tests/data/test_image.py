@@ -1,4 +1,4 @@
-"""Pictures → patches: the resize rule and the numbers of Hugging Face's processors."""
+"""Images → patches: the resize rule and the numbers of Hugging Face's processors."""
 
 import itertools
 import json

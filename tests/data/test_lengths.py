@@ -38,7 +38,7 @@ IMAGE_CHAT = ({"role": "user", "content": "<image>what?"}, {"role": "assistant",
 
 @pytest.fixture(scope="module")
 def samples(make_sample) -> list[Sample]:
-    """Pictures of several sizes with 0 to 4 objects, chats with and without a picture."""
+    """Images of several sizes with 0 to 4 objects, chats with and without an image."""
     pictures = [make_sample(number, number % 5, 40 + 31 * number, 30 + 17 * (number % 4)) for number in range(12)]
     pictures[3] = replace(pictures[3], objects=None, messages=IMAGE_CHAT)
     pictures[4] = replace(pictures[4], objects=None)

@@ -24,7 +24,7 @@ def vlm_mix(num_samples: int, seed: int = 0) -> tuple[Lengths, Lengths]:
 
 
 def few_shot_mix(num_samples: int) -> tuple[Lengths, Lengths]:
-    """A student picture and 0 to 3 teachers, each of some 650 tokens."""
+    """A student image and 0 to 3 teachers, each of some 650 tokens."""
     rng = np.random.default_rng(1)
     turns = rng.lognormal(6.4, 0.4, (num_samples, 4)).cumsum(1)
     tokens = turns[np.arange(num_samples), rng.integers(0, 4, num_samples)]
@@ -96,7 +96,7 @@ def test_one_sample_is_taken_where_no_two_fill_more():
 
 
 def test_patches_bind_by_hand():
-    """The first two pictures fill 8 patches, so text fills their tokens; by tokens alone all three would share."""
+    """The first two images fill 8 patches, so text fills their tokens; by tokens alone all three would share."""
     tokens, patches = [3, 3, 3, 4], [4, 4, 4, 0]
     packs = pack_window(tokens, patches, 10, 8)
     assert sorted(map(sorted, packs)) == [[0], [1, 2, 3]]

@@ -31,7 +31,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def samples(make_sample) -> list[Sample]:
-    """Pictures, the first one in three samples; and two chats without a picture."""
+    """Images, the first one in three samples; and two chats without an image."""
     pictures = [make_sample(number, 1, 28 + 9 * number, 60) for number in range(NUM_SAMPLES)]
     again = [replace(pictures[0], id=f"again-{number}") for number in range(2)]
     return [*pictures, *again, *(Sample(f"text-{number}", b"", 0, 0, None, chat) for number, chat in enumerate(CHATS))]

@@ -15,7 +15,7 @@ from tests.distributed.fsdp_run import Leg
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import make_samples
 
-# A step's or evaluation's two halves: in most of them one rank has no picture.
+# A step's or evaluation's two halves: in most of them one rank has no image.
 SAMPLES = ("two", "text", "unannotated", "text", "crowded", "empty", "one", "other_teacher")
 
 

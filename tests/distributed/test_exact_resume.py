@@ -15,7 +15,7 @@ from tests.distributed.packed_run import Settings
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import CHAT_IN_TURNS, chat_about
 
-NUM_SAMPLES = 33 + 4  # of one picture, and of three
+NUM_SAMPLES = 33 + 4  # of one image, and of three
 STEPS = 12
 SCRIPT = Path(__file__).with_name("packed_run.py")
 
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("data"))
     for split, num_samples, seed in (("train", 45, 1), ("val", 2, 2), ("teachers", 3, 3)):
         samples = list(iter_samples(num_samples, seed, image_size=84, max_objects=5))
-        if split == "train":  # the last 12 are in chats about three pictures each
+        if split == "train":  # the last 12 are in chats about three images each
             groups = (samples[first : first + 3] for first in range(33, 45, 3))
             samples[33:] = [chat_about(f"chat-{group[0].id}", CHAT_IN_TURNS, *group) for group in groups]
         write_split(samples, folder, split)

@@ -82,7 +82,7 @@ def test_five_steps_with_evaluation_are_those_of_one_process(runs: Mapping[str, 
     # The first evaluation answers one image, so one of two ranks has nothing to write.
     assert runs[name].scores[0] == pytest.approx(runs[one_of(name)].scores[0], rel=1e-6)
     assert runs[name].scores[0]["text_answers"] == 1 and runs[name].texts[0] == runs[one_of(name)].texts[0]
-    # Captions and answers were written, of every sample with a picture.
+    # Captions and answers were written, of every sample with an image.
     texts = runs[name].texts[-1]
     assert len(texts) == len(SAMPLES)
     assert all((text[0] is not None) == ("text" not in sample) for sample, text in texts.items())

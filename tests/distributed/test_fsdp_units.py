@@ -118,7 +118,7 @@ def test_backbone_in_bf16_head_and_boxes_in_float32(
     assert outputs.detection.pred_boxes.dtype == torch.float32
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert gradients and all(gradient.dtype == torch.float32 for gradient in gradients)
-    # The pictures' mean and the rotary frequencies would lose their last digits.
+    # The images' mean and the rotary frequencies would lose their last digits.
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point())
 
 

@@ -1,4 +1,4 @@
-"""What the drills share: data, and a training that was never stopped."""
+"""Share among the drills: data, and a training that was never stopped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.drills.drill_run import Run
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the data, and the runs of this file."""
+    """Return the folder that holds the data, and the runs of this file."""
     folder = tmp_path_factory.mktemp("drill")
     write_data(folder / "data")
     return folder

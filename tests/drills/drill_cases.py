@@ -1,4 +1,4 @@
-"""A small training with all that a resume can get wrong, as the yaml of a real command."""
+"""Write a small training with all that a resume can get wrong, as the yaml of a real command."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,16 +26,21 @@ STEPS, SAVE_EVERY, EVALUATE_EVERY = 24, 2, 3  # batches
 
 
 def write_data(folder: Path, num_train: int = 45, **options: Any) -> None:
-    """The splits `train`, of nine samples a batch, and `val`; the pool `teachers`; `options` are of `write_split`."""
+    """Write the splits `train`, of nine samples per batch, and `val`, and the pool `teachers`.
+
+    `options` are those of `write_split`.
+    """
     for split, num_samples, seed in (("train", num_train, 1), ("val", 4, 2), ("teachers", 3, 3)):
         write_split(iter_samples(num_samples, seed, image_size=84, max_objects=5), str(folder), split, **options)
 
 
 def write_yaml(path: Path, checkpoint: str, data: Path, steps: int, **changes: Any) -> Path:
-    """Few-shot packs from two workers; stages, schedule, dropout, denoising; evaluated, saved, rotated, best kept.
+    """Write a run: few-shot packs from two workers; stages, schedule, dropout, denoising; evaluated, saved, rotated.
+
+    The best checkpoint is kept.
 
     Args:
-        path: Of the yaml; the run's folder is named like it, beside it.
+        path: Of the yaml; the run's folder is named like it, next to it.
         checkpoint: Folder of the tiny language model.
         data: Of `write_data`.
         steps: Batches to train.
@@ -82,7 +87,7 @@ def write_yaml(path: Path, checkpoint: str, data: Path, steps: int, **changes: A
 
 
 def assert_same_training(found: Path, whole: Path) -> None:
-    """Two checkpoints hold the same weights, optimizer and clock, to the last bit."""
+    """Assert that two checkpoints hold the same weights, optimizer and clock, to the last bit."""
     states = [torch.load(path, weights_only=False)["state"] for path in (found, whole)]
     for part in ("model", "optimizers"):
         tensors = [dict(flatten(state[part])) for state in states]
@@ -95,7 +100,7 @@ def assert_same_training(found: Path, whole: Path) -> None:
 
 
 def flatten(value: Any, above: str = "") -> list[tuple[str, Any]]:
-    """All that is not a mapping or list, by its path."""
+    """Return all that is not a mapping or list, by its path."""
     if isinstance(value, Mapping):
         return [pair for name, item in value.items() for pair in flatten(item, f"{above}/{name}")]
     if isinstance(value, list | tuple):
@@ -104,5 +109,5 @@ def flatten(value: Any, above: str = "") -> list[tuple[str, Any]]:
 
 
 def equal(found: Any, expected: Any) -> bool:
-    """To the last bit."""
+    """Return whether both are equal, to the last bit."""
     return torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected

@@ -1,4 +1,4 @@
-"""One training over its launches: signalled, its damage looked at, compared at its end."""
+"""Follow one training over its launches: signal it, look at its damage, compare its end."""
 
 import signal
 import time
@@ -19,7 +19,7 @@ class Run:
     """A training over its launches.
 
     Attributes:
-        yaml: The run's folder is beside it.
+        yaml: The run's folder is next to it.
         kills: What was waited for, where the kill hit, the newest valid checkpoint after it.
     """
 
@@ -47,12 +47,12 @@ class Run:
         return start(num_ranks, "recipe/train.py", str(self.yaml), log=log, forked=forked)
 
     def newest(self) -> int:
-        """Batches of the newest valid checkpoint; 0: there is none."""
+        """Return the batches of the newest valid checkpoint; 0: there is none."""
         found = newest_valid(str(self.checkpoints)) if self.checkpoints.exists() else None
         return found.manifest.batch if found else 0
 
     def kill(self, running: Running, wanted: Moment, delay: float) -> None:
-        """Waits for the moment, then `delay` seconds, and kills; checks where the launch had begun."""
+        """Wait for the moment, then `delay` seconds, and kill; check at which batch the launch had begun."""
         newest, leftovers = self.newest(), unfinished(self.checkpoints)
         try:
             wait_for(wanted, self.folder, running, leftovers)
@@ -67,7 +67,7 @@ class Run:
         print(f"kill {len(self.kills)} wanted at {wanted}, hit at {hit}, newest checkpoint {self.kills[-1][2]}")
 
     def terminate(self, running: Running, wanted: Moment, times: int = 1) -> int:
-        """Waits for the moment and sends SIGTERM to all processes; returns the exit status."""
+        """Wait for the moment and send SIGTERM to all processes; return the exit status."""
         newest, leftovers = self.newest(), unfinished(self.checkpoints)
         try:
             wait_for(wanted, self.folder, running, leftovers)
@@ -80,7 +80,7 @@ class Run:
         return status
 
     def finish(self, running: Running) -> None:
-        """Waits until it has ended by itself."""
+        """Wait until it has ended by itself."""
         newest = self.newest()
         assert running.wait() == 0, running.output()
         assert first_step(self.folder, running.started) == newest
@@ -91,7 +91,7 @@ class Run:
 
 
 def wait_for(wanted: Moment, folder: Path, running: Running, leftovers: Set[File]) -> None:
-    """Returns in the first such phase of that batch or a later one; of the start, once training is about to begin."""
+    """Return in the first such phase of that batch or a later one; of the start, once training is about to begin."""
     until = time.monotonic() + PATIENCE
     while True:
         moment = moment_of(folder, running.started, leftovers)
@@ -104,7 +104,7 @@ def wait_for(wanted: Moment, folder: Path, running: Running, leftovers: Set[File
 
 
 def assert_same_end(run: Run, whole: Run) -> None:
-    """The same weights, optimizer and clock, also of the best checkpoint; the same files, the same losses logged."""
+    """Assert the same weights, optimizer and clock, also of the best checkpoint; the same files and logged losses."""
     for name in ("latest-rank0.pt", "best-rank0.pt"):
         assert_same_training(run.checkpoints / name, whole.checkpoints / name)
     names = [{path.name for path in each.checkpoints.iterdir()} for each in (run, whole)]

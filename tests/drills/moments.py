@@ -1,4 +1,4 @@
-"""Where in its training a run is, or was when it was killed, by nothing but the files it leaves."""
+"""Find where in its training a run is, or was when it was killed, by nothing but the files it leaves."""
 
 import json
 from collections.abc import Set
@@ -23,7 +23,7 @@ class Moment:
 
 
 def moment_of(run_folder: Path, started: float, leftovers: Set[File] = frozenset()) -> Moment:
-    """Of one launch.
+    """Return the moment of one launch.
 
     Args:
         run_folder: Of the run.
@@ -44,7 +44,7 @@ def moment_of(run_folder: Path, started: float, leftovers: Set[File] = frozenset
 
 
 def unfinished(checkpoints: Path) -> Set[File]:
-    """What is being written, and checkpoints without their manifest, which comes after them and goes before them."""
+    """Return what is being written, and checkpoints without manifest, which comes after them and goes before them."""
     times: dict[str, int] = {}
     for path in checkpoints.glob("*"):
         with suppress(FileNotFoundError):  # renamed or removed meanwhile
@@ -55,7 +55,7 @@ def unfinished(checkpoints: Path) -> Set[File]:
 
 
 def last_entry(path: Path) -> dict[str, Any] | None:
-    """The last whole line."""
+    """Return the last whole line."""
     if not path.exists():
         return None
     with path.open("rb") as file:
@@ -65,13 +65,13 @@ def last_entry(path: Path) -> dict[str, Any] | None:
 
 
 def losses(run_folder: Path) -> list[tuple[int, float]]:
-    """The total loss of every batch, in the order of the file."""
+    """Return the total loss of every batch, in the order of the file."""
     rows = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
     return [(row["step"], row["metrics"]["loss/train/total"]) for row in rows if "loss/train/total" in row["metrics"]]
 
 
 def first_step(run_folder: Path, started: float) -> int | None:
-    """Batches that were done when a launch began to train."""
+    """Return the batches that were done when a launch began to train."""
     for name in ("metrics.jsonl.replaced", "metrics.jsonl"):
         path = run_folder / name
         rows = map(json.loads, path.read_text().splitlines()) if path.exists() else []

@@ -1,12 +1,12 @@
-"""Many clients at a server on loopback, some of them with bad input; counts what they got. One line of JSON at the end.
+"""Load a server on loopback with many clients, some with bad input; count what they got and print one line of JSON.
 
     python tests/drills/serve_load.py MODEL [--clients 200] [--requests 2000] [--batch-size 8] [--images DIR]
 
-The server is `python -m recipe.serve` in a process of its own. Each client keeps asking, one request after the other;
-one in twenty is bad: a truncated image, one just above the pixel limit, a text, a body over the size limit, or a client
-that sends too slowly. Who is refused for now (429) comes again. Then, one client alone, against `Detector` on the same
-bytes; then `predict.py` on as many images at the same batch size, in a process of its own; and last, SIGTERM while
-requests are being answered.
+The server is `python -m recipe.serve` in a process of its own. Each client keeps asking, one request after the other.
+One in twenty is bad: a truncated image, one just above the pixel limit, a text, a body over the size limit, or a client
+that sends too slowly. A client that is refused for now (429) comes again. Then one client alone is compared with
+`Detector` on the same bytes. Then `predict.py` runs on as many images at the same batch size, in a process of its own.
+Last comes SIGTERM while requests are being answered.
 
 The JSON: `statuses` by kind of request, `without_status`, `images_per_s` of the server and of `predict.py` and their
 `throughput_ratio`; `lone_p50_ratio`; `memory_mib` after the first hundred requests and at the end; `worst_box` (pixels)
@@ -41,7 +41,7 @@ BAD = {"truncated": 400, "large": 413, "text": 400, "oversize": 413, "slow": 408
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--clients", type=int, default=200)
@@ -63,18 +63,18 @@ class Server:
         self.port = int(line.split("http://127.0.0.1:")[1].split("/")[0])
 
     def memory_mib(self) -> float:
-        """Resident memory."""
+        """Return the resident memory."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
 
 
 def images() -> list[bytes]:
-    """Scenes of several sizes."""
+    """Return scenes of several sizes."""
     return [draw_scene(seed=3, index=index, image_size=SIDES[index % len(SIDES)]).image for index in range(48)]
 
 
 def bad_images(good: bytes) -> dict[str, bytes]:
-    """A request's body of each kind of `BAD`."""
+    """Return a request's body of each kind of `BAD`."""
     file = BytesIO()
     Image.new("RGB", (401, 400)).save(file, "PNG")
     return {
@@ -87,7 +87,7 @@ def bad_images(good: bytes) -> dict[str, bytes]:
 
 
 async def ask(port: int, body: bytes, is_slow: bool = False) -> tuple[int | None, Any, float]:
-    """Status (None: the connection ended without one), content and seconds of one request on its own connection."""
+    """Return status (None: the connection ended without one), content and seconds of a request on a new connection."""
     start = time.perf_counter()
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -109,7 +109,7 @@ async def ask(port: int, body: bytes, is_slow: bool = False) -> tuple[int | None
 
 
 async def load(server: Server, pictures: Sequence[bytes], args: argparse.Namespace) -> dict[str, Any]:
-    """All clients at once."""
+    """Run all clients at once; return what they got."""
     numbers, statuses, retries = iter(range(args.requests)), defaultdict[str, Counter[str]](Counter), 0
     bad, memory, answers = bad_images(pictures[0]), list[float](), list[tuple[int, Any]]()
     done, kinds = 0, list(BAD)
@@ -153,7 +153,7 @@ async def load(server: Server, pictures: Sequence[bytes], args: argparse.Namespa
 
 
 async def lone(server: Server, detector: Any, pictures: Sequence[bytes], count: int) -> float:
-    """Median time of one client alone over that of `Detector`, in turns."""
+    """Return the median time of one client alone over that of `Detector`, in turns."""
     own, others = list[float](), list[float]()
     for number in range(count + 4):
         body = pictures[number % len(pictures)]
@@ -165,7 +165,7 @@ async def lone(server: Server, detector: Any, pictures: Sequence[bytes], count: 
 
 
 def predict_files(args: argparse.Namespace, pictures: Sequence[bytes], count: int) -> tuple[float, list[Any]]:
-    """Images per second of `predict.py`, without its start, and its answers for the pictures."""
+    """Return the images per second of `predict.py`, without its start, and its answers for the images."""
     with TemporaryDirectory() as folder:
         rates, rows = [], []
         for number in (len(pictures), len(pictures) + count):
@@ -196,7 +196,7 @@ def predict_files(args: argparse.Namespace, pictures: Sequence[bytes], count: in
 
 
 def differences(answers: Sequence[tuple[int, Any]], rows: Sequence[Any]) -> dict[str, Any]:
-    """The largest of boxes and scores over all answers, and how many differ in their number of objects or a caption."""
+    """Return the largest of boxes and scores over all answers, and how many differ in number of objects or caption."""
     worst_box, worst_score, captions, numbers, compared = 0.0, 0.0, 0, 0, 0
     for place, answer in answers:
         found, expected = answer["objects"], rows[place]["objects"]
@@ -213,7 +213,7 @@ def differences(answers: Sequence[tuple[int, Any]], rows: Sequence[Any]) -> dict
 
 
 async def stop(server: Server, pictures: Sequence[bytes]) -> dict[str, int]:
-    """SIGTERM once five of sixty requests are answered: what all of them got."""
+    """Send SIGTERM once five of sixty requests are answered; return what all of them got."""
     asked = [asyncio.create_task(ask(server.port, pictures[number % len(pictures)])) for number in range(60)]
     while sum(task.done() for task in asked) < 5:
         await asyncio.sleep(0.005)

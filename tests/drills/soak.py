@@ -1,18 +1,18 @@
-"""One training through a long bad night: random faults, started again after each death. One line of JSON at the end.
+"""Run one training through random faults, started again after each death; print one line of JSON at the end.
 
     python tests/drills/soak.py --minutes N --seed S [--replay FILE] [--keep FOLDER]
 
 The tiny model is trained by `composer -n 2 recipe/train.py`; data and checkpoints are in an S3 server on loopback.
-First without faults, then again from the start while the schedule of the seed is carried out: SIGKILL to a rank, the
-launcher, a loader's worker or an uploading process; SIGSTOP for 20 s; the store down, slow, answering 503 or half; the
-disk full; the clock an hour off; and NaNs. Whenever the training ends before its last batch it is started again by the
-same command, as a user's launcher does; most starts are forked from a process that has its imports done. At the end
-weights, optimizer and clock must be those of the undisturbed run to the last bit. Its NaNs differ: the batches that the
-guard must skip have none and are left out without the guard; weights that become NaN, after which the guard rolls back
-and lowers the rates for good, do so there too.
+It runs first without faults, then again from the start while the schedule of the seed is carried out. Its faults are
+SIGKILL to a rank, the launcher, a loader's worker or an uploading process; SIGSTOP for 20 s; the store down, slow,
+answering 503 or half; the disk full; the clock an hour off; and NaNs. If the training ends before its last batch it is
+started again by the same command, as a user's launcher does. Most starts are forked from a process that has its imports
+done. At the end weights, optimizer and clock must be those of the undisturbed run to the last bit. Its NaNs differ: the
+batches that the guard must skip have none and are left out without the guard. Weights that become NaN, after which the
+guard rolls back and lowers the rates for good, do so there too.
 
 The schedule is one line of the output; `--replay` takes a file with it. `FOLDER` keeps logs. The run is held back to
-last as long as its schedule, whose clock runs slowly while it starts, and catches up at full speed after a fault.
+last as long as its schedule, whose clock runs slowly while it starts. It catches up at full speed after a fault.
 Everything runs in namespaces of its own (`unshare`, of Linux): of processes, so that none outlives the command; of
 mounts, for a disk that can be full and a /dev/shm that nobody else uses. The clock is shifted in Python
 (`inside/sitecustomize.py`): torch's own timeouts and the times of files do not move.
@@ -42,7 +42,7 @@ INSIDE = "SOAK_INSIDE"
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3.0, help="of the run with faults; default %(default)s")
     parser.add_argument("--seed", type=int, default=1)
@@ -64,7 +64,7 @@ def enter_namespaces() -> None:
 
 
 def main() -> int:
-    """Run the soak; 0 if nothing is lost."""
+    """Run the soak; return 0 if nothing is lost."""
     args = parse()
     if INSIDE not in os.environ:
         enter_namespaces()

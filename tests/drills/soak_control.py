@@ -1,4 +1,4 @@
-"""What the soak and the processes of its run share: one small file, mapped by all."""
+"""Share one small file, mapped by all, between the soak and the processes of its run."""
 
 import mmap
 import struct
@@ -18,7 +18,7 @@ class Control:
 
     @classmethod
     def make(cls, path: Path) -> "Control":
-        """A new file: the clock is right, the run may not begin a batch yet."""
+        """Make a new file: the clock is right, the run may not begin a batch yet."""
         path.write_bytes(bytes(_SIZE))
         made = cls(path)
         made.note_batch(-1, 0)
@@ -26,7 +26,7 @@ class Control:
 
     @property
     def clock_offset(self) -> float:
-        """Seconds that the clock is ahead."""
+        """Return the seconds that the clock is ahead."""
         return struct.unpack_from("d", self._map, _OFFSET)[0]
 
     @clock_offset.setter
@@ -35,7 +35,7 @@ class Control:
 
     @property
     def allowed(self) -> int:
-        """Batches that the run may finish by now, so that it lasts as long as the schedule."""
+        """Return the batches that the run may finish by now, so that it lasts as long as the schedule."""
         return struct.unpack_from("q", self._map, _ALLOWED)[0]
 
     @allowed.setter
@@ -43,10 +43,10 @@ class Control:
         struct.pack_into("q", self._map, _ALLOWED, batches)
 
     def batch(self, launch: int) -> int | None:
-        """The batch that rank 0 of a launch has begun last, the first being 0; None: not that launch's."""
+        """Return the batch that rank 0 of a launch has begun last, the first being 0; None: not that launch's."""
         number, batch = struct.unpack_from("qq", self._map, _BATCH)
         return batch if number == launch else None
 
     def note_batch(self, launch: int, batch: int) -> None:
-        """Of rank 0 of a launch. One whose launcher was killed may do so while the next one starts."""
+        """Note the batch of a launch's rank 0. One whose launcher was killed may do so while the next one starts."""
         struct.pack_into("qq", self._map, _BATCH, launch, batch)

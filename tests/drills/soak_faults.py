@@ -23,7 +23,7 @@ LEFT_FREE = 4096  # bytes, on the full disk
 
 @dataclass
 class Processes:
-    """Those of one launch.
+    """The processes of one launch.
 
     Attributes:
         launcher: Of `composer`.
@@ -39,7 +39,7 @@ class Processes:
 
 
 def processes_of(launcher: int) -> Processes:
-    """Those alive now of the launch whose launcher has this id."""
+    """Return those alive now of the launch whose launcher has this id."""
     found = Processes()
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(launcher)
@@ -54,7 +54,7 @@ def processes_of(launcher: int) -> Processes:
 
 
 def runs(process: psutil.Process, text: str) -> bool:
-    """Whether its command line holds a text."""
+    """Return whether its command line holds a text."""
     with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return any(text in argument for argument in process.cmdline())
     return False
@@ -157,7 +157,7 @@ class Level:
 
 
 def level(processes: Sequence[psutil.Process], temporary: Path) -> Level | None:
-    """Of these processes and all that they made; None if one has ended meanwhile."""
+    """Return the level of these processes and all that they made; None if one has ended meanwhile."""
     try:
         memory = sum(process.memory_info().rss for process in processes) // 2**20
         files, threads = (sum(getattr(process, name)() for process in processes) for name in ("num_fds", "num_threads"))
@@ -169,7 +169,7 @@ def level(processes: Sequence[psutil.Process], temporary: Path) -> Level | None:
 
 
 def is_of_a_run(process: psutil.Process) -> bool:
-    """Whether a process was started by one of the trainings."""
+    """Return whether a process was started by one of the trainings."""
     with suppress(psutil.Error):
         is_ours = "SOAK_CONTROL" in process.environ() and process.pid != fork_server().pid
         return is_ours and process.status() != psutil.STATUS_ZOMBIE
@@ -188,18 +188,18 @@ LEFT: Mapping[str, str] = {
 
 
 def whose(path: Path, temporary: Path) -> str:
-    """Of `LEFT`, or the file's own path."""
+    """Return the owner of a file by `LEFT`, or the file's own path."""
     name = str(path.relative_to(temporary))
     return next((owner for pattern, owner in LEFT.items() if fnmatch(name, pattern)), name)
 
 
 def files_below(folder: Path) -> list[Path]:
-    """At any depth, while others may remove some."""
+    """Return the files at any depth, while others may remove some."""
     return [Path(above, name) for above, _, names in os.walk(folder) for name in names]
 
 
 def median_level(levels: Sequence[Level]) -> Level | None:
-    """Of each attribute; None of none."""
+    """Return the median of each attribute; None if there are no levels."""
     if not levels:
         return None
     return Level(**{part.name: round(median(getattr(each, part.name) for each in levels)) for part in fields(Level)})

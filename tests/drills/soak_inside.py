@@ -1,4 +1,4 @@
-"""What a soak adds to the algorithms of a rank: NaNs at the batches of the schedule, and its timetable."""
+"""Add to the algorithms of a rank what a soak needs: NaNs at the batches of the schedule, and its timetable."""
 
 import os
 import time
@@ -22,7 +22,7 @@ assert tuple(HITS) == PLACES
 
 
 class Hits(Algorithm):
-    """Waits for the timetable at each batch, and makes a value not finite at those of the schedule; the last one.
+    """Waits for the timetable at each batch, and makes a value not finite at those of the schedule; the last algorithm.
 
     Composer calls the last algorithm first after the backward pass, so the guard sees what this one did.
     """
@@ -31,11 +31,11 @@ class Hits(Algorithm):
         self.nans, self.control, self.is_undisturbed = nans, control, is_undisturbed
 
     def match(self, event: Event, state: State) -> bool:
-        """At each batch's start, and where this rank is hit."""
+        """Return whether a batch starts or this rank is hit."""
         return event is Event.BATCH_START or self._hit(event, state) is not None
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Waits; hits."""
+        """Wait; hit."""
         if event is Event.BATCH_START:
             batch = int(state.timestamp.batch)
             if dist.get_global_rank() == 0:
@@ -55,24 +55,24 @@ class Hits(Algorithm):
 
 
 class LeaveOut(Algorithm):
-    """Keeps the optimizer from the batches that the guard is to skip, without a NaN; the first one."""
+    """Keeps the optimizer from the batches that the guard is to skip, without a NaN; the first algorithm."""
 
     def __init__(self, nans: Mapping[int, Nan]):
         self.nans = nans
 
     def match(self, event: Event, state: State) -> bool:
-        """After the backward pass of such a batch, when the guard has judged it."""
+        """Return whether the backward pass of such a batch is over, when the guard has judged it."""
         nan = self.nans.get(int(state.timestamp.batch))
         return event is Event.AFTER_TRAIN_BATCH and nan is not None and nan.is_skipped
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Removes all gradients."""
+        """Remove all gradients."""
         for parameter in state.model.parameters():
             parameter.grad = None
 
 
 def with_disturbance(build: Callable[[Any], list[Algorithm]], control: Control) -> Callable[[Any], list[Algorithm]]:
-    """The same function, whose list has these algorithms too."""
+    """Return the same function, whose list has these algorithms too."""
 
     def build_more(config: Any) -> list[Algorithm]:
         nans = {nan.batch: nan for nan in Schedule.from_json(os.environ["SOAK_SCHEDULE"]).nans}

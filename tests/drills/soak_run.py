@@ -1,4 +1,4 @@
-"""The two trainings of a soak: one that nothing disturbs, and one that is started again whenever it ends too early."""
+"""Run the two trainings of a soak: one undisturbed, and one that is started again whenever it ends too early."""
 
 import json
 import os
@@ -70,7 +70,7 @@ class Machine:
 
     @classmethod
     def make(cls, folder: Path, server: S3Server, schedule: Schedule) -> "Machine":
-        """The disk, the data in the store, the tiny model, the yaml."""
+        """Make the disk, the data in the store, the tiny model and the yaml."""
         disk = folder / "disk"
         disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_SIZE}", "tmpfs", str(disk)], check=True)
@@ -87,7 +87,7 @@ class Machine:
 
     @property
     def temporary(self) -> Path:
-        """Of the disturbed run."""
+        """Return the temporary folder of the disturbed run."""
         return self.disk / "run" / "tmp"
 
     def launch(self, name: str, number: int, env: dict[str, str]) -> Running:
@@ -127,14 +127,14 @@ class Machine:
         return start(2, "recipe/train.py", yaml, *overrides, log=log, env={**env, **own}, forked=forked)
 
     def level(self) -> Level:
-        """What is in use on the machine, this process and the store aside."""
+        """Return what is in use on the machine, this process and the store aside."""
         others = [process for process in psutil.process_iter() if is_of_a_run(process)]
         found = level(others, self.temporary)
         assert found is not None
         return found
 
     def level_at_end(self) -> tuple[Level, dict[str, Any]]:
-        """The same after the command was given once more, which has nothing to train and cleans up what was killed."""
+        """Return the same after the command ran again, which has nothing to train and cleans up what was killed."""
         time.sleep(SECONDS_TO_SETTLE)
         running = self.launch("run", FINISHED, self.server.env)
         assert running.wait(PATIENCE) == 0 and "already ended" in running.output(), running.output()
@@ -149,7 +149,7 @@ class Machine:
 
 @dataclass
 class Used:
-    """What the ranks of one launch used since they are warm, the first and the last few times that they were seen."""
+    """What the ranks of one launch used once they were warm, the first and the last few times that they were seen."""
 
     first: list[Level] = field(default_factory=list[Level])
     last: deque[Level] = field(default_factory=lambda: deque[Level](maxlen=SAMPLES))
@@ -165,12 +165,12 @@ class Used:
             self.last.append(found)
 
     def levels(self) -> dict[str, Level | None]:
-        """Of the report."""
+        """Return the levels for the report."""
         return {"before": median_level(self.first), "after": median_level(list(self.last))}
 
 
 def train_undisturbed(machine: Machine) -> tuple[Used, float]:
-    """The whole training, at full speed; with its seconds."""
+    """Run the whole training at full speed; return what it used, and its seconds."""
     machine.control.allowed = FREE
     used, began = Used(), time.monotonic()
     running = machine.launch("undisturbed", 0, machine.server.env)
@@ -183,7 +183,7 @@ def train_undisturbed(machine: Machine) -> tuple[Used, float]:
 
 
 def ended(running: Running) -> int | None:
-    """The exit status of a launch, while other processes of it may live; None: it has not ended."""
+    """Return the exit status of a launch, while other processes of it may live; None: it has not ended."""
     if not running.is_forked:
         return running.process.poll()
     lines = running.process.stdout
@@ -194,7 +194,7 @@ def ended(running: Running) -> int | None:
 
 
 def kind_of(process: psutil.Process) -> str:
-    """For a count."""
+    """Return the kind of a process, for a count."""
     if runs(process, "spawn_main") or runs(process, "resource_tracker"):
         return "spawned by a rank"
     return "loader worker" if process.name() == "pt_data_worker" else "rank"
@@ -213,7 +213,7 @@ class Launch:
     used: Used = field(default_factory=Used)
 
     def cause(self) -> str | None:
-        """The kind of fault that probably ended it: the last kill, if it was within the last minute, else the last."""
+        """Return the kind of fault that probably ended it: the last kill, if within the last minute, else the last."""
         if not self.faults:
             return None
         recent = [kind for at, kind in self.faults if at > self.faults[-1][0] - 60]
@@ -295,7 +295,7 @@ class Supervisor:
         print(f"{self.now:7.1f} s  {fault.kind}: {hit}, at batch {launch.last_batch}", file=sys.stderr, flush=True)
 
     def _judge(self, launch: Launch) -> None:
-        """After an end that was not the last."""
+        """Judge an end that was not the last."""
         assert launch.status != LOST, f"the training has diverged:\n{launch.running.output()}"
         if (cause := launch.cause()) is not None:
             self.ended[cause] += 1
@@ -314,27 +314,27 @@ class Supervisor:
                 os.killpg(self.orphans.pop(), signal.SIGKILL)
 
     def injected_nans(self) -> Counter[str]:
-        """By place; the audit says which the guard saw."""
+        """Return the NaNs by place; the audit says which the guard saw."""
         return Counter(f"nan_{nan.place}" for nan in self.schedule.nans)
 
     def outcomes(self) -> dict[str, dict[str, int]]:
-        """Of each kind: after how many the launch ended, before the next one; and after how many it did not."""
+        """Return, by kind, after how many the launch ended before the next one, and after how many it did not."""
         every = Counter(self.injected)
         return {
             kind: {"ended": self.ended[kind], "continued": every[kind] - self.ended[kind]} for kind in sorted(every)
         }
 
     def not_injected(self) -> Counter[str]:
-        """What the training did not live to see."""
+        """Return the kinds of faults that the training did not live to see."""
         return Counter(fault.kind for fault in self.due)
 
     def batches_done_twice(self) -> int:
-        """Or more often."""
+        """Return the batches that were done twice or more often."""
         begun = [launch for launch in self.launches if launch.first_batch is not None]
         return sum(launch.last_batch - (launch.first_batch or 0) + 1 for launch in begun) - self.schedule.batches
 
     def audit(self) -> dict[str, list[int]]:
-        """The batches that the guard reports, each once although some were done again."""
+        """Return the batches that the guard reports, each once although some were done again."""
         lines = (self.machine.disk / "run" / "run" / "quarantine.jsonl").read_text().splitlines()
         entries = [json.loads(line) for line in lines]
         return {
@@ -343,12 +343,12 @@ class Supervisor:
         }
 
     def survived(self) -> dict[str, int]:
-        """What the last launch survived, by kind."""
+        """Return what the last launch survived, by kind."""
         return dict(Counter(kind for _, kind in self.launches[-1].faults))
 
 
 def same_end(machine: Machine) -> list[str]:
-    """How the last checkpoints of the two trainings differ; [] if they do not, and hold only finite weights."""
+    """Return how the last checkpoints of the two trainings differ; [] if they do not, and hold only finite weights."""
     store, name = machine.server.client(), f"ba{machine.schedule.batches}.pt"
     paths = []
     for run in ("run", "undisturbed"):

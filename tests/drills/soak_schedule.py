@@ -1,4 +1,4 @@
-"""When a soak does what: drawn from a seed, kept as one line of JSON."""
+"""Draw from a seed when a soak does what, and keep it as one line of JSON."""
 
 import json
 import random
@@ -55,7 +55,7 @@ class Nan:
 
     @property
     def is_skipped(self) -> bool:
-        """Whether the guard has only to skip the batch. A weight makes it roll back."""
+        """Return whether the guard has only to skip the batch. A weight makes it roll back."""
         return self.place != "weight"
 
 
@@ -70,12 +70,12 @@ class Schedule:
     nans: list[Nan]
 
     def to_json(self) -> str:
-        """One line."""
+        """Return the schedule as one line."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Schedule":
-        """Of `to_json`; ValueError, TypeError or KeyError if it is another text."""
+        """Return the schedule of `to_json`; ValueError, TypeError or KeyError if it is another text."""
         found = json.loads(text)
         faults = [Planned(**fault) for fault in found["faults"]]
         unknown = {fault.kind for fault in faults} - KINDS.keys()
@@ -84,12 +84,12 @@ class Schedule:
         return cls(found["seed"], found["minutes"], found["batches"], faults, [Nan(**nan) for nan in found["nans"]])
 
     def kinds(self) -> Counter[str]:
-        """How many there are of each kind, the NaNs by their place."""
+        """Return how many there are of each kind, the NaNs by their place."""
         return Counter(fault.kind for fault in self.faults) + Counter(f"nan_{nan.place}" for nan in self.nans)
 
 
 def draw_schedule(seed: int, minutes: float, num_ranks: int = 2) -> Schedule:
-    """Every kind as often as the others, give or take one, at random times; a NaN of each place, then of others."""
+    """Draw every kind as often as the others, give or take one, at random times; a NaN of each place, then others."""
     rng = random.Random(seed)
     num_faults = max(len(KINDS), round(FAULTS_PER_MINUTE * minutes))
     kinds = [kind for _ in range(-(-num_faults // len(KINDS))) for kind in rng.sample(list(KINDS), len(KINDS))]

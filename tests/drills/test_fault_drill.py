@@ -1,4 +1,4 @@
-"""One training killed with SIGKILL again and again, at random moments: it ends as a training that was never stopped.
+"""Kill one training with SIGKILL again and again, at random moments: it ends as a training that was never stopped.
 
 There are 21 kills, each after a random delay in its phase. The command is `composer -n 1 recipe/train.py YAML`; most
 launches are forked from a process that has its imports done, since those would take nine tenths of the time. SIGKILL

@@ -1,4 +1,4 @@
-"""SIGTERM to all processes of a run at once, the loader's workers too, as SLURM and systemd send it."""
+"""Send SIGTERM to all processes of a run at once, the loader's workers too, as SLURM and systemd send it."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The soak: its schedule, and the command over three minutes and thirty."""
+"""Check the soak: its schedule, and the command over three minutes and thirty."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_the_clock_of_another_process(tmp_path: Path) -> None:
 
 
 def soak(minutes: float, seed: int) -> dict[str, Any]:
-    """The command's report."""
+    """Return the command's report."""
     if find_juicefs() is None or subprocess.run(["unshare", "--map-root-user", "--mount", "true"]).returncode:
         pytest.skip("needs the juicefs program, and a system that gives namespaces")
     command = [sys.executable, "tests/drills/soak.py", "--minutes", str(minutes), "--seed", str(seed)]

@@ -214,7 +214,7 @@ def test_checkpointing_and_sharding_need_less() -> None:
 
 
 def test_the_heads_switches_need_more() -> None:
-    """3B, 4,096 tokens: 16 pictures of 4 x 256 patches; a head of 2 layers and 4 of captions, 256 wide, in float32."""
+    """3B, 4,096 tokens: 16 images of 4 x 256 patches; a head of 2 layers and 4 of captions, 256 wide, in float32."""
     plain = {
         "num_queries": 100,
         "width": 256,

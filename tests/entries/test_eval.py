@@ -36,7 +36,7 @@ def test_what_is_found_is_used(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    # After two steps no box is right: of each picture's the best two are taken to be.
+    # After two steps no box is right: of each image's the best two are taken to be.
     monkeypatch.setattr("recipe.metrics.gather.match_by_score", lambda iou, threshold: [(0, 0), (1, 0)])
     monkeypatch.setattr("recipe.metrics.calibration.LEAST_RIGHT", 1)
     plain = evaluate(config)

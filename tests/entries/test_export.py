@@ -41,7 +41,7 @@ def exported(trained_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def logits(vlm: PreTrainedModel, processor: Any) -> Tensor:
-    """Of a picture and a question, all through transformers, in float64."""
+    """Of an image and a question, all through transformers, in float64."""
     picture = Image.open(BytesIO(draw_scene(seed=1, index=0, image_size=100).image))
     text = processor.apply_chat_template(CHAT, add_generation_prompt=True)
     inputs = processor(text=[text], images=[picture], return_tensors="pt")
@@ -143,7 +143,7 @@ def test_nothing_in_the_export_needs_the_recipe(exported: Path):
 
 
 def test_pixel_budget_of_the_run_is_exported(exported: Path, tmp_path: Path):
-    """A picture above the run's budget, below the base's: transformers' processor now reduces it as the run did."""
+    """An image above the run's budget, below the base's: transformers' processor now reduces it as the run did."""
     model, processor, config = load_model(exported)
     config = replace(config, image=ImageConfig(min_pixels=56 * 56, max_pixels=112 * 112))
     export_model(model.model, processor, config, tmp_path)

@@ -238,7 +238,7 @@ def test_images_beside_the_predictions(
 
 
 def test_truth_of_a_converted_data_set(gallery: Path) -> None:
-    """Pictures are known by their bytes, whatever their samples are called, or by their names."""
+    """Images are known by their bytes, whatever their samples are called, or by their names."""
     samples = [
         Sample("1", (gallery / "good.png").read_bytes(), 100, 50, (true(0),)),
         sample("worst", true(0), true(30)),

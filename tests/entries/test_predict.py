@@ -1,4 +1,4 @@
-"""`recipe/predict.py`: what is written is right, in pixels of the displayed picture, and nothing is dropped."""
+"""`recipe/predict.py`: what is written is right, in pixels of the displayed image, and nothing is dropped."""
 
 import json
 import os
@@ -29,10 +29,10 @@ from recipe.schema import Example, Object, Pack, Prediction, Sample
 from tests.launches.launch import run_composer
 from tests.support.tiny_cases import load_model, make_encoder
 
-HEADER = 34  # pixels above a drawing, which name the picture
+HEADER = 34  # pixels above a drawing, which name the image
 
 
-ROTATE_TO_SHOW = 6  # EXIF: the stored picture is to be turned 90 degrees clockwise
+ROTATE_TO_SHOW = 6  # EXIF: the stored image is to be turned 90 degrees clockwise
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def picture(scene: Image.Image, tmp_path: Path) -> Path:
 
 
 def predict(checkpoint: Path, out: Path, *images: Path, options: str = "--max-new-tokens 4") -> list[dict[str, Any]]:
-    """The rows of predictions.json; checks that each usable picture, and nothing else, is drawn."""
+    """The rows of predictions.json; checks that each usable image, and nothing else, is drawn."""
     arguments = ["--checkpoint", str(checkpoint), "--out", str(out), *options.split(), *map(str, images)]
     num_failed = main(parse(arguments))
     rows = json.loads((out / "predictions.json").read_text())
@@ -81,7 +81,7 @@ def test_boxes_are_in_pixels_of_the_original(trained_checkpoint: Path, picture: 
 def test_answer_is_read_back_in_pixels_of_the_original(
     trained_checkpoint: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The answer speaks of the resized picture: its whole is the original's whole."""
+    """The answer speaks of the resized image: its whole is the original's whole."""
     answer = '[{"bbox_2d": [0, 0, 308, 196], "label": "all"}, {"bbox_2d": [77, 98, 154, 196], "label": "part"}]'
     _, processor, _ = load_model(trained_checkpoint)
     ids = processor.tokenizer(answer, return_tensors="pt")["input_ids"][0]
@@ -393,7 +393,7 @@ def test_the_truth_is_drawn_beside(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """Of pictures of its size alone; its ids are those of the results."""
+    """Of images of its size alone; its ids are those of the results."""
     other = picture.with_name("other.png")
     Image.open(picture).resize((60, 40)).save(other)
     box = {"image_id": 31, "category_id": 2, "bbox": [10, 20, 30, 40]}
@@ -439,7 +439,7 @@ def test_only_the_text_is_asked(
 
 @pytest.fixture
 def teachers(tmp_path: Path, scene: Image.Image) -> Path:
-    """Two annotated pictures as JSON lines; the second is the picture of `picture`."""
+    """Two annotated images as JSON lines; the second is the image of `picture`."""
     folder = tmp_path / "teachers"
     folder.mkdir()
     lines = []
@@ -472,7 +472,7 @@ def test_teachers_are_shown_before_each_picture(
     options = f"--answer boxes --teachers {teachers} {options}"
     rows = predict(trained_checkpoint, tmp_path / "out", other, picture, options=options)
     assert [row["error"] for row in rows] == [None, None]
-    assert [len(example.image_grid_thw) - 1 for example in shown] == num_shown  # a picture is not its own teacher
+    assert [len(example.image_grid_thw) - 1 for example in shown] == num_shown  # an image is not its own teacher
     encoder = make_encoder(find_config(trained_checkpoint))
     taught = read_annotated_folder(teachers)
     sample = Sample("x", other.read_bytes(), 84, 84, None)

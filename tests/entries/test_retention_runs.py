@@ -36,7 +36,7 @@ def chat(answer: str) -> tuple[Message, ...]:
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Five chats of several lengths: two about a picture, one of two questions; and one without an answer."""
+    """Five chats of several lengths: two about an image, one of two questions; and one without an answer."""
     folder = str(tmp_path_factory.mktemp("chats"))
     scenes = [replace(draw_scene(seed=1, index=index, image_size=56), objects=None) for index in range(2)]
     samples = [

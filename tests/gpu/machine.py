@@ -1,4 +1,4 @@
-"""The card and its libraries, and the tests that need a GPU."""
+"""Report the card and its libraries, and run the tests that need a GPU."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ class Outcomes:
         self.failed: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test's set-up, call or end."""
+        """Count a test's set-up, call or end."""
         if report.failed:
             self.failed.append(report.nodeid)
         elif report.when == "call" and report.passed:

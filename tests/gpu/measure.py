@@ -108,7 +108,7 @@ class Processes:
         self._waiting: dict[str, subprocess.Popen[bytes]] = {}
 
     def __call__(self, part: Part, following: Part | None, most: float) -> str:
-        """Run a part for at most so many seconds; return how it ended."""
+        """Run a part for at most `most` seconds; return how it ended."""
         process = self._started(part)
         del self._waiting[part.name]
         if following is not None:
@@ -159,7 +159,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [part.name for part in PARTS]
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights, made on the device itself, and batches of real or drawn images."""
+"""Make models of published sizes with random weights on the device itself, and batches of real or drawn images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Measure the recipe on the GPU of this machine in at most 8 minutes: tests/gpu/run.sh [OPTION ...]; options: measure.py --help.
+# Measure the recipe on the GPU of this machine in at most 8 minutes: tests/gpu/run.sh [OPTION ...]
+# Options: measure.py --help.
 #
-# Uses $PYTHON, else python3. Packages that it lacks come from bench/gpu/wheels, which `tests/gpu/wheels.sh` has filled; no
-# package index is asked.
+# It uses $PYTHON, else python3. Packages that it lacks come from bench/gpu/wheels, which `tests/gpu/wheels.sh` has
+# filled; no package index is asked.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3}

@@ -1,4 +1,4 @@
-"""Whole runs of `recipe.train` with the tiny model: FSDP2 on one GPU; precision, memory and waits in the Trainer."""
+"""Run the whole of `recipe.train` with the tiny model: FSDP2 on one GPU; precision, memory and waits in the Trainer."""
 
 import json
 import math

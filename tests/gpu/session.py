@@ -1,4 +1,4 @@
-"""What every part of the measurements shares: device, size, folders, the clock, and where figures go."""
+"""Hold what every part of the measurements shares: device, size, folders, the clock, and where figures go."""
 
 import json
 import time

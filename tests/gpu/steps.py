@@ -1,4 +1,4 @@
-"""Whole optimizer steps of the published size: time, model FLOPs utilisation, memory, host waits; and answering."""
+"""Measure optimizer steps of the published size: time, model FLOPs utilisation, memory, host waits; and answering."""
 
 import warnings
 from collections import Counter
@@ -116,7 +116,7 @@ def _leg(session: Session, leg: str, name: str = "", *overrides: str) -> tuple[J
 def step_figures(
     session: Session, config: RecipeConfig, model: JointModel, optimizer: Optimizer, batch: Batch
 ) -> dict[str, Any]:
-    """Return time, rates, utilisation and memory of a step, beside the estimate."""
+    """Return time, rates, utilisation and memory of a step, next to the estimate."""
     step = make_step(session, model, optimizer, batch, session.precision)
     if session.is_cuda:
         torch.cuda.reset_peak_memory_stats()

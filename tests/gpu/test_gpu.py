@@ -1,4 +1,4 @@
-"""What only a GPU can show; run with `pytest -m gpu` if there is one."""
+"""Check what only a GPU can show; run with `pytest -m gpu` if there is one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +46,7 @@ def total(config: RecipeConfig, batch: Batch, device_name: str) -> torch.Tensor:
 
 @pytest.fixture
 def exact(tiny_config: Callable[..., RecipeConfig]) -> RecipeConfig:
-    """Float64. Not attention `auto`: flash-attention takes half precision only."""
+    """Return a float64 run. Not attention `auto`: flash-attention takes half precision only."""
     return tiny_config(model={"attn_implementation": register()})
 
 

@@ -1,4 +1,4 @@
-"""The measurements on a GPU: their order and budget, what travels, and on the CPU the same code with the tiny model."""
+"""Check the measurements on a GPU: order and budget, what travels, and on the CPU the same code with the tiny model."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def part(name: str, needs: float = 1, most: float = 60) -> Part:
 
 @dataclass
 class Fake:
-    """A launcher whose parts take so many seconds of a clock of its own."""
+    """A launcher whose parts take `seconds` of a clock of its own."""
 
     seconds: dict[str, float]
     time: float = 0.0
@@ -194,7 +194,7 @@ def test_the_first_images_of_a_set(tmp_path: Path) -> None:
 
 @pytest.fixture
 def collect(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    """Runs wheels.sh with a pip that makes one file of so many MiB."""
+    """Return a function that runs wheels.sh with a pip that makes one file of `mib` MiB."""
     pip = tmp_path / "python"
     pip.write_text(
         '#!/bin/bash\necho "$@" >"$0.asked"\nwhile [ "$1" != --dest ]; do shift; done\n'

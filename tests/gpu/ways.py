@@ -1,4 +1,4 @@
-"""Attention over segments, and the language model's loss: time and memory of each way."""
+"""Measure time and memory of each way of attention over segments, and of the language model's loss."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -3,9 +3,9 @@
 #
 #   tests/gpu/wheels.sh [--data FOLDER] [--out bench/gpu] [--images 16] [REQUIREMENT ...]
 #
-# OUT/wheels gets the wheels of tests/gpu/wheels.txt for CPython 3.12 on x86-64 Linux, and those of each REQUIREMENT, such as
-# bitsandbytes==0.50.2. OUT/tokenizer and OUT/images get the tokenizer and images of FOLDER, if they are there; without, the
-# measurements make their own. Refuses a sum above 64 MiB.
+# OUT/wheels gets the wheels of tests/gpu/wheels.txt for CPython 3.12 on x86-64 Linux, and those of each REQUIREMENT,
+# such as bitsandbytes==0.50.2. OUT/tokenizer and OUT/images get the tokenizer and images of FOLDER, if they are there.
+# Without them the measurements make their own. It refuses a sum above 64 MiB.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 data=$root/../shared/data out=$root/bench/gpu images=16 requirements=()

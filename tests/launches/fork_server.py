@@ -94,7 +94,7 @@ def serve() -> Request | None:
         process = os.fork()
         if process == 0:
             return Request(**json.loads(line))
-        os.setpgid(process, process)  # in the child too: the group must exist before its id is told
+        os.setpgid(process, process)  # in the child too: the group must exist before its id is reported
         print(process, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
     return None

@@ -1,4 +1,4 @@
-"""The helper that launches scripts."""
+"""Check the helper that launches scripts."""
 
 from pathlib import Path
 
@@ -75,4 +75,4 @@ def test_a_forked_launch_is_the_command(tmp_path: Path) -> None:
         for launch in (forked, real)
     ]
     assert shown[0] == shown[1]
-    assert len(shown[0]) == 10  # three of each rank; the second's streams stand between lines
+    assert len(shown[0]) == 10  # three of each rank; the second's streams are between lines

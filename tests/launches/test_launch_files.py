@@ -1,4 +1,4 @@
-"""`yamls/launch/`: what each file starts on every node, where signals go, when a job starts again; their linters."""
+"""Check `yamls/launch/`: what each file starts on each node, where signals go, when a job starts again; linters."""
 
 import os
 import re
@@ -47,7 +47,7 @@ esac
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """The programs above come first."""
+    """Return an environment in which the programs above come first."""
     for name, text in (("composer", COMPOSER), ("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -157,7 +157,7 @@ def test_the_manifest_fits_the_schemas_of_kubernetes_and_kubeflow() -> None:
 
 
 def assert_fits(value: Any, kind: str, where: str) -> None:
-    """Every key is one that the operator's model of its place has, and every value is of the model's type."""
+    """Assert that every key is one that the operator's model of its place has, and every value of the model's type."""
     kubeflow = pytest.importorskip("kubeflow.training.models")  # not in the dev extra, where types are checked
     kubernetes = pytest.importorskip("kubernetes.client").models
     if match := re.fullmatch(r"(?:dict\(str, (.*)\)|list\[(.*)\])", kind):

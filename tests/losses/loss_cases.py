@@ -9,7 +9,7 @@ COUNTS = LossCounts(teacher_tokens=1, student_tokens=1, objects=1, images=1, mic
 
 
 def random_boxes(*shape: int, generator: torch.Generator) -> Tensor:
-    """(*shape, 4) float64 cxcywh inside the picture."""
+    """(*shape, 4) float64 cxcywh inside the image."""
     size = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 0.4 + 0.05
     center = size / 2 + torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * (1 - size)
     return torch.cat([center, size], dim=-1)

@@ -56,7 +56,7 @@ def overlap_of(prediction: Prediction, sample: Sample) -> float:
 
 
 def test_boxes_are_compared_in_the_frame_of_720_pixels():
-    # Of 7200 x 3600 pixels: in the frame 10 x 11 pixels are shared of twice 11 x 11. In the picture's own pixels it
+    # Of 7200 x 3600 pixels: in the frame 10 x 11 pixels are shared of twice 11 x 11. In the image's own pixels it
     # would be 91 * 101 / (2 * 101 * 101 - 91 * 101) = .82.
     sample = Sample("a", b"", 7200, 3600, (Object((0.0, 0.0, 100.0, 100.0), "x"),))
     found = DetectedObject((10.0, 0.0, 110.0, 100.0), 0.9, "1")
@@ -94,9 +94,9 @@ def num_merged(size: int, boxes: list[Box]) -> int:
 
 
 def test_truths_merge_by_their_overlap_in_the_frame():
-    # In a picture of 72 pixels 7 of 10 columns are .7; in the frame 61 of 91 are .67.
+    # In an image of 72 pixels 7 of 10 columns are .7; in the frame 61 of 91 are .67.
     assert num_merged(72, [(0, 0, 9, 9), (0, 0, 6, 9)]) == 2
-    # In a picture of 7200 pixels 69 of 100 columns are .69; in the frame 7.8 of 10.9 are .72.
+    # In an image of 7200 pixels 69 of 100 columns are .69; in the frame 7.8 of 10.9 are .72.
     assert num_merged(7200, [(0, 0, 99, 99), (0, 0, 68, 99)]) == 1
 
 
@@ -250,7 +250,7 @@ def test_what_finds_a_truth_in_a_crowd_counts():
 
 
 def test_a_crowd_is_scaled_to_the_frame():
-    # In a picture of 1440 pixels: 1000 to 1199 lies in the crowd, and would not in the frame if only it were scaled.
+    # In an image of 1440 pixels: 1000 to 1199 lies in the crowd, and would not in the frame if only it were scaled.
     objects = (Object((0.0, 0.0, 199.0, 199.0), "x"), Object((800.0, 800.0, 1399.0, 1399.0), "", iscrowd=True))
     sample = Sample("a", b"", 1440, 1440, objects)
     found = [((1000.0, 1000.0, 1199.0, 1199.0), 0.9, "1"), ((0.0, 0.0, 199.0, 199.0), 0.8, "1")]

@@ -32,7 +32,7 @@ def test_samples_of_one_picture_with_other_messages_are_two():
 
 @pytest.mark.parametrize("field", ["id", "image", "width", "height", "objects"])
 def test_samples_that_differ_in_anything_have_another_place(field: str):
-    """Two sets whose pictures have the same numbers and sizes: those without objects differ in the picture alone."""
+    """Two sets whose images have the same numbers and sizes: those without objects differ in the image alone."""
     sample = make_sample("a", [(A, "x")])
     value = {"id": "b", "image": b"another", "objects": ()}.get(field, 200)
     assert sample_key(replace(sample, **{field: value})) != sample_key(sample)

@@ -3,7 +3,7 @@
     python -m tests.models.flash_run CHECKPOINT
 
 The last line is JSON: for each layout `calls` and the largest differences between the two ways; for both, the
-samples' `lengths`, the `padded_length` of their rows, their pictures' `patches` and the depths of the towers.
+samples' `lengths`, the `padded_length` of their rows, their images' `patches` and the depths of the towers.
 """
 
 import json

@@ -14,7 +14,7 @@ BOX_NOISE = 0.4
 
 
 def make_target(num_objects: int, seed: int = 0) -> Target:
-    """Boxes so far inside the picture that no noise reaches its edge."""
+    """Boxes so far inside the image that no noise reaches its edge."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.rand(num_objects, 2, generator=generator) * 0.2 + 0.1
     center = torch.rand(num_objects, 2, generator=generator) * 0.3 + 0.35

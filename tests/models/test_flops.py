@@ -264,7 +264,7 @@ def test_more_objects_than_queries(
 
 
 def test_parts_of_a_hand_worked_step(model: JointModel, tiny_examples: dict[str, Example]) -> None:
-    """The text-only sample: one blank picture of 2 x 2 patches, and 5 matrices a token and layer."""
+    """The text-only sample: one blank image of 2 x 2 patches, and 5 matrices a token and layer."""
     freeze_but(model, GROUPS)
     (batch,) = make_batches([tiny_examples["text"]], "packed", 1)
     forward, flops = (step_flops(model.model, [batch], trained).model for trained in ((), GROUPS))

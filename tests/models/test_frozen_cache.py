@@ -158,7 +158,7 @@ def test_a_second_epoch_is_the_first_without_the_trunk(
         runs.clear()
         second = losses_and_gradients(model, batches)
         assert runs == []
-    assert len(files(tmp_path)) == 9  # a text has no picture
+    assert len(files(tmp_path)) == 9  # a text has no image
     for found in (first, second):  # to the bit
         assert loss_error(found[0], expected[0]) == 0 and gradient_error(found[1], expected[1]) == 0
     flops = [step_flops(model.model, batches, {"detection", "adapter"}).model]

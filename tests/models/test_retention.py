@@ -17,7 +17,7 @@ from recipe.models.token_losses import token_divergences
 from recipe.schema import Example
 from tests.support.tiny_cases import ADAPTED, EVERY_FAMILY, collator, make_model, token_types
 
-CHATS = ("text", "unannotated", "in_turns", "several")  # of 0, 1, 3 and 2 pictures
+CHATS = ("text", "unannotated", "in_turns", "several")  # of 0, 1, 3 and 2 images
 
 
 def test_by_hand():

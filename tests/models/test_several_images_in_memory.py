@@ -80,7 +80,7 @@ def test_the_answer_is_that_of_the_first_question(
 def test_boxes_of_an_answer_are_read_on_the_image_that_it_is_about(
     tiny_model: JointModel, tiny_examples: dict[str, Example], monkeypatch: pytest.MonkeyPatch
 ):
-    """The first answer of `several` is a box of its first picture, which is annotated; that of `in_turns` is words."""
+    """The first answer of `several` is a box of its first image, which is annotated; that of `in_turns` is words."""
     text = '[{"bbox_2d": [0, 0, 42, 84], "label": "x"}]'
     monkeypatch.setattr(decode, "_answers", lambda *_: {0: (text, False), 1: (text, False), 2: (text, False)})
     found = detect(tiny_model, [tiny_examples[name] for name in ("several", "in_turns", "one")])

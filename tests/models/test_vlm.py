@@ -146,7 +146,7 @@ def test_auto_is_the_packed_attention_without_a_gpu(monkeypatch: pytest.MonkeyPa
 @EVERY_FAMILY
 @torch.no_grad()
 def test_the_vision_tower_runs_once(tiny_model: JointModel, examples: list[Example]):
-    """A forward pass of the whole model, also where there is no picture; generation of answers runs it once more."""
+    """A forward pass of the whole model, also where there is no image; generation of answers runs it once more."""
     calls: list[int] = []
     visual = tiny_model.model.vlm.hf_model.model.visual
     handle = visual.register_forward_hook(lambda *_: calls.append(1))

@@ -84,7 +84,7 @@ def test_objects_fall_in_score_and_stay_in_the_picture(tiny_model: JointModel, t
 
 
 def detected(boxes: list[list[list[float]]], logits: list[list[float]]) -> DetectionOutputs:
-    """`boxes` as xywh of the upper left corner, in tenths of the picture."""
+    """`boxes` as xywh of the upper left corner, in tenths of the image."""
     corners = torch.tensor(boxes) / 10
     centers = torch.cat([corners[..., :2] + corners[..., 2:] / 2, corners[..., 2:]], -1)
     return DetectionOutputs(centers, centers.logit(), torch.tensor(logits), centers)

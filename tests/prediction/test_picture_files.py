@@ -1,4 +1,4 @@
-"""`recipe.prediction.files`: which pictures a command line names, and what is written about each."""
+"""`recipe.prediction.files`: which images a command line names, and what is written about each."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A real browser without a screen, driven over two pipes by the DevTools protocol: no driver, no port, no package."""
+"""Drive a real browser without a screen over two pipes by the DevTools protocol: no driver, no port, no package."""
 
 import base64
 import json
@@ -22,7 +22,7 @@ PATIENCE = 60.0  # seconds without a word from the browser, after which it is ta
 
 
 def find_chromium() -> str | None:
-    """The program, or None: `CHROMIUM` in the environment, else what is on the path under one of its names."""
+    """Return the program, or None: `CHROMIUM` in the environment, else what is on the path under one of its names."""
     named = os.environ.get("CHROMIUM")
     return named or next(filter(None, map(shutil.which, NAMES)), None)
 
@@ -43,28 +43,28 @@ class Page:
             self._call(f"{domain}.enable")
 
     def open(self, path: Path) -> None:
-        """Opens a file, and waits until it is loaded."""
+        """Open a file, and wait until it is loaded."""
         self.open_url(path.resolve().as_uri())
 
     def open_url(self, url: str) -> None:
-        """Opens a URL, and waits until it is loaded."""
+        """Open a URL, and wait until it is loaded."""
         self.events.clear()
         self._call("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def mouse(self, kind: str, x: float, y: float) -> None:
-        """A real mouse event, such as `mouseMoved`, at a place in the window."""
+        """Send a real mouse event, such as `mouseMoved`, at a place in the window."""
         self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def screenshot(self, path: Path, width: int = 1400, height: int = 1000) -> None:
-        """What is seen in a window of that size, as a PNG."""
+        """Write what is seen in a window of that size, as a PNG."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 
@@ -93,7 +93,7 @@ class Page:
 
 @contextmanager
 def open_page(program: str) -> Iterator[Page]:
-    """Starts a browser with an empty profile; it is ended at the end, whatever happens."""
+    """Start a browser with an empty profile, and end it at the end, whatever happens."""
     to_browser, from_browser = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # The browser reads file 3 and writes file 4.

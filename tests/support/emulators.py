@@ -1,4 +1,4 @@
-"""Google's and Microsoft's stores on loopback, as far as a package emulates them; with what their clients need."""
+"""Run Google's and Microsoft's stores on loopback, as far as a package emulates them; with what their clients need."""
 
 import importlib.util
 import json
@@ -46,13 +46,13 @@ def has_gcs() -> bool:
 
 
 def find_azurite() -> str | None:
-    """Azurite's program: `npm install azurite`, and its `azurite-blob` in AZURITE or in the PATH."""
+    """Return Azurite's program: `npm install azurite`, and its `azurite-blob` in AZURITE or in the PATH."""
     return os.environ.get("AZURITE") or shutil.which("azurite-blob")
 
 
 @contextmanager
 def gcs_emulator(folder: Path) -> Iterator[dict[str, str]]:
-    """Yields the environment of a client; the bucket is `bucket`."""
+    """Yield the environment of a client; the bucket is `bucket`."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -84,7 +84,7 @@ def gcs_emulator(folder: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def azurite(folder: Path) -> Iterator[str]:
-    """Yields the address of the account, to which no environment leads: the clients' own is fixed to Microsoft's."""
+    """Yield the address of the account, to which no environment leads: the clients' own is fixed to Microsoft's."""
     program = find_azurite()
     assert program is not None
     port = free_port()

@@ -1,6 +1,6 @@
-"""A stand-in for the `flash_attn` package in plain torch: the same functions, every call noted. For tests on CPU.
+"""Replace the `flash_attn` package by plain torch, for tests on CPU: the same functions, every call noted.
 
-It changes transformers for the whole process, so it belongs into a process of its own.
+It changes transformers for the whole process, so it belongs in a process of its own.
 """
 
 import sys
@@ -29,7 +29,7 @@ class Call:
 
 
 def install() -> list[Call]:
-    """Makes `flash_attention_2` run on CPU, and returns the list that its calls will be noted in."""
+    """Make `flash_attention_2` run on CPU; return the list in which its calls will be noted."""
     calls: list[Call] = []
 
     def flash_attn_func(
@@ -88,7 +88,10 @@ def install() -> list[Call]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
-    """One sequence: (q, heads, ·), (k, key heads, ·) twice; causal from the ends of both, as flash-attention is."""
+    """Attend in a sequence: (q, heads, ·), (k, key heads, ·) twice.
+
+    Causal attention counts from the ends of both, as flash-attention does.
+    """
     repeats = q.shape[1] // k.shape[1]
     query = q.transpose(0, 1)
     key, value = (states.transpose(0, 1).repeat_interleave(repeats, dim=0) for states in (k, v))

@@ -1,4 +1,4 @@
-"""Lets transformers' models compute in float64 where their weights are float64."""
+"""Let transformers' models compute in float64 if their weights are float64."""
 
 import sys
 from typing import Any
@@ -12,10 +12,10 @@ from recipe.families import FAMILIES
 
 
 def compute_in_float64() -> None:
-    """For the two parts that take float64 for float32: RMS norms and the vision tower's rotation.
+    """Replace the two parts that treat float64 as float32: RMS norms and the vision tower's rotation.
 
-    Where a gradient is rounded to float32, one that another order of summing moves by 1e-16 can land 6e-8 away; after
-    some steps such a run cannot be told from a wrong one.
+    If a gradient is rounded to float32, one that another order of summing moves by 1e-16 can land 6e-8 away. After some
+    steps such a run cannot be distinguished from a wrong one.
     """
     modules = [sys.modules[getattr(transformers, family.base).__module__] for family in FAMILIES.values()]
     for norm in {value for module in modules for name, value in vars(module).items() if name.endswith("RMSNorm")}:

@@ -1,4 +1,4 @@
-"""Predictions, truths and a small page, shared by the tests of the gallery."""
+"""Make predictions, truths and a small page, shared by the tests of the gallery."""
 
 import json
 from io import BytesIO
@@ -14,7 +14,7 @@ NASTY = "</script><img src=x onerror=alert(1)>&amp; \u2028 \"'猫"
 
 
 def found(x: float, score: float, caption: str = "cat") -> dict[str, Any]:
-    """A box of 10 x 10 pixels."""
+    """Return a box of 10 x 10 pixels."""
     return {"box": [x, 0.0, x + 10, 10.0], "score": score, "caption": caption}
 
 
@@ -42,7 +42,7 @@ def name_colour(name: str) -> tuple[int, int, int]:
 
 
 def make_gallery_files(folder: Path) -> Path:
-    """Four images in `folder`, what was predicted of them, and the truth."""
+    """Write four images to `folder`, what was predicted of them, and the truth."""
     rows, images, annotations = [], [], []
     truths = {
         "good": [true(0), true(30)],

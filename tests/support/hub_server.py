@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on loopback: one repository, what `upload_folder` and `snapshot_download` ask."""
+"""Serve a fake Hugging Face hub on loopback: one repository, what `upload_folder` and `snapshot_download` ask."""
 
 import base64
 import json

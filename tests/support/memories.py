@@ -1,4 +1,4 @@
-"""Memories of images that no vision tower has seen."""
+"""Make memories of images that no vision tower has seen."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from recipe.schema import Memory
 
 
 def random_memory(num_words: list[int], width: int, generator: torch.Generator) -> Memory:
-    """Tokens of so many words of each image, padded, and a pyramid of maps of which the last image covers half."""
+    """Return `num_words` tokens of each image, padded, and a pyramid of maps of which the last image covers half."""
     mask = torch.arange(max(num_words)) < torch.tensor(num_words)[:, None]
     tokens, positions = torch.randn(2, *mask.shape, width, generator=generator, dtype=torch.float64)
     shapes = [(len(mask), side, side, width) for side in (16, 8, 4, 2)]
@@ -22,7 +22,7 @@ def random_memory(num_words: list[int], width: int, generator: torch.Generator) 
 
 
 def of_image(memory: Memory, image: int, padded: bool = True) -> Memory:
-    """The memory of one image of several; `padded`: with the tokens that make it as long as the others."""
+    """Return the memory of one image of several; `padded`: with the tokens that make it as long as the others."""
     real = slice(None) if padded else memory.mask[image]
     one = slice(image, image + 1)
     return Memory(
@@ -37,7 +37,7 @@ def of_image(memory: Memory, image: int, padded: bool = True) -> Memory:
 
 
 def of_map(level: Tensor, extent: tuple[float, float] = (1.0, 1.0)) -> Memory:
-    """A memory of one map (1, rows, columns, W) without words, of which the image covers `extent`."""
+    """Return a memory of one map (1, rows, columns, W) without words, of which the image covers `extent`."""
     nothing = torch.zeros(1, 1, 1)
     extents = torch.tensor([[extent]], dtype=torch.float64)
     size = (round(level.shape[1] * extent[1]), round(level.shape[2] * extent[0]))

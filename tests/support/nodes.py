@@ -1,7 +1,7 @@
-"""Machines of a cluster on this one, for `composer --node_rank`: what each has for itself, and what they share.
+"""Set up machines of a cluster on this one, for `composer --node_rank`: what each has for itself, and what they share.
 
 Each has a disk (home, temporary folder, working directory). As root on Linux each also has namespaces of its own: a
-network with one address, /dev/shm, processes, a host name, a clock since boot; at the same path each sees its own disk.
+network with one address, /dev/shm, processes, a host name, a clock since boot. At the same path each sees its own disk.
 Elsewhere they share all of these but the disk, and meet on loopback.
 """
 

@@ -1,4 +1,4 @@
-"""A port for a server that starts later, a `TCPStore` of `torch.distributed` for example."""
+"""Find a port for a server that starts later, a `TCPStore` of `torch.distributed` for example."""
 
 import random
 import socket

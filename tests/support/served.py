@@ -1,4 +1,4 @@
-"""A server of a detector within the test's process, at a free port."""
+"""Serve a detector within the test's process, at a free port."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ from recipe.serve.options import Limits
 
 @contextmanager
 def served(detector: Detector, limits: Limits | None = None, allowed: tuple[str, ...] = ()) -> Iterator[int]:
-    """Yields the port."""
+    """Yield the port."""
     address = bind("127.0.0.1", 0)
     app = make_app(detector, limits or Limits(), allowed)
     server = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="warning"))
@@ -37,7 +37,7 @@ def served(detector: Detector, limits: Limits | None = None, allowed: tuple[str,
 def ask(
     port: int, path: str, body: bytes | None = None, kind: str = "application/octet-stream"
 ) -> tuple[int, Any, Mapping[str, str]]:
-    """Status, content and headers; a GET without a body."""
+    """Return status, content and headers of a request; a GET without a body."""
     connection = HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request(
@@ -52,7 +52,7 @@ def ask(
 
 
 def form(image: bytes, fields: tuple[tuple[str, str], ...] = ()) -> tuple[bytes, str]:
-    """A form's body and content type."""
+    """Return a form's body and content type."""
     border = "a-border-that-is-in-no-image"
     parts = [f'--{border}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in fields]
     head = f'--{border}\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'

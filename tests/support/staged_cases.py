@@ -1,4 +1,4 @@
-"""Training in stages through Composer's Trainer, in one process or several: what each run ends with, on each rank."""
+"""Train in stages by Composer's Trainer, in one process or several: what each run ends with, on each rank."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -41,12 +41,12 @@ MANY_STAGES = {
 
 
 def adapted(stages: Mapping[str, Any]) -> dict[str, Any]:
-    """The stages of the trunk as those of its adapters."""
+    """Return the stages of the trunk as those of its adapters."""
     return {f"lora_{group}" if group in ("vision", "llm") else group: value for group, value in stages.items()}
 
 
 def make_steps(examples: Mapping[str, Example]) -> list[list[Batch]]:
-    """The microbatches of this rank in each step of an epoch; one process reads those of both ranks."""
+    """Return the microbatches of this rank in each step of an epoch; one process reads those of both ranks."""
     steps = []
     for shares in STEPS:
         names = shares[dist.get_global_rank()] if dist.get_world_size() > 1 else [*shares[0], *shares[1]]
@@ -75,7 +75,7 @@ def train(
     mode: str = "ddp",
     **keywords: Any,
 ) -> Trainer:
-    """Trains and returns the trainer.
+    """Train and return the trainer.
 
     Args:
         model: At its start.
@@ -84,7 +84,7 @@ def train(
         config: Its optimizer, scheduler and stages count.
         algorithms: Default: `StagedFreezing` alone.
         start: What to set parameters and Adam state to before the first step.
-        mode: ddp, fsdp1 or fsdp2; one process is no DDP.
+        mode: ddp, fsdp1 or fsdp2; one process is not DDP.
         keywords: Of the Trainer.
     """
     parallelism = None
@@ -121,7 +121,7 @@ def train(
 
 
 def parts_of(state: State) -> Parts:
-    """A copy; the Adam state only of what has trained."""
+    """Return a copy; the Adam state only of what has trained."""
     optimizer = state.optimizers[0]
     parts: Parts = {}
     for name, parameter in state.model.named_parameters():
@@ -147,7 +147,7 @@ def set_parts(trainer: Trainer, parts: Parts) -> None:
 
 
 def differing(found: Parts, expected: Parts) -> list[str]:
-    """The names of parameters of which any bit of weight or Adam state differs."""
+    """Return the names of parameters of which any bit of weight or Adam state differs."""
     assert found.keys() == expected.keys()
     return [
         name
@@ -164,7 +164,7 @@ def by_hand(
     mode: str = "ddp",
     rates: OptimizerConfig = RATES,
 ) -> Parts:
-    """`TWO_STAGES` as two runs without the algorithm: the frozen groups' rates 0; then all, from what the first left.
+    """Train `TWO_STAGES` as two runs without the algorithm: frozen groups' rates 0; then all, from what the first left.
 
     Args:
         model: For the first run.

@@ -1,4 +1,4 @@
-"""A tiny joint model, and a mixed batch that holds every kind of sample; for tests and for scripts of several ranks."""
+"""Make a tiny joint model and a mixed batch that holds every kind of sample; for tests and scripts of several ranks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -68,7 +68,7 @@ CHAT_IN_TURNS = (
 
 
 def build_checkpoint(folder: str, model_type: str = "qwen2_5_vl") -> str:
-    """A checkpoint that a forward and backward pass takes a tenth of a second of."""
+    """Build a checkpoint of which a forward and backward pass takes a tenth of a second."""
     build_tiny_checkpoint(
         folder,
         hidden_size=64,
@@ -83,13 +83,13 @@ def build_checkpoint(folder: str, model_type: str = "qwen2_5_vl") -> str:
 
 
 def token_types(method: Callable[..., Any], input_ids: Tensor, image_token_id: int) -> dict[str, Tensor]:
-    """What methods of transformers 5 know the tokens of pictures by; those of 4 read the ids themselves."""
+    """Return what methods of transformers 5 know the tokens of images by; those of 4 read the ids themselves."""
     known = "mm_token_type_ids" in signature(method).parameters
     return {"mm_token_type_ids": (input_ids == image_token_id).int()} if known else {}
 
 
 def make_config(checkpoint: str, **changes: Any) -> RecipeConfig:
-    """A float64 run; `changes` as `section={key: value}` or `key=value`.
+    """Return a float64 run; `changes` as `section={key: value}` or `key=value`.
 
     The head is narrower than the language model, so that no projection is an identity.
     """
@@ -122,9 +122,9 @@ def make_encoder(config: RecipeConfig, keep_image: bool = False) -> Encoder:
 
 
 def make_model(config: RecipeConfig) -> JointModel:
-    """The joint model in training mode, its fresh parts moved off the zeros they start from.
+    """Return the joint model in training mode, its fresh parts moved off the zeros they start from.
 
-    A zero weight hides what lies behind it: with the box layer at its start no other box parameter has a gradient.
+    A zero weight hides what is behind it: with the box layer at its start no other box parameter has a gradient.
     Below adapters the weights are frozen.
     """
     torch.manual_seed(0)
@@ -141,20 +141,20 @@ def make_model(config: RecipeConfig) -> JointModel:
 
 
 def load_model(checkpoint: str | Path, config: RecipeConfig | None = None) -> tuple[JointModel, Any, RecipeConfig]:
-    """What `load_network` loads, as the model that a Trainer sees."""
+    """Return what `load_network` loads, as the model that a Trainer sees."""
     network, processor, config = load_network(checkpoint, config)
     return JointModel(network, processor.tokenizer, config.loss, config.evaluation, config.prompt), processor, config
 
 
 def chat_about(name: str, chat: tuple[Message, ...], *scenes: Sample) -> Sample:
-    """A sample of several pictures, each with its objects."""
+    """Return a sample of several images, each with its objects."""
     first, *others = scenes
     further = (FurtherImage(item.image, item.width, item.height, item.objects) for item in others)
     return replace(first, id=name, messages=chat, further=tuple(further))
 
 
 def make_samples() -> dict[str, Sample]:
-    """One sample of each kind; pictures of several sizes, one larger than a vision window."""
+    """Return one sample of each kind; images of several sizes, one larger than a vision window."""
 
     def scene(index: int, size: int, objects: int) -> Sample:
         return draw_scene(seed=5, index=index, image_size=size, min_objects=objects, max_objects=objects)
@@ -179,7 +179,7 @@ def make_samples() -> dict[str, Sample]:
 def make_examples(
     config: RecipeConfig, with_answers: bool = True, augment: AugmentConfig | None = None
 ) -> dict[str, Example]:
-    """The student samples of `make_samples`, encoded, with up to three teachers (0-4 pictures) and own noise.
+    """Return the student samples of `make_samples`, encoded, with up to three teachers (0-4 images) and own noise.
 
     With `augment` each is shown as drawn for its own place in an epoch.
     """
@@ -198,29 +198,29 @@ def make_examples(
 
 
 def with_seeds(example: Example, seed: int) -> Example:
-    """The example with its own noise for each of its images."""
+    """Return the example with its own noise for each of its images."""
     return replace(example, noise_seeds=[seed + 1000 * image for image in example.student_images])
 
 
 def collator(name: str) -> Callable[[Sequence[Example]], Batch]:
-    """`standard` or `packed`; the padding is not a token of the samples, so that a leak of it shows."""
+    """Return the collator `standard` or `packed`; the padding is not a token of the samples, so a leak shows."""
     collate: Collator = collate_packed if name == "packed" else partial(collate_standard, pad_token_id=7)
     return lambda examples: collate(one_each(examples))
 
 
 def microbatches_of(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[Batch]:
-    """The microbatches of one device batch, `microbatch_size` samples each."""
+    """Return the microbatches of one device batch, `microbatch_size` samples each."""
     starts = range(0, len(examples), microbatch_size)
     return [collator(layout)(examples[start : start + microbatch_size]) for start in starts]
 
 
 def make_batches(examples: Sequence[Example], layout: str, microbatch_size: int) -> list[CountedBatch]:
-    """The microbatches of one global batch, each with the denominators of all."""
+    """Return the microbatches of one global batch, each with the denominators of all."""
     return split_batch(microbatches_of(examples, layout, microbatch_size), microbatch_size)
 
 
 def losses_and_gradients(model: JointModel, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Every loss term and every parameter's gradient of one step, as Composer sums them over microbatches."""
+    """Return each loss term and each parameter's gradient of one step, as Composer sums them over microbatches."""
     model.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for batch in batches:
@@ -234,13 +234,13 @@ def losses_and_gradients(model: JointModel, batches: Sequence[Batch]) -> tuple[d
 
 
 def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Norm of the difference of two whole gradients, in norms of the second."""
+    """Return the norm of the difference of two whole gradients, in norms of the second."""
     assert found.keys() == expected.keys()
     differences = torch.stack([(found[name] - expected[name]).norm() for name in expected])
     return float(differences.norm() / torch.stack([value.norm() for value in expected.values()]).norm())
 
 
 def loss_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative difference of a loss term."""
+    """Return the largest relative difference of a loss term."""
     assert found.keys() == expected.keys()
     return max(float((found[name] - expected[name]).abs() / expected[name].abs()) for name in expected)

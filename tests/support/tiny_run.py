@@ -1,4 +1,4 @@
-"""A whole run of `recipe.train` in this process, for tests that need a genuine Composer checkpoint."""
+"""Run the whole of `recipe.train` in this process, for tests that need a genuine Composer checkpoint."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,9 @@ from tests.support.tiny_cases import make_config
 
 
 def train_tiny_run(checkpoint: str, folder: Path, steps: int = 2, **changes: Any) -> Path:
-    """Trains on four scenes in float32, evaluating after each step; returns the Composer checkpoint.
+    """Train on four scenes in float32, evaluating after each step; return the Composer checkpoint.
 
-    `changes` are those of `make_config`, callbacks or loggers. Saved after every second step; called again, the run
+    `changes` are those of `make_config`, callbacks or loggers. It saves after every second step; called again, the run
     resumes.
     """
     if not (folder / "data").exists():

@@ -1,4 +1,4 @@
-"""A split of four small synthetic scenes."""
+"""Write a split of four small synthetic scenes."""
 
 from pathlib import Path
 

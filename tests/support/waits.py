@@ -1,4 +1,4 @@
-"""What a GPU would have to wait for."""
+"""Count what a GPU would have to wait for."""
 
 from collections import Counter
 from typing import Any
@@ -11,7 +11,7 @@ WAITS = {"nonzero", "_local_scalar_dense", "bincount", "masked_select", "_unique
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations after which a GPU's host must know a value before it can go on."""
+    """Counts the operations after which a GPU's host must know a value before it can continue."""
 
     def __init__(self):
         super().__init__()

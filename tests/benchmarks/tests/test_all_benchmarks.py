@@ -1,4 +1,4 @@
-"""`tests/benchmarks/all.py`: its table keeps what was not measured, and each figure has a place in a script's JSON."""
+"""Check `tests/benchmarks/all.py`: its table keeps what was not measured, and its figures are in the scripts' JSON."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def results(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One benchmark that works and one that fails."""
+    """Replace the benchmarks by one that works and one that fails."""
     monkeypatch.setattr(everything, "BENCHMARKS", {"good": BENCHMARK, "bad": Benchmark(("y.py",), ())})
 
     def run(arguments: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`tests/benchmarks/answering.py` runs on a genuine checkpoint and ends with its line of JSON."""
+"""Check that `tests/benchmarks/answering.py` runs on a genuine checkpoint and ends with its line of JSON."""
 
 import json
 from pathlib import Path
@@ -16,4 +16,4 @@ def test_it_ends_with_its_figures(trained_checkpoint: Path) -> None:
     names = {"boxes_per_s_head", "boxes_per_s_text", "ratio", "f1_head", "f1_text", "batch_size", "ratio_images"}
     assert report.keys() == names and report["ratio_images"] > 0
     assert report["boxes_per_s_head"] > 0 <= report["f1_head"] <= 1
-    assert "3 pictures" in output and output.count("| head |") == 2
+    assert "3 images" in output and output.count("| head |") == 2

@@ -1,4 +1,4 @@
-"""Each script of `tests/benchmarks` starts as its docstring says, from the repository and with nothing set."""
+"""Start each script of `tests/benchmarks` as its docstring says, from the repository and with nothing set."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`tests/benchmarks/convergence.py` runs on few scenes, and the figures are what they say."""
+"""Check that `tests/benchmarks/convergence.py` runs on few scenes, and the figures are what they say."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from recipe.callbacks import table
 
 @pytest.fixture
 def small_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Few scenes in a folder of its own; what the benchmark changes in this process is put back."""
+    """Use few scenes in a folder of its own; restore what the benchmark changes in this process."""
     monkeypatch.setattr(convergence, "FOLDER", tmp_path)
     monkeypatch.setattr(convergence, "EVERY", 1)
     monkeypatch.setattr(convergence, "SCENES", {"train": (32, 1), "val": (32, 2)})
@@ -50,7 +50,7 @@ def test_it_ends_with_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def curve_of(*points: tuple[int, float]) -> convergence.Curve:
-    """Ten CPU seconds a step."""
+    """Return a curve with ten CPU seconds per step."""
     curve = convergence.Curve()
     curve.points = [(step, ap50, 10.0 * step) for step, ap50 in points]
     return curve

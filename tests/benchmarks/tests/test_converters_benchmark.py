@@ -1,4 +1,4 @@
-"""`tests/benchmarks/converters.py`: every format holds the same boxes, and it ends with its line of JSON."""
+"""Check `tests/benchmarks/converters.py`: every format holds the same boxes, and it ends with its line of JSON."""
 
 import json
 

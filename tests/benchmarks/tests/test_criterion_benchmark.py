@@ -1,4 +1,4 @@
-"""`tests/benchmarks/criterion.py`: both criteria say the same of one small case, and it ends with its line of JSON."""
+"""Check `tests/benchmarks/criterion.py`: both criteria agree on one small case, and it ends with its line of JSON."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`tests/benchmarks/lm_loss.py` ends with its line of JSON; what the loss keeps: `test_token_losses.py`."""
+"""Check that `tests/benchmarks/lm_loss.py` ends with its line of JSON; what the loss keeps: `test_token_losses.py`."""
 
 import json
 

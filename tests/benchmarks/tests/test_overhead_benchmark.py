@@ -1,4 +1,4 @@
-"""`tests/benchmarks/overhead.py` measures every part on a small model and ends with its line of JSON."""
+"""Check that `tests/benchmarks/overhead.py` measures every part on a small model and ends with its line of JSON."""
 
 import json
 

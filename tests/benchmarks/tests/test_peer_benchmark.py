@@ -1,4 +1,4 @@
-"""The peers of the convergence benchmark learn, all of them, and are shown and judged as ours is."""
+"""Check that the peers of the convergence benchmark learn, all of them, and are shown and judged as ours is."""
 
 import math
 from io import BytesIO
@@ -37,14 +37,14 @@ SPEC = ImageSpec(14, 2, 4 * 28**2, 16 * 28**2, (0.5, 0.5, 0.5), (0.25, 0.25, 0.2
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Sample]:
-    """Of two sizes; one holds nothing."""
+    """Return scenes of two sizes; one holds nothing."""
     sizes = (64, 96, 64, 64)
     scenes = [draw_scene(seed=3, index=index, image_size=size, max_objects=2) for index, size in enumerate(sizes)]
     return [*scenes, Sample("empty", scenes[0].image, scenes[0].width, scenes[0].height, ())]
 
 
 def trained_peer(kind: str, scenes: list[Sample], seconds: int) -> tuple[Peer, dict[str, Tensor], tuple[int, float]]:
-    """A peer after so many seconds of a clock that is read once per step; its first weights, its steps and seconds."""
+    """Return a peer trained by a clock that is read once per step; its first weights; its steps and seconds."""
     clock = iter(range(seconds + 2))
     torch.manual_seed(0)
     names = class_names(scenes, None)
@@ -179,7 +179,7 @@ def test_fcos_sees_images_as_they_are_given(training: bool, monkeypatch: pytest.
 
 
 def two_halves(left: tuple[int, int, int], right: tuple[int, int, int]) -> Sample:
-    """Two colours, each on one half, the left one an object."""
+    """Return two colours, each on one half, the left one an object."""
     (rows, columns), data = STATISTICS_SIZE, BytesIO()
     image = Image.new("RGB", (columns, rows), left)
     image.paste(right, (columns // 2, 0, columns, rows))

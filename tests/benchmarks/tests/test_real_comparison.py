@@ -1,4 +1,4 @@
-"""The comparison on real sets: reading, splits, sizes, jobs that are found again, and the figures of the last line."""
+"""Check the comparison on real sets: reading, splits, sizes, jobs that are found again, figures of the last line."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ JOB = Job("set", "boxes", "fcos", 17, "test", 1.0, {"data": "abc", "cpu_seconds"
 
 
 def write_set(folder: Path, images: str = "images", count: int = 14, around: int = 1) -> Path:
-    """Scenes of two sizes: the first image is empty, the second has a degenerate box too, the third a crowd.
+    """Write scenes of two sizes: the first image is empty, the second has a degenerate box too, the third a crowd.
 
     Images are `around` times as wide and as high as their scenes, in the top left corner.
     """
@@ -116,7 +116,7 @@ def test_what_a_set_lacks_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def sample_of(side: float, size: int = 1000, number: int = 1, iscrowd: bool = False) -> Sample:
-    """An image of `number` objects of so long a shorter side."""
+    """Return an image of `number` objects whose shorter side is `side`."""
     box = (0.0, 0.0, side, min(2 * side, size))
     return Sample("one", b"", size, size, (Object(box, "thing", iscrowd),) * number)
 
@@ -166,7 +166,7 @@ def augment_section(name: str, pixels: int) -> AugmentConfig | None:
 
 
 def test_large_images_are_trained_on_parts() -> None:
-    """Of about the least budget, and as many per step; nothing is cropped where that is the whole image."""
+    """Of about the least budget, and as many per step; nothing is cropped if that is the whole image."""
     budgets = (LEAST_PIXELS, 149_744, 2 * LEAST_PIXELS, 414_736, MOST_PIXELS)
     assert [augmentation_of("parts", pixels)[1] for pixels in budgets] == [1, 0.6702, 0.5, 0.242, 0.1]
     assert [augmentation_of("auto", pixels)[1] for pixels in budgets] == [1, 1, 1, 0.242, 0.1]
@@ -240,7 +240,7 @@ def test_everybody_is_given_parts_and_judged_on_whole_images(
         assert {(sample.width, sample.height) for sample in train_samples} == {resized_size(768, 768, spec)}
         assert {sample.width for sample in held_out} <= {576, 768}
     convergence.main([*arguments, "--real-sets", str(folder), "--augment", "parts"])
-    assert len(given) == 2  # found again: auto is what it stands for
+    assert len(given) == 2  # found again: auto is what it resolves to
     convergence.main([*arguments, "--real-sets", str(folder), "--augment", "none"])
     assert [job.settings["batch_size"] for job, *_ in given[2:]] == [batch_size(pixels)] * 2
     assert {sample.width for _, samples, _, _ in given[2:] for sample in samples} == {576, 768}
@@ -383,7 +383,7 @@ def test_figures_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The command on a small set, in folders of its own; what it changes in this process is put back."""
+    """Yield the command on a small set, in folders of its own; restore what it changes in this process."""
     monkeypatch.setattr(convergence, "FOLDER", tmp_path / "bench")
     monkeypatch.setattr(table, "CALLBACKS", table.CALLBACKS)
     threads, level = torch.get_num_threads(), logging.root.manager.disable
@@ -459,7 +459,7 @@ def test_variants_and_steps_of_ours(
     assert changed.count({"detection_head.num_denoising_groups": 0}) == 2 and changed.count(None) == 2
     entry = figures["real"]["scenes"]["boxes"]
     assert entry.keys() == {"ours", "ours, no denoising", "fcos", "peer", "cpu_s"}
-    assert entry["peer"]["name"] == "fcos", "a variant of ours is no peer"
+    assert entry["peer"]["name"] == "fcos", "a variant of ours is not a peer"
     trained.clear()
     steps = [*benchmark, "--real-tasks", "boxes", "--real-models", "ours", "--real-steps", "7"]
     figures_after(steps, capsys)

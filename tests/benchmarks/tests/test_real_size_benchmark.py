@@ -1,4 +1,4 @@
-"""`tests/benchmarks/real_size.py` runs with the tiny model and ends with its line of JSON."""
+"""Check that `tests/benchmarks/real_size.py` runs with the tiny model and ends with its line of JSON."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.launches.launch import run_composer
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Five pictures with an object each."""
+    """Write five images with an object each; return their set."""
     images = tmp_path / "source" / "images"
     images.mkdir(parents=True)
     truth: dict[str, Any] = {"categories": [{"id": 1, "name": "square"}], "images": [], "annotations": []}
