@@ -1,12 +1,12 @@
 """Load a server on loopback with many clients, some with bad input; count what they got and print one line of JSON.
 
-    python tests/drills/serve_load.py MODEL [--clients 200] [--requests 2000] [--batch-size 8] [--images DIR]
+    python tests/drills/serve_load.py MODEL [--clients 200] [--requests 2000] [--batch-size 8] [--lone 40]
 
 The server is `python -m recipe.serve` in a process of its own. Each client keeps asking, one request after the other.
 One in twenty is bad: a truncated image, one just above the pixel limit, a text, a body over the size limit, or a client
 that sends too slowly. A client that is refused for now (429) comes again. Then one client alone is compared with
-`Detector` on the same bytes. Then `predict.py` runs on as many images at the same batch size, in a process of its own.
-Last comes SIGTERM while requests are being answered.
+`Detector` on the same bytes. Then SIGTERM comes while requests are being answered. Last `predict.py` runs on as many
+images at the same batch size, in a process of its own.
 
 The JSON: `statuses` by kind of request, `without_status`, `images_per_s` of the server and of `predict.py` and their
 `throughput_ratio`; `lone_p50_ratio`; `memory_mib` after the first hundred requests and at the end; `worst_box` (pixels)
