@@ -30,6 +30,7 @@ import recipe.callbacks
 import recipe.predict
 import recipe.train
 import tests.support.tiny_cases
+from recipe.upstream.cpu_model import read_cpu_model
 from tests.support.ports import free_port
 from tests.support.segments import number_segments_apart
 
@@ -85,6 +86,7 @@ def own_folders() -> None:
 def serve() -> Request | None:
     """Fork one launch after the other until stdin ends; return its request in each child, else None."""
     number_segments_apart()
+    read_cpu_model()  # for scripts with a Trainer of their own
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]  # a script finds them only by its own path
     gc.freeze()  # else each fork copies the memory of all these objects when it collects, which takes two seconds
