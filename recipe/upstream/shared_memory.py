@@ -72,5 +72,5 @@ def clean_dead_shared_memory() -> list[str]:
 
 def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str]]:
     """Return the files whose name fits, each with its data set's number, or its own name."""
-    found = [(Path(entry.path), pattern.fullmatch(entry.name)) for entry in os.scandir(folder)]
-    return [(path, match[match.lastindex or 0]) for path, match in found if match]
+    found = [(entry.path, pattern.fullmatch(entry.name)) for entry in os.scandir(folder)]
+    return [(Path(path), match[match.lastindex or 0]) for path, match in found if match]
