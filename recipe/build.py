@@ -1,4 +1,4 @@
-"""Build what a run consists of from its configuration: model, algorithms, callbacks; `recipe.load` builds the network.
+"""Build what a run consists of from its configuration: model, data, algorithms, callbacks; `recipe.load` builds the network.
 
 After `configure` and `checks`, only these two modules and the entry points see the whole configuration; all others
 take their section. Values found on the way (caption length, base model's folder) are arguments; the configuration
@@ -10,10 +10,12 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from composer import Algorithm, Callback
+from composer import Algorithm, Callback, DataSpec
+from composer.utils import dist, get_device, reproducibility
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -27,30 +29,47 @@ from recipe.callbacks.evaluation_parts import EvaluationParts
 from recipe.callbacks.evaluation_without_traces import EvaluationWithoutTraces
 from recipe.callbacks.retention import Retention
 from recipe.callbacks.samples import LogFirstSample, LogPredictions
+from recipe.callbacks.summary import Summary
 from recipe.callbacks.table import build_callbacks
 from recipe.callbacks.training_data import TrainingData
 from recipe.checkpoints.base import base_weights, leave_out
 from recipe.checkpoints.check import Origin
 from recipe.checkpoints.resume import HOLDS_BASE, WEIGHTS_FROM
+from recipe.checkpoints.save import CheckpointSaver
+from recipe.checkpoints.sigterm import Preemption
 from recipe.checkpoints.weights import is_export, trained_caption_length
 from recipe.config import DATA_CLASSES, ConfigError, RecipeConfig, is_base_below_adapters, trained_trunk
 from recipe.data.class_list import read_classes
 from recipe.data.evaluation import EvalSamples
 from recipe.data.image import image_spec
 from recipe.data.lengths import read_longest_caption
-from recipe.data.loader import build_eval_loader
+from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size
+from recipe.data.split import evaluation_loader
+from recipe.data.teachers import TeacherPool
 from recipe.joint import EvaluationScope, JointModel
 from recipe.load import build_encoder, build_network, fill_head, fill_whole, load_base, refuse_in_nf4
+from recipe.losses.counts import split_batch
 from recipe.metrics.gather import normalized_caption
 from recipe.models.attention import describe_attention
 from recipe.models.vlm import VisionLanguageModel
-from recipe.optim.schedule import Schedule, build_schedule
+from recipe.optim.schedule import Schedule, build_schedule, trunk_learns
 from recipe.prediction.classes import class_trie
-from recipe.upstream.agreement import from_rank_0
+from recipe.upstream.agreement import DIST_TIMEOUT, from_rank_0
+from recipe.upstream.cpu_model import read_cpu_model
+from recipe.upstream.shared_memory import clean_dead_shared_memory
 from recipe.upstream.storage import open_streams
 from recipe.upstream.trainer_section import view_trainer
 
 log = logging.getLogger(__name__)
+
+
+def prepare_process(config: RecipeConfig) -> None:
+    """Join the other ranks, remove what killed runs left in shared memory, and seed the random states."""
+    dist.initialize_dist(get_device(), view_trainer(config).dist_timeout or DIST_TIMEOUT)
+    if dist.get_local_rank() == 0:
+        clean_dead_shared_memory()
+    read_cpu_model()
+    reproducibility.seed_all(config.seed)
 
 
 def caption_length(config: RecipeConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -166,6 +185,29 @@ def take_weights(
     return start, origin
 
 
+def build_train_data(config: RecipeConfig, processor: Any, model: JointModel, teachers: TeacherPool | None) -> DataSpec:
+    """Return the training loader; see `recipe.data.loader.build_train_loader`."""
+    view, loader, answers = view_trainer(config), config.train_loader, answer_schedule(config)
+    asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
+    return build_train_loader(
+        loader,
+        build_encoder(*asked, with_content=config.cache_frozen is not None),
+        teachers,
+        config.seed,
+        view.microbatch_size or device_batch_size(loader),
+        partial(split_batch, equally_many=view.is_sharded),
+        config.val_fraction,
+        answers_at_start=answers is None or trunk_learns(answers, None),
+        answers_ever=answers is None or bool(answers.trunk),
+    )
+
+
+def build_eval_data(config: RecipeConfig, processor: Any, model: JointModel, teachers: TeacherPool | None) -> DataSpec:
+    """Return the evaluation loader; see `recipe.data.loader.build_eval_loader`."""
+    encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
+    return build_eval_loader(evaluation_loader(config), encoder, teachers, config.seed, config.val_fraction)
+
+
 def build_algorithms(config: RecipeConfig) -> list[Algorithm]:
     """Return staged freezing with learning rates, the weight average if `ema` is set, and the guard that also clips.
 
@@ -210,6 +252,16 @@ def build_retention(config: RecipeConfig, processor: Any, model: JointModel) -> 
         normalizer, attention = model.model.vlm.normalizer, config.model.attn_implementation
         base = VisionLanguageModel(load_base(config), normalizer, attention).eval().requires_grad_(False)
     return Retention(spec, model.scope, loader.max_bad_samples, base)
+
+
+def guard_run(config: RecipeConfig, saver: CheckpointSaver | None) -> list[Callback]:
+    """Return the callbacks that save a training, end it when the machine asks, and say what it does and did."""
+    view = view_trainer(config)
+    schedule = answer_schedule(config)
+    schedule = schedule or build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+    interval = view.keywords.get("eval_interval", 1)
+    savers = [] if saver is None else [saver, Preemption(saver)]
+    return [*savers, Summary(config.run_folder, view.save_folder, interval, config.scheduler, schedule)]
 
 
 def build_all_callbacks(

@@ -31,9 +31,16 @@ def main(config: RecipeConfig) -> dict[str, float]:
     """
     # Imported here because they take seconds: a mistake in the yaml is reported before.
     from composer import Evaluator, Trainer
-    from composer.utils import dist, get_device, reproducibility
+    from composer.utils import dist
 
-    from recipe.build import build_all_callbacks, build_model, build_retention, take_weights
+    from recipe.build import (
+        build_all_callbacks,
+        build_eval_data,
+        build_model,
+        build_retention,
+        prepare_process,
+        take_weights,
+    )
     from recipe.callbacks.evaluation_parts import EvaluationParts, evaluation_of
     from recipe.callbacks.progress import describe_seconds, headline
     from recipe.callbacks.table import build_loggers
@@ -41,30 +48,20 @@ def main(config: RecipeConfig) -> dict[str, float]:
     from recipe.checkpoints.resume import safe_loading, weights_keywords
     from recipe.checkpoints.weights import EVALUATED, trained_caption_length
     from recipe.data.evaluation import put_answered_first
-    from recipe.data.loader import build_eval_loader
     from recipe.data.split import evaluation_loader
     from recipe.data.stream import read_teachers
-    from recipe.load import build_encoder, load_processor
+    from recipe.load import load_processor
     from recipe.metrics.categories import category_table
     from recipe.metrics.gather import UNDEFINED
     from recipe.optim.fsdp import build_parallelism
-    from recipe.upstream.agreement import DIST_TIMEOUT
-    from recipe.upstream.cpu_model import read_cpu_model
-    from recipe.upstream.shared_memory import clean_dead_shared_memory
 
     view = view_trainer(config)
-    dist.initialize_dist(get_device(), view.dist_timeout or DIST_TIMEOUT)
-    if dist.get_local_rank() == 0:
-        clean_dead_shared_memory()
-    read_cpu_model()
-    reproducibility.seed_all(config.seed)
+    prepare_process(config)
     longest = trained_caption_length(config.caption_decoder, config.load_path)
     processor = load_processor(config.model.pretrained_model_name_or_path)
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor, longest)
-    encoder = build_encoder(processor, model.model, config.image, config.prompt, config.max_seq_len, keep_image=True)
-    loader = evaluation_loader(config)
-    eval_loader = build_eval_loader(loader, encoder, teachers, config.seed, config.val_fraction)
+    eval_loader = build_eval_data(config, processor, model, teachers)
     put_answered_first(eval_loader, config.evaluation.answers)  # so that the images drawn are those of a run
     origin = describe(as_saved(config, longest, model.class_names), processor.tokenizer, model, base={})
     retention = build_retention(config, processor, model)
@@ -92,7 +89,7 @@ def main(config: RecipeConfig) -> dict[str, float]:
         if report is not None:
             found["categories"] = report.to_json()
         Path(config.run_folder, "eval.json").write_text(json.dumps(found, indent=1) + "\n")
-        names = ", ".join(loader.streams)
+        names = ", ".join(evaluation_loader(config).streams)
         print(f"{eval_loader.num_samples} samples of {names}, checkpoint {redact(str(config.load_path))}")
         print(headline(scores))
         print(f"took {describe_seconds(parts.seconds)}")

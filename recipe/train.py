@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from recipe.upstream.trainer_section import view_trainer
 
 if TYPE_CHECKING:
     from composer import Trainer
+
+    from recipe.checkpoints.save import CheckpointSaver
 
 log = logging.getLogger("recipe.train")  # its __name__ is __main__
 
@@ -28,82 +31,57 @@ def main(config: RecipeConfig) -> "Trainer":
     # Imported here because they take seconds: a mistake in the yaml is reported before.
     import torch
     from composer import Evaluator, Trainer
-    from composer.utils import dist, get_device, reproducibility
 
     from recipe.build import (
-        answer_schedule,
         build_algorithms,
         build_all_callbacks,
+        build_eval_data,
         build_model,
         build_retention,
+        build_train_data,
         caption_length,
+        guard_run,
+        prepare_process,
         take_weights,
     )
-    from recipe.callbacks.summary import Summary
     from recipe.callbacks.table import build_loggers
     from recipe.checkpoints.base import base_weights
     from recipe.checkpoints.check import describe
     from recipe.checkpoints.lock import OneRunPerFolder
-    from recipe.checkpoints.resume import catch_up, check_data, is_finished, load_keywords, safe_loading
+    from recipe.checkpoints.resume import catch_up, check_data, load_keywords, safe_loading
     from recipe.checkpoints.save import build_saver, without_saving
-    from recipe.checkpoints.sigterm import Preemption
     from recipe.data.evaluation import put_answered_first
-    from recipe.data.loader import build_eval_loader, build_train_loader, device_batch_size, tokens_per_batch
-    from recipe.data.split import evaluation_loader
+    from recipe.data.loader import tokens_per_batch
     from recipe.data.stream import read_teachers
-    from recipe.load import build_encoder, load_processor
-    from recipe.losses.counts import split_batch
+    from recipe.load import load_processor
     from recipe.optim.fsdp import build_parallelism, fill_unit_by_unit
     from recipe.optim.groups import build_optimizer
-    from recipe.optim.schedule import build_curve, build_schedule, trunk_learns
-    from recipe.upstream.agreement import DIST_TIMEOUT
+    from recipe.optim.schedule import build_curve
     from recipe.upstream.composer_state import restore_random_states
-    from recipe.upstream.cpu_model import read_cpu_model
     from recipe.upstream.heap import give_back_freed_blocks
-    from recipe.upstream.shared_memory import clean_dead_shared_memory
 
     view = view_trainer(config)
-    dist.initialize_dist(get_device(), view.dist_timeout or DIST_TIMEOUT)
+    prepare_process(config)
     lock = OneRunPerFolder(config.run_folder)
-    if dist.get_local_rank() == 0:
-        clean_dead_shared_memory()
-    read_cpu_model()
-    reproducibility.seed_all(config.seed)
+
     processor = load_processor(config.model.pretrained_model_name_or_path)
     tokenizer = processor.tokenizer
     longest = caption_length(config, tokenizer)
     teachers = read_teachers(config.teachers, config.seed)
     model = build_model(config, processor, longest)
-    if not torch.cuda.is_available():
-        give_back_freed_blocks(model)
+    give_back_freed_blocks(model)
     origin = describe(as_saved(config, longest, model.class_names), tokenizer, model, base_weights(model.model, config))
     start = load_keywords(view, config.load_path, config.autoresume, origin)
     start, origin = take_weights(model, start, config, origin)
     if view.is_sharded:
         fill_unit_by_unit(model.model, model.model.vlm, getattr(torch, config.model.dtype))
-    answers = answer_schedule(config)
-    asked = (processor, model.model, config.image, config.prompt, config.max_seq_len)
-    train_loader = build_train_loader(
-        config.train_loader,
-        build_encoder(*asked, with_content=config.cache_frozen is not None),
-        teachers,
-        config.seed,
-        view.microbatch_size or device_batch_size(config.train_loader),
-        partial(split_batch, equally_many=view.is_sharded),
-        config.val_fraction,
-        answers_at_start=answers is None or trunk_learns(answers, None),
-        answers_ever=answers is None or bool(answers.trunk),
-    )
-    eval_loader = build_eval_loader(
-        evaluation_loader(config),
-        build_encoder(*asked, keep_image=True),
-        teachers,
-        config.seed,
-        config.val_fraction,
-    )
+
+    train_loader = build_train_data(config, processor, model, teachers)
+    eval_loader = build_eval_data(config, processor, model, teachers)
     check_data(start, train_loader)
     num_batches = view.keywords.get("eval_subset_num_batches")
     last_answered = put_answered_first(eval_loader, config.evaluation.answers, num_batches)
+
     retention = build_retention(config, processor, model)
     saver = build_saver(view, config.save_best, origin)
     with safe_loading():
@@ -120,14 +98,7 @@ def main(config: RecipeConfig) -> "Trainer":
             callbacks=[
                 *build_all_callbacks(config, tokenizer, model.scope, last_answered, retention),
                 lock,
-                *([] if saver is None else [saver, Preemption(saver)]),
-                Summary(
-                    config.run_folder,
-                    view.save_folder,
-                    view.keywords.get("eval_interval", 1),
-                    config.scheduler,
-                    answers or build_schedule(config.scheduler, config.staged_freezing, config.optimizer),
-                ),
+                *guard_run(config, saver),
             ],
             loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),
             seed=config.seed,
@@ -141,19 +112,29 @@ def main(config: RecipeConfig) -> "Trainer":
         )
     restore_random_states(trainer)  # an evaluation that is repeated may save the checkpoint again, with these
     catch_up(trainer, saver, start)
-    if not is_finished(trainer):
-        if dist.get_global_rank() == 0:  # a run that trains nothing leaves the file as it is
-            path = Path(config.run_folder, "config.yaml")
-            write_config = partial(save_config, config, path, longest, model.class_names)
-            write_config() if saver is None else saver.keep_config(write_config)
-        restore_random_states(trainer)
-        try:
-            trainer.fit()
-        except Exception:
-            if saver is not None:
-                saver.finish_uploads()
-            raise
+    path = Path(config.run_folder, "config.yaml")
+    fit(trainer, saver, partial(save_config, config, path, longest, model.class_names))
     return trainer
+
+
+def fit(trainer: "Trainer", saver: "CheckpointSaver | None", write_config: Callable[[], None]) -> None:
+    """Train to the end, unless it is reached; `write_config` writes the run's config.yaml, on rank 0."""
+    from composer.utils import dist
+
+    from recipe.checkpoints.resume import is_finished
+    from recipe.upstream.composer_state import restore_random_states
+
+    if is_finished(trainer):  # the file stays as it is
+        return
+    if dist.get_global_rank() == 0:
+        write_config() if saver is None else saver.keep_config(write_config)
+    restore_random_states(trainer)
+    try:
+        trainer.fit()
+    except Exception:
+        if saver is not None:
+            saver.finish_uploads()
+        raise
 
 
 def run(config: RecipeConfig) -> None:

@@ -7,6 +7,7 @@ them, so the next layer's blocks no longer fit: a backward pass of the 3B with a
 
 import ctypes
 
+import torch
 from torch import nn
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -15,8 +16,8 @@ LARGE = 2**30  # bytes of weights; below, the pages of mapped blocks cost more t
 
 
 def give_back_freed_blocks(model: nn.Module) -> bool:
-    """Map large blocks, which are given back when freed, if a model is large; return whether that was set."""
-    if sum(weight.nbytes for weight in model.parameters()) < LARGE:
+    """Map large blocks, which are given back when freed, if a model is large and on a CPU; return whether it is set."""
+    if torch.cuda.is_available() or sum(weight.nbytes for weight in model.parameters()) < LARGE:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _MAPPED))
