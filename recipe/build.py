@@ -1,8 +1,8 @@
-"""Build what a run consists of from its configuration: model, data, algorithms, callbacks; `recipe.load` builds the network.
+"""Build what a run consists of, from its configuration: model, data, algorithms, callbacks.
 
-After `configure` and `checks`, only these two modules and the entry points see the whole configuration; all others
-take their section. Values found on the way (caption length, base model's folder) are arguments; the configuration
-itself never changes.
+`recipe.load` builds the network. After `configure` and `checks`, only these two modules and the entry points see the
+whole configuration; all others take their section. Values found on the way (caption length, base model's folder) are
+arguments; the configuration itself never changes.
 """
 
 import logging
