@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from composer.core import State
+from composer.core import State, TimeUnit
 from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist, is_notebook
 
 from recipe.metrics.gather import UNDEFINED
+from recipe.optim.schedule import position
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +109,8 @@ class ProgressLogger(ProgressBarLogger):
             return
         self._last = now
         pace = (now - self._start) / done
-        elapsed = state.get_elapsed_duration()
-        share = 0.0 if elapsed is None else float(elapsed.value)
+        # Not Composer's `get_elapsed_duration`, which counts whole epochs if the duration is in epochs.
+        share = 0.0 if state.max_duration is None else position(TimeUnit.DURATION, state)
         steps_left = batch / share - batch if share else 0
         left = f", {timedelta(seconds=round(pace * steps_left))} left" if steps_left else ""
         loss = f", loss {self._postfix['loss']}" if self._postfix else ""

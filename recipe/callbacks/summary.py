@@ -80,8 +80,9 @@ class Summary(Callback):
         steps = int(duration.value * length) if length else None
         rates = {group["name"]: group["initial_lr"] for group in state.optimizers[0].param_groups}
         stages = run_stages(self.schedule, list(rates), steps, lengths) if steps else None
-        # Epochs with answers have other lengths than those without.
-        about = "" if duration.unit == TimeUnit.BATCH or not self._answers_vary() else "about "
+        # Epochs with answers have other lengths than those without, and epochs of parts than those of whole images.
+        varies = self._answers_vary() or parts_end(dataset)
+        about = "about " if varies and duration.unit != TimeUnit.BATCH else ""
         if not self._answers_vary():
             contents = replace(contents, tokens_otherwise=None)
         learned = None
@@ -158,6 +159,13 @@ class Summary(Callback):
             f"  next        python recipe/predict.py --checkpoint {newest} --out predictions IMAGES",
         ]
         log.info("this run has ended\n%s", "\n".join(lines[: 5 if self.save_folder is None else 6]))
+
+
+def parts_end(dataset: PackStream) -> bool:
+    """Return whether later epochs show whole images instead of parts, so that they differ in length."""
+    augmentation = dataset.maker.augmentation
+    crop = None if augmentation is None else augmentation.config.crop
+    return crop is not None and crop.epochs is not None
 
 
 def unit_of(contents: EpochContents) -> str:

@@ -132,15 +132,15 @@ def _warmed(stage: Stage, state: State) -> float:
     """Return the share of its rate that a stage has reached."""
     if stage.warmup is None:
         return 1.0
-    return min(1.0, max(0.0, (_position(stage.start.unit, state) - stage.start.value) / stage.warmup.value))
+    return min(1.0, max(0.0, (position(stage.start.unit, state) - stage.start.value) / stage.warmup.value))
 
 
-def _position(unit: TimeUnit, state: State) -> float:
+def position(unit: TimeUnit, state: State) -> float:
     """Return the time when a batch starts, with fractions of an epoch, as `has_come` counts it."""
     now, duration = state.timestamp, state.max_duration
     if unit == TimeUnit.DURATION:
         assert duration is not None
-        return _position(duration.unit, state) / duration.value
+        return position(duration.unit, state) / duration.value
     if unit == TimeUnit.EPOCH:
         return now.epoch.value + now.batch_in_epoch.value / max(int(state.dataloader_len or 0), 1)
     return now.get(unit).value

@@ -57,3 +57,17 @@ def test_a_run_says_what_it_does_and_what_it_did(
     assert re.search(r"memory      peak [\d.]+ GiB per process", last)
     assert "done        step 2 after" in last
     assert f"--checkpoint {config.run_folder}/checkpoints/latest-rank0.pt" in last
+
+
+def test_progress_within_an_epoch_counts(
+    trained_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Two epochs of two steps."""
+    caplog.set_level(logging.INFO, logger="recipe")
+    monkeypatch.setattr("recipe.callbacks.progress.LINE_EVERY", 1)
+    config = find_config(trained_checkpoint)
+    trainer = {**config.trainer, "progress_bar": True, "max_duration": "2ep", "eval_interval": "2ep"}
+    train(replace(config, run_folder=str(tmp_path / "run"), trainer=trainer)).close()
+    lines = [message for record in caplog.records if (message := record.getMessage()).startswith("step ")]
+    assert [re.sub(r"\).*", ")", line) for line in lines] == [f"step {n} ({25 * n} %)" for n in range(1, 5)]
+    assert all(" left" in line for line in lines[:3]) and " left" not in lines[3]

@@ -11,8 +11,9 @@ from composer.loggers import Logger
 from torch.utils.data import DataLoader
 
 from recipe.callbacks.summary import Summary, describe_data, describe_epoch, describe_seen, describe_stages
-from recipe.config import OptimizerConfig, SchedulerConfig, StagedFreezingConfig
+from recipe.config import AugmentConfig, CropConfig, OptimizerConfig, SchedulerConfig, StagedFreezingConfig
 from recipe.data.contents import EpochContents
+from recipe.data.maker import ExampleMaker
 from recipe.data.stream import PackStream
 from recipe.optim.schedule import RunStage, build_schedule
 
@@ -45,10 +46,13 @@ def plan_of(
     duration: str,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    crop: CropConfig | None = None,
 ) -> tuple[str, list[str]]:
     """The first lines of a run with epochs of seven steps of two packs, and its warnings."""
     dataset = object.__new__(PackStream)
     dataset.with_answers = True
+    augmentation = SimpleNamespace(config=AugmentConfig(crop=crop))
+    dataset.maker = cast(ExampleMaker, SimpleNamespace(augmentation=augmentation if crop else None))
     schedule = build_schedule(SchedulerConfig(), StagedFreezingConfig(groups), OptimizerConfig())
     rates = [{"name": name, "initial_lr": 1e-4} for name in ("llm", "detection")]
     state = SimpleNamespace(
@@ -101,3 +105,18 @@ def test_few_steps_and_many_passes_warn_with_the_key(caplog: pytest.LogCaptureFi
     _, warnings = plan_of(CONTENTS, {}, "721ba", caplog, monkeypatch)
     assert len(warnings) == 1 and warnings[0].startswith("each sample of train_loader.streams.main is seen 206 times")
     assert "lower trainer.max_duration or its repeat" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("crop", "duration", "steps"),
+    [
+        (CropConfig(epochs=1), "3ep", "3ep = about 21 steps, the head learns in about 21"),
+        (CropConfig(epochs=1), "21ba", "21ba = 21 steps, the head learns in 21"),
+        (CropConfig(), "3ep", "3ep = 21 steps, the head learns in 21"),
+    ],
+)
+def test_epochs_of_whole_images_have_other_lengths_than_those_of_parts(
+    crop: CropConfig, duration: str, steps: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    plan, _ = plan_of(CONTENTS, {}, duration, caplog, monkeypatch, crop)
+    assert f"steps       {steps};" in plan
