@@ -174,6 +174,12 @@ def test_parts_end_after_their_epochs(make_sample):
         assert drawn == (shown if epoch < 2 else (sample, [], [whole]))
 
 
+def test_a_run_from_before_parts_could_end_is_resumed():
+    assert augmentation(EVERYTHING).digest() == "fe432db17f7e720d"  # of commit afdb792
+    parts = replace(EVERYTHING, crop=CropConfig(probability=0.8, epochs=3))
+    assert augmentation(parts).digest() != augmentation(EVERYTHING).digest()
+
+
 def test_one_draw_is_the_same_among_many():
     rng = np.random.default_rng(2)
     sizes = rng.integers(40, 2000, (300, 2))
