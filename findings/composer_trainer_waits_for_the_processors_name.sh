@@ -6,7 +6,7 @@
 # Seen: `Trainer.__init__` calls `get_composer_env_dict()`, which asks py-cpuinfo for the processor's name. py-cpuinfo
 #   starts a Python process; that one reads the name from the system at once, and then sleeps a second between two
 #   readings of the clock. Of all that is collected the Trainer logs Composer's version and commit; the name is logged
-#   nowhere. It takes 1.0 to 2 s, in each rank, of every start.
+#   nowhere. The wait was 1.6 s; each rank builds a Trainer, so each waits, at every start.
 # Whom it hurts: whoever starts often: tests, resumed jobs, short evaluations.
 # Remedy: replace `composer.utils.collect_env.get_cpu_model` before a Trainer is built.
 # Exits with 0 while this holds, with 1 once it has changed.

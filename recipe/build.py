@@ -254,11 +254,10 @@ def build_retention(config: RecipeConfig, processor: Any, model: JointModel) -> 
     return Retention(spec, model.scope, loader.max_bad_samples, base)
 
 
-def guard_run(config: RecipeConfig, saver: CheckpointSaver | None) -> list[Callback]:
+def build_run_callbacks(config: RecipeConfig, saver: CheckpointSaver | None) -> list[Callback]:
     """Return the callbacks that save a training, end it when the machine asks, and say what it does and did."""
     view = view_trainer(config)
-    schedule = answer_schedule(config)
-    schedule = schedule or build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
+    schedule = answer_schedule(config) or build_schedule(config.scheduler, config.staged_freezing, config.optimizer)
     interval = view.keywords.get("eval_interval", 1)
     savers = [] if saver is None else [saver, Preemption(saver)]
     return [*savers, Summary(config.run_folder, view.save_folder, interval, config.scheduler, schedule)]

@@ -205,11 +205,7 @@ def _merge(config: DictConfig, updates: DictConfig, source: str) -> DictConfig:
             raise ConfigError(f"{name} in {source} is {value!r}: give it `key: value` lines, or leave it out")
         _clear(config, RecipeConfig, {name: value})
         try:
-            # In place and, if it can be, one section alone: OmegaConf walks all that it merges into.
-            if isinstance(value, dict) and isinstance(section := config.get(name), DictConfig):
-                section.merge_with(value)
-            else:
-                config.merge_with({name: value})
+            config.merge_with({name: value})  # in place: `OmegaConf.merge` copies all sections first, each time
         except ConfigKeyError as error:
             raise ConfigError(f"unknown key {error.full_key} in {source}: {_nearest_key(error)}") from error
         except TypeError as error:  # OmegaConf 2.4.0 for a list where a mapping is expected, and the reverse

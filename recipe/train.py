@@ -38,9 +38,9 @@ def main(config: RecipeConfig) -> "Trainer":
         build_eval_data,
         build_model,
         build_retention,
+        build_run_callbacks,
         build_train_data,
         caption_length,
-        guard_run,
         prepare_process,
         take_weights,
     )
@@ -98,7 +98,7 @@ def main(config: RecipeConfig) -> "Trainer":
             callbacks=[
                 *build_all_callbacks(config, tokenizer, model.scope, last_answered, retention),
                 lock,
-                *guard_run(config, saver),
+                *build_run_callbacks(config, saver),
             ],
             loggers=build_loggers(config.loggers, config.run_folder, view.progress_bar),
             seed=config.seed,

@@ -41,7 +41,7 @@ REAL: dict[str, Any] = {
     "train_loader.global_batch_size": 8,
     "eval_loader.global_batch_size": 8,
 }
-# What our head learns next to boxes; the peers learn captions as classes.
+# What our head learns in addition to boxes; the peers learn captions as classes.
 TASKS: dict[str, dict[str, Any]] = {
     "captions": {"loss.weight_caption": 4.0},
     "boxes": {},

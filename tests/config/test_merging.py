@@ -288,3 +288,10 @@ def test_only_secret_names_are_redacted() -> None:
     assert redact(kept) == kept
     hidden = redact({"apiKey": "x", "HF_TOKEN": 3, "nested": [{"password": {"a": 1}}]})
     assert hidden == {"apiKey": "<redacted>", "HF_TOKEN": "<redacted>", "nested": [{"password": "<redacted>"}]}
+
+
+def test_a_section_that_refers_to_another_leaves_it_alone(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, {**MINIMAL, "eval_loader": "${train_loader}"})
+    loaded = load_and_check(path, "eval_loader.global_batch_size=7")
+    assert loaded.eval_loader.global_batch_size == 7
+    assert loaded.train_loader.global_batch_size == load_and_check(path).train_loader.global_batch_size != 7

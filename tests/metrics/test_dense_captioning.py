@@ -250,7 +250,7 @@ def test_what_finds_a_truth_in_a_crowd_counts():
 
 
 def test_a_crowd_is_scaled_to_the_frame():
-    # In an image of 1440 pixels: 1000 to 1199 lies in the crowd, and would not in the frame if only it were scaled.
+    # In an image of 1440 pixels: 1000 to 1199 is in the crowd, and would not in the frame if only it were scaled.
     objects = (Object((0.0, 0.0, 199.0, 199.0), "x"), Object((800.0, 800.0, 1399.0, 1399.0), "", iscrowd=True))
     sample = Sample("a", b"", 1440, 1440, objects)
     found = [((1000.0, 1000.0, 1199.0, 1199.0), 0.9, "1"), ((0.0, 0.0, 199.0, 199.0), 0.8, "1")]
