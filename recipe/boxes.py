@@ -18,6 +18,7 @@ NORMALIZED_FRAME = (1000, 1000)
 # `recipe.data.chat` reads boxes from a JSON object with this key, or from an empty list.
 _TEXT_OF_BOXES = re.compile(r'"bbox_2d"\s*:|\[\s*\]')
 SMALLEST_AREA = 1e-7  # keeps IoU finite for boxes without an area
+LARGEST_GROWTH = 7.0  # of a side by one delta, as a logarithm: a factor of 1,097
 
 
 def answer_frame(box_coordinates: str, resized_size: tuple[int, int]) -> tuple[int, int]:
@@ -90,6 +91,24 @@ def pixels_to_normalized(boxes: Tensor, width: float, height: float) -> Tensor:
 def normalized_to_pixels(boxes: Tensor, width: float | Tensor, height: float | Tensor) -> Tensor:
     """Return boxes (..., 4) cxcywh in [0, 1] as xyxy, pixels, clipped to the image; `width` as in `clip_boxes`."""
     return clip_boxes(box_convert(boxes, "cxcywh", "xyxy") * _x_y_x_y(boxes, width, height), width, height)
+
+
+def apply_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Return boxes moved in units of their own sides (R-CNN, Girshick et al. 2014, appendix C).
+
+    The same error is the same number for a box of any size. Before a sigmoid a small box would have to be placed by
+    tiny numbers.
+
+    Args:
+        boxes: (..., 4) cxcywh.
+        deltas: (..., 4): of the centre, in sides; then logarithms of what the sides are multiplied by.
+
+    Returns:
+        (..., 4) cxcywh, which may reach beyond the image, in the precision of `boxes`.
+    """
+    deltas = deltas.to(boxes.dtype)
+    centers = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
+    return torch.cat([centers, boxes[..., 2:] * deltas[..., 2:].clamp(max=LARGEST_GROWTH).exp()], dim=-1)
 
 
 def elementwise_iou(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

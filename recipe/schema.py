@@ -441,8 +441,7 @@ class DetectionOutputs:
     """What the head predicts for N images.
 
     Attributes:
-        pred_boxes: (N, Q, 4) cxcywh in [0, 1]: the sigmoid of `pred_boxes_raw`.
-        pred_boxes_raw: (N, Q, 4) before the sigmoid.
+        pred_boxes: (N, Q, 4) cxcywh, relative to the image, which they may reach beyond.
         pred_objectness: (N, Q) logits.
         query_features: (N, Q, W).
         aux_outputs: The same after each earlier layer, without their own features and aux outputs.
@@ -451,7 +450,6 @@ class DetectionOutputs:
     """
 
     pred_boxes: Tensor
-    pred_boxes_raw: Tensor
     pred_objectness: Tensor
     query_features: Tensor
     aux_outputs: list[DetectionOutputs] = field(default_factory=list["DetectionOutputs"])

@@ -35,7 +35,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["standard", "packed"])
 def detection_tensors(outputs: DetectionOutputs) -> dict[str, Tensor]:
     tensors = {}
     for layer, (_, item) in enumerate(outputs.layers()):
-        for name in ("pred_boxes", "pred_boxes_raw", "pred_objectness", "query_features"):
+        for name in ("pred_boxes", "pred_objectness", "query_features"):
             tensors[f"{name} {layer}"] = getattr(item, name)
     return tensors
 

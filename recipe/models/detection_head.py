@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from recipe.boxes import apply_deltas
 from recipe.models.layers import MLP, Attention, DeformableAttention, FeedForward, compass, objectness_layer
 from recipe.models.memory import sides_in_tokens, sine_embedding
 from recipe.models.proposals import ProposalHead
@@ -24,6 +25,7 @@ from recipe.models.pyramid import LEVELS
 from recipe.schema import DenoisingQueries, DetectionOutputs, Memory, Target
 
 NUM_POINTS = 4  # of each head in each map (Deformable DETR)
+SMALLEST_REFERENCE = 1e-3  # side of a reference box, as a share of the image's
 
 
 class DecoderLayer(nn.Module):
@@ -131,7 +133,7 @@ class DetectionHead(nn.Module):
         num_images, num_groups = len(memory.tokens), self.num_query_groups if self.training else 1
         num_queries = num_groups * self.num_queries
         queries = self.query_content.weight[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, W)
-        references = self.query_boxes[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, 4), before the sigmoid
+        references = self.query_boxes[:num_queries].sigmoid().expand(num_images, -1, -1)  # (N, G * Q, 4)
         proposals = None
         if self.proposal_head is not None:
             proposals = self.proposal_head(memory)
@@ -140,14 +142,14 @@ class DetectionHead(nn.Module):
                 for part in self.proposal_head.select(proposals, memory.levels[0], self.num_queries)
             )
             queries = queries + contents * found
-            references = torch.where(found, best, references) + 0.0 * references
+            references = torch.where(found, as_references(best), references) + 0.0 * references
         num_denoising, mask = 0, None
         if denoising is not None:
             num_denoising = len(denoising)
             mask = attention_mask(denoising, num_queries, num_groups)
             content = self.denoising_content.expand(num_images, num_denoising, -1)
             queries = torch.cat([content, queries], dim=1)
-            references = torch.cat([torch.logit(denoising.boxes, eps=1e-3).to(references), references], dim=1)
+            references = torch.cat([as_references(denoising.boxes).to(references), references], dim=1)
         else:
             queries = queries + 0.0 * self.denoising_content  # every parameter has a gradient in every step
             if num_groups > 1:
@@ -156,15 +158,12 @@ class DetectionHead(nn.Module):
         in_tokens = sides_in_tokens(memory.cells)
         boxes, logits, features = [], [], queries
         for layer in self.layers:
-            looked_at = references.sigmoid()
-            positions = self._positions(queries, looked_at, in_tokens)
-            queries = layer(queries, *positions, looked_at, memory, mask)
+            queries = layer(queries, *self._positions(queries, references, in_tokens), references, memory, mask)
             features = self.norm(queries)
-            raw = references + self.box_delta(features)
-            boxes.append(raw)
+            boxes.append(apply_deltas(references, self.box_delta(features)))
             logits.append(self.objectness(features).squeeze(-1))
             if self.refine_boxes:
-                references = raw.detach()
+                references = as_references(boxes[-1])
         starts = range(num_denoising, num_denoising + num_queries, self.num_queries)
         first, *others = (_outputs(boxes, logits, features, slice(start, start + self.num_queries)) for start in starts)
         first.groups, first.proposals = others, proposals
@@ -180,6 +179,11 @@ class DetectionHead(nn.Module):
         box_positions = self.box_embedding(sine_embedding(boxes, self.width))
         places = boxes[:, None, :, :2] + self.places[:, None] * boxes[:, None, :, 2:] / 2  # (N, heads, Q, 2)
         return box_positions, sine_embedding(places, self.width) * self.place_scale(queries)[:, None]
+
+
+def as_references(boxes: Float[Tensor, "N R 4"]) -> Float[Tensor, "N R 4"]:
+    """Return boxes, cxcywh, that a layer can look at: inside the image, of some size, without a gradient."""
+    return boxes.detach().clamp(SMALLEST_REFERENCE, 1.0)
 
 
 def initial_boxes(num_queries: int) -> Float[Tensor, "{num_queries} 4"]:
@@ -200,8 +204,8 @@ def _constant_mlp(width: int, out_features: int, num_layers: int, start: float) 
 
 def _outputs(boxes: list[Tensor], logits: list[Tensor], features: Tensor, rows: slice) -> DetectionOutputs:
     layers = [
-        DetectionOutputs(raw[:, rows].sigmoid(), raw[:, rows], logit[:, rows], features[:, rows])
-        for raw, logit in zip(boxes, logits, strict=True)
+        DetectionOutputs(box[:, rows], logit[:, rows], features[:, rows])
+        for box, logit in zip(boxes, logits, strict=True)
     ]
     last = layers.pop()
     last.aux_outputs = layers

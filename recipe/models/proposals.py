@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipe.boxes import apply_deltas
 from recipe.models.layers import objectness_layer
 from recipe.models.pyramid import ConvNorm, members_of
 from recipe.schema import Memory, Proposals
 
 INITIAL_CELLS = 4.0  # sides of a proposal at first, in cells
-LARGEST_LOG = 6.0  # of a side over the initial one
+NUM_CONVOLUTIONS = 2  # before box and objectness; with one, boxes of small objects are less exact (RESULTS.md)
 
 
 class ProposalHead(nn.Module):
@@ -30,11 +31,14 @@ class ProposalHead(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.tower = ConvNorm(width, width // 2)
-        self.objectness = objectness_layer(width // 2)
-        self.box = nn.Linear(width // 2, 4)
+        narrow = width // 2
+        others = (ConvNorm(narrow, narrow) for _ in range(NUM_CONVOLUTIONS - 1))
+        self.tower = nn.Sequential(ConvNorm(width, narrow), *others)
+        self.objectness = objectness_layer(narrow)
+        self.box = nn.Linear(narrow, 4)
         nn.init.zeros_(self.box.weight)
-        nn.init.zeros_(self.box.bias)
+        with torch.no_grad():
+            self.box.bias.copy_(torch.tensor([0.0, 0.0, *[math.log(INITIAL_CELLS)] * 2]))
         self.content = nn.Linear(width, width)
         nn.init.normal_(self.content.weight, std=0.02)  # small, as learned contents are
 
@@ -45,10 +49,8 @@ class ProposalHead(nn.Module):
         _, rows, columns, _ = finest.shape
         cells = cells_of_images(rows, columns, memory.extents[:, 0])
         states = self._states(finest, memory.finest_sizes).flatten(1, 2).contiguous()  # as in the pyramid
-        delta = self.box(states).to(cells.dtype)
-        centers = cells[..., :2] + delta[..., :2] * cells[..., 2:]
-        sides = INITIAL_CELLS * cells[..., 2:] * delta[..., 2:].clamp(max=LARGEST_LOG).exp()
-        return Proposals(cells, torch.cat([centers, sides], dim=-1), self.objectness(states).squeeze(-1))
+        boxes = apply_deltas(cells, self.box(states))
+        return Proposals(cells, boxes, self.objectness(states).squeeze(-1))
 
     def _states(
         self, finest: Float[Tensor, "N rows columns W"], sizes: Sequence[tuple[int, int]]
@@ -66,11 +68,10 @@ class ProposalHead(nn.Module):
     def select(
         self, proposals: Proposals, finest: Float[Tensor, "N rows columns W"], count: int
     ) -> tuple[Float[Tensor, "N {count} 4"], Float[Tensor, "N {count} W"], Bool[Tensor, "N {count} 1"]]:
-        """Return references before the sigmoid, contents and which of them are there, of the `count` best peaks."""
+        """Return boxes, contents and which of them are there, of the `count` best peaks."""
         best, found = best_peaks(proposals, finest.shape[1:3], count)
         rows = torch.arange(len(best), device=best.device)[:, None]
-        references = torch.logit(proposals.pred_boxes.detach()[rows, best].clamp(0, 1), eps=1e-3)
-        return references, self.content(finest.flatten(1, 2)[rows, best]), found[..., None]
+        return proposals.pred_boxes[rows, best], self.content(finest.flatten(1, 2)[rows, best]), found[..., None]
 
 
 def cells_of_images(rows: int, columns: int, extents: Float[Tensor, "N 2"]) -> Float[Tensor, "N {rows}*{columns} 4"]:

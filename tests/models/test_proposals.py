@@ -83,10 +83,10 @@ def test_boxes_are_of_the_image_and_begin_as_cells():
         [x, y] for x in (0.25, 0.75) for y in (0.125, 0.375, 0.625, 0.875)
     ]
     assert torch.equal(found.pred_boxes[..., :2], found.cells[..., :2])
-    assert torch.equal(found.pred_boxes[..., 2:], INITIAL_CELLS * found.cells[..., 2:])
+    assert torch.allclose(found.pred_boxes[..., 2:], INITIAL_CELLS * found.cells[..., 2:], atol=1e-7)
     assert torch.allclose(found.pred_objectness.sigmoid().mean(), torch.tensor(0.01), atol=0.005)
-    references, contents, are_there = head.select(found, finest, 100)
-    assert references.shape == (2, 100, 4) and contents.shape == (2, 100, 16) and references.isfinite().all()
+    boxes, contents, are_there = head.select(found, finest, 100)
+    assert boxes.shape == (2, 100, 4) and contents.shape == (2, 100, 16) and boxes.isfinite().all()
     assert int(are_there[1].sum()) <= 8
 
 
