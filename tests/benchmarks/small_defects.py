@@ -50,12 +50,11 @@ def draw_defect(image: Image.Image, rng: np.random.Generator, kind: int, place: 
     step = int(rng.choice([-1, 1]) * rng.integers(35, 70))
     below = np.asarray(image)[y + height // 2, x + width // 2].astype(int)
     colour = tuple(int(value) for value in np.clip(below + step, 0, 255))
-    corners, draw = (x, y, x + width, y + height), ImageDraw.Draw(image)
+    right, bottom = x + width - 1, y + height - 1  # Pillow draws these columns and rows too
+    corners, draw = (x, y, right, bottom), ImageDraw.Draw(image)
     if NAMES[kind] == "scratch":
         falls = bool(rng.integers(2))
-        draw.line(
-            (x, y if falls else y + height, x + width, y + height if falls else y), colour, int(rng.integers(1, 4))
-        )
+        draw.line((x, y if falls else bottom, right, bottom if falls else y), colour, int(rng.integers(1, 4)))
     elif NAMES[kind] == "pit":
         draw.ellipse(corners, fill=colour)
     else:
