@@ -89,7 +89,7 @@ def pixels_to_normalized(boxes: Tensor, width: float, height: float) -> Tensor:
 
 
 def normalized_to_pixels(boxes: Tensor, width: float | Tensor, height: float | Tensor) -> Tensor:
-    """Return boxes (..., 4) cxcywh in [0, 1] as xyxy, pixels, clipped to the image; `width` as in `clip_boxes`."""
+    """Return boxes (..., 4) cxcywh, relative to the image, as xyxy, pixels, clipped; `width` as in `clip_boxes`."""
     return clip_boxes(box_convert(boxes, "cxcywh", "xyxy") * _x_y_x_y(boxes, width, height), width, height)
 
 

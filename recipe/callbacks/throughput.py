@@ -142,7 +142,7 @@ def _add_detection(network: Any, batch: Batch, trained: Collection[str], flops: 
     # Of more objects than queries, the matching chooses whose captions are written: take the mean.
     written = sum(round(min(1.0, head.num_queries / len(rows)) * int((rows != -100).sum())) for rows in ids)
     queries = images * (head.query_content.num_embeddings + 2 * network.num_denoising_groups * (slots if ids else 0))
-    of_query = _weights(head.box_embedding, head.place_scale, head.box_delta, head.objectness)
+    of_query = _weights(head.box_embedding, head.place_scale, head.box_deltas, head.objectness)
     starts = [layer for layer in (writer.start, writer.region) if layer is not None]
     of_caption = _weights(*starts) + (length - 1) * _weights(writer.token_in) + length * _weights(writer.token_out)
     flops.add("detection", len(head.layers) * queries * of_query + captions * of_caption, learns, gradient)

@@ -169,7 +169,7 @@ class CaptionDecoder(nn.Module):
 
         Args:
             query_features: Of the queries.
-            boxes: Their cxcywh in [0, 1]; no gradient flows into them.
+            boxes: Their cxcywh, relative to the image; no gradient flows into them.
             places: Of the captions.
             memory: Of the N images.
             token_embeds: Embeddings of the tokens so far, C - 1 without a cache; None for none.

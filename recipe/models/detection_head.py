@@ -123,7 +123,8 @@ class DetectionHead(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.objectness = objectness_layer(width)
-        self.box_delta = _constant_mlp(width, 4, 3, start=0.0)  # at first, the reference box itself
+        # Its name says the unit: heads of older versions have a `box_delta` before the sigmoid, and do not load.
+        self.box_deltas = _constant_mlp(width, 4, 3, start=0.0)  # at first, the reference box itself
         self.proposal_head = ProposalHead(width) if select_queries else None
 
     def forward(
@@ -160,7 +161,7 @@ class DetectionHead(nn.Module):
         for layer in self.layers:
             queries = layer(queries, *self._positions(queries, references, in_tokens), references, memory, mask)
             features = self.norm(queries)
-            boxes.append(apply_deltas(references, self.box_delta(features)))
+            boxes.append(apply_deltas(references, self.box_deltas(features)))
             logits.append(self.objectness(features).squeeze(-1))
             if self.refine_boxes:
                 references = as_references(boxes[-1])

@@ -120,7 +120,7 @@ class DeformableAttention(nn.Module):
         levels: Sequence[Float[Tensor, "N _ _ W"]],
         extents: Float[Tensor, "N levels 2"],
     ) -> Float[Tensor, "N Q W"]:
-        """Return what `states` read around their `boxes`, cxcywh in [0, 1] of their image.
+        """Return what `states` read around their `boxes`, cxcywh, relative to their image.
 
         `extents` are the shares (x, y) of each map that an image covers.
         """

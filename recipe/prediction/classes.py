@@ -132,7 +132,7 @@ def class_probabilities(
         decoder: The caption decoder.
         trie: On the device of the queries.
         query_features: (R, W).
-        boxes: (R, 4) cxcywh in [0, 1].
+        boxes: (R, 4) cxcywh, relative to the image.
         places: Of the queries.
         memory: Of the N images.
         embed: Token ids → (..., D).

@@ -135,7 +135,7 @@ class Ranking:
 
     queries: Tensor  # (N, Q) int64, the objects by falling score, then those that are none
     scores: Tensor  # (N, Q) in [0, 1], of `queries`; -1 if it or the box is not finite
-    boxes: Tensor  # (N, Q, 4) cxcywh in [0, 1], float32, of `queries`
+    boxes: Tensor  # (N, Q, 4) cxcywh, relative to the image, float32, of `queries`
     num_objects: Tensor  # (N,) int64
     num_broken: Tensor  # (N,) int64, queries whose score or box is not finite
 
@@ -308,9 +308,9 @@ def generate_captions(
 ) -> Tensor:
     """Write the captions of R queries of N images, all at once and greedily, with a key/value cache.
 
-    `query_features` is (R, W), `boxes` (R, 4) cxcywh in [0, 1]. `embed` turns token ids into (..., D), `logits`
-    (..., D) into (..., V). With `lockstep` it continues until every rank's captions have ended, as sharded parameters
-    need.
+    `query_features` is (R, W), `boxes` (R, 4) cxcywh, relative to the image. `embed` turns token ids into (..., D),
+    `logits` (..., D) into (..., V). With `lockstep` it continues until every rank's captions have ended, as sharded
+    parameters need.
 
     Returns:
         (R, C) int64, filled with `eos_token_id` after a caption's end.

@@ -1,12 +1,14 @@
 """Where queries look first, queries chosen from proposals, groups of queries: by hand, alone as in a batch."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from recipe.checkpoints.weights import fill
 from recipe.config import RecipeConfig
 from recipe.joint import JointModel
 from recipe.models.detection_head import DecoderLayer, DetectionHead, make_denoising_queries
@@ -281,6 +283,14 @@ def test_all_groups_begin_at_the_same_references():
         outputs, _ = make_head(select_queries, num_query_groups=2, fresh=True)(make_memory([(3, 3)], 1))
         assert torch.equal(outputs.groups[0].pred_boxes, outputs.pred_boxes)
         assert not torch.equal(outputs.groups[0].query_features, outputs.query_features)
+
+
+def test_a_head_that_moves_boxes_before_the_sigmoid_is_refused():
+    """Of older versions: its numbers mean something else, and some heads have the same shapes."""
+    head = make_head()
+    old = {name.replace("box_deltas", "box_delta"): value for name, value in head.state_dict().items()}
+    with pytest.raises(ValueError, match=r"lacks box_deltas.*or read it by the version of the recipe that wrote it"):
+        fill(head, old, Path("head.safetensors"))
 
 
 @pytest.fixture(scope="module")
