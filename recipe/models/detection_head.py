@@ -134,7 +134,8 @@ class DetectionHead(nn.Module):
         num_images, num_groups = len(memory.tokens), self.num_query_groups if self.training else 1
         num_queries = num_groups * self.num_queries
         queries = self.query_content.weight[:num_queries].expand(num_images, -1, -1)  # (N, G * Q, W)
-        references = self.query_boxes[:num_queries].sigmoid().expand(num_images, -1, -1)  # (N, G * Q, 4)
+        # (N, G * Q, 4), at least float32 as the cells are, whatever the weights' precision; so all boxes are.
+        references = self.query_boxes[:num_queries].to(memory.cells.dtype).sigmoid().expand(num_images, -1, -1)
         proposals = None
         if self.proposal_head is not None:
             proposals = self.proposal_head(memory)
