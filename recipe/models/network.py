@@ -331,7 +331,7 @@ class LanguageNetwork(JointNetwork):
         losses = self.vlm.token_losses(states.last_hidden_state[batch["label_index"]], batch["labels"])
         targets: Sequence[Target | None] = batch["targets"] or [None]
         boxes = losses.new_zeros(len(targets), 0, 4)
-        nothing = DetectionOutputs(boxes, boxes, boxes[..., 0], boxes)
+        nothing = DetectionOutputs(boxes, boxes[..., 0], boxes)
         memory = Memory(boxes, boxes, torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device), boxes)
         none = torch.zeros(0, dtype=torch.int64, device=boxes.device)
         no_losses = losses.new_zeros(0)

@@ -74,7 +74,7 @@ Pairs = list[list[tuple[int, int, int]]]
 
 def ours(case: Case, boxes: Sequence[Tensor], logits: Sequence[Tensor]) -> tuple[Tensor, Callable[[], Pairs]]:
     """Return our total loss, and how to read the assignments."""
-    layers = [DetectionOutputs(box, box, logit, box) for box, logit in zip(boxes, logits, strict=True)]
+    layers = [DetectionOutputs(box, logit, box) for box, logit in zip(boxes, logits, strict=True)]
     outputs = layers.pop()
     outputs.aux_outputs = layers
     matches = match([layer for _, layer in outputs.layers()], case.targets, *COSTS)

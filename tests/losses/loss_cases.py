@@ -17,7 +17,7 @@ def random_boxes(*shape: int, generator: torch.Generator) -> Tensor:
 
 def make_outputs(boxes: Tensor, logits: Tensor, aux_outputs: list[DetectionOutputs] | None = None) -> DetectionOutputs:
     """Of boxes (N, Q, 4) and logits (N, Q)."""
-    return DetectionOutputs(boxes, boxes.logit(), logits, boxes, aux_outputs or [])
+    return DetectionOutputs(boxes, logits, boxes, aux_outputs or [])
 
 
 def random_outputs(num_images: int, num_queries: int, seed: int, num_layers: int = 1) -> DetectionOutputs:

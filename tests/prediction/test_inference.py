@@ -87,7 +87,7 @@ def detected(boxes: list[list[list[float]]], logits: list[list[float]]) -> Detec
     """`boxes` as xywh of the upper left corner, in tenths of the image."""
     corners = torch.tensor(boxes) / 10
     centers = torch.cat([corners[..., :2] + corners[..., 2:] / 2, corners[..., 2:]], -1)
-    return DetectionOutputs(centers, centers.logit(), torch.tensor(logits), centers)
+    return DetectionOutputs(centers, torch.tensor(logits), centers)
 
 
 def test_nms_by_hand() -> None:
