@@ -234,7 +234,7 @@ def _forward_bytes(
     """Return upper bounds for the activations and the logits of one forward pass, in bytes.
 
     Rows of the head's width: 20 and the feed-forward's per query or caption token, 4 per memory token. With maps 200
-    more per vision token, 22 per vision token and layer, 22 per query and layer, and 27 per vision token if they
+    more per vision token, 22 per vision token and layer, 22 per query and layer, and 43 per vision token if they
     propose; the pyramid also keeps the token's pixels and what it reads of the tower. Each logit of a chunk of
     positions counts three times: itself, in float32, and its log-probability or gradient.
     """
@@ -271,7 +271,7 @@ def _forward_bytes(
     read = 0
     if head.multi_scale:
         shown = patches // vision.spatial_merge_size**2  # vision tokens
-        rows += shown * (200 + 27 * head.select_queries) + head.num_layers * 22 * (shown + queries)
+        rows += shown * (200 + 43 * head.select_queries) + head.num_layers * 22 * (shown + queries)
         read = shown * (3 * 32**2 + 8 * side + 2 * hidden)
     activations += (rows * network.memory.width + read) * max(width, 4)
     logits = min(CHUNK, max(round(tokens * SUPERVISED), words)) * (width + 8) * text.vocab_size

@@ -136,7 +136,8 @@ class DeformableAttention(nn.Module):
             read.append(read_map(values, places))
         weights = weights.transpose(1, 2).flatten(3).flatten(0, 1)[:, None]  # (N * heads, 1, Q, levels * points)
         read = (torch.cat(read, dim=-1) * weights).sum(-1)  # (N * heads, W / heads, Q)
-        return self.out(read.view(num_images, -1, read.shape[-1]).transpose(1, 2).to(states.dtype))
+        read = read.view(num_images, -1, read.shape[-1]).transpose(1, 2)
+        return self.out(read.contiguous().to(states.dtype))  # contiguous: as in the pyramid
 
 
 def read_map(

@@ -238,7 +238,7 @@ def test_the_heads_switches_need_more() -> None:
     denoised = 16 * 2 * 4 * 16
     more = maps + 2 * 22 * (queries + denoised) * row
     assert need(multi_scale="true") == (activations + more, logits)
-    assert need(multi_scale="true", select_queries="true") == (activations + more + 4096 * 27 * row, logits)
+    assert need(multi_scale="true", select_queries="true") == (activations + more + 4096 * 43 * row, logits)
 
 
 def test_activations_of_maps() -> None:
@@ -263,7 +263,7 @@ def test_activations_of_maps() -> None:
     assert 22 * (tokens + 2 * 20) * row == pytest.approx(kept, rel=0.1)
     none = torch.zeros(2, 1, width)
     memory = ImageMemory(none, none, torch.ones(2, 1).bool(), none[..., :4], levels, extents, [(24, 32)] * 2)
-    assert 27 * tokens * row == pytest.approx(saved_bytes(finder, lambda: finder(memory)) - finest, rel=0.1)
+    assert 43 * tokens * row == pytest.approx(saved_bytes(finder, lambda: finder(memory)) - finest, rel=0.1)
 
 
 HEAD = str(Path(YAML).with_name("head.yaml"))

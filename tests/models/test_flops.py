@@ -239,14 +239,14 @@ def test_what_switches_add_by_hand(tiny_config: Callable[..., RecipeConfig], tin
 
     width, narrow, queries, tower, hidden = 32, 16, 5, 32, 64
     plain, unselected = forward(multi_scale=False, select_queries=False), forward(select_queries=False)
-    stem = 9 * (256 * 3 * 4 + 64 * 4 * 8 + 16 * 8 * narrow)
-    down = 4 * (9 * narrow * width + tower * width) + (9 * width * width + hidden * width) + 9 * width * width
+    stem = 16 * (256 * 3 * 4 + 64 * 4 * 8 + 16 * 8 * narrow)
+    down = 4 * (16 * narrow * width + tower * width) + (16 * width * width + hidden * width) + 16 * width * width
     up = 2 * width * width + 4 * (9 * width * width + width * narrow) + 16 * (9 * narrow * narrow + narrow * width)
     points = 4 * 4 * 4  # heads, maps, points of each
     read = 2 * ((16 + 4 + 1 + 1) * width * width + queries * (3 * points * width + width * width))  # in two layers
     region = 16 * width * width  # of one blank caption
     assert unselected - plain == 2 * (stem + down + up + read + region)
-    proposals = 16 * (9 * width * narrow + 5 * narrow) + queries * width * width
+    proposals = 16 * (9 * width * narrow + 9 * narrow * narrow + 5 * narrow) + queries * width * width
     assert forward() - unselected == 2 * proposals
 
 

@@ -184,6 +184,17 @@ def test_a_look_by_hand():
 
 
 @torch.no_grad()
+def test_a_look_has_the_same_bits_whether_its_weights_learn_or_not():
+    """torch's linear layers do so over contiguous inputs only; averages of the head never learn."""
+    torch.manual_seed(0)
+    look = DeformableAttention(32, 4, LEVELS, 4)
+    levels = [torch.randn(2, side, side, 32) for side in (8, 4, 2, 1)]
+    states, boxes, extents = torch.randn(2, 5, 32), torch.rand(2, 5, 4), torch.ones(2, LEVELS, 2)
+    learning = look(states, boxes, levels, extents)
+    assert torch.equal(look.requires_grad_(False)(states, boxes, levels, extents), learning)
+
+
+@torch.no_grad()
 def test_parity_with_transformers():
     """Its kernel, given our values, places and weights; unpadded maps."""
     num_heads, num_points, look, levels = 4, 3, make_look(4, 3), make_maps(2)
