@@ -185,7 +185,7 @@ def test_a_look_by_hand():
 
 @torch.no_grad()
 def test_a_look_has_the_same_bits_whether_its_weights_learn_or_not():
-    """torch's linear layers do so over contiguous inputs only; averages of the head never learn."""
+    """Linear layers of torch have not, over inputs that are not contiguous; averages of the head never learn."""
     torch.manual_seed(0)
     look = DeformableAttention(32, 4, LEVELS, 4)
     levels = [torch.randn(2, side, side, 32) for side in (8, 4, 2, 1)]
