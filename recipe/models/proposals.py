@@ -19,7 +19,6 @@ from recipe.models.pyramid import ConvNorm, members_of
 from recipe.schema import Memory, Proposals
 
 INITIAL_CELLS = 4.0  # sides of a proposal at first, in cells
-NUM_CONVOLUTIONS = 2  # before box and objectness; with one, boxes of small objects are less exact (RESULTS.md)
 
 
 class ProposalHead(nn.Module):
@@ -32,8 +31,8 @@ class ProposalHead(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         narrow = width // 2
-        others = (ConvNorm(narrow, narrow) for _ in range(NUM_CONVOLUTIONS - 1))
-        self.tower = nn.Sequential(ConvNorm(width, narrow), *others)
+        # With one convolution boxes of small objects are less exact (RESULTS.md, "How exactly boxes are placed").
+        self.tower = nn.Sequential(ConvNorm(width, narrow), ConvNorm(narrow, narrow))
         self.objectness = objectness_layer(narrow)
         self.box = nn.Linear(narrow, 4)
         nn.init.zeros_(self.box.weight)

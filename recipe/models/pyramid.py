@@ -35,14 +35,13 @@ class ConvNorm(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
         super().__init__()
-        self.stride = stride
         self.conv = nn.Conv2d(in_channels, out_channels, stride + 2, stride, padding=1, bias=False)
         self.group_norm = nn.GroupNorm(math.gcd(out_channels, max(1, out_channels // GROUP_SIZE)), out_channels)
 
     def forward(self, maps: Float[Tensor, "N rows columns C"]) -> Float[Tensor, "N _ _ channels"]:
         """Return maps with as many rows and columns over the stride, rounded up; no map may have padding."""
         maps = maps.permute(0, 3, 1, 2)
-        missing = [-side % self.stride for side in maps.shape[2:]]
+        missing = [-side % stride for side, stride in zip(maps.shape[2:], self.conv.stride, strict=True)]
         if any(missing):
             maps = F.pad(maps, (0, missing[1], 0, missing[0]))
         maps = self.conv(maps)

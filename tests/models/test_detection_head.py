@@ -1,5 +1,6 @@
 """Where queries look first, queries chosen from proposals, groups of queries: by hand, alone as in a batch."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -283,6 +284,19 @@ def test_all_groups_begin_at_the_same_references():
         outputs, _ = make_head(select_queries, num_query_groups=2, fresh=True)(make_memory([(3, 3)], 1))
         assert torch.equal(outputs.groups[0].pred_boxes, outputs.pred_boxes)
         assert not torch.equal(outputs.groups[0].query_features, outputs.query_features)
+
+
+@torch.no_grad()
+def test_each_layer_moves_boxes_by_shares_of_their_sides():
+    """By hand: two layers, each a quarter of a side to the left and twice as high."""
+    head = make_head(fresh=True)
+    bias = head.box_deltas[-1].bias
+    assert isinstance(bias, Tensor)
+    bias.copy_(torch.tensor([-0.25, 0.0, 0.0, math.log(2)]))
+    head.query_boxes.copy_(torch.logit(torch.tensor([0.5, 0.5, 0.4, 0.2]).double()).expand(QUERIES, 4))
+    outputs, _ = head(make_memory([(2, 3)], 1))
+    for layer, box in zip((outputs.aux_outputs[0], outputs), ([0.4, 0.5, 0.4, 0.4], [0.3, 0.5, 0.4, 0.8]), strict=True):
+        assert torch.allclose(layer.pred_boxes, torch.tensor(box).double().expand(1, QUERIES, 4), atol=1e-6)
 
 
 def test_a_head_that_moves_boxes_before_the_sigmoid_is_refused():
